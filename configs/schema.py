@@ -1,0 +1,189 @@
+"""Every option of the program, with its type, default, help and range."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from util.config import Values, check_values, load_file, merge, option
+from util.errors import ConfigError
+
+
+class _Checked:
+    """Check declared choices and bounds when an instance is made."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Checked):
+    """What a checkpoint must agree on to load."""
+
+    backbone: str = option("resnet50", "resnet18/34/50/101 (torchvision) or timm/NAME")
+    dilation: bool = option(False, "replace stride by dilation in the last ResNet stage (DC5)")
+    train_backbone_norm: bool = option(
+        False, "train the backbone's batch norms instead of freezing them (training from scratch)"
+    )
+    position_embedding: str = option("sine", "positional encoding", choices=("sine", "learned"))
+    num_feature_levels: int = option(
+        4, "feature levels; 1 is the last stage alone, 3 the last three, more adds stride-2 levels",
+        choices=(1, 3, 4, 5, 6),
+    )  # fmt: skip
+    enc_layers: int = option(6, "encoder layers", low=1)
+    dec_layers: int = option(6, "decoder layers", low=1)
+    dim_feedforward: int = option(1024, "hidden width of the feed-forward blocks", low=1)
+    hidden_dim: int = option(256, "width of the transformer", low=8)
+    dropout: float = option(0.1, "dropout in the transformer", low=0, high=1)
+    nheads: int = option(8, "attention heads", low=1)
+    num_queries: int = option(300, "object queries: the most objects found in a picture", low=1)
+    enc_n_points: int = option(4, "sampling points per head and level in the encoder", low=1)
+    dec_n_points: int = option(4, "sampling points per head and level in the decoder", low=1)
+    with_box_refine: bool = option(False, "iterative bounding box refinement (Sec. 4.2)")
+    two_stage: bool = option(False, "queries from encoder proposals (Sec. 4.2)")
+    aux_loss: bool = option(True, "losses on every decoder layer")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.two_stage and not self.with_box_refine:
+            raise ConfigError(
+                "--two_stage: needs --with_box_refine, as in the paper. Add --with_box_refine."
+            )
+        if self.hidden_dim % self.nheads:
+            raise ConfigError(
+                f"--hidden_dim: expected a multiple of --nheads {self.nheads}, "
+                f"got {self.hidden_dim}."
+            )
+        if self.hidden_dim % 8:
+            raise ConfigError(
+                f"--hidden_dim: expected a multiple of 8 (group norm and encoding), "
+                f"got {self.hidden_dim}."
+            )
+        if self.dilation and self.num_feature_levels != 1:
+            raise ConfigError(
+                "--dilation: DC5 is a single-scale model. Add --num_feature_levels 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(_Checked):
+    """Matching costs and loss weights."""
+
+    set_cost_class: float = option(2.0, "weight of the class in the matching cost", low=0)
+    set_cost_bbox: float = option(5.0, "weight of the box L1 distance in the cost", low=0)
+    set_cost_giou: float = option(2.0, "weight of the GIoU in the cost", low=0)
+    cls_loss_coef: float = option(2.0, "weight of the focal loss", low=0)
+    bbox_loss_coef: float = option(5.0, "weight of the box L1 loss", low=0)
+    giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0)
+    focal_alpha: float = option(0.25, "alpha of the focal loss and cost", low=0, high=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Checked):
+    """Where the data lies and how pictures are prepared."""
+
+    coco_path: str = option("", "folder with train2017/, val2017/ and annotations/")
+    train_images: str = option("", "folder of training pictures (any COCO-format set)")
+    train_annotations: str = option("", "COCO-format JSON of the training set")
+    val_images: str = option("", "folder of validation pictures")
+    val_annotations: str = option("", "COCO-format JSON of the validation set")
+    train_scales: tuple[int, ...] = option(
+        tuple(range(480, 801, 32)), "short sides to draw from in training, pixels", low=16
+    )
+    eval_scale: int = option(800, "short side in evaluation and prediction, pixels", low=16)
+    max_size: int = option(1333, "longest long side, pixels", low=16)
+    hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
+    random_crop: bool = option(True, "half of the time: resize, crop, resize")
+    crop_scales: tuple[int, ...] = option((400, 500, 600), "short sides before the crop", low=16)
+    crop_size: tuple[int, ...] = option((384, 600), "least and greatest side of the crop", low=16)
+    num_workers: int = option(2, "loader processes", low=0)
+    aspect_ratio_grouping: bool = option(False, "batch portrait and landscape pictures apart")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.train_scales or not self.crop_scales:
+            raise ConfigError("--train_scales and --crop_scales: expected at least one size.")
+        if len(self.crop_size) != 2 or self.crop_size[0] > self.crop_size[1]:
+            raise ConfigError(
+                f"--crop_size: expected two sizes, least first, got {self.crop_size}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(_Checked):
+    """Optimiser and schedule."""
+
+    lr: float = option(2e-4, "learning rate of the transformer, for a batch of 32", above=0)
+    lr_backbone: float = option(2e-5, "learning rate of the backbone; 0 freezes it", low=0)
+    lr_linear_proj_mult: float = option(
+        0.1, "factor on lr for reference_points and sampling_offsets", low=0
+    )
+    frozen_stages: int = option(
+        2, "backbone stages kept fixed: 0 none, 1 stem, 2 stem and first stage", low=0, high=2
+    )
+    batch_size: int = option(2, "pictures per step", low=1)
+    eval_batch_size: int = option(0, "pictures per evaluation step; 0 means batch_size", low=0)
+    weight_decay: float = option(1e-4, "AdamW weight decay", low=0)
+    epochs: int = option(50, "epochs to train", low=1)
+    lr_scheduler: str = option("step", "learning-rate schedule", choices=("step", "cosine"))
+    lr_drop: int = option(40, "step: epoch after which the rate falls to a tenth", low=1)
+    lr_drop_epochs: tuple[int, ...] = option((), "step: several such epochs; replaces lr_drop", low=1)  # fmt: skip
+    warmup_steps: int = option(0, "steps of linear warm-up", low=0)
+    clip_max_norm: float = option(0.1, "largest gradient norm; 0 does not clip", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Checked):
+    """The run itself: nothing here changes what a step computes, but for seed and device."""
+
+    output_dir: str = option("", "folder for checkpoints, logs and results")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    seed: int = option(42, "seed of weights, order and augmentation", low=0)
+    resume: str = option("", "checkpoint of an interrupted run to continue")
+    finetune: str = option("", "weights to start from: our or official file, HF folder, hf:NAME")
+    backbone_weights: str = option(
+        "imagenet", "imagenet (downloaded), none, or a file of backbone weights"
+    )
+    eval_every: int = option(1, "epochs between evaluations", low=1)
+    max_steps: int = option(0, "stop after so many steps; 0 runs all epochs", low=0)
+    tensorboard: bool = option(True, "write TensorBoard files")
+    num_pictures: int = option(8, "validation pictures drawn after each evaluation", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All sections of a training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+SECTIONS: Mapping[str, type[Any]] = {
+    "model": ModelConfig,
+    "loss": LossConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "run": RunConfig,
+}
+
+
+def build_config(values: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Make the frozen sections from values by section.
+
+    Raises:
+        ConfigError: a value is out of range, or two options contradict each other.
+    """
+    return Config(**{name: cls(**values.get(name, {})) for name, cls in SECTIONS.items()})
+
+
+def load_config(file: str | None, overrides: Values) -> Config:
+    """Merge a preset or file with the options given on the command line.
+
+    Raises:
+        ConfigError: see `util.config.load_file` and `build_config`.
+    """
+    layers = [load_file(Path(file), SECTIONS)] if file else []
+    return build_config(merge(*layers, overrides))

@@ -1,0 +1,78 @@
+"""Padded batches: what the loader hands to the engine and the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Target = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Images of unequal size in one tensor.
+
+    Shape: images [N,3,H,W], normalised; mask [N,H,W] bool, True = padding.
+    `sizes` are the unpadded (height, width) in pixels.
+    """
+
+    images: Tensor
+    mask: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+    def to(self, device: torch.device | str) -> "PaddedBatch":
+        """Return the batch on `device`."""
+        return PaddedBatch(
+            self.images.to(device, non_blocking=True),
+            self.mask.to(device, non_blocking=True),
+            self.sizes,
+        )
+
+    def pin_memory(self) -> "PaddedBatch":
+        """Return the batch in page-locked memory (called by the data loader)."""
+        return PaddedBatch(self.images.pin_memory(), self.mask.pin_memory(), self.sizes)
+
+
+@dataclass(frozen=True)
+class UnreadableImage:
+    """A picture that could not be decoded; the loader carries it instead of pixels."""
+
+    image_id: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's data.
+
+    `images` is None when no picture of the batch could be read. Each target holds
+    `image_id` [], `labels` [K] int64 in 0..num_classes-1, `boxes` [K,4] normalised cxcywh
+    relative to the unpadded picture, `orig_size` [2] and `size` [2] as (height, width).
+    """
+
+    images: PaddedBatch | None
+    targets: list[Target]
+    unreadable: list[UnreadableImage]
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory (called by the data loader)."""
+        images = None if self.images is None else self.images.pin_memory()
+        targets = [{key: value.pin_memory() for key, value in t.items()} for t in self.targets]
+        return Batch(images, targets, self.unreadable)
+
+
+def pad_images(images: Sequence[Tensor]) -> PaddedBatch:
+    """Pad images at the right and bottom with zeros to their common size.
+
+    Shape: each image [3,H,W], normalised.
+    """
+    sizes = tuple((int(image.shape[-2]), int(image.shape[-1])) for image in images)
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+    mask = torch.ones(len(images), height, width, dtype=torch.bool, device=batch.device)
+    for i, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
+        batch[i, :, :h, :w] = image
+        mask[i, :h, :w] = False
+    return PaddedBatch(batch, mask, sizes)

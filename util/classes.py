@@ -1,0 +1,50 @@
+"""Class identity: category ids and names of the data, labels of the model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Label i of the model is the category `ids[i]`, called `names[i]`.
+
+    Data sets give contiguous labels in order of category id. An official COCO checkpoint has
+    91 logits indexed by raw category id: `ids` is then 0..90, with unused ids unnamed ("").
+    """
+
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.names):
+            raise ValueError(f"{len(self.ids)} category ids but {len(self.names)} names")
+        if len(set(self.ids)) != len(self.ids):
+            raise ValueError("category ids repeat")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def label_of(self) -> dict[int, int]:
+        """Category id -> label."""
+        return {category: label for label, category in enumerate(self.ids)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint or a result file."""
+        return {"ids": list(self.ids), "names": list(self.names)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Classes":
+        """Read what `to_json` wrote."""
+        return cls(tuple(int(i) for i in value["ids"]), tuple(str(n) for n in value["names"]))
+
+    @classmethod
+    def from_categories(cls, categories: Sequence[Mapping[str, Any]]) -> "Classes":
+        """Take the `categories` list of a COCO file, in order of id."""
+        ordered = sorted(categories, key=lambda category: int(category["id"]))
+        return cls(
+            tuple(int(c["id"]) for c in ordered),
+            tuple(str(c.get("name", c["id"])) for c in ordered),
+        )
