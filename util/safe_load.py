@@ -1,0 +1,113 @@
+"""Reading tensors from files of unknown origin without running anything they hold."""
+
+import argparse
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from util.errors import CheckpointError
+
+# Official checkpoints pickle their command line; forks put paths in it.
+_ALLOWED: list[Any] = [
+    argparse.Namespace,
+    (PurePosixPath, "pathlib.PosixPath"),
+    (PurePosixPath, "pathlib._local.PosixPath"),
+]
+_NOT_WEIGHTS = {
+    b"version https://git-lfs": "a Git LFS pointer. Run `git lfs pull` to fetch the file itself.",
+    b"<!doctype html": "a web page. Download it again: the link led to a page, not to the file.",
+    b"<html": "a web page. Download it again: the link led to a page, not to the file.",
+}
+
+
+def load_safely(path: Path) -> Any:
+    """Read a `.pth` (any torch version) or `.safetensors` file onto the CPU.
+
+    Only tensors, plain Python values and `argparse.Namespace` are built; a file that asks for
+    anything else is refused before it can run. Tensors may be views of the file on disk.
+
+    Raises:
+        CheckpointError: the file is missing, empty, damaged, not a checkpoint, or unsafe.
+    """
+    _check_file(path)
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    try:
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
+            # Files of old torch versions warn about storage types that load all the same.
+            warnings.simplefilter("ignore")
+            # A mapped file cannot be replaced on Windows, where a run rewrites its checkpoint.
+            mapped = os.name == "posix" and zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (MemoryError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {_one_line(error)}.") from error
+    except Exception as error:  # damaged bytes make the reader fail in any way
+        raise CheckpointError(f"{path}: {_what_is_wrong(error)}") from error
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path}: expected a checkpoint file, got a folder. Name the file.")
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file. Check the path.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {_one_line(error)}.") from error
+    if not head:
+        raise CheckpointError(f"{path}: expected a checkpoint, got an empty file. Copy it again.")
+    start = head.lstrip().lower()
+    for magic, what in _NOT_WEIGHTS.items():
+        if start.startswith(magic):
+            raise CheckpointError(f"{path}: expected a checkpoint, got {what}")
+
+
+def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: reading it needs safetensors. Run `pip install safetensors`."
+        ) from error
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: expected a safetensors file, got damaged or other content "
+            f"({_one_line(error)}). Copy or download it again."
+        ) from error
+
+
+def _what_is_wrong(error: Exception) -> str:
+    text = str(error)
+    refused = re.search(r"GLOBAL (\S+)", text)
+    if isinstance(error, pickle.UnpicklingError) and refused:
+        return (
+            f"expected tensors and plain values, got the Python object '{refused[1]}', which may "
+            "run code. Where you trust the file, save its state dict alone and use that."
+        )
+    if "TorchScript" in text:
+        return "expected a checkpoint, got a TorchScript program. Save its state_dict() instead."
+    return (
+        "expected a checkpoint, got a truncated, damaged or other file "
+        f"({_one_line(error)}). Copy or download it again."
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    """Return the error's kind and the first sentence of its text."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    # torch puts the cause between two pages of advice
+    text = text.rpartition("WeightsUnpickler error:")[2].strip() or text
+    sentence = re.split(r"\. | Check the documentation", text)[0].rstrip(". ")
+    return f"{type(error).__name__}: {sentence[:160]}" if sentence else type(error).__name__
