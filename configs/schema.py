@@ -127,7 +127,9 @@ class OptimConfig(_Checked):
     epochs: int = option(50, "epochs to train", low=1)
     lr_scheduler: str = option("step", "learning-rate schedule", choices=("step", "cosine"))
     lr_drop: int = option(40, "step: epoch after which the rate falls to a tenth", low=1)
-    lr_drop_epochs: tuple[int, ...] = option((), "step: several such epochs; replaces lr_drop", low=1)  # fmt: skip
+    lr_drop_epochs: tuple[int, ...] = option(
+        (), "step: several such epochs; replaces lr_drop", low=1
+    )
     warmup_steps: int = option(0, "steps of linear warm-up", low=0)
     clip_max_norm: float = option(0.1, "largest gradient norm; 0 does not clip", low=0)
 

@@ -1,0 +1,34 @@
+"""A backbone joined with the positional encoding of its maps."""
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.backbones.registry import Backbone
+from util.batch import PaddedBatch
+
+
+def shrink_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """Return the padding mask at a map's size, by nearest cell. Shape: [N,H,W] -> [N,h,w]."""
+    return F.interpolate(mask[:, None].float(), size=(height, width), mode="nearest")[:, 0].bool()
+
+
+class Joiner(nn.Sequential):
+    """Backbone and positional encoding in one module (state-dict keys `0.*` and `1.*`)."""
+
+    def __init__(self, backbone: Backbone, position_encoding: nn.Module) -> None:
+        super().__init__(cast(nn.Module, backbone), position_encoding)
+        self.channels = backbone.channels
+        self.strides = backbone.strides
+
+    def forward(self, batch: PaddedBatch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return maps [N,C,H,W], masks [N,H,W] and encodings [N,C,H,W], finest level first."""
+        maps = self[0](batch.images)
+        located = [self.locate(batch.mask, m) for m in maps]
+        return maps, [mask for mask, _ in located], [pos for _, pos in located]
+
+    def locate(self, mask: Tensor, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mask and encoding for a map made from a batch with this padding mask."""
+        shrunk = shrink_mask(mask, feature_map.shape[2], feature_map.shape[3])
+        return shrunk, self[1](shrunk, feature_map.dtype)

@@ -1,0 +1,77 @@
+"""The backbone contract and the names it goes by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from util.errors import ConfigError, nearest_hint
+
+
+@dataclass(frozen=True)
+class BackboneOptions:
+    """What a backbone is built from.
+
+    `single_level`: only the last map, else the last three. `weights`: "imagenet", "none" or a
+    file. `frozen_stages`: 0 none, 1 stem, 2 stem and first stage, 5 all. `train_norm`: batch
+    norms learn, else they stay as loaded.
+    """
+
+    variant: str
+    single_level: bool = False
+    dilation: bool = False
+    weights: str = "none"
+    frozen_stages: int = 2
+    train_norm: bool = False
+
+
+class Backbone(Protocol):
+    """Map images to feature maps, finest level first."""
+
+    channels: tuple[int, ...]  # per returned map
+    strides: tuple[int, ...]  # input pixels per cell
+    mean: tuple[float, float, float]  # of the pictures it was trained on, 0..1, RGB
+    std: tuple[float, float, float]
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Shape: [N,3,H,W] -> maps [N,C,H/stride,W/stride]."""
+
+
+Factory = Callable[[BackboneOptions], Backbone]
+_FACTORIES: dict[str, Factory] = {}
+
+
+def register_backbone(source: str) -> Callable[[Factory], Factory]:
+    """Register a factory for names 'source/variant'."""
+
+    def register(factory: Factory) -> Factory:
+        if source in _FACTORIES:
+            raise ValueError(f"backbone source '{source}' is already registered")
+        _FACTORIES[source] = factory
+        return factory
+
+    return register
+
+
+def create_backbone(
+    name: str,
+    *,
+    single_level: bool = False,
+    dilation: bool = False,
+    weights: str = "none",
+    frozen_stages: int = 2,
+    train_norm: bool = False,
+) -> Backbone:
+    """Build the backbone called 'source/variant'; a bare name is torchvision's.
+
+    Raises:
+        ConfigError: unknown name, or weights that are missing or do not fit.
+    """
+    source, _, variant = name.rpartition("/") if "/" in name else ("torchvision", "", name)
+    if source not in _FACTORIES:
+        raise ConfigError(
+            f"--backbone {name}: unknown source '{source}'. {nearest_hint(source, _FACTORIES)}"
+        )
+    options = BackboneOptions(variant, single_level, dilation, weights, frozen_stages, train_norm)
+    return _FACTORIES[source](options)

@@ -1,0 +1,95 @@
+"""The set-prediction loss of all decoder layers at once."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from models.deformable_detr import DetectorOutput
+from models.losses import sigmoid_focal_loss
+from models.matcher import HungarianMatcher, Matches, PaddedTargets, pad_targets
+from util.batch import Target
+from util.box_ops import cxcywh_to_xyxy, generalized_iou
+
+# G prediction layers, N batch, Q predictions, P matched pairs.
+
+
+class SetCriterion:
+    """Match predictions with targets, then sum focal, L1 and GIoU losses (Sec. 4, DETR Sec. 3.1).
+
+    `weights` maps `loss_ce`, `loss_bbox` and `loss_giou` to their coefficients.
+    """
+
+    def __init__(
+        self, matcher: HungarianMatcher, *, weights: dict[str, float], focal_alpha: float = 0.25
+    ) -> None:
+        self.matcher = matcher
+        self.weights = weights
+        self.focal_alpha = focal_alpha
+
+    def __call__(self, outputs: DetectorOutput, targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Return unweighted losses under the official names, and `loss`, their weighted sum.
+
+        The last decoder layer has bare names, earlier ones end in `_0`, `_1`, ..., a two-stage
+        encoder in `_enc`. `class_error` is the percentage of matched queries of the last layer
+        whose best class is wrong; it carries no gradient.
+
+        Raises:
+            FloatingPointError: a prediction is not finite.
+        """
+        logits, boxes = outputs["layer_logits"], outputs["layer_boxes"]
+        padded = pad_targets(targets, logits.device)
+        groups = [(logits, boxes, padded)]
+        if "enc_logits" in outputs:
+            # proposals only tell objects from background: every target is class 0
+            binary = replace(padded, labels=torch.zeros_like(padded.labels))
+            groups.append((outputs["enc_logits"][None], outputs["enc_boxes"][None], binary))
+        matches = self.matcher(groups)
+        layers = len(logits)
+        suffixes = [[*(f"_{i}" for i in range(layers - 1)), ""], ["_enc"]]
+        losses: dict[str, Tensor] = {}
+        for group, found, names in zip(groups, matches, suffixes, strict=False):
+            for name, values in self._layer_losses(*group, found).items():
+                losses |= {name + s: value for s, value in zip(names, values, strict=True)}
+        total = torch.stack([self.weights[_base(name)] * v for name, v in losses.items()]).sum()
+        error = class_error(logits[-1], padded, matches[0])
+        return {"loss": total, **losses, "class_error": error}
+
+    def _layer_losses(
+        self, logits: Tensor, boxes: Tensor, targets: PaddedTargets, matches: Matches
+    ) -> dict[str, Tensor]:
+        """Return the three losses of each layer. Shape: each [G]."""
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        logits, boxes = logits.to(exact), boxes.to(exact)
+        num_boxes = max(sum(targets.counts), 1)
+        layer = torch.arange(len(logits), device=logits.device)[:, None]  # [G,1]
+        labels = targets.labels[matches.picture, matches.target]  # [G,P]
+        wanted = torch.zeros_like(logits)
+        wanted[layer, matches.picture, matches.query, labels] = 1.0
+        focal = sigmoid_focal_loss(logits, wanted, alpha=self.focal_alpha)
+        predicted = boxes[layer, matches.picture, matches.query]  # [G,P,4]
+        actual = targets.boxes[matches.picture, matches.target].to(exact)
+        giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(actual))
+        return {
+            "loss_ce": focal.sum((1, 2, 3)) / num_boxes,
+            "loss_bbox": (predicted - actual).abs().sum((1, 2)) / num_boxes,
+            "loss_giou": (1 - giou).sum(1) / num_boxes,
+        }
+
+
+def _base(name: str) -> str:
+    """Drop the layer suffix of a loss name."""
+    return "_".join(name.split("_")[:2])
+
+
+@torch.no_grad()
+def class_error(logits: Tensor, targets: PaddedTargets, matches: Matches) -> Tensor:
+    """Return the percentage of matched queries of the last layer with a wrong best class.
+
+    Shape: logits [N,Q,classes]; 0 where nothing is matched.
+    """
+    best = logits[matches.picture, matches.query[-1]].argmax(-1)
+    actual = targets.labels[matches.picture, matches.target[-1]]
+    wrong = (best != actual).sum().to(torch.float32)
+    return 100 * wrong / max(len(matches.picture), 1)

@@ -1,0 +1,136 @@
+"""Optimal assignment of targets to predictions (DETR, Sec. 3.1)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from util.batch import Target
+from util.box_ops import cxcywh_to_xyxy, generalized_iou
+
+# G prediction layers, N batch, Q predictions, T targets of a picture (padded to the most).
+
+
+@dataclass(frozen=True)
+class PaddedTargets:
+    """Targets of a batch in rectangular tensors.
+
+    Shape: labels [N,T] (0 where padded); boxes [N,T,4] cxcywh; counts per picture.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Matched pairs of every layer; each layer has the same number P of them.
+
+    Shape: picture [P]; query and target [G,P]: prediction `query[g, p]` of picture `picture[p]`
+    stands for that picture's target `target[g, p]`.
+    """
+
+    picture: Tensor
+    query: Tensor
+    target: Tensor
+
+
+def pad_targets(targets: Sequence[Target], device: torch.device) -> PaddedTargets:
+    """Put the targets of a batch into rectangular tensors on `device`."""
+    counts = [len(t["labels"]) for t in targets]
+    most = max(counts, default=0)
+    labels = [F.pad(t["labels"], (0, most - n)) for t, n in zip(targets, counts, strict=True)]
+    boxes = [F.pad(t["boxes"], (0, 0, 0, most - n)) for t, n in zip(targets, counts, strict=True)]
+    return PaddedTargets(
+        torch.stack(labels).to(device, non_blocking=True),
+        torch.stack(boxes).to(device, non_blocking=True),
+        counts,
+    )
+
+
+class HungarianMatcher:
+    """Match with a cost of class, box distance and GIoU (Deformable DETR, Appendix A.4)."""
+
+    def __init__(
+        self,
+        *,
+        cost_class: float = 2.0,
+        cost_bbox: float = 5.0,
+        cost_giou: float = 2.0,
+        focal_alpha: float = 0.25,
+    ) -> None:
+        if cost_class == cost_bbox == cost_giou == 0:
+            raise ValueError("all matching costs are 0")
+        self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
+        self.focal_alpha = focal_alpha
+
+    @torch.no_grad()
+    def cost(self, logits: Tensor, boxes: Tensor, targets: PaddedTargets) -> Tensor:
+        """Return what each assignment costs; columns of padded targets mean nothing.
+
+        Shape: logits [G,N,Q,classes]; boxes [G,N,Q,4] cxcywh; returns [G,N,Q,T].
+        """
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        logits, boxes, wanted = logits.to(exact), boxes.to(exact), targets.boxes.to(exact)
+        index = targets.labels[None, :, None].expand(*logits.shape[:3], -1)
+        logit = logits.gather(3, index)  # [G,N,Q,T], of the target's class
+        probability = logit.sigmoid()
+        # focal loss if the query took the target, less that if it stayed background
+        positive = self.focal_alpha * (1 - probability) ** 2 * -(probability + 1e-8).log()
+        negative = (1 - self.focal_alpha) * probability**2 * -(1 - probability + 1e-8).log()
+        distance = (boxes[:, :, :, None] - wanted[None, :, None]).abs().sum(-1)
+        giou = generalized_iou(
+            cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(wanted)[None, :, None]
+        )
+        return (
+            self.cost_class * (positive - negative)
+            + self.cost_bbox * distance
+            - self.cost_giou * giou
+        )
+
+    def __call__(self, groups: Sequence[tuple[Tensor, Tensor, PaddedTargets]]) -> list[Matches]:
+        """Assign every target of every layer of every group, with one transfer to the host.
+
+        Shape: each group is logits [G,N,Q,classes], boxes [G,N,Q,4] and its targets; a picture
+            with more targets than predictions keeps its Q cheapest.
+
+        Raises:
+            FloatingPointError: a cost is not finite.
+        """
+        costs = [self.cost(*group) for group in groups]
+        flat = torch.cat([c.flatten() for c in costs]).cpu().numpy()
+        matches, start = [], 0
+        for cost, (_, _, targets) in zip(costs, groups, strict=True):
+            block = flat[start : start + cost.numel()].reshape(cost.shape)
+            start += cost.numel()
+            matches.append(_assign(block, targets.counts, cost.device))
+        return matches
+
+
+def _assign(cost: "np.ndarray[Any, Any]", counts: Sequence[int], device: torch.device) -> Matches:
+    """Solve every layer and picture of a cost block [G,N,Q,T] on the host."""
+    layers, _, num_queries, _ = cost.shape
+    kept = [min(count, num_queries) for count in counts]
+    query = np.empty((layers, sum(kept)), dtype=np.int64)
+    target = np.empty_like(query)
+    for layer in range(layers):
+        start = 0
+        for picture, count in enumerate(counts):
+            block = cost[layer, picture, :, :count]
+            if not np.isfinite(block).all():
+                raise FloatingPointError(
+                    f"the matching cost of picture {picture} of the batch is not finite"
+                )
+            end = start + kept[picture]
+            query[layer, start:end], target[layer, start:end] = linear_sum_assignment(block)
+            start = end
+    pictures = np.repeat(np.arange(len(counts)), kept)
+    packed = torch.from_numpy(np.concatenate([pictures[None], query, target]))
+    packed = packed.to(device, non_blocking=True)
+    return Matches(packed[0], packed[1 : layers + 1], packed[layers + 1 :])
