@@ -1,6 +1,5 @@
 """Checkpoints of a run: written whole or not at all, plain tensors and JSON values inside."""
 
-import os
 import random
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from util.errors import CheckpointError
-from util.safe_load import load_safely
+from util.safe_load import load_safely, save_whole
 
 KEYS = (
     "model",
@@ -39,38 +38,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         TypeError: a value would not load again (`load_safely` builds no foreign objects).
     """
     _check_plain(dict(content), "checkpoint")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(dict(content), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch's writer reports a failed write as a RuntimeError, raised on top of the cause
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise CheckpointError(
-            f"{path}: cannot write the checkpoint: {cause.strerror or cause}. "
-            "Free space or choose another --output_dir; a previous file there is untouched."
-        ) from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    if os.name != "posix":  # folders cannot be opened elsewhere
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    save_whole(path, dict(content))
 
 
 def _check_plain(value: Any, place: str) -> None:

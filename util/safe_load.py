@@ -1,6 +1,7 @@
-"""Reading tensors from files of unknown origin without running anything they hold."""
+"""Files of tensors: read without running anything they hold, written whole or not at all."""
 
 import argparse
+import contextlib
 import os
 import pickle
 import re
@@ -49,6 +50,49 @@ def load_safely(path: Path) -> Any:
         raise CheckpointError(f"{path}: cannot be read: {_one_line(error)}.") from error
     except Exception as error:  # damaged bytes make the reader fail in any way
         raise CheckpointError(f"{path}: {_what_is_wrong(error)}") from error
+
+
+def save_whole(path: Path, content: Any) -> None:
+    """Replace `path` by `torch.save(content)` in one step, making its folder if needed.
+
+    A crash at any moment leaves the previous file or the new one.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; the previous file is
+            untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch's writer reports a failed write as a RuntimeError, raised on top of the cause
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointError(
+            f"{path}: cannot be written: {cause.strerror or cause}. "
+            "Free space or choose another folder; a previous file there is untouched."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # gone after a success; unreachable without a folder
+            temporary.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut."""
+    if os.name != "posix":  # folders cannot be opened elsewhere
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _check_file(path: Path) -> None:
