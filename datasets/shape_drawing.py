@@ -108,7 +108,8 @@ class _Placed:
 
 def draw_picture(rng: np.random.Generator) -> tuple[Image.Image, list[DrawnObject]]:
     """Draw a picture of 256x192 to 320x240 pixels with 1 to 12 objects, later ones on top."""
-    width, height = int(rng.integers(256, 321)), int(rng.integers(192, 241))
+    # Twenty sizes: enough for evaluation to form batches of equal ones.
+    width, height = 16 * int(rng.integers(16, 21)), 16 * int(rng.integers(12, 16))
     canvas = _background(rng, width, height)
     placed: list[_Placed] = []
     for _ in range(int(rng.integers(1, MAX_OBJECTS + 1))):

@@ -1,0 +1,84 @@
+"""Turn data options into data sets."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from configs.schema import DataConfig
+from datasets.coco import CocoDetection, CocoIndex
+from datasets.transforms import EvalTransform, TrainTransform, Transform
+from util.classes import Classes
+from util.errors import DataError
+
+Split = Literal["train", "val"]
+
+
+def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
+    """Return the image folder and the annotation file of a split.
+
+    `--train_images` and `--train_annotations` (or `--val_...`) win over `--coco_path`.
+
+    Raises:
+        DataError: no option, or only one of the two, says where the data lies.
+    """
+    images, annotations = (
+        (cfg.train_images, cfg.train_annotations)
+        if split == "train"
+        else (cfg.val_images, cfg.val_annotations)
+    )
+    if bool(images) != bool(annotations):
+        given, lacking = ("images", "annotations") if images else ("annotations", "images")
+        raise DataError(
+            f"--{split}_{given}: expected --{split}_{lacking} with it, got none. Give both."
+        )
+    if images:
+        return Path(images), Path(annotations)
+    if cfg.coco_path:
+        root = Path(cfg.coco_path)
+        return root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
+    raise DataError(
+        f"{split} data: expected --coco_path DIR, or --{split}_images DIR with "
+        f"--{split}_annotations FILE, got neither. Say where the data lies."
+    )
+
+
+def build_transform(
+    cfg: DataConfig, *, train: bool, mean: Sequence[float], std: Sequence[float]
+) -> Transform:
+    """Return the preparation of pictures for training or for evaluation."""
+    if not train:
+        return EvalTransform(
+            eval_scale=cfg.eval_scale, max_size=cfg.max_size, mean=tuple(mean), std=tuple(std)
+        )
+    least, greatest = cfg.crop_size
+    return TrainTransform(
+        train_scales=cfg.train_scales,
+        max_size=cfg.max_size,
+        hflip=cfg.hflip,
+        random_crop=cfg.random_crop,
+        crop_scales=cfg.crop_scales,
+        crop_size=(least, greatest),
+        mean=tuple(mean),
+        std=tuple(std),
+    )
+
+
+def build_dataset(
+    cfg: DataConfig,
+    split: Split,
+    *,
+    train: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+    classes: Classes | None = None,
+) -> CocoDetection:
+    """Read a split, with training augmentation if `train`, labelled in `classes` if given.
+
+    Raises:
+        DataError: see `data_paths`, `CocoIndex.load` and `map_classes`.
+    """
+    image_dir, annotation_file = data_paths(cfg, split)
+    index = CocoIndex.load(annotation_file, image_dir, need_boxes=True)
+    transform = build_transform(cfg, train=train, mean=mean, std=std)
+    return CocoDetection(index, transform, seed=seed, classes=classes)

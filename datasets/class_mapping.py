@@ -1,0 +1,39 @@
+"""Relate the classes of a data set to the labels of a model trained on another one."""
+
+from util.classes import Classes
+from util.errors import DataError
+
+
+def map_classes(data: Classes, model: Classes) -> dict[int, int]:
+    """Return data category id -> model label.
+
+    Classes are matched by name where the model knows every name of the data, else by id where it
+    knows every id under the same name. A category called by its number, or a model without any
+    names, contradicts nothing; in a model with names, an unnamed label is not in use.
+
+    Raises:
+            DataError: the model does not know some class of the data.
+    """
+    by_name = {name: label for label, name in enumerate(model.names) if name}
+    unique = len(set(data.names)) == len(data.names) and len(by_name) == sum(map(bool, model.names))
+    if unique and all(name in by_name for name in data.names):
+        return {i: by_name[name] for i, name in zip(data.ids, data.names, strict=True)}
+    unknown = [
+        name or str(i)
+        for i, name in zip(data.ids, data.names, strict=True)
+        if i not in model.label_of or not _compatible(name, i, model)
+    ]
+    if not unknown:
+        return {i: model.label_of[i] for i in data.ids}
+    shown = ", ".join(repr(name) for name in unknown[:10]) + (", ..." if len(unknown) > 10 else "")
+    raise DataError(
+        f"classes: expected data with classes the model knows, got {len(unknown)} of {len(data)} "
+        f"that it does not: {shown}. Evaluate on data with its classes, or train with --finetune."
+    )
+
+
+def _compatible(name: str, category_id: int, model: Classes) -> bool:
+    if not any(model.names):
+        return True
+    other = model.names[model.label_of[category_id]]
+    return other != "" and (name == other or str(category_id) in (name, other))

@@ -1,0 +1,303 @@
+"""COCO-format detection data: the index of a checked file, and the data set that reads it."""
+
+import contextlib
+import io
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datasets.class_mapping import map_classes
+from datasets.coco_json import Annotations, Images, name_boxes, read_coco_json
+from datasets.image_reading import READ_ERRORS, read_rgb, read_size
+from datasets.transforms import Prepared, Sample, Transform, clip_boxes
+from util.batch import Target, UnreadableImage
+from util.box_ops import xyxy_to_cxcywh
+from util.classes import Classes
+from util.errors import DataError
+
+_SIZES_CHECKED = 100  # pictures whose stated size is compared with the file when an index is made
+_CLASSES_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class CocoIndex:
+    """A COCO-format file, checked, in flat arrays.
+
+    `annotations` are those that evaluation counts, as in the file. Training uses a part of them,
+    clipped: picture i has `boxes[first[i]:first[i + 1]]` ([B,4] xyxy pixels) with `labels` [B].
+    `notices` holds a line on everything that was repaired or left out.
+    """
+
+    annotation_file: Path
+    image_dir: Path
+    classes: Classes
+    images: Images
+    annotations: Annotations
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    first: NDArray[np.int64]
+    notices: list[str]
+
+    @classmethod
+    def load(cls, json_path: Path, image_dir: Path, *, need_boxes: bool) -> "CocoIndex":
+        """Read and check a COCO-format file and the folder of its pictures.
+
+        Without `need_boxes` the file may have no annotations (as test-dev has none).
+
+        Raises:
+            DataError: see `read_coco_json`; or there is no such folder, none of the pictures is
+                in it, or there is no box to train on where `need_boxes`.
+        """
+        if not image_dir.is_dir():
+            raise DataError(f"{image_dir}: expected a folder of pictures, found none.")
+        content = read_coco_json(json_path, need_boxes=need_boxes)
+        notices = list(content.notices)
+        images = _complete_sizes(content.images, image_dir, notices)
+        boxes, usable = _clip(content.annotations, images, notices)
+        if need_boxes and not usable.any():
+            raise DataError(
+                f"{json_path}: expected at least one usable box, got none among "
+                f"{len(content.annotations.ids)} annotations. "
+                + (f"Noticed: {'; '.join(notices)}." if notices else "Give another file.")
+            )
+        image = content.annotations.image[usable]
+        order = np.argsort(image, kind="stable")
+        first = np.searchsorted(image[order], np.arange(len(images.ids) + 1))
+        empty = int((np.diff(first) == 0).sum())
+        if need_boxes and empty:
+            notices.append(f"pictures without boxes: {empty} of {len(images.ids)}, kept")
+        return cls(
+            annotation_file=json_path,
+            image_dir=image_dir,
+            classes=content.classes,
+            images=images,
+            annotations=content.annotations,
+            boxes=boxes[usable][order],
+            labels=content.annotations.labels[usable][order],
+            first=first,
+            notices=notices,
+        )
+
+    def __len__(self) -> int:
+        return len(self.images.ids)
+
+    @cached_property
+    def coco_gt(self) -> COCO:
+        """The ground truth for pycocotools: `annotations`, with areas and crowd flags filled in.
+
+        Annotations are numbered from 1: pycocotools takes an id of 0 for "no match".
+        """
+        found, ids = self.annotations, self.classes.ids
+        annotations: list[dict[str, Any]] = [
+            {
+                "id": number + 1,
+                "image_id": int(self.images.ids[found.image[number]]),
+                "category_id": ids[found.labels[number]],
+                "bbox": found.xywh[number].tolist(),
+                "area": float(found.area[number]),
+                "iscrowd": int(found.crowd[number]),
+            }
+            for number in range(len(found.ids))
+        ]
+        images = [
+            {"id": int(i), "file_name": name, "height": int(height), "width": int(width)}
+            for i, name, (height, width) in zip(
+                self.images.ids, self.images.file_names, self.images.sizes, strict=True
+            )
+        ]
+        categories = [
+            {"id": i, "name": name} for i, name in zip(ids, self.classes.names, strict=True)
+        ]
+        coco = COCO()
+        coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
+
+    def summary(self) -> str:
+        """Return a line of counts and a line with the boxes of each class, most frequent first."""
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        order = np.argsort(-counts, kind="stable")
+        shown = [f"{self.classes.names[k]} {counts[k]}" for k in order[:_CLASSES_SHOWN]]
+        rest = len(self.classes) - len(shown)
+        more = [f"{rest} more with {counts[order[_CLASSES_SHOWN:]].sum()}"] if rest else []
+        return (
+            f"{self.annotation_file.name}: {len(self)} images, {len(self.boxes)} boxes, "
+            f"{int((np.diff(self.first) == 0).sum())} images without boxes, "
+            f"{int(self.annotations.crowd.sum())} crowd boxes, {len(self.classes)} classes\n"
+            f"  boxes by class: {', '.join([*shown, *more])}"
+        )
+
+
+class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
+    """Pictures of an index, prepared by `transform`, with targets as in `util.batch.Batch`.
+
+    What the transform draws depends on (seed, epoch, position) alone, not on worker processes.
+    """
+
+    def __init__(
+        self,
+        index: CocoIndex,
+        transform: Transform,
+        *,
+        seed: int = 0,
+        classes: Classes | None = None,
+    ) -> None:
+        """Take labels from the index, or from `classes`, the label space of a checkpoint.
+
+        Raises:
+            DataError: `classes` lacks a class of the data.
+        """
+        self.index = index
+        self.classes = index.classes if classes is None else classes
+        mapping = map_classes(index.classes, self.classes)
+        self._label_of = np.array([mapping[i] for i in index.classes.ids], dtype=np.int64)
+        self._transform = transform
+        self._seed = seed
+        # Shared memory: worker processes that outlive an epoch see the next one.
+        self._epoch: Tensor = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Target] | UnreadableImage:
+        index = self.index
+        image_id = int(index.images.ids[position])
+        path = index.image_dir / index.images.file_names[position]
+        height, width = index.images.sizes[position].tolist()
+        try:
+            image = read_rgb(path, (height, width))
+        except READ_ERRORS as error:
+            return UnreadableImage(image_id, str(path), f"{type(error).__name__}: {error}")
+        generator = seeded_generator(self._seed, int(self._epoch), position)
+        prepared = self._transform(self._sample(image, position), generator)
+        return prepared.image, make_target(prepared, image_id, (image.height, image.width))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw augmentation anew; call it before the loader is iterated."""
+        self._epoch.fill_(epoch)
+
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """Return the (height, width) of each picture, (0, 0) where it is unknown."""
+        return [(int(h), int(w)) for h, w in self.index.images.sizes]
+
+    def output_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """Return the size after the transform, None where it is random."""
+        return self._transform.output_size(height, width)
+
+    def _sample(self, image: Image.Image, position: int) -> Sample:
+        part = slice(self.index.first[position], self.index.first[position + 1])
+        boxes = torch.from_numpy(self.index.boxes[part].copy())
+        labels = torch.from_numpy(self._label_of[self.index.labels[part]])
+        # The file may be smaller than it was said to be.
+        return clip_boxes(Sample(image, boxes, labels))
+
+
+def make_target(prepared: Prepared, image_id: int, orig_size: tuple[int, int]) -> Target:
+    """Return the target of a prepared picture; see `util.batch.Batch` for its entries."""
+    height, width = prepared.image.shape[-2:]
+    scale = torch.tensor([width, height, width, height], dtype=torch.float32)
+    return {
+        "image_id": torch.tensor(image_id, dtype=torch.int64),
+        "labels": prepared.labels,
+        "boxes": xyxy_to_cxcywh(prepared.boxes / scale),
+        "orig_size": torch.tensor(orig_size, dtype=torch.int64),
+        "size": torch.tensor([height, width], dtype=torch.int64),
+    }
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """Return a generator whose stream depends on all numbers of `key` (non-negative)."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def _complete_sizes(images: Images, image_dir: Path, notices: list[str]) -> Images:
+    """Check that the pictures are there, and read the sizes that the file does not state."""
+    missing = _missing(images.file_names, image_dir)
+    if len(missing) == len(images.ids):
+        raise DataError(
+            f"{image_dir / images.file_names[0]}: expected a picture, found none; the same for "
+            f"all {len(images.ids)} of the annotation file. Check the image folder."
+        )
+    if missing:
+        shown = ", ".join(f"'{images.file_names[i]}'" for i in missing[:3])
+        more = ", ..." if len(missing) > 3 else ""
+        notices.append(
+            f"pictures not in the folder: {len(missing)} of {len(images.ids)}, skipped "
+            f"({shown}{more})"
+        )
+    present = np.setdiff1d(np.arange(len(images.ids)), missing)
+    stated = np.asarray(images.sizes.all(axis=1))
+    sizes = images.sizes.copy()
+    for i in present[~stated[present]]:
+        sizes[i] = read_size(image_dir / images.file_names[i], upright=False) or (0, 0)
+    if not stated.all():
+        notices.append(
+            f"images without width and height: {int((~stated).sum())}, read from the picture files"
+        )
+    _compare_sizes(images, present[stated[present]], image_dir, notices)
+    return Images(images.ids, images.file_names, sizes)
+
+
+def _compare_sizes(
+    images: Images, present: NDArray[np.int64], image_dir: Path, notices: list[str]
+) -> None:
+    """Compare the sizes stated with the files', for some pictures spread over the set."""
+    chosen = present[:: max(1, len(present) // _SIZES_CHECKED)]
+    wrong = []
+    for i in chosen:
+        path, stated = image_dir / images.file_names[i], tuple(images.sizes[i].tolist())
+        true = {read_size(path, upright=upright) for upright in (False, True)}
+        if true != {None} and stated not in true:
+            wrong.append(f"'{images.file_names[i]}'")
+    if wrong:
+        more = ", ..." if len(wrong) > 3 else ""
+        notices.append(
+            f"width and height other than the picture file's: {len(wrong)} of {len(chosen)} "
+            f"checked ({', '.join(wrong[:3])}{more}); the file's size is used"
+        )
+
+
+def _missing(file_names: list[str], image_dir: Path) -> list[int]:
+    """Return the positions of names without a file, listing each folder once."""
+    by_folder: dict[PurePath, list[int]] = defaultdict(list)
+    for i, name in enumerate(file_names):
+        by_folder[PurePath(name).parent].append(i)
+    missing = []
+    for folder, positions in by_folder.items():
+        path = image_dir / folder
+        there = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+        missing += [i for i in positions if PurePath(file_names[i]).name not in there]
+    return sorted(missing)
+
+
+def _clip(
+    annotations: Annotations, images: Images, notices: list[str]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return the boxes clipped to their pictures [A,4] xyxy and which of them train [A]."""
+    size = images.sizes[annotations.image][:, ::-1].astype(np.float64)
+    bound = np.where(size > 0, size, np.inf)
+    low, high = annotations.xywh[:, :2], annotations.xywh[:, :2] + annotations.xywh[:, 2:]
+    boxes = np.concatenate([np.clip(low, 0, bound), np.clip(high, 0, bound)], axis=1)
+    boxes32 = boxes.astype(np.float32)
+    inside = np.asarray((boxes32[:, 2:] > boxes32[:, :2]).all(axis=1))
+    past = inside & np.asarray(((low < -1) | (high > bound + 1)).any(axis=1))
+    for kind, chosen in (
+        ("bbox outside its picture, not trained on", ~inside & ~annotations.crowd),
+        ("bbox reaches past its picture, clipped", past & ~annotations.crowd),
+    ):
+        if chosen.any():
+            notices.append(name_boxes(kind, annotations, images, chosen))
+    return boxes32, inside & ~annotations.crowd
