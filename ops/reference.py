@@ -21,7 +21,7 @@ def ms_deform_attn(
     """
     n, _, m, d = value.shape
     q, levels, k = sampling_locations.shape[1], len(spatial_shapes), sampling_locations.shape[4]
-    per_head = value.permute(0, 2, 3, 1).reshape(n * m, d, -1)  # [N*M, D, S]
+    per_head = value.permute(0, 2, 3, 1).flatten(0, 1)  # [N*M, D, S]
     grids = (2 * sampling_locations - 1).transpose(1, 2)  # [N, M, Q, L, K, 2], -1..1
     sampled = []
     start = 0
