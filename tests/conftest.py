@@ -1,0 +1,38 @@
+"""What every test shares: fixed seeds, a clean default dtype, data kept beside the repository."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# Timing says nothing on a loaded machine; the same examples on every run make failures repeat.
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """Seed before each test and undo a changed default dtype after it."""
+    dtype = torch.get_default_dtype()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    yield
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """Return a function from a name to its path in `../shared`; it skips where that is absent."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"needs ../shared/{name}, which is not beside this repository")
+        return path
+
+    return find
