@@ -63,22 +63,30 @@ def build_transform(
     )
 
 
+def load_index(cfg: DataConfig, split: Split) -> CocoIndex:
+    """Read and check a split's annotations.
+
+    Raises:
+        DataError: see `data_paths` and `CocoIndex.load`.
+    """
+    image_dir, annotation_file = data_paths(cfg, split)
+    return CocoIndex.load(annotation_file, image_dir, need_boxes=True)
+
+
 def build_dataset(
     cfg: DataConfig,
-    split: Split,
+    index: CocoIndex,
     *,
     train: bool,
     mean: Sequence[float],
     std: Sequence[float],
-    seed: int,
+    seed: int = 0,
     classes: Classes | None = None,
 ) -> CocoDetection:
-    """Read a split, with training augmentation if `train`, labelled in `classes` if given.
+    """Return an index's pictures, augmented if `train`, labelled in `classes` if given.
 
     Raises:
-        DataError: see `data_paths`, `CocoIndex.load` and `map_classes`.
+        DataError: `classes` lacks a class of the data.
     """
-    image_dir, annotation_file = data_paths(cfg, split)
-    index = CocoIndex.load(annotation_file, image_dir, need_boxes=True)
     transform = build_transform(cfg, train=train, mean=mean, std=std)
     return CocoDetection(index, transform, seed=seed, classes=classes)

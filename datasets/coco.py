@@ -162,6 +162,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         self.classes = index.classes if classes is None else classes
         mapping = map_classes(index.classes, self.classes)
         self._label_of = np.array([mapping[i] for i in index.classes.ids], dtype=np.int64)
+        self.label_to_category = {label: category for category, label in mapping.items()}
         self._transform = transform
         self._seed = seed
         # Shared memory: worker processes that outlive an epoch see the next one.
@@ -183,6 +184,17 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         generator = seeded_generator(self._seed, int(self._epoch), position)
         prepared = self._transform(self._sample(image, position), generator)
         return prepared.image, make_target(prepared, image_id, (image.height, image.width))
+
+    def read_picture(self, image_id: int) -> Image.Image | None:
+        """Return a picture as it is stored, None if it cannot be read."""
+        position = int(np.flatnonzero(self.index.images.ids == image_id)[0])
+        height, width = self.index.images.sizes[position].tolist()
+        try:
+            return read_rgb(
+                self.index.image_dir / self.index.images.file_names[position], (height, width)
+            )
+        except READ_ERRORS:
+            return None
 
     def set_epoch(self, epoch: int) -> None:
         """Draw augmentation anew; call it before the loader is iterated."""

@@ -63,7 +63,7 @@ def read_coco_json(path: Path, *, need_boxes: bool) -> CocoContent:
 
     Raises:
         DataError: the file is missing or is not JSON, a section is missing or empty, ids repeat,
-            or an annotation names an image or a category that does not exist.
+            an annotation names an image or a category that does not exist, or boxes are fractions.
     """
     content = _load(path)
     required = ["images", "categories", *(["annotations"] if need_boxes else [])]
@@ -88,6 +88,7 @@ def read_coco_json(path: Path, *, need_boxes: bool) -> CocoContent:
     read = _read_images(images, path)
     annotations = _read_annotations(entries, read, classes, path)
     annotations = _drop_unusable(annotations, read, notices)
+    _refuse_fractions(annotations, path)
     return CocoContent(classes, read, annotations, notices)
 
 
@@ -210,3 +211,12 @@ def _drop_unusable(annotations: Annotations, images: Images, notices: list[str])
         if chosen.any():
             notices.append(name_boxes(kind, annotations, images, chosen))
     return annotations.select(~(broken | flat))
+
+
+def _refuse_fractions(annotations: Annotations, path: Path) -> None:
+    xywh = annotations.xywh
+    if xywh.size and xywh.max() <= 1 and (xywh % 1).any():
+        raise DataError(
+            f"{path}: expected boxes as x, y, width, height in pixels, got values from 0 to 1. "
+            "Multiply them by the picture's width and height."
+        )

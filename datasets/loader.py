@@ -1,6 +1,7 @@
 """Batches from data sets: collation, the order of pictures, and the two kinds of loader."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -40,15 +41,19 @@ class ShuffledBatchSampler(Sampler[list[int]]):
         self._rank = rank
         self._world_size = world_size
         self._epoch = 0
+        self._first_batch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of `epoch` for the next iteration."""
-        self._epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the order of `epoch` for the next iteration, and how many batches to pass over."""
+        self._epoch, self._first_batch = epoch, first_batch
 
     def __len__(self) -> int:
         return max(1, self._num_full())
 
     def __iter__(self) -> Iterator[list[int]]:
+        return islice(self._batches(), self._first_batch, None)
+
+    def _batches(self) -> Iterator[list[int]]:
         generator = seeded_generator(self._seed, self._epoch)
         order = torch.randperm(self._num_samples, generator=generator).tolist()
         if self._num_full() == 0:
@@ -157,12 +162,15 @@ class TrainLoader(DataLoader[Item]):
             # Its own generator: loading data leaves the model's random numbers alone.
             generator=seeded_generator(seed),
         )
-        self._set_epoch = (dataset.set_epoch, batch_sampler.set_epoch)
+        self._augmentation, self._order = dataset, batch_sampler
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose order and augmentation of `epoch`; call it before each pass over the data."""
-        for part in self._set_epoch:
-            part(epoch)
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose order and augmentation of `epoch`; call it before each pass over the data.
+
+        A resumed epoch passes over its first batches without reading them.
+        """
+        self._augmentation.set_epoch(epoch)
+        self._order.set_epoch(epoch, first_batch)
 
 
 def train_loader(

@@ -171,31 +171,31 @@ def _random_object(rng: np.random.Generator, width: int, height: int) -> _Placed
     outlines = [outline @ turn + centre for outline in OUTLINES[name]]
     left, top = np.maximum(np.floor(outlines[0].min(0)) - 1, 0).astype(int)
     right, bottom = np.minimum(np.ceil(outlines[0].max(0)) + 1, (width, height)).astype(int)
-    fine = Image.new("1", ((right - left) * SUBPIXELS, (bottom - top) * SUBPIXELS))
+    fine = Image.new("L", ((right - left) * SUBPIXELS, (bottom - top) * SUBPIXELS))
     pen = ImageDraw.Draw(fine)
-    for fill, outline in zip((1, 0), outlines, strict=False):
+    for fill, outline in zip((255, 0), outlines, strict=False):
         # ImageDraw puts the centre of a subpixel at whole coordinates.
         points = (outline - (left, top)) * SUBPIXELS - 0.5
         pen.polygon([(float(px), float(py)) for px, py in points], fill=fill)
-    mask = np.array(fine, dtype=np.bool_)
+    mask = np.asarray(fine) > 0
     return _Placed(CATEGORY_IDS[name], int(left), int(top), mask, int(mask.sum()))
 
 
 def _paint(rng: np.random.Generator, canvas: FloatArray, new: _Placed) -> None:
     """Blend the object into the picture by its coverage of each pixel."""
-    fine = Image.fromarray(new.mask.view(np.uint8) * np.uint8(255))
+    fine = Image.fromarray(np.where(new.mask, 255, 0).astype(np.uint8))
     coverage = np.asarray(fine.reduce(SUBPIXELS), dtype=np.float32)[..., None] / 255
     width = coverage.shape[1]
     behind = canvas[new.window]
-    mean = behind.mean(axis=(0, 1))
+    mean = np.average(behind, axis=(0, 1), weights=np.broadcast_to(coverage, behind.shape))
     colour = _contrasting(lambda: rng.uniform(0, 255, size=3), mean)
-    shade = np.linspace(-1, 1, width, dtype=np.float32)[None, :, None] * rng.uniform(-25, 25)
+    shade = np.linspace(-1, 1, width, dtype=np.float32)[None, :, None] * rng.uniform(-20, 20)
     canvas[new.window] = behind + coverage * (colour + shade - behind).astype(np.float32)
 
 
 def _contrasting(draw: Callable[[], Points], mean: FloatArray) -> Points:
     """Draw colours until one stands out from what is behind."""
     colour = draw()
-    while np.abs(colour - mean).sum() < 120:
+    while np.abs(colour - mean).sum() < 170:
         colour = draw()
     return colour
