@@ -163,6 +163,31 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(_Checked):
+    """What `eval` needs besides the data; everything else is in the checkpoint."""
+
+    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    output_dir: str = option("", "folder for eval/; default: that of the checkpoint")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    batch_size: int = option(0, "pictures per step; 0 means that of the run, else 1", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(_Checked):
+    """What `predict` needs."""
+
+    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    input: tuple[str, ...] = option((), "pictures, folders or globs")
+    output_dir: str = option("", "folder for pictures and predictions.json")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    batch_size: int = option(1, "pictures per step", low=1)
+    score_threshold: float = option(0.3, "least score of a box that is drawn", low=0, high=1)
+    eval_scale: int = option(0, "short side, pixels; 0 means that of the checkpoint", low=0)
+    max_size: int = option(0, "longest long side, pixels; 0 means that of the checkpoint", low=0)
+    num_workers: int = option(2, "loader processes", low=0)
+
+
 SECTIONS: Mapping[str, type[Any]] = {
     "model": ModelConfig,
     "loss": LossConfig,
@@ -181,11 +206,21 @@ def build_config(values: Mapping[str, Mapping[str, Any]]) -> Config:
     return Config(**{name: cls(**values.get(name, {})) for name, cls in SECTIONS.items()})
 
 
-def load_config(file: str | None, overrides: Values) -> Config:
-    """Merge a preset or file with the options given on the command line.
+_LOCATIONS = ("coco_path", "train_images", "train_annotations", "val_images", "val_annotations")
+
+
+def merge_options(base: Values, given: Values) -> Values:
+    """Put options on top of others; a data location replaces every location below it."""
+    if any(name in given.get("data", {}) for name in _LOCATIONS):
+        data = {k: v for k, v in base.get("data", {}).items() if k not in _LOCATIONS}
+        base = {**base, "data": data}
+    return merge(base, given)
+
+
+def load_layers(file: str | None, given: Values) -> Values:
+    """Return the options of a preset or file with those of the command line on top.
 
     Raises:
-        ConfigError: see `util.config.load_file` and `build_config`.
+        ConfigError: see `util.config.load_file`.
     """
-    layers = [load_file(Path(file), SECTIONS)] if file else []
-    return build_config(merge(*layers, overrides))
+    return merge_options(load_file(Path(file), SECTIONS), given) if file else given

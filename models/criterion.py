@@ -56,6 +56,10 @@ class SetCriterion:
         error = class_error(logits[-1], padded, matches[0])
         return {"loss": total, **losses, "class_error": error}
 
+    def weight(self, name: str) -> float | None:
+        """Return the coefficient of a loss of any layer, None for what is only reported."""
+        return self.weights.get(_base(name))
+
     def _layer_losses(
         self, logits: Tensor, boxes: Tensor, targets: PaddedTargets, matches: Matches
     ) -> dict[str, Tensor]:

@@ -21,6 +21,8 @@ class Joiner(nn.Sequential):
         super().__init__(cast(nn.Module, backbone), position_encoding)
         self.channels = backbone.channels
         self.strides = backbone.strides
+        self.mean = backbone.mean
+        self.std = backbone.std
 
     def forward(self, batch: PaddedBatch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return maps [N,C,H,W], masks [N,H,W] and encodings [N,C,H,W], finest level first."""
