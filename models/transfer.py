@@ -1,0 +1,245 @@
+"""Weights into a model: all of them, strictly, or for fine-tuning as far as they fit."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from models.official import count_layers, official_options
+from util.classes import Classes
+from util.errors import CheckpointError
+
+_CLASS_HEAD = re.compile(r"(?:transformer\.decoder\.)?class_embed\.(\d+)\.(?:weight|bias)")
+_HEAD = re.compile(r"((?:transformer\.decoder\.)?(?:class|bbox)_embed)\.(\d+)\.(.+)")
+_QUERIES = "query_embed.weight"
+_COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none
+_LEAST_COPIED = 1 / 3
+_QUERY_NOISE = 0.1
+
+
+def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Load every tensor; names and shapes must agree exactly.
+
+    Raises:
+        CheckpointError: some do not; the first few are named.
+    """
+    target = {k: v for k, v in model.state_dict().items() if not k.endswith(_COUNTER)}
+    given = {k: v for k, v in state_dict.items() if not k.endswith(_COUNTER)}
+    wrong = [f"'{k}' is missing" for k in target if k not in given]
+    wrong += [f"'{k}' is not in the model" for k in given if k not in target]
+    wrong += [
+        f"'{k}' is {tuple(given[k].shape)}, the model's {tuple(tensor.shape)}"
+        for k, tensor in target.items()
+        if k in given and given[k].shape != tensor.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"{source}: expected the weights of this model, but {', '.join(wrong[:3])}{more}. "
+            "Build the model with the checkpoint's options, or start from it with --finetune."
+        )
+    model.load_state_dict(dict(state_dict), strict=False)
+
+
+@dataclass
+class TransferReport:
+    """What became of every tensor of a checkpoint and of a model.
+
+    `copied`: names copied whole. `by_name`: class-head tensors filled row by row.
+    `reinitialised`: names of the model that keep fresh weights -> why. `ignored`: names of the
+    checkpoint without use -> why. `adapted`: tensors changed to fit -> how.
+    """
+
+    copied: list[str] = field(default_factory=list)
+    by_name: list[str] = field(default_factory=list)
+    adapted: dict[str, str] = field(default_factory=dict)
+    reinitialised: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    matched_classes: tuple[str, ...] = ()
+    fresh_classes: tuple[str, ...] = ()
+
+    def table(self) -> str:
+        """Return a few lines: counts, and groups of keys with what happened to them."""
+        known = len(self.matched_classes)
+        rows = [("copied", len(self.copied), "")]
+        rows.append(
+            (
+                "rows by class name",
+                len(self.by_name),
+                f"{known} of {known + len(self.fresh_classes)} classes known"
+                + (f", fresh: {_some(self.fresh_classes)}" if self.fresh_classes else ""),
+            )
+        )
+        for title, entries in (
+            ("adapted", self.adapted),
+            ("re-initialised", self.reinitialised),
+            ("ignored", self.ignored),
+        ):
+            rows.append((title, len(entries), _groups(entries)))
+        return "\n".join(f"{a:<18} {n:>4} tensors  {text}".rstrip() for a, n, text in rows)
+
+
+def transfer(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    *,
+    source_classes: Classes,
+    target_classes: Classes,
+) -> TransferReport:
+    """Start `model` from the weights of another training, as far as they fit.
+
+    Tensors of equal name and shape are copied. Rows of the class heads follow the class name
+    (upper and lower case alike; an unnamed class matches nothing), so labels may have another
+    order or number. A two-stage model ranks proposals by row 0 of the encoder's class head: that
+    row is kept. Missing queries are noisy copies of the first ones (equal queries would never
+    part). Everything else keeps its fresh weights and is reported.
+
+    Raises:
+        CheckpointError: less than a third of the model's parameters could be copied.
+    """
+    pairs = _matching_rows(source_classes, target_classes)
+    matched = {target for _, target in pairs}
+    report = TransferReport(
+        matched_classes=tuple(target_classes.names[i] for i in sorted(matched)),
+        fresh_classes=tuple(n for i, n in enumerate(target_classes.names) if i not in matched),
+    )
+    source = {k: v for k, v in state_dict.items() if not k.endswith(_COUNTER)}
+    target = {k: v for k, v in model.state_dict().items() if not k.endswith(_COUNTER)}
+    origin = _origins(source, target)
+    used = set(origin.values())
+    with torch.no_grad():
+        for name, tensor in target.items():
+            if name in origin:
+                _fill(name, tensor, source[origin[name]], _rows_for(name, target, pairs), report)
+            else:
+                report.reinitialised[name] = "not in the checkpoint"
+    _drop_aliases(report, target)
+    report.ignored.update({k: "not in the model" for k in source if k not in used})
+    _check_enough(report, source, target)
+    return report
+
+
+def _matching_rows(source: Classes, target: Classes) -> list[tuple[int, int]]:
+    """Return (source label, target label) of every class named alike."""
+    label_of = {name.casefold(): i for i, name in enumerate(source.names) if name}
+    names = [name.casefold() for name in target.names]
+    return [(label_of[name], i) for i, name in enumerate(names) if name in label_of]
+
+
+def _proposal_index(state_dict: Mapping[str, Tensor]) -> int | None:
+    """Return the number of the encoder's head in a two-stage model."""
+    if "transformer.enc_output.weight" not in state_dict:
+        return None
+    return count_layers(state_dict, "transformer.decoder.layers")
+
+
+def _origins(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the source name for every target name that has one.
+
+    Heads are found under any of their aliases; the encoder's comes after the decoder's, so its
+    number follows the number of layers, and it never serves as a decoder's head.
+    """
+    theirs, ours = _proposal_index(source), _proposal_index(target)
+    origins = {}
+    for name in target:
+        candidates = [name]
+        head = _HEAD.fullmatch(name)
+        if head:
+            index = int(head[2])
+            if (index == ours and theirs is None) or (index != ours and index == theirs):
+                continue
+            number = theirs if index == ours else index
+            stem = head[1].removeprefix("transformer.decoder.")
+            candidates = [f"{head[1]}.{number}.{head[3]}"]
+            candidates += [f"{p}{stem}.{number}.{head[3]}" for p in ("", "transformer.decoder.")]
+        found = next((c for c in candidates if c in source), None)
+        if found is not None:
+            origins[name] = found
+    return origins
+
+
+def _rows_for(
+    name: str, target: Mapping[str, Tensor], pairs: list[tuple[int, int]]
+) -> list[tuple[int, int]] | None:
+    """Return which rows to copy, None to copy the tensor whole."""
+    head = _CLASS_HEAD.fullmatch(name)
+    if head is None:
+        return None
+    return [(0, 0)] if int(head[1]) == _proposal_index(target) else pairs
+
+
+def _fill(
+    name: str,
+    tensor: Tensor,
+    given: Tensor,
+    rows: list[tuple[int, int]] | None,
+    report: TransferReport,
+) -> None:
+    if rows == []:
+        report.reinitialised[name] = "no class of a known name"
+    elif rows is not None and tensor.shape[1:] == given.shape[1:]:
+        for theirs, ours in rows:
+            tensor[ours].copy_(given[theirs])
+        report.by_name.append(name)
+    elif name == _QUERIES and tensor.shape[1:] == given.shape[1:] and len(tensor) != len(given):
+        _fill_queries(tensor, given)
+        report.adapted[name] = f"{len(given)} queries to {len(tensor)}"
+    elif rows is None and tensor.shape == given.shape:
+        tensor.copy_(given)
+        report.copied.append(name)
+    else:
+        report.reinitialised[name] = f"shape {tuple(tensor.shape)}, checkpoint {tuple(given.shape)}"
+
+
+def _fill_queries(tensor: Tensor, given: Tensor) -> None:
+    count = len(given)
+    tensor.copy_(given[torch.arange(len(tensor), device=given.device) % count])
+    if len(tensor) > count:
+        extra = tensor[count:]
+        extra += torch.randn_like(extra) * (_QUERY_NOISE * float(given.float().std()))
+
+
+def _drop_aliases(report: TransferReport, target: Mapping[str, Tensor]) -> None:
+    """A tensor filled under one name is not fresh under another."""
+    filled = {target[n].data_ptr() for n in [*report.copied, *report.by_name, *report.adapted]}
+    for name in list(report.reinitialised):
+        if target[name].data_ptr() in filled:
+            del report.reinitialised[name]
+            report.copied.append(name)
+
+
+def _check_enough(
+    report: TransferReport, source: Mapping[str, Tensor], target: Mapping[str, Tensor]
+) -> None:
+    sizes = {tensor.data_ptr(): tensor.numel() for tensor in target.values()}
+    filled = {target[n].data_ptr() for n in [*report.copied, *report.by_name, *report.adapted]}
+    share = sum(sizes[pointer] for pointer in filled) / max(sum(sizes.values()), 1)
+    if share >= _LEAST_COPIED:
+        return
+    ours, theirs = official_options(target, None, "model"), {}
+    if "transformer.level_embed" in source:
+        theirs = official_options(source, None, "checkpoint")
+    differing = [
+        f"{name}: checkpoint {value}, run {ours.get(name, 'other')}"
+        for name, value in theirs.items()
+        if value != ours.get(name)
+    ]
+    raise CheckpointError(
+        f"--finetune: expected weights of a similar model, got one of which only {share:.0%} fits "
+        f"({'; '.join(differing) or 'no common keys'}). Set the model options to the checkpoint's."
+    )
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    listed = list(names)
+    shown = ", ".join(name or "(unnamed)" for name in listed[:limit])
+    return f"{shown}, ... ({len(listed)})" if len(listed) > limit else shown
+
+
+def _groups(entries: Mapping[str, str]) -> str:
+    """Join keys that differ only by number, with the reason."""
+    counts = Counter((re.sub(r"\.\d+(?=\.|$)", ".*", name), why) for name, why in entries.items())
+    return _some(f"{name} ({why})" for name, why in counts)

@@ -1,0 +1,157 @@
+"""Checkpoints: whole or untouched, loadable by the safe reader, errors in one line."""
+
+import argparse
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.checkpoint import (
+    KEYS,
+    check_same_model,
+    load_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from util.errors import CheckpointError
+
+ROOT = Path(__file__).parents[3]
+
+
+def run_content() -> dict[str, Any]:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    schedule.step()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": schedule.state_dict(),
+        "epoch": 1,
+        "classes": {"ids": [3], "names": ["cat"]},
+        "config": {"model": {"num_queries": 5}},
+        "progress": {"step": 10, "rng": rng_state()},
+        "best": {"ap": 0.5},
+        "versions": {"torch": str(torch.__version__)},
+    }
+
+
+def test_run_comes_back_exactly(tmp_path: Path) -> None:
+    content = run_content()
+    save_checkpoint(tmp_path / "new" / "last.pth", content)
+    loaded = load_checkpoint(tmp_path / "new" / "last.pth")
+    assert set(loaded) == set(KEYS)
+    assert loaded["model"]["weight"].equal(content["model"]["weight"])
+    moment = content["optimizer"]["state"][0]["exp_avg"]
+    assert loaded["optimizer"]["state"][0]["exp_avg"].equal(moment)
+    for key in ("lr_scheduler", "classes", "config", "best", "versions", "epoch"):
+        assert loaded[key] == content[key]
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["last.pth"]
+
+
+def test_generators_continue_where_they_were(tmp_path: Path) -> None:
+    def draw() -> list[float]:
+        return [
+            float(torch.rand(1)), random.random(), random.gauss(0, 1),
+            float(np.random.rand()), float(np.random.randn()),
+        ]  # fmt: skip
+
+    random.gauss(0, 1)  # leaves a second normal number in store
+    np.random.randn()
+    save_checkpoint(tmp_path / "last.pth", run_content())
+    expected = [draw() for _ in range(3)]
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    set_rng_state(load_checkpoint(tmp_path / "last.pth")["progress"]["rng"])
+    assert [draw() for _ in range(3)] == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_generators_continue() -> None:
+    state = rng_state()
+    assert len(state["cuda"]) == torch.cuda.device_count()
+    expected = torch.rand(4, device="cuda")
+    set_rng_state(state)
+    assert torch.rand(4, device="cuda").equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(np.float64(0.5), "float64"), (Path("x"), "Path"), (argparse.Namespace(), "Namespace")],
+)
+def test_value_that_would_not_load_is_refused_before_writing(
+    tmp_path: Path, value: Any, kind: str
+) -> None:
+    with pytest.raises(TypeError, match=rf"\['best'\]\['ap'\].*{kind}"):
+        save_checkpoint(tmp_path / "last.pth", run_content() | {"best": {"ap": value}})
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL_DISK = """
+import resource, sys, torch
+from pathlib import Path
+from engine.checkpoint import save_checkpoint
+from util.errors import CheckpointError
+path = Path(sys.argv[1])
+save_checkpoint(path, {"epoch": 1})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_checkpoint(path, {"model": {"w": torch.zeros(1_000_000)}})
+except CheckpointError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file size")
+def test_full_disk_leaves_the_previous_file(tmp_path: Path) -> None:
+    path = tmp_path / "last.pth"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{path}: cannot be written: ")
+    assert done.stdout.count("\n") == 1
+    assert torch.load(path, weights_only=True) == {"epoch": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        save_checkpoint(tmp_path / "file" / "last.pth", run_content())
+
+
+def test_other_files_cannot_be_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({"model": {}, "args": argparse.Namespace(), "epoch": 49}, path)
+    with pytest.raises(CheckpointError, match=r"official checkpoint.*--finetune"):
+        load_checkpoint(path)
+    content = run_content()
+    del content["optimizer"]
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match="without optimizer"):
+        load_checkpoint(path)
+    torch.save([torch.ones(1)], path)
+    with pytest.raises(CheckpointError, match="--finetune"):
+        load_checkpoint(path)
+
+
+def test_differing_models_are_named() -> None:
+    saved = {"num_queries": 300, "two_stage": False, "nheads": 8}
+    check_same_model(saved, dict(saved), "last.pth")
+    with pytest.raises(CheckpointError) as caught:
+        check_same_model(saved, {**saved, "num_queries": 100, "two_stage": True}, "last.pth")
+    assert "num_queries: checkpoint 300, run 100; two_stage: checkpoint False, run True" in str(
+        caught.value
+    )
+    assert "nheads" not in str(caught.value)
