@@ -6,13 +6,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import register_random, settings
+from torch import Tensor
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Timing says nothing on a loaded machine; the same examples on every run make failures repeat.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("suite")
+
+
+class _TorchRandom:
+    """Torch's generator as hypothesis wants it, so that an example can be run again."""
+
+    def seed(self, value: int) -> None:
+        torch.manual_seed(value)
+
+    def getstate(self) -> Tensor:
+        return torch.get_rng_state()
+
+    def setstate(self, state: Tensor) -> None:
+        torch.set_rng_state(state)
+
+
+_TORCH_RANDOM = _TorchRandom()  # hypothesis keeps only a weak reference
+register_random(_TORCH_RANDOM)
 
 
 @pytest.fixture(autouse=True)

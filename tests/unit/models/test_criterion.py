@@ -1,0 +1,142 @@
+"""The criterion against losses written out from the papers, and its symmetries."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from configs.schema import LossConfig
+from models.build import build_criterion
+from models.deformable_detr import DetectorOutput
+from tests.unit.models.definitions import Coefficients, Target, random_targets, total_loss
+
+CLASSES = 3
+COUNTS = {
+    "unequal": [3, 1, 2],
+    "one picture without": [2, 0, 1],
+    "none at all": [0, 0, 0],
+    "more than queries": [6, 1, 5],
+}
+OTHER = LossConfig(
+    set_cost_class=1, set_cost_bbox=3, set_cost_giou=0.5,
+    cls_loss_coef=1.5, bbox_loss_coef=0.25, giou_loss_coef=4, focal_alpha=0.4,
+)  # fmt: skip
+
+
+def coefficients_of(config: LossConfig) -> Coefficients:
+    """Return the same coefficients for the written-out loss."""
+    return Coefficients(
+        cost=(config.set_cost_class, config.set_cost_bbox, config.set_cost_giou),
+        loss=(config.cls_loss_coef, config.bbox_loss_coef, config.giou_loss_coef),
+        alpha=config.focal_alpha,
+    )
+
+
+def random_outputs(
+    n: int, *, layers: int = 2, queries: int = 4, tokens: int = 0, classes: int = CLASSES
+) -> DetectorOutput:
+    """Return predictions that are leaves of autograd; `tokens` adds those of an encoder."""
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    logits = leaf(layers, n, queries, classes).requires_grad_()
+    boxes = (leaf(layers, n, queries, 4) * 0.7).sigmoid().detach().requires_grad_()
+    outputs = DetectorOutput(
+        pred_logits=logits[-1], pred_boxes=boxes[-1], layer_logits=logits, layer_boxes=boxes
+    )
+    if tokens:
+        outputs["enc_logits"] = leaf(n, tokens, classes).requires_grad_()
+        outputs["enc_boxes"] = leaf(n, tokens, 4).sigmoid().detach().requires_grad_()
+    return outputs
+
+
+def leaves_of(outputs: DetectorOutput) -> list[Tensor]:
+    """Return the predictions that losses are computed from."""
+    leaves = [outputs["layer_logits"], outputs["layer_boxes"]]
+    if "enc_logits" in outputs:
+        leaves += [outputs["enc_logits"], outputs["enc_boxes"]]
+    return leaves
+
+
+@pytest.mark.parametrize("config", [LossConfig(), OTHER], ids=["default", "other"])
+@pytest.mark.parametrize("tokens", [0, 7], ids=["one stage", "two stage"])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_losses_and_gradients_follow_the_papers(
+    counts: list[int], tokens: int, config: LossConfig
+) -> None:
+    outputs = random_outputs(3, tokens=tokens)
+    targets = random_targets(counts, CLASSES)
+    encoder = (outputs["enc_logits"], outputs["enc_boxes"]) if tokens else None
+    total, named = total_loss(
+        outputs["layer_logits"], outputs["layer_boxes"], targets, coefficients_of(config), encoder
+    )
+    losses = build_criterion(config)(outputs, targets)
+    assert set(losses) == {"loss", "class_error", *named}
+    for name, value in named.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-9, atol=1e-12, msg=name)
+    torch.testing.assert_close(losses["loss"], total, rtol=1e-9, atol=1e-12)
+    leaves = leaves_of(outputs)
+    ours = torch.autograd.grad(losses["loss"], leaves, retain_graph=True)
+    theirs = torch.autograd.grad(total, leaves, allow_unused=True)
+    for a, b, leaf in zip(ours, theirs, leaves, strict=True):
+        b = torch.zeros_like(leaf) if b is None else b  # boxes no target was matched with
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+
+
+@settings(max_examples=20)
+@given(st.permutations(range(3)), st.lists(st.integers(0, 4), min_size=3, max_size=3))
+def test_order_of_targets_and_of_pictures_does_not_matter(
+    order: list[int], counts: list[int]
+) -> None:
+    outputs, targets = random_outputs(3, tokens=6), random_targets(counts, CLASSES)
+    shuffled: list[Target] = []
+    for index in order:
+        permutation = torch.randperm(counts[index])
+        shuffled.append({key: value[permutation] for key, value in targets[index].items()})
+    moved = DetectorOutput(
+        pred_logits=outputs["pred_logits"][order],
+        pred_boxes=outputs["pred_boxes"][order],
+        layer_logits=outputs["layer_logits"][:, order],
+        layer_boxes=outputs["layer_boxes"][:, order],
+        enc_logits=outputs["enc_logits"][order],
+        enc_boxes=outputs["enc_boxes"][order],
+    )
+    criterion = build_criterion(LossConfig())
+    expected, found = criterion(outputs, targets), criterion(moved, shuffled)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_class_error_is_the_share_of_matched_queries_with_a_wrong_best_class() -> None:
+    logits = torch.tensor([[4.0, 0.0, 0.0], [0.0, 5.0, 0.0], [0.0, 0.0, 6.0], [9.0, 0.0, 0.0]])
+    boxes = torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.5, 0.5, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1],
+                          [0.2, 0.8, 0.1, 0.1]])  # fmt: skip
+    outputs = DetectorOutput(
+        pred_logits=logits[None],
+        pred_boxes=boxes[None],
+        layer_logits=logits[None, None],
+        layer_boxes=boxes[None, None],
+    )
+    targets = [{"labels": torch.tensor([2, 1, 0, 0]), "boxes": boxes[[2, 1, 0, 3]]}]
+    criterion = build_criterion(LossConfig(set_cost_class=0))
+    assert criterion(outputs, targets)["class_error"] == 0
+    targets[0]["labels"] = torch.tensor([2, 1, 0, 1])
+    assert criterion(outputs, targets)["class_error"] == 25
+    assert not criterion(outputs, targets)["class_error"].requires_grad
+
+
+def test_half_precision_losses_are_summed_in_float32() -> None:
+    outputs = random_outputs(2, queries=50, classes=91)
+    targets = random_targets([3, 2], 91)
+    half = DetectorOutput(
+        pred_logits=outputs["pred_logits"].bfloat16(),
+        pred_boxes=outputs["pred_boxes"].bfloat16(),
+        layer_logits=outputs["layer_logits"].bfloat16(),
+        layer_boxes=outputs["layer_boxes"].bfloat16(),
+    )
+    losses = build_criterion(LossConfig())(half, targets)
+    assert losses["loss"].dtype == torch.float32
+    expected = build_criterion(LossConfig())(outputs, targets)["loss"]
+    torch.testing.assert_close(losses["loss"].double(), expected, rtol=2e-2, atol=0)

@@ -1,0 +1,50 @@
+"""Post-processing against a sort in plain Python."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.deformable_detr import DetectorOutput
+from models.postprocess import PostProcess
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 20), st.integers(0, 2**32))
+def test_best_pairs_in_pixels_of_the_original(q: int, classes: int, limit: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    logits = torch.randn(2, q, classes, dtype=torch.float64) * 3
+    boxes = torch.rand(2, q, 4, dtype=torch.float64)
+    sizes = [(480, 640), (33, 7)]
+    outputs = DetectorOutput(pred_logits=logits, pred_boxes=boxes)
+    results = PostProcess(max_detections=limit)(outputs, torch.tensor(sizes))
+    for picture, (height, width) in enumerate(sizes):
+        ranked = sorted(
+            ((float(logits[picture, i, k]), i, k) for i in range(q) for k in range(classes)),
+            reverse=True,
+        )[:limit]
+        found = results[picture]
+        assert found["labels"].tolist() == [k for _, _, k in ranked]
+        for row, (logit, i, _) in enumerate(ranked):
+            cx, cy, w, h = boxes[picture, i].tolist()
+            corners = [(cx - w / 2) * width, (cy - h / 2) * height,
+                       (cx + w / 2) * width, (cy + h / 2) * height]  # fmt: skip
+            assert found["boxes"][row].tolist() == pytest.approx(corners, abs=1e-9)
+            assert found["scores"][row] == torch.tensor(logit, dtype=torch.float64).sigmoid()
+
+
+def test_boxes_are_not_clipped_and_carry_no_gradient() -> None:
+    outputs = DetectorOutput(
+        pred_logits=torch.zeros(1, 1, 1, requires_grad=True),
+        pred_boxes=torch.tensor([[[0.0, 1.0, 0.5, 0.5]]], requires_grad=True),
+    )
+    (result,) = PostProcess()(outputs, torch.tensor([[100, 200]]))
+    assert result["boxes"].tolist() == [[-50.0, 75.0, 50.0, 125.0]]
+    assert not result["boxes"].requires_grad
+
+
+def test_half_precision_scores_and_boxes_come_out_in_float32() -> None:
+    outputs = DetectorOutput(
+        pred_logits=torch.randn(1, 3, 2).bfloat16(), pred_boxes=torch.rand(1, 3, 4).bfloat16()
+    )
+    (result,) = PostProcess()(outputs, torch.tensor([[1333, 800]]))
+    assert result["scores"].dtype == result["boxes"].dtype == torch.float32
