@@ -1,7 +1,7 @@
 """Batches from data sets: collation, the order of pictures, and the two kinds of loader."""
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
@@ -56,10 +56,11 @@ class ShuffledBatchSampler(Sampler[list[int]]):
     def _batches(self) -> Iterator[list[int]]:
         generator = seeded_generator(self._seed, self._epoch)
         order = torch.randperm(self._num_samples, generator=generator).tolist()
+        batches: Iterable[list[int]] = self._full_batches(order)
         if self._num_full() == 0:
-            order += order[: -len(order) % self._world_size]
-            yield order[self._rank :: self._world_size]
-        for batch in self._full_batches(order):
+            share = -(-len(order) // self._world_size)
+            batches = [list(islice(cycle(order), share * self._world_size))]
+        for batch in batches:
             yield batch[self._rank :: self._world_size]
 
     def _step_size(self) -> int:

@@ -69,9 +69,9 @@ def _check_existing(folder: Path, counts: dict[str, int], seed: int) -> None:
             )
         if found != _info(split, count, seed):
             raise DataError(
-                f"--output_dir {folder}: expected {count} {split} pictures of seed {seed}, got a "
-                f"set of {found.get('num_images')} of seed {found.get('seed')} (drawing version "
-                f"{found.get('generator_version')}). Delete it or choose another folder."
+                f"--output_dir {folder}: expected {count} {split} pictures of seed {seed} (drawing "
+                f"version {_VERSION}), got {found.get('num_images')} of seed {found.get('seed')} "
+                f"(version {found.get('generator_version')}). Delete it or choose another folder."
             )
         if sum(1 for _ in (folder / f"{split}2017").glob("*.jpg")) != count:
             raise DataError(

@@ -1,0 +1,58 @@
+"""Data options: where a split lies, and which preparation it gets."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.schema import DataConfig
+from datasets.build import build_dataset, build_transform, data_paths, load_index
+from util.errors import DataError
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def test_coco_layout_and_explicit_paths() -> None:
+    cfg = DataConfig(coco_path="coco", val_images="mine", val_annotations="mine.json")
+    assert data_paths(cfg, "train") == (
+        Path("coco/train2017"),
+        Path("coco/annotations/instances_train2017.json"),
+    )
+    assert data_paths(cfg, "val") == (Path("mine"), Path("mine.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "train data: expected --coco_path"),
+        ({"train_images": "x"}, "--train_images: expected --train_annotations"),
+        ({"train_annotations": "x", "coco_path": "y"}, "--train_annotations: .* --train_images"),
+    ],
+)
+def test_incomplete_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        data_paths(DataConfig(**options), "train")
+
+
+def test_data_set_follows_its_options(
+    content: dict[str, Any], write: Callable[[dict[str, Any]], tuple[Path, Path]]
+) -> None:
+    json_path, folder = write(content)
+    cfg = DataConfig(
+        train_images=str(folder), train_annotations=str(json_path), eval_scale=60, max_size=90
+    )
+    index = load_index(cfg, "train")
+    fixed = build_dataset(cfg, index, train=False, mean=MEAN, std=STD)
+    assert fixed.output_size(30, 40) == (60, 80)
+    item = fixed[0]
+    assert isinstance(item, tuple)
+    assert -2 <= item[0].min() < -1
+    assert 1 < item[0].max() <= 2
+    random = build_dataset(cfg, index, train=True, mean=MEAN, std=STD, seed=1)
+    assert random.output_size(30, 40) is None
+
+
+def test_published_recipe_is_the_default() -> None:
+    transform = build_transform(DataConfig(), train=False, mean=MEAN, std=STD)
+    assert transform.output_size(480, 640) == (800, 1066)

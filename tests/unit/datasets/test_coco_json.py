@@ -1,0 +1,148 @@
+"""Faulty annotation files: refused in one line that says where, or repaired with a notice."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from datasets.coco import CocoIndex
+from util.errors import DataError
+
+Content = dict[str, Any]
+Write = Callable[[Content], tuple[Path, Path]]
+Change = Callable[[Content], object]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("images"), "a list `images`"),
+        (lambda c: c.pop("annotations"), "a list `annotations`"),
+        (lambda c: c.pop("categories"), "a list `categories`"),
+        (lambda c: c["categories"].clear(), "at least one entry in `categories`"),
+        (lambda c: c["images"][1].update(id=5), "image id 5 occurs twice"),
+        (lambda c: c["images"][1].update(id="5"), "image at position 1: expected an integer"),
+        (lambda c: c["images"][1].pop("file_name"), "image 9: expected a `file_name`"),
+        (lambda c: c["categories"][1].update(id=7), "category id 7 occurs twice"),
+        (lambda c: c["annotations"][1].update(id=0), "annotation id 0 occurs twice"),
+        (lambda c: c["annotations"][1].update(image_id=77), "annotation 1: .*`image_id`.*got 77"),
+        (lambda c: c["annotations"][2].pop("category_id"), "annotation 2: .*`category_id`.*None"),
+        (lambda c: c["annotations"].clear(), "at least one usable box"),
+        (
+            lambda c: [a.update(bbox=[0.1, 0.2, 0.5, 0.25]) for a in c["annotations"]],
+            "in pixels, got values from 0 to 1",
+        ),
+        (
+            lambda c: [a.update(iscrowd=1) for a in c["annotations"]],
+            "at least one usable box",
+        ),
+    ],
+)
+def test_faults_are_refused_in_one_line(
+    content: Content, write: Write, change: Change, message: str
+) -> None:
+    json_path, folder = write(content)
+    change(content)
+    json_path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=message) as caught:
+        CocoIndex.load(json_path, folder, need_boxes=True)
+    assert "\n" not in str(caught.value)
+    assert str(json_path) in str(caught.value)
+
+
+def test_files_that_are_not_json_or_not_there(content: Content, write: Write) -> None:
+    json_path, folder = write(content)
+    with pytest.raises(DataError, match="expected a folder of pictures"):
+        CocoIndex.load(json_path, folder / "nowhere", need_boxes=True)
+    with pytest.raises(DataError, match="found none"):
+        CocoIndex.load(folder / "none.json", folder, need_boxes=True)
+    json_path.write_text('{"images": [],\n "annotations": oops}')
+    with pytest.raises(DataError, match="line 2 column 17"):
+        CocoIndex.load(json_path, folder, need_boxes=True)
+    json_path.write_text("[1, 2]")
+    with pytest.raises(DataError, match="JSON object, got a list"):
+        CocoIndex.load(json_path, folder, need_boxes=True)
+    json_path.write_bytes(b'{"images": "\xff"}')
+    with pytest.raises(DataError, match="UTF-8"):
+        CocoIndex.load(json_path, folder, need_boxes=True)
+
+
+def test_test_dev_files_need_no_annotations(content: Content, write: Write) -> None:
+    del content["annotations"]
+    index = CocoIndex.load(*write(content), need_boxes=False)
+    assert len(index) == 3
+    assert index.notices == []
+    assert index.coco_gt.getAnnIds() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "notice", "boxes", "evaluated"),
+    [
+        ({"bbox": [1, 2, 3]}, "not four finite numbers", 2, 2),
+        ({"bbox": [1, 2, float("nan"), 4]}, "not four finite numbers", 2, 2),
+        ({"bbox": [1, 2, "3", 4]}, "not four finite numbers", 2, 2),
+        ({"bbox": None}, "not four finite numbers", 2, 2),
+        ({"bbox": [1, 2, 0, 4]}, "without width or height", 2, 2),
+        ({"bbox": [10, 10, -5, 4]}, "without width or height", 2, 2),
+        ({"bbox": [50, 3, 5, 4]}, "outside its picture", 2, 3),
+        ({"bbox": [30, 20, 20, 20]}, "reaches past its picture", 3, 3),
+        ({"bbox": [35.5, 25, 5, 5]}, None, 3, 3),
+        ({"iscrowd": 1}, "pictures without boxes: 1 of 3", 2, 3),
+    ],
+)
+def test_unusable_boxes_are_dropped_and_named(
+    content: Content,
+    write: Write,
+    change: Content,
+    notice: str | None,
+    boxes: int,
+    evaluated: int,
+) -> None:
+    content["annotations"][0].update(change)
+    index = CocoIndex.load(*write(content), need_boxes=True)
+    assert len(index.boxes) == boxes
+    assert len(index.coco_gt.getAnnIds()) == evaluated
+    if notice is None:
+        assert index.notices == []
+    else:
+        assert notice in index.notices[0]
+        if "pictures" not in notice:
+            assert "1 box (annotation 0 of image 5 '5.png')" in index.notices[0]
+
+
+def test_a_notice_names_three_boxes_at_most(content: Content, write: Write) -> None:
+    content["annotations"] += [
+        {"id": 10 + i, "image_id": 5, "category_id": 7, "bbox": [1, 1, 0, 0]} for i in range(5)
+    ]
+    (notice,) = CocoIndex.load(*write(content), need_boxes=True).notices
+    assert "5 boxes (annotation 10 of image 5 '5.png'" in notice
+    assert notice.count("annotation ") == 3
+    assert notice.endswith(", ...)")
+
+
+def test_missing_ids_areas_and_sizes_are_filled_in(content: Content, write: Write) -> None:
+    for annotation in content["annotations"]:
+        del annotation["id"]
+    for image in content["images"][:2]:
+        del image["width"], image["height"]
+    index = CocoIndex.load(*write(content), need_boxes=True)
+    assert index.images.sizes.tolist() == [[30, 40]] * 3
+    assert any("without an id" in notice for notice in index.notices)
+    assert any("without width and height: 2" in notice for notice in index.notices)
+    assert index.annotations.area.tolist() == [120, 600, 12]
+
+
+def test_missing_and_resized_pictures_are_noticed(content: Content, write: Write) -> None:
+    json_path, folder = write(content)
+    (folder / "9.png").unlink()
+    content["images"][0]["width"] = 41
+    json_path.write_text(json.dumps(content))
+    missing, resized = CocoIndex.load(json_path, folder, need_boxes=True).notices
+    assert missing == "pictures not in the folder: 1 of 3, skipped ('9.png')"
+    assert "1 of 2 checked ('5.png')" in resized
+    for name in ("5.png", "2.png"):
+        (folder / name).unlink()
+    with pytest.raises(DataError, match=r"5\.png: expected a picture, found none"):
+        CocoIndex.load(json_path, folder, need_boxes=True)

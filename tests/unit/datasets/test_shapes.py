@@ -1,0 +1,90 @@
+"""The generated set: exact boxes, reproducible pictures, and care with existing folders."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datasets.coco import CocoIndex
+from datasets.shape_drawing import CATEGORY_IDS, MAX_OBJECTS, _background, draw_picture
+from datasets.shapes import generate_shapes
+from util.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shapes") / "set"
+    generate_shapes(path, num_train=40, num_val=5, seed=0)
+    return path
+
+
+def load(folder: Path, split: str) -> CocoIndex:
+    annotation_file = folder / "annotations" / f"instances_{split}2017.json"
+    return CocoIndex.load(annotation_file, folder / f"{split}2017", need_boxes=True)
+
+
+def test_set_reads_without_notices_and_covers_all_classes_and_sizes(folder: Path) -> None:
+    train, val = load(folder, "train"), load(folder, "val")
+    assert (len(train), len(val)) == (40, 5)
+    assert train.notices == val.notices == []
+    assert dict(zip(train.classes.names, train.classes.ids, strict=True)) == CATEGORY_IDS
+    assert set(train.labels) == set(range(len(CATEGORY_IDS)))
+    area = train.annotations.area
+    assert (area < 32**2).any()
+    assert (area > 96**2).any()
+    assert ((area >= 32**2) & (area <= 96**2)).any()
+    assert set(train.images.ids).isdisjoint(val.images.ids)
+    assert 1 <= np.diff(train.first).min() <= np.diff(train.first).max() <= MAX_OBJECTS
+
+
+def test_pictures_depend_on_seed_and_position_alone(folder: Path, tmp_path: Path) -> None:
+    generate_shapes(tmp_path / "fewer", num_train=3, num_val=1, seed=0)
+    generate_shapes(tmp_path / "other", num_train=3, num_val=1, seed=1)
+    first, same, other = (
+        load(path, "train") for path in (folder, tmp_path / "fewer", tmp_path / "other")
+    )
+    count = same.first[-1]
+    np.testing.assert_array_equal(first.boxes[:count], same.boxes)
+    assert first.boxes[:4].tolist() != other.boxes[:4].tolist()
+    name = same.images.file_names[2]
+    assert (first.image_dir / name).read_bytes() == (same.image_dir / name).read_bytes()
+
+
+def test_boxes_bound_exactly_what_is_painted() -> None:
+    """A lone object is where the picture differs from its background by more than the grain."""
+    errors = []
+    for seed in range(120):
+        picture, objects = draw_picture(np.random.default_rng(seed))
+        if len(objects) != 1:
+            continue
+        rng = np.random.default_rng(seed)
+        rng.integers(16, 21), rng.integers(12, 16)  # the draws of the picture's size
+        background = _background(rng, picture.width, picture.height).clip(0, 255)
+        painted = np.abs(np.asarray(picture) - background).sum(-1) > 3 * 13
+        rows, columns = np.flatnonzero(painted.any(1)), np.flatnonzero(painted.any(0))
+        measured = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+        x, y, w, h = objects[0].box_xywh
+        outer = [np.floor(x), np.floor(y), np.ceil(x + w), np.ceil(y + h)]
+        np.testing.assert_array_equal(measured[:2], np.maximum(measured[:2], outer[:2]))
+        np.testing.assert_array_equal(measured[2:], np.minimum(measured[2:], outer[2:]))
+        errors.append(np.abs(measured - [x, y, x + w, y + h]).max())
+    assert len(errors) > 5
+    assert max(errors) < 1
+
+
+def test_existing_set_is_kept_and_anything_else_refused(folder: Path, tmp_path: Path) -> None:
+    marker = folder / "annotations" / "instances_train2017.json"
+    before = marker.stat().st_mtime_ns
+    generate_shapes(folder, num_train=40, num_val=5, seed=0)
+    assert marker.stat().st_mtime_ns == before
+    with pytest.raises(DataError, match="got 40 of seed 0"):
+        generate_shapes(folder, num_train=40, num_val=5, seed=1)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match="new or empty folder"):
+        generate_shapes(tmp_path, num_train=1, num_val=1, seed=0)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps({"info": "x"}))
+    with pytest.raises(DataError, match="new or empty folder"):
+        generate_shapes(tmp_path, num_train=1, num_val=1, seed=0)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
