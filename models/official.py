@@ -33,7 +33,8 @@ _DEFAULT_HEADS = 8
 
 def is_deformable_detr(state_dict: Mapping[str, Any]) -> bool:
     """Tell whether the keys are those of a Deformable DETR in official naming."""
-    return "transformer.level_embed" in state_dict and "class_embed.0.bias" in state_dict
+    heads = ("class_embed.0.bias", "transformer.decoder.class_embed.0.bias")
+    return "transformer.level_embed" in state_dict and any(key in state_dict for key in heads)
 
 
 def official_options(

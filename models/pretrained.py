@@ -114,10 +114,11 @@ def _official(weights: Mapping[str, Tensor], args: Any, source: str) -> Pretrain
         )
     namespace = args if isinstance(args, argparse.Namespace) else None
     options = official_options(plain, namespace, source)
+    complete = complete_heads(plain, options)
     return Pretrained(
-        state_dict=complete_heads(plain, options),
+        state_dict=complete,
         model_options=options,
-        classes=official_classes(plain),
+        classes=official_classes(complete),
         config=None,
         image_mean=None,
         image_std=None,
@@ -180,9 +181,10 @@ def _download(name: str, source: str) -> Path:
         if not (folder / "model.safetensors").is_file():
             folder = Path(snapshot_download(name, allow_patterns=[*described, "pytorch_model.bin"]))
     except Exception as error:  # the client and its transports share no base class
-        reason = " ".join(str(error).split())[:160]
+        local = "" if source.startswith("hf:") else "no such file or folder here, and "
+        reason = " ".join(str(error).split()).split(". ")[0][:120]
         raise CheckpointError(
-            f"{source}: no file or folder here, and the Hugging Face hub did not give it "
+            f"{source}: {local}the Hugging Face hub did not give it "
             f"({type(error).__name__}: {reason}). {advice}"
         ) from error
     return folder
