@@ -4,6 +4,7 @@ Precedence: default < `base` file < file < command line.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import types
 import typing
@@ -92,14 +93,23 @@ def coerce(value: Any, annotation: Any, source: str) -> Any:
         if annotation is bool and isinstance(value, bool):
             return value
         if annotation in (int, float) and not isinstance(value, bool) and value is not None:
-            number = float(value)  # YAML reads 1e-4 as a string
-            if annotation is float or number == int(number):
-                return annotation(number) if annotation is float else int(number)
-        if annotation is str and isinstance(value, (str, int, float)):
+            return _to_number(value, annotation)
+        plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+        if annotation is str and plain:  # YAML reads yes and off as truth values
             return str(value)
     except (TypeError, ValueError, OverflowError):
         pass
     raise ConfigError(f"{source}: expected {annotation.__name__}, got {value!r}.")
+
+
+def _to_number(value: Any, annotation: type[int] | type[float]) -> int | float:
+    if annotation is int and not isinstance(value, float):
+        with contextlib.suppress(ValueError):
+            return int(value)  # a float would round beyond 2**53
+    number = float(value)  # YAML reads 1e-4 as a string
+    if annotation is int and number != int(number):
+        raise ValueError(f"{value} is not whole")
+    return annotation(number)
 
 
 def add_options(parser: argparse.ArgumentParser, sections: Mapping[str, Section]) -> None:
