@@ -1,0 +1,125 @@
+"""The program's own options: defaults, contradictions, and every preset that is shipped."""
+
+import argparse
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.schema import (
+    SECTIONS,
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    build_config,
+    load_layers,
+    merge_options,
+)
+from util.config import Values, add_options, parse_flags, to_yaml
+from util.errors import ConfigError
+
+PRESETS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+
+
+def test_names_are_unique_over_all_sections() -> None:
+    names = [f.name for section in SECTIONS.values() for f in dataclasses.fields(section)]
+    assert len(set(names)) == len(names)
+
+
+def test_sections_are_those_of_the_config() -> None:
+    assert {n: t for n, t in typing.get_type_hints(Config).items()} == dict(SECTIONS)
+
+
+def test_defaults_are_the_published_recipe() -> None:
+    model, loss, optim = ModelConfig(), LossConfig(), OptimConfig()
+    assert (model.hidden_dim, model.nheads, model.num_queries, model.dim_feedforward) == (
+        256, 8, 300, 1024,
+    )  # fmt: skip
+    assert (loss.set_cost_class, loss.set_cost_bbox, loss.set_cost_giou) == (2, 5, 2)
+    assert (loss.cls_loss_coef, loss.bbox_loss_coef, loss.giou_loss_coef) == (2, 5, 2)
+    assert (optim.lr, optim.lr_backbone, optim.lr_linear_proj_mult) == (2e-4, 2e-5, 0.1)
+    assert (optim.weight_decay, optim.epochs, optim.lr_drop) == (1e-4, 50, 40)
+    assert optim.clip_max_norm == 0.1
+    assert DataConfig().train_scales == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (ModelConfig, {"two_stage": True}, "--two_stage: needs --with_box_refine"),
+        (ModelConfig, {"hidden_dim": 100}, "--hidden_dim: expected a multiple of --nheads 8"),
+        (ModelConfig, {"hidden_dim": 12, "nheads": 3}, "--hidden_dim: expected a multiple of 8"),
+        (ModelConfig, {"dilation": True}, "--dilation: DC5 is a single-scale model"),
+        (ModelConfig, {"num_feature_levels": 2}, "--num_feature_levels: expected one of 1, 3, 4"),
+        (ModelConfig, {"position_embedding": "sin"}, "Did you mean 'sine'?"),
+        (ModelConfig, {"num_queries": 0}, "--num_queries: expected at least 1, got 0."),
+        (ModelConfig, {"dropout": 1.5}, "--dropout: expected at least 0 and at most 1, got 1.5."),
+        (DataConfig, {"crop_size": (600, 384)}, "--crop_size: expected two sizes, least first"),
+        (DataConfig, {"crop_size": (600,)}, "--crop_size: expected two sizes"),
+        (DataConfig, {"train_scales": ()}, "expected at least one size"),
+        (OptimConfig, {"lr": 0.0}, "--lr: expected more than 0, got 0.0."),
+        (OptimConfig, {"lr_drop_epochs": (10, 0)}, "--lr_drop_epochs: expected at least 1, got 0."),
+        (RunConfig, {"seed": -1}, "--seed: expected at least 0, got -1."),
+    ],
+)
+def test_contradictions_and_bounds_are_told_in_one_line(
+    section: type[Any], values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        section(**values)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_official_spellings_are_understood() -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, SECTIONS)
+    command = (
+        "--lr 2e-4 --lr_backbone 2e-5 --lr_linear_proj_mult 0.1 --lr_drop 40 --batch_size 2 "
+        "--epochs 50 --clip_max_norm 0.1 --with_box_refine --two_stage --backbone resnet50 "
+        "--position_embedding sine --num_feature_levels 4 --enc_layers 6 --dec_layers 6 "
+        "--dim_feedforward 1024 --hidden_dim 256 --dropout 0.1 --nheads 8 --num_queries 300 "
+        "--enc_n_points 4 --dec_n_points 4 --no_aux_loss --set_cost_class 2 --set_cost_bbox 5 "
+        "--set_cost_giou 2 --cls_loss_coef 2 --bbox_loss_coef 5 --giou_loss_coef 2 "
+        "--focal_alpha 0.25 --coco_path data --output_dir out --device cuda --seed 42 "
+        "--num_workers 2 --weight_decay 1e-4 --lr_drop_epochs 30 40"
+    )
+    _, values = parse_flags(parser, command.split(), SECTIONS)
+    config = build_config(values)
+    assert config.model.two_stage
+    assert not config.model.aux_loss
+    assert config.optim.lr_drop_epochs == (30, 40)
+    assert config.run.output_dir == "out"
+
+
+def test_a_resolved_config_is_a_config_file(tmp_path: Path) -> None:
+    config = build_config({"model": {"num_queries": 7}, "data": {"crop_scales": (99,)}})
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert build_config(load_layers(str(file), {})) == config
+    overridden = build_config(load_layers(str(file), {"model": {"num_queries": 8}}))
+    assert overridden.model.num_queries == 8
+    assert overridden.data.crop_scales == (99,)
+
+
+def test_a_data_location_replaces_every_location_below_it() -> None:
+    base: Values = {
+        "data": {"coco_path": "coco", "val_images": "v", "max_size": 99},
+        "run": {"seed": 1},
+    }
+    given = {"data": {"train_images": "t"}}
+    merged = {"data": {"max_size": 99, "train_images": "t"}, "run": {"seed": 1}}
+    assert merge_options(base, given) == merged
+    assert merge_options(base, {"data": {"max_size": 5}})["data"]["coco_path"] == "coco"
+    assert base["data"]["coco_path"] == "coco"
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=[p.stem for p in PRESETS])
+def test_presets_load_and_say_what_they_reproduce(preset: Path) -> None:
+    build_config(load_layers(str(preset), {}))
+    assert preset.read_text(encoding="utf-8").startswith("#")
