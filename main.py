@@ -25,6 +25,7 @@ from configs.schema import (
 )
 from datasets.build import build_dataset, build_transform, load_index
 from datasets.coco import CocoDetection
+from datasets.image_reading import read_rgb
 from datasets.loader import eval_loader, train_loader
 from datasets.pictures import PictureDataset, find_pictures
 from engine.checkpoint import check_same_model, load_checkpoint
@@ -261,6 +262,7 @@ def predict_pictures(args: argparse.Namespace, given: Values) -> int:
         PostProcess(),
         eval_loader(dataset, batch_size=options.batch_size, num_workers=options.num_workers),
         paths=paths,
+        read_picture=partial(read_rgb, stated_size=None),
         classes=pretrained.classes,
         output_dir=Path(options.output_dir),
         device=device,

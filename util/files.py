@@ -1,7 +1,24 @@
-"""Writing files so that a crash leaves the old content or the new, never half of it."""
+"""Output folders, and files of which a crash leaves the old content or the new, never half."""
 
 import os
 from pathlib import Path
+
+from util.errors import ConfigError
+
+
+def make_output_dir(path: Path) -> None:
+    """Make the folder of a run's results, if it is not there.
+
+    Raises:
+        ConfigError: a file is in the way, or the place is not writable.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir {path}: expected a folder or a place to make one "
+            f"({error.strerror}). Choose another."
+        ) from error
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from util.files import write_atomic
+from util.files import make_output_dir, write_atomic
 
 
 def console(message: str) -> None:
@@ -53,7 +53,7 @@ class RunLog:
     """
 
     def __init__(self, output_dir: Path, *, tensorboard: bool) -> None:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        make_output_dir(output_dir)
         self._metrics_path = output_dir / "metrics.jsonl"
         self._log_path = output_dir / "log.txt"
         self._tensorboard_dir = output_dir / "tensorboard" if tensorboard else None
