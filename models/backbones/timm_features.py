@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from timm.layers import Format, PatchEmbed
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from util.errors import CheckpointError, ConfigError, nearest_hint
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_PROBE_SIZE = (75, 107)  # a multiple of nothing, as pictures are
 
 
 class TimmBackbone(nn.Module):
@@ -41,14 +44,15 @@ class TimmBackbone(nn.Module):
         # "stem" ends at stride 2, the first stage at stride 4; 5 stages are everything
         if stages == 0:
             return
-        names = [name for name, _ in self.body.named_parameters()]
+        named = list(self.body.named_modules())
         limit = {1: 2, 2: 4}.get(stages, 10**9)
         frozen = [i["module"] for i in self.body.feature_info.info if i["reduction"] <= limit]
         prefixes = tuple(p for m in frozen for p in (f"{m}.", f"{m.replace('.', '_')}."))
-        ends = [i for i, name in enumerate(names) if name.startswith(prefixes)]
-        last = len(names) - 1 if stages > 2 else max(ends, default=-1)
-        for _, parameter in list(self.body.named_parameters())[: last + 1]:
-            parameter.requires_grad_(False)
+        ends = [i for i, (name, _) in enumerate(named) if f"{name}.".startswith(prefixes)]
+        last = len(named) - 1 if stages > 2 else max(ends, default=-1)
+        for _, module in named[: last + 1]:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "TimmBackbone":
         """Set training mode; norms that do not learn stay in evaluation mode."""
@@ -61,7 +65,7 @@ class TimmBackbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Shape: [N,3,H,W] -> maps [N,C,H/stride,W/stride], finest first."""
         maps = list(self.body(images))
-        if maps[0].shape[1] != self.channels[0]:  # some networks put channels last
+        if getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC:
             maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
         return maps
 
@@ -80,20 +84,45 @@ def _create_body(options: BackboneOptions, count: int) -> Any:
         if not Path(weights).is_file():
             raise CheckpointError(f"--backbone_weights {weights}: no such file.")
         overlay = {"file": weights}
+    options_of_timm: dict[str, Any] = {
+        "features_only": True,
+        "out_indices": tuple(range(-count, 0)),
+        "pretrained": weights != "none",
+        "pretrained_cfg_overlay": overlay,
+    }
+    if name.startswith("swin"):  # else its windows are laid out for one size of picture
+        options_of_timm["strict_img_size"] = False
     try:
-        return timm.create_model(
-            name,
-            features_only=True,
-            out_indices=tuple(range(-count, 0)),
-            pretrained=weights != "none",
-            pretrained_cfg_overlay=overlay,
-        )
+        body = timm.create_model(name, **options_of_timm)
     except Exception as error:  # timm and the hub raise many kinds; all mean "not loaded"
         reason = " ".join(str(error).split())[:300]
         hint = "Pass a local file with --backbone_weights FILE, or none to start from scratch."
         raise CheckpointError(
             f"--backbone timm/{name}: cannot be built: {reason} {hint}"
         ) from error
+    _accept_any_size(body, name)
+    return body
+
+
+def _accept_any_size(body: nn.Module, name: str) -> None:
+    """Let the network pad pictures to whole patches, and try it on an odd size.
+
+    Raises:
+        ConfigError: the network reads pictures of one size only.
+    """
+    for module in body.modules():
+        if isinstance(module, PatchEmbed):
+            module.strict_img_size, module.dynamic_img_pad = False, True
+    height, width = _PROBE_SIZE
+    try:
+        with torch.no_grad():
+            body.eval()(torch.zeros(1, 3, height, width))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"--backbone timm/{name}: expected a network for pictures of any size, got one that "
+            f"refuses {height} x {width} ({' '.join(str(error).split())[:100]}). Choose another."
+        ) from error
+    body.train()
 
 
 @register_backbone("timm")
