@@ -1,0 +1,187 @@
+"""The backbone contract, what is frozen, and what is refused."""
+
+import math
+from pathlib import Path
+from typing import cast
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from models.backbones import create_backbone
+from util.errors import CheckpointError, ConfigError
+
+CONVOLUTIONAL = "timm/tf_efficientnet_lite0"
+CHANNELS_LAST = ("timm/swin_tiny_patch4_window7_224", "timm/mambaout_femto")
+HEIGHT, WIDTH = 75, 107  # a multiple of nothing
+
+
+def create(name: str, **options: object) -> nn.Module:
+    """Return a backbone as the module it is."""
+    return cast(nn.Module, create_backbone(name, **options))  # type: ignore[arg-type]
+
+
+def trainable(backbone: nn.Module) -> set[str]:
+    """Return the names of parameters that learn, without `body.`."""
+    return {
+        name.removeprefix("body.") for name, p in backbone.named_parameters() if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "torchvision/resnet34", CONVOLUTIONAL, *CHANNELS_LAST]
+)
+def test_maps_have_the_stated_channels_and_strides(name: str, single: bool) -> None:
+    backbone = create_backbone(name, single_level=single)
+    with torch.no_grad():
+        maps = backbone(torch.randn(2, 3, HEIGHT, WIDTH))
+    assert len(maps) == len(backbone.channels) == len(backbone.strides) == (1 if single else 3)
+    assert list(backbone.strides) == ([32] if single else [8, 16, 32])
+    for feature, channels, stride in zip(maps, backbone.channels, backbone.strides, strict=True):
+        size = (math.ceil(HEIGHT / stride), math.ceil(WIDTH / stride))
+        assert feature.shape == (2, channels, *size)
+        assert feature.is_contiguous()
+
+
+def test_last_level_alone_is_the_last_of_three() -> None:
+    single, three = create("resnet18", single_level=True), create("resnet18")
+    single.load_state_dict(three.state_dict())
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(single(images)[0], three(images)[-1])
+
+
+def test_channels_last_is_known_from_the_network_not_from_the_sizes() -> None:
+    backbone = create_backbone("timm/mambaout_femto", single_level=False)
+    tall = torch.randn(1, 3, 8 * backbone.channels[0], 64)  # as many rows as channels
+    with torch.no_grad():
+        assert backbone(tall)[0].shape == (1, backbone.channels[0], backbone.channels[0], 8)
+
+
+def test_dilation_halves_the_last_stride() -> None:
+    dilated = create_backbone("resnet50", single_level=True, dilation=True)
+    assert dilated.strides == (16,)
+    with torch.no_grad():
+        assert dilated(torch.randn(1, 3, 64, 96))[0].shape == (1, 2048, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("stages", "first"), [(0, "conv1"), (1, "layer1"), (2, "layer2"), (5, None)]
+)
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet18"])
+def test_stages_are_frozen_from_the_stem_on(name: str, stages: int, first: str | None) -> None:
+    learning = {n.split(".")[0] for n in trainable(create(name, frozen_stages=stages))}
+    order = ["conv1", "layer1", "layer2", "layer3", "layer4"]
+    assert learning == (set() if first is None else set(order[order.index(first) :]))
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen", "first"),
+    [
+        (CONVOLUTIONAL, ("conv_stem", "blocks.0", "blocks.1"), "blocks.2"),
+        ("timm/swin_tiny_patch4_window7_224", ("patch_embed", "layers_0"), "layers_1"),
+        ("timm/vgg11", ("features_0", "features_3", "features_6"), "features_11"),
+    ],
+)
+def test_frozen_stages_of_timm_networks(name: str, frozen: tuple[str, ...], first: str) -> None:
+    learning = trainable(create(name))
+    assert not [n for n in learning if n.startswith(frozen)]
+    assert [n for n in learning if n.startswith(first)]
+
+
+@pytest.mark.parametrize("name", ["resnet18", CONVOLUTIONAL])
+def test_frozen_parameters_get_no_gradient_and_norms_stay_put(name: str) -> None:
+    backbone = create(name).train()
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    torch.stack(
+        [m.square().mean() for m in backbone(torch.randn(2, 3, 64, 64) * 3)]
+    ).sum().backward()
+    for parameter in backbone.parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value, before[key])
+    images = torch.randn(2, 3, 64, 64)
+    together, alone = backbone(images)[0], backbone(images[:1])[0]
+    torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", CONVOLUTIONAL])
+def test_norms_learn_where_asked(name: str) -> None:
+    backbone = create(name, frozen_stages=0, train_norm=True).train()
+    norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    mean = cast(Tensor, norms[0].running_mean).clone()
+    backbone(torch.randn(2, 3, 64, 64) + 1)
+    assert not torch.equal(cast(Tensor, norms[0].running_mean), mean)
+    assert all(p.requires_grad for norm in norms for p in norm.parameters())
+
+
+def test_resnet_equals_the_one_of_timm_with_the_same_weights() -> None:
+    theirs = timm.create_model("resnet18", features_only=True, out_indices=(2, 3, 4)).eval()
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+    ours = create("resnet18")
+    state = {f"body.{key}": value for key, value in theirs.state_dict().items()}
+    ours.load_state_dict(state)  # batch counters are dropped by the frozen norm
+    images = torch.randn(1, 3, HEIGHT, WIDTH)
+    for a, b in zip(ours(images), theirs(images), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet19", {}, "Did you mean 'resnet18'?"),
+        ("tim/resnet18", {}, "unknown source 'tim'. Did you mean 'timm'?"),
+        ("timm/tf_efficientnet_lite", {}, "timm has no such model. Did you mean 'tf_efficientnet"),
+        ("resnet18", {"dilation": True}, "resnet18 and resnet34 have none. Use resnet50."),
+        (CONVOLUTIONAL, {"dilation": True}, "--dilation: not for timm/"),
+        ("timm/vit_tiny_patch16_224", {}, "expected a network for pictures of any size"),
+    ],
+)
+def test_what_cannot_be_built_is_told_in_one_line(
+    name: str, options: dict[str, bool], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        create_backbone(name, **options)  # type: ignore[arg-type]
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["resnet18", CONVOLUTIONAL])
+def test_missing_weights_are_told_in_one_line(name: str) -> None:
+    with pytest.raises(CheckpointError, match="no such file") as error:
+        create_backbone(name, weights="nowhere.pth")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("train_norm", [False, True])
+def test_weights_come_from_a_file(tmp_path: Path, train_norm: bool) -> None:
+    network = torchvision.models.resnet18()
+    torch.save(network.state_dict(), tmp_path / "r18.pth")
+    backbone = create("resnet18", weights=str(tmp_path / "r18.pth"), train_norm=train_norm)
+    loaded = backbone.state_dict()
+    for key, value in network.state_dict().items():
+        if not key.startswith("fc.") and (train_norm or not key.endswith("num_batches_tracked")):
+            assert torch.equal(loaded[f"body.{key}"], value)
+
+
+def test_weights_of_another_network_are_refused_in_one_line(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "r34.pth")
+    for name in ("resnet18", "resnet50"):
+        with pytest.raises(CheckpointError, match=f"expected torchvision {name}") as error:
+            create_backbone(name, weights=str(tmp_path / "r34.pth"))
+        assert "\n" not in str(error.value)
+
+
+def test_weights_of_a_timm_network_come_from_a_file(tmp_path: Path) -> None:
+    network = timm.create_model("tf_efficientnet_lite0")
+    torch.save(network.state_dict(), tmp_path / "lite0.pth")
+    loaded = create(CONVOLUTIONAL, weights=str(tmp_path / "lite0.pth")).state_dict()
+    known = network.state_dict()
+    assert {k.removeprefix("body.") for k in loaded} <= set(known)
+    assert all(torch.equal(v, known[k.removeprefix("body.")]) for k, v in loaded.items())
