@@ -19,7 +19,7 @@ from engine.evaluate import PostProcessor, evaluate
 from engine.train import StepRunner
 from util.batch import Batch
 from util.plot import plot_curves
-from util.run_log import RunLog, console
+from util.run_log import console
 
 EXIT_INTERRUPTED = 130
 

@@ -1,5 +1,7 @@
 """Options to constructors."""
 
+import torch
+
 from configs.schema import LossConfig, ModelConfig
 from models.backbones import Joiner, create_backbone
 from models.criterion import SetCriterion
@@ -42,7 +44,7 @@ def build_model(
         two_stage=config.two_stage,
     )
     position_encoding = build_position_encoding(config.position_embedding, config.hidden_dim)
-    return DeformableDETR(
+    model = DeformableDETR(
         Joiner(backbone, position_encoding),
         build_transformer(config, heads),
         heads,
@@ -50,6 +52,7 @@ def build_model(
         num_feature_levels=config.num_feature_levels,
         aux_loss=config.aux_loss,
     )
+    return model.to(memory_format=torch.channels_last)  # see Joiner.forward
 
 
 def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableTransformer:

@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 
 class UserError(Exception):
-    """What is wrong, where, and what to do: `place: expected X, got Y. What to do.`
+    """A mistake of the user, told as `place: expected X, got Y. What to do.`.
 
     The command line prints the message alone and exits with code 2.
     """

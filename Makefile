@@ -1,0 +1,47 @@
+# `make demo`: from nothing to a trained detector. `make test`: every check that CI runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+
+.PHONY: demo test lint env env-test clean-demo
+
+env: $(VENV)/.installed
+env-test: $(VENV)/.installed-test
+
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or later is needed, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
+	@echo "making $(VENV): a few minutes and about 5 GB, once"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed tests/requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement tests/requirements.txt
+	@touch $@
+
+# A demo that was interrupted goes on from its last checkpoint.
+demo: env
+	$(BIN)/python -m datasets.shapes --output_dir data/shapes
+	@if [ -f $(DEMO)/last.pth ]; then \
+		$(BIN)/python main.py train --resume $(DEMO)/last.pth; \
+	else \
+		$(BIN)/python main.py train --config configs/shapes_tiny.yaml --output_dir $(DEMO); \
+	fi
+	$(BIN)/python main.py eval --checkpoint $(DEMO)/last.pth
+	$(BIN)/python main.py predict --checkpoint $(DEMO)/last.pth \
+		--input 'data/shapes/val2017/*00[0-9].png' --output_dir $(DEMO)/predictions
+	@echo "pictures with boxes: $(DEMO)/predictions and, beside the truth, $(DEMO)/pictures"
+	@echo "loss and AP over epochs: $(DEMO)/curves.png"
+
+lint: env-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean-demo:
+	rm -rf $(DEMO)
