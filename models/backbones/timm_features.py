@@ -5,8 +5,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Format, PatchEmbed
+from timm.layers.format import Format
 from timm.layers.norm_act import BatchNormAct2d
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from models.backbones.registry import Backbone, BackboneOptions, register_backbone

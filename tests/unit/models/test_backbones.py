@@ -82,7 +82,6 @@ def test_stages_are_frozen_from_the_stem_on(name: str, stages: int, first: str |
     [
         (CONVOLUTIONAL, ("conv_stem", "blocks.0", "blocks.1"), "blocks.2"),
         ("timm/swin_tiny_patch4_window7_224", ("patch_embed", "layers_0"), "layers_1"),
-        ("timm/vgg11", ("features_0", "features_3", "features_6"), "features_11"),
     ],
 )
 def test_frozen_stages_of_timm_networks(name: str, frozen: tuple[str, ...], first: str) -> None:
@@ -95,9 +94,8 @@ def test_frozen_stages_of_timm_networks(name: str, frozen: tuple[str, ...], firs
 def test_frozen_parameters_get_no_gradient_and_norms_stay_put(name: str) -> None:
     backbone = create(name).train()
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    torch.stack(
-        [m.square().mean() for m in backbone(torch.randn(2, 3, 64, 64) * 3)]
-    ).sum().backward()
+    maps = backbone(torch.randn(2, 3, 64, 64) * 3)
+    torch.autograd.backward(torch.stack([m.square().mean() for m in maps]).sum())
     for parameter in backbone.parameters():
         assert (parameter.grad is not None) == parameter.requires_grad
     for key, value in backbone.state_dict().items():
