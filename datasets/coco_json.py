@@ -84,6 +84,13 @@ def read_coco_json(path: Path, *, need_boxes: bool) -> CocoContent:
         entries = [{**entry, "id": number} for number, entry in enumerate(entries, 1)]
         notices.append("annotations without an id: all were numbered in the file's order")
     _with_ids(entries, "annotation", path)
+    filled = {
+        "area": sum(not _is_number(entry.get("area")) for entry in entries),
+        "iscrowd": sum("iscrowd" not in entry for entry in entries),
+    }
+    if any(filled.values()):
+        counts = ", ".join(f"{key} of {count}" for key, count in filled.items() if count)
+        notices.append(f"annotations without {counts}: filled in (width x height; not a crowd)")
     classes = Classes.from_categories(categories)
     read = _read_images(images, path)
     annotations = _read_annotations(entries, read, classes, path)

@@ -120,7 +120,7 @@ class StepRunner:
             if on_step(latest):
                 break
         self.flush()
-        return averages.means()
+        return official_log_values(averages.means(), self.criterion)
 
     def _step(self, batch: Batch) -> tuple[list[str], Tensor]:
         """Forward, backward, update; return names and values, still on the device."""

@@ -1,0 +1,42 @@
+"""Every preset is accepted by the real parser and builds."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.schema import build_config, load_layers
+from models.build import build_model
+from util.config import to_yaml
+
+PRESETS = sorted(Path("configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
+def test_preset_builds_and_its_resolved_form_is_a_config(preset: Path, tmp_path: Path) -> None:
+    config = build_config(load_layers(str(preset), {}))
+    model = build_model(config.model, num_classes=91)
+    assert sum(p.numel() for p in model.parameters()) > 10_000
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(to_yaml(config))
+    assert build_config(load_layers(str(resolved), {})) == config
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("deformable_detr_r50_single_scale", 34_066_593),
+        ("deformable_detr_r50_single_scale_dc5", 34_066_593),
+        ("deformable_detr_r50", 40_069_665),
+        ("deformable_detr_r50_refine", 40_849_660),
+        ("deformable_detr_r50_refine_two_stage", 41_181_529),
+    ],
+)
+def test_published_presets_have_the_published_size(preset: str, parameters: int) -> None:
+    config = build_config(load_layers(f"configs/{preset}.yaml", {}))
+    model = build_model(config.model, num_classes=91)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_every_preset_opens_with_what_it_is() -> None:
+    for preset in PRESETS:
+        assert preset.read_text().startswith("# "), preset
