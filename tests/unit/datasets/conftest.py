@@ -21,9 +21,12 @@ def content() -> Content:
             {"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in (5, 9, 2)
         ],
         "annotations": [
-            {"id": 0, "image_id": 5, "category_id": 7, "bbox": [4, 6, 10, 12]},
-            {"id": 1, "image_id": 9, "category_id": 3, "bbox": [0, 0, 40, 30], "area": 600.0},
-            {"id": 2, "image_id": 2, "category_id": 7, "bbox": [1.5, 2.5, 3, 4], "iscrowd": 0},
+            {**box, "iscrowd": 0}
+            for box in (
+                {"id": 0, "image_id": 5, "category_id": 7, "bbox": [4, 6, 10, 12], "area": 120.0},
+                {"id": 1, "image_id": 9, "category_id": 3, "bbox": [0, 0, 40, 30], "area": 600.0},
+                {"id": 2, "image_id": 2, "category_id": 7, "bbox": [1.5, 2.5, 3, 4], "area": 12.0},
+            )
         ],
         "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
     }

@@ -114,7 +114,7 @@ def test_unusable_boxes_are_dropped_and_named(
 
 def test_a_notice_names_three_boxes_at_most(content: Content, write: Write) -> None:
     content["annotations"] += [
-        {"id": 10 + i, "image_id": 5, "category_id": 7, "bbox": [1, 1, 0, 0]} for i in range(5)
+        {**content["annotations"][0], "id": 10 + i, "bbox": [1, 1, 0, 0]} for i in range(5)
     ]
     (notice,) = CocoIndex.load(*write(content), need_boxes=True).notices
     assert "5 boxes (annotation 10 of image 5 '5.png'" in notice
@@ -125,11 +125,14 @@ def test_a_notice_names_three_boxes_at_most(content: Content, write: Write) -> N
 def test_missing_ids_areas_and_sizes_are_filled_in(content: Content, write: Write) -> None:
     for annotation in content["annotations"]:
         del annotation["id"]
+    for annotation in content["annotations"][::2]:
+        del annotation["area"], annotation["iscrowd"]
     for image in content["images"][:2]:
         del image["width"], image["height"]
     index = CocoIndex.load(*write(content), need_boxes=True)
     assert index.images.sizes.tolist() == [[30, 40]] * 3
     assert any("without an id" in notice for notice in index.notices)
+    assert any("without area of 2, iscrowd of 2" in notice for notice in index.notices)
     assert any("without width and height: 2" in notice for notice in index.notices)
     assert index.annotations.area.tolist() == [120, 600, 12]
 
