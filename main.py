@@ -162,6 +162,12 @@ def build_training_model(
     )
     mean, std = model.backbone.mean, model.backbone.std
     if pretrained is not None:
+        nheads = pretrained.model_options.get("nheads", config.model.nheads)
+        if nheads != config.model.nheads:  # the one difference that shapes do not show
+            raise ConfigError(
+                f"--nheads {config.model.nheads}: the weights of --finetune have {nheads}. "
+                f"Use --nheads {nheads}."
+            )
         report = transfer(
             model, pretrained.state_dict,
             source_classes=pretrained.classes, target_classes=classes,

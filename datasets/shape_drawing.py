@@ -162,7 +162,7 @@ def _place(
 def _random_object(rng: np.random.Generator, width: int, height: int) -> _Placed:
     name = list(OUTLINES)[int(rng.integers(len(OUTLINES)))]
     largest = min(LARGEST, 0.7 * min(width, height))
-    size = float(np.exp(rng.uniform(np.log(SMALLEST), np.log(largest))))
+    size = float(rng.uniform(np.sqrt(SMALLEST), np.sqrt(largest)) ** 2)  # small ones more often
     margin = 0.3 * size  # the picture's border may cut an object, but not its middle
     centre = rng.uniform((margin, margin), (width - margin, height - margin))
     angle = rng.uniform(0, 2 * np.pi)

@@ -1,5 +1,6 @@
 """Training steps."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -129,10 +130,7 @@ class StepRunner:
             losses = self.criterion(self.model(batch.images.to(self.device)), batch.targets)
         except FloatingPointError as error:
             images = ", ".join(str(int(t["image_id"])) for t in batch.targets)
-            raise UserError(
-                f"step {self.step} (images {images}): {error}. The run diverged or the data is "
-                "not finite: lower --lr, use --warmup_steps, and resume from last.pth."
-            ) from error
+            raise diverged(f"step {self.step} (images {images})", str(error)) from error
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(
@@ -152,5 +150,15 @@ class StepRunner:
         for (step, names, _, extra), row in zip(self._pending, rows, strict=True):
             latest = official_log_values(dict(zip(names, row, strict=True)), self.criterion)
             self.log.step(step, {**latest, **extra})
+            if not math.isfinite(latest["loss"]):
+                raise diverged(f"step {step}", "the loss is not finite")
         self._pending.clear()
         return latest
+
+
+def diverged(place: str, reason: str) -> UserError:
+    """Return the error of a run whose numbers are no longer finite."""
+    return UserError(
+        f"{place}: {reason}. The run diverged or the data is not finite: lower --lr, use "
+        "--warmup_steps, and resume from last.pth."
+    )
