@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 SUBPIXELS = 4  # masks are drawn this much finer than the picture, in each direction
-MIN_VISIBLE = 0.4  # an object may lose at most 60 % of itself to the ones drawn over it
-SMALLEST, LARGEST = 12, 150  # size of an object, pixels
+MIN_VISIBLE = 0.6  # an object may lose at most 40 % of itself to the ones drawn over it
+SMALLEST, LARGEST = 12, 160  # size of an object, pixels
 MAX_OBJECTS = 12
 _ATTEMPTS = 8
 
@@ -44,7 +44,6 @@ OUTLINES: dict[str, tuple[Points, ...]] = {
     "star": (_polar([1.1, 0.45] * 5),),
     "cross": (_cross(0.3),),
     "ring": (_polar([1.0] * 64), _polar([0.55] * 64)),
-    "bar": (_rectangle(1.1, 0.3),),
 }
 CATEGORY_IDS = {
     "square": 3,
@@ -52,7 +51,6 @@ CATEGORY_IDS = {
     "circle": 11,
     "ring": 18,
     "triangle": 24,
-    "bar": 40,
     "cross": 52,
 }
 
@@ -107,9 +105,9 @@ class _Placed:
 
 
 def draw_picture(rng: np.random.Generator) -> tuple[Image.Image, list[DrawnObject]]:
-    """Draw a picture of 256x192 to 320x240 pixels with 1 to 12 objects, later ones on top."""
-    # Twenty sizes: enough for evaluation to form batches of equal ones.
-    width, height = 16 * int(rng.integers(16, 21)), 16 * int(rng.integers(12, 16))
+    """Draw a picture of 256x192 to 304x240 pixels with 1 to 12 objects, later ones on top."""
+    # Twelve sizes: enough for evaluation to form batches of equal ones.
+    width, height = 16 * int(rng.integers(16, 20)), 24 * int(rng.integers(8, 11))
     canvas = _background(rng, width, height)
     placed: list[_Placed] = []
     for _ in range(int(rng.integers(1, MAX_OBJECTS + 1))):
@@ -161,8 +159,8 @@ def _place(
 
 def _random_object(rng: np.random.Generator, width: int, height: int) -> _Placed:
     name = list(OUTLINES)[int(rng.integers(len(OUTLINES)))]
-    largest = min(LARGEST, 0.7 * min(width, height))
-    size = float(rng.uniform(np.sqrt(SMALLEST), np.sqrt(largest)) ** 2)  # small ones more often
+    largest = min(LARGEST, 0.8 * min(width, height))
+    size = float(rng.uniform(SMALLEST, largest))
     margin = 0.3 * size  # the picture's border may cut an object, but not its middle
     centre = rng.uniform((margin, margin), (width - margin, height - margin))
     angle = rng.uniform(0, 2 * np.pi)

@@ -1,5 +1,7 @@
 """Options to constructors."""
 
+from typing import Any
+
 import torch
 
 from configs.schema import LossConfig, ModelConfig
@@ -57,31 +59,24 @@ def build_model(
 
 def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableTransformer:
     """Build the transformer; a refining decoder holds the box heads too."""
-
-    def encoder_layer() -> DeformableEncoderLayer:
-        return DeformableEncoderLayer(
-            config.hidden_dim,
-            d_ffn=config.dim_feedforward,
-            dropout=config.dropout,
-            n_levels=config.num_feature_levels,
-            n_heads=config.nheads,
-            n_points=config.enc_n_points,
-        )
-
-    def decoder_layer() -> DeformableDecoderLayer:
-        return DeformableDecoderLayer(
-            config.hidden_dim,
-            d_ffn=config.dim_feedforward,
-            dropout=config.dropout,
-            n_levels=config.num_feature_levels,
-            n_heads=config.nheads,
-            n_points=config.dec_n_points,
-        )
-
+    common: dict[str, Any] = {
+        "d_ffn": config.dim_feedforward,
+        "dropout": config.dropout,
+        "n_levels": config.num_feature_levels,
+        "n_heads": config.nheads,
+    }
+    encoder_layers = [
+        DeformableEncoderLayer(config.hidden_dim, n_points=config.enc_n_points, **common)
+        for _ in range(config.enc_layers)
+    ]
+    decoder_layers = [
+        DeformableDecoderLayer(config.hidden_dim, n_points=config.dec_n_points, **common)
+        for _ in range(config.dec_layers)
+    ]
     return DeformableTransformer(
-        DeformableEncoder([encoder_layer() for _ in range(config.enc_layers)]),
+        DeformableEncoder(encoder_layers),
         DeformableDecoder(
-            [decoder_layer() for _ in range(config.dec_layers)],
+            decoder_layers,
             bbox_embed=heads.bbox_embed if config.with_box_refine else None,
             class_embed=heads.class_embed if config.two_stage else None,
         ),
