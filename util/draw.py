@@ -13,7 +13,8 @@ from torch import Tensor
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
 
-_DARK, _LIGHT = (20, 20, 20), (255, 255, 255)
+# Between black and white one always has a contrast ratio of at least 4.5 (WCAG AA).
+_DARK, _LIGHT = (0, 0, 0), (255, 255, 255)
 _GOLDEN_RATIO = 0.618034
 
 
