@@ -1,0 +1,227 @@
+"""Predictions on pictures: what is written, where, and that no picture is ever overwritten."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageChops, ImageOps
+from torch import Tensor, nn
+
+from engine.predict import output_paths, predict, refuse_overwriting, relative_names
+from util.batch import Batch, PaddedBatch, UnreadableImage, pad_images
+from util.classes import Classes
+from util.errors import ConfigError, DataError
+
+CLASSES = Classes((0, 3, 7), ("", "cat", "dög"))  # label 0 is an unused id
+ORIENTATION = 0x0112
+
+
+class RedFinder(nn.Module):
+    """Finds the smallest box around red pixels: a detector whose answers a test knows."""
+
+    def forward(self, batch: PaddedBatch) -> list[Tensor]:
+        """Return a box per picture, normalised xyxy."""
+        assert not torch.is_grad_enabled()
+        assert not self.training
+        found = []
+        for image, (height, width) in zip(batch.images, batch.sizes, strict=True):
+            ys, xs = torch.nonzero(image[0, :height, :width] > 0.5, as_tuple=True)
+            corners = [xs.min() / width, ys.min() / height]
+            corners += [(xs.max() + 1) / width, (ys.max() + 1) / height]
+            found.append(torch.stack(corners))
+        return found
+
+
+def postprocess(outputs: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
+    """Give each box three times: sure, hidden behind an unused label, and doubtful."""
+    scale = sizes.flip(1).repeat(1, 2)
+    return [
+        {
+            "scores": torch.tensor([0.9, 0.8, 0.2]),
+            "labels": torch.tensor([1, 0, 2]),
+            "boxes": (box * size).expand(3, 4),
+        }
+        for box, size in zip(outputs, scale, strict=True)
+    ]
+
+
+def read(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        upright: Image.Image = ImageOps.exif_transpose(image)
+        return upright.convert("RGB")
+
+
+def make_batches(paths: list[Path]) -> Iterator[Batch]:
+    """Load two pictures a batch at half their size."""
+    for start in range(0, len(paths), 2):
+        images, targets, unreadable = [], [], []
+        for i in range(start, min(start + 2, len(paths))):
+            try:
+                picture = read(paths[i])
+            except OSError as error:
+                unreadable.append(UnreadableImage(i, str(paths[i]), str(error)))
+                continue
+            size = (picture.height // 2, picture.width // 2)
+            red = torch.tensor([p[0] > 128 for p in pixels(picture.resize(size[::-1], 0))])
+            images.append(red.reshape(1, *size).float().expand(3, -1, -1))
+            orig_size = torch.tensor([picture.height, picture.width])
+            targets.append({"image_id": torch.tensor(i), "orig_size": orig_size})
+        yield Batch(pad_images(images) if images else None, targets, unreadable)
+
+
+def pixels(image: Image.Image) -> list[tuple[int, int, int]]:
+    data = image.tobytes()
+    return [(data[i], data[i + 1], data[i + 2]) for i in range(0, len(data), 3)]
+
+
+def save_picture(
+    path: Path, *, orientation: int = 1, red: tuple[int, ...] = (20, 10, 60, 50)
+) -> None:
+    """Write a black picture of 160 x 120 with a red rectangle (x0, y0, x1, y1)."""
+    image = Image.new("RGB", (160, 120))
+    image.paste((255, 0, 0), (red[0], red[1], red[2], red[3]))
+    exif = image.getexif()
+    exif[ORIENTATION] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, exif=exif)
+
+
+def run(paths: list[Path], output_dir: Path, *, threshold: float = 0.5) -> list[dict[str, Any]]:
+    return predict(
+        RedFinder(),
+        postprocess,
+        make_batches(paths),
+        paths=paths,
+        read_picture=read,
+        classes=CLASSES,
+        output_dir=output_dir,
+        device=torch.device("cpu"),
+        score_threshold=threshold,
+    )
+
+
+def changes(path: Path, drawn: Path) -> tuple[int, int, int, int] | None:
+    difference = ImageChops.difference(read(path), read(drawn)).convert("L")
+    return difference.point(lambda v: 255 * (v > 60)).getbbox()  # JPEG changes all a little
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with pictures of three formats in two places, one of them turned."""
+    save_picture(tmp_path / "in" / "a" / "one.png")
+    save_picture(tmp_path / "in" / "b" / "one.png", red=(100, 80, 150, 110))
+    save_picture(tmp_path / "in" / "b" / "turned.JPG", orientation=6)
+    save_picture(tmp_path / "in" / "b" / "one.bmp")
+    return tmp_path / "in"
+
+
+def files(folder: Path) -> Mapping[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+
+
+def test_writes_each_picture_and_one_json(folder: Path, tmp_path: Path) -> None:
+    before, paths = files(folder), sorted(folder.rglob("*.*"))
+    returned = run(paths, tmp_path / "out")
+    assert files(folder) == before
+    names = [p.relative_to(folder).as_posix() for p in paths]
+    assert names == ["a/one.png", "b/one.bmp", "b/one.png", "b/turned.JPG"]
+    written = {"a/one.png", "b/one.png", "b/one_2.png", "b/turned.JPG", "predictions.json"}
+    assert set(files(tmp_path / "out")) == written
+    predictions = json.loads((tmp_path / "out" / "predictions.json").read_text("utf-8"))
+    assert predictions == returned
+    assert [(p["image_id"], p["file_name"]) for p in predictions[::2]] == list(enumerate(names))
+    first, second = predictions[:2]
+    assert first == {
+        "image_id": 0, "file_name": "a/one.png", "category_id": 3, "category_name": "cat",
+        "bbox": [20.0, 10.0, 40.0, 40.0], "score": pytest.approx(0.9),
+    }  # fmt: skip
+    assert (second["category_id"], second["category_name"]) == (7, "dög")
+    assert predictions[4]["bbox"] == [100.0, 80.0, 50.0, 30.0]
+
+
+def test_turned_picture_is_drawn_upright(folder: Path, tmp_path: Path) -> None:
+    predictions = run([folder / "b" / "turned.JPG"], tmp_path / "out")
+    drawn = read(tmp_path / "out" / "turned.JPG")
+    assert drawn.size == (120, 160)
+    assert predictions[0]["bbox"] == pytest.approx([70, 20, 40, 40], abs=2)
+    with Image.open(tmp_path / "out" / "turned.JPG") as stored:
+        assert stored.format == "JPEG"
+        assert stored.getexif().get(ORIENTATION, 1) == 1, "a viewer would turn it again"
+
+
+@pytest.mark.parametrize(("threshold", "drawn"), [(0.95, 0), (0.5, 1), (0.1, 2)])
+def test_threshold_decides_what_is_drawn_not_what_is_stored(
+    folder: Path, tmp_path: Path, threshold: float, drawn: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "a" / "one.png"
+    assert len(run([path], tmp_path / "out", threshold=threshold)) == 2
+    assert f"1 pictures with {drawn} boxes" in capsys.readouterr().out
+    changed = changes(path, tmp_path / "out" / "one.png")
+    assert (changed is None) == (drawn == 0)
+    if changed is not None:
+        assert changed[0] <= 20
+        assert changed[2] >= 60
+
+
+def test_unreadable_picture_is_named_and_the_rest_goes_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = folder / "a" / "broken.png"
+    broken.write_bytes((folder / "a" / "one.png").read_bytes()[:60])
+    paths = [broken, folder / "a" / "one.png", broken]
+    predictions = run(paths, tmp_path / "out")
+    assert {p["image_id"] for p in predictions} == {1}
+    output = capsys.readouterr().out
+    assert "broken.png" in output
+    assert "2 pictures could not be read" in output
+    with pytest.raises(DataError, match="--input: expected pictures, got 1 that cannot be read"):
+        run([broken], tmp_path / "nothing")
+
+
+def test_inputs_are_never_overwritten(folder: Path, tmp_path: Path) -> None:
+    before, paths = files(folder), sorted(folder.rglob("*.*"))
+    with pytest.raises(ConfigError, match="--output_dir: expected a folder where no input lies"):
+        run(paths, folder)
+    os.symlink(folder, tmp_path / "link")
+    with pytest.raises(ConfigError, match="Choose another folder"):
+        run(paths, tmp_path / "link")
+    assert files(folder) == before
+
+
+def test_file_in_place_of_the_folder_is_told(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ConfigError, match="--output_dir .*out: expected a folder"):
+        run([folder / "a" / "one.png"], tmp_path / "out")
+
+
+def test_second_run_replaces_the_first(folder: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        run([folder / "a" / "one.png"], tmp_path / "out")
+    assert set(files(tmp_path / "out")) == {"one.png", "predictions.json"}
+
+
+NAMES = st.sampled_from(["a.png", "A.PNG", "a.bmp", "a.jpg", "a_2.png", "a", "a.b.tif", "a_2.bmp"])
+FOLDERS = st.sampled_from(["", "x", "x/y", "z/../x", "../up"])
+
+
+@given(st.lists(st.tuples(FOLDERS, NAMES), min_size=1, max_size=12))
+def test_no_two_outputs_are_one_file(parts: list[tuple[str, str]]) -> None:
+    names = relative_names([Path(folder, name) for folder, name in parts])
+    outputs = output_paths(names, Path("out"))
+    assert len({str(p).casefold() for p in outputs}) == len(parts)
+    for name, output in zip(names, outputs, strict=True):
+        assert ".." not in output.parts
+        assert output.parts[0] == "out"
+        assert output.parts[1:-1] == name.parts[:-1]
+        kept = name.suffix.lower() in (".png", ".jpg")
+        assert output.suffix == (name.suffix if kept else ".png")
+
+
+def test_missing_files_do_not_disturb_the_check(tmp_path: Path) -> None:
+    refuse_overwriting([tmp_path / "gone.png"], [tmp_path / "gone.png"])
