@@ -35,7 +35,7 @@ from engine.gallery import draw_gallery, evenly_spaced
 from engine.optim import build_optimizer, build_scheduler
 from engine.predict import predict
 from engine.train import StepRunner
-from engine.trainer import Trainer, Validation, count_parameters, versions
+from engine.trainer import EXIT_INTERRUPTED, Trainer, Validation, count_parameters, versions
 from models.build import ALL_STAGES, build_criterion, build_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
@@ -228,11 +228,24 @@ def saved_data_options(pretrained: Pretrained) -> dict[str, Any]:
     return {}
 
 
+def beside(source: str) -> Path:
+    """Return the folder of a checkpoint.
+
+    Raises:
+        ConfigError: it lies on the hub.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ConfigError(f"--output_dir: expected a folder for the results of {source}.")
+    return path if path.is_dir() else path.parent
+
+
 def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
     """Evaluate a checkpoint on COCO-format data."""
     options = EvalConfig(**given.get("eval", {}))
     device = pick_device(options.device)
     model, pretrained, mean, std = load_detector(options.checkpoint, device)
+    output_dir = Path(options.output_dir) if options.output_dir else beside(options.checkpoint)
     saved = {"data": saved_data_options(pretrained)}
     data = DataConfig(**merge_options(saved, {"data": given.get("data", {})})["data"])
     index = load_index(data, "val")
@@ -246,7 +259,6 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
     evaluator = CocoEvaluator(index.coco_gt, dataset.label_to_category)
     result, _ = evaluate(model, PostProcess(), batches, evaluator, device=device)
     console(result.table())
-    output_dir = Path(options.output_dir or Path(options.checkpoint).parent)
     save_results(output_dir, result, evaluator.detections)
     console(f"written: {output_dir / 'eval' / 'results.json'}, detections.json")
     return 0
@@ -332,6 +344,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         command, args, given = parse_command_line(argv)
         return COMMANDS[command][0](args, given)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except UserError as error:
         if "--debug" in argv:
             raise

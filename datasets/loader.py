@@ -1,5 +1,6 @@
 """Batches from data sets: collation, the order of pictures, and the two kinds of loader."""
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, islice
 
@@ -22,6 +23,11 @@ def collate(items: Sequence[Item]) -> Batch:
         targets=[target for _, target in read],
         unreadable=[item for item in items if isinstance(item, UnreadableImage)],
     )
+
+
+def leave_interrupts_to_the_main_process(worker: int) -> None:
+    """Let a worker process go on after Ctrl-C, which a terminal sends to all processes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class ShuffledBatchSampler(Sampler[list[int]]):
@@ -160,6 +166,7 @@ class TrainLoader(DataLoader[Item]):
             collate_fn=collate,
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
+            worker_init_fn=leave_interrupts_to_the_main_process,
             # Its own generator: loading data leaves the model's random numbers alone.
             generator=seeded_generator(seed),
         )
@@ -218,5 +225,6 @@ def eval_loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=leave_interrupts_to_the_main_process,
         generator=seeded_generator(0),
     )

@@ -77,6 +77,9 @@ class Trainer:
 
         Ctrl-C and SIGTERM end the step under way, save `last.pth` and return 130.
         """
+        if self.epoch >= self.epochs:
+            console(f"this run is finished: {self.epoch} of {self.epochs} epochs are done.")
+            return 0
         total = self.epochs * len(self.train_loader)
         total = min(total, self.max_steps) if self.max_steps else total
         handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -116,7 +119,7 @@ class Trainer:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        console("stopping after this step; once more to stop at once without saving")
+        console("stopping after the step under way; once more to stop at once without saving")
 
     def _finished(self) -> bool:
         return bool(self.max_steps) and self.runner.step >= self.max_steps

@@ -1,6 +1,6 @@
-"""Measure what padding in evaluation batches does to AP.
+r"""Measure what padding in evaluation batches does to AP.
 
-    python -m tests.benchmarks.padding_effect --checkpoint runs/demo/last.pth \\
+    python -m tests.benchmarks.padding_effect --checkpoint runs/demo/last.pth \
         --coco_path data/shapes
 
 Evaluates the same checkpoint twice: as `eval` does (batches of one size, no padding) and as the

@@ -1,5 +1,6 @@
 """A run that stops can be continued, and ends as if it had not stopped."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -37,15 +38,21 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 ) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "main.py", "train", "--config", TINY, "--coco_path", str(shapes),
-               "--output_dir", str(run), "--epochs", "500", "--eval_every", "500"]  # fmt: skip
+               "--output_dir", str(run), "--epochs", "500", "--eval_every", "500",
+               "--num_workers", "1"]  # fmt: skip
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     while not (run / "last.pth").exists():
         assert time.monotonic() < deadline, "no epoch ended"
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loader processes too
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "--resume" in output
