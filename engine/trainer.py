@@ -126,6 +126,7 @@ class Trainer:
 
     def _run_epoch(self, bar: "tqdm[Any]") -> None:
         started, first_step = time.perf_counter(), self.runner.step
+        rate = self.runner.optimizer.param_groups[0]["lr"]
         bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}", refresh=False)
 
         def on_step(latest: Mapping[str, float] | None) -> bool:
@@ -144,7 +145,7 @@ class Trainer:
             return
         seconds = time.perf_counter() - started
         values = {
-            "train_lr": self.runner.optimizer.param_groups[0]["lr"],
+            "train_lr": rate,
             **{f"train_{name}": value for name, value in means.items()},
             "train_steps": self.runner.step - first_step,
             "train_seconds": seconds,
@@ -191,7 +192,7 @@ class Trainer:
     def _log_evaluation(
         self, result: EvalResult, losses: Mapping[str, float], evaluator: CocoEvaluator
     ) -> None:
-        step, log = self.runner.step, self.runner.log
+        step, log = self.runner.step - 1, self.runner.log  # the last step that was trained
         log.scalars(step, {f"val/{name}": value for name, value in result.stats.items()})
         log.scalars(step, {f"val/{name}": losses[name] for name in ("loss",) if name in losses})
         folder = self.output_dir / "pictures"
