@@ -109,7 +109,7 @@ def build_trainer(config: Config, pretrained: Pretrained | None, log: RunLog) ->
     train_set = build_dataset(data, train_index, train=True, mean=mean, std=std, seed=run.seed)
     val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
     for dataset in (train_set, val_set):
-        report_data(dataset)
+        report_data(dataset, config.model.num_queries)
     loader = train_loader(
         train_set,
         batch_size=optim.batch_size,
@@ -177,10 +177,19 @@ def build_training_model(
     return model, mean, std
 
 
-def report_data(dataset: CocoDetection) -> None:
+def report_data(dataset: CocoDetection, num_queries: int) -> None:
     """Print what a data set holds and what was mended in it."""
-    console(dataset.index.summary())
-    for notice in dataset.index.notices:
+    index = dataset.index
+    console(index.summary())
+    notices = list(index.notices)
+    crowded = index.boxes_per_picture > num_queries
+    if crowded.any():
+        notices.append(
+            f"{int(crowded.sum())} pictures have more boxes (up to "
+            f"{int(index.boxes_per_picture.max())}) than the model has queries ({num_queries}): "
+            "the rest can never be found. Raise --num_queries."
+        )
+    for notice in notices:
         console(f"  notice: {notice}")
 
 
@@ -252,7 +261,7 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
     dataset = build_dataset(
         data, index, train=False, mean=mean, std=std, classes=pretrained.classes
     )
-    report_data(dataset)
+    report_data(dataset, model.transformer.num_queries)
     optim = (pretrained.config or {}).get("optim", {})
     batch_size = options.batch_size or optim.get("eval_batch_size") or optim.get("batch_size", 1)
     batches = eval_loader(dataset, batch_size=batch_size, num_workers=data.num_workers)

@@ -91,6 +91,11 @@ class CocoIndex:
     def __len__(self) -> int:
         return len(self.images.ids)
 
+    @property
+    def boxes_per_picture(self) -> NDArray[np.int64]:
+        """Usable boxes of each picture."""
+        return np.diff(self.first)
+
     @cached_property
     def coco_gt(self) -> COCO:
         """The ground truth for pycocotools: `annotations`, with areas and crowd flags filled in.
@@ -133,7 +138,7 @@ class CocoIndex:
         more = [f"{rest} more with {counts[order[_CLASSES_SHOWN:]].sum()}"] if rest else []
         return (
             f"{self.annotation_file.name}: {len(self)} images, {len(self.boxes)} boxes, "
-            f"{int((np.diff(self.first) == 0).sum())} images without boxes, "
+            f"{int((self.boxes_per_picture == 0).sum())} images without boxes, "
             f"{int(self.annotations.crowd.sum())} crowd boxes, {len(self.classes)} classes\n"
             f"  boxes by class: {', '.join([*shown, *more])}"
         )

@@ -77,8 +77,12 @@ class Trainer:
 
         Ctrl-C and SIGTERM end the step under way, save `last.pth` and return 130.
         """
-        if self.epoch >= self.epochs:
-            console(f"this run is finished: {self.epoch} of {self.epochs} epochs are done.")
+        if self.epoch >= self.epochs or self._finished():
+            limit = f" of --max_steps {self.max_steps}" if self.max_steps else ""
+            console(
+                f"this run is finished: {self.epoch} of {self.epochs} epochs, "
+                f"step {self.runner.step}{limit}. Raise --epochs or --max_steps to go on."
+            )
             return 0
         total = self.epochs * len(self.train_loader)
         total = min(total, self.max_steps) if self.max_steps else total

@@ -10,6 +10,15 @@ from ops import ms_deform_attn
 # N batch, Q queries, S tokens, M heads, L levels, K points, C width.
 
 
+def level_sizes(spatial_shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
+    """Return (width, height) of each level in cells. Shape: [L,2], dtype and device of `like`."""
+    # filled on the device: copying from the host would wait for all work under way there
+    sides = [
+        like.new_full((), side) for height, width in spatial_shapes for side in (width, height)
+    ]
+    return torch.stack(sides).view(-1, 2)
+
+
 class MSDeformAttn(nn.Module):
     """Multi-scale deformable attention with its projections (Deformable DETR, Sec. 4.1).
 
@@ -49,12 +58,13 @@ class MSDeformAttn(nn.Module):
         tokens: Tensor,
         spatial_shapes: list[tuple[int, int]],
         padding_mask: Tensor,
+        sizes: Tensor | None = None,
     ) -> Tensor:
         """Attend from each query to K points per level around its reference.
 
         Shape: query [N,Q,C]; reference_points [N,Q,L,2] as (x, y) or [N,Q,L,4] as (cx, cy, w, h),
             fractions of the padded levels; tokens [N,S,C]; padding_mask [N,S], True = padding;
-            returns [N,Q,C].
+            sizes [L,2], `level_sizes` if they are at hand; returns [N,Q,C].
         """
         n, q, _ = query.shape
         value = self.value_proj(tokens).masked_fill(padding_mask[..., None], 0.0)
@@ -62,16 +72,14 @@ class MSDeformAttn(nn.Module):
         samples = (n, q, self.n_heads, self.n_levels, self.n_points)
         offsets = self.sampling_offsets(query).view(*samples, 2)
         weights = self.attention_weights(query).view(*samples[:3], -1).softmax(-1).view(samples)
-        locations = self._locations(reference_points, offsets, spatial_shapes)
+        sizes = level_sizes(spatial_shapes, offsets) if sizes is None else sizes
+        locations = self._locations(reference_points, offsets, sizes)
         output: Tensor = self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
         return output
 
-    def _locations(
-        self, reference: Tensor, offsets: Tensor, spatial_shapes: list[tuple[int, int]]
-    ) -> Tensor:
+    def _locations(self, reference: Tensor, offsets: Tensor, sizes: Tensor) -> Tensor:
         reference = reference[:, :, None, :, None]  # [N,Q,1,L,1,2 or 4]
         if reference.shape[-1] == 2:
-            cells = offsets.new_tensor([(w, h) for h, w in spatial_shapes])  # [L,2]
-            return reference + offsets / cells[:, None]
+            return reference + offsets / sizes[:, None]
         # a box: offsets are relative to half its size, whatever the level (Appendix A.4)
         return reference[..., :2] + offsets / self.n_points * reference[..., 2:] * 0.5

@@ -75,7 +75,12 @@ class DeformableDecoderLayer(nn.Module):
         attended = self.self_attn(query, query, x, need_weights=False)[0]
         x = self.norm2(x + self.dropout(attended))
         attended = self.cross_attn(
-            x + query_pos, reference_points, memory, levels.spatial_shapes, levels.padding_mask
+            x + query_pos,
+            reference_points,
+            memory,
+            levels.spatial_shapes,
+            levels.padding_mask,
+            levels.sizes,
         )
         x = self.norm1(x + self.dropout(attended))
         hidden = self.dropout(F.relu(self.linear1(x)))

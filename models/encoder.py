@@ -16,13 +16,15 @@ class FeatureLevels:
     """Feature maps of all levels, flattened into one sequence.
 
     Shape: tokens and pos [N,S,C]; padding_mask [N,S], True = padding; valid_ratios [N,L,2], the
-    unpadded fraction of each level's (width, height); spatial_shapes (H, W) per level.
+    unpadded fraction of each level's (width, height); sizes [L,2], those of the padded levels in
+    cells; spatial_shapes (H, W) per level.
     """
 
     tokens: Tensor
     pos: Tensor
     padding_mask: Tensor
     valid_ratios: Tensor
+    sizes: Tensor
     spatial_shapes: list[tuple[int, int]]
 
 
@@ -52,7 +54,12 @@ class DeformableEncoderLayer(nn.Module):
     def forward(self, x: Tensor, levels: FeatureLevels, reference_points: Tensor) -> Tensor:
         """Shape: x [N,S,C]; reference_points [N,S,L,2]; returns [N,S,C]."""
         attended = self.self_attn(
-            x + levels.pos, reference_points, x, levels.spatial_shapes, levels.padding_mask
+            x + levels.pos,
+            reference_points,
+            x,
+            levels.spatial_shapes,
+            levels.padding_mask,
+            levels.sizes,
         )
         x = self.norm1(x + self.dropout(attended))
         hidden = self.dropout(F.relu(self.linear1(x)))
@@ -82,8 +89,7 @@ def cell_centres(levels: FeatureLevels) -> Tensor:
     centres = []
     for level, (height, width) in enumerate(levels.spatial_shapes):
         grid = grid_centres(height, width, ratios)  # [H*W,2], in cells
-        size = ratios.new_tensor([width, height])
-        centres.append(grid[None] / (ratios[:, None, level] * size))
+        centres.append(grid[None] / (ratios[:, None, level] * levels.sizes[level]))
     return torch.cat(centres, dim=1)[:, :, None] * ratios[:, None]
 
 

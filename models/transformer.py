@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.attention import MSDeformAttn
+from models.attention import MSDeformAttn, level_sizes
 from models.decoder import DecoderOutput, DeformableDecoder
 from models.encoder import DeformableEncoder, FeatureLevels
 from models.two_stage import proposal_embedding, select_proposals, token_proposals
@@ -91,12 +91,15 @@ class DeformableTransformer(nn.Module):
     ) -> FeatureLevels:
         """Join the levels into one sequence, each with its level embedding."""
         level_pos = [p.flatten(2).mT + e for p, e in zip(pos, self.level_embed, strict=True)]
+        shapes = [(int(f.shape[2]), int(f.shape[3])) for f in features]
+        valid_ratios = torch.stack([valid_ratio(m, features[0].dtype) for m in masks], dim=1)
         return FeatureLevels(
             tokens=torch.cat([f.flatten(2).mT for f in features], dim=1),
             pos=torch.cat(level_pos, dim=1),
             padding_mask=torch.cat([m.flatten(1) for m in masks], dim=1),
-            valid_ratios=torch.stack([valid_ratio(m, features[0].dtype) for m in masks], dim=1),
-            spatial_shapes=[(int(f.shape[2]), int(f.shape[3])) for f in features],
+            valid_ratios=valid_ratios,
+            sizes=level_sizes(shapes, valid_ratios),
+            spatial_shapes=shapes,
         )
 
     def _two_stage(self, memory: Tensor, levels: FeatureLevels) -> TransformerOutput:

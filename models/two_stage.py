@@ -20,8 +20,7 @@ def token_proposals(levels: FeatureLevels) -> Tensor:
     ratios = levels.valid_ratios
     boxes = []
     for level, (height, width) in enumerate(levels.spatial_shapes):
-        cells = ratios.new_tensor([width, height])
-        valid = (ratios[:, None, level] * cells).round()  # [N,1,2], unpadded cells
+        valid = (ratios[:, None, level] * levels.sizes[level]).round()  # [N,1,2], unpadded cells
         centre = grid_centres(height, width, ratios)[None] / valid
         boxes.append(torch.cat([centre, torch.full_like(centre, 0.05 * 2.0**level)], dim=-1))
     proposals = torch.cat(boxes, dim=1)

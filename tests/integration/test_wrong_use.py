@@ -66,10 +66,10 @@ def test_wrong_options(cli: Cli, tmp_path: Path, case: str) -> None:
     assert_one_line(cli(*arguments(tmp_path)), *parts)
 
 
-def train_on(cli: Cli, data: Path, out: Path) -> Any:
+def train_on(cli: Cli, data: Path, out: Path, *options: str) -> Any:
     """Train the tiny model for one epoch."""
     return cli("train", "--config", TINY, "--coco_path", data, "--output_dir", out,
-               "--epochs", "1", "--no_tensorboard")  # fmt: skip
+               "--epochs", "1", "--no_tensorboard", *options)  # fmt: skip
 
 
 @pytest.fixture
@@ -151,10 +151,11 @@ def test_training_goes_on_without_an_unreadable_picture(
 ) -> None:
     spoiled = sorted((copied / "train2017").iterdir())[3]
     spoiled.write_bytes(spoiled.read_bytes()[:400])
-    done = train_on(cli, copied, tmp_path / "o")
+    done = train_on(cli, copied, tmp_path / "o", "--num_queries", "2")
     assert done.returncode == 0, done.stderr
     assert spoiled.name in done.stdout + done.stderr
     assert read_log(tmp_path / "o")[-1]["train_unreadable_images"] == 1
+    assert "more boxes" in done.stdout  # than queries, which is told too
 
 
 def test_flawed_annotations_are_mended_counted_and_named(

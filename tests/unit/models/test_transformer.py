@@ -50,6 +50,7 @@ def make_levels(shapes: list[tuple[int, int]] = SHAPES, width: int = 16) -> Feat
         pos=torch.randn(2, tokens, width, dtype=torch.float64),
         padding_mask=torch.cat([m.flatten(1) for m in masks], dim=1),
         valid_ratios=torch.stack([valid_ratio(m, torch.float64) for m in masks], dim=1),
+        sizes=torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64),
         spatial_shapes=shapes,
     )
 
@@ -130,6 +131,7 @@ def test_tokens_at_the_very_border_or_on_too_coarse_levels_propose_nothing() -> 
         pos=torch.zeros(1, 65, 8),
         padding_mask=torch.zeros(1, 65, dtype=torch.bool),
         valid_ratios=torch.ones(1, 6, 2),
+        sizes=torch.tensor([(60.0, 1.0)] + [(1.0, 1.0)] * 5),
         spatial_shapes=[(1, 60), (1, 1), (1, 1), (1, 1), (1, 1), (1, 1)],
     )
     infinite = token_proposals(levels).isinf().all(-1)[0]
