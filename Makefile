@@ -31,7 +31,7 @@ demo: env
 	fi
 	$(BIN)/python main.py eval --checkpoint $(DEMO)/last.pth
 	$(BIN)/python main.py predict --checkpoint $(DEMO)/last.pth \
-		--input 'data/shapes/val2017/*00[0-9].png' --output_dir $(DEMO)/predictions
+		--input 'data/shapes/val2017/50000?.jpg' --output_dir $(DEMO)/predictions
 	@echo "pictures with boxes: $(DEMO)/predictions and, beside the truth, $(DEMO)/pictures"
 	@echo "loss and AP over epochs: $(DEMO)/curves.png"
 
