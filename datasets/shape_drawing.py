@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 SUBPIXELS = 4  # masks are drawn this much finer than the picture, in each direction
-MIN_VISIBLE = 0.6  # an object may lose at most 40 % of itself to the ones drawn over it
-SMALLEST, LARGEST = 12, 160  # size of an object, pixels
+MIN_VISIBLE = 0.75  # an object may lose at most a quarter of itself to the ones drawn over it
+SMALLEST, LARGEST = 20, 150  # size of an object, pixels
 MAX_OBJECTS = 12
 _ATTEMPTS = 8
 
@@ -159,8 +159,8 @@ def _place(
 
 def _random_object(rng: np.random.Generator, width: int, height: int) -> _Placed:
     name = list(OUTLINES)[int(rng.integers(len(OUTLINES)))]
-    largest = min(LARGEST, 0.8 * min(width, height))
-    size = float(rng.uniform(SMALLEST, largest))
+    largest = min(LARGEST, 0.7 * min(width, height))
+    size = float(rng.uniform(np.sqrt(SMALLEST), np.sqrt(largest)) ** 2)  # small ones more often
     margin = 0.3 * size  # the picture's border may cut an object, but not its middle
     centre = rng.uniform((margin, margin), (width - margin, height - margin))
     angle = rng.uniform(0, 2 * np.pi)

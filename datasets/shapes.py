@@ -117,7 +117,7 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
 def _main() -> int:
     parser = argparse.ArgumentParser(prog="python -m datasets.shapes", allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, required=True, help="a new or empty folder")
-    parser.add_argument("--num_train", type=int, default=3000, help="default: 3000")
+    parser.add_argument("--num_train", type=int, default=2800, help="default: 2800")
     parser.add_argument("--num_val", type=int, default=200, help="default: 200")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args()
