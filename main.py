@@ -1,11 +1,12 @@
 """Deformable DETR from the command line: train, eval, predict, doctor."""
 
 import argparse
+import errno
 import logging
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from configs.schema import (
     Config,
     DataConfig,
     EvalConfig,
+    EvalDataConfig,
     ModelConfig,
     PredictConfig,
     build_config,
@@ -28,7 +30,7 @@ from datasets.coco import CocoDetection
 from datasets.image_reading import read_rgb
 from datasets.loader import eval_loader, train_loader
 from datasets.pictures import PictureDataset, find_pictures
-from engine.checkpoint import check_same_model, load_checkpoint
+from engine.checkpoint import check_same, load_checkpoint
 from engine.coco_evaluator import CocoEvaluator, save_results
 from engine.evaluate import evaluate
 from engine.gallery import draw_gallery, evenly_spaced
@@ -41,44 +43,65 @@ from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
 from models.pretrained import Pretrained, load_pretrained
 from models.transfer import load_strict, transfer
-from ops.self_test import self_test
+from ops.self_test import check_devices
 from util.classes import Classes
-from util.config import Values, add_options, changed_options, merge, parse_flags, to_yaml
+from util.config import (
+    OptionParser,
+    Values,
+    add_options,
+    changed_options,
+    merge,
+    parse_flags,
+    to_yaml,
+)
 from util.device import pick_device, seed_everything
 from util.errors import ConfigError, UserError
-from util.files import write_atomic
+from util.files import make_output_dir, write_atomic
 from util.run_log import RunLog, console
 
 EXIT_USER_ERROR = 2
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+FIXED_ON_RESUME = (
+    "batch_size",
+    "frozen_stages",
+)  # the place in the epoch and the optimiser's state
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: its options, and the weights or the checkpoint it goes on from."""
+
+    config: Config
+    pretrained: Pretrained | None = None
+    checkpoint: Path | None = None
+    preprocessing: Mapping[str, Sequence[float]] | None = None  # the checkpoint's
 
 
 def train(args: argparse.Namespace, given: Values) -> int:
     """Train on COCO-format data, or continue a run."""
-    resume = given.get("run", {}).get("resume", "")
-    pretrained = None
-    if resume:
-        config = resumed_config(Path(resume), args.config, given)
-    else:
-        config, pretrained = fresh_config(args.config, given)
+    layers = load_layers(args.config, given)
+    resume = layers.get("run", {}).get("resume", "")
+    start = resumed(Path(resume), layers) if resume else fresh(layers)
+    config = start.config
     output_dir = Path(config.run.output_dir)
-    if not resume and (output_dir / "last.pth").exists():
+    same_folder = bool(resume) and output_dir.resolve() == Path(resume).parent.resolve()
+    if not same_folder and (output_dir / "last.pth").exists():
         raise ConfigError(
             f"--output_dir {output_dir}: holds a run already. Continue it with "
             f"--resume {output_dir / 'last.pth'}, or choose another folder."
         )
     console(f"options that differ from the defaults: {', '.join(changed_options(config))}")
     with RunLog(output_dir, tensorboard=config.run.tensorboard) as log:
-        trainer = build_trainer(config, pretrained, log)
-        write_atomic(output_dir / "config.yaml", to_yaml(config))
-        if resume:
-            trainer.resume(Path(resume))
+        trainer = build_trainer(start, log)
+        if start.checkpoint is not None:
+            trainer.resume(start.checkpoint)
             console(f"resuming at epoch {trainer.epoch + 1}, step {trainer.runner.step}")
+        write_atomic(output_dir / "config.yaml", to_yaml(config))
         return trainer.fit()
 
 
-def fresh_config(file: str | None, given: Values) -> tuple[Config, Pretrained | None]:
-    """Return the options of a new run; the model follows the weights of --finetune."""
-    layers = load_layers(file, given)
+def fresh(layers: Values) -> Start:
+    """Begin a new run; the model follows the weights of --finetune where no option says else."""
     source, pretrained = layers.get("run", {}).get("finetune", ""), None
     if source:
         pretrained = load_pretrained(source)
@@ -86,30 +109,48 @@ def fresh_config(file: str | None, given: Values) -> tuple[Config, Pretrained | 
     config = build_config(layers)
     if not config.run.output_dir:
         raise ConfigError("--output_dir: expected a folder for the run, got none. Give one.")
-    return config, pretrained
+    return Start(config, pretrained)
 
 
-def resumed_config(checkpoint: Path, file: str | None, given: Values) -> Config:
-    """Return the options of the checkpoint's run, with those given now on top."""
-    saved = load_checkpoint(checkpoint)["config"]
-    config = build_config(merge_options(saved, load_layers(file, given)))
-    check_same_model(asdict(build_config(saved).model), asdict(config.model), checkpoint)
-    output_dir = given.get("run", {}).get("output_dir", str(checkpoint.parent))
-    return replace(config, run=replace(config.run, output_dir=output_dir, resume=""))
+def resumed(checkpoint: Path, layers: Values) -> Start:
+    """Continue a run with the options of its checkpoint, and those given now on top."""
+    content = load_checkpoint(checkpoint)
+    saved = build_config(content["config"])
+    if "finetune" in layers.get("run", {}):
+        raise ConfigError("--resume and --finetune: expected one of them. Resuming needs no other.")
+    config = build_config(merge_options(content["config"], layers))
+    check_same("model", asdict(saved.model), asdict(config.model), checkpoint)
+    before, now = fixed_on_resume(saved), fixed_on_resume(config)
+    check_same("batches and frozen parts", before, now, checkpoint)
+    output_dir = layers.get("run", {}).get("output_dir", str(checkpoint.parent))
+    run = replace(config.run, output_dir=output_dir, resume="")
+    return Start(
+        replace(config, run=run),
+        checkpoint=checkpoint,
+        preprocessing=content["preprocessing"],
+    )
 
 
-def build_trainer(config: Config, pretrained: Pretrained | None, log: RunLog) -> Trainer:
+def fixed_on_resume(config: Config) -> dict[str, Any]:
+    """Return what the place in an epoch and the optimiser's state depend on."""
+    optim = config.optim
+    frozen = ALL_STAGES if optim.lr_backbone == 0 else optim.frozen_stages
+    return {"batch_size": optim.batch_size, "frozen_stages": frozen}
+
+
+def build_trainer(start: Start, log: RunLog) -> Trainer:
     """Put data, model, optimiser and logs together."""
+    config = start.config
     optim, run, data = config.optim, config.run, config.data
     seed_everything(run.seed)
     device = pick_device(run.device)
     train_index, val_index = load_index(data, "train"), load_index(data, "val")
     classes = train_index.classes
-    model, mean, std = build_training_model(config, pretrained, classes)
+    model, mean, std = build_training_model(start, classes)
     train_set = build_dataset(data, train_index, train=True, mean=mean, std=std, seed=run.seed)
     val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
     for dataset in (train_set, val_set):
-        report_data(dataset, config.model.num_queries)
+        console(dataset.index.report(config.model.num_queries))
     loader = train_loader(
         train_set,
         batch_size=optim.batch_size,
@@ -132,18 +173,17 @@ def build_trainer(config: Config, pretrained: Pretrained | None, log: RunLog) ->
         f"{config.model.backbone}: {count_parameters(model):,} trained parameters, "
         f"{len(loader)} steps an epoch on {device}"
     )
-    identity = {
-        "classes": classes.to_json(),
-        "config": asdict(config),
-        "preprocessing": {"mean": list(mean), "std": list(std)},
-        "versions": versions(),
-    }
     return Trainer(
         runner=runner,
         train_loader=loader,
         validation=build_validation(val_set, config, device),
         output_dir=Path(run.output_dir),
-        identity=identity,
+        identity={
+            "classes": classes.to_json(),
+            "config": asdict(config),
+            "preprocessing": {"mean": list(mean), "std": list(std)},
+            "versions": versions(),
+        },
         epochs=optim.epochs,
         eval_every=run.eval_every,
         max_steps=run.max_steps,
@@ -151,46 +191,36 @@ def build_trainer(config: Config, pretrained: Pretrained | None, log: RunLog) ->
 
 
 def build_training_model(
-    config: Config, pretrained: Pretrained | None, classes: Classes
+    start: Start, classes: Classes
 ) -> tuple[DeformableDETR, Sequence[float], Sequence[float]]:
     """Build the model with its first weights; return it and the pictures' mean and deviation."""
+    config, pretrained = start.config, start.pretrained
+    inherited = start.checkpoint is not None or (
+        pretrained is not None
+        and pretrained.model_options.get("backbone", config.model.backbone) == config.model.backbone
+    )
     model = build_model(
         config.model,
         num_classes=len(classes),
-        backbone_weights="none" if pretrained else config.run.backbone_weights,
+        backbone_weights="none" if inherited else config.run.backbone_weights,
         frozen_stages=config.optim.frozen_stages if config.optim.lr_backbone else ALL_STAGES,
     )
-    mean, std = model.backbone.mean, model.backbone.std
+    mean: Sequence[float] = model.backbone.mean
+    std: Sequence[float] = model.backbone.std
+    if start.preprocessing is not None:
+        mean, std = start.preprocessing["mean"], start.preprocessing["std"]
     if pretrained is not None:
         nheads = pretrained.model_options.get("nheads", config.model.nheads)
         if nheads != config.model.nheads:  # the one difference that shapes do not show
-            raise ConfigError(
-                f"--nheads {config.model.nheads}: the weights of --finetune have {nheads}. "
-                f"Use --nheads {nheads}."
-            )
+            raise ConfigError(f"--nheads {config.model.nheads}: --finetune has {nheads}. Use that.")
         report = transfer(
             model, pretrained.state_dict,
             source_classes=pretrained.classes, target_classes=classes,
         )  # fmt: skip
         console(report.table())
-        mean, std = pretrained.image_mean or mean, pretrained.image_std or std
+        if inherited:
+            mean, std = pretrained.image_mean or mean, pretrained.image_std or std
     return model, mean, std
-
-
-def report_data(dataset: CocoDetection, num_queries: int) -> None:
-    """Print what a data set holds and what was mended in it."""
-    index = dataset.index
-    console(index.summary())
-    notices = list(index.notices)
-    crowded = index.boxes_per_picture > num_queries
-    if crowded.any():
-        notices.append(
-            f"{int(crowded.sum())} pictures have more boxes (up to "
-            f"{int(index.boxes_per_picture.max())}) than the model has queries ({num_queries}): "
-            "the rest can never be found. Raise --num_queries."
-        )
-    for notice in notices:
-        console(f"  notice: {notice}")
 
 
 def build_validation(dataset: CocoDetection, config: Config, device: torch.device) -> Validation:
@@ -261,7 +291,8 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
     dataset = build_dataset(
         data, index, train=False, mean=mean, std=std, classes=pretrained.classes
     )
-    report_data(dataset, model.transformer.num_queries)
+    make_output_dir(output_dir / "eval")
+    console(index.report(model.transformer.num_queries))
     optim = (pretrained.config or {}).get("optim", {})
     batch_size = options.batch_size or optim.get("eval_batch_size") or optim.get("batch_size", 1)
     batches = eval_loader(dataset, batch_size=batch_size, num_workers=data.num_workers)
@@ -302,23 +333,16 @@ def doctor(args: argparse.Namespace, given: Values) -> int:
     """Say what this machine offers, and check the attention op."""
     console(f"python {platform.python_version()} on {platform.platform()}")
     console(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
-    devices = [torch.device("cpu")]
-    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     healthy = True
-    for device in devices:
-        name = f"{torch.get_num_threads()} threads"
-        if device.type == "cuda":
-            name = torch.cuda.get_device_name(device)
-        error = self_test(device)
-        healthy &= error < 1e-4
-        verdict = "ok" if error < 1e-4 else "FAILED"
-        console(f"{device} ({name}): ms_deform_attn reference {verdict}, error {error:.1e}")
+    for line, passed in check_devices():
+        console(line)
+        healthy &= passed
     return 0 if healthy else 1
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Values], int], dict[str, type[Any]]]] = {
     "train": (train, dict(SECTIONS)),
-    "eval": (evaluate_checkpoint, {"eval": EvalConfig, "data": DataConfig}),
+    "eval": (evaluate_checkpoint, {"eval": EvalConfig, "data": EvalDataConfig}),
     "predict": (predict_pictures, {"predict": PredictConfig}),
     "doctor": (doctor, {}),
 }
@@ -336,7 +360,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[str, argparse.Namespace, Va
     if argv[0] not in COMMANDS:
         raise ConfigError(f"command line: unknown command '{argv[0]}'. Usage: {usage}")
     function, sections = COMMANDS[argv[0]]
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog=f"main.py {argv[0]}", description=function.__doc__, allow_abbrev=False
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback on user errors")
@@ -360,6 +384,12 @@ def main(argv: Sequence[str]) -> int:
         if "--debug" in argv:
             raise
         print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno not in DISK_ERRORS or "--debug" in argv:
+            raise
+        what = f"{error.filename or 'output'}: cannot be used: {error.strerror}"
+        print(f"error: {what}. Free space or choose another --output_dir.", file=sys.stderr)
         return EXIT_USER_ERROR
 
 

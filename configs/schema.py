@@ -79,24 +79,30 @@ class LossConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(_Checked):
-    """Where the data lies and how pictures are prepared."""
+class EvalDataConfig(_Checked):
+    """Where validation data lies and how its pictures are prepared."""
 
     coco_path: str = option("", "folder with train2017/, val2017/ and annotations/")
+    val_images: str = option("", "folder of validation pictures (any COCO-format set)")
+    val_annotations: str = option("", "COCO-format JSON of the validation set")
+    eval_scale: int = option(800, "short side in evaluation and prediction, pixels", low=16)
+    max_size: int = option(1333, "longest long side, pixels", low=16)
+    num_workers: int = option(2, "loader processes", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(EvalDataConfig):
+    """Training data and its augmentation besides."""
+
     train_images: str = option("", "folder of training pictures (any COCO-format set)")
     train_annotations: str = option("", "COCO-format JSON of the training set")
-    val_images: str = option("", "folder of validation pictures")
-    val_annotations: str = option("", "COCO-format JSON of the validation set")
     train_scales: tuple[int, ...] = option(
         tuple(range(480, 801, 32)), "short sides to draw from in training, pixels", low=16
     )
-    eval_scale: int = option(800, "short side in evaluation and prediction, pixels", low=16)
-    max_size: int = option(1333, "longest long side, pixels", low=16)
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     random_crop: bool = option(True, "half of the time: resize, crop, resize")
     crop_scales: tuple[int, ...] = option((400, 500, 600), "short sides before the crop", low=16)
     crop_size: tuple[int, ...] = option((384, 600), "least and greatest side of the crop", low=16)
-    num_workers: int = option(2, "loader processes", low=0)
     aspect_ratio_grouping: bool = option(False, "batch portrait and landscape pictures apart")
 
     def __post_init__(self) -> None:

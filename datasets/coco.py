@@ -129,6 +129,18 @@ class CocoIndex:
             coco.createIndex()
         return coco
 
+    def report(self, num_queries: int) -> str:
+        """Return the summary and a line on everything that was mended or will not be found."""
+        notices = list(self.notices)
+        crowded = self.boxes_per_picture > num_queries
+        if crowded.any():
+            notices.append(
+                f"{int(crowded.sum())} pictures have more boxes (up to "
+                f"{int(self.boxes_per_picture.max())}) than the model has queries "
+                f"({num_queries}): the rest can never be found. Raise --num_queries."
+            )
+        return "\n".join([self.summary(), *(f"  notice: {notice}" for notice in notices)])
+
     def summary(self) -> str:
         """Return a line of counts and a line with the boxes of each class, most frequent first."""
         counts = np.bincount(self.labels, minlength=len(self.classes))
@@ -252,7 +264,8 @@ def _complete_sizes(images: Images, image_dir: Path, notices: list[str]) -> Imag
         shown = ", ".join(f"'{images.file_names[i]}'" for i in missing[:3])
         more = ", ..." if len(missing) > 3 else ""
         notices.append(
-            f"pictures not in the folder: {len(missing)} of {len(images.ids)}, skipped "
+            f"pictures not in the folder: {len(missing)} of {len(images.ids)}, not trained "
+            "on, missed in evaluation "
             f"({shown}{more})"
         )
     present = np.setdiff1d(np.arange(len(images.ids)), missing)

@@ -80,17 +80,22 @@ def read_coco_json(path: Path, *, need_boxes: bool) -> CocoContent:
             raise DataError(f"{path}: expected at least one entry in `{key}`, got none.")
     entries = content.get("annotations") or []
     notices: list[str] = []
+    odd = next((i for i, entry in enumerate(entries) if not isinstance(entry, Mapping)), None)
+    if odd is not None:
+        raise DataError(f"{path}: annotation at position {odd}: expected an object, got a value.")
     if any("id" not in entry for entry in entries):
         entries = [{**entry, "id": number} for number, entry in enumerate(entries, 1)]
         notices.append("annotations without an id: all were numbered in the file's order")
     _with_ids(entries, "annotation", path)
     filled = {
-        "area": sum(not _is_number(entry.get("area")) for entry in entries),
-        "iscrowd": sum("iscrowd" not in entry for entry in entries),
+        "area": sum(not _is_area(entry.get("area")) for entry in entries),
+        "iscrowd": sum(entry.get("iscrowd") not in (0, 1) for entry in entries),
     }
     if any(filled.values()):
         counts = ", ".join(f"{key} of {count}" for key, count in filled.items() if count)
-        notices.append(f"annotations without {counts}: filled in (width x height; not a crowd)")
+        notices.append(
+            f"annotations without a valid {counts}: filled in (width x height; not a crowd)"
+        )
     classes = Classes.from_categories(categories)
     read = _read_images(images, path)
     annotations = _read_annotations(entries, read, classes, path)
@@ -143,7 +148,7 @@ def _with_ids(entries: Sequence[Any], kind: str, path: Path) -> Sequence[Mapping
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _read_images(entries: Sequence[Mapping[str, Any]], path: Path) -> Images:
@@ -171,14 +176,14 @@ def _read_annotations(
         label[i] = _look_up(classes.label_of, entry, "category_id", "categories", path)
         box = entry.get("bbox")
         xywh[i] = box if _four_numbers(box) else np.nan
-        area[i] = entry["area"] if _is_number(entry.get("area")) else np.nan
+        area[i] = entry["area"] if _is_area(entry.get("area")) else np.nan
     return Annotations(
         np.array([entry["id"] for entry in entries], dtype=np.int64),
         image,
         label,
         xywh,
         np.where(np.isfinite(area), area, xywh[:, 2] * xywh[:, 3]),
-        np.array([bool(entry.get("iscrowd")) for entry in entries], dtype=np.bool_),
+        np.array([entry.get("iscrowd") == 1 for entry in entries], dtype=np.bool_),
     )
 
 
@@ -200,6 +205,10 @@ def _is_side(value: Any) -> TypeGuard[float]:
 
 def _four_numbers(box: Any) -> bool:
     return isinstance(box, list) and len(box) == 4 and all(_is_number(value) for value in box)
+
+
+def _is_area(value: object) -> bool:
+    return isinstance(value, (int, float)) and _is_number(value) and value >= 0
 
 
 def _is_number(value: Any) -> bool:

@@ -26,8 +26,12 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 def leave_interrupts_to_the_main_process(worker: int) -> None:
-    """Let a worker process go on after Ctrl-C, which a terminal sends to all processes."""
+    """Let a worker go on when all processes get Ctrl-C or SIGTERM: the main one saves first.
+
+    After SIGTERM it lives half a minute at most, so that nothing waits for it in vain.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 class ShuffledBatchSampler(Sampler[list[int]]):
@@ -99,6 +103,10 @@ class AspectRatioBatchSampler(ShuffledBatchSampler):
             len(sizes), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
         )
         self._portrait = [height > width for height, width in sizes]
+        portrait = sum(self._portrait)
+        if min(portrait, len(sizes) - portrait) < self._step_size():
+            # too few of one kind for a batch of their own: they would never be seen
+            self._portrait = [False] * len(sizes)
 
     def _num_full(self) -> int:
         portrait, step = sum(self._portrait), self._step_size()

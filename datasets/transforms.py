@@ -159,12 +159,6 @@ def normalise(sample: Sample, mean: Sequence[float], std: Sequence[float]) -> Pr
     return Prepared(image, sample.boxes, sample.labels)
 
 
-def denormalise(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undo `normalise`. Shape: [3,H,W], normalised -> [3,H,W] uint8."""
-    pixels = (image.float().cpu() * _per_channel(std) + _per_channel(mean)) * 255
-    return pixels.round().clamp(0, 255).to(torch.uint8)
-
-
 def _per_channel(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(CHANNELS, 1, 1)
 

@@ -76,10 +76,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     )
 
 
-def check_same_model(
-    saved: Mapping[str, Any], current: Mapping[str, Any], path: Path | str
+def check_same(
+    what: str, saved: Mapping[str, Any], current: Mapping[str, Any], path: Path | str
 ) -> None:
-    """Compare the model options of a checkpoint and of the run, both complete.
+    """Compare options of a checkpoint and of the run, both complete; `what` names them.
 
     Raises:
         CheckpointError: options differ; each is named with both values.
@@ -91,7 +91,7 @@ def check_same_model(
     ]
     if differing:
         raise CheckpointError(
-            f"{path}: expected the model of this run, got another ({'; '.join(differing)}). "
+            f"{path}: expected the {what} of this run, got other ({'; '.join(differing)}). "
             "Resume with the checkpoint's options, or start anew with --finetune."
         )
 

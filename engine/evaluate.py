@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from engine.coco_evaluator import CocoEvaluator, EvalResult
 from engine.train import Averages, Criterion, UnreadableImages, official_log_values
-from util.batch import Batch, Target
+from util.batch import Batch, PaddedBatch, Target, pad_images
 
 PostProcessor = Callable[[Any, Tensor], list[dict[str, Tensor]]]
 
@@ -26,8 +26,9 @@ def detect(
 ) -> Iterator[tuple[Batch, list[dict[str, Tensor]]]]:
     """Yield every batch with its detections (pixels of the original pictures, on the host).
 
-    Unreadable pictures are named; a batch of nothing else has no detections. `on_outputs` sees
-    the raw outputs.
+    Unreadable pictures are named; a batch of nothing else has no detections. Pictures that turn
+    out to differ in size go through the model one by one, so that none sees padding. `on_outputs`
+    sees the raw outputs.
     """
     model.eval()
     unreadable = UnreadableImages()
@@ -36,12 +37,25 @@ def detect(
         if batch.images is None:
             yield batch, []
             continue
-        outputs = model(batch.images.to(device))
-        if on_outputs is not None:
-            on_outputs(outputs, batch.targets)
-        sizes = torch.stack([t["orig_size"] for t in batch.targets])
-        detections = postprocess(outputs, sizes.to(device))
-        yield batch, [{k: v.cpu() for k, v in d.items()} for d in detections]
+        found: list[dict[str, Tensor]] = []
+        for images, targets in unpadded_parts(batch.images, batch.targets):
+            outputs = model(images.to(device))
+            if on_outputs is not None:
+                on_outputs(outputs, targets)
+            sizes = torch.stack([t["orig_size"] for t in targets])
+            found += postprocess(outputs, sizes.to(device))
+        yield batch, [{k: v.cpu() for k, v in d.items()} for d in found]
+
+
+def unpadded_parts(
+    images: PaddedBatch, targets: Sequence[Target]
+) -> Iterator[tuple[PaddedBatch, Sequence[Target]]]:
+    """Yield a batch whole where nothing is padded, else picture by picture without padding."""
+    if len(set(images.sizes)) == 1:
+        yield images, targets
+        return
+    for i, (height, width) in enumerate(images.sizes):
+        yield pad_images([images.images[i, :, :height, :width]]), targets[i : i + 1]
 
 
 def evaluate(

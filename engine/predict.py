@@ -115,7 +115,9 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def _named_only(detection: dict[str, Tensor], classes: Classes) -> dict[str, Tensor]:
     """Drop the labels that stand for no category (unused ids of the official 91-logit head)."""
-    named = torch.tensor([bool(name) for name in classes.names])[detection["labels"]]
+    named = torch.tensor([classes.in_use(label) for label in range(len(classes))])[
+        detection["labels"]
+    ]
     return {key: value[named] for key, value in detection.items()}
 
 
@@ -126,7 +128,7 @@ def _draw(
     shown = detection["scores"] >= score_threshold
     labels = detection["labels"][shown].tolist()
     scores = detection["scores"][shown].tolist()
-    names = [classes.names[label] for label in labels]
+    names = [classes.shown(label) for label in labels]
     return draw_boxes(image, detection["boxes"][shown], labels, names, scores), len(labels)
 
 
@@ -148,7 +150,7 @@ def _to_json(
             "image_id": image_id,
             "file_name": name.as_posix(),
             "category_id": classes.ids[label],
-            "category_name": classes.names[label],
+            "category_name": classes.shown(label),
             "bbox": box,
             "score": score,
         }

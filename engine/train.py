@@ -35,7 +35,10 @@ class Averages:
     def add(self, names: list[str], values: Tensor) -> None:
         """Add one step's values. Shape: [len(names)]."""
         self.names = names
-        self.total = values.double() if self.total is None else self.total + values
+        if self.total is None:  # summed in double precision, where the device has it
+            exact = torch.float32 if values.device.type == "mps" else torch.float64
+            self.total = torch.zeros_like(values, dtype=exact)
+        self.total = self.total + values
         self.count += 1
 
     def means(self) -> dict[str, float]:
@@ -83,7 +86,7 @@ class StepRunner:
     model: nn.Module
     criterion: Criterion
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     device: torch.device
     log: RunLog
     clip_max_norm: float
@@ -150,8 +153,8 @@ class StepRunner:
         for (step, names, _, extra), row in zip(self._pending, rows, strict=True):
             latest = official_log_values(dict(zip(names, row, strict=True)), self.criterion)
             self.log.step(step, {**latest, **extra})
-            if not math.isfinite(latest["loss"]):
-                raise diverged(f"step {step}", "the loss is not finite")
+            if not math.isfinite(latest["loss"] + latest["grad_norm"]):
+                raise diverged(f"step {step}", "the loss or its gradient is not finite")
         self._pending.clear()
         return latest
 
@@ -159,6 +162,6 @@ class StepRunner:
 def diverged(place: str, reason: str) -> UserError:
     """Return the error of a run whose numbers are no longer finite."""
     return UserError(
-        f"{place}: {reason}. The run diverged or the data is not finite: lower --lr, use "
-        "--warmup_steps, and resume from last.pth."
+        f"{place}: {reason}. The run diverged or the data is not finite: resume from last.pth "
+        "with a lower --lr, or start anew with --warmup_steps."
     )

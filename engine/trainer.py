@@ -11,13 +11,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from engine.coco_evaluator import CocoEvaluator, EvalResult, save_results
 from engine.evaluate import PostProcessor, evaluate
-from engine.train import StepRunner
+from engine.train import StepRunner, diverged
 from util.batch import Batch
+from util.errors import CheckpointError
 from util.plot import plot_curves
 from util.run_log import console
 
@@ -84,6 +86,7 @@ class Trainer:
                 f"step {self.runner.step}{limit}. Raise --epochs or --max_steps to go on."
             )
             return 0
+        self.runner.log.truncate_after(self.runner.step - 1, self.epoch - 1)
         total = self.epochs * len(self.train_loader)
         total = min(total, self.max_steps) if self.max_steps else total
         handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -105,19 +108,29 @@ class Trainer:
         return 0
 
     def resume(self, path: Path) -> None:
-        """Take over the state and the position of a checkpoint of this run."""
+        """Take over the state and the position of a checkpoint of this run.
+
+        Rates and weight decay are those of the present options, at the checkpoint's place in the
+        schedule.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read, or its classes are not the data's.
+        """
         content = load_checkpoint(path)
+        if content["classes"] != self.identity["classes"]:
+            raise CheckpointError(
+                f"{path}: expected the classes of its run ({len(content['classes']['ids'])}), got "
+                f"data with others ({len(self.identity['classes']['ids'])}). Start a new run from "
+                "it with --finetune."
+            )
         runner = self.runner
         runner.model.load_state_dict(content["model"])
-        runner.optimizer.load_state_dict(content["optimizer"])
-        runner.scheduler.load_state_dict(content["lr_scheduler"])
+        restore_optimizer(runner.optimizer, runner.scheduler, content)
         progress = content["progress"]
-        runner.step, self.epoch, self.batch = (
-            progress["step"], progress["next_epoch"], progress["next_batch"],
-        )  # fmt: skip
+        runner.step = progress["step"]
+        self.epoch, self.batch = progress["next_epoch"], progress["next_batch"]
         self.best = dict(content["best"])
         set_rng_state(progress["rng"])
-        runner.log.truncate_after(runner.step - 1, self.epoch - 1)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
@@ -170,14 +183,17 @@ class Trainer:
         """Evaluate, keep the best weights, draw; return the values for the log."""
         started = time.perf_counter()
         evaluator = self.validation.make_evaluator()
-        result, losses = evaluate(
-            self.runner.model,
-            self.validation.postprocess,
-            self.validation.batches,
-            evaluator,
-            device=self.runner.device,
-            criterion=self.runner.criterion,
-        )
+        try:
+            result, losses = evaluate(
+                self.runner.model,
+                self.validation.postprocess,
+                self.validation.batches,
+                evaluator,
+                device=self.runner.device,
+                criterion=self.runner.criterion,
+            )
+        except FloatingPointError as error:
+            raise diverged(f"evaluation after step {self.runner.step}", str(error)) from error
         save_results(self.output_dir, result, evaluator.detections)
         console(
             f"epoch {epoch + 1}/{self.epochs}: AP {result.stats['AP']:.4f}, "
@@ -214,7 +230,8 @@ class Trainer:
             "rng": rng_state(),
         }
         content = {
-            "model": runner.model.state_dict(),
+            # plain strides, for readers that know no channels-last tensors
+            "model": {k: v.contiguous() for k, v in runner.model.state_dict().items()},
             "optimizer": runner.optimizer.state_dict(),
             "lr_scheduler": runner.scheduler.state_dict(),
             "epoch": self.epoch - 1 if self.batch == 0 else self.epoch,
@@ -223,6 +240,21 @@ class Trainer:
             **self.identity,
         }
         save_checkpoint(self.output_dir / name, content)
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, scheduler: LambdaLR, content: Mapping[str, Any]
+) -> None:
+    """Load the state of both, but keep the rates and the weight decay they were built with."""
+    built = [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    base_lrs = list(scheduler.base_lrs)
+    optimizer.load_state_dict(content["optimizer"])
+    scheduler.load_state_dict({**content["lr_scheduler"], "base_lrs": base_lrs})
+    for group, (rate, decay), factor in zip(
+        optimizer.param_groups, built, scheduler.lr_lambdas, strict=True
+    ):
+        now = rate * factor(scheduler.last_epoch)
+        group.update(initial_lr=rate, weight_decay=decay, lr=now)
 
 
 def versions() -> dict[str, str]:

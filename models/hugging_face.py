@@ -247,5 +247,5 @@ def config_classes(config: Mapping[str, Any], num_logits: int) -> Classes:
     ):
         return coco
     ids = tuple(range(num_logits))
-    known = (names.get(i, f"class {i}") for i in ids)
+    known = (names.get(i, "") for i in ids)
     return Classes(ids, tuple("" if name == "N/A" else name for name in known))

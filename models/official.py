@@ -145,12 +145,13 @@ def complete_heads(
 def official_classes(state_dict: Mapping[str, Tensor]) -> Classes:
     """Return the label space of a file that names no classes, from the size of its head.
 
-    91 logits are COCO's category ids; any other number becomes "class 0", "class 1", ...
+    91 logits are COCO's category ids; of any other number each goes by its index,
+    which stands for that category id.
     """
     count = len(state_dict["class_embed.0.bias"])
     if count == NUM_COCO_LOGITS:
         return coco_logit_classes()
-    return Classes(tuple(range(count)), tuple(f"class {i}" for i in range(count)))
+    return Classes(tuple(range(count)), ("",) * count)
 
 
 def save_official(

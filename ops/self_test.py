@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ops.ms_deform_attn import ms_deform_attn
 
+LARGEST_ERROR = 1e-4  # relative, float32
 _SHAPES = [(5, 7), (3, 2)]
 
 
@@ -56,3 +57,23 @@ def self_test(device: torch.device) -> float:
         float((a.detach().cpu().double() - e).abs().max() / e.detach().abs().max().clamp(min=1))
         for e, a in pairs
     )
+
+
+def check_devices() -> list[tuple[str, bool]]:
+    """Test the CPU and every GPU; return a line on each, and whether it passed."""
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    lines = []
+    for device in devices:
+        name = f"{torch.get_num_threads()} threads"
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        try:
+            error = self_test(device)
+            verdict = f"{'ok' if error < LARGEST_ERROR else 'FAILED'}, error {error:.1e}"
+        except RuntimeError as failure:  # a GPU that this torch has no code for, say
+            error, verdict = float("inf"), f"FAILED: {str(failure).splitlines()[0]}"
+        lines.append(
+            (f"{device} ({name}): ms_deform_attn reference {verdict}", error < LARGEST_ERROR)
+        )
+    return lines

@@ -11,7 +11,8 @@ class Classes:
     """Label i of the model is the category `ids[i]`, called `names[i]`.
 
     Data sets give contiguous labels in order of category id. An official COCO checkpoint has
-    91 logits indexed by raw category id: `ids` is then 0..90, with unused ids unnamed ("").
+    91 logits indexed by raw category id: `ids` is then 0..90, with unused ids unnamed (""). Where
+    no class has a name at all, each goes by its id.
     """
 
     ids: tuple[int, ...]
@@ -31,6 +32,14 @@ class Classes:
         """Category id -> label."""
         return {category: label for label, category in enumerate(self.ids)}
 
+    def in_use(self, label: int) -> bool:
+        """Tell whether a label stands for a category."""
+        return self.names[label] != "" or not any(self.names)
+
+    def shown(self, label: int) -> str:
+        """Return a label's name, or its category id where it has none."""
+        return self.names[label] or str(self.ids[label])
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a checkpoint or a result file."""
         return {"ids": list(self.ids), "names": list(self.names)}
@@ -46,5 +55,5 @@ class Classes:
         ordered = sorted(categories, key=lambda category: int(category["id"]))
         return cls(
             tuple(int(c["id"]) for c in ordered),
-            tuple(str(c.get("name", c["id"])) for c in ordered),
+            tuple(str(c.get("name") or c["id"]) for c in ordered),
         )

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
@@ -110,6 +110,14 @@ def _to_number(value: Any, annotation: type[int] | type[float]) -> int | float:
     if annotation is int and number != int(number):
         raise ValueError(f"{value} is not whole")
     return annotation(number)
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, without the usage of sixty options."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse found wrong as ConfigError."""
+        raise ConfigError(f"command line: {message}. --help lists the options.")
 
 
 def add_options(parser: argparse.ArgumentParser, sections: Mapping[str, Section]) -> None:

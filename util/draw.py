@@ -94,7 +94,8 @@ def _clip(box: Sequence[float], size: tuple[int, int]) -> Rectangle | None:
     x0, y0, x1, y1 = box
     if not (x0 < size[0] and y0 < size[1] and x1 > 0 and y1 > 0 and x0 <= x1 and y0 <= y1):
         return None
-    return max(x0, 0.0), max(y0, 0.0), min(x1, size[0] - 1.0), min(y1, size[1] - 1.0)
+    right, bottom = size[0] - 1.0, size[1] - 1.0
+    return min(max(x0, 0.0), right), min(max(y0, 0.0), bottom), min(x1, right), min(y1, bottom)
 
 
 @dataclass(frozen=True)

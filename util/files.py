@@ -19,6 +19,8 @@ def make_output_dir(path: Path) -> None:
             f"--output_dir {path}: expected a folder or a place to make one "
             f"({error.strerror}). Choose another."
         ) from error
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"--output_dir {path}: expected a folder to write to. Choose another.")
 
 
 def write_atomic(path: Path, text: str) -> None:

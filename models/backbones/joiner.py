@@ -21,7 +21,6 @@ class Joiner(nn.Sequential):
     def __init__(self, backbone: Backbone, position_encoding: nn.Module) -> None:
         super().__init__(cast(nn.Module, backbone), position_encoding)
         self.channels = backbone.channels
-        self.strides = backbone.strides
         self.mean = backbone.mean
         self.std = backbone.std
 

@@ -1,5 +1,6 @@
 """Any timm network that gives feature maps."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from models.backbones.registry import Backbone, BackboneOptions, register_backbone
 from util.errors import CheckpointError, ConfigError, nearest_hint
+from util.safe_load import load_safely
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -80,16 +82,17 @@ def _create_body(options: BackboneOptions, count: int) -> Any:
         )
     if options.dilation:
         raise ConfigError(f"--dilation: not for timm/{name}. Use a torchvision ResNet.")
-    overlay = None
-    if weights not in ("none", "imagenet"):
-        if not Path(weights).is_file():
-            raise CheckpointError(f"--backbone_weights {weights}: no such file.")
-        overlay = {"file": weights}
+    given = None if weights in ("none", "imagenet") else load_safely(Path(weights))
+    if given is not None and not isinstance(given, Mapping):
+        raise CheckpointError(
+            f"--backbone_weights {weights}: expected the state dict of timm/{name}, got a "
+            f"{type(given).__name__}."
+        )
     options_of_timm: dict[str, Any] = {
         "features_only": True,
         "out_indices": tuple(range(-count, 0)),
         "pretrained": weights != "none",
-        "pretrained_cfg_overlay": overlay,
+        "pretrained_cfg_overlay": None if given is None else {"state_dict": given},
     }
     if name.startswith("swin"):  # else its windows are laid out for one size of picture
         options_of_timm["strict_img_size"] = False
@@ -101,8 +104,30 @@ def _create_body(options: BackboneOptions, count: int) -> Any:
         raise CheckpointError(
             f"--backbone timm/{name}: cannot be built: {reason} {hint}"
         ) from error
+    if given is not None:
+        _check_arrival(body, given, f"--backbone_weights {weights}", name)
     _accept_any_size(body, name)
     return body
+
+
+def _check_arrival(body: nn.Module, given: Mapping[str, Tensor], place: str, name: str) -> None:
+    """Raise CheckpointError if most of the network is not from the file.
+
+    timm passes over keys that it does not find; names differ between a network and its features,
+    so that tensors are recognised by shape and sum.
+    """
+
+    def mark(tensor: Tensor) -> tuple[tuple[int, ...], float]:
+        return tuple(tensor.shape), float(tensor.double().sum())
+
+    known = {mark(t) for t in given.values() if isinstance(t, Tensor) and t.dim() > 1}
+    heavy = [p.detach() for p in body.parameters() if p.dim() > 1]
+    arrived = sum(mark(p) in known for p in heavy)
+    if arrived < 0.9 * len(heavy):
+        raise CheckpointError(
+            f"{place}: expected the weights of timm/{name}, but only {arrived} of {len(heavy)} "
+            "tensors of the backbone are in the file. Give that network's weights."
+        )
 
 
 def _accept_any_size(body: nn.Module, name: str) -> None:

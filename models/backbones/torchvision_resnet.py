@@ -1,6 +1,8 @@
 """ResNets of torchvision, as DETR uses them."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torchvision
 from torch import Tensor, nn
@@ -62,13 +64,18 @@ def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
         enum = torchvision.models.get_model_weights(options.variant)
         try:
             state = enum["IMAGENET1K_V1"].get_state_dict(progress=True, check_hash=True)
-        except OSError as error:
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # cut, or not the file
             raise CheckpointError(
                 f"--backbone_weights imagenet: download of {options.variant} failed ({error}). "
                 f"Fetch {enum['IMAGENET1K_V1'].url} elsewhere and pass the file."
             ) from error
     else:
         state = load_safely(Path(options.weights))
+        if not isinstance(state, Mapping):
+            raise CheckpointError(
+                f"--backbone_weights {options.weights}: expected the state dict of "
+                f"{options.variant}, got a {type(state).__name__}."
+            )
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     if not options.train_norm:
         state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}

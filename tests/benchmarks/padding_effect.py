@@ -19,23 +19,28 @@ from datasets.build import build_dataset, load_index
 from datasets.coco import CocoDetection
 from datasets.loader import collate, eval_loader
 from engine.coco_evaluator import CocoEvaluator, EvalResult
-from engine.evaluate import evaluate
 from main import load_detector, saved_data_options
 from models.postprocess import PostProcess
 from util.batch import Batch
 
 
+@torch.inference_mode()
 def measure(
     model: torch.nn.Module, dataset: CocoDetection, batches: Iterable[Batch]
 ) -> tuple[EvalResult, dict[int, float]]:
-    """Return COCO's numbers and each picture's best score."""
+    """Return COCO's numbers and each picture's best score, with batches taken as they are."""
     evaluator = CocoEvaluator(dataset.index.coco_gt, dataset.label_to_category)
-    result, _ = evaluate(model, PostProcess(), batches, evaluator, device=torch.device("cpu"))
+    postprocess = PostProcess()
+    for batch in batches:
+        if batch.images is not None:
+            sizes = torch.stack([t["orig_size"] for t in batch.targets])
+            ids = [int(t["image_id"]) for t in batch.targets]
+            evaluator.update(ids, postprocess(model(batch.images), sizes))
     best: dict[int, float] = {}
     for detection in evaluator.detections:
         image_id = detection["image_id"]
         best[image_id] = max(best.get(image_id, 0.0), detection["score"])
-    return result, best
+    return evaluator.evaluate(), best
 
 
 def padded_share(batches: Iterable[Batch]) -> float:

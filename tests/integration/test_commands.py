@@ -1,7 +1,9 @@
 """Train, eval and predict as a user runs them."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from configs.schema import ModelConfig
+from models.build import build_model
+from models.official import save_official
 from tests.integration.conftest import TINY, Cli, read_log
 
 
@@ -71,7 +76,26 @@ def test_detections_do_not_depend_on_the_batch_size(
     assert done.returncode == 0, done.stderr
     expected = json.loads((finished_run / "eval" / "detections.json").read_text())
     actual = json.loads((tmp_path / "eval" / "detections.json").read_text())
-    assert len(actual) == len(expected)
+    assert_same_detections(actual, expected)
+
+
+def test_predictions_do_not_depend_on_the_batch_size(
+    cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    found = []
+    for batch_size in ("1", "3"):
+        out = tmp_path / batch_size
+        done = cli("predict", "--checkpoint", finished_run / "last.pth", "--input",
+                   shapes / "val2017", "--output_dir", out, "--batch_size", batch_size)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((out / "predictions.json").read_text()))
+    assert_same_detections(*found)
+
+
+def assert_same_detections(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """Compare lists of detections that are in the same order."""
+    for key in ("image_id", "category_id"):
+        assert [d[key] for d in actual] == [d[key] for d in expected]
     for key in ("score", "bbox"):
         torch.testing.assert_close(
             torch.tensor([d[key] for d in actual]),
@@ -105,11 +129,59 @@ def test_predict_draws_every_picture_and_names_the_unreadable(
 def test_finetune_carries_rows_over_by_name(
     cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:
-    done = cli("train", "--config", TINY, "--coco_path", shapes, "--output_dir", tmp_path / "run",
-               "--finetune", finished_run / "best.pth", "--max_steps", "1")  # fmt: skip
+    data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
+    for split in ("train", "val"):  # the first class becomes an unknown one, with the last id
+        file = data / "annotations" / f"instances_{split}2017.json"
+        content = json.loads(file.read_text())
+        first = min(content["categories"], key=lambda c: c["id"])
+        for annotation in content["annotations"]:
+            if annotation["category_id"] == first["id"]:
+                annotation["category_id"] = 99
+        first.update(id=99, name="dodecahedron")
+        file.write_text(json.dumps(content))
+    done = cli("train", "--config", TINY, "--coco_path", data, "--output_dir", tmp_path / "run",
+               "--finetune", finished_run / "best.pth", "--max_steps", "1", "--lr", "1e-9",
+               "--weight_decay", "0")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "7" in done.stdout
-    assert (tmp_path / "run" / "last.pth").exists()
+    assert "5 of 6 classes known" in done.stdout
+    before = torch.load(finished_run / "best.pth", weights_only=True)["model"]
+    after = torch.load(tmp_path / "run" / "last.pth", weights_only=True)["model"]
+    rows = "class_embed.0.weight"  # what were labels 1..5 are labels 0..4 now
+    torch.testing.assert_close(after[rows][:5], before[rows][1:], rtol=0, atol=1e-6)
+
+
+def test_an_official_checkpoint_keeps_its_ids_and_names(cli: Cli, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "backbone": "resnet18", "hidden_dim": 32, "nheads": 2, "enc_layers": 1, "dec_layers": 1,
+        "dim_feedforward": 32, "num_queries": 5,
+    }  # fmt: skip
+    model = build_model(ModelConfig(**options), num_classes=91)
+    with torch.no_grad():
+        for head in model.class_embed:
+            assert isinstance(head, torch.nn.Linear)
+            head.bias[18] = 4.0  # every query finds a dog, COCO's category 18
+    save_official(tmp_path / "official.pth", model.state_dict(), options=options, epoch=49)
+    picture = tmp_path / "pictures" / "one.png"
+    picture.parent.mkdir()
+    Image.new("RGB", (64, 48), "grey").save(picture)
+    truth = {
+        "images": [{"id": 1, "file_name": "one.png", "width": 64, "height": 48}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 5, "bbox": [1, 1, 9, 9],
+                         "area": 81, "iscrowd": 0}],
+        "categories": [{"id": 5, "name": "dog"}],
+    }  # fmt: skip
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    common = ("--checkpoint", tmp_path / "official.pth", "--output_dir", tmp_path / "out",
+              "--eval_scale", "64", "--num_workers", "0")  # fmt: skip
+    done = cli("eval", *common, "--val_images", picture.parent, "--val_annotations",
+               tmp_path / "truth.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    detections = json.loads((tmp_path / "out" / "eval" / "detections.json").read_text())
+    assert [d["category_id"] for d in detections] == [5] * 5
+    done = cli("predict", *common, "--input", picture)
+    assert done.returncode == 0, done.stderr
+    best = json.loads((tmp_path / "out" / "predictions.json").read_text())[0]
+    assert (best["category_id"], best["category_name"]) == (18, "dog")
 
 
 def test_doctor_checks_the_op(cli: Cli) -> None:

@@ -1,6 +1,8 @@
 """A run that stops can be continued, and ends as if it had not stopped."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,3 +71,57 @@ def test_resuming_another_model_names_the_options(
     assert done.returncode == 2
     assert "num_queries: checkpoint 20, run 33" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_resumed_run_obeys_a_new_learning_rate(cli: Cli, shapes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    started = cli("train", "--config", TINY, "--coco_path", shapes, "--output_dir", run,
+                  "--max_steps", "2", "--lr_scheduler", "step", "--warmup_steps", "0")  # fmt: skip
+    assert started.returncode == 0, started.stderr
+    resumed = cli("train", "--resume", run / "last.pth", "--lr", "3e-5", "--max_steps", "4")
+    assert resumed.returncode == 0, resumed.stderr
+    rates = [json.loads(x)["lr_transformer"] for x in (run / "metrics.jsonl").open()]
+    assert rates == [2e-3, 2e-3, 3e-5, 3e-5]
+
+
+def test_resuming_on_other_classes_is_refused(
+    cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
+    for split in ("train", "val"):
+        file = data / "annotations" / f"instances_{split}2017.json"
+        content = json.loads(file.read_text())
+        content["categories"][0]["name"] = "dodecahedron"
+        file.write_text(json.dumps(content))
+    done = cli("train", "--resume", finished_run / "last.pth", "--coco_path", data,
+               "--epochs", "9", "--output_dir", tmp_path / "run")  # fmt: skip
+    assert done.returncode == 2
+    assert "classes" in done.stderr
+    assert "--finetune" in done.stderr
+
+
+def test_resuming_a_finished_run_changes_nothing(cli: Cli, finished_run: Path) -> None:
+    before = (finished_run / "log.txt").read_text()
+    done = cli("train", "--resume", finished_run / "last.pth")
+    assert done.returncode == 0, done.stderr
+    assert "finished" in done.stdout
+    assert (finished_run / "log.txt").read_text() == before
+
+
+def test_resuming_a_fine_tuned_run_keeps_its_preprocessing_and_needs_no_download(
+    cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    source = torch.load(finished_run / "last.pth", weights_only=True)
+    source["preprocessing"] = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    torch.save(source, tmp_path / "source.pth")
+    run = tmp_path / "run"
+    started = cli("train", "--config", TINY, "--coco_path", shapes, "--output_dir", run,
+                  "--finetune", tmp_path / "source.pth", "--max_steps", "1",
+                  "--backbone_weights", "imagenet")  # fmt: skip
+    assert started.returncode == 0, started.stderr
+    resumed = cli("train", "--resume", run / "last.pth", "--max_steps", "2")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (
+        torch.load(run / "last.pth", weights_only=True)["preprocessing"]
+        == (source["preprocessing"])
+    )

@@ -39,6 +39,12 @@ WRONG_OPTIONS: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = 
     "unknown command": (lambda f: ["trian"], ("trian", "train")),
     "unknown option": (lambda f: ["train", "--num_querys", "3"], ("--num_querys", "--num_queries")),
     "unknown key": (yaml_with("batchsize"), ("mine.yaml", "optim.batchsize", "batch_size")),
+    "no value": (lambda f: ["train", "--config"], ("--config", "argument")),
+    "unread option": (lambda f: ["eval", "--hflip", "1"], ("--hflip",)),
+    "unwritable folder": (
+        lambda f: ["train", "--config", TINY, "--output_dir", "/proc/nowhere"],
+        ("--output_dir", "/proc/nowhere"),
+    ),
     "wrong type": (lambda f: ["train", "--epochs", "many"], ("--epochs", "many")),
     "two stage": (lambda f: ["train", "--two_stage"], ("--two_stage", "--with_box_refine")),
     "no output folder": (lambda f: ["train", "--coco_path", str(f)], ("--output_dir",)),

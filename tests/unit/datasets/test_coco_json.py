@@ -132,7 +132,7 @@ def test_missing_ids_areas_and_sizes_are_filled_in(content: Content, write: Writ
     index = CocoIndex.load(*write(content), need_boxes=True)
     assert index.images.sizes.tolist() == [[30, 40]] * 3
     assert any("without an id" in notice for notice in index.notices)
-    assert any("without area of 2, iscrowd of 2" in notice for notice in index.notices)
+    assert any("without a valid area of 2, iscrowd of 2" in notice for notice in index.notices)
     assert any("without width and height: 2" in notice for notice in index.notices)
     assert index.annotations.area.tolist() == [120, 600, 12]
 
@@ -143,9 +143,33 @@ def test_missing_and_resized_pictures_are_noticed(content: Content, write: Write
     content["images"][0]["width"] = 41
     json_path.write_text(json.dumps(content))
     missing, resized = CocoIndex.load(json_path, folder, need_boxes=True).notices
-    assert missing == "pictures not in the folder: 1 of 3, skipped ('9.png')"
+    assert missing.startswith("pictures not in the folder: 1 of 3, not trained on, missed in eval")
+    assert "'9.png'" in missing
     assert "1 of 2 checked ('5.png')" in resized
     for name in ("5.png", "2.png"):
         (folder / name).unlink()
     with pytest.raises(DataError, match=r"5\.png: expected a picture, found none"):
         CocoIndex.load(json_path, folder, need_boxes=True)
+
+
+@pytest.mark.parametrize("entry", [None, 3, {"id": 2**63, "image_id": 5, "category_id": 7}])
+def test_annotations_of_another_kind_are_refused_in_one_line(
+    content: Content, write: Write, entry: object
+) -> None:
+    content["annotations"].append(entry)
+    with pytest.raises(DataError, match="annotation at position 3") as error:
+        CocoIndex.load(*write(content), need_boxes=True)
+    assert "\n" not in str(error.value)
+
+
+def test_odd_area_and_crowd_flags_are_replaced_and_told(content: Content, write: Write) -> None:
+    content["annotations"][0] |= {"area": -5, "iscrowd": "0"}
+    index = CocoIndex.load(*write(content), need_boxes=True)
+    assert index.annotations.area.tolist() == [120, 600, 12]
+    assert not index.annotations.crowd.any()
+    assert any("valid area of 1, iscrowd of 1" in notice for notice in index.notices)
+
+
+def test_categories_without_a_name_go_by_their_id(content: Content, write: Write) -> None:
+    content["categories"] = [{"id": 7, "name": ""}, {"id": 3, "name": None}]
+    assert CocoIndex.load(*write(content), need_boxes=True).classes.names == ("3", "7")

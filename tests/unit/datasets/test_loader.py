@@ -102,15 +102,26 @@ def test_aspect_ratio_batches_do_not_mix(
     batches = [list(sampler) for sampler in ranks]
     assert {len(b) for b in batches} == {len(ranks[0])}
     assert len(ranks[0]) >= 1
+    step_size = batch_size * world_size
     portrait = [height > width for height, width in sizes]
-    fills_one = any(portrait.count(p) >= batch_size * world_size for p in (True, False))
+    apart = min(portrait.count(True), portrait.count(False)) >= step_size
     for step in zip(*batches, strict=True):
         together = [i for batch in step for i in batch]
-        if fills_one:
-            assert len(set(together)) == batch_size * world_size
-            assert len({portrait[i] for i in together}) == 1
+        if len(sizes) >= step_size:
+            assert len(set(together)) == len(together) == step_size
         else:
             assert set(together) == set(range(len(sizes)))
+        if apart:
+            assert len({portrait[i] for i in together}) == 1
+
+
+def test_the_few_pictures_of_the_other_orientation_are_seen_too() -> None:
+    sampler = AspectRatioBatchSampler([(1, 2)] * 20 + [(2, 1)] * 3, batch_size=4, seed=0)
+    seen: set[int] = set()
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        seen |= {i for batch in sampler for i in batch}
+    assert seen == set(range(23))
 
 
 @given(sizes, st.integers(1, 7), st.integers(1, 3))

@@ -13,7 +13,6 @@ from datasets.transforms import (
     Sample,
     TrainTransform,
     crop,
-    denormalise,
     flip,
     normalise,
     random_crop,
@@ -140,14 +139,12 @@ def test_crop_clips_boxes_and_drops_those_outside() -> None:
     np.testing.assert_array_equal(np.asarray(cut.image), original)
 
 
-def test_normalise_matches_its_definition_and_is_undone() -> None:
+def test_normalise_matches_its_definition() -> None:
     sample = Sample(picture(7, 5), torch.zeros(0, 4), torch.zeros(0))
     image = normalise(sample, MEAN, STD).image
     pixels = np.asarray(sample.image) / 255
     expected = (pixels[2, 3] - np.array(MEAN)) / np.array(STD)
     np.testing.assert_allclose(image[:, 2, 3].numpy(), expected, rtol=1e-5)
-    back = denormalise(image, MEAN, STD).permute(1, 2, 0).numpy()
-    np.testing.assert_array_equal(back, np.asarray(sample.image))
 
 
 def test_eval_transform_tells_its_output_size() -> None:

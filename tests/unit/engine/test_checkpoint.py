@@ -13,7 +13,7 @@ import torch
 
 from engine.checkpoint import (
     KEYS,
-    check_same_model,
+    check_same,
     load_checkpoint,
     rng_state,
     save_checkpoint,
@@ -148,9 +148,9 @@ def test_other_files_cannot_be_resumed(tmp_path: Path) -> None:
 
 def test_differing_models_are_named() -> None:
     saved = {"num_queries": 300, "two_stage": False, "nheads": 8}
-    check_same_model(saved, dict(saved), "last.pth")
+    check_same("model", saved, dict(saved), "last.pth")
     with pytest.raises(CheckpointError) as caught:
-        check_same_model(saved, {**saved, "num_queries": 100, "two_stage": True}, "last.pth")
+        check_same("model", saved, {**saved, "num_queries": 100, "two_stage": True}, "last.pth")
     assert "num_queries: checkpoint 300, run 100; two_stage: checkpoint False, run True" in str(
         caught.value
     )

@@ -183,3 +183,10 @@ def test_weights_of_a_timm_network_come_from_a_file(tmp_path: Path) -> None:
     known = network.state_dict()
     assert {k.removeprefix("body.") for k in loaded} <= set(known)
     assert all(torch.equal(v, known[k.removeprefix("body.")]) for k, v in loaded.items())
+
+
+def test_a_file_that_holds_another_network_is_refused_for_timm(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="expected the weights of timm/") as error:
+        create_backbone(CONVOLUTIONAL, weights=str(tmp_path / "other.pth"))
+    assert "\n" not in str(error.value)

@@ -164,7 +164,7 @@ def test_classes_of_published_and_own_models() -> None:
     assert config_classes({"id2label": published}, 91) == coco_logit_classes()
     own = config_classes({"id2label": {"0": "cat", "1": "N/A"}}, 3)
     assert own.ids == (0, 1, 2)
-    assert own.names == ("cat", "", "class 2")
+    assert own.names == ("cat", "", "")
 
 
 @pytest.mark.parametrize(

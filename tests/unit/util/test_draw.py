@@ -156,3 +156,11 @@ def test_pictures_stand_side_by_side_unchanged() -> None:
     assert pixels[(7, 7, 7)] >= 60 * 90
     assert joined.width >= 160
     assert joined.height > 90
+
+
+@pytest.mark.parametrize("box", [(39.5, 5.0, 60.0, 20.0), (5.0, 29.5, 20.0, 60.0)])
+def test_box_that_starts_in_the_last_pixels_is_drawn(
+    box: tuple[float, float, float, float],
+) -> None:
+    drawn = draw_boxes(Image.new("RGB", (40, 30)), torch.tensor([box]), [0], ["thing"])
+    assert drawn.size == (40, 30)

@@ -1,0 +1,43 @@
+"""A training step reads nothing back to the host but the matching costs."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from configs.schema import LossConfig
+from models.build import build_criterion
+from tests.unit.models.small import VARIANTS, random_images, small_model
+from util.batch import pad_images
+
+READS_BACK = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
+
+
+class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the operators that would wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in READS_BACK:
+            self.found.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 0)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_operator_of_a_step_waits_for_the_device(variant: str, counts: tuple[int, int]) -> None:
+    model = small_model(**VARIANTS[variant])
+    batch = pad_images(random_images((65, 90), (50, 70)))
+    targets = [
+        {"labels": torch.zeros(n, dtype=torch.int64), "boxes": torch.full((n, 4), 0.3)}
+        for n in counts
+    ]
+    with Record() as record:
+        losses = build_criterion(LossConfig())(model(batch), targets)
+        losses["loss"].backward()  # type: ignore[no-untyped-call]
+    assert record.found == set()
