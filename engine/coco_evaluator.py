@@ -111,7 +111,7 @@ class CocoEvaluator:
 
     The numbers are those of plain pycocotools, except that a ground-truth annotation of id 0
     counts as any other (pycocotools takes it for unmatched) and that missing `area` and
-    `iscrowd` are filled in.
+    `iscrowd` are filled in. Unusable boxes are no part of the ground truth that data sets give.
     """
 
     def __init__(self, coco_gt: COCO, label_to_category: Mapping[int, int]) -> None:
