@@ -47,7 +47,7 @@ def test_eight_photographs_are_learned_by_heart(cli: Cli, shared: Shared, tmp_pa
                "--val_images", data / "train2017", "--val_annotations", annotations,
                "--backbone_weights", weights, "--num_workers", "0", "--hflip", "0",
                "--train_scales", "192", "--eval_scale", "192", "--max_size", "320",
-               "--epochs", "100", "--eval_every", "100", "--num_pictures", "8")  # fmt: skip
+               "--epochs", "200", "--eval_every", "200", "--num_pictures", "8")  # fmt: skip
     assert done.returncode == 0, done.stderr
     average_precision_50 = read_log(out)[-1]["test_coco_eval_bbox"][1]
     assert average_precision_50 > 0.9
