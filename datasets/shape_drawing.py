@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 SUBPIXELS = 4  # masks are drawn this much finer than the picture, in each direction
 MIN_VISIBLE = 0.75  # an object may lose at most a quarter of itself to the ones drawn over it
+SIZE = (288, 216)  # of a picture: one for all, so that no batch is padded
 SMALLEST, LARGEST = 20, 150  # size of an object, pixels
 MAX_OBJECTS = 12
 _ATTEMPTS = 8
@@ -105,9 +106,8 @@ class _Placed:
 
 
 def draw_picture(rng: np.random.Generator) -> tuple[Image.Image, list[DrawnObject]]:
-    """Draw a picture of 256x192 to 304x240 pixels with 1 to 12 objects, later ones on top."""
-    # Twelve sizes: enough for evaluation to form batches of equal ones.
-    width, height = 16 * int(rng.integers(16, 20)), 24 * int(rng.integers(8, 11))
+    """Draw a picture with 1 to 12 objects, later ones on top."""
+    width, height = SIZE
     canvas = _background(rng, width, height)
     placed: list[_Placed] = []
     for _ in range(int(rng.integers(1, MAX_OBJECTS + 1))):

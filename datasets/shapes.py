@@ -12,7 +12,7 @@ import numpy as np
 from datasets.shape_drawing import CATEGORY_IDS, draw_picture
 from util.errors import DataError, UserError
 
-_VERSION = 3  # counts changes of the drawing, so that an old folder is not taken for a new one
+_VERSION = 4  # counts changes of the drawing, so that an old folder is not taken for a new one
 _FIRST_IMAGE_ID = {"train": 1, "val": 500_000}
 
 

@@ -59,7 +59,6 @@ def test_boxes_bound_exactly_what_is_painted() -> None:
         if len(objects) != 1:
             continue
         rng = np.random.default_rng(seed)
-        rng.integers(16, 20), rng.integers(8, 11)  # the draws of the picture's size
         background = _background(rng, picture.width, picture.height).clip(0, 255)
         painted = np.abs(np.asarray(picture) - background).sum(-1) > 3 * 13
         rows, columns = np.flatnonzero(painted.any(1)), np.flatnonzero(painted.any(0))
