@@ -1,0 +1,210 @@
+"""The Triton backend: for GPUs without a CUDA compiler at hand, and for those of other makers."""
+
+import contextlib
+import functools
+import subprocess
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import Call, Gradients
+from .errors import BackendError
+from .fixed_point import fixed_point_scale
+from .reference import of_offsets_and_reference
+
+_ELEMENTS = 1024  # of a tile
+_MOST_WARPS = 16
+_MOST_ELEMENTS = 2**20  # of a tile; Triton has no larger tensors
+_OLDEST = (8, 0)  # NVIDIA GPUs that Triton supports
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One run of a kernel: how many programs, of how many warps, with which constants."""
+
+    programs: int
+    warps: int
+    constants: dict[str, int]
+
+    @classmethod
+    def of(cls, call: Call, *, at_once: int, warps: int, **constants: int) -> "Launch":
+        """Choose tiles for a call, with `at_once` samples of a query in a tile.
+
+        A tile of the usual size has that many warps, a larger one more.
+
+        Raises:
+            BackendError: a tile would be larger than Triton allows.
+        """
+        n, _, m, d = call.value.shape
+        queries, per_level = call.points.shape[1], call.points.shape[4]
+        samples, channels = _power_of_two(at_once), _power_of_two(d)
+        block = max(_ELEMENTS // (samples * channels), 1)
+        elements = block * samples * channels
+        if elements > _MOST_ELEMENTS:
+            raise BackendError(
+                f"triton: {at_once} samples of {d} channels a head do not fit into a tile of "
+                f"{_MOST_ELEMENTS} numbers. MSDEFORM_BACKEND=reference has no limit."
+            )
+        warps = min(max(warps * elements // _ELEMENTS, warps), _MOST_WARPS)
+        settled = {
+            "HEADS": m, "CHANNELS": d, "SAMPLES": len(call.shapes) * per_level,
+            "PER_LEVEL": per_level, "FORM": _form(call), "BLOCK_Q": block, "BLOCK_S": samples,
+            "BLOCK_D": channels,
+        }  # fmt: skip
+        return cls(-(-queries // block) * m * n, warps, settled | constants)
+
+
+def forward_launch(call: Call) -> Launch:
+    """Return how `msda_forward` runs: few samples at a time, so that few threads share a sum.
+
+    A thread has 8 elements of a tile: two reads of 16 bytes of each corner are under way.
+    """
+    samples = call.weights.shape[3] * call.weights.shape[4]
+    return Launch.of(call, at_once=min(samples, 4), warps=4, ALL_SAMPLES=_power_of_two(samples))
+
+
+def backward_launch(call: Call, *, to_locations: bool, deterministic: bool) -> Launch:
+    """Return how `msda_backward` runs: all samples at once, as the softmax needs their mean.
+
+    A thread has 4 elements of a tile, whatever their type, so that reads of half precision have the
+    layout of the additions in float32, which are of 16 bytes.
+    """
+    samples = call.weights.shape[3] * call.weights.shape[4]
+    return Launch.of(
+        call, at_once=samples, warps=8, TO_LOCATIONS=to_locations, DETERMINISTIC=deterministic
+    )
+
+
+class TritonBackend:
+    """Triton, for GPUs of NVIDIA, AMD and Intel, and its interpreter on the CPU."""
+
+    name = "triton"
+    devices = ("cuda", "xpu")
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """See `Backend`. Compiles the commonest kernel if that has not been done."""
+        if device.type not in (*self.devices, "cpu"):
+            return f"computes on GPUs, not on {device.type}"
+        try:
+            kernels = _kernels()
+        except ImportError as error:
+            return f"Triton cannot be imported: {error}"
+        if device.type == "cpu":
+            if kernels.INTERPRETED:
+                return None
+            return "computes on the CPU only where TRITON_INTERPRET=1 was set from the start"
+        return _too_old(device) or _does_not_compile(device)
+
+    def forward(self, call: Call) -> Tensor:
+        """See `Backend`."""
+        output = call.value.new_empty(call.output_shape)
+        _run("msda_forward", call, forward_launch(call), output)
+        return output
+
+    def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
+        """See `Backend`.
+
+        Sums in float32 by atomic addition, in an order that differs from run to run; with
+        `torch.use_deterministic_algorithms(True)` in whole numbers (`fixed_point_scale`).
+        """
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        exact = call.points.dtype
+        scale = fixed_point_scale(call, grad) if deterministic else None
+        value = torch.zeros_like(call.value, dtype=torch.int64 if deterministic else exact)
+        points, weights = torch.empty_like(call.points), torch.empty_like(call.weights)
+        launch = backward_launch(call, to_locations=need_reference, deterministic=deterministic)
+        of_sums = call.points if scale is None else scale
+        _run("msda_backward", call, launch, grad, of_sums, value, points, weights)
+        if scale is not None:
+            value = (value.double() / scale).to(exact)  # NaN throughout where a gradient was
+        value = value.to(call.value.dtype)
+        if need_reference:
+            return Gradients(value, *of_offsets_and_reference(call, points), weights)
+        return Gradients(value, points, None, weights)
+
+
+def _run(name: str, call: Call, launch: Launch, *arrays: Tensor) -> None:
+    device = call.value.device
+    with _current(device):
+        levels = _level_table(call.shapes, device)
+        reference = call.points if call.reference is None else call.reference  # unread if absent
+        getattr(_kernels(), name)[(launch.programs,)](
+            call.value, levels, reference, call.points, call.weights, *arrays,
+            call.value.shape[1], call.points.shape[1], **launch.constants,
+            num_warps=launch.warps, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def _kernels() -> ModuleType:
+    from . import triton_kernels  # not above: Triton may be absent, and takes a second to import
+
+    return triton_kernels
+
+
+def _form(call: Call) -> int:
+    return 0 if call.reference is None else call.reference.shape[-1]
+
+
+def _power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make `device` the one that Triton launches on."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return getattr(torch, device.type).device(device)  # type: ignore[no-any-return]
+
+
+def _level_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Return height, width and first token of each level. Shape: [L,3], int32."""
+    if device.type == "cpu":
+        return _filled(shapes, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _filled(shapes, device)  # a graph must own what it reads
+    stream = getattr(torch, device.type).current_stream(device)
+    return _kept(shapes, device, stream.stream_id)
+
+
+def _filled(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    # filled on the device: copying from the host would wait for all work under way there
+    numbers, start = [], 0
+    for height, width in shapes:
+        numbers += [height, width, start]
+        start += height * width
+    scalars = [torch.full((), n, dtype=torch.int32, device=device) for n in numbers]
+    return torch.stack(scalars).view(-1, 3)
+
+
+@functools.lru_cache(maxsize=256)
+def _kept(shapes: tuple[tuple[int, int], ...], device: torch.device, stream: int) -> Tensor:
+    # one for each stream: another stream would have to wait for the filling
+    return _filled(shapes, device)
+
+
+def _too_old(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    if not torch.cuda.is_available():
+        return "no GPU is visible"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _OLDEST:
+        return None
+    return "Triton needs compute capability {}.{}, got {}.{}".format(*_OLDEST, *capability)
+
+
+def _does_not_compile(device: torch.device) -> str | None:
+    """Run the commonest kernel once: Triton also needs a C compiler and the driver's headers."""
+    shapes = [4, 4] * 4
+    value = torch.zeros(1, 64, 8, 32, device=device)
+    points, weights = value.new_zeros(1, 1, 8, 4, 4, 2), value.new_zeros(1, 1, 8, 4, 4)
+    call = Call.of(value, shapes, points, weights, value.new_zeros(1, 1, 4, 2))
+    try:
+        TritonBackend().forward(call)
+    except (RuntimeError, OSError, subprocess.SubprocessError, _kernels().TritonError) as error:
+        return f"a kernel does not compile: {str(error).strip().splitlines()[0]}"
+    return None
