@@ -1,0 +1,215 @@
+"""The compiled CUDA backend: one small program for each kind of call, made when it is first met."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import build, nvrtc
+from .call import Call, Gradients, arithmetic_dtype
+from .errors import BackendError
+from .reference import of_offsets_and_reference
+
+STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_POINTERS = (
+    "value", "reference", "points", "weights", "output", "grad_output", "grad_value",
+    "grad_points", "grad_weights",
+)  # fmt: skip
+_SHARED_BYTES = 48 * 1024
+_MOST_SAMPLES = 512  # of a query and head: what the shared memory of a block holds in float64
+_LONGEST_ROW = 32 * 64  # channels that a warp can hold in registers
+_FIXED_POINT_BITS = 62
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a program is made for: the constants of `csrc/cuda.cu`."""
+
+    dtype: torch.dtype
+    channels: int
+    levels: int
+    per_level: int
+    form: int = 0
+    to_locations: bool = False
+    deterministic: bool = False
+
+    @property
+    def options(self) -> list[str]:
+        """Return the constants as the compiler's options."""
+        constants = {
+            "STORAGE": STORAGE[self.dtype], "CHANNELS": self.channels, "LEVELS": self.levels,
+            "PER_LEVEL": self.per_level, "FORM": self.form,
+            "TO_LOCATIONS": int(self.to_locations), "DETERMINISTIC": int(self.deterministic),
+        }  # fmt: skip
+        return [f"-DMSDA_{name}={number}" for name, number in constants.items()]
+
+    @property
+    def lanes(self) -> int:
+        """Lanes of a warp that compute one query and head; `kLanes` of the source."""
+        wide = 16 // self.dtype.itemsize
+        while self.channels % wide:
+            wide //= 2
+        lanes = 1
+        while lanes < 32 and (lanes < self.channels // wide or not self._fits(32, lanes)):
+            lanes *= 2
+        return lanes
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block; `kThreads` of the source."""
+        return next((t for t in (128, 64) if self._fits(t, self.lanes)), 32)
+
+    def _fits(self, threads: int, lanes: int) -> bool:
+        sample = 12 * arithmetic_dtype(self.dtype).itemsize
+        return threads // lanes * self.levels * self.per_level * sample <= _SHARED_BYTES
+
+    def program(self, capability: int) -> bytes:
+        """Return machine code for a GPU, from the cache or made now."""
+        samples = self.levels * self.per_level
+        if samples > _MOST_SAMPLES or self.channels > _LONGEST_ROW:
+            raise BackendError(
+                f"cuda: made for at most {_MOST_SAMPLES} samples and {_LONGEST_ROW} channels a "
+                f"head, got {samples} and {self.channels}. MSDEFORM_BACKEND=reference has no limit."
+            )
+        name = str(self.dtype).removeprefix("torch.")
+        what = f"the CUDA kernel ({name}, {self.channels} channels, {samples} samples)"
+        source = build.SOURCES / "cuda.cu"
+        return nvrtc.cached_program(source, self.options, nvrtc.target(capability), what)
+
+
+@functools.cache
+def arguments_type(levels: int) -> type[ctypes.Structure]:
+    """Return `Arguments` of `csrc/cuda.cu`, field by field."""
+
+    class Arguments(ctypes.Structure):
+        _fields_ = [
+            *((name, ctypes.c_void_p) for name in _POINTERS),
+            ("scale", ctypes.c_double),
+            *((name, ctypes.c_int) for name in ("batch", "tokens", "heads", "queries")),
+            *((name, ctypes.c_int * levels) for name in ("height", "width", "start")),
+        ]
+
+    return Arguments
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call as the kernel takes it."""
+
+    kind: Kind
+    arguments: ctypes.Structure
+    blocks: int
+    arrays: dict[str, Tensor]  # what `arguments` points to, by field
+
+
+def prepare(
+    call: Call,
+    *,
+    to_locations: bool = False,
+    deterministic: bool = False,
+    scale: float = 0.0,
+    **results: Tensor,
+) -> Launch:
+    """Return what the kernel needs to compute `call` into `results`."""
+    n, s, m, d = call.value.shape
+    queries, levels, per_level = call.points.shape[1], len(call.shapes), call.points.shape[4]
+    form = 0 if call.reference is None else call.reference.shape[-1]
+    kind = Kind(call.value.dtype, d, levels, per_level, form, to_locations, deterministic)
+    inputs = {"value": call.value, "points": call.points, "weights": call.weights}
+    if call.reference is not None:
+        inputs["reference"] = call.reference
+    arrays = {**inputs, **results}
+    # rows are read 16 bytes at a time; a view into a tensor may begin anywhere
+    arrays = {k: t if t.data_ptr() % 16 == 0 else t.clone() for k, t in arrays.items()}
+    heights, widths = zip(*call.shapes, strict=True)
+    starts = [sum(h * w for h, w in call.shapes[:level]) for level in range(levels)]
+    sides = ctypes.c_int * levels
+    arguments = arguments_type(levels)(
+        **{name: tensor.data_ptr() for name, tensor in arrays.items()},
+        scale=scale, batch=n, tokens=s, heads=m, queries=queries,
+        height=sides(*heights), width=sides(*widths), start=sides(*starts),
+    )  # fmt: skip
+    tiles = -(-queries // (kind.threads // kind.lanes))
+    return Launch(kind, arguments, tiles * m * n, arrays)
+
+
+@functools.cache
+def _kernels(kind: Kind, device: int) -> dict[str, Callable[..., None]]:
+    major, minor = torch.cuda.get_device_capability(device)
+    program = kind.program(10 * major + minor)
+    with torch.cuda.device(device):
+        return nvrtc.load_functions(program, ("msda_forward", "msda_backward"))
+
+
+class CudaBackend:
+    """CUDA C++ for NVIDIA GPUs."""
+
+    name = "cuda"
+    devices = ("cuda",)
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """See `Backend`. Builds the commonest program if that has not been done."""
+        if device.type != "cuda":
+            return f"computes on NVIDIA GPUs, not on {device.type}"
+        if torch.version.hip:
+            return "this PyTorch is built for ROCm"
+        try:
+            index = torch.cuda.current_device() if device.index is None else device.index
+            _kernels(Kind(torch.float32, channels=32, levels=4, per_level=4), index)
+        except (BackendError, RuntimeError) as error:
+            return str(error)
+        return None
+
+    def forward(self, call: Call) -> Tensor:
+        """See `Backend`."""
+        output = call.value.new_empty(call.output_shape)
+        self.run("msda_forward", prepare(call, output=output))
+        return output
+
+    def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
+        """See `Backend`.
+
+        Sums in float32 by atomic addition, in an order that differs from run to run; with
+        `torch.use_deterministic_algorithms(True)` in 64-bit whole numbers, which add up to the
+        same in any order, finer than float32 for all but gradients 2**20 below the largest.
+        """
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        exact = call.points.dtype
+        value = torch.zeros_like(call.value, dtype=torch.int64 if deterministic else exact)
+        scale = _scale(call, grad) if deterministic else None
+        points, weights = torch.empty_like(call.points), torch.empty_like(call.weights)
+        launch = prepare(
+            call, to_locations=need_reference, deterministic=deterministic,
+            scale=0.0 if scale is None else float(scale), grad_output=grad, grad_value=value,
+            grad_points=points, grad_weights=weights,
+        )  # fmt: skip
+        self.run("msda_backward", launch)
+        if scale is not None:
+            value = (value.double() / scale).to(exact)  # NaN throughout where a gradient was
+        value = value.to(call.value.dtype)
+        if need_reference:
+            return Gradients(value, *of_offsets_and_reference(call, points), weights)
+        return Gradients(value, points, None, weights)
+
+    def run(self, name: str, launch: Launch) -> None:
+        """Start the kernel `name` on the current stream."""
+        device = launch.arrays["value"].device.index
+        with torch.cuda.device(device):
+            kernel = _kernels(launch.kind, device)[name]
+            stream = torch.cuda.current_stream().cuda_stream
+            kernel(launch.blocks, launch.kind.threads, stream, launch.arguments)
+
+
+def _scale(call: Call, grad: Tensor) -> Tensor:
+    """Return a power of two that takes every possible sum of gradients into 62 bits, or NaN."""
+    largest = grad.abs().amax().double()
+    if call.reference is None:
+        largest = largest * call.weights.abs().amax().double()
+    else:  # attention is at most 1; NaN where a logit is NaN or infinite
+        largest = largest + 0 * call.weights.amax().double()
+    reads = call.weights.numel() // max(call.value.shape[0] * call.value.shape[2], 1)
+    bits = _FIXED_POINT_BITS - torch.log2(largest.clamp(min=1e-300) * reads).ceil()
+    return torch.where(largest.isfinite(), torch.exp2(bits.clamp(max=1000)), torch.nan)

@@ -1,0 +1,205 @@
+"""CUDA without a CUDA toolkit: compile with the NVRTC and launch with the driver PyTorch brings."""
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import build
+from .errors import BackendError
+
+
+class CompileError(BackendError):
+    """NVRTC refused the source."""
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    major = (torch.version.cuda or "0").split(".")[0]
+    if major == "0":
+        raise BackendError("this PyTorch is built without CUDA")
+    # PyTorch's own library knows where the NVRTC lies that it was built with
+    beside_torch = Path(torch.__file__).parent / "lib" / "libcaffe2_nvrtc.so"
+    errors, soname = [], f"libnvrtc.so.{major}"
+    for name in (str(beside_torch), soname, f"{soname}.0", "libnvrtc.so"):
+        try:
+            library = ctypes.CDLL(name)
+            library.nvrtcCompileProgram  # noqa: B018  (found by name only here)
+            return library
+        except (OSError, AttributeError) as error:
+            errors.append(str(error))
+    raise BackendError(f"PyTorch's CUDA compiler (NVRTC {major}) does not load: {errors[-1]}")
+
+
+def version() -> str:
+    """Return the version of the compiler, as in 12.8."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return f"{major.value}.{minor.value}"
+
+
+@functools.cache
+def architectures() -> tuple[int, ...]:
+    """Return the compute capabilities that the compiler knows, as 80, 90, ..."""
+    count = ctypes.c_int()
+    _check(_nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    found = (ctypes.c_int * count.value)()
+    _check(_nvrtc().nvrtcGetSupportedArchs(found))
+    return tuple(found)
+
+
+def target(capability: int) -> str:
+    """Return the compiler's name of machine code for `capability`.
+
+    A GPU that the compiler does not know yet gets the newest intermediate code before it, which the
+    driver finishes.
+
+    Raises:
+        BackendError: the GPU is older than anything the compiler makes code for.
+    """
+    known = architectures()
+    if capability in known:
+        return f"sm_{capability}"
+    older = [a for a in known if a < capability]
+    if not older:
+        raise BackendError(
+            f"NVRTC {version()} makes no code for compute capability {capability / 10}"
+        )
+    return f"compute_{max(older)}"
+
+
+def compile_program(source: str, options: Sequence[str], arch: str) -> bytes:
+    """Return machine code (`sm_NN`) or PTX (`compute_NN`) of a CUDA source.
+
+    Raises:
+        CompileError: with the compiler's whole output.
+    """
+    lib, program = _nvrtc(), ctypes.c_void_p()
+    _check(
+        lib.nvrtcCreateProgram(
+            ctypes.byref(program), source.encode(), b"ms_deform_attn.cu", 0, None, None
+        )
+    )
+    try:
+        flags = [f"--gpu-architecture={arch}", "-std=c++17", *options]
+        array = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+        if lib.nvrtcCompileProgram(program, len(flags), array):
+            log = _text(program, lib.nvrtcGetProgramLogSize, lib.nvrtcGetProgramLog)
+            raise CompileError(log.rstrip(b"\0").decode(errors="replace"))
+        if arch.startswith("sm_"):
+            return _text(program, lib.nvrtcGetCUBINSize, lib.nvrtcGetCUBIN)
+        return _text(program, lib.nvrtcGetPTXSize, lib.nvrtcGetPTX)
+    finally:
+        lib.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _text(program: ctypes.c_void_p, size_of: Any, get: Any) -> bytes:
+    size = ctypes.c_size_t()
+    _check(size_of(program, ctypes.byref(size)))
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(get(program, buffer))
+    return buffer.raw
+
+
+def _check(result: int) -> None:
+    if result:
+        name = _nvrtc().nvrtcGetErrorString
+        name.restype = ctypes.c_char_p
+        raise BackendError(f"NVRTC: {name(result).decode()}")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise BackendError(f"the NVIDIA driver does not load: {error}") from error
+
+
+def _check_driver(result: int, doing: str) -> None:
+    if result:
+        name, text = ctypes.c_char_p(), ctypes.c_char_p()
+        _driver().cuGetErrorName(result, ctypes.byref(name))
+        _driver().cuGetErrorString(result, ctypes.byref(text))
+        said = f"{(name.value or b'').decode()}: {(text.value or b'').decode()}"
+        raise RuntimeError(f"ms_deform_attn: {doing} failed, {said} ({result})")
+
+
+def _need_context() -> None:
+    """Make PyTorch's context current in a thread that has not used the GPU yet."""
+    driver, context, device = _driver(), ctypes.c_void_p(), torch.cuda.current_device()
+    _check_driver(driver.cuCtxGetCurrent(ctypes.byref(context)), "asking for the context")
+    if not context:
+        retain = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+        _check_driver(retain, f"finding the context of GPU {device}")
+        _check_driver(driver.cuCtxSetCurrent(context), f"choosing GPU {device}")
+
+
+def load_functions(code: bytes, names: Sequence[str]) -> dict[str, Callable[..., None]]:
+    """Load machine code into the current device's context; return its kernels by name.
+
+    A kernel is called as `kernel(blocks, threads, stream, arguments)`, `arguments` being the one
+    structure that it takes. The launch is checked.
+    """
+    driver, module = _driver(), ctypes.c_void_p()
+    _need_context()
+    _check_driver(driver.cuModuleLoadData(ctypes.byref(module), code), "loading the CUDA kernel")
+    launches: dict[str, Callable[..., None]] = {}
+    for name in names:
+        function = ctypes.c_void_p()
+        _check_driver(
+            driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()),
+            f"finding {name}",
+        )
+        launches[name] = functools.partial(_launch, function, name)
+    return launches
+
+
+def _launch(
+    function: ctypes.c_void_p,
+    name: str,
+    blocks: int,
+    threads: int,
+    stream: int,
+    arguments: ctypes.Structure,
+) -> None:
+    _need_context()
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+    result = _driver().cuLaunchKernel(
+        function, blocks, 1, 1, threads, 1, 1, 0, ctypes.c_void_p(stream), pointers, None
+    )
+    _check_driver(result, f"launching {name} with {blocks} blocks of {threads} threads")
+
+
+def inlined_source(path: Path) -> str:
+    """Return a source with the headers beside it put in, so that no search path is needed."""
+    lines = []
+    for line in path.read_text().splitlines():
+        if line.startswith('#include "'):
+            lines.append(inlined_source(path.parent / line.split('"')[1]))
+        elif line.strip() != "#pragma once":
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def cached_program(source: Path, options: Sequence[str], arch: str, what: str) -> bytes:
+    """Return what `compile_program` makes of `source`, from the cache if it is there.
+
+    Raises:
+        BackendError: the compiler refused it; its whole output is in the file that is named.
+    """
+    text = inlined_source(source)
+    key = build.key_of(version(), arch, *options)
+
+    def make(path: Path) -> None:
+        try:
+            path.write_bytes(compile_program(text, options, arch))
+        except CompileError as error:
+            command = ["nvrtc", f"--gpu-architecture={arch}", *options, str(source)]
+            raise build.build_failure(what, key, command, str(error)) from None
+
+    suffix = "cubin" if arch.startswith("sm_") else "ptx"
+    return build.built(f"cuda-{arch}-{key}.{suffix}", f"{what} for {arch}", make).read_bytes()
