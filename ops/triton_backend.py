@@ -82,7 +82,7 @@ class TritonBackend:
     """Triton, for GPUs of NVIDIA, AMD and Intel, and its interpreter on the CPU."""
 
     name = "triton"
-    devices = ("cuda", "xpu")
+    devices: tuple[str, ...] = ("cuda", "xpu")
 
     def unavailable(self, device: torch.device) -> str | None:
         """See `Backend`. Compiles the commonest kernel if that has not been done."""
@@ -96,7 +96,7 @@ class TritonBackend:
             if kernels.INTERPRETED:
                 return None
             return "computes on the CPU only where TRITON_INTERPRET=1 was set from the start"
-        return _too_old(device) or _does_not_compile(device)
+        return _no_gpu_for(device) or _does_not_compile(device)
 
     def forward(self, call: Call) -> Tensor:
         """See `Backend`."""
@@ -116,8 +116,8 @@ class TritonBackend:
         value = torch.zeros_like(call.value, dtype=torch.int64 if deterministic else exact)
         points, weights = torch.empty_like(call.points), torch.empty_like(call.weights)
         launch = backward_launch(call, to_locations=need_reference, deterministic=deterministic)
-        of_sums = call.points if scale is None else scale
-        _run("msda_backward", call, launch, grad, of_sums, value, points, weights)
+        factor = call.points if scale is None else scale  # unread if there is none
+        _run("msda_backward", call, launch, grad, factor, value, points, weights)
         if scale is not None:
             value = (value.double() / scale).to(exact)  # NaN throughout where a gradient was
         value = value.to(call.value.dtype)
@@ -186,11 +186,11 @@ def _kept(shapes: tuple[tuple[int, int], ...], device: torch.device, stream: int
     return _filled(shapes, device)
 
 
-def _too_old(device: torch.device) -> str | None:
+def _no_gpu_for(device: torch.device) -> str | None:
+    if not getattr(torch, device.type).is_available():
+        return "no GPU is visible"
     if device.type != "cuda" or torch.version.hip:
         return None
-    if not torch.cuda.is_available():
-        return "no GPU is visible"
     capability = torch.cuda.get_device_capability(device)
     if capability >= _OLDEST:
         return None

@@ -10,7 +10,6 @@ cause no new compilation.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-# mypy: ignore-missing-imports
 
 import triton
 import triton.language as tl

@@ -341,9 +341,17 @@ def test_reads_and_additions_are_of_16_bytes(dtype: torch.dtype, form: int) -> N
     assert "st.shared.v4" not in backward
 
 
-def test_devices_it_does_not_compute_on() -> None:
-    reason = BACKEND.unavailable(torch.device("mps"))
-    assert reason == "computes on GPUs, not on mps"
+@pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="Triton interprets")
+@pytest.mark.parametrize(
+    ("device", "reason"), [("mps", "not on mps"), ("cpu", "TRITON_INTERPRET"), ("xpu", "no GPU")]
+)
+def test_says_where_it_does_not_compute(device: str, reason: str) -> None:
+    pytest.importorskip("triton")
+    if device == "xpu" and torch.xpu.is_available():
+        pytest.skip("there is one")
+    said = BACKEND.unavailable(torch.device(device))
+    assert said is not None
+    assert reason in said
 
 
 def test_triton_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
