@@ -43,7 +43,8 @@ from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
 from models.pretrained import Pretrained, load_pretrained
 from models.transfer import load_strict, transfer
-from ops.self_test import check_devices
+from ops import BackendError
+from ops.self_test import check_backends
 from util.classes import Classes
 from util.config import (
     OptionParser,
@@ -334,7 +335,7 @@ def doctor(args: argparse.Namespace, given: Values) -> int:
     console(f"python {platform.python_version()} on {platform.platform()}")
     console(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
     healthy = True
-    for line, passed in check_devices():
+    for line, passed in check_backends():
         console(line)
         healthy &= passed
     return 0 if healthy else 1
@@ -380,7 +381,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except UserError as error:
+    except (UserError, BackendError) as error:
         if "--debug" in argv:
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import MSDeformAttn
 from models.encoder import FeatureLevels
 from models.layers import inverse_sigmoid
+from ops import MSDeformAttn
 
 # N batch, Q queries, S tokens, L levels, C width.
 
@@ -79,8 +79,7 @@ class DeformableDecoderLayer(nn.Module):
             reference_points,
             memory,
             levels.spatial_shapes,
-            levels.padding_mask,
-            levels.sizes,
+            input_padding_mask=levels.padding_mask,
         )
         x = self.norm1(x + self.dropout(attended))
         hidden = self.dropout(F.relu(self.linear1(x)))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import MSDeformAttn
+from ops import MSDeformAttn
 
 # N batch, S tokens of all levels, L levels, C width.
 
@@ -58,8 +58,7 @@ class DeformableEncoderLayer(nn.Module):
             reference_points,
             x,
             levels.spatial_shapes,
-            levels.padding_mask,
-            levels.sizes,
+            input_padding_mask=levels.padding_mask,
         )
         x = self.norm1(x + self.dropout(attended))
         hidden = self.dropout(F.relu(self.linear1(x)))

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.attention import MSDeformAttn, level_sizes
 from models.decoder import DecoderOutput, DeformableDecoder
 from models.encoder import DeformableEncoder, FeatureLevels
 from models.two_stage import proposal_embedding, select_proposals, token_proposals
+from ops import MSDeformAttn
+from ops.reference import level_sizes
 
 # N batch, S tokens, Q queries, L levels, C width.
 

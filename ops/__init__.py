@@ -1,5 +1,8 @@
 """Multi-scale deformable attention (arXiv 2010.04159, Eq. 3)."""
 
-from ops.ms_deform_attn import ms_deform_attn
+from .backends import use_backend
+from .errors import BackendError
+from .module import MSDeformAttn
+from .ms_deform_attn import fused_ms_deform_attn, ms_deform_attn
 
-__all__ = ["ms_deform_attn"]
+__all__ = ["BackendError", "MSDeformAttn", "fused_ms_deform_attn", "ms_deform_attn", "use_backend"]

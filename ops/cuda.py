@@ -11,6 +11,7 @@ from torch import Tensor
 from . import build, nvrtc
 from .call import Call, Gradients, arithmetic_dtype
 from .errors import BackendError
+from .fixed_point import fixed_point_scale
 from .reference import of_offsets_and_reference
 
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -19,9 +20,8 @@ _POINTERS = (
     "grad_points", "grad_weights",
 )  # fmt: skip
 _SHARED_BYTES = 48 * 1024
-_MOST_SAMPLES = 512  # of a query and head: what the shared memory of a block holds in float64
+_MOST_SAMPLES = 511  # of a query and head: what the shared memory of a block holds in float64
 _LONGEST_ROW = 32 * 64  # channels that a warp can hold in registers
-_FIXED_POINT_BITS = 62
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Kind:
 
     def _fits(self, threads: int, lanes: int) -> bool:
         sample = 12 * arithmetic_dtype(self.dtype).itemsize
-        return threads // lanes * self.levels * self.per_level * sample <= _SHARED_BYTES
+        slots = self.levels * self.per_level + 1
+        return threads // lanes * slots * sample <= _SHARED_BYTES
 
     def program(self, capability: int) -> bytes:
         """Return machine code for a GPU, from the cache or made now."""
@@ -148,7 +149,7 @@ class CudaBackend:
     """CUDA C++ for NVIDIA GPUs."""
 
     name = "cuda"
-    devices = ("cuda",)
+    devices: tuple[str, ...] = ("cuda",)
 
     def unavailable(self, device: torch.device) -> str | None:
         """See `Backend`. Builds the commonest program if that has not been done."""
@@ -179,7 +180,7 @@ class CudaBackend:
         deterministic = torch.are_deterministic_algorithms_enabled()
         exact = call.points.dtype
         value = torch.zeros_like(call.value, dtype=torch.int64 if deterministic else exact)
-        scale = _scale(call, grad) if deterministic else None
+        scale = fixed_point_scale(call, grad) if deterministic else None
         points, weights = torch.empty_like(call.points), torch.empty_like(call.weights)
         launch = prepare(
             call, to_locations=need_reference, deterministic=deterministic,
@@ -201,15 +202,3 @@ class CudaBackend:
             kernel = _kernels(launch.kind, device)[name]
             stream = torch.cuda.current_stream().cuda_stream
             kernel(launch.blocks, launch.kind.threads, stream, launch.arguments)
-
-
-def _scale(call: Call, grad: Tensor) -> Tensor:
-    """Return a power of two that takes every possible sum of gradients into 62 bits, or NaN."""
-    largest = grad.abs().amax().double()
-    if call.reference is None:
-        largest = largest * call.weights.abs().amax().double()
-    else:  # attention is at most 1; NaN where a logit is NaN or infinite
-        largest = largest + 0 * call.weights.amax().double()
-    reads = call.weights.numel() // max(call.value.shape[0] * call.value.shape[2], 1)
-    bits = _FIXED_POINT_BITS - torch.log2(largest.clamp(min=1e-300) * reads).ceil()
-    return torch.where(largest.isfinite(), torch.exp2(bits.clamp(max=1000)), torch.nan)

@@ -16,8 +16,10 @@ def fixed_point_scale(call: Call, grad: Tensor) -> Tensor:
     finite number. Shape: grad [N,Q,M*D]; returns [], float64, on the device of grad.
     """
     largest = grad.abs().amax().double()
-    if call.reference is None:  # else attention is at most 1
+    if call.reference is None:
         largest = largest * call.weights.abs().amax().double()
+    else:  # attention is at most 1; none is a number where a head's largest logit is not finite
+        largest = largest + 0 * call.weights.flatten(3).amax(-1).sum().double()
     reads = call.weights.numel() // (call.value.shape[0] * call.value.shape[2])  # of one cell
     bits = _BITS - torch.log2(largest.clamp(min=1e-300) * reads).ceil()
     return torch.where(largest.isfinite(), torch.exp2(bits.clamp(max=1000)), torch.nan)

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from ops.ms_deform_attn import ms_deform_attn
+from .backends import BACKENDS, use_backend
+from .call import Backend
+from .ms_deform_attn import ms_deform_attn
 
 LARGEST_ERROR = 1e-4  # relative, float32
 _SHAPES = [(5, 7), (3, 2)]
@@ -34,8 +36,8 @@ def _definition(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     return output.flatten(2)
 
 
-def self_test(device: torch.device) -> float:
-    """Return the largest error of the op in float32 on `device`, forward and backward.
+def self_test(backend: str, device: torch.device) -> float:
+    """Return the largest error of a backend in float32 on `device`, forward and backward.
 
     The scale of the exact values is about 1.
     """
@@ -49,9 +51,10 @@ def self_test(device: torch.device) -> float:
     exact = [t.requires_grad_() for t in exact]
     tested = [t.detach().to(device, torch.float32).requires_grad_() for t in exact]
     expected = _definition(*exact)
-    actual = ms_deform_attn(tested[0], _SHAPES, tested[1], tested[2])
     expected_grads = torch.autograd.grad(expected.square().sum(), exact)
-    actual_grads = torch.autograd.grad(actual.square().sum(), tested)
+    with use_backend(backend):
+        actual = ms_deform_attn(tested[0], _SHAPES, tested[1], tested[2])
+        actual_grads = torch.autograd.grad(actual.square().sum(), tested)
     pairs = zip((expected, *expected_grads), (actual, *actual_grads), strict=True)
     return max(
         float((a.detach().cpu().double() - e).abs().max() / e.detach().abs().max().clamp(min=1))
@@ -59,8 +62,11 @@ def self_test(device: torch.device) -> float:
     )
 
 
-def check_devices() -> list[tuple[str, bool]]:
-    """Test the CPU and every GPU; return a line on each, and whether it passed."""
+def check_backends() -> list[tuple[str, bool]]:
+    """Test every backend on the CPU and every GPU; return a line on each, and whether it is well.
+
+    A backend that cannot run here is well; one that runs and errs is not.
+    """
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     lines = []
@@ -68,12 +74,17 @@ def check_devices() -> list[tuple[str, bool]]:
         name = f"{torch.get_num_threads()} threads"
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
-        try:
-            error = self_test(device)
-            verdict = f"{'ok' if error < LARGEST_ERROR else 'FAILED'}, error {error:.1e}"
-        except RuntimeError as failure:  # a GPU that this torch has no code for, say
-            error, verdict = float("inf"), f"FAILED: {str(failure).splitlines()[0]}"
-        lines.append(
-            (f"{device} ({name}): ms_deform_attn reference {verdict}", error < LARGEST_ERROR)
-        )
+        lines.append((f"ms_deform_attn on {device} ({name})", True))
+        lines += [_check(backend, device) for backend in BACKENDS.values()]
     return lines
+
+
+def _check(backend: Backend, device: torch.device) -> tuple[str, bool]:
+    if reason := backend.unavailable(device):
+        return f"  {backend.name:10s} -  {reason}", True
+    try:
+        error = self_test(backend.name, device)
+    except RuntimeError as failure:  # a GPU that this torch has no code for, say
+        return f"  {backend.name:10s} FAILED: {str(failure).splitlines()[0]}", False
+    passed = error < LARGEST_ERROR
+    return f"  {backend.name:10s} {'ok' if passed else 'FAILED'}, error {error:.1e}", passed

@@ -35,6 +35,7 @@ namespace msda {
 
 constexpr int kChannels = MSDA_CHANNELS, kLevels = MSDA_LEVELS, kPerLevel = MSDA_PER_LEVEL;
 constexpr int kSamples = kLevels * kPerLevel;
+constexpr int kSlots = kSamples + 1;  // one unused, so that groups of a warp read other banks
 constexpr int kForm = MSDA_FORM;
 constexpr bool kToLocations = MSDA_TO_LOCATIONS;
 constexpr bool kDeterministic = MSDA_DETERMINISTIC;
@@ -83,7 +84,7 @@ __device__ constexpr int widest(int channels, int most) {
 }
 constexpr int kSharedBytes = 48 * 1024, kSampleBytes = 12 * sizeof(A);
 __device__ constexpr bool fits(int threads, int lanes) {
-  return threads / lanes * kSamples * kSampleBytes <= kSharedBytes;
+  return threads / lanes * kSlots * kSampleBytes <= kSharedBytes;
 }
 __device__ constexpr int lanes_for(int bundles, int lanes) {
   const bool enough = lanes >= bundles && fits(32, lanes);
@@ -196,12 +197,12 @@ MSDA_INLINE void find_samples(const Arguments& p, const Place& at, Sample* sampl
       const A half = A(0.5) / kPerLevel;
       x = (box[0] + x * half * box[2]) * width, y = (box[1] + y * half * box[3]) * height;
     }
-    const Corners<A, int> c = find_corners(x - A(0.5), y - A(0.5), width, height, p.width[level],
-                                           -1 - start);
+    const Corners<A, int> c = find_corners(x - A(0.5), y - A(0.5), width, height, start, p.width[level],
+                                           1, -1);
     Sample& sample = samples[j];
     for (int k = 0; k < 4; ++k) {
       sample.weight[k] = c.weight[k];
-      sample.cell[k] = at.active ? c.cell[k] + start : -1;
+      sample.cell[k] = at.active ? c.cell[k] : -1;
     }
     sample.right = c.right, sample.down = c.down, sample.attention = attention[i];
   }
@@ -214,7 +215,7 @@ MSDA_INLINE bool has_bundle(int round, int lane) {
 MSDA_INLINE int channel_of(int round, int lane) { return (round * kLanes + lane) * kWide; }
 
 extern "C" __global__ void __launch_bounds__(kThreads) msda_forward(const Arguments p) {
-  __shared__ Sample all[kGroups][kSamples];
+  __shared__ Sample all[kGroups][kSlots];
   const Place at = place_of(p);
   Sample* samples = all[at.group];
   find_samples(p, at, samples);
@@ -223,19 +224,22 @@ extern "C" __global__ void __launch_bounds__(kThreads) msda_forward(const Argume
   const T* value = p.value + at.image * p.tokens * row + at.head * kChannels;
   A sum[kRounds][kWide] = {};
   for (int j = 0; j < kSamples; ++j) {
-    const A attention = samples[j].attention;
+    const Sample s = samples[j];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int cell = samples[j].cell[k];
-      if (cell < 0) continue;
-      const A weight = samples[j].weight[k] * attention;
+    for (int r = 0; r < kRounds; ++r) {
+      if (!has_bundle(r, at.lane)) continue;
+      Bundle corner[4] = {};  // all four are asked for before the first is used
 #pragma unroll
-      for (int r = 0; r < kRounds; ++r) {
-        if (!has_bundle(r, at.lane)) continue;
-        const T* from = value + cell * row + channel_of(r, at.lane);
-        const Bundle v = *reinterpret_cast<const Bundle*>(from);
+      for (int k = 0; k < 4; ++k) {
+        if (s.cell[k] < 0) continue;
+        const T* from = value + s.cell[k] * row + channel_of(r, at.lane);
+        corner[k] = *reinterpret_cast<const Bundle*>(from);
+      }
 #pragma unroll
-        for (int i = 0; i < kWide; ++i) sum[r][i] += weight * widen(v.item[i]);
+      for (int k = 0; k < 4; ++k) {
+        const A weight = s.cell[k] < 0 ? A(0) : s.weight[k] * s.attention;
+#pragma unroll
+        for (int i = 0; i < kWide; ++i) sum[r][i] += weight * widen(corner[k].item[i]);
       }
     }
   }
@@ -314,7 +318,7 @@ MSDA_INLINE void store_gradients(const Arguments& p, const Place& at, const Samp
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads) msda_backward(const Arguments p) {
-  __shared__ Sample all[kGroups][kSamples];
+  __shared__ Sample all[kGroups][kSlots];
   const Place at = place_of(p);
   Sample* samples = all[at.group];
   find_samples(p, at, samples);

@@ -38,14 +38,16 @@ def parse(name: str) -> ast.Module:
     return ast.parse((ROOT / name).read_text(encoding="utf-8"), filename=name)
 
 
-def imported_modules(tree: ast.Module) -> list[str]:
+def imported_modules(tree: ast.Module, room: str) -> list[str]:
     """Return the full name of every module imported anywhere, inside functions too."""
-    names = []
+    names: list[str] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide the room"
+            if node.level:  # `ops` is also a package of its own, under another name
+                assert (room, node.level) == ("ops", 1), "relative imports hide the room"
+                continue
             assert node.module is not None
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     return names
@@ -54,7 +56,7 @@ def imported_modules(tree: ast.Module) -> list[str]:
 @pytest.mark.parametrize("name", source_files())
 def test_imports_stay_within_the_table(name: str) -> None:
     room = name.split("/")[0]
-    modules = imported_modules(parse(name))
+    modules = imported_modules(parse(name), room)
     if name not in READ_THE_SCHEMA and room not in ("configs", "tests"):
         assert not [m for m in modules if m.startswith("configs")]
     if room in MAY_IMPORT:

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.attention import MSDeformAttn
 from models.build import build_transformer
 from models.decoder import apply_delta
 from models.deformable_detr import DetectionHeads
@@ -19,8 +18,9 @@ from models.layers import inverse_sigmoid
 from models.position_encoding import PositionEmbeddingSine
 from models.transformer import DeformableTransformer, TransformerOutput, valid_ratio
 from models.two_stage import proposal_embedding, select_proposals, token_proposals
+from ops import MSDeformAttn
 from tests.unit.models.small import VARIANTS, perturb, small_config
-from tests.unit.ops.test_reference import loop_oracle
+from tests.unit.ops.oracle import loop_oracle
 
 SHAPES = [(4, 6), (2, 3)]
 TOKENS = sum(h * w for h, w in SHAPES)
@@ -62,7 +62,7 @@ def test_attention_module_follows_equation_3(numbers: int) -> None:
     levels = make_levels(width=8)
     query = torch.randn(2, 5, 8, dtype=torch.float64)
     reference = torch.rand(2, 5, 2, numbers, dtype=torch.float64)
-    output = module(query, reference, levels.tokens, SHAPES, levels.padding_mask)
+    output = module(query, reference, levels.tokens, SHAPES, None, levels.padding_mask)
 
     value = module.value_proj(levels.tokens)
     value[levels.padding_mask] = 0

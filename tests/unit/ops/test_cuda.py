@@ -172,12 +172,14 @@ def test_rounds_like_pytorch(emulated: EmulatedBackend, dtype: torch.dtype) -> N
 
 
 def test_most_samples_that_shared_memory_holds(emulated: EmulatedBackend) -> None:
-    value, shapes, locations, weights = make_inputs(1, 3, 1, 2, 256, shapes=[(3, 4), (1, 2)])
-    call = Call.of(value, [3, 4, 1, 2], locations, weights)
-    assert Kind(F64, 2, 2, 256).threads == 32
+    value, shapes, locations, weights = make_inputs(
+        1, 3, 1, 2, 73, shapes=[(3, 4), (1, 2)] * 3 + [(1, 1)]
+    )
+    call = Call.of(value, [3, 4, 1, 2] * 3 + [1, 1], locations, weights)
+    assert Kind(F64, 2, 7, 73).threads == 32
     assert_near(emulated.forward(call), ReferenceBackend().forward(call), 1e-9)
-    with pytest.raises(BackendError, match="at most 512 samples and 2048 channels"):
-        Kind(F64, 2, 2, 257).program(90)
+    with pytest.raises(BackendError, match="at most 511 samples and 2048 channels"):
+        Kind(F64, 2, 2, 256).program(90)
     with pytest.raises(BackendError, match="got 4 and 2049"):
         Kind(F32, 2049, 2, 2).program(90)
 

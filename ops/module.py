@@ -1,38 +1,36 @@
 """The multi-scale deformable attention module."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ops import ms_deform_attn
+from .ms_deform_attn import fused_ms_deform_attn
 
 # N batch, Q queries, S tokens, M heads, L levels, K points, C width.
-
-
-def level_sizes(spatial_shapes: list[tuple[int, int]], like: Tensor) -> Tensor:
-    """Return (width, height) of each level in cells. Shape: [L,2], dtype and device of `like`."""
-    # filled on the device: copying from the host would wait for all work under way there
-    sides = [
-        like.new_full((), side) for height, width in spatial_shapes for side in (width, height)
-    ]
-    return torch.stack(sides).view(-1, 2)
 
 
 class MSDeformAttn(nn.Module):
     """Multi-scale deformable attention with its projections (Deformable DETR, Sec. 4.1).
 
-    Parameter names are the official ones.
+    Parameter and argument names and their order are the official ones: weights load either way, and
+    it can stand where the official module stood.
     """
 
-    def __init__(self, d_model: int, *, n_levels: int, n_heads: int, n_points: int) -> None:
+    def __init__(
+        self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4
+    ) -> None:
         super().__init__()
+        if d_model % n_heads:
+            raise ValueError(f"MSDeformAttn: d_model {d_model} is no multiple of {n_heads} heads.")
         self.n_levels, self.n_heads, self.n_points = n_levels, n_heads, n_points
         samples = n_heads * n_levels * n_points
         self.sampling_offsets = nn.Linear(d_model, samples * 2)
         self.attention_weights = nn.Linear(d_model, samples)
         self.value_proj = nn.Linear(d_model, d_model)
         self.output_proj = nn.Linear(d_model, d_model)
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -55,31 +53,29 @@ class MSDeformAttn(nn.Module):
         self,
         query: Tensor,
         reference_points: Tensor,
-        tokens: Tensor,
-        spatial_shapes: list[tuple[int, int]],
-        padding_mask: Tensor,
-        sizes: Tensor | None = None,
+        input_flatten: Tensor,
+        input_spatial_shapes: Sequence[tuple[int, int]] | Tensor,
+        input_level_start_index: Tensor | None = None,
+        input_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Attend from each query to K points per level around its reference.
 
         Shape: query [N,Q,C]; reference_points [N,Q,L,2] as (x, y) or [N,Q,L,4] as (cx, cy, w, h),
-            fractions of the padded levels; tokens [N,S,C]; padding_mask [N,S], True = padding;
-            sizes [L,2], `level_sizes` if they are at hand; returns [N,Q,C].
+            fractions of the padded levels; input_flatten [N,S,C]; input_spatial_shapes L pairs
+            (H, W), ints rather than a tensor where it matters that nothing waits for the GPU;
+            input_level_start_index follows from them and is not read; input_padding_mask [N,S],
+            True = padding; returns [N,Q,C].
         """
         n, q, _ = query.shape
-        value = self.value_proj(tokens).masked_fill(padding_mask[..., None], 0.0)
-        value = value.view(n, tokens.shape[1], self.n_heads, -1)
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            value = value.masked_fill(input_padding_mask[..., None], 0.0)
+        value = value.view(n, input_flatten.shape[1], self.n_heads, -1)
         samples = (n, q, self.n_heads, self.n_levels, self.n_points)
         offsets = self.sampling_offsets(query).view(*samples, 2)
-        weights = self.attention_weights(query).view(*samples[:3], -1).softmax(-1).view(samples)
-        sizes = level_sizes(spatial_shapes, offsets) if sizes is None else sizes
-        locations = self._locations(reference_points, offsets, sizes)
-        output: Tensor = self.output_proj(ms_deform_attn(value, spatial_shapes, locations, weights))
+        logits = self.attention_weights(query).view(samples)
+        attended = fused_ms_deform_attn(
+            value, input_spatial_shapes, reference_points, offsets, logits
+        )
+        output: Tensor = self.output_proj(attended)
         return output
-
-    def _locations(self, reference: Tensor, offsets: Tensor, sizes: Tensor) -> Tensor:
-        reference = reference[:, :, None, :, None]  # [N,Q,1,L,1,2 or 4]
-        if reference.shape[-1] == 2:
-            return reference + offsets / sizes[:, None]
-        # a box: offsets are relative to half its size, whatever the level (Appendix A.4)
-        return reference[..., :2] + offsets / self.n_points * reference[..., 2:] * 0.5

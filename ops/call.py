@@ -1,0 +1,89 @@
+"""What every backend is given: one call of the op, checked, contiguous, of settled dtypes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# N batch, S tokens, M heads, D channels per head, Q queries, L levels, K points.
+
+
+@dataclass(frozen=True)
+class Call:
+    """Inputs of the plain form, or with `reference` those of the fused form.
+
+    Shape: value [N,S,M,D]; shapes L pairs (H, W); points [N,Q,M,L,K,2], sampling locations or
+        sampling offsets; weights [N,Q,M,L,K], attention weights or attention logits; reference
+        [N,Q,L,2 or 4].
+    Everything but `value` is float32, or float64 where `value` is.
+    """
+
+    value: Tensor
+    shapes: tuple[tuple[int, int], ...]
+    points: Tensor
+    weights: Tensor
+    reference: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        value: Tensor,
+        flat_shapes: Sequence[int],
+        points: Tensor,
+        weights: Tensor,
+        reference: Tensor | None = None,
+    ) -> "Call":
+        """Bring raw arguments of the registered op into the form that kernels read."""
+        shapes = tuple(zip(flat_shapes[::2], flat_shapes[1::2], strict=True))
+        exact = arithmetic_dtype(value.dtype)
+        points, weights = points.to(exact).contiguous(), weights.to(exact).contiguous()
+        if reference is not None:
+            reference = reference.to(exact).contiguous()
+        return cls(value.contiguous(), shapes, points, weights, reference)
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        """[N, Q, M*D]."""
+        n, _, m, d = self.value.shape
+        return n, self.points.shape[1], m * d
+
+    @property
+    def empty(self) -> bool:
+        """No query, no head, no channel, no sample or no token: every result is zero or empty."""
+        return min(self.value.numel(), self.weights.numel()) == 0
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of the tensors of a `Call`, in their shapes and dtypes."""
+
+    value: Tensor
+    points: Tensor
+    reference: Tensor | None  # None where it is not wanted
+    weights: Tensor
+
+
+class Backend(Protocol):
+    """A way to compute a call. Raises `BackendError` where it cannot run here."""
+
+    name: str
+    devices: tuple[str, ...]  # types of device it is made for; () for any
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Say in one line why it cannot run on `device`, or None where it can."""
+        ...
+
+    def forward(self, call: Call) -> Tensor:
+        """Return the output [N,Q,M*D] in the dtype of the value."""
+        ...
+
+    def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
+        """Return the gradients, given that of the output [N,Q,M*D], contiguous."""
+        ...
+
+
+def arithmetic_dtype(storage: torch.dtype) -> torch.dtype:
+    """Return the dtype in which points, weights and sums are kept for values of `storage`."""
+    return torch.float64 if storage == torch.float64 else torch.float32

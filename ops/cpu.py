@@ -1,0 +1,112 @@
+"""The compiled CPU backend: calls the shared library through its C interface."""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from . import build
+from .call import Call, Gradients
+from .errors import BackendError
+from .reference import of_offsets_and_reference
+
+_STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_POINTERS = (
+    "value", "shapes", "reference", "points", "weights", "output", "grad_output", "grad_value",
+    "grad_points", "grad_weights", "parallel",
+)  # fmt: skip
+_NUMBERS = (
+    "batch", "tokens", "heads", "channels", "queries", "levels", "per_level", "storage", "form",
+    "to_locations", "threads",
+)  # fmt: skip
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` of `csrc/problem.h`, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+    ]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = build.cpu_library(build.cpu_instructions())
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(f"the CPU kernel does not load: {error}. Delete {path}.") from error
+
+
+@functools.cache
+def _parallel() -> int | None:
+    """Return the address of GOMP_parallel in the OpenMP that PyTorch itself runs on, if it has it.
+
+    Its threads are then ours too; a second pool beside it would fight it for the cores.
+    """
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, TypeError, OSError):
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+class CpuBackend:
+    """C++ for any processor, with the widest vectors that PyTorch finds on this one."""
+
+    name = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """See `Backend`. Builds the kernel if that has not been done."""
+        if device.type != "cpu":
+            return f"computes on the CPU, not on {device.type}"
+        try:
+            _library()
+        except BackendError as error:
+            return str(error)
+        return None
+
+    def forward(self, call: Call) -> Tensor:
+        """See `Backend`."""
+        output = call.value.new_empty(call.output_shape)
+        _run(_library().msda_forward, call, output=output)
+        return output
+
+    def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
+        """See `Backend`."""
+        value, points, weights = (
+            torch.empty_like(t) for t in (call.value, call.points, call.weights)
+        )
+        _run(
+            _library().msda_backward, call, to_locations=need_reference, grad_output=grad,
+            grad_value=value, grad_points=points, grad_weights=weights,
+        )  # fmt: skip
+        if need_reference:
+            return Gradients(value, *of_offsets_and_reference(call, points), weights)
+        return Gradients(value, points, None, weights)
+
+
+def _run(
+    function: "ctypes._FuncPointer", call: Call, *, to_locations: bool = False, **results: Tensor
+) -> None:
+    sides = [side for shape in call.shapes for side in shape]
+    shapes = (ctypes.c_int64 * len(sides))(*sides)
+    arrays = {
+        "value": call.value, "reference": call.reference, "points": call.points,
+        "weights": call.weights, **results,
+    }  # fmt: skip
+    n, s, m, d = call.value.shape
+    problem = _Problem(
+        **{name: array.data_ptr() for name, array in arrays.items() if array is not None},
+        shapes=ctypes.addressof(shapes), parallel=_parallel(),
+        batch=n, tokens=s, heads=m, channels=d, queries=call.points.shape[1],
+        levels=len(call.shapes), per_level=call.points.shape[4],
+        storage=_STORAGE[call.value.dtype],
+        form=0 if call.reference is None else call.reference.shape[-1],
+        to_locations=to_locations, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    if function(ctypes.byref(problem)):
+        raise MemoryError("ms_deform_attn: no memory for the CPU kernel's working rows.")

@@ -1,0 +1,469 @@
+// Multi-scale deformable attention on a CPU: forward and backward, vectors over samples for the
+// arithmetic of points and over channels for the sums, no atomics on results, the same bits for any
+// number of threads.
+//
+// Two ways through the value [N,S,M,D]. *Packed*, for many queries: the rows of one (image, head)
+// are copied together first, so that neighbours in the picture are neighbours in the cache. *Direct*,
+// for few queries: rows are read where they lie.
+
+#include "simd.h"
+//
+#include "bilinear.h"
+#include "parallel.h"
+#include "problem.h"
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
+namespace msda {
+namespace {
+
+// Where each sample of a query and head belongs, in arrays padded to whole vectors of samples.
+template <class A>
+struct Levels {
+  typedef typename Simd<A>::Index Index;
+  static constexpr int lanes = Simd<A>::lanes;
+
+  // stride: numbers from a row to the next
+  Levels(const Problem& p, Index stride)
+      : samples(p.levels * p.per_level), padded((samples + lanes - 1) / lanes * lanes),
+        width(padded), height(padded), pitch(padded), start(padded), level(padded) {
+    Index first = 0;
+    for (Index l = 0; l < p.levels; ++l) {
+      const Index h = p.shapes[2 * l], w = p.shapes[2 * l + 1];
+      for (Index k = 0; k < p.per_level; ++k) {
+        const Index j = l * p.per_level + k;
+        width[j] = w, height[j] = h, level[j] = l;
+        pitch[j] = w * stride, start[j] = first * stride;
+      }
+      first += h * w;
+    }
+  }
+
+  int samples, padded;
+  Array<A> width, height;  // 0 in the padding, whose points are thus outside
+  Array<Index> pitch, start, level;
+};
+
+// Working memory of one thread, for one query and head.
+template <class A>
+struct Scratch {
+  Scratch(int padded, int row)
+      : attention(padded), grad_attention(padded), sum(row), gradient(row) {}
+  Array<A> attention, grad_attention;  // of the samples
+  Array<A> sum, gradient;              // rows of channels
+};
+
+// Corners of a vector of samples, times attention, ready for a loop over rows.
+template <class A>
+struct Rows {
+  static constexpr int lanes = Simd<A>::lanes;
+  alignas(kVectorBytes) typename Simd<A>::Index offset[4][lanes];  // of a row; <0: there is none
+  alignas(kVectorBytes) A weight[4][lanes];
+};
+
+template <class T>
+struct Kernel {
+  typedef typename Arithmetic<T>::type A;
+  typedef Simd<A> S;
+  typedef typename S::V V;
+  typedef typename S::I I;
+  typedef typename S::Index Index;
+  static constexpr int lanes = S::lanes;
+  static constexpr int kAhead = 3, kLine = 64;  // queries; bytes
+
+  const Problem& p;
+  const int row;       // channels, padded to whole vectors
+  const int tile;      // vectors of channels that a loop holds in registers
+  const bool direct;
+  const Index stride;  // numbers from a token to the next
+  const Levels<A> levels;
+  const int samples;
+
+  Kernel(const Problem& problem, bool backward)
+      : p(problem), row((problem.channels + lanes - 1) / lanes * lanes),
+        tile(row / lanes % 4 == 0 ? 4 : row / lanes % 2 == 0 ? 2 : 1),
+        direct(fits_direct(backward)), stride(direct ? p.heads * p.channels : row),
+        levels(problem, stride), samples(levels.samples) {}
+
+  // Packing pays when the queries read the value several times over.
+  bool fits_direct(bool backward) const {
+    const bool in_place = !backward || sizeof(T) == sizeof(A);  // gradients add up in A
+    const bool whole = p.channels % lanes == 0;
+    const bool addressable = p.tokens * p.heads * p.channels < (std::int64_t{1} << 31);
+    const std::int64_t corners = 4 * p.queries * p.levels * p.per_level;
+    return in_place && whole && addressable && corners < 6 * p.tokens;
+  }
+
+  static I load_index(const Index* from) {
+    I v;
+    std::memcpy(&v, from, sizeof(v));
+    return v;
+  }
+
+  // One number of the reference for every sample from j on, of `form` numbers a level.
+  V reference_of(const A* reference, int j, int number) const {
+    V v;
+    for (int i = 0; i < lanes; ++i) v[i] = reference[levels.level[j + i] * p.form + number];
+    return v;
+  }
+
+  // Samples from j on of a query and head, in cells.
+  void find_points(std::int64_t query, std::int64_t head, int j, V& x, V& y) const {
+    const A* points = static_cast<const A*>(p.points) + 2 * ((query * p.heads + head) * samples + j);
+    load_pairs(points, samples - j, x, y);
+    const V width = load(&levels.width[j]), height = load(&levels.height[j]);
+    if (p.form == kPlain) {
+      x *= width, y *= height;
+    } else {
+      const A* reference = static_cast<const A*>(p.reference) + query * p.levels * p.form;
+      const V at_x = reference_of(reference, j, 0), at_y = reference_of(reference, j, 1);
+      if (p.form == kFusedPoints) {
+        x += at_x * width, y += at_y * height;
+      } else {
+        const A half = A(0.5) / p.per_level;
+        x = (at_x + x * half * reference_of(reference, j, 2)) * width;
+        y = (at_y + y * half * reference_of(reference, j, 3)) * height;
+      }
+    }
+    x -= A(0.5), y -= A(0.5);
+  }
+
+  // Attention weights of a query and head, padded with zeros.
+  void find_attention(std::int64_t query, std::int64_t head, A* attention) const {
+    const A* weights = static_cast<const A*>(p.weights) + (query * p.heads + head) * samples;
+    if (p.form == kPlain) {
+      for (int j = 0; j < samples; j += lanes) {
+        store(attention + j, load_some(weights + j, samples - j));
+      }
+      return;
+    }
+    const V lowest = V{} - std::numeric_limits<A>::infinity();
+    V largest = lowest;
+    for (int j = 0; j < samples; j += lanes) {
+      V v = load_some(weights + j, samples - j);
+      v = select(load(&levels.width[j]) > 0, v, lowest);  // padding has no width
+      store(attention + j, v);
+      largest = select(v > largest, v, largest);
+    }
+    largest = largest_of<A>(largest);
+    V total{};
+    for (int j = 0; j < samples; j += lanes) {
+      const V e = exp_nonpositive(load(attention + j) - largest);
+      store(attention + j, e);
+      total += e;
+    }
+    const V scale = 1 / sum_of<A>(total);
+    for (int j = 0; j < samples; j += lanes) store(attention + j, load(attention + j) * scale);
+  }
+
+  // One head at a time walks through the queries in strides too long for the processor to foresee.
+  MSDA_INLINE void fetch_ahead(std::int64_t query, std::int64_t head) const {
+    const std::int64_t next = (query + kAhead) * p.heads + head;
+    const char* weights = static_cast<const char*>(p.weights) + next * samples * sizeof(A);
+    const char* points = static_cast<const char*>(p.points) + 2 * next * samples * sizeof(A);
+    const std::int64_t bytes = samples * sizeof(A);
+    for (std::int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(weights + b);
+    for (std::int64_t b = 0; b < 2 * bytes; b += kLine) __builtin_prefetch(points + b);
+  }
+
+  Corners<V, I> corners_of(std::int64_t query, std::int64_t head, int j, const A* attention,
+                           Index nowhere, Rows<A>& rows) const {
+    V x, y;
+    find_points(query, head, j, x, y);
+    const I none = I{} + nowhere;
+    const Corners<V, I> c = find_corners(
+        x, y, load(&levels.width[j]), load(&levels.height[j]), load_index(&levels.start[j]),
+        load_index(&levels.pitch[j]), I{} + stride, none);
+    const V share = load(attention + j);
+    for (int i = 0; i < 4; ++i) {
+      // attention that is not finite matters where there is a cell only
+      store(rows.weight[i], select(c.cell[i] != none, share * c.weight[i], V{}));
+      std::memcpy(rows.offset[i], &c.cell[i], sizeof(I));
+    }
+    return c;
+  }
+
+  // sum += weighted rows, for `width` vectors of channels.
+  template <int width, bool in_place>
+  static void gather(const T* value, const Rows<A>& rows, int count, A* sum) {
+    V total[2][width];
+    for (int v = 0; v < width; ++v) total[0][v] = load(sum + v * lanes), total[1][v] = V{};
+    for (int j = 0; j < count; ++j) {
+      for (int i = 0; i < 4; ++i) {
+        if (in_place && rows.offset[i][j] < 0) continue;
+        const T* at = value + rows.offset[i][j];
+        const V weight = splat<A>(rows.weight[i][j]);
+        for (int v = 0; v < width; ++v) total[i & 1][v] += weight * load(at + v * lanes);
+      }
+    }
+    for (int v = 0; v < width; ++v) store(sum + v * lanes, total[0][v] + total[1][v]);
+  }
+
+  // dots += gradient . row of each corner; row of grad_value += weight * gradient.
+  template <int width, bool in_place>
+  static void scatter(const T* value, A* grad_value, const Rows<A>& rows, int count,
+                      const A* gradient, A (&dots)[4][lanes]) {
+    constexpr int group = lanes >= 4 ? lanes / 4 : 1;  // samples whose dots fill a vector
+    V g[width];
+    for (int v = 0; v < width; ++v) g[v] = load(gradient + v * lanes);
+    for (int j = 0; j < count; j += group) {
+      V part[4 * group];
+#pragma GCC unroll 2
+      for (int k = 0; k < group; ++k) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const Index offset = rows.offset[i][j + k];
+          V dot{};
+          if (!in_place || offset >= 0) {
+            const T* at = value + offset;
+            A* grad_at = grad_value + offset;
+            const V weight = splat<A>(rows.weight[i][j + k]);
+#pragma GCC unroll 4
+            for (int v = 0; v < width; ++v) {
+              dot += g[v] * load(at + v * lanes);
+              store(grad_at + v * lanes, load(grad_at + v * lanes) + weight * g[v]);
+            }
+          }
+          part[i * group + k] = dot;
+        }
+      }
+      add_dots<group>(part, j, dots);
+    }
+  }
+  template <int group>
+  static MSDA_INLINE void add_dots(const V* part, int j, A (&dots)[4][lanes]) {
+    if constexpr (lanes >= 4) {
+      typedef A Group __attribute__((vector_size(group * sizeof(A))));
+      const V all = sums<A>(part);
+      for (int i = 0; i < 4; ++i) {
+        Group old, more;
+        std::memcpy(&old, &dots[i][j], sizeof(Group));
+        std::memcpy(&more, reinterpret_cast<const A*>(&all) + i * group, sizeof(Group));
+        old += more;
+        std::memcpy(&dots[i][j], &old, sizeof(Group));
+      }
+    } else {
+      for (int i = 0; i < 4; ++i) dots[i][j] += sum_of<A>(part[i])[0];
+    }
+  }
+
+  template <bool in_place>
+  void attend(std::int64_t query, std::int64_t head, const T* value, Index nowhere,
+              Scratch<A>& s) const {
+    Rows<A> rows;
+    A *const attention = &s.attention[0], *const sum = &s.sum[0];
+    fetch_ahead(query, head);
+    find_attention(query, head, attention);
+    for (int d = 0; d < row; d += lanes) store(sum + d, V{});
+    for (int j = 0; j < samples; j += lanes) {
+      corners_of(query, head, j, attention, nowhere, rows);
+      const int count = std::min(lanes, samples - j), step = tile * lanes;
+      for (int d = 0; d < row; d += step) {
+        if (tile == 4) gather<4, in_place>(value + d, rows, count, sum + d);
+        else if (tile == 2) gather<2, in_place>(value + d, rows, count, sum + d);
+        else gather<1, in_place>(value + d, rows, count, sum + d);
+      }
+    }
+  }
+
+  template <bool in_place>
+  void differentiate(std::int64_t query, std::int64_t head, const T* value, A* grad_value,
+                     Index nowhere, const A* gradient, Scratch<A>& s) const {
+    Rows<A> rows;
+    A *const attention = &s.attention[0];
+    fetch_ahead(query, head);
+    find_attention(query, head, attention);
+    for (int j = 0; j < samples; j += lanes) {
+      const Corners<V, I> c = corners_of(query, head, j, attention, nowhere, rows);
+      const int count = std::min(lanes, samples - j), step = tile * lanes;
+      alignas(kVectorBytes) A dots[4][lanes];
+      for (int i = 0; i < 4; ++i) store(dots[i], V{});
+      for (int d = 0; d < row; d += step) {
+        const T* at = value + d;
+        A* grad_at = grad_value + d;
+        if (tile == 4) scatter<4, in_place>(at, grad_at, rows, count, gradient + d, dots);
+        else if (tile == 2) scatter<2, in_place>(at, grad_at, rows, count, gradient + d, dots);
+        else scatter<1, in_place>(at, grad_at, rows, count, gradient + d, dots);
+      }
+      const V dot[4] = {load(dots[0]), load(dots[1]), load(dots[2]), load(dots[3])};
+      const V share = load(attention + j);
+      store(&s.grad_attention[j], gradient_of_attention(c, dot));
+      store_point_gradients(query, head, j, share * gradient_of_x(c, dot),
+                            share * gradient_of_y(c, dot));
+    }
+    store_weight_gradients(query, head, attention, &s.grad_attention[0]);
+  }
+
+  // x, y: gradients of points in cells.
+  void store_point_gradients(std::int64_t query, std::int64_t head, int j, V x, V y) const {
+    A* to = static_cast<A*>(p.grad_points) + 2 * ((query * p.heads + head) * samples + j);
+    if (p.form != kFusedPoints || p.to_locations) {
+      x *= load(&levels.width[j]), y *= load(&levels.height[j]);
+    }
+    if (p.form == kFusedBoxes && !p.to_locations) {
+      const A* reference = static_cast<const A*>(p.reference) + query * p.levels * p.form;
+      const A half = A(0.5) / p.per_level;
+      x *= half * reference_of(reference, j, 2), y *= half * reference_of(reference, j, 3);
+    }
+    store_pairs(to, samples - j, x, y);
+  }
+
+  void store_weight_gradients(std::int64_t query, std::int64_t head, const A* attention,
+                              const A* gradient) const {
+    A* to = static_cast<A*>(p.grad_weights) + (query * p.heads + head) * samples;
+    V mean{};
+    if (p.form != kPlain) {
+      for (int j = 0; j < samples; j += lanes) mean += load(attention + j) * load(gradient + j);
+      mean = sum_of<A>(mean);
+    }
+    for (int j = 0; j < samples; j += lanes) {
+      V g = load(gradient + j);
+      if (p.form != kPlain) g = load(attention + j) * (g - mean);
+      store_some(to + j, g, samples - j);
+    }
+  }
+
+  const T* value_of(std::int64_t image, std::int64_t head) const {
+    return static_cast<const T*>(p.value) + (image * p.tokens * p.heads + head) * p.channels;
+  }
+
+  void pack(const T* value, T* packed, std::int64_t first, std::int64_t last) const {
+    for (std::int64_t t = first; t < last; ++t) {
+      copy_row(value + t * p.heads * p.channels, packed + t * row, p.channels);
+    }
+  }
+
+  void store_output(std::int64_t query, std::int64_t head, const Scratch<A>& s) const {
+    T* output = static_cast<T*>(p.output) + (query * p.heads + head) * p.channels;
+    narrow_row(&s.sum[0], output, p.channels);
+  }
+
+  const A* load_gradient(std::int64_t query, std::int64_t head, Scratch<A>& s) const {
+    const T* gradient = static_cast<const T*>(p.grad_output) + (query * p.heads + head) * p.channels;
+    if (std::is_same<T, A>::value && row == p.channels) return reinterpret_cast<const A*>(gradient);
+    widen_row(gradient, &s.gradient[0], p.channels);
+    return &s.gradient[0];
+  }
+
+  int threads() const {
+    const std::int64_t rows = 4 * p.batch * p.queries * p.heads * samples;
+    return rows < 16384 ? 1 : p.threads;
+  }
+  Scratch<A> scratch() const { return Scratch<A>(levels.padded, row); }
+
+  void forward() const {
+    const std::int64_t queries = p.batch * p.queries;
+    prefer_huge_pages(p.output, queries * p.heads * p.channels * sizeof(T));
+    if (direct) {
+      parallel_blocks(p, threads(), queries, 16, [&] { return scratch(); },
+                      [&](std::int64_t query, Scratch<A>& s) {
+        for (std::int64_t m = 0; m < p.heads; ++m) {
+          attend<true>(query, m, value_of(query / p.queries, m), -1, s);
+          store_output(query, m, s);
+        }
+      });
+      return;
+    }
+    Array<T> packed((p.tokens + 1) * row);
+    std::memset(&packed[p.tokens * row], 0, row * sizeof(T));  // what a corner outside reads
+    for (std::int64_t slice = 0; slice < p.batch * p.heads; ++slice) {
+      const std::int64_t image = slice / p.heads, head = slice % p.heads;
+      parallel_blocks(p, threads(), p.tokens, 1024, [] { return 0; },
+                      [&](std::int64_t token, int) {
+        pack(value_of(image, head), &packed[0], token, token + 1);
+      });
+      parallel_blocks(p, threads(), p.queries, 256, [&] { return scratch(); },
+                      [&](std::int64_t q, Scratch<A>& s) {
+        const std::int64_t query = image * p.queries + q;
+        attend<false>(query, head, &packed[0], p.tokens * row, s);
+        store_output(query, head, s);
+      });
+    }
+  }
+
+  // One (image, head): its gradient of the value belongs to it alone.
+  void backward_slice(std::int64_t slice, Array<T>& packed, Array<A>& grad_packed,
+                      Scratch<A>& s) const {
+    const std::int64_t image = slice / p.heads, head = slice % p.heads;
+    T* grad_value = static_cast<T*>(p.grad_value) + (value_of(image, head) - value_of(0, 0));
+    if (!direct) {
+      pack(value_of(image, head), &packed[0], 0, p.tokens);
+      std::memset(&packed[p.tokens * row], 0, row * sizeof(T));
+      std::memset(&grad_packed[0], 0, (p.tokens + 1) * row * sizeof(A));
+    }
+    for (std::int64_t q = 0; q < p.queries; ++q) {
+      const std::int64_t query = image * p.queries + q;
+      const A* gradient = load_gradient(query, head, s);
+      if (direct) {
+        differentiate<true>(query, head, value_of(image, head), reinterpret_cast<A*>(grad_value),
+                            -1, gradient, s);
+      } else {
+        differentiate<false>(query, head, &packed[0], &grad_packed[0], p.tokens * row,
+                             gradient, s);
+      }
+    }
+    if (direct) return;
+    for (std::int64_t t = 0; t < p.tokens; ++t) {
+      narrow_row(&grad_packed[t * row], grad_value + t * p.heads * p.channels, p.channels);
+    }
+  }
+
+  void backward() const {
+    const std::int64_t values = p.batch * p.tokens * p.heads * p.channels;
+    const std::int64_t weights = p.batch * p.queries * p.heads * samples;
+    prefer_huge_pages(p.grad_value, values * sizeof(T));
+    prefer_huge_pages(p.grad_points, 2 * weights * sizeof(A));
+    prefer_huge_pages(p.grad_weights, weights * sizeof(A));
+    if (direct) {
+      const std::int64_t page = 1 << 20;
+      parallel_blocks(p, threads(), (values * sizeof(T) + page - 1) / page, 1, [] { return 0; },
+                      [&](std::int64_t block, int) {
+        const std::int64_t first = block * page;
+        std::memset(static_cast<char*>(p.grad_value) + first, 0,
+                    std::min<std::int64_t>(page, values * sizeof(T) - first));
+      });
+    }
+    struct Own {
+      Array<T> packed;
+      Array<A> grad_packed;
+      Scratch<A> scratch;
+    };
+    const std::int64_t rows = direct ? 0 : (p.tokens + 1) * row;
+    parallel_blocks(p, threads(), p.batch * p.heads, 1,
+                    [&] { return Own{Array<T>(rows), Array<A>(rows), scratch()}; },
+                    [&](std::int64_t slice, Own& own) {
+      backward_slice(slice, own.packed, own.grad_packed, own.scratch);
+    });
+  }
+};
+
+template <class T>
+void run(const Problem& p, bool backward) {
+  const Kernel<T> kernel(p, backward);
+  backward ? kernel.backward() : kernel.forward();
+}
+
+int run_any(const Problem& p, bool backward) {
+  try {
+    switch (p.storage) {
+      case kFloat32: run<float>(p, backward); break;
+      case kFloat64: run<double>(p, backward); break;
+      case kBFloat16: run<bfloat16>(p, backward); break;
+      case kFloat16: run<float16>(p, backward); break;
+      default: return 2;
+    }
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace msda
+
+// Return 0, 1 where memory does not suffice, 2 for an unknown storage type.
+#define MSDA_EXPORT extern "C" __attribute__((visibility("default")))
+MSDA_EXPORT int msda_forward(const msda::Problem* p) { return msda::run_any(*p, false); }
+MSDA_EXPORT int msda_backward(const msda::Problem* p) { return msda::run_any(*p, true); }
