@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test lint env env-test clean-demo
+.PHONY: demo test lint env env-test sanitize clean-demo
 
 env: $(VENV)/.installed
 env-test: $(VENV)/.installed-test
@@ -42,6 +42,13 @@ lint: env-test
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The CPU kernel under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer.
+SANITIZE := $(CXX) -std=c++17 -O1 -g -pthread -mavx2 -mfma tests/sanitizers/cpu_kernel.cpp
+sanitize:
+	mkdir -p runs
+	$(SANITIZE) -fsanitize=address,undefined -fno-sanitize-recover=all -o runs/sanitize && runs/sanitize
+	$(SANITIZE) -fsanitize=thread -o runs/sanitize && runs/sanitize
 
 clean-demo:
 	rm -rf $(DEMO)

@@ -237,7 +237,7 @@ def build_validation(dataset: CocoDetection, config: Config, device: torch.devic
     return Validation(
         batches=batches,
         make_evaluator=partial(CocoEvaluator, coco_gt, dataset.label_to_category),
-        postprocess=PostProcess(),
+        postprocess=PostProcess(nms_iou=config.data.nms_iou),
         draw=lambda evaluator: draw_gallery(
             evaluator.detections, coco_gt, shown, dataset.read_picture
         ),
@@ -298,7 +298,9 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
     batch_size = options.batch_size or optim.get("eval_batch_size") or optim.get("batch_size", 1)
     batches = eval_loader(dataset, batch_size=batch_size, num_workers=data.num_workers)
     evaluator = CocoEvaluator(index.coco_gt, dataset.label_to_category)
-    result, _ = evaluate(model, PostProcess(), batches, evaluator, device=device)
+    result, _ = evaluate(
+        model, PostProcess(nms_iou=data.nms_iou), batches, evaluator, device=device
+    )
     console(result.table())
     save_results(output_dir, result, evaluator.detections)
     console(f"written: {output_dir / 'eval' / 'results.json'}, detections.json")
@@ -313,12 +315,12 @@ def predict_pictures(args: argparse.Namespace, given: Values) -> int:
     paths = find_pictures(options.input)
     device = pick_device(options.device)
     model, pretrained, mean, std = load_detector(options.checkpoint, device)
-    sizes = {n: v for n in ("eval_scale", "max_size") if (v := getattr(options, n))}
-    data = DataConfig(**{**saved_data_options(pretrained), **sizes})
+    chosen = {n: v for n in ("eval_scale", "max_size", "nms_iou") if (v := getattr(options, n))}
+    data = DataConfig(**{**saved_data_options(pretrained), **chosen})
     dataset = PictureDataset(paths, build_transform(data, train=False, mean=mean, std=std))
     predict(
         model,
-        PostProcess(),
+        PostProcess(nms_iou=data.nms_iou),
         eval_loader(dataset, batch_size=options.batch_size, num_workers=options.num_workers),
         paths=paths,
         read_picture=partial(read_rgb, stated_size=None),

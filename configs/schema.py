@@ -80,13 +80,19 @@ class LossConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDataConfig(_Checked):
-    """Where validation data lies and how its pictures are prepared."""
+    """Where validation data lies, how its pictures are prepared and detections are chosen."""
 
     coco_path: str = option("", "folder with train2017/, val2017/ and annotations/")
     val_images: str = option("", "folder of validation pictures (any COCO-format set)")
     val_annotations: str = option("", "COCO-format JSON of the validation set")
     eval_scale: int = option(800, "short side in evaluation and prediction, pixels", low=16)
     max_size: int = option(1333, "longest long side, pixels", low=16)
+    nms_iou: float = option(
+        1.0,
+        "of two boxes of a class that overlap more, keep the better; 1: keep all, as officially",
+        above=0,
+        high=1,
+    )
     num_workers: int = option(2, "loader processes", low=0)
 
 
@@ -98,6 +104,9 @@ class DataConfig(EvalDataConfig):
     train_annotations: str = option("", "COCO-format JSON of the training set")
     train_scales: tuple[int, ...] = option(
         tuple(range(480, 801, 32)), "short sides to draw from in training, pixels", low=16
+    )
+    one_scale_per_batch: bool = option(
+        False, "draw the short side for a batch, not for each picture: less padding"
     )
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     random_crop: bool = option(True, "half of the time: resize, crop, resize")
@@ -191,6 +200,9 @@ class PredictConfig(_Checked):
     score_threshold: float = option(0.3, "least score of a box that is drawn", low=0, high=1)
     eval_scale: int = option(0, "short side, pixels; 0 means that of the checkpoint", low=0)
     max_size: int = option(0, "longest long side, pixels; 0 means that of the checkpoint", low=0)
+    nms_iou: float = option(
+        0, "greatest overlap of boxes of a class; 0 means that of the checkpoint", low=0, high=1
+    )
     num_workers: int = option(2, "loader processes", low=0)
 
 

@@ -58,6 +58,7 @@ def build_transform(
         random_crop=cfg.random_crop,
         crop_scales=cfg.crop_scales,
         crop_size=(least, greatest),
+        one_scale_per_batch=cfg.one_scale_per_batch,
         mean=tuple(mean),
         std=tuple(std),
     )

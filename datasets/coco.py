@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -156,10 +156,18 @@ class CocoIndex:
         )
 
 
+class Turn(NamedTuple):
+    """A picture in the training order: its position in the index, and its batch in the epoch."""
+
+    position: int
+    batch: int
+
+
 class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
     """Pictures of an index, prepared by `transform`, with targets as in `util.batch.Batch`.
 
-    What the transform draws depends on (seed, epoch, position) alone, not on worker processes.
+    What the transform draws depends on (seed, epoch, position) alone, or for what a batch shares on
+    (seed, epoch, batch); not on worker processes.
     """
 
     def __init__(
@@ -189,8 +197,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, Target] | UnreadableImage:
+    def __getitem__(self, turn: "int | Turn") -> tuple[Tensor, Target] | UnreadableImage:
         index = self.index
+        position, batch = turn if isinstance(turn, Turn) else (turn, 0)
         image_id = int(index.images.ids[position])
         path = index.image_dir / index.images.file_names[position]
         height, width = index.images.sizes[position].tolist()
@@ -198,8 +207,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
             image = read_rgb(path, (height, width))
         except READ_ERRORS as error:
             return UnreadableImage(image_id, str(path), f"{type(error).__name__}: {error}")
-        generator = seeded_generator(self._seed, int(self._epoch), position)
-        prepared = self._transform(self._sample(image, position), generator)
+        epoch = int(self._epoch)
+        generator = seeded_generator(self._seed, epoch, position)
+        of_batch = seeded_generator(self._seed, epoch, batch, 1)
+        prepared = self._transform(self._sample(image, position), generator, of_batch)
         return prepared.image, make_target(prepared, image_id, (image.height, image.width))
 
     def read_picture(self, image_id: int) -> Image.Image | None:

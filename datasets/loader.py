@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from datasets.coco import CocoDetection, seeded_generator
+from datasets.coco import CocoDetection, Turn, seeded_generator
 from datasets.pictures import PictureDataset
 from util.batch import Batch, Target, UnreadableImage, pad_images
 
@@ -155,6 +155,25 @@ class SameSizeBatchSampler(Sampler[list[int]]):
         return iter(self._batches)
 
 
+class NumberedBatches(Sampler[list[Turn]]):
+    """The batches of a sampler, each picture with the number of its batch in the epoch."""
+
+    def __init__(self, order: ShuffledBatchSampler) -> None:
+        self._order, self._first_batch = order, 0
+
+    def set_epoch(self, epoch: int, first_batch: int) -> None:
+        """See `ShuffledBatchSampler.set_epoch`."""
+        self._order.set_epoch(epoch, first_batch)
+        self._first_batch = first_batch
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[list[Turn]]:
+        for number, batch in enumerate(self._order, start=self._first_batch):
+            yield [Turn(position, number) for position in batch]
+
+
 class TrainLoader(DataLoader[Item]):
     """A loader whose `set_epoch` sets the order and the augmentation together."""
 
@@ -167,9 +186,10 @@ class TrainLoader(DataLoader[Item]):
         pin_memory: bool,
         seed: int,
     ) -> None:
+        self._augmentation, self._order = dataset, NumberedBatches(batch_sampler)
         super().__init__(
             dataset,
-            batch_sampler=batch_sampler,
+            batch_sampler=self._order,
             num_workers=num_workers,
             collate_fn=collate,
             pin_memory=pin_memory,
@@ -178,7 +198,6 @@ class TrainLoader(DataLoader[Item]):
             # Its own generator: loading data leaves the model's random numbers alone.
             generator=seeded_generator(seed),
         )
-        self._augmentation, self._order = dataset, batch_sampler
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         """Choose order and augmentation of `epoch`; call it before each pass over the data.

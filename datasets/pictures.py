@@ -70,7 +70,8 @@ class PictureDataset(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         except READ_ERRORS as error:
             return UnreadableImage(position, str(path), f"{type(error).__name__}: {error}")
         sample = Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        prepared = self._transform(sample, torch.Generator().manual_seed(position))
+        generator = torch.Generator().manual_seed(position)
+        prepared = self._transform(sample, generator, generator)
         return prepared.image, make_target(prepared, position, (image.height, image.width))
 
     def image_sizes(self) -> list[tuple[int, int]]:

@@ -31,9 +31,11 @@ class Prepared:
 
 
 class Transform(Protocol):
-    """Prepares a sample, drawing what is random from `generator` alone."""
+    """Prepares a sample; random numbers are `generator`'s, those a batch shares `of_batch`'s."""
 
-    def __call__(self, sample: Sample, generator: torch.Generator) -> Prepared:
+    def __call__(
+        self, sample: Sample, generator: torch.Generator, of_batch: torch.Generator
+    ) -> Prepared:
         """Return the picture as the model takes it."""
 
     def output_size(self, height: int, width: int) -> tuple[int, int] | None:
@@ -45,7 +47,8 @@ class TrainTransform:
     """Random flip, then a random scale or, half of the time, scale, crop and scale again.
 
     Units: scales are short sides in pixels; `max_size` bounds the long side except before the
-    crop; `crop_size` holds the least and greatest side of the crop; `hflip` is a probability.
+    crop; `crop_size` holds the least and greatest side of the crop; `hflip` is a probability. With
+    `one_scale_per_batch`, pictures of one size keep one size, and nothing is padded.
     """
 
     train_scales: tuple[int, ...]
@@ -54,17 +57,21 @@ class TrainTransform:
     random_crop: bool
     crop_scales: tuple[int, ...]
     crop_size: tuple[int, int]
+    one_scale_per_batch: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, sample: Sample, generator: torch.Generator) -> Prepared:
+    def __call__(
+        self, sample: Sample, generator: torch.Generator, of_batch: torch.Generator
+    ) -> Prepared:
         """Augment and normalise."""
         if float(torch.rand((), generator=generator)) < self.hflip:
             sample = flip(sample)
         if self.random_crop and float(torch.rand((), generator=generator)) < 0.5:
             sample = resize(sample, _choose(self.crop_scales, generator), None)
             sample = random_crop(sample, self.crop_size, generator)
-        sample = resize(sample, _choose(self.train_scales, generator), self.max_size)
+        source = of_batch if self.one_scale_per_batch else generator
+        sample = resize(sample, _choose(self.train_scales, source), self.max_size)
         return normalise(sample, self.mean, self.std)
 
     def output_size(self, height: int, width: int) -> tuple[int, int] | None:
@@ -81,7 +88,9 @@ class EvalTransform:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, sample: Sample, generator: torch.Generator) -> Prepared:
+    def __call__(
+        self, sample: Sample, generator: torch.Generator, of_batch: torch.Generator
+    ) -> Prepared:
         """Resize and normalise."""
         return normalise(resize(sample, self.eval_scale, self.max_size), self.mean, self.std)
 

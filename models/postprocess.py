@@ -2,20 +2,30 @@
 
 import torch
 from torch import Tensor
+from torchvision.ops import batched_nms
 
 from models.deformable_detr import DetectorOutput
 from util.box_ops import cxcywh_to_xyxy
 
+_CANDIDATES = 3  # for each detection, where some are suppressed
+
 
 class PostProcess:
-    """Keep the best (query, class) pairs of each picture; no suppression is needed."""
+    """Keep the best (query, class) pairs of each picture.
 
-    def __init__(self, *, max_detections: int = 100) -> None:
-        self.max_detections = max_detections
+    A model trained to the end finds each object once. One that was trained for minutes has not yet
+    learned to, and gains much by `nms_iou` below 1: of two boxes of a class whose IoU is greater,
+    the better one stays.
+    """
+
+    def __init__(self, *, max_detections: int = 100, nms_iou: float = 1.0) -> None:
+        self.max_detections, self.nms_iou = max_detections, nms_iou
 
     @torch.no_grad()
     def __call__(self, outputs: DetectorOutput, orig_sizes: Tensor) -> list[dict[str, Tensor]]:
         """Return `scores` [K], `labels` [K] and `boxes` [K,4] of each picture, best first.
+
+        K is the same for all pictures unless some are suppressed.
 
         Shape: orig_sizes [N,2] as (height, width) in pixels. Units: boxes are xyxy pixels of the
             original picture, not clipped to it.
@@ -23,14 +33,20 @@ class PostProcess:
         exact = torch.promote_types(outputs["pred_logits"].dtype, torch.float32)
         probability = outputs["pred_logits"].to(exact).sigmoid()
         n, q, classes = probability.shape
-        count = min(self.max_detections, q * classes)
+        suppress = self.nms_iou < 1
+        count = min(self.max_detections * (_CANDIDATES if suppress else 1), q * classes)
         scores, index = probability.view(n, -1).topk(count, dim=1)
         query, labels = index // classes, index % classes
         boxes = cxcywh_to_xyxy(outputs["pred_boxes"].to(exact))
         boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
         height, width = orig_sizes.to(boxes).unbind(1)
         boxes = boxes * torch.stack([width, height, width, height], dim=1)[:, None]
-        return [
+        results = [
             {"scores": s, "labels": c, "boxes": b}
             for s, c, b in zip(scores, labels, boxes, strict=True)
         ]
+        return [self._suppressed(result) for result in results] if suppress else results
+
+    def _suppressed(self, result: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept = batched_nms(result["boxes"], result["scores"], result["labels"], self.nms_iou)
+        return {name: tensor[kept[: self.max_detections]] for name, tensor in result.items()}

@@ -4,7 +4,8 @@
     python -m ops.benchmark --cases encoder_800 decoder_800 --device cuda
 
 Implementations take turns within a round; the median over rounds is taken of samples during which
-the machine left our threads alone (they waited for a processor less than 4 % of the time).
+the machine left our threads alone (they waited for a processor less than 4 % of the time). Then, on
+the CPU, the peak of memory above what results and gradients take, and errors against float64.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -219,6 +221,63 @@ def time_case(
     return {name: statistics.median(t) if t else math.nan for name, t in quiet.items()}
 
 
+def _resident(field: str) -> int:
+    """Return VmRSS or VmHWM of this process in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def extra_memory(call: Call, *, grad: bool) -> float:
+    """Return the peak of memory of a call over its output and gradients, as a share of these."""
+    with torch.set_grad_enabled(grad):
+        output, leaves = call()
+        results = output.nbytes + (sum(t.nbytes for t in leaves) if grad else 0)
+        seed = torch.ones_like(output)
+        del output
+        gc.collect()
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        output, leaves = call()
+        kept = torch.autograd.grad(output, leaves, seed) if grad else ()
+        peak = _resident("VmHWM") - before
+        del kept
+    return peak / results - 1
+
+
+def errors(call: Call, exact: Call) -> list[float]:
+    """Return the relative error of the output and of every gradient, in the L2 norm."""
+    found, wanted = (_results(*c()) for c in (call, exact))
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+
+
+def _results(output: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
+    return [output.detach(), *torch.autograd.grad(output, leaves, weight.to(output.dtype))]
+
+
+def check_case(case: Case) -> dict[str, dict[str, list[float]]]:
+    """Return memory and errors of the definition and of ours on the CPU, in float32."""
+    inputs = make_inputs(case, torch.device("cpu"), torch.float32)
+    precise = Inputs(
+        inputs.value.double(), inputs.shapes, inputs.reference.double(), inputs.offsets.double(),
+        inputs.logits.double(), inputs.locations.double(), inputs.weights.double(),
+    )  # fmt: skip
+    exact = implementations(precise, grad=True)
+    results: dict[str, dict[str, list[float]]] = {}
+    for name in ("definition", "ours", "definition, softmax and locations", "ours, fused"):
+        memory = [
+            extra_memory(implementations(inputs, grad=grad)[name], grad=grad)
+            for grad in (False, True)
+        ]
+        found = errors(implementations(inputs, grad=True)[name], exact[name])
+        results[name] = {"memory": memory, "errors": found}
+        print(
+            f"  {name:36s} memory {memory[0]:+.0%} {memory[1]:+.0%}  errors "
+            + " ".join(f"{e:.1e}" for e in found)
+        )
+    return results
+
+
 def report(name: str, what: str, medians: dict[str, float]) -> None:
     """Print one table: milliseconds, and how many times as fast as the definition."""
     print(f"\n{name}, {what}")
@@ -241,7 +300,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
-    results: dict[str, dict[str, dict[str, float]]] = {}
+    results: dict[str, Any] = {}
     for name in options.cases:
         for what, grad in (("forward", False), ("forward + backward", True)):
             medians = time_case(
@@ -250,6 +309,10 @@ def main() -> None:
             )  # fmt: skip
             report(name, what, medians)
             results.setdefault(name, {})[what] = medians
+        if options.device.type == "cpu":
+            print(f"{name}, memory over results (forward, forward + backward); errors of output,")
+            print("  value, locations or offsets, weights or logits")
+            results[name]["checks"] = check_case(CASES[name])
     if options.output:
         options.output.write_text(json.dumps(results, indent=1))
     sys.stdout.flush()

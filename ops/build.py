@@ -1,175 +1,91 @@
-"""Compile the kernels once into a cache, and find them there afterwards.
+"""Compile the kernels ahead of time: in a Docker file, on a login node.
 
-    python -m ops.build            # ahead of time: in a Docker file, on a login node
+    python -m ops.build
 
-Nothing here needs PyTorch's headers, Python's headers, ninja or a GPU: the CPU kernel is a plain
-shared library that any C++17 compiler makes in seconds, the CUDA kernel is compiled by NVRTC, which
-PyTorch brings along.
+Builds the CPU kernel for every set of instructions of this kind of processor, and the CUDA programs
+of the usual models for the GPUs that `TORCH_CUDA_ARCH_LIST` names ("8.0;9.0+PTX") or, without it,
+those of this machine. Needs no GPU. Whatever else is met later is compiled when it is met.
 """
 
-import contextlib
-import hashlib
+import argparse
 import os
-import platform
-import shutil
-import subprocess
+import re
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
+import torch
+
+from . import cache, compiler, nvrtc
+from .cuda import Kind
 from .errors import BackendError
 
-SOURCES = Path(__file__).parent / "csrc"
-_LONGEST_BUILD = 600  # seconds
+_CHANNELS = (16, 32)  # a head: widths of 128 and 256 with 8 heads
+_LEVELS = (1, 3, 4)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def cache_dir() -> Path:
-    """Return the folder of built kernels: `MSDEFORM_CACHE`, or one in the user's cache folder."""
-    if chosen := os.environ.get("MSDEFORM_CACHE"):
-        folder = Path(chosen).expanduser()
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(base) / "msdeform"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        if chosen:
-            raise BackendError(f"MSDEFORM_CACHE: cannot write to {folder}: {error}.") from error
-    folder = Path(tempfile.gettempdir()) / f"msdeform-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        # code is loaded from here: another user's folder will not do
-        raise BackendError(f"{folder} belongs to another user. Set MSDEFORM_CACHE.")
-    return folder
+def usual_kinds() -> list[Kind]:
+    """Return the programs that training and evaluating the presets run, at 4 points a level."""
+    return [
+        Kind(dtype, channels, levels, 4, form, to_locations)
+        for dtype in _DTYPES
+        for channels in _CHANNELS
+        for levels in _LEVELS
+        for form, to_locations in ((0, False), (2, False), (2, True), (4, False), (4, True))
+    ]
 
 
-def key_of(*parts: str) -> str:
-    """Return a name that changes with every source file and every one of `parts`."""
-    digest = hashlib.sha256()
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    for part in parts:
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:20]
-
-
-def built(name: str, what: str, make: Callable[[Path], None]) -> Path:
-    """Return the cached file `name`, made by `make(path)` if it is not there yet.
-
-    Several processes may ask at once: one makes it, the others wait for it.
+def wanted_targets() -> list[str]:
+    """Return `sm_NN` and `compute_NN` of `TORCH_CUDA_ARCH_LIST`, or of the GPUs at hand.
 
     Raises:
-        BackendError: `make` raised it.
+        BackendError: an entry is no compute capability.
     """
-    target = cache_dir() / name
-    if target.exists():
-        return target
-    with _lock(target.with_suffix(".lock")):
-        if target.exists():
-            return target
-        print(f"ms_deform_attn: building {what}, once", end=" ", file=sys.stderr, flush=True)
-        start = time.monotonic()
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    targets = []
+    for entry in re.split(r"[;,\s]+", listed.strip()) if listed.strip() else []:
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
+        if not match:
+            raise BackendError(
+                f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0 or 9.0+PTX, got '{entry}'."
+            )
+        capability = int(match[1]) * 10 + int(match[2])
+        targets.append(nvrtc.target(capability))
+        if match[3]:
+            targets.append(f"compute_{capability}")
+    if not listed.strip():
+        for index in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(index)
+            targets.append(nvrtc.target(10 * major + minor))
+    return sorted(set(targets))
+
+
+def main() -> int:
+    """Build everything; return 1 if anything could not be built."""
+    argparse.ArgumentParser(
+        prog="python -m ops.build",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    failures = []
+    for instructions in compiler.instruction_sets():
         try:
-            make(part)
-            os.replace(part, target)
-        except BackendError:
-            print("failed", file=sys.stderr, flush=True)
-            raise
-        finally:
-            part.unlink(missing_ok=True)
-        print(f"({time.monotonic() - start:.1f} s): {target}", file=sys.stderr, flush=True)
-    return target
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+            print(f"cpu {instructions}: {compiler.cpu_library(instructions)}")
+        except BackendError as error:
+            failures.append(str(error))
     try:
-        import fcntl
-    except ImportError:  # Windows: two processes may both build; the replacement is atomic
-        yield
-        return
-    with path.open("w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: as above
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        targets = wanted_targets() if torch.version.cuda else []
+        for target in targets:
+            for kind in usual_kinds():
+                kind.program(target)
+            print(f"cuda {target}: {len(usual_kinds())} programs in {cache.cache_dir()}")
+        if not targets:
+            print("cuda: no GPU here and no TORCH_CUDA_ARCH_LIST, nothing built")
+    except BackendError as error:
+        failures.append(str(error))
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
-def compiler() -> str:
-    """Return the C++ compiler: `CXX`, or the first of the usual ones.
-
-    Raises:
-        BackendError: there is none.
-    """
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in wanted:
-        if found := shutil.which(name):
-            return found
-    raise BackendError(
-        f"no C++ compiler here ({', '.join(wanted)}). Install g++ or clang++, or set CXX."
-    )
-
-
-# What each level of PyTorch's own choice of instructions (torch.backends.cpu) allows the compiler.
-INSTRUCTIONS = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
-    "AVX2": ("-mavx2", "-mfma"),
-    "DEFAULT": (),
-}
-_FLAGS = (
-    "-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread",
-    "-fno-math-errno", "-fno-trapping-math",
-)  # fmt: skip
-
-
-def cpu_instructions() -> str:
-    """Return the key of `INSTRUCTIONS` for this processor, as PyTorch found it."""
-    import torch
-
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return "DEFAULT"
-    found = torch.backends.cpu.get_cpu_capability()
-    return found if found in INSTRUCTIONS else "DEFAULT"
-
-
-def cpu_library(instructions: str, *, extra_flags: tuple[str, ...] = ()) -> Path:
-    """Return the shared library of the CPU kernel for one of `INSTRUCTIONS`.
-
-    Raises:
-        BackendError: no compiler, or it failed; the full output is in the file that is named.
-    """
-    cxx = compiler()
-    flags = (*_FLAGS, *INSTRUCTIONS[instructions], *extra_flags)
-    version = _run([cxx, "--version"])
-    key = key_of(version.stdout, platform.machine(), *flags)
-
-    def make(path: Path) -> None:
-        command = [cxx, *flags, str(SOURCES / "cpu.cpp"), "-o", str(path)]
-        result = _run(command)
-        if result.returncode:
-            raise build_failure("the CPU kernel", key, command, result.stdout)
-
-    return built(f"cpu-{instructions.lower()}-{key}.so", f"the CPU kernel ({instructions})", make)
-
-
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            timeout=_LONGEST_BUILD, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BackendError(f"{command[0]}: {error}") from error
-
-
-def build_failure(what: str, key: str, command: list[str], output: str) -> BackendError:
-    """Keep the whole output of a failed build in a file and return the error that names it."""
-    log = cache_dir() / f"failed-{key}.log"
-    log.write_text(" ".join(command) + "\n\n" + output)
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
-    return BackendError(f"building {what} failed: {first[:200]} (all of it: {log})")
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,11 +6,12 @@ import functools
 import torch
 from torch import Tensor
 
-from . import build
+from . import compiler
 from .call import Call, Gradients
 from .errors import BackendError
 from .reference import of_offsets_and_reference
 
+_TOO_LARGE = 2  # `Outcome` of `csrc/problem.h`
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _POINTERS = (
     "value", "shapes", "reference", "points", "weights", "output", "grad_output", "grad_value",
@@ -33,7 +34,7 @@ class _Problem(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    path = build.cpu_library(build.cpu_instructions())
+    path = compiler.cpu_library(compiler.cpu_instructions())
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -108,5 +109,11 @@ def _run(
         form=0 if call.reference is None else call.reference.shape[-1],
         to_locations=to_locations, threads=torch.get_num_threads(),
     )  # fmt: skip
-    if function(ctypes.byref(problem)):
+    outcome = function(ctypes.byref(problem))
+    if outcome == _TOO_LARGE:
+        raise ValueError(
+            f"ms_deform_attn: {s} tokens of {d} channels are more than the CPU kernel can count. "
+            "MSDEFORM_BACKEND=reference has no limit."
+        )
+    if outcome:
         raise MemoryError("ms_deform_attn: no memory for the CPU kernel's working rows.")

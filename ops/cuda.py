@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import build, nvrtc
+from . import cache, nvrtc
 from .call import Call, Gradients, arithmetic_dtype
 from .errors import BackendError
 from .fixed_point import fixed_point_scale
@@ -67,8 +67,8 @@ class Kind:
         slots = self.levels * self.per_level + 1
         return threads // lanes * slots * sample <= _SHARED_BYTES
 
-    def program(self, capability: int) -> bytes:
-        """Return machine code for a GPU, from the cache or made now."""
+    def program(self, target: str) -> bytes:
+        """Return code for `sm_NN` or `compute_NN`, from the cache or made now."""
         samples = self.levels * self.per_level
         if samples > _MOST_SAMPLES or self.channels > _LONGEST_ROW:
             raise BackendError(
@@ -77,8 +77,8 @@ class Kind:
             )
         name = str(self.dtype).removeprefix("torch.")
         what = f"the CUDA kernel ({name}, {self.channels} channels, {samples} samples)"
-        source = build.SOURCES / "cuda.cu"
-        return nvrtc.cached_program(source, self.options, nvrtc.target(capability), what)
+        source = cache.SOURCES / "cuda.cu"
+        return nvrtc.cached_program(source, self.options, target, what)
 
 
 @functools.cache
@@ -140,7 +140,7 @@ def prepare(
 @functools.cache
 def _kernels(kind: Kind, device: int) -> dict[str, Callable[..., None]]:
     major, minor = torch.cuda.get_device_capability(device)
-    program = kind.program(10 * major + minor)
+    program = kind.program(nvrtc.target(10 * major + minor))
     with torch.cuda.device(device):
         return nvrtc.load_functions(program, ("msda_forward", "msda_backward"))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import build
+from . import cache
 from .errors import BackendError
 
 
@@ -192,14 +192,14 @@ def cached_program(source: Path, options: Sequence[str], arch: str, what: str) -
         BackendError: the compiler refused it; its whole output is in the file that is named.
     """
     text = inlined_source(source)
-    key = build.key_of(version(), arch, *options)
+    key = cache.key_of(version(), arch, *options)
 
     def make(path: Path) -> None:
         try:
             path.write_bytes(compile_program(text, options, arch))
         except CompileError as error:
             command = ["nvrtc", f"--gpu-architecture={arch}", *options, str(source)]
-            raise build.build_failure(what, key, command, str(error)) from None
+            raise cache.build_failure(what, key, command, str(error)) from None
 
     suffix = "cubin" if arch.startswith("sm_") else "ptx"
-    return build.built(f"cuda-{arch}-{key}.{suffix}", f"{what} for {arch}", make).read_bytes()
+    return cache.built(f"cuda-{arch}-{key}.{suffix}", f"{what} for {arch}", make).read_bytes()

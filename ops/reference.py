@@ -122,7 +122,8 @@ def of_offsets_and_reference(call: Call, of_locations: Tensor) -> tuple[Tensor, 
         return of_locations / level_sizes(call.shapes, offsets)[:, None], of_centre
     share = 0.5 / offsets.shape[4]
     of_offsets = of_locations * call.reference[:, :, None, :, None, 2:] * share
-    of_sides = (of_locations * offsets).sum((2, 4)) * share
+    # an offset that is NaN has no gradient, and passes none on
+    of_sides = (of_locations * offsets.where(of_locations != 0, 0)).sum((2, 4)) * share
     return of_offsets, torch.cat([of_centre, of_sides], dim=-1)
 
 

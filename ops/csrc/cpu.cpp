@@ -28,7 +28,8 @@ struct Levels {
   // stride: numbers from a row to the next
   Levels(const Problem& p, Index stride)
       : samples(p.levels * p.per_level), padded((samples + lanes - 1) / lanes * lanes),
-        width(padded), height(padded), pitch(padded), start(padded), level(padded) {
+        width(padded, Begin::zero), height(padded, Begin::zero), pitch(padded, Begin::zero),
+        start(padded, Begin::zero), level(padded, Begin::zero) {
     Index first = 0;
     for (Index l = 0; l < p.levels; ++l) {
       const Index h = p.shapes[2 * l], w = p.shapes[2 * l + 1];
@@ -87,11 +88,18 @@ struct Kernel {
         direct(fits_direct(backward)), stride(direct ? p.heads * p.channels : row),
         levels(problem, stride), samples(levels.samples) {}
 
+  // Places of numbers within one image, or one head of it, are told in an Index.
+  bool fits() const {
+    const std::int64_t numbers = (p.tokens + 1) * stride;
+    return numbers <= std::numeric_limits<Index>::max();
+  }
+
   // Packing pays when the queries read the value several times over.
   bool fits_direct(bool backward) const {
     const bool in_place = !backward || sizeof(T) == sizeof(A);  // gradients add up in A
     const bool whole = p.channels % lanes == 0;
-    const bool addressable = p.tokens * p.heads * p.channels < (std::int64_t{1} << 31);
+    const bool addressable =
+        (p.tokens + 1) * p.heads * p.channels <= std::numeric_limits<Index>::max();
     const std::int64_t corners = 4 * p.queries * p.levels * p.per_level;
     return in_place && whole && addressable && corners < 6 * p.tokens;
   }
@@ -440,30 +448,33 @@ struct Kernel {
 };
 
 template <class T>
-void run(const Problem& p, bool backward) {
+Outcome run(const Problem& p, bool backward) {
   const Kernel<T> kernel(p, backward);
+  if (!kernel.fits()) return kTooLarge;
   backward ? kernel.backward() : kernel.forward();
+  return kDone;
 }
 
-int run_any(const Problem& p, bool backward) {
+Outcome run_any(const Problem& p, bool backward) {
   try {
     switch (p.storage) {
-      case kFloat32: run<float>(p, backward); break;
-      case kFloat64: run<double>(p, backward); break;
-      case kBFloat16: run<bfloat16>(p, backward); break;
-      case kFloat16: run<float16>(p, backward); break;
-      default: return 2;
+      case kFloat32: return run<float>(p, backward);
+      case kFloat64: return run<double>(p, backward);
+      case kBFloat16: return run<bfloat16>(p, backward);
+      default: return run<float16>(p, backward);
     }
   } catch (const std::bad_alloc&) {
-    return 1;
+    return kNoMemory;
   }
-  return 0;
 }
 
 }  // namespace
 }  // namespace msda
 
-// Return 0, 1 where memory does not suffice, 2 for an unknown storage type.
 #define MSDA_EXPORT extern "C" __attribute__((visibility("default")))
-MSDA_EXPORT int msda_forward(const msda::Problem* p) { return msda::run_any(*p, false); }
-MSDA_EXPORT int msda_backward(const msda::Problem* p) { return msda::run_any(*p, true); }
+MSDA_EXPORT msda::Outcome msda_forward(const msda::Problem* p) {
+  return msda::run_any(*p, false);
+}
+MSDA_EXPORT msda::Outcome msda_backward(const msda::Problem* p) {
+  return msda::run_any(*p, true);
+}

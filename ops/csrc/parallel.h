@@ -34,17 +34,19 @@ inline void prefer_huge_pages(void* array, std::size_t bytes) {
 #endif
 }
 
-// A fixed number of plain values, aligned for vectors; small arrays begin as zeros.
+enum class Begin { anyhow, zero };
+
+// A fixed number of plain values, aligned for vectors.
 template <class X>
 class Array {
  public:
-  explicit Array(std::size_t count) {
+  explicit Array(std::size_t count, Begin begin = Begin::anyhow) {
     if (!count) return;
     const std::size_t bytes = (count * sizeof(X) + 63) / 64 * 64;
     data_ = static_cast<X*>(std::aligned_alloc(64, bytes));
     if (!data_) throw std::bad_alloc();
     prefer_huge_pages(data_, bytes);
-    if (bytes <= kSmall) std::memset(data_, 0, bytes);
+    if (begin == Begin::zero) std::memset(data_, 0, bytes);
   }
   Array(Array&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   Array(const Array&) = delete;
@@ -55,7 +57,6 @@ class Array {
   const X& operator[](std::size_t i) const { return data_[i]; }
 
  private:
-  static constexpr std::size_t kSmall = 65536;
   X* data_ = nullptr;
 };
 

@@ -12,6 +12,8 @@ enum StorageType : std::int64_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 // `reference` points of that many numbers, (x, y) or (cx, cy, w, h).
 enum Form : std::int64_t { kPlain = 0, kFusedPoints = 2, kFusedBoxes = 4 };
 
+enum Outcome : int { kDone, kNoMemory, kTooLarge };
+
 // All arrays are contiguous. T is the storage type; A is float, or double where T is.
 struct Problem {
   const void* value;            // T [N,S,M,D]

@@ -184,8 +184,27 @@ def test_an_official_checkpoint_keeps_its_ids_and_names(cli: Cli, tmp_path: Path
     assert (best["category_id"], best["category_name"]) == (18, "dog")
 
 
-def test_doctor_checks_the_op(cli: Cli) -> None:
+def test_doctor_lists_and_checks_every_backend(cli: Cli) -> None:
     done = cli("doctor")
     assert done.returncode == 0, done.stderr
-    assert "ms_deform_attn" in done.stdout
-    assert "ok" in done.stdout
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines() if line.startswith("  ")]
+    on_cpu = dict(lines[:4])  # the CPU comes first
+    assert set(on_cpu) == {"cuda", "cpu", "triton", "reference"}
+    assert on_cpu["cpu"].startswith("ok, error ")
+    assert on_cpu["reference"].startswith("ok, error ")
+    assert "computes on NVIDIA GPUs, not on cpu" in on_cpu["cuda"]
+
+
+def test_a_backend_that_cannot_run_is_one_line(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, finished_run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    for name, words in [
+        ("cuda", "error: MSDEFORM_BACKEND=cuda on cpu: computes on NVIDIA GPUs, not on cpu"),
+        ("quick", "error: MSDEFORM_BACKEND: expected one of cuda, cpu, triton, reference, got"),
+    ]:
+        monkeypatch.setenv("MSDEFORM_BACKEND", name)
+        done = cli("predict", "--checkpoint", finished_run / "last.pth", "--input",
+                   shapes / "val2017", "--output_dir", tmp_path, "--device", "cpu")  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.strip().splitlines()[-1].startswith(words)
+        assert "Traceback" not in done.stderr

@@ -187,6 +187,7 @@ def test_augmentation_depends_on_seed_epoch_and_position(content: Content, write
         random_crop=True,
         crop_scales=(40, 50),
         crop_size=(20, 40),
+        one_scale_per_batch=False,
         mean=MEAN,
         std=STD,
     )

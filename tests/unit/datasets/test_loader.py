@@ -1,6 +1,7 @@
 """Batches: collation, reproducible order, and evaluation that sees every picture once."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ RANDOM = TrainTransform(
     random_crop=True,
     crop_scales=(24, 32),
     crop_size=(16, 24),
+    one_scale_per_batch=False,
     mean=MEAN,
     std=STD,
 )
@@ -176,6 +178,27 @@ def test_training_is_the_same_with_and_without_workers(index: CocoIndex) -> None
         assert runs[0] == runs[2] != runs[1]
         epochs[num_workers] = runs
     assert epochs[0] == epochs[2]
+
+
+def test_one_scale_for_a_batch_pads_nothing(index: CocoIndex) -> None:
+    (index.image_dir / "108.png").write_bytes((index.image_dir / "107.png").read_bytes())
+    shared = replace(RANDOM, random_crop=False, one_scale_per_batch=True)
+    dataset = CocoDetection(index, shared, seed=2)
+    loader = train_loader(dataset, batch_size=3, num_workers=0, seed=2)
+    by_epoch = []
+    for epoch in range(6):
+        loader.set_epoch(epoch)
+        batches = [batch.images for batch in loader]
+        for images, batch in zip(batches, loader, strict=True):
+            same = len({tuple(t["orig_size"].tolist()) for t in batch.targets}) == 1
+            assert images is not None
+            assert not (same and images.mask.any())
+        by_epoch.append([images.sizes[0] for images in batches if images is not None])
+    assert len({str(sizes) for sizes in by_epoch}) > 1  # drawn anew in every epoch
+    assert any(len(set(sizes)) > 1 for sizes in by_epoch)  # and for every batch
+    loader.set_epoch(4, first_batch=2)
+    resumed = [batch.images.sizes[0] for batch in loader if batch.images is not None]
+    assert resumed == by_epoch[4][2:]
 
 
 def test_resumed_epoch_goes_on_where_it_stopped(index: CocoIndex) -> None:

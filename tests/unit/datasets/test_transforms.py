@@ -100,10 +100,11 @@ def test_any_chain_keeps_boxes_inside(sample: Sample, seed: int) -> None:
         random_crop=True,
         crop_scales=(40, 60),
         crop_size=(20, 50),
+        one_scale_per_batch=False,
         mean=MEAN,
         std=STD,
     )
-    prepared = transform(sample, seeded_generator(seed))
+    prepared = transform(sample, seeded_generator(seed), seeded_generator(0))
     target = make_target(prepared, 1, (sample.image.height, sample.image.width))
     centre, half = target["boxes"][:, :2], target["boxes"][:, 2:] / 2
     assert (half >= 0).all()
@@ -111,7 +112,7 @@ def test_any_chain_keeps_boxes_inside(sample: Sample, seed: int) -> None:
     assert (centre + half <= 1 + 1e-5).all()
     assert len(target["labels"]) == len(target["boxes"]) <= len(sample.boxes)
     assert target["size"].tolist() == list(prepared.image.shape[-2:])
-    again = transform(sample, seeded_generator(seed))
+    again = transform(sample, seeded_generator(seed), seeded_generator(0))
     assert torch.equal(again.image, prepared.image)
 
 
@@ -151,5 +152,5 @@ def test_eval_transform_tells_its_output_size() -> None:
     transform = EvalTransform(eval_scale=50, max_size=70, mean=MEAN, std=STD)
     for width, height in [(30, 20), (20, 90), (70, 50), (33, 33)]:
         sample = Sample(picture(width, height), torch.zeros(0, 4), torch.zeros(0))
-        image = transform(sample, torch.Generator()).image
+        image = transform(sample, torch.Generator(), torch.Generator()).image
         assert tuple(image.shape[-2:]) == transform.output_size(height, width)

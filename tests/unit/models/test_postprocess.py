@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.ops import box_iou
 
 from models.deformable_detr import DetectorOutput
 from models.postprocess import PostProcess
@@ -48,3 +49,26 @@ def test_half_precision_scores_and_boxes_come_out_in_float32() -> None:
     )
     (result,) = PostProcess()(outputs, torch.tensor([[1333, 800]]))
     assert result["scores"].dtype == result["boxes"].dtype == torch.float32
+
+
+@given(st.integers(0, 2**16), st.sampled_from([0.3, 0.5, 0.8, 0.999]))
+def test_suppression_keeps_the_better_of_boxes_that_overlap(seed: int, limit: float) -> None:
+    torch.manual_seed(seed)
+    outputs = DetectorOutput(
+        pred_logits=torch.randn(1, 20, 3, dtype=torch.float64),
+        pred_boxes=torch.rand(1, 20, 4, dtype=torch.float64) * 0.2 + 0.4,  # crowded
+    )
+    size = torch.tensor([[100, 200]])
+    (every,) = PostProcess(max_detections=60)(outputs, size)
+    (found,) = PostProcess(max_detections=15, nms_iou=limit)(outputs, size)
+    kept: list[int] = []
+    for i in range(45):  # best first, three candidates for each detection
+        overlaps = [
+            float(box_iou(every["boxes"][i][None], every["boxes"][j][None]))
+            for j in kept
+            if every["labels"][i] == every["labels"][j]
+        ]
+        if all(overlap <= limit for overlap in overlaps):
+            kept.append(i)
+    for name, values in found.items():
+        assert torch.equal(values, every[name][kept[:15]])

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ops.build import SOURCES, compiler
+from ops.cache import SOURCES
+from ops.compiler import compiler
 from ops.cuda import CudaBackend, Kind, Launch, arguments_type
 
 _FLAGS = (

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ops.build import compiler
 from ops.call import Call, Gradients
+from ops.compiler import compiler
 from ops.cuda import CudaBackend, Kind
 from ops.errors import BackendError
 from ops.reference import ReferenceBackend
@@ -179,9 +179,9 @@ def test_most_samples_that_shared_memory_holds(emulated: EmulatedBackend) -> Non
     assert Kind(F64, 2, 7, 73).threads == 32
     assert_near(emulated.forward(call), ReferenceBackend().forward(call), 1e-9)
     with pytest.raises(BackendError, match="at most 511 samples and 2048 channels"):
-        Kind(F64, 2, 2, 256).program(90)
+        Kind(F64, 2, 2, 256).program("sm_90")
     with pytest.raises(BackendError, match="got 4 and 2049"):
-        Kind(F32, 2049, 2, 2).program(90)
+        Kind(F32, 2049, 2, 2).program("sm_90")
 
 
 def test_view_that_begins_off_a_boundary(emulated: EmulatedBackend) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ops import fused_ms_deform_attn, ms_deform_attn, use_backend
 from ops.backends import BACKENDS
@@ -328,6 +329,33 @@ def test_compiles_without_a_break_and_exports() -> None:
     )
     exported = torch.export.export(Attend(), tuple(leaves)).module()
     torch.testing.assert_close(exported(*leaves), expected)
+
+
+def test_cell_centres_and_edges_are_exact() -> None:
+    shapes = [(4, 8), (2, 1)]  # powers of two: locations on centres and edges are exact numbers
+    value, _, locations, weights = make_inputs(n=2, q=64, m=2, d=5, k=2, shapes=shapes)
+    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
+    locations = (locations * sizes * 2).round() / 2 / sizes
+    output, grads = _with_gradients(value, shapes, locations, weights)
+    torch.testing.assert_close(output, loop_oracle(value, shapes, locations, weights))
+    with use_backend("reference"):
+        expected = _with_gradients(value, shapes, locations, weights)[1]
+    torch.testing.assert_close(grads[::2], expected[::2])
+    # a point just a cell outside weighs nothing, and officially has no gradient
+    near = (locations * sizes - 0.5 > -1).all(-1)
+    torch.testing.assert_close(grads[1][near], expected[1][near])
+
+
+def test_works_under_activation_checkpointing() -> None:
+    value, shapes, *rest = fused_inputs(2)
+    leaves = [t.requires_grad_() for t in (value, *rest)]
+
+    def attend(*tensors: Tensor) -> Tensor:
+        return fused_ms_deform_attn(tensors[0].tanh(), shapes, *tensors[1:])
+
+    expected = torch.autograd.grad(attend(*leaves).square().sum(), leaves)
+    output = checkpoint(attend, *leaves, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(output.square().sum(), leaves), expected)
 
 
 def test_second_derivatives_are_refused_in_words() -> None:

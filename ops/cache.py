@@ -1,0 +1,97 @@
+"""Where compiled kernels are kept: made once, by one process while the others wait."""
+
+import contextlib
+import hashlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .errors import BackendError
+
+SOURCES = Path(__file__).parent / "csrc"
+
+
+def cache_dir() -> Path:
+    """Return the folder of built kernels: `MSDEFORM_CACHE`, or one in the user's cache folder."""
+    if chosen := os.environ.get("MSDEFORM_CACHE"):
+        folder = Path(chosen).expanduser()
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "msdeform"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        if chosen:
+            raise BackendError(f"MSDEFORM_CACHE: cannot write to {folder}: {error}.") from error
+    folder = Path(tempfile.gettempdir()) / f"msdeform-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        # code is loaded from here: another user's folder will not do
+        raise BackendError(f"{folder} belongs to another user. Set MSDEFORM_CACHE.")
+    return folder
+
+
+def key_of(*parts: str) -> str:
+    """Return a name that changes with every source file and every one of `parts`."""
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+def built(name: str, what: str, make: Callable[[Path], None]) -> Path:
+    """Return the cached file `name`, made by `make(path)` if it is not there yet.
+
+    Several processes may ask at once: one makes it, the others wait for it.
+
+    Raises:
+        BackendError: `make` raised it.
+    """
+    target = cache_dir() / name
+    if target.exists():
+        return target
+    with _lock(target.with_suffix(".lock")):
+        if target.exists():
+            return target
+        print(f"ms_deform_attn: building {what}, once", end=" ", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        try:
+            make(part)
+            os.replace(part, target)
+        except BackendError:
+            print("failed", file=sys.stderr, flush=True)
+            raise
+        finally:
+            part.unlink(missing_ok=True)
+        print(f"({time.monotonic() - start:.1f} s): {target}", file=sys.stderr, flush=True)
+    return target
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows: two processes may both build; the replacement is atomic
+        yield
+        return
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):  # a file system without locks: as above
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build_failure(what: str, key: str, command: list[str], output: str) -> BackendError:
+    """Keep the whole output of a failed build in a file and return the error that names it."""
+    log = cache_dir() / f"failed-{key}.log"
+    log.write_text(" ".join(command) + "\n\n" + output)
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
+    return BackendError(f"building {what} failed: {first[:200]} (all of it: {log})")

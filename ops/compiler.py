@@ -1,0 +1,85 @@
+"""The CPU kernel as a shared library: plain C++17, without the headers of PyTorch or Python."""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from . import cache
+from .errors import BackendError
+
+_LONGEST_BUILD = 600  # seconds
+
+
+def compiler() -> str:
+    """Return the C++ compiler: `CXX`, or the first of the usual ones.
+
+    Raises:
+        BackendError: there is none.
+    """
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in wanted:
+        if found := shutil.which(name):
+            return found
+    raise BackendError(
+        f"no C++ compiler here ({', '.join(wanted)}). Install g++ or clang++, or set CXX."
+    )
+
+
+# What each level of PyTorch's own choice of instructions (torch.backends.cpu) allows the compiler.
+INSTRUCTIONS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+    "DEFAULT": (),
+}
+_FLAGS = (
+    "-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread",
+    "-fno-math-errno", "-fno-trapping-math",
+)  # fmt: skip
+
+
+def cpu_instructions() -> str:
+    """Return the key of `INSTRUCTIONS` for this processor, as PyTorch found it."""
+    found = torch.backends.cpu.get_cpu_capability()
+    return found if found in instruction_sets() else "DEFAULT"
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Return the keys of `INSTRUCTIONS` that exist on this kind of processor."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return tuple(INSTRUCTIONS) if x86 else ("DEFAULT",)
+
+
+def cpu_library(instructions: str, *, extra_flags: tuple[str, ...] = ()) -> Path:
+    """Return the shared library of the CPU kernel for one of `INSTRUCTIONS`.
+
+    Raises:
+        BackendError: no compiler, or it failed; the full output is in the file that is named.
+    """
+    cxx = compiler()
+    flags = (*_FLAGS, *INSTRUCTIONS[instructions], *extra_flags)
+    version = _run([cxx, "--version"])
+    key = cache.key_of(version.stdout, platform.machine(), *flags)
+
+    def make(path: Path) -> None:
+        command = [cxx, *flags, str(cache.SOURCES / "cpu.cpp"), "-o", str(path)]
+        result = _run(command)
+        if result.returncode:
+            raise cache.build_failure("the CPU kernel", key, command, result.stdout)
+
+    return cache.built(
+        f"cpu-{instructions.lower()}-{key}.so", f"the CPU kernel ({instructions})", make
+    )
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            timeout=_LONGEST_BUILD, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BackendError(f"{command[0]}: {error}") from error
