@@ -2,10 +2,11 @@
 
     python -m ops.benchmark --output FILE.json           # every case, on the CPU
     python -m ops.benchmark --cases encoder_800 decoder_800 --device cuda
+    MALLOC_MMAP_THRESHOLD_=65536 python -m ops.benchmark --checks    # memory, errors; Linux
 
 Implementations take turns within a round; the median over rounds is taken of samples during which
-the machine left our threads alone (they waited for a processor less than 4 % of the time). Then, on
-the CPU, the peak of memory above what results and gradients take, and errors against float64.
+the machine left our threads alone (they waited for a processor less than 4 % of the time). Checks
+are the peak of memory above what results and gradients take, and errors against float64.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from torch import Tensor
 from .ms_deform_attn import fused_ms_deform_attn, ms_deform_attn
 
 _MOST_WAITING = 0.04  # share of a sample's time that our threads may wait for a processor
+_SAMPLE = 0.02  # seconds
 _HEADS, _CHANNELS, _POINTS = 8, 32, 4
 
 
@@ -170,10 +172,10 @@ def _peers(plain: list[Tensor], table: Tensor, starts: Tensor) -> dict[str, Call
             plain,
         )
     if importlib.util.find_spec("deformops"):
-        from deformops import multi_scale_deformable_attention as other
+        from deformops.registry import msda as other
 
         peers["deformops"] = lambda: (
-            other(plain[0], table, starts, plain[1], plain[2]),
+            other(plain[0], table, starts, plain[1], plain[2], method="linear"),
             plain,
         )
     return peers
@@ -188,27 +190,43 @@ def _waited() -> float:
 
 
 def _sample(call: Call, device: torch.device, *, grad: bool) -> tuple[float, float]:
-    """Return the seconds of one call and the share of them that our threads waited."""
-    with torch.set_grad_enabled(grad):
-        output, leaves = call()
-        seed = torch.ones_like(output)
-        del output
-        gc.collect()
-        waited, start = _waited(), time.perf_counter()
-        output, leaves = call()
-        if grad:
-            torch.autograd.grad(output, leaves, seed)
+    """Return the seconds of a call and the share of them that our threads waited.
+
+    After one call to warm up, as many as fill `_SAMPLE` seconds.
+    """
+
+    def run(times: int) -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            with torch.set_grad_enabled(grad):
+                output, leaves = call()
+                if grad:
+                    torch.autograd.grad(output, leaves, torch.ones_like(output))
+            del output, leaves
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        return seconds, (_waited() - waited) / seconds
+        return (time.perf_counter() - start) / times
+
+    gc.collect()
+    waited, begin = _waited(), time.perf_counter()
+    warm = run(1)
+    seconds = run(max(1, round(_SAMPLE / warm)))
+    return seconds, (_waited() - waited) / (time.perf_counter() - begin)
 
 
 def time_case(
-    case: Case, device: torch.device, dtype: torch.dtype, *, grad: bool, samples: int, tries: int
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    grad: bool,
+    samples: int,
+    tries: int,
+    without: Sequence[str] = (),
 ) -> dict[str, float]:
     """Return the median milliseconds of every implementation, NaN where no sample was quiet."""
     calls = implementations(make_inputs(case, device, dtype), grad=grad)
+    calls = {name: call for name, call in calls.items() if name not in without}
     quiet: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(tries):
         for name, call in calls.items():
@@ -296,23 +314,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--samples", type=int, default=5, help="quiet samples of each")
     parser.add_argument("--tries", type=int, default=40, help="rounds at most")
+    parser.add_argument("--without", nargs="+", default=[], help="implementations to leave out")
+    parser.add_argument("--checks", action="store_true", help="memory and errors, no times")
     parser.add_argument("--output", type=Path, help="write the milliseconds as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     results: dict[str, Any] = {}
     for name in options.cases:
+        if options.checks:
+            print(
+                f"{name}: memory over results (forward, forward + backward), errors of output and"
+            )
+            print("  of the gradients of value, locations or offsets, weights or logits")
+            results[name] = check_case(CASES[name])
+            continue
         for what, grad in (("forward", False), ("forward + backward", True)):
             medians = time_case(
                 CASES[name], options.device, dtype, grad=grad, samples=options.samples,
-                tries=options.tries,
+                tries=options.tries, without=options.without,
             )  # fmt: skip
             report(name, what, medians)
             results.setdefault(name, {})[what] = medians
-        if options.device.type == "cpu":
-            print(f"{name}, memory over results (forward, forward + backward); errors of output,")
-            print("  value, locations or offsets, weights or logits")
-            results[name]["checks"] = check_case(CASES[name])
     if options.output:
         options.output.write_text(json.dumps(results, indent=1))
     sys.stdout.flush()
