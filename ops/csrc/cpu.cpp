@@ -72,7 +72,7 @@ struct Kernel {
   typedef typename S::I I;
   typedef typename S::Index Index;
   static constexpr int lanes = S::lanes;
-  static constexpr int kAhead = 3, kLine = 64;  // queries; bytes
+  static constexpr int kAhead = 6, kLine = 64;  // queries; bytes
 
   const Problem& p;
   const int row;       // channels, padded to whole vectors
@@ -167,13 +167,23 @@ struct Kernel {
   }
 
   // One head at a time walks through the queries in strides too long for the processor to foresee.
-  MSDA_INLINE void fetch_ahead(std::int64_t query, std::int64_t head) const {
+  template <int write>
+  static MSDA_INLINE void fetch(const void* array, std::int64_t item, std::int64_t count,
+                                std::int64_t size) {
+    const char* first = static_cast<const char*>(array) + item * count * size;
+    for (std::int64_t b = 0; b < count * size; b += kLine) __builtin_prefetch(first + b, write);
+  }
+  MSDA_INLINE void fetch_ahead(std::int64_t query, std::int64_t head, bool backward) const {
     const std::int64_t next = (query + kAhead) * p.heads + head;
-    const char* weights = static_cast<const char*>(p.weights) + next * samples * sizeof(A);
-    const char* points = static_cast<const char*>(p.points) + 2 * next * samples * sizeof(A);
-    const std::int64_t bytes = samples * sizeof(A);
-    for (std::int64_t b = 0; b < bytes; b += kLine) __builtin_prefetch(weights + b);
-    for (std::int64_t b = 0; b < 2 * bytes; b += kLine) __builtin_prefetch(points + b);
+    fetch<0>(p.weights, next, samples, sizeof(A));
+    fetch<0>(p.points, next, 2 * samples, sizeof(A));
+    if (backward) {
+      fetch<0>(p.grad_output, next, p.channels, sizeof(T));
+      fetch<1>(p.grad_weights, next, samples, sizeof(A));
+      fetch<1>(p.grad_points, next, 2 * samples, sizeof(A));
+    } else {
+      fetch<1>(p.output, next, p.channels, sizeof(T));
+    }
   }
 
   Corners<V, I> corners_of(std::int64_t query, std::int64_t head, int j, const A* attention,
@@ -262,7 +272,7 @@ struct Kernel {
               Scratch<A>& s) const {
     Rows<A> rows;
     A *const attention = &s.attention[0], *const sum = &s.sum[0];
-    fetch_ahead(query, head);
+    fetch_ahead(query, head, false);
     find_attention(query, head, attention);
     for (int d = 0; d < row; d += lanes) store(sum + d, V{});
     for (int j = 0; j < samples; j += lanes) {
@@ -281,7 +291,7 @@ struct Kernel {
                      Index nowhere, const A* gradient, Scratch<A>& s) const {
     Rows<A> rows;
     A *const attention = &s.attention[0];
-    fetch_ahead(query, head);
+    fetch_ahead(query, head, true);
     find_attention(query, head, attention);
     for (int j = 0; j < samples; j += lanes) {
       const Corners<V, I> c = corners_of(query, head, j, attention, nowhere, rows);
@@ -339,6 +349,7 @@ struct Kernel {
 
   void pack(const T* value, T* packed, std::int64_t first, std::int64_t last) const {
     for (std::int64_t t = first; t < last; ++t) {
+      fetch<0>(value, (t + 2 * kAhead) * p.heads, p.channels, sizeof(T));
       copy_row(value + t * p.heads * p.channels, packed + t * row, p.channels);
     }
   }
@@ -414,6 +425,7 @@ struct Kernel {
     }
     if (direct) return;
     for (std::int64_t t = 0; t < p.tokens; ++t) {
+      fetch<1>(grad_value, (t + 2 * kAhead) * p.heads, p.channels, sizeof(T));
       narrow_row(&grad_packed[t * row], grad_value + t * p.heads * p.channels, p.channels);
     }
   }
