@@ -213,7 +213,9 @@ struct Kernel {
         if (in_place && rows.offset[i][j] < 0) continue;
         const T* at = value + rows.offset[i][j];
         const V weight = splat<A>(rows.weight[i][j]);
-        for (int v = 0; v < width; ++v) total[i & 1][v] += weight * load(at + v * lanes);
+        V row[width];
+        load_row<width, !in_place>(at, row);
+        for (int v = 0; v < width; ++v) total[i & 1][v] += weight * row[v];
       }
     }
     for (int v = 0; v < width; ++v) store(sum + v * lanes, total[0][v] + total[1][v]);
@@ -238,9 +240,11 @@ struct Kernel {
             const T* at = value + offset;
             A* grad_at = grad_value + offset;
             const V weight = splat<A>(rows.weight[i][j + k]);
+            V row[width];
+            load_row<width, !in_place>(at, row);
 #pragma GCC unroll 4
             for (int v = 0; v < width; ++v) {
-              dot += g[v] * load(at + v * lanes);
+              dot += g[v] * row[v];
               store(grad_at + v * lanes, load(grad_at + v * lanes) + weight * g[v]);
             }
           }
@@ -350,7 +354,7 @@ struct Kernel {
   void pack(const T* value, T* packed, std::int64_t first, std::int64_t last) const {
     for (std::int64_t t = first; t < last; ++t) {
       fetch<0>(value, (t + 2 * kAhead) * p.heads, p.channels, sizeof(T));
-      copy_row(value + t * p.heads * p.channels, packed + t * row, p.channels);
+      pack_row(value + t * p.heads * p.channels, packed + t * row, p.channels, tile % 2 == 0);
     }
   }
 

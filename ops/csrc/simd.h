@@ -133,15 +133,45 @@ MSDA_INLINE void widen_row(const T* from, A* to, int count) {
   constexpr int lanes = Simd<A>::lanes;
   for (int i = 0; i < count; i += lanes) store(to + i, load_some(from + i, count - i));
 }
-// As it is, padded with zeros.
+// `width` vectors of a row as it lies, or as `pack_row` left it.
+template <int width, bool packed, class T, class V>
+MSDA_INLINE void load_row(const T* from, V (&row)[width]) {
+  constexpr int lanes = sizeof(V) / sizeof(typename Arithmetic<T>::type);
+  for (int v = 0; v < width; ++v) row[v] = load(from + v * lanes);
+}
+// Two bfloat16 vectors in one read: packed, number i shares a word with number i + lanes.
+template <int width, bool packed>
+MSDA_INLINE void load_row(const bfloat16* from, FloatV (&row)[width]) {
+  constexpr int lanes = Simd<float>::lanes;
+  if constexpr (packed && width % 2 == 0) {
+    for (int v = 0; v < width; v += 2) {
+      Bits pair;
+      std::memcpy(&pair, from + v * lanes, sizeof(pair));
+      row[v] = (FloatV)(pair << 16), row[v + 1] = (FloatV)(pair & 0xffff0000u);
+    }
+  } else {
+    for (int v = 0; v < width; ++v) row[v] = load(from + v * lanes);
+  }
+}
+
+// A row for `load_row<..., true>`: as it is, padded with zeros.
 template <class T>
-MSDA_INLINE void copy_row(const T* from, T* to, int count) {
+MSDA_INLINE void pack_row(const T* from, T* to, int count, bool) {
   constexpr int lanes = Simd<typename Arithmetic<T>::type>::lanes;
   for (int i = 0; i < count; i += lanes) {
     T part[lanes] = {};
     if (count - i >= lanes) std::memcpy(part, from + i, sizeof(part));
     else std::memcpy(part, from + i, (count - i) * sizeof(T));
     std::memcpy(to + i, part, sizeof(part));
+  }
+}
+// With `pairs` the row holds an even number of vectors.
+MSDA_INLINE void pack_row(const bfloat16* from, bfloat16* to, int count, bool pairs) {
+  constexpr int lanes = Simd<float>::lanes;
+  pack_row<bfloat16>(from, to, count, pairs);  // the general one
+  for (int i = 0; pairs && i < count; i += 2 * lanes) {
+    const Bits words = widened(to + i) | widened(to + i + lanes) << 16;
+    std::memcpy(to + i, &words, sizeof(words));
   }
 }
 template <class A, class T>
