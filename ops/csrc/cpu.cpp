@@ -11,6 +11,8 @@
 #include "bilinear.h"
 #include "parallel.h"
 #include "problem.h"
+#include "rows.h"
+#include "samples.h"
 
 #include <algorithm>
 #include <limits>
@@ -18,51 +20,6 @@
 
 namespace msda {
 namespace {
-
-// Where each sample of a query and head belongs, in arrays padded to whole vectors of samples.
-template <class A>
-struct Levels {
-  typedef typename Simd<A>::Index Index;
-  static constexpr int lanes = Simd<A>::lanes;
-
-  // stride: numbers from a row to the next
-  Levels(const Problem& p, Index stride)
-      : samples(p.levels * p.per_level), padded((samples + lanes - 1) / lanes * lanes),
-        width(padded, Begin::zero), height(padded, Begin::zero), pitch(padded, Begin::zero),
-        start(padded, Begin::zero), level(padded, Begin::zero) {
-    Index first = 0;
-    for (Index l = 0; l < p.levels; ++l) {
-      const Index h = p.shapes[2 * l], w = p.shapes[2 * l + 1];
-      for (Index k = 0; k < p.per_level; ++k) {
-        const Index j = l * p.per_level + k;
-        width[j] = w, height[j] = h, level[j] = l;
-        pitch[j] = w * stride, start[j] = first * stride;
-      }
-      first += h * w;
-    }
-  }
-
-  int samples, padded;
-  Array<A> width, height;  // 0 in the padding, whose points are thus outside
-  Array<Index> pitch, start, level;
-};
-
-// Working memory of one thread, for one query and head.
-template <class A>
-struct Scratch {
-  Scratch(int padded, int row)
-      : attention(padded), grad_attention(padded), sum(row), gradient(row) {}
-  Array<A> attention, grad_attention;  // of the samples
-  Array<A> sum, gradient;              // rows of channels
-};
-
-// Corners of a vector of samples, times attention, ready for a loop over rows.
-template <class A>
-struct Rows {
-  static constexpr int lanes = Simd<A>::lanes;
-  alignas(kVectorBytes) typename Simd<A>::Index offset[4][lanes];  // of a row; <0: there is none
-  alignas(kVectorBytes) A weight[4][lanes];
-};
 
 template <class T>
 struct Kernel {
@@ -201,74 +158,6 @@ struct Kernel {
       std::memcpy(rows.offset[i], &c.cell[i], sizeof(I));
     }
     return c;
-  }
-
-  // sum += weighted rows, for `width` vectors of channels.
-  template <int width, bool in_place>
-  static void gather(const T* value, const Rows<A>& rows, int count, A* sum) {
-    V total[2][width];
-    for (int v = 0; v < width; ++v) total[0][v] = load(sum + v * lanes), total[1][v] = V{};
-    for (int j = 0; j < count; ++j) {
-      for (int i = 0; i < 4; ++i) {
-        if (in_place && rows.offset[i][j] < 0) continue;
-        const T* at = value + rows.offset[i][j];
-        const V weight = splat<A>(rows.weight[i][j]);
-        V row[width];
-        load_row<width, !in_place>(at, row);
-        for (int v = 0; v < width; ++v) total[i & 1][v] += weight * row[v];
-      }
-    }
-    for (int v = 0; v < width; ++v) store(sum + v * lanes, total[0][v] + total[1][v]);
-  }
-
-  // dots += gradient . row of each corner; row of grad_value += weight * gradient.
-  template <int width, bool in_place>
-  static void scatter(const T* value, A* grad_value, const Rows<A>& rows, int count,
-                      const A* gradient, A (&dots)[4][lanes]) {
-    constexpr int group = lanes >= 4 ? lanes / 4 : 1;  // samples whose dots fill a vector
-    V g[width];
-    for (int v = 0; v < width; ++v) g[v] = load(gradient + v * lanes);
-    for (int j = 0; j < count; j += group) {
-      V part[4 * group];
-#pragma GCC unroll 2
-      for (int k = 0; k < group; ++k) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const Index offset = rows.offset[i][j + k];
-          V dot{};
-          if (!in_place || offset >= 0) {
-            const T* at = value + offset;
-            A* grad_at = grad_value + offset;
-            const V weight = splat<A>(rows.weight[i][j + k]);
-            V row[width];
-            load_row<width, !in_place>(at, row);
-#pragma GCC unroll 4
-            for (int v = 0; v < width; ++v) {
-              dot += g[v] * row[v];
-              store(grad_at + v * lanes, load(grad_at + v * lanes) + weight * g[v]);
-            }
-          }
-          part[i * group + k] = dot;
-        }
-      }
-      add_dots<group>(part, j, dots);
-    }
-  }
-  template <int group>
-  static MSDA_INLINE void add_dots(const V* part, int j, A (&dots)[4][lanes]) {
-    if constexpr (lanes >= 4) {
-      typedef A Group __attribute__((vector_size(group * sizeof(A))));
-      const V all = sums<A>(part);
-      for (int i = 0; i < 4; ++i) {
-        Group old, more;
-        std::memcpy(&old, &dots[i][j], sizeof(Group));
-        std::memcpy(&more, reinterpret_cast<const A*>(&all) + i * group, sizeof(Group));
-        old += more;
-        std::memcpy(&dots[i][j], &old, sizeof(Group));
-      }
-    } else {
-      for (int i = 0; i < 4; ++i) dots[i][j] += sum_of<A>(part[i])[0];
-    }
   }
 
   template <bool in_place>

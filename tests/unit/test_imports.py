@@ -75,6 +75,11 @@ def test_files_and_functions_stay_short(name: str) -> None:
             assert length <= MAX_FUNCTION_LINES, f"{name}: {node.name} has {length} lines"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "ops" / "csrc").iterdir()), ids=lambda p: p.name)
+def test_kernel_sources_stay_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+
+
 def test_every_room_is_in_the_table() -> None:
     rooms = {name.split("/")[0] for name in source_files() if "/" in name}
     assert rooms - {"tests", "docs", ".ci"} == set(MAY_IMPORT)
