@@ -192,8 +192,11 @@ def _waited() -> float:
 def _sample(call: Call, device: torch.device, *, grad: bool) -> tuple[float, float]:
     """Return the seconds of a call and the share of them that our threads waited.
 
-    After one call to warm up, as many as fill `_SAMPLE` seconds.
+    After one call to warm up, as many as fill `_SAMPLE` seconds. The gradient that backward starts
+    from is the caller's and made before.
     """
+    with torch.set_grad_enabled(grad):
+        seed = torch.ones_like(call()[0]) if grad else None
 
     def run(times: int) -> float:
         start = time.perf_counter()
@@ -201,7 +204,7 @@ def _sample(call: Call, device: torch.device, *, grad: bool) -> tuple[float, flo
             with torch.set_grad_enabled(grad):
                 output, leaves = call()
                 if grad:
-                    torch.autograd.grad(output, leaves, torch.ones_like(output))
+                    torch.autograd.grad(output, leaves, seed)
             del output, leaves
         if device.type == "cuda":
             torch.cuda.synchronize()

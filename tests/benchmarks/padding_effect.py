@@ -19,7 +19,7 @@ from datasets.build import build_dataset, load_index
 from datasets.coco import CocoDetection
 from datasets.loader import collate, eval_loader
 from engine.coco_evaluator import CocoEvaluator, EvalResult
-from main import load_detector, saved_data_options
+from engine.commands.detector import load_detector, saved_data_options
 from models.postprocess import PostProcess
 from util.batch import Batch
 

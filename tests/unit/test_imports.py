@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "models": {"models", "ops", "util"},
     "datasets": {"datasets", "util"},
     "engine": {"engine", "util"},
+    "engine/commands": set(ROOMS),  # where models, data and loops meet
 }
 # Options become constructors and loops here alone.
 READ_THE_SCHEMA = {"main.py", "models/build.py", "datasets/build.py", "engine/optim.py"}
@@ -55,9 +56,9 @@ def imported_modules(tree: ast.Module, room: str) -> list[str]:
 
 @pytest.mark.parametrize("name", source_files())
 def test_imports_stay_within_the_table(name: str) -> None:
-    room = name.split("/")[0]
+    room = "engine/commands" if name.startswith("engine/commands/") else name.split("/")[0]
     modules = imported_modules(parse(name), room)
-    if name not in READ_THE_SCHEMA and room not in ("configs", "tests"):
+    if name not in READ_THE_SCHEMA and room not in ("configs", "tests", "engine/commands"):
         assert not [m for m in modules if m.startswith("configs")]
     if room in MAY_IMPORT:
         ours = {m.split(".")[0] for m in modules} & {*ROOMS, "main", "tests"}
@@ -82,4 +83,4 @@ def test_kernel_sources_stay_short(path: Path) -> None:
 
 def test_every_room_is_in_the_table() -> None:
     rooms = {name.split("/")[0] for name in source_files() if "/" in name}
-    assert rooms - {"tests", "docs", ".ci"} == set(MAY_IMPORT)
+    assert rooms - {"tests", "docs", ".ci"} == {room.split("/")[0] for room in MAY_IMPORT}

@@ -1,0 +1,1 @@
+"""The subcommands: where models, data and loops meet."""

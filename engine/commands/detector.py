@@ -1,0 +1,50 @@
+"""A detector from a checkpoint of any kind, and the options that came with it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import ModelConfig
+from models.build import build_model
+from models.deformable_detr import DeformableDETR
+from models.pretrained import Pretrained, load_pretrained
+from models.transfer import load_strict
+from util.errors import ConfigError
+
+
+def load_detector(
+    source: str, device: torch.device
+) -> tuple[DeformableDETR, Pretrained, Sequence[float], Sequence[float]]:
+    """Load a checkpoint of any kind; return the model, its origin, and mean and deviation."""
+    if not source:
+        raise ConfigError("--checkpoint: expected a file, a Hugging Face folder or hf:NAME.")
+    pretrained = load_pretrained(source)
+    model_config = ModelConfig(**pretrained.model_options)
+    model = build_model(model_config, num_classes=len(pretrained.classes))
+    load_strict(model, pretrained.state_dict, source)
+    mean = pretrained.image_mean or model.backbone.mean
+    std = pretrained.image_std or model.backbone.std
+    return model.to(device).eval(), pretrained, mean, std
+
+
+def saved_data_options(pretrained: Pretrained) -> dict[str, Any]:
+    """Return the data options that a checkpoint carries."""
+    if pretrained.config is not None:
+        return dict(pretrained.config["data"])
+    if pretrained.image_size is not None:
+        return dict(zip(("eval_scale", "max_size"), pretrained.image_size, strict=True))
+    return {}
+
+
+def beside(source: str) -> Path:
+    """Return the folder of a checkpoint.
+
+    Raises:
+        ConfigError: it lies on the hub.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ConfigError(f"--output_dir: expected a folder for the results of {source}.")
+    return path if path.is_dir() else path.parent
