@@ -1,7 +1,7 @@
 """The set-prediction loss of all decoder layers at once."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,20 @@ from util.batch import Target
 from util.box_ops import cxcywh_to_xyxy, generalized_iou
 
 # G prediction layers, N batch, Q predictions, P matched pairs.
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Predictions of a batch with their assigned targets.
+
+    `groups` holds logits [G,N,Q,classes], boxes [G,N,Q,4] and targets of the decoder's layers,
+    and then of a two-stage encoder; `matches` the pairs of each group; `num_boxes` how many
+    targets the batch has.
+    """
+
+    groups: tuple[tuple[Tensor, Tensor, PaddedTargets], ...]
+    matches: tuple[Matches, ...]
+    num_boxes: int
 
 
 class SetCriterion:
@@ -29,11 +43,15 @@ class SetCriterion:
         self.focal_alpha = focal_alpha
 
     def __call__(self, outputs: DetectorOutput, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Return unweighted losses under the official names, and `loss`, their weighted sum.
+        """Return the losses of a batch by itself, normalised by its own number of boxes.
 
-        The last decoder layer has bare names, earlier ones end in `_0`, `_1`, ..., a two-stage
-        encoder in `_enc`. `class_error` is the percentage of matched queries of the last layer
-        whose best class is wrong; it carries no gradient.
+        Raises:
+            FloatingPointError: a prediction is not finite.
+        """
+        return self.losses(self.match(outputs, targets))
+
+    def match(self, outputs: DetectorOutput, targets: Sequence[Target]) -> Matched:
+        """Assign targets to the predictions of every layer, with one transfer to the host.
 
         Raises:
             FloatingPointError: a prediction is not finite.
@@ -45,28 +63,39 @@ class SetCriterion:
             # proposals only tell objects from background: every target is class 0
             binary = replace(padded, labels=torch.zeros_like(padded.labels))
             groups.append((outputs["enc_logits"][None], outputs["enc_boxes"][None], binary))
-        matches = self.matcher(groups)
-        layers = len(logits)
-        suffixes = [[*(f"_{i}" for i in range(layers - 1)), ""], ["_enc"]]
+        return Matched(tuple(groups), tuple(self.matcher(groups)), sum(padded.counts))
+
+    def losses(self, matched: Matched, num_boxes: float | None = None) -> dict[str, Tensor]:
+        """Return unweighted losses under the official names, and `loss`, their weighted sum.
+
+        Every loss is a sum over the batch divided by `num_boxes`, by default the batch's own
+        count and at least 1; a batch that is part of a larger one is given the larger one's.
+        The last decoder layer has bare names, earlier ones end in `_0`, `_1`, ..., a two-stage
+        encoder in `_enc`. `class_error` is the percentage of matched queries of the last layer
+        whose best class is wrong; it carries no gradient.
+        """
+        divisor = max(matched.num_boxes, 1) if num_boxes is None else num_boxes
+        logits, _, padded = matched.groups[0]
+        suffixes = [[*(f"_{i}" for i in range(len(logits) - 1)), ""], ["_enc"]]
         losses: dict[str, Tensor] = {}
-        for group, found, names in zip(groups, matches, suffixes, strict=False):
-            for name, values in self._layer_losses(*group, found).items():
+        for group, found, names in zip(matched.groups, matched.matches, suffixes, strict=False):
+            for name, sums in self._layer_sums(*group, found).items():
+                values = sums / divisor
                 losses |= {name + s: value for s, value in zip(names, values, strict=True)}
         total = torch.stack([self.weights[_base(name)] * v for name, v in losses.items()]).sum()
-        error = class_error(logits[-1], padded, matches[0])
+        error = class_error(logits[-1], padded, matched.matches[0])
         return {"loss": total, **losses, "class_error": error}
 
     def weight(self, name: str) -> float | None:
         """Return the coefficient of a loss of any layer, None for what is only reported."""
         return self.weights.get(_base(name))
 
-    def _layer_losses(
+    def _layer_sums(
         self, logits: Tensor, boxes: Tensor, targets: PaddedTargets, matches: Matches
     ) -> dict[str, Tensor]:
-        """Return the three losses of each layer. Shape: each [G]."""
+        """Return the three losses of each layer, summed over the batch. Shape: each [G]."""
         exact = torch.promote_types(logits.dtype, torch.float32)
         logits, boxes = logits.to(exact), boxes.to(exact)
-        num_boxes = max(sum(targets.counts), 1)
         layer = torch.arange(len(logits), device=logits.device)[:, None]  # [G,1]
         labels = targets.labels[matches.picture, matches.target]  # [G,P]
         wanted = torch.zeros_like(logits)
@@ -76,9 +105,9 @@ class SetCriterion:
         actual = targets.boxes[matches.picture, matches.target].to(exact)
         giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(actual))
         return {
-            "loss_ce": focal.sum((1, 2, 3)) / num_boxes,
-            "loss_bbox": (predicted - actual).abs().sum((1, 2)) / num_boxes,
-            "loss_giou": (1 - giou).sum(1) / num_boxes,
+            "loss_ce": focal.sum((1, 2, 3)),
+            "loss_bbox": (predicted - actual).abs().sum((1, 2)),
+            "loss_giou": (1 - giou).sum(1),
         }
 
 

@@ -140,3 +140,32 @@ def test_half_precision_losses_are_summed_in_float32() -> None:
     assert losses["loss"].dtype == torch.float32
     expected = build_criterion(LossConfig())(outputs, targets)["loss"]
     torch.testing.assert_close(losses["loss"].double(), expected, rtol=2e-2, atol=0)
+
+
+@settings(max_examples=10)
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=5), st.data())
+def test_parts_of_a_batch_that_share_its_count_add_up_to_it(
+    counts: list[int], data: st.DataObject
+) -> None:
+    cut = data.draw(st.integers(1, len(counts) - 1))
+    outputs, targets = random_outputs(len(counts), tokens=5), random_targets(counts, CLASSES)
+    criterion = build_criterion(LossConfig())
+    whole = criterion(outputs, targets)
+    expected = torch.autograd.grad(whole["loss"], leaves_of(outputs))
+    parts = []
+    for part in (slice(None, cut), slice(cut, None)):
+        predictions = DetectorOutput(
+            pred_logits=outputs["pred_logits"][part],
+            pred_boxes=outputs["pred_boxes"][part],
+            layer_logits=outputs["layer_logits"][:, part],
+            layer_boxes=outputs["layer_boxes"][:, part],
+            enc_logits=outputs["enc_logits"][part],
+            enc_boxes=outputs["enc_boxes"][part],
+        )
+        matched = criterion.match(predictions, targets[part])
+        assert matched.num_boxes == sum(counts[part])
+        parts.append(criterion.losses(matched, max(sum(counts), 1)))
+    for name in whole.keys() - {"class_error"}:
+        torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name], msg=name)
+    found = torch.autograd.grad(parts[0]["loss"] + parts[1]["loss"], leaves_of(outputs))
+    torch.testing.assert_close(found, expected)
