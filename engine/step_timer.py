@@ -1,0 +1,86 @@
+"""How long the parts of a training step take, measured where the work is done."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+
+
+class StepTimer:
+    """Times the parts of steps without making the host wait for the device.
+
+    On CUDA, marks are events on the device's stream: a part lasts from when the device reaches
+    one mark to when it reaches the next, so that waiting for the host counts, too. Elsewhere the
+    host's clock is read.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Start the clock."""
+        self._device = device
+        self._finished: deque[list[tuple[str, _Moment]]] = deque()
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the clock anew, as after an evaluation; forget the step under way."""
+        self._marks: list[tuple[str, _Moment]] = [("", self._now())]
+
+    def mark(self, part: str) -> None:
+        """Say that what ran since the last mark was `part`; equal parts of a step add up."""
+        self._marks.append((part, self._now()))
+
+    def finish_step(self) -> None:
+        """End the step at its last mark, where the next one starts."""
+        self._finished.append(self._marks)
+        self._marks = [("", self._marks[-1][1])]
+
+    def collect(self) -> list[dict[str, float]]:
+        """Return the seconds of each part of every step that is done, oldest first, once.
+
+        Steps that the device has not finished yet are left for a later call.
+        """
+        steps = []
+        while self._finished and _is_past(self._finished[0][-1][1]):
+            marks = self._finished.popleft()
+            seconds: dict[str, float] = {}
+            for (_, before), (part, after) in zip(marks, marks[1:], strict=False):
+                seconds[part] = seconds.get(part, 0.0) + _seconds(before, after)
+            steps.append(seconds)
+        return steps
+
+    def _now(self) -> "_Moment":
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+
+_Moment = float | torch.cuda.Event
+
+
+def _is_past(moment: _Moment) -> bool:
+    return isinstance(moment, float) or bool(moment.query())  # type: ignore[no-untyped-call]
+
+
+def _seconds(before: _Moment, after: _Moment) -> float:
+    if isinstance(before, float) or isinstance(after, float):
+        assert isinstance(before, float)
+        assert isinstance(after, float)
+        return after - before
+    return float(before.elapsed_time(after)) / 1000  # milliseconds
+
+
+def shares(steps: Sequence[dict[str, float]]) -> str:
+    """Return "data 2 %, forward 31 %, ...": each part's share of the time of all steps.
+
+    Parts come in the order of their first mark; empty when there is nothing to tell.
+    """
+    totals: dict[str, float] = {}
+    for step in steps:
+        for part, seconds in step.items():
+            totals[part] = totals.get(part, 0.0) + seconds
+    whole = sum(totals.values())
+    if not whole:
+        return ""
+    return ", ".join(f"{part} {100 * seconds / whole:.0f} %" for part, seconds in totals.items())
