@@ -1,0 +1,101 @@
+"""A warning for a run whose loss stays where it started."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+_BLOCKS = 5  # of a window: its first and its last fifth are compared
+
+
+class FlatLossWatchdog:
+    """Watches the loss of every step and says once when a run does not learn.
+
+    A window is flat when its last fifth has not fallen below its first by more than two standard
+    errors of their difference, or 1 %. It is worth a warning only while the loss is within
+    `tolerance` (a fraction) of where the run started and above `low`, the loss under which a flat
+    curve is no reason to worry: a run that has learnt and converged, or that starts from trained
+    weights, is flat, too. A third of the loss weights summed over all layers is a fair `low`.
+    """
+
+    def __init__(
+        self,
+        *,
+        effective_batch: int,
+        lr: float,
+        window: int = 500,
+        tolerance: float = 0.1,
+        low: float = 0.0,
+    ) -> None:
+        """Watch windows of so many steps; `effective_batch` and `lr` are told in the warning."""
+        if window < 2 * _BLOCKS:
+            raise ValueError(f"window: expected at least {2 * _BLOCKS} steps, got {window}")
+        self.effective_batch = effective_batch
+        self.lr = lr
+        self.tolerance = tolerance
+        self.low = low
+        self._size = window // _BLOCKS
+        self._start: float | None = None
+        self._warned = False
+        self._blocks: list[list[float]] = []  # first step, mean, squared standard error
+        self._block: list[float] = [0.0, 0.0, 0.0, 0.0]  # first step, count, mean, deviations
+
+    def add(self, step: int, loss: float) -> str | None:
+        """Take in a step's loss; return a warning when a flat window has just ended.
+
+        Losses that are not finite are passed over. After a warning the next one comes only when
+        the loss has fallen well below its start and risen again.
+        """
+        if not math.isfinite(loss):
+            return None
+        first, count, mean, deviations = self._block
+        first, count = (first if count else float(step)), count + 1
+        delta = loss - mean
+        mean += delta / count
+        deviations += delta * (loss - mean)
+        self._block = [first, count, mean, deviations]
+        if count < self._size:
+            return None
+        self._block = [0.0, 0.0, 0.0, 0.0]
+        self._blocks = [
+            *self._blocks[1 - _BLOCKS :],
+            [first, mean, deviations / (count - 1) / count],
+        ]
+        self._start = mean if self._start is None else self._start
+        return self._judge(step)
+
+    def _judge(self, step: int) -> str | None:
+        """Compare the first and the last block of a whole window."""
+        assert self._start is not None
+        (first, before, error_before), (_, now, error_now) = self._blocks[0], self._blocks[-1]
+        level = now / self._start if self._start else 0.0
+        if level < 1 - 2 * self.tolerance:  # farther than noise leads
+            self._warned = False
+        needed = max(2 * math.sqrt(error_before + error_now), 0.01 * before)
+        flat = len(self._blocks) == _BLOCKS and before - now <= needed
+        near_start = level >= 1 - self.tolerance
+        if self._warned or not (flat and near_start) or now <= self.low:
+            return None
+        self._warned = True
+        return (
+            f"warning: the loss has not fallen from step {int(first)} to {step}: it was "
+            f"{before:.4g} and is {now:.4g}, with an effective batch of {self.effective_batch} and "
+            f"--lr {self.lr:g}. Look at the boxes in pictures/: do they fit their objects? Then "
+            "try --effective_batch_size 32, a lower --lr, or --warmup_steps 1000; "
+            "`python main.py doctor` checks the attention kernel."
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return what has been seen, as plain values."""
+        return {
+            "start": self._start,
+            "warned": self._warned,
+            "blocks": [list(block) for block in self._blocks],
+            "block": list(self._block),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        self._start = state["start"]
+        self._warned = state["warned"]
+        self._blocks = [list(block) for block in state["blocks"]]
+        self._block = list(state["block"])
