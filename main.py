@@ -12,12 +12,13 @@ from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate_checkpoint
 from engine.commands.predict import predict_pictures
 from engine.commands.train import train
+from engine.launch import EXIT_USER_ERROR, report_failure
 from engine.trainer import EXIT_INTERRUPTED
 from ops import BackendError
 from util.config import OptionParser, Values, add_options, parse_flags
+from util.distributed import take_slurm_variables
 from util.errors import ConfigError, UserError
 
-EXIT_USER_ERROR = 2
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Values], int], dict[str, type[Any]]]] = {
@@ -55,22 +56,28 @@ def main(argv: Sequence[str]) -> int:
     """Run a command; a user's error is one line and exit code 2."""
     logging.getLogger("timm").setLevel(logging.ERROR)  # it lists heads it leaves out on purpose
     try:
+        take_slurm_variables()
         command, args, given = parse_command_line(argv)
         return COMMANDS[command][0](args, given)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (UserError, BackendError) as error:
-        if "--debug" in argv:
+    except Exception as error:
+        line = in_one_line(error)
+        code = report_failure(error, line)
+        if code is None or "--debug" in argv:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except OSError as error:
-        if error.errno not in DISK_ERRORS or "--debug" in argv:
-            raise
+        return code
+
+
+def in_one_line(error: Exception) -> str | None:
+    """Return what a user can mend in one line; None for a mistake of ours."""
+    if isinstance(error, (UserError, BackendError)):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         what = f"{error.filename or 'output'}: cannot be used: {error.strerror}"
-        print(f"error: {what}. Free space or choose another --output_dir.", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return f"{what}. Free space or choose another --output_dir."
+    return None
 
 
 if __name__ == "__main__":

@@ -136,7 +136,11 @@ class OptimConfig(_Checked):
     frozen_stages: int = option(
         2, "backbone stages kept fixed: 0 none, 1 stem, 2 stem and first stage", low=0, high=2
     )
-    batch_size: int = option(2, "pictures per step", low=1)
+    batch_size: int = option(2, "pictures that a process takes at once, at most", low=1)
+    effective_batch_size: int = option(
+        0, "pictures of one update, over all processes and micro-batches; 0: batch_size each",
+        low=0,
+    )  # fmt: skip
     eval_batch_size: int = option(0, "pictures per evaluation step; 0 means batch_size", low=0)
     weight_decay: float = option(1e-4, "AdamW weight decay", low=0)
     epochs: int = option(50, "epochs to train", low=1)
@@ -147,6 +151,20 @@ class OptimConfig(_Checked):
     )
     warmup_steps: int = option(0, "steps of linear warm-up", low=0)
     clip_max_norm: float = option(0.1, "largest gradient norm; 0 does not clip", low=0)
+    precision: str = option(
+        "fp32", "of the model's arithmetic; losses and boxes stay in float32",
+        choices=("fp32", "tf32", "bf16", "fp16"),
+    )  # fmt: skip
+    ema_decay: float = option(
+        0.0, "decay a step of averaged weights, which are evaluated too; 0: none", low=0, high=1
+    )
+    activation_checkpointing: tuple[str, ...] = option(
+        (), "parts computed twice to save memory", choices=("backbone", "encoder", "decoder")
+    )
+    compile: bool = option(False, "compile the model (torch.compile)")
+    pad_multiple: int = option(
+        1, "pad batches to a multiple of so many pixels: few shapes to compile", low=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +174,23 @@ class RunConfig(_Checked):
     output_dir: str = option("", "folder for checkpoints, logs and results")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     seed: int = option(42, "seed of weights, order and augmentation", low=0)
-    resume: str = option("", "checkpoint of an interrupted run to continue")
+    deterministic: bool = option(False, "the same bits on every run, also on a GPU; slower")
+    gpus: int = option(1, "processes on this machine, one a GPU (or on the CPU)", low=1)
+    max_restarts: int = option(0, "with --gpus: start again so often after a failure", low=0)
+    resume: str = option(
+        "", "checkpoint of an interrupted run to continue; auto: the newest in --output_dir, if any"
+    )
     finetune: str = option("", "weights to start from: our or official file, HF folder, hf:NAME")
     backbone_weights: str = option(
         "imagenet", "imagenet (downloaded), none, or a file of backbone weights"
     )
     eval_every: int = option(1, "epochs between evaluations", low=1)
+    save_every: int = option(0, "steps between checkpoints besides each epoch's; 0: none", low=0)
+    keep_checkpoints: int = option(2, "checkpoints to keep: last.pth and those before it", low=1)
+    max_nonfinite: int = option(
+        10, "skipped steps in a row, of loss or gradients not finite, that end the run", low=1
+    )
+    probe: bool = option(True, "try the largest possible step first and print its memory")
     max_steps: int = option(0, "stop after so many steps; 0 runs all epochs", low=0)
     tensorboard: bool = option(True, "write TensorBoard files")
     num_pictures: int = option(8, "validation pictures drawn after each evaluation", low=0)
@@ -186,6 +215,11 @@ class EvalConfig(_Checked):
     output_dir: str = option("", "folder for eval/; default: that of the checkpoint")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     batch_size: int = option(0, "pictures per step; 0 means that of the run, else 1", low=0)
+    gpus: int = option(1, "processes on this machine, one a GPU (or on the CPU)", low=1)
+    precision: str = option(
+        "fp32", "of the model's arithmetic", choices=("fp32", "tf32", "bf16", "fp16")
+    )
+    ema: bool = option(True, "use a checkpoint's averaged weights, where it has them")
 
 
 @dataclass(frozen=True, kw_only=True)

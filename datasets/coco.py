@@ -236,6 +236,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         """Return the size after the transform, None where it is random."""
         return self._transform.output_size(height, width)
 
+    def largest_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """Return the most that a picture of this size may get to be, None where it is unknown."""
+        return self._transform.largest_size(height, width) if height and width else None
+
     def _sample(self, image: Image.Image, position: int) -> Sample:
         part = slice(self.index.first[position], self.index.first[position + 1])
         boxes = torch.from_numpy(self.index.boxes[part].copy())

@@ -1,7 +1,9 @@
 """Batches from data sets: collation, the order of pictures, and the two kinds of loader."""
 
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 
 import torch
@@ -11,15 +13,16 @@ from torch.utils.data import DataLoader, Sampler
 from datasets.coco import CocoDetection, Turn, seeded_generator
 from datasets.pictures import PictureDataset
 from util.batch import Batch, Target, UnreadableImage, pad_images
+from util.errors import ConfigError
 
 Item = tuple[Tensor, Target] | UnreadableImage
 
 
-def collate(items: Sequence[Item]) -> Batch:
-    """Pad the pictures to one size and set those that could not be read apart."""
+def collate(items: Sequence[Item], *, pad_multiple: int = 1) -> Batch:
+    """Pad pictures to one size, of that multiple, and set those that could not be read apart."""
     read = [item for item in items if not isinstance(item, UnreadableImage)]
     return Batch(
-        images=pad_images([image for image, _ in read]) if read else None,
+        images=pad_images([i for i, _ in read], multiple=pad_multiple) if read else None,
         targets=[target for _, target in read],
         unreadable=[item for item in items if isinstance(item, UnreadableImage)],
     )
@@ -34,90 +37,125 @@ def leave_interrupts_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
-class ShuffledBatchSampler(Sampler[list[int]]):
-    """Batches in an order that depends on (seed, epoch) alone, shared out among processes.
+@dataclass(frozen=True)
+class Share:
+    """Which part of every effective batch a process takes, and in how many micro-batches.
 
-    Every process gets equally many full batches; what is left over waits for another epoch's
-    order. Data too small for one batch each is given out whole, repeating a picture where the
-    processes do not share it evenly.
+    An effective batch holds `batch_size * accumulation * world_size` pictures.
     """
 
-    def __init__(
-        self, num_samples: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> None:
+    batch_size: int
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def effective(self) -> int:
+        """Return the pictures of a step on all processes."""
+        return self.batch_size * self.accumulation * self.world_size
+
+
+def share_out(effective: int, *, most: int, rank: int = 0, world_size: int = 1) -> Share:
+    """Divide an effective batch among processes, and each part into micro-batches.
+
+    `most` bounds a micro-batch; an effective batch of 0 asks for one such in each process.
+
+    Raises:
+        ConfigError: the processes cannot share it evenly.
+    """
+    if effective == 0:
+        return Share(most, 1, rank, world_size)
+    own, odd = divmod(effective, world_size)
+    if odd:
+        raise ConfigError(
+            f"--effective_batch_size {effective}: expected a multiple of the {world_size} "
+            f"processes. Take {max(own, 1) * world_size}, or other processes."
+        )
+    size = next(size for size in range(min(most, own), 0, -1) if own % size == 0)
+    return Share(size, own // size, rank, world_size)
+
+
+class ShuffledBatchSampler(Sampler[list[int]]):
+    """Micro-batches whose order depends on (seed, epoch) alone.
+
+    The pictures of each effective batch depend on its size, not on how it is shared out. What is
+    left over waits for another epoch's order. Data too small for one effective batch is one step,
+    repeating a picture where the processes do not share it evenly.
+    """
+
+    def __init__(self, num_samples: int, share: Share, *, seed: int) -> None:
         self._num_samples = num_samples
-        self._batch_size = batch_size
+        self._share = share
         self._seed = seed
-        self._rank = rank
-        self._world_size = world_size
         self._epoch = 0
-        self._first_batch = 0
+        self._first_step = 0
 
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the order of `epoch` for the next iteration, and how many batches to pass over."""
-        self._epoch, self._first_batch = epoch, first_batch
-
-    def __len__(self) -> int:
+    @property
+    def steps(self) -> int:
+        """Return the effective batches of an epoch."""
         return max(1, self._num_full())
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return islice(self._batches(), self._first_batch, None)
+    @property
+    def accumulation(self) -> int:
+        """Return the micro-batches of a step."""
+        if self._num_full():
+            return self._share.accumulation
+        own = -(-self._num_samples // self._share.world_size)
+        return -(-own // self._share.batch_size)
 
-    def _batches(self) -> Iterator[list[int]]:
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the order of `epoch` for the next iteration, and how many steps to pass over."""
+        self._epoch, self._first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        return self.steps * self.accumulation
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for pictures in islice(self._effective_batches(), self._first_step, None):
+            own = pictures[self._share.rank :: self._share.world_size]
+            for start in range(0, len(own), self._share.batch_size):
+                yield own[start : start + self._share.batch_size]
+
+    def _effective_batches(self) -> Iterator[list[int]]:
         generator = seeded_generator(self._seed, self._epoch)
         order = torch.randperm(self._num_samples, generator=generator).tolist()
-        batches: Iterable[list[int]] = self._full_batches(order)
-        if self._num_full() == 0:
-            share = -(-len(order) // self._world_size)
-            batches = [list(islice(cycle(order), share * self._world_size))]
-        for batch in batches:
-            yield batch[self._rank :: self._world_size]
-
-    def _step_size(self) -> int:
-        return self._batch_size * self._world_size
+        if self._num_full():
+            return self._full_batches(order)
+        world_size = self._share.world_size
+        return iter([list(islice(cycle(order), -(-len(order) // world_size) * world_size))])
 
     def _num_full(self) -> int:
-        """Count the steps that all processes can fill together."""
-        return self._num_samples // self._step_size()
+        """Count the whole effective batches of an epoch."""
+        return self._num_samples // self._share.effective
 
     def _full_batches(self, order: list[int]) -> Iterator[list[int]]:
-        step = self._step_size()
-        for start in range(0, len(order) - step + 1, step):
-            yield order[start : start + step]
+        size = self._share.effective
+        for start in range(0, len(order) - size + 1, size):
+            yield order[start : start + size]
 
 
 class AspectRatioBatchSampler(ShuffledBatchSampler):
     """Shuffled batches that hold portrait or landscape pictures only, which saves padding."""
 
-    def __init__(
-        self,
-        sizes: Sequence[tuple[int, int]],
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
+    def __init__(self, sizes: Sequence[tuple[int, int]], share: Share, *, seed: int) -> None:
         """Take the (height, width) of each picture."""
-        super().__init__(
-            len(sizes), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size
-        )
+        super().__init__(len(sizes), share, seed=seed)
         self._portrait = [height > width for height, width in sizes]
         portrait = sum(self._portrait)
-        if min(portrait, len(sizes) - portrait) < self._step_size():
+        if min(portrait, len(sizes) - portrait) < share.effective:
             # too few of one kind for a batch of their own: they would never be seen
             self._portrait = [False] * len(sizes)
 
     def _num_full(self) -> int:
-        portrait, step = sum(self._portrait), self._step_size()
-        return portrait // step + (self._num_samples - portrait) // step
+        portrait, size = sum(self._portrait), self._share.effective
+        return portrait // size + (self._num_samples - portrait) // size
 
     def _full_batches(self, order: list[int]) -> Iterator[list[int]]:
         waiting: dict[bool, list[int]] = {True: [], False: []}
         for position in order:
             group = waiting[self._portrait[position]]
             group.append(position)
-            if len(group) == self._step_size():
+            if len(group) == self._share.effective:
                 yield group.copy()
                 group.clear()
 
@@ -156,26 +194,30 @@ class SameSizeBatchSampler(Sampler[list[int]]):
 
 
 class NumberedBatches(Sampler[list[Turn]]):
-    """The batches of a sampler, each picture with the number of its batch in the epoch."""
+    """The batches of a sampler, each picture with the number of its step in the epoch."""
 
     def __init__(self, order: ShuffledBatchSampler) -> None:
-        self._order, self._first_batch = order, 0
+        self._order, self._first_step = order, 0
 
-    def set_epoch(self, epoch: int, first_batch: int) -> None:
+    def set_epoch(self, epoch: int, first_step: int) -> None:
         """See `ShuffledBatchSampler.set_epoch`."""
-        self._order.set_epoch(epoch, first_batch)
-        self._first_batch = first_batch
+        self._order.set_epoch(epoch, first_step)
+        self._first_step = first_step
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __iter__(self) -> Iterator[list[Turn]]:
-        for number, batch in enumerate(self._order, start=self._first_batch):
-            yield [Turn(position, number) for position in batch]
+        for number, batch in enumerate(self._order):
+            step = self._first_step + number // self._order.accumulation
+            yield [Turn(position, step) for position in batch]
 
 
 class TrainLoader(DataLoader[Item]):
-    """A loader whose `set_epoch` sets the order and the augmentation together."""
+    """A loader whose `set_epoch` sets the order and the augmentation together.
+
+    It gives micro-batches, `accumulation` of them for each of `steps` steps an epoch.
+    """
 
     def __init__(
         self,
@@ -185,13 +227,15 @@ class TrainLoader(DataLoader[Item]):
         num_workers: int,
         pin_memory: bool,
         seed: int,
+        pad_multiple: int,
     ) -> None:
         self._augmentation, self._order = dataset, NumberedBatches(batch_sampler)
+        self.steps, self.accumulation = batch_sampler.steps, batch_sampler.accumulation
         super().__init__(
             dataset,
             batch_sampler=self._order,
             num_workers=num_workers,
-            collate_fn=collate,
+            collate_fn=partial(collate, pad_multiple=pad_multiple),
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             worker_init_fn=leave_interrupts_to_the_main_process,
@@ -199,34 +243,39 @@ class TrainLoader(DataLoader[Item]):
             generator=seeded_generator(seed),
         )
 
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Choose order and augmentation of `epoch`; call it before each pass over the data.
 
-        A resumed epoch passes over its first batches without reading them.
+        A resumed epoch passes over its first steps without reading their pictures.
         """
         self._augmentation.set_epoch(epoch)
-        self._order.set_epoch(epoch, first_batch)
+        self._order.set_epoch(epoch, first_step)
 
 
 def train_loader(
     dataset: CocoDetection,
+    share: Share,
     *,
-    batch_size: int,
     num_workers: int,
     seed: int,
     aspect_ratio_grouping: bool = False,
     pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
+    pad_multiple: int = 1,
 ) -> TrainLoader:
-    """Return shuffled training batches (`Batch`); `batch_size` counts one process's pictures."""
-    common = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size}
+    """Return shuffled training batches (`Batch`), the part of one process."""
     sampler = (
-        AspectRatioBatchSampler(dataset.image_sizes(), **common)
+        AspectRatioBatchSampler(dataset.image_sizes(), share, seed=seed)
         if aspect_ratio_grouping
-        else ShuffledBatchSampler(len(dataset), **common)
+        else ShuffledBatchSampler(len(dataset), share, seed=seed)
     )
-    return TrainLoader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory, seed=seed)
+    return TrainLoader(
+        dataset,
+        sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        seed=seed,
+        pad_multiple=pad_multiple,
+    )
 
 
 def eval_loader(

@@ -41,6 +41,9 @@ class Transform(Protocol):
     def output_size(self, height: int, width: int) -> tuple[int, int] | None:
         """Return the prepared (height, width) of a picture, None where it is random."""
 
+    def largest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the most that a picture of this size may get to be."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform:
@@ -78,6 +81,10 @@ class TrainTransform:
         """Return None: the size is drawn anew each time."""
         return None
 
+    def largest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the most (height, width) that an uncropped picture of this size may get."""
+        return resized_size(height, width, max(self.train_scales), self.max_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalTransform:
@@ -96,6 +103,10 @@ class EvalTransform:
 
     def output_size(self, height: int, width: int) -> tuple[int, int] | None:
         """Return the (height, width) that a picture of this size will have."""
+        return resized_size(height, width, self.eval_scale, self.max_size)
+
+    def largest_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the same."""
         return resized_size(height, width, self.eval_scale, self.max_size)
 
 

@@ -1,5 +1,7 @@
 """Checkpoints of a run: written whole or not at all, plain tensors and JSON values inside."""
 
+import contextlib
+import os
 import random
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from util.errors import CheckpointError
-from util.safe_load import load_safely, save_whole
+from util.run_log import console
+from util.safe_load import check_content, load_safely, save_whole, written_whole
 
 KEYS = (
     "model",
@@ -74,6 +77,74 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         f"{path}: expected a checkpoint of a run, got a file without {', '.join(missing)}. "
         "Use weights alone with --finetune."
     )
+
+
+class CheckpointFolder:
+    """The checkpoints of a run: `last.pth` and, as `step_N.pth`, those before it."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        """Keep so many files in all."""
+        self.last = folder / "last.pth"
+        self._folder, self._keep = folder, keep
+
+    def remove_remains(self) -> None:
+        """Delete what a killed process left half written."""
+        for path in self._folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def save(self, content: Mapping[str, Any]) -> None:
+        """Write a new `last.pth`; the present one stays beside it under its step's name.
+
+        Raises:
+            CheckpointError: it cannot be written; nothing has changed then.
+        """
+        _check_plain(dict(content), "checkpoint")
+        with written_whole(self.last, dict(content)) as replace_last:
+            if self._keep > 1 and self.last.exists():
+                self._set_aside(content["progress"]["step"])
+            replace_last()
+        for path in self._earlier()[self._keep - 1 :]:
+            path.unlink(missing_ok=True)
+
+    def _set_aside(self, next_step: int) -> None:
+        try:
+            step = load_checkpoint(self.last)["progress"]["step"]
+        except CheckpointError:
+            return  # not worth keeping
+        if step == next_step:
+            return  # an epoch's end is saved before and after its evaluation
+        aside = self._folder / f"step_{step:08d}.pth"
+        with contextlib.suppress(FileNotFoundError):
+            aside.unlink()
+        try:
+            os.link(self.last, aside)
+        except OSError:  # no hard links here: for a moment there is no last.pth
+            os.replace(self.last, aside)
+
+    def _earlier(self) -> list[Path]:
+        return sorted(self._folder.glob("step_*.pth"), reverse=True)
+
+    def newest_sound(self) -> Path | None:
+        """Return the newest checkpoint whose content is whole, naming the damaged ones.
+
+        Raises:
+            CheckpointError: there are some, but none is sound.
+        """
+        candidates = [p for p in (self.last, *self._earlier()) if p.exists()]
+        for path in candidates:
+            try:
+                load_checkpoint(path)
+                check_content(path)
+            except CheckpointError as error:
+                console(f"warning: {error}")
+                continue
+            return path
+        if candidates:
+            raise CheckpointError(
+                f"{self._folder}: expected a sound checkpoint, found {len(candidates)} damaged. "
+                "Choose another --output_dir to start anew."
+            )
+        return None
 
 
 def check_same(

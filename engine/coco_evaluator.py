@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
@@ -106,6 +107,17 @@ def _class_lines(per_class: Sequence[ClassResult]) -> list[str]:
     return [f"{a}    {b}".rstrip() for a, b in zip(left, right, strict=True)]
 
 
+@dataclass(frozen=True)
+class Found:
+    """Detections in columns: `images` are those fed, the others have one entry a detection."""
+
+    images: NDArray[np.int64]
+    image: NDArray[np.int64]
+    category: NDArray[np.int64]
+    box: NDArray[np.float64]  # [K,4] xywh
+    score: NDArray[np.float64]
+
+
 class CocoEvaluator:
     """Collect detections, then compare them with all images of a data set.
 
@@ -152,6 +164,26 @@ class CocoEvaluator:
             for label, box, score in zip(labels, boxes_xywh.tolist(), scores.tolist(), strict=True)
             if label in self._category_of
         ]
+
+    def found(self) -> "Found":
+        """Return what was fed so far in few arrays, to send to another process."""
+        rows = self.detections
+        return Found(
+            images=np.array(sorted(self._by_image), dtype=np.int64),
+            image=np.array([r["image_id"] for r in rows], dtype=np.int64),
+            category=np.array([r["category_id"] for r in rows], dtype=np.int64),
+            box=np.array([r["bbox"] for r in rows], dtype=np.float64).reshape(-1, 4),
+            score=np.array([r["score"] for r in rows], dtype=np.float64),
+        )
+
+    def take(self, found: "Found") -> None:
+        """Take what another evaluator of the data set has found, as `update` does."""
+        self._by_image.update({image: [] for image in found.images.tolist()})
+        columns = (found.image, found.category, found.box, found.score)
+        for image, category, box, score in zip(*(c.tolist() for c in columns), strict=True):
+            self._by_image[image].append(
+                {"image_id": image, "category_id": category, "bbox": box, "score": score}
+            )
 
     @property
     def detections(self) -> list[dict[str, Any]]:

@@ -1,6 +1,8 @@
 """Inference over a data set, and its COCO evaluation."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -8,8 +10,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.coco_evaluator import CocoEvaluator, EvalResult
-from engine.train import Averages, Criterion, UnreadableImages, official_log_values
+from engine.step_log import Averages, official_log_values
+from engine.train import Criterion, UnreadableImages
 from util.batch import Batch, PaddedBatch, Target, pad_images
+from util.distributed import World
 
 PostProcessor = Callable[[Any, Tensor], list[dict[str, Tensor]]]
 
@@ -23,6 +27,7 @@ def detect(
     device: torch.device,
     description: str,
     on_outputs: Callable[[Any, Sequence[Target]], None] | None = None,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[tuple[Batch, list[dict[str, Tensor]]]]:
     """Yield every batch with its detections (pixels of the original pictures, on the host).
 
@@ -32,14 +37,18 @@ def detect(
     """
     model.eval()
     unreadable = UnreadableImages()
-    for batch in tqdm(batches, desc=description, unit="batch", dynamic_ncols=True, leave=False):
+    rank = int(os.environ.get("RANK", "0"))
+    for batch in tqdm(
+        batches, desc=description, unit="batch", dynamic_ncols=True, leave=False, disable=rank > 0
+    ):
         unreadable.report(batch)
         if batch.images is None:
             yield batch, []
             continue
         found: list[dict[str, Tensor]] = []
         for images, targets in unpadded_parts(batch.images, batch.targets):
-            outputs = model(images.to(device))
+            with autocast():
+                outputs = model(images.to(device))
             if on_outputs is not None:
                 on_outputs(outputs, targets)
             sizes = torch.stack([t["orig_size"] for t in targets])
@@ -58,6 +67,10 @@ def unpadded_parts(
         yield pad_images([images.images[i, :, :height, :width]]), targets[i : i + 1]
 
 
+class Interrupted(Exception):
+    """An evaluation was asked to end early."""
+
+
 def evaluate(
     model: nn.Module,
     postprocess: PostProcessor,
@@ -66,14 +79,24 @@ def evaluate(
     *,
     device: torch.device,
     criterion: Criterion | None = None,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    world: World | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[EvalResult, dict[str, float]]:
-    """Evaluate on a data set; return COCO's numbers and the mean losses."""
-    averages = Averages()
+    """Evaluate on a data set; return COCO's numbers and the mean losses.
+
+    Each process of `world` gives its own `batches`; all get the result, while the detections of
+    all come together in the main process's evaluator alone.
+
+    Raises:
+        Interrupted: `stopping()` held between two batches.
+    """
+    world, averages = world or World(), Averages()
 
     def add_losses(outputs: Any, targets: Sequence[Target]) -> None:
         assert criterion is not None
-        losses = criterion(outputs, targets)
-        averages.add(list(losses), torch.stack([v.detach().float() for v in losses.values()]))
+        found = criterion(outputs, targets)
+        averages.add(list(found), torch.stack([v.float() for v in found.values()]).tolist())
 
     results = detect(
         model,
@@ -82,8 +105,19 @@ def evaluate(
         device=device,
         description="evaluate",
         on_outputs=add_losses if criterion is not None else None,
+        autocast=autocast,
     )
     for batch, detections in results:
         evaluator.update([int(t["image_id"]) for t in batch.targets], detections)
-    means = averages.means()
-    return evaluator.evaluate(), official_log_values(means, criterion) if criterion else means
+        if stopping():
+            raise Interrupted
+    parts = world.gather((evaluator.found(), averages))
+    for found, means in parts[1:]:
+        evaluator.take(found)
+        averages.merge([means])
+    result, averages = world.broadcast(
+        (evaluator.evaluate(), averages) if world.main else (None, averages)
+    )
+    assert result is not None
+    losses = averages.means()
+    return result, official_log_values(losses, criterion) if criterion else losses

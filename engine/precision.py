@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from util.errors import ConfigError
 
-PrecisionName = Literal["fp32", "tf32", "bf16", "fp16"]
 _AUTOCAST: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -21,7 +20,7 @@ class Precision:
     dropped and 0 where it was made: float32 [], on the device. `scaler` works for fp16 alone.
     """
 
-    def __init__(self, name: PrecisionName, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
         """Refuse what the device cannot do; on CUDA, say how float32 products are made.
 
         Raises:
@@ -87,7 +86,7 @@ class Precision:
             self.scaler.load_state_dict(dict(state))
 
 
-def _check_available(name: PrecisionName, device: torch.device) -> None:
+def _check_available(name: str, device: torch.device) -> None:
     kind = device.type
     if name == "tf32" and (kind != "cuda" or torch.version.hip):
         raise ConfigError(

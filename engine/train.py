@@ -1,62 +1,41 @@
-"""Training steps."""
+"""Training steps: one update each, on an effective batch shared out among processes."""
 
-import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from util.batch import Batch, Target
+from engine.ema import Ema
+from engine.memory import memory_advice, out_of_memory
+from engine.nonfinite import first_nonfinite
+from engine.precision import Precision
+from engine.step_log import StepLog, StepRecord
+from util.batch import Batch, PaddedBatch, Target, pad_images
+from util.distributed import World
 from util.errors import UserError
-from util.run_log import RunLog, console
+from util.run_log import console
+
+_BLANK_SIDE = 64  # pixels of the picture that stands in where a process has none
 
 
 class Criterion(Protocol):
     """Outputs and targets to unweighted losses and `loss`, their weighted sum."""
 
     def __call__(self, outputs: Any, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Return the losses by name."""
+        """Return the losses by name, divided by the batch's own number of boxes."""
+
+    def match(self, outputs: Any, targets: Sequence[Target]) -> Any:
+        """Assign targets to predictions; FloatingPointError if these are not finite."""
+
+    def losses(self, matched: Any, num_boxes: float | None = None) -> dict[str, Tensor]:
+        """Return the losses by name, divided by `num_boxes`."""
 
     def weight(self, name: str) -> float | None:
         """Return a loss's coefficient, None for what is only reported."""
-
-
-@dataclass
-class Averages:
-    """Running means of values that stay on the device until they are read."""
-
-    names: list[str] = field(default_factory=list)
-    total: Tensor | None = None
-    count: int = 0
-
-    def add(self, names: list[str], values: Tensor) -> None:
-        """Add one step's values. Shape: [len(names)]."""
-        self.names = names
-        if self.total is None:  # summed in double precision, where the device has it
-            exact = torch.float32 if values.device.type == "mps" else torch.float64
-            self.total = torch.zeros_like(values, dtype=exact)
-        self.total = self.total + values
-        self.count += 1
-
-    def means(self) -> dict[str, float]:
-        """Return the mean of each value; empty when nothing was added."""
-        if self.total is None:
-            return {}
-        return dict(zip(self.names, (self.total / self.count).tolist(), strict=True))
-
-
-def official_log_values(values: Mapping[str, float], criterion: Criterion) -> dict[str, float]:
-    """Name losses as official logs do: weighted under the bare name, raw under `_unscaled`."""
-    named: dict[str, float] = {}
-    for name, value in values.items():
-        weight = criterion.weight(name)
-        named[name] = value if weight is None else value * weight
-        if weight is not None:
-            named[f"{name}_unscaled"] = value
-    return named
 
 
 class UnreadableImages:
@@ -72,91 +51,232 @@ class UnreadableImages:
                 self.paths.add(image.path)
                 console(
                     f"warning: image {image.image_id} '{image.path}' cannot be read "
-                    f"({image.reason}); going on without it."
+                    f"({image.reason}); going on without it.",
+                    every_rank=True,
                 )
+
+
+def grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Yield lists of `size` batches."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+class Uploads:
+    """Copies batches to a GPU beside what it computes; elsewhere they stay as they are."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def start(self, images: PaddedBatch) -> PaddedBatch:
+        """Begin to copy; the result may be used after `wait`."""
+        if self._stream is None:
+            return images.to(self._device)
+        with torch.cuda.stream(self._stream):
+            return images.to(self._device)
+
+    def wait(self, images: PaddedBatch) -> PaddedBatch:
+        """Let the computation wait for the copies so far."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for tensor in (images.images, images.mask):
+                tensor.record_stream(current)
+        return images
 
 
 @dataclass
 class StepRunner:
-    """One optimisation step after another, with their values logged in blocks.
+    """Runs steps. `model` is what is saved, `trained` the same one or its distributed wrapper.
 
-    Values leave the device once every `flush_every` steps, so that logging never waits for it.
+    The losses of each micro-batch are divided by the boxes of the whole effective batch, so that
+    gradients do not depend on how it is shared out. A step whose gradient is not finite changes
+    no weights.
     """
 
     model: nn.Module
+    trained: nn.Module
     criterion: Criterion
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
     device: torch.device
-    log: RunLog
+    steps: StepLog
+    precision: Precision
     clip_max_norm: float
+    accumulation: int = 1
+    world: World = field(default_factory=World)
+    ema: Ema | None = None
     flush_every: int = 10
     step: int = 0
     unreadable: UnreadableImages = field(default_factory=UnreadableImages)
-    _pending: list[tuple[int, list[str], Tensor, dict[str, float]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._uploads = Uploads(self.device)
 
     def run(
         self,
         batches: Iterable[Batch],
+        *,
+        epoch: int,
+        stopping: Callable[[], bool],
         on_step: Callable[[Mapping[str, float] | None], bool],
-    ) -> dict[str, float]:
-        """Train on every batch; stop early when `on_step` returns True.
+    ) -> None:
+        """Train on all micro-batches of an epoch.
 
-        `on_step` gets the latest values each time a block of steps has been logged, else None.
-        Returns the means over the batches.
+        Ends before the next step when `stopping()` holds in any process, and after a step for
+        which `on_step` returns True; `on_step` gets the latest values whenever some were logged.
         """
         self.model.train()
-        averages = Averages()
-        waiting = time.perf_counter()
-        for batch in batches:
-            data_time = time.perf_counter() - waiting
-            self.unreadable.report(batch)
-            if batch.images is not None:
-                names, values = self._step(batch)
-                averages.add(names, values)
-                rates = {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
-                seconds = {"data_time": data_time, "time": time.perf_counter() - waiting}
-                self._pending.append((self.step, names, values, {**rates, **seconds}))
-                self.scheduler.step()
-            self.step += 1
-            latest = self.flush() if self.step % self.flush_every == 0 else None
-            waiting = time.perf_counter()
-            if on_step(latest):
+        timer = self.steps.timer
+        timer.restart()
+        for group in grouped(batches, self.accumulation):
+            for batch in group:
+                self.unreadable.report(batch)
+            boxes, pictures, stop = self.world.sum(
+                [
+                    sum(len(t["labels"]) for batch in group for t in batch.targets),
+                    sum(len(batch.targets) for batch in group),
+                    float(stopping()),
+                ]
+            )
+            if stop:
                 break
-        self.flush()
-        return official_log_values(averages.means(), self.criterion)
+            timer.mark("data")
+            if pictures:
+                self._guarded_step(group, max(boxes, 1.0) / self.world.size, epoch)
+            self.step += 1
+            flushing = self.step % self.flush_every == 0
+            if on_step(self.steps.flush(keep=1) if flushing else None):
+                break
+        self.steps.flush()
 
-    def _step(self, batch: Batch) -> tuple[list[str], Tensor]:
-        """Forward, backward, update; return names and values, still on the device."""
-        assert batch.images is not None
+    def _guarded_step(self, group: Sequence[Batch], num_boxes: float, epoch: int) -> None:
         try:
-            losses = self.criterion(self.model(batch.images.to(self.device)), batch.targets)
-        except FloatingPointError as error:
-            images = ", ".join(str(int(t["image_id"])) for t in batch.targets)
-            raise diverged(f"step {self.step} (images {images})", str(error)) from error
+            self._step(group, num_boxes, epoch)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise self._memory_error(error, group) from error
+
+    def _memory_error(self, error: BaseException, group: Sequence[Batch]) -> UserError:
+        shapes = [tuple(b.images.images.shape) for b in group if b.images is not None]
+        return memory_advice(
+            error,
+            images_shape=max(shapes, key=lambda s: s[2] * s[3]),
+            boxes=max(len(t["labels"]) for batch in group for t in batch.targets),
+            micro_batch=max(shape[0] for shape in shapes),
+            accumulation=self.accumulation,
+        )
+
+    def _step(self, group: Sequence[Batch], num_boxes: float, epoch: int) -> None:
+        """Forward and backward of every micro-batch, then the update."""
         self.optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()  # type: ignore[no-untyped-call]
+        # without a picture a process still answers the others' exchange of gradients
+        used = [b for b in group if b.images is not None or self.world.size > 1]
+        following = self._uploads.start(inputs_of(used[0])[0])
+        total, module = None, ""
+        for i, batch in enumerate(used):
+            images = self._uploads.wait(following)
+            if i + 1 < len(used):
+                following = self._uploads.start(inputs_of(used[i + 1])[0])
+            shares = num_boxes if batch.targets else float("inf")  # a blank picture counts nothing
+            with self._exchange(last=i + 1 == len(used)):
+                losses, where = self.backward(images, inputs_of(batch)[1], shares)
+            module = module or where
+            values = torch.stack([v.detach().float() for v in losses.values()])
+            total = values if total is None else total + values
+        assert total is not None
+        if "class_error" in losses:  # a mean, not a sum
+            total[list(losses).index("class_error")] /= len(used)
+        norm = self._update()
+        self.steps.timer.mark("optimiser")
+        self.steps.timer.finish_step()
+        self.steps.add(
+            StepRecord(
+                step=self.step,
+                epoch=epoch,
+                names=[*losses, "grad_norm"],
+                values=torch.cat([total, norm.float()[None]]).to("cpu", non_blocking=True),
+                image_ids=[int(t["image_id"]) for batch in used for t in batch.targets],
+                rates={f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups},
+                module=module,
+            )
+        )
+        self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def _exchange(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Let gradients be exchanged in a step's last backward alone."""
+        if last or self.world.size == 1:
+            return contextlib.nullcontext()
+        no_sync: Callable[[], contextlib.AbstractContextManager[Any]] = self.trained.no_sync  # type: ignore[assignment]
+        return no_sync()
+
+    def backward(
+        self,
+        images: PaddedBatch,
+        targets: Sequence[Target],
+        num_boxes: float,
+        model: nn.Module | None = None,
+    ) -> tuple[dict[str, Tensor], str]:
+        """Add a micro-batch's gradients; return its losses and the module that was not finite.
+
+        Outputs that are not finite make the loss NaN, so that every process skips the step.
+        """
+        timer, where = self.steps.timer, ""
+        with self.precision.autocast():
+            outputs = (model or self.trained)(images)
+        timer.mark("forward")
+        try:
+            matched = self.criterion.match(outputs, targets)
+        except FloatingPointError:
+            with self.precision.autocast():
+                where = first_nonfinite(self.model, images)
+            matched = self.criterion.match(outputs, [without_boxes(t) for t in targets])
+        timer.mark("match")
+        losses = self.criterion.losses(matched, num_boxes)
+        if where:
+            losses["loss"] = losses["loss"] * float("nan")
+        self.precision.scale(losses["loss"]).backward()  # type: ignore[no-untyped-call]
+        timer.mark("backward")
+        return losses, where
+
+    def probe(self, images: PaddedBatch, targets: Sequence[Target]) -> None:
+        """Run forward and backward of a micro-batch, and forget the gradients."""
+        try:
+            self.backward(images.to(self.device), targets, 1.0, self.model)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise self._memory_error(error, [Batch(images, list(targets), [])]) from error
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _update(self) -> Tensor:
+        """Clip and step; return the norm of the gradient before."""
+        self.precision.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(
             (p for g in self.optimizer.param_groups for p in g["params"]),
             self.clip_max_norm if self.clip_max_norm > 0 else float("inf"),
         )
-        self.optimizer.step()
-        values = {**losses, "grad_norm": norm}
-        return list(values), torch.stack([v.detach().float() for v in values.values()])
+        self.precision.step(self.optimizer, norm)
+        return norm.detach()
 
-    def flush(self) -> dict[str, float] | None:
-        """Write what is pending to the logs; return the last step's values."""
-        if not self._pending:
-            return None
-        rows = torch.stack([values for _, _, values, _ in self._pending]).tolist()
-        latest: dict[str, float] = {}
-        for (step, names, _, extra), row in zip(self._pending, rows, strict=True):
-            latest = official_log_values(dict(zip(names, row, strict=True)), self.criterion)
-            self.log.step(step, {**latest, **extra})
-            if not math.isfinite(latest["loss"] + latest["grad_norm"]):
-                raise diverged(f"step {step}", "the loss or its gradient is not finite")
-        self._pending.clear()
-        return latest
+
+def inputs_of(batch: Batch) -> tuple[PaddedBatch, Sequence[Target]]:
+    """Return a batch's pictures and targets, or a blank picture where none could be read."""
+    if batch.images is not None:
+        return batch.images, batch.targets
+    empty = {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+    return pad_images([torch.zeros(3, _BLANK_SIDE, _BLANK_SIDE)]), [empty]
+
+
+def without_boxes(target: Target) -> Target:
+    """Return a target of the same picture with no box."""
+    return {**target, "labels": target["labels"][:0], "boxes": target["boxes"][:0]}
 
 
 def diverged(place: str, reason: str) -> UserError:

@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -14,43 +14,38 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from engine.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from engine.coco_evaluator import CocoEvaluator, EvalResult, save_results
-from engine.evaluate import PostProcessor, evaluate
-from engine.train import StepRunner, diverged
-from util.batch import Batch
+from engine.checkpoint import (
+    CheckpointFolder,
+    load_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+from engine.evaluate import Interrupted
+from engine.step_log import official_log_values
+from engine.step_timer import shares
+from engine.train import StepRunner
+from engine.validation import Validation
 from util.errors import CheckpointError
 from util.plot import plot_curves
-from util.run_log import console
+from util.run_log import RunLog, console
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)  # Windows lacks the last
 
 
 class Loader(Protocol):
-    """Training batches whose order and augmentation depend on the epoch."""
+    """Training micro-batches whose order and augmentation depend on the epoch."""
 
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the order of an epoch and how many of its batches to pass over."""
+    steps: int  # of a whole epoch
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the order of an epoch and how many of its steps to pass over."""
 
     def __iter__(self) -> Any:
-        """Iterate over batches."""
-
-    def __len__(self) -> int:
-        """Return the batches of a whole epoch."""
-
-
-@dataclass
-class Validation:
-    """What evaluating a run needs.
-
-    `draw` makes pictures from the evaluator and names them; they go to TensorBoard and to
-    `pictures/`.
-    """
-
-    batches: Iterable[Batch]
-    make_evaluator: Callable[[], CocoEvaluator]
-    postprocess: PostProcessor
-    draw: Callable[[CocoEvaluator], Mapping[str, Any]]
+        """Iterate over micro-batches."""
 
 
 @dataclass
@@ -58,53 +53,63 @@ class Trainer:
     """Runs training from its present position to the end.
 
     `identity` is what every checkpoint carries besides the state: classes, config, versions,
-    preprocessing. The position is `epoch` (the one under way) and `batch` within it.
+    preprocessing. The position is `epoch` (the one under way) and `epoch_step` within it.
     """
 
     runner: StepRunner
+    log: RunLog
     train_loader: Loader
     validation: Validation
     output_dir: Path
+    checkpoints: CheckpointFolder
     identity: Mapping[str, Any]
     epochs: int
     eval_every: int
+    save_every: int
     max_steps: int
     epoch: int = 0
-    batch: int = 0
+    epoch_step: int = 0
+    seconds: float = 0.0  # of training in the epoch so far
     best: dict[str, float] = field(default_factory=dict)
-    interrupted: bool = False
+    unevaluated: bool = False  # the steps are done, their evaluation is not
+    interrupted: int = 0  # the signal
 
     def fit(self) -> int:
         """Train, evaluate and save until the last epoch; return the exit code.
 
-        Ctrl-C and SIGTERM end the step under way, save `last.pth` and return 130.
+        Ctrl-C, SIGTERM and SIGUSR1 end the step under way, save `last.pth` and return 128 + the
+        signal's number.
         """
-        if self.epoch >= self.epochs or self._finished():
+        if not self._open():
             limit = f" of --max_steps {self.max_steps}" if self.max_steps else ""
             console(
                 f"this run is finished: {self.epoch} of {self.epochs} epochs, "
                 f"step {self.runner.step}{limit}. Raise --epochs or --max_steps to go on."
             )
             return 0
-        self.runner.log.truncate_after(self.runner.step - 1, self.epoch - 1)
-        total = self.epochs * len(self.train_loader)
+        self.log.truncate_after(self.runner.step - 1, self.epoch - 1)
+        total = self.epochs * self.train_loader.steps
         total = min(total, self.max_steps) if self.max_steps else total
-        handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {s: signal.signal(s, self._interrupt) for s in STOP_SIGNALS}
         interval = 0.1 if sys.stderr.isatty() else 30.0
         try:
             with tqdm(
                 total=total, initial=self.runner.step, unit="step", dynamic_ncols=True,
                 mininterval=interval, maxinterval=max(interval, 10.0),
+                disable=not self.runner.world.main,
             ) as bar:  # fmt: skip
-                while self.epoch < self.epochs and not self._finished() and not self.interrupted:
+                while self._open() and not self.interrupted:
                     self._run_epoch(bar)
+        except Interrupted:
+            pass  # saved before the evaluation
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self.interrupted:
-            console(f"interrupted at step {self.runner.step}; saved {self.output_dir / 'last.pth'}")
-            console(f"continue with: python main.py train --resume {self.output_dir / 'last.pth'}")
-            return EXIT_INTERRUPTED
+            name = signal.Signals(self.interrupted).name
+            console(f"{name}: stopped at step {self.runner.step}; saved {self.checkpoints.last}")
+            console(f"continue with: python main.py train --resume {self.checkpoints.last}")
+            return 128 + self.interrupted
         return 0
 
     def resume(self, path: Path) -> None:
@@ -126,120 +131,143 @@ class Trainer:
         runner = self.runner
         runner.model.load_state_dict(content["model"])
         restore_optimizer(runner.optimizer, runner.scheduler, content)
+        runner.precision.load_state_dict(content["scaler"])
+        if runner.ema is not None and content["ema"]:
+            runner.ema.load_state_dict(content["ema"])
         progress = content["progress"]
         runner.step = progress["step"]
-        self.epoch, self.batch = progress["next_epoch"], progress["next_batch"]
+        runner.steps.restore(progress["steps"])
+        self.epoch, self.epoch_step = progress["next_epoch"], progress["next_step"]
+        self.seconds, self.unevaluated = progress["seconds"], progress["unevaluated"]
         self.best = dict(content["best"])
-        set_rng_state(progress["rng"])
+        states = progress["rng"]
+        if runner.world.size == len(states):
+            set_rng_state(states[runner.world.rank])
+        else:
+            console(
+                f"{path}: was saved by {len(states)} processes, now there are "
+                f"{runner.world.size}: dropout draws other numbers from here on"
+            )
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.interrupted = number
         console("stopping after the step under way; once more to stop at once without saving")
+
+    def _stopping(self) -> bool:
+        return bool(self.interrupted)
+
+    def _open(self) -> bool:
+        """Tell whether something is left to do."""
+        return self.unevaluated or (self.epoch < self.epochs and not self._finished())
 
     def _finished(self) -> bool:
         return bool(self.max_steps) and self.runner.step >= self.max_steps
 
     def _run_epoch(self, bar: "tqdm[Any]") -> None:
-        started, first_step = time.perf_counter(), self.runner.step
-        rate = self.runner.optimizer.param_groups[0]["lr"]
+        self._train(bar)
+        whole = self.epoch_step >= self.train_loader.steps
+        if not whole and not self._finished():  # interrupted, here or in another process
+            self.interrupted = self.interrupted or signal.SIGTERM
+            self._save()
+            return
+        epoch = self.epoch
+        ending = self._finished() or epoch + 1 >= self.epochs
+        evaluating = ending or (epoch + 1) % self.eval_every == 0
+        if evaluating:  # whatever happens in the evaluation, the epoch is not lost
+            self.unevaluated = True
+            self._save()
+        values = self._training_values()
+        if whole:
+            self.epoch, self.epoch_step, self.seconds = epoch + 1, 0, 0.0
+            self.runner.steps.begin_epoch()
+        improved = False
+        if evaluating:
+            label = f"epoch {epoch + 1}/{self.epochs}"
+            result, more = self.validation.run(self.runner, label, self._stopping)
+            values |= more
+            self.unevaluated = False
+            improved = result.stats["AP"] > self.best.get("AP", -2.0)
+            if improved:
+                self.best = {**result.stats, "epoch": float(epoch)}
+        self.log.epoch({**values, "epoch": epoch})
+        self._save(best=improved)
+        if self.runner.world.main:
+            plot_curves(self.output_dir / "log.txt", self.output_dir / "curves.png")
+
+    def _training_values(self) -> dict[str, Any]:
+        """Return what the log says of an epoch's training."""
+        runner = self.runner
+        means = official_log_values(runner.steps.averages.means(), runner.criterion)
+        if runner.steps.shares:
+            console(f"epoch {self.epoch + 1}/{self.epochs}: {shares(runner.steps.shares)}")
+        return {
+            "train_lr": runner.optimizer.param_groups[0]["lr"],
+            **{f"train_{name}": value for name, value in means.items()},
+            "train_steps": self.epoch_step,
+            "train_seconds": self.seconds,
+            "train_unreadable_images": len(runner.unreadable.paths),
+            "train_skipped_steps": runner.steps.recorder.total,
+            "n_parameters": count_parameters(runner.model),
+        }
+
+    def _train(self, bar: "tqdm[Any]") -> None:
+        """Run what is left of the epoch, or until a signal or the last step."""
         bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}", refresh=False)
+        clock = time.perf_counter()
 
         def on_step(latest: Mapping[str, float] | None) -> bool:
+            nonlocal clock
             bar.update(1)
-            self.batch += 1
+            self.epoch_step += 1
+            now = time.perf_counter()
+            self.seconds, clock = self.seconds + now - clock, now
             if latest is not None:
                 shown = {k: f"{latest[k]:.3f}" for k in ("loss", "class_error") if k in latest}
                 bar.set_postfix(shown, refresh=False)
-            return self.interrupted or self._finished()
+            if self.save_every and self.runner.step % self.save_every == 0:
+                self.runner.steps.flush()
+                self._save()
+            return self._finished()
 
-        self.train_loader.set_epoch(self.epoch, self.batch)
-        means = self.runner.run(self.train_loader, on_step)
-        whole = self.batch >= len(self.train_loader)
-        if self.interrupted and not whole:
-            self._save("last.pth")
-            return
-        seconds = time.perf_counter() - started
-        values = {
-            "train_lr": rate,
-            **{f"train_{name}": value for name, value in means.items()},
-            "train_steps": self.runner.step - first_step,
-            "train_seconds": seconds,
-            "train_unreadable_images": len(self.runner.unreadable.paths),
-        }
-        epoch = self.epoch
-        if whole:
-            self.epoch, self.batch = epoch + 1, 0
-        ending = self.epoch >= self.epochs or self._finished()
-        if ending or (epoch + 1) % self.eval_every == 0:
-            values |= self._evaluate(epoch)
-        parameters = count_parameters(self.runner.model)
-        self.runner.log.epoch({**values, "epoch": epoch, "n_parameters": parameters})
-        self._save("last.pth")
-        plot_curves(self.output_dir / "log.txt", self.output_dir / "curves.png")
-
-    def _evaluate(self, epoch: int) -> dict[str, Any]:
-        """Evaluate, keep the best weights, draw; return the values for the log."""
-        started = time.perf_counter()
-        evaluator = self.validation.make_evaluator()
-        try:
-            result, losses = evaluate(
-                self.runner.model,
-                self.validation.postprocess,
-                self.validation.batches,
-                evaluator,
-                device=self.runner.device,
-                criterion=self.runner.criterion,
+        if not self.unevaluated:
+            self.train_loader.set_epoch(self.epoch, self.epoch_step)
+            self.runner.run(
+                self.train_loader, epoch=self.epoch, stopping=self._stopping, on_step=on_step
             )
-        except FloatingPointError as error:
-            raise diverged(f"evaluation after step {self.runner.step}", str(error)) from error
-        save_results(self.output_dir, result, evaluator.detections)
-        console(
-            f"epoch {epoch + 1}/{self.epochs}: AP {result.stats['AP']:.4f}, "
-            f"AP50 {result.stats['AP50']:.4f}, step {self.runner.step}, "
-            f"evaluated in {time.perf_counter() - started:.0f} s"
-        )
-        self._log_evaluation(result, losses, evaluator)
-        if result.stats["AP"] > self.best.get("AP", -2.0):
-            self.best = {**result.stats, "epoch": float(epoch)}
-            self._save("best.pth")
-        return {
-            **{f"test_{name}": value for name, value in losses.items()},
-            "test_coco_eval_bbox": list(result.stats.values()),
-        }
 
-    def _log_evaluation(
-        self, result: EvalResult, losses: Mapping[str, float], evaluator: CocoEvaluator
-    ) -> None:
-        step, log = self.runner.step - 1, self.runner.log  # the last step that was trained
-        log.scalars(step, {f"val/{name}": value for name, value in result.stats.items()})
-        log.scalars(step, {f"val/{name}": losses[name] for name in ("loss",) if name in losses})
-        folder = self.output_dir / "pictures"
-        for name, picture in self.validation.draw(evaluator).items():
-            folder.mkdir(exist_ok=True)
-            picture.save(folder / f"{name}.png")
-            log.picture(f"val/{name}", picture, step)
-
-    def _save(self, name: str) -> None:
+    def _content(self) -> dict[str, Any]:
+        """Return the checkpoint of the present position in the main process; all must call it."""
         runner = self.runner
         progress = {
             "step": runner.step,
             "next_epoch": self.epoch,
-            "next_batch": self.batch,
-            "rng": rng_state(),
+            "next_step": self.epoch_step,
+            "seconds": self.seconds,
+            "unevaluated": self.unevaluated,
+            "steps": runner.steps.state(),
+            "rng": runner.world.gather(rng_state()),
         }
-        content = {
+        return {
             # plain strides, for readers that know no channels-last tensors
             "model": {k: v.contiguous() for k, v in runner.model.state_dict().items()},
+            "ema": runner.ema.state_dict() if runner.ema is not None else {},
             "optimizer": runner.optimizer.state_dict(),
             "lr_scheduler": runner.scheduler.state_dict(),
-            "epoch": self.epoch - 1 if self.batch == 0 else self.epoch,
+            "scaler": runner.precision.state_dict(),
+            "epoch": self.epoch - 1 if self.epoch_step == 0 else self.epoch,
             "progress": progress,
             "best": self.best,
             **self.identity,
         }
-        save_checkpoint(self.output_dir / name, content)
+
+    def _save(self, *, best: bool = False) -> None:
+        content = self._content()
+        if self.runner.world.main:
+            if best:
+                save_checkpoint(self.output_dir / "best.pth", content)
+            self.checkpoints.save(content)
 
 
 def restore_optimizer(

@@ -45,8 +45,10 @@ class Pretrained:
     source: str
 
 
-def load_pretrained(source: str) -> Pretrained:
+def load_pretrained(source: str, *, ema: bool = True) -> Pretrained:
     """Read weights from a file, a Hugging Face folder, or `hf:NAME` on its hub.
+
+    Of a run that averaged its weights, `ema` takes the averages.
 
     Raises:
         CheckpointError: the source is missing, cannot be reached, is damaged, or holds no
@@ -60,10 +62,10 @@ def load_pretrained(source: str) -> Pretrained:
     is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
     if not path.exists() and is_hub_name and path.suffix not in _WEIGHT_SUFFIXES:
         return _from_folder(_download(source, source), source)
-    return _from_file(path)
+    return _from_file(path, ema=ema)
 
 
-def _from_file(path: Path) -> Pretrained:
+def _from_file(path: Path, *, ema: bool = True) -> Pretrained:
     content = load_safely(path)
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -71,7 +73,7 @@ def _from_file(path: Path) -> Pretrained:
             "Pass our checkpoint, an official file or a state dict."
         )
     if {"model", "config", "classes"} <= content.keys():
-        return _ours(content, str(path))
+        return _ours(content, str(path), ema=ema)
     weights = content.get("model", content)
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise CheckpointError(
@@ -88,11 +90,12 @@ def _from_file(path: Path) -> Pretrained:
     return _official(weights, content.get("args"), str(path))
 
 
-def _ours(content: Mapping[str, Any], source: str) -> Pretrained:
+def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
     preprocessing = content.get("preprocessing") or {}
     config = content["config"]
+    averages = content.get("ema", {})
     return Pretrained(
-        state_dict=dict(content["model"]),
+        state_dict=dict(averages["model"] if ema and averages else content["model"]),
         model_options=dict(config["model"]),
         classes=Classes.from_json(content["classes"]),
         config=config,

@@ -47,13 +47,13 @@ def check_values(section: Any) -> None:
     for f in dataclasses.fields(section):
         value = getattr(section, f.name)
         choices = f.metadata["choices"]
-        if choices is not None and value not in choices:
-            wanted = ", ".join(map(str, choices))
-            raise ConfigError(
-                f"--{f.name}: expected one of {wanted}, got '{value}'. "
-                f"{nearest_hint(str(value), [str(c) for c in choices])}"
-            )
         for item in value if isinstance(value, tuple) else (value,):
+            if choices is not None and item not in choices:
+                wanted = ", ".join(map(str, choices))
+                raise ConfigError(
+                    f"--{f.name}: expected one of {wanted}, got '{item}'. "
+                    f"{nearest_hint(str(item), [str(c) for c in choices])}"
+                )
             _check_bounds(f.name, item, f.metadata)
 
 

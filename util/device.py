@@ -1,10 +1,12 @@
 """Choice of device, and seeds."""
 
+import os
 import random
 
 import numpy as np
 import torch
 
+from util.distributed import World
 from util.errors import ConfigError
 
 
@@ -26,6 +28,22 @@ def pick_device(name: str) -> torch.device:
             "`python main.py doctor` lists what is there."
         ) from error
     return device
+
+
+def own_device(device: torch.device, world: World) -> torch.device:
+    """Return the GPU of this process where several share a machine, else `device`."""
+    if device.type != "cuda" or world.size == 1:
+        return device
+    own = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(own)
+    return own
+
+
+def be_deterministic() -> None:
+    """Take algorithms that give the same bits on every run; call it before a GPU is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def seed_everything(seed: int) -> None:

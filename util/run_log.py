@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +15,13 @@ from tqdm import tqdm
 from util.files import make_output_dir, write_atomic
 
 
-def console(message: str) -> None:
-    """Print a line without breaking a progress bar."""
-    tqdm.write(message)
+def console(message: str, *, every_rank: bool = False) -> None:
+    """Print a line without breaking a progress bar, in one process of a run or in every one."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        tqdm.write(message)
+    elif every_rank:
+        tqdm.write(f"rank {rank}: {message}")
 
 
 def _finite(value: Any) -> Any:
@@ -49,14 +54,17 @@ class RunLog:
     """Append-only logs in a run's folder; a context manager.
 
     `metrics.jsonl` has a line per step, `log.txt` a line per epoch, `tensorboard/` the same as
-    curves. Non-finite numbers are null in the JSON files.
+    curves. Non-finite numbers are null in the JSON files. Where `enabled` is false, nothing is
+    written: another process of the run does it.
     """
 
-    def __init__(self, output_dir: Path, *, tensorboard: bool) -> None:
-        make_output_dir(output_dir)
+    def __init__(self, output_dir: Path, *, tensorboard: bool, enabled: bool = True) -> None:
+        if enabled:
+            make_output_dir(output_dir)
+        self._enabled = enabled
         self._metrics_path = output_dir / "metrics.jsonl"
         self._log_path = output_dir / "log.txt"
-        self._tensorboard_dir = output_dir / "tensorboard" if tensorboard else None
+        self._tensorboard_dir = output_dir / "tensorboard" if tensorboard and enabled else None
         self._purge_step: int | None = None
         self._files: dict[Path, TextIO] = {}
         self._writer: Any = None
@@ -88,6 +96,8 @@ class RunLog:
         and TensorBoard values of later steps go.
         """
         self.close()
+        if not self._enabled:
+            return
         _keep_until(self._metrics_path, "step", step)
         _keep_until(self._log_path, "epoch", epoch)
         self._purge_step = step + 1
@@ -117,6 +127,8 @@ class RunLog:
             writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def _append(self, path: Path, values: Mapping[str, Any]) -> None:
+        if not self._enabled:
+            return
         if path not in self._files:
             self._files[path] = path.open("a", encoding="utf-8", buffering=1)
         self._files[path].write(json.dumps(_finite(values), allow_nan=False) + "\n")

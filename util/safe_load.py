@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -61,15 +62,30 @@ def save_whole(path: Path, content: Any) -> None:
         CheckpointError: the disk is full or the folder cannot be written; the previous file is
             untouched.
     """
+    with written_whole(path, content) as replace:
+        replace()
+
+
+@contextlib.contextmanager
+def written_whole(path: Path, content: Any) -> Iterator[Callable[[], None]]:
+    """Write `torch.save(content)` beside `path`; the function given puts it in its place.
+
+    Raises:
+        CheckpointError: see `save_whole`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def replace() -> None:
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        yield replace
     except (OSError, RuntimeError) as error:
         # torch's writer reports a failed write as a RuntimeError, raised on top of the cause
         cause = error if isinstance(error, OSError) else error.__context__
@@ -82,6 +98,24 @@ def save_whole(path: Path, content: Any) -> None:
     finally:
         with contextlib.suppress(OSError):  # gone after a success; unreachable without a folder
             temporary.unlink()
+
+
+def check_content(path: Path) -> None:
+    """Compare everything in a `.pth` file with the sums that are stored in it.
+
+    Raises:
+        CheckpointError: bytes have changed, or the file is cut.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: {_what_is_wrong(error)}") from error
+    if broken is not None:
+        raise CheckpointError(
+            f"{path}: expected a whole checkpoint, got one with damaged bytes in '{broken}'. "
+            "Take an earlier one."
+        )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,12 +15,15 @@ from util.errors import ConfigError
 
 
 def load_detector(
-    source: str, device: torch.device
+    source: str, device: torch.device, *, ema: bool = True
 ) -> tuple[DeformableDETR, Pretrained, Sequence[float], Sequence[float]]:
-    """Load a checkpoint of any kind; return the model, its origin, and mean and deviation."""
+    """Load a checkpoint of any kind; return the model, its origin, and mean and deviation.
+
+    `ema`: averaged weights, where it has them.
+    """
     if not source:
         raise ConfigError("--checkpoint: expected a file, a Hugging Face folder or hf:NAME.")
-    pretrained = load_pretrained(source)
+    pretrained = load_pretrained(source, ema=ema)
     model_config = ModelConfig(**pretrained.model_options)
     model = build_model(model_config, num_classes=len(pretrained.classes))
     load_strict(model, pretrained.state_dict, source)

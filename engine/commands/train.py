@@ -1,6 +1,9 @@
 """`main.py train`: a new run, or one continued."""
 
 import argparse
+import inspect
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -8,25 +11,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from configs.schema import Config, build_config, load_layers, merge_options
+from configs.schema import Config, RunConfig, build_config, load_layers, merge_options
 from datasets.build import build_dataset, load_index
 from datasets.coco import CocoDetection
-from datasets.loader import eval_loader, train_loader
-from engine.checkpoint import check_same, load_checkpoint
+from datasets.loader import Share, eval_loader, share_out, train_loader
+from engine.checkpoint import CheckpointFolder, check_same, load_checkpoint
 from engine.coco_evaluator import CocoEvaluator
+from engine.ema import Ema
 from engine.gallery import draw_gallery, evenly_spaced
+from engine.launch import launch
+from engine.memory import probe
+from engine.nonfinite import NonfiniteRecorder
 from engine.optim import build_optimizer, build_scheduler
+from engine.precision import Precision
+from engine.step_log import StepLog
+from engine.step_timer import StepTimer
 from engine.train import StepRunner
-from engine.trainer import Trainer, Validation, count_parameters, versions
+from engine.trainer import Trainer, count_parameters, versions
+from engine.validation import Validation
+from engine.watchdog import FlatLossWatchdog
 from models.build import ALL_STAGES, build_criterion, build_model
+from models.checkpointing import set_checkpointing
+from models.compiling import compile_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
 from models.pretrained import Pretrained, load_pretrained
 from models.transfer import transfer
 from util.classes import Classes
 from util.config import Values, changed_options, merge, to_yaml
-from util.device import pick_device, seed_everything
+from util.device import be_deterministic, own_device, pick_device, seed_everything
+from util.distributed import World, join_world, leave_world, started_by_launcher
 from util.errors import ConfigError
 from util.files import write_atomic
 from util.run_log import RunLog, console
@@ -42,26 +59,77 @@ class Start:
     preprocessing: Mapping[str, Sequence[float]] | None = None  # the checkpoint's
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where this process of a run computes, and its part of every effective batch."""
+
+    world: World
+    device: torch.device
+    share: Share
+
+
 def train(args: argparse.Namespace, given: Values) -> int:
     """Train on COCO-format data, or continue a run."""
     layers = load_layers(args.config, given)
-    resume = layers.get("run", {}).get("resume", "")
-    start = resumed(Path(resume), layers) if resume else fresh(layers)
-    config = start.config
-    output_dir = Path(config.run.output_dir)
-    same_folder = bool(resume) and output_dir.resolve() == Path(resume).parent.resolve()
-    if not same_folder and (output_dir / "last.pth").exists():
+    options = RunConfig(**layers.get("run", {}))
+    if options.gpus > 1 and not started_by_launcher():
+        return launch(
+            Path(sys.argv[0]), sys.argv[1:],
+            processes=options.gpus, device=options.device, restarts=options.max_restarts,
+        )  # fmt: skip
+    if options.deterministic:
+        be_deterministic()
+    device = pick_device(options.device)
+    world = join_world(device.type)
+    try:
+        checkpoint = find_checkpoint(options, world)
+        start = resumed(checkpoint, layers) if checkpoint else fresh(layers)
+        return run(start, world, own_device(device, world))
+    finally:
+        leave_world()
+
+
+def find_checkpoint(options: RunConfig, world: World) -> Path | None:
+    """Return the checkpoint that a run goes on from, None for a new run.
+
+    Raises:
+        ConfigError: `auto` without a folder.
+        CheckpointError: no checkpoint of the folder is sound.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if options.resume != "auto" and not restarted:
+        return Path(options.resume) if options.resume else None
+    if not options.output_dir:
+        raise ConfigError("--resume auto: expected --output_dir with it, got none. Give both.")
+    folder = CheckpointFolder(Path(options.output_dir), keep=options.keep_checkpoints)
+    return world.broadcast(folder.newest_sound() if world.main else None)
+
+
+def run(start: Start, world: World, device: torch.device) -> int:
+    """Train from `start` on; return the exit code."""
+    config, output_dir = start.config, Path(start.config.run.output_dir)
+    folder = CheckpointFolder(output_dir, keep=config.run.keep_checkpoints)
+    same = start.checkpoint and output_dir.resolve() == start.checkpoint.parent.resolve()
+    if not same and world.broadcast(folder.last.exists()):
         raise ConfigError(
-            f"--output_dir {output_dir}: holds a run already. Continue it with "
-            f"--resume {output_dir / 'last.pth'}, or choose another folder."
+            f"--output_dir {output_dir}: holds a run already. Continue it with --resume auto, or "
+            "choose another folder."
         )
     console(f"options that differ from the defaults: {', '.join(changed_options(config))}")
-    with RunLog(output_dir, tensorboard=config.run.tensorboard) as log:
-        trainer = build_trainer(start, log)
+    optim = config.optim
+    share = share_out(
+        optim.effective_batch_size, most=optim.batch_size, rank=world.rank, world_size=world.size
+    )
+    optim = replace(optim, effective_batch_size=share.effective)
+    start = replace(start, config=replace(config, optim=optim))
+    with RunLog(output_dir, tensorboard=config.run.tensorboard, enabled=world.main) as log:
+        trainer = build_trainer(start, Place(world, device, share), folder, log)
         if start.checkpoint is not None:
             trainer.resume(start.checkpoint)
             console(f"resuming at epoch {trainer.epoch + 1}, step {trainer.runner.step}")
-        write_atomic(output_dir / "config.yaml", to_yaml(config))
+        if world.main:
+            folder.remove_remains()
+            write_atomic(output_dir / "config.yaml", to_yaml(start.config))
         return trainer.fit()
 
 
@@ -74,23 +142,22 @@ def fresh(layers: Values) -> Start:
     config = build_config(layers)
     if not config.run.output_dir:
         raise ConfigError("--output_dir: expected a folder for the run, got none. Give one.")
-    return Start(config, pretrained)
+    return Start(replace(config, run=replace(config.run, resume="")), pretrained)
 
 
 def resumed(checkpoint: Path, layers: Values) -> Start:
     """Continue a run with the options of its checkpoint, and those given now on top."""
     content = load_checkpoint(checkpoint)
     saved = build_config(content["config"])
-    if "finetune" in layers.get("run", {}):
+    if "finetune" in layers.get("run", {}) and layers["run"].get("resume") != "auto":
         raise ConfigError("--resume and --finetune: expected one of them. Resuming needs no other.")
     config = build_config(merge_options(content["config"], layers))
     check_same("model", asdict(saved.model), asdict(config.model), checkpoint)
     before, now = fixed_on_resume(saved), fixed_on_resume(config)
     check_same("batches and frozen parts", before, now, checkpoint)
     output_dir = layers.get("run", {}).get("output_dir", str(checkpoint.parent))
-    run = replace(config.run, output_dir=output_dir, resume="")
     return Start(
-        replace(config, run=run),
+        replace(config, run=replace(config.run, output_dir=output_dir, resume="")),
         checkpoint=checkpoint,
         preprocessing=content["preprocessing"],
     )
@@ -100,49 +167,50 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
     """Return what the place in an epoch and the optimiser's state depend on."""
     optim = config.optim
     frozen = ALL_STAGES if optim.lr_backbone == 0 else optim.frozen_stages
-    return {"batch_size": optim.batch_size, "frozen_stages": frozen}
+    return {"effective_batch_size": optim.effective_batch_size, "frozen_stages": frozen}
 
 
-def build_trainer(start: Start, log: RunLog) -> Trainer:
+def build_trainer(start: Start, place: Place, folder: CheckpointFolder, log: RunLog) -> Trainer:
     """Put data, model, optimiser and logs together."""
-    config = start.config
-    optim, run, data = config.optim, config.run, config.data
-    seed_everything(run.seed)
-    device = pick_device(run.device)
+    config, world = start.config, place.world
+    optim, options, data = config.optim, config.run, config.data
+    seed_everything(options.seed)
     train_index, val_index = load_index(data, "train"), load_index(data, "val")
     classes = train_index.classes
     model, mean, std = build_training_model(start, classes)
-    train_set = build_dataset(data, train_index, train=True, mean=mean, std=std, seed=run.seed)
+    train_set = build_dataset(data, train_index, train=True, mean=mean, std=std, seed=options.seed)
     val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
     for dataset in (train_set, val_set):
         console(dataset.index.report(config.model.num_queries))
     loader = train_loader(
         train_set,
-        batch_size=optim.batch_size,
+        place.share,
         num_workers=data.num_workers,
-        seed=run.seed,
+        seed=options.seed,
         aspect_ratio_grouping=data.aspect_ratio_grouping,
-        pin_memory=device.type == "cuda",
+        pin_memory=place.device.type == "cuda",
+        pad_multiple=optim.pad_multiple,
     )
-    optimizer = build_optimizer(model.to(device), optim)
-    runner = StepRunner(
-        model=model,
-        criterion=build_criterion(config.loss),
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, optim, len(loader)),
-        device=device,
-        log=log,
-        clip_max_norm=optim.clip_max_norm,
-    )
+    runner = build_runner(model.to(place.device), config, place, log, steps_per_epoch=loader.steps)
+    runner.accumulation = loader.accumulation
     console(
         f"{config.model.backbone}: {count_parameters(model):,} trained parameters, "
-        f"{len(loader)} steps an epoch on {device}"
+        f"{loader.steps} steps an epoch on {place.device}"
     )
+    console(
+        f"a step: {place.share.effective} pictures = {place.share.batch_size} at once x "
+        f"{loader.accumulation} micro-batches x {world.size} processes"
+    )
+    if options.probe:
+        try_largest_step(runner, train_set, place)
+    torch.manual_seed(options.seed + world.rank)  # each process drops other activations out
     return Trainer(
         runner=runner,
+        log=log,
         train_loader=loader,
-        validation=build_validation(val_set, config, device),
-        output_dir=Path(run.output_dir),
+        validation=build_validation(val_set, config, place, log),
+        output_dir=Path(options.output_dir),
+        checkpoints=folder,
         identity={
             "classes": classes.to_json(),
             "config": asdict(config),
@@ -150,9 +218,94 @@ def build_trainer(start: Start, log: RunLog) -> Trainer:
             "versions": versions(),
         },
         epochs=optim.epochs,
-        eval_every=run.eval_every,
-        max_steps=run.max_steps,
+        eval_every=options.eval_every,
+        save_every=options.save_every,
+        max_steps=options.max_steps,
     )
+
+
+def build_runner(
+    model: DeformableDETR, config: Config, place: Place, log: RunLog, *, steps_per_epoch: int
+) -> StepRunner:
+    """Return what runs the steps of one process."""
+    optim, world, device = config.optim, place.world, place.device
+    precision = Precision(optim.precision, device)
+    set_checkpointing(model, optim.activation_checkpointing)
+    ema = Ema(model, optim.ema_decay) if optim.ema_decay else None
+    if optim.compile:
+        compile_model(model)
+    criterion = build_criterion(config.loss)
+    optimizer = build_optimizer(model, optim)
+    output_dir = Path(config.run.output_dir)
+    steps = StepLog(
+        log=log,
+        weights=criterion,
+        world=world,
+        timer=StepTimer(device),
+        precision=precision,
+        recorder=NonfiniteRecorder(output_dir, world.rank, config.run.max_nonfinite),
+        watchdog=build_watchdog(config),
+    )
+    return StepRunner(
+        model=model,
+        trained=distributed(model, place, exchange_norms=config.model.train_backbone_norm),
+        criterion=criterion,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, optim, steps_per_epoch),
+        device=device,
+        steps=steps,
+        precision=precision,
+        clip_max_norm=optim.clip_max_norm,
+        world=world,
+        ema=ema,
+    )
+
+
+def build_watchdog(config: Config) -> FlatLossWatchdog:
+    """Return what warns of a loss that stays where an untrained model has it."""
+    loss, layers = config.loss, 1
+    if config.model.aux_loss:
+        layers = config.model.dec_layers + int(config.model.two_stage)
+    weights = loss.cls_loss_coef + loss.bbox_loss_coef + loss.giou_loss_coef
+    return FlatLossWatchdog(
+        effective_batch=config.optim.effective_batch_size,
+        lr=config.optim.lr,
+        low=layers * weights / 3,
+    )
+
+
+def distributed(model: DeformableDETR, place: Place, *, exchange_norms: bool) -> nn.Module:
+    """Wrap the model so that backward averages gradients over the processes."""
+    if place.world.size == 1:
+        return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    old, new = "broadcast_buffers", "forward_sync_buffers"  # torch 2.15 renamed it
+    options: dict[str, Any] = {new if new in known else old: exchange_norms}
+    devices = [place.device.index] if place.device.type == "cuda" else None
+    return DistributedDataParallel(
+        model, device_ids=devices, gradient_as_bucket_view=True, **options
+    )
+
+
+def try_largest_step(runner: StepRunner, dataset: CocoDetection, place: Place) -> None:
+    """Run one step of the largest shape with the most boxes, which changes nothing, and say so."""
+    sizes = [s for s in (dataset.largest_size(*size) for size in dataset.image_sizes()) if s]
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    if place.share.batch_size == 1:
+        height, width = max(sizes, key=lambda size: size[0] * size[1])
+    buffers = [(b, b.clone()) for b in runner.model.buffers()]
+    runner.model.train()
+    result = probe(
+        lambda images, targets: runner.probe(images, targets),
+        device=place.device,
+        shape=(height, width),
+        num_boxes=int(dataset.index.boxes_per_picture.max(initial=0)),
+        batch_size=place.share.batch_size,
+    )
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    console(result.line())
 
 
 def build_training_model(
@@ -188,14 +341,18 @@ def build_training_model(
     return model, mean, std
 
 
-def build_validation(dataset: CocoDetection, config: Config, device: torch.device) -> Validation:
-    """Return what the trainer evaluates with."""
+def build_validation(
+    dataset: CocoDetection, config: Config, place: Place, log: RunLog
+) -> Validation:
+    """Return what the run evaluates with."""
     coco_gt = dataset.index.coco_gt
     batches = eval_loader(
         dataset,
         batch_size=config.optim.eval_batch_size or config.optim.batch_size,
         num_workers=config.data.num_workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=place.device.type == "cuda",
+        rank=place.world.rank,
+        world_size=place.world.size,
     )
     shown = evenly_spaced(sorted(coco_gt.getImgIds()), config.run.num_pictures)
     return Validation(
@@ -205,4 +362,6 @@ def build_validation(dataset: CocoDetection, config: Config, device: torch.devic
         draw=lambda evaluator: draw_gallery(
             evaluator.detections, coco_gt, shown, dataset.read_picture
         ),
+        output_dir=Path(config.run.output_dir),
+        log=log,
     )

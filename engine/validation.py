@@ -1,0 +1,100 @@
+"""The evaluation of a run under way: of its weights, and of their averages."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from engine.coco_evaluator import CocoEvaluator, EvalResult, save_results
+from engine.evaluate import PostProcessor, evaluate
+from engine.train import StepRunner, diverged
+from util.batch import Batch
+from util.run_log import RunLog, console
+
+
+@dataclass
+class Validation:
+    """What evaluating a run needs.
+
+    `draw` makes pictures from the evaluator and names them; they go to TensorBoard and to
+    `pictures/`.
+    """
+
+    batches: Iterable[Batch]
+    make_evaluator: Callable[[], CocoEvaluator]
+    postprocess: PostProcessor
+    draw: Callable[[CocoEvaluator], Mapping[str, Image.Image]]
+    output_dir: Path
+    log: RunLog
+
+    def run(
+        self, runner: StepRunner, label: str, stopping: Callable[[], bool]
+    ) -> tuple[EvalResult, dict[str, Any]]:
+        """Evaluate; return the numbers by which checkpoints are compared, and all for the log.
+
+        Averaged weights, where there are some, are the ones compared: `eval` and `predict` take
+        them too.
+
+        Raises:
+            Interrupted: `stopping()` held.
+            UserError: the model's outputs are not finite.
+        """
+        result, values = self._run(runner, label, "", stopping)
+        if runner.ema is not None:
+            with runner.ema.swapped(runner.model):
+                result, more = self._run(runner, label, "ema_", stopping)
+            values |= more
+        return result, values
+
+    def _run(
+        self, runner: StepRunner, label: str, prefix: str, stopping: Callable[[], bool]
+    ) -> tuple[EvalResult, dict[str, Any]]:
+        started, evaluator = time.perf_counter(), self.make_evaluator()
+        try:
+            # pictures of many sizes, not worth compiling for
+            with torch.compiler.set_stance("force_eager"):
+                result, losses = evaluate(
+                    runner.model,
+                    self.postprocess,
+                    self.batches,
+                    evaluator,
+                    device=runner.device,
+                    criterion=runner.criterion,
+                    autocast=runner.precision.autocast,
+                    world=runner.world,
+                    stopping=stopping,
+                )
+        except FloatingPointError as error:
+            raise diverged(f"evaluation after step {runner.step}", str(error)) from error
+        what = "averaged weights: " if prefix else ""
+        console(
+            f"{label}: {what}AP {result.stats['AP']:.4f}, AP50 {result.stats['AP50']:.4f}, step "
+            f"{runner.step}, evaluated in {time.perf_counter() - started:.0f} s"
+        )
+        if runner.world.main:
+            save_results(self.output_dir, result, evaluator.detections)
+            self._show(runner.step - 1, f"{prefix}val", result, losses, evaluator)
+        return result, {
+            **{f"{prefix}test_{name}": value for name, value in losses.items()},
+            f"{prefix}test_coco_eval_bbox": list(result.stats.values()),
+        }
+
+    def _show(
+        self,
+        step: int,  # the last that was trained
+        curve: str,
+        result: EvalResult,
+        losses: Mapping[str, float],
+        evaluator: CocoEvaluator,
+    ) -> None:
+        self.log.scalars(step, {f"{curve}/{name}": v for name, v in result.stats.items()})
+        self.log.scalars(step, {f"{curve}/{n}": losses[n] for n in ("loss",) if n in losses})
+        folder = self.output_dir / "pictures"
+        for name, picture in self.draw(evaluator).items():
+            folder.mkdir(exist_ok=True)
+            picture.save(folder / f"{name}.png")
+            self.log.picture(f"{curve}/{name}", picture, step)

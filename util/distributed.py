@@ -1,0 +1,137 @@
+"""The processes of a run: who we are among them, and small exchanges between their hosts."""
+
+import datetime
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from util.errors import ConfigError
+
+T = TypeVar("T")
+TIMEOUT = datetime.timedelta(minutes=30)  # of any exchange: rank 0 may be computing AP meanwhile
+_FIRST_PORT, _PORTS = 20000, 20000
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of a run. Alone, every exchange gives back what is put in.
+
+    Exchanges go through the hosts' memory, so that none waits for a GPU; gradients go their own
+    way. Every process must call each of them, in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    group: Any = None  # gloo's
+
+    @property
+    def main(self) -> bool:
+        """Tell whether this process writes the logs and files."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Add up each number over all processes."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.group)
+        return list(total.tolist())
+
+    def gather(self, item: T) -> list[T]:
+        """Return everybody's item by rank in the main process, and nothing in the others."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] | None = [None] * self.size if self.main else None
+        dist.gather_object(item, items, group=self.group)
+        return items or []
+
+    def broadcast(self, item: T) -> T:
+        """Return the main process's item everywhere."""
+        if self.size == 1:
+            return item
+        items = [item]
+        dist.broadcast_object_list(items, group=self.group)
+        return items[0]
+
+
+def take_slurm_variables() -> None:
+    """Set torchrun's variables from those of `srun`, where it started several tasks.
+
+    Raises:
+        ConfigError: the first host's name cannot be found.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" in os.environ or tasks < 2:
+        return
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ["WORLD_SIZE"] = str(tasks)
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _first_host(os.environ["SLURM_STEP_NODELIST"])
+    port = _FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % _PORTS
+    os.environ.setdefault("MASTER_PORT", str(port))
+
+
+def _first_host(hosts: str) -> str:
+    if not any(c in hosts for c in "[,"):
+        return hosts
+    try:
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(
+            f"SLURM_STEP_NODELIST: expected hosts that `scontrol` can list, got '{hosts}' "
+            f"({error}). Set MASTER_ADDR to the first host."
+        ) from error
+    return listed.stdout.split()[0]
+
+
+def started_by_launcher() -> bool:
+    """Tell whether torchrun, `--gpus` or srun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join_world(device_type: str) -> World:
+    """Meet the other processes, if there are any.
+
+    Raises:
+        ConfigError: the variables of the launcher are not whole.
+    """
+    if not started_by_launcher():
+        return World()
+    missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE {os.environ['WORLD_SIZE']}: expected {', '.join(missing)} with it, got "
+            "none. Start the run with --gpus N, torchrun or srun."
+        )
+    if device_type == "cuda":
+        dist.init_process_group("nccl", timeout=TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return World(
+        dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), group
+    )
+
+
+def leave_world() -> None:
+    """Part from the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Tell whether an error says that another process is gone."""
+    kinds = (dist.DistBackendError, dist.DistNetworkError)
+    text = str(error).lower()
+    return isinstance(error, kinds) or (
+        isinstance(error, RuntimeError) and ("gloo" in text or "connection closed by peer" in text)
+    )
