@@ -88,6 +88,7 @@ class StepLog:
     precision: Precision
     recorder: NonfiniteRecorder
     watchdog: FlatLossWatchdog
+    watch_from: int = 0  # the step after the warm-up
     averages: Averages = field(default_factory=Averages)
     shares: list[dict[str, float]] = field(default_factory=list)  # of the epoch
     _pending: list[StepRecord] = field(default_factory=list)
@@ -110,6 +111,8 @@ class StepLog:
         records, self._pending = self._pending[:count], self._pending[count:]
         if not records:
             return None
+        if not keep and self.precision.device.type == "cuda":
+            torch.cuda.synchronize(self.precision.device)  # the last step's values are on their way
         rows = torch.stack([r.values for r in records]).double()
         if self.world.size > 1:
             total = self.world.sum(rows.flatten().tolist())
@@ -130,17 +133,21 @@ class StepLog:
         if math.isfinite(latest["loss"] + latest["grad_norm"]):
             self.recorder.finite()
             self.averages.add(record.names, row)
-            warning = self.watchdog.add(record.step, latest["loss"])
-            if warning:
-                console(warning)
+            if record.step >= self.watch_from:
+                warning = self.watchdog.add(record.step, latest["loss"])
+                if warning:
+                    console(warning)
             return
+        scale = self.precision.current_scale()
+        if scale > 1 and math.isfinite(latest["loss"]):
+            return  # float16 looking for the largest scale that fits
         self.recorder.record(
             step=record.step,
             epoch=record.epoch,
             image_ids=record.image_ids,
             losses=latest,
             grad_norm=latest["grad_norm"],
-            scale=self.precision.current_scale(),
+            scale=scale,
             rates=record.rates,
             module=record.module or "the forward pass was finite here, the gradient was not",
         )

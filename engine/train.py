@@ -114,6 +114,10 @@ class StepRunner:
 
     def __post_init__(self) -> None:
         self._uploads = Uploads(self.device)
+        self._norms = [
+            m for m in self.model.modules()
+            if isinstance(m, nn.BatchNorm2d) and m.affine and m.weight.requires_grad
+        ]  # fmt: skip
 
     def run(
         self,
@@ -150,6 +154,7 @@ class StepRunner:
             flushing = self.step % self.flush_every == 0
             if on_step(self.steps.flush(keep=1) if flushing else None):
                 break
+            timer.restart()  # logging and saving are no part of a step
         self.steps.flush()
 
     def _guarded_step(self, group: Sequence[Batch], num_boxes: float, epoch: int) -> None:
@@ -227,6 +232,7 @@ class StepRunner:
         Outputs that are not finite make the loss NaN, so that every process skips the step.
         """
         timer, where = self.steps.timer, ""
+        statistics = [(b, b.clone()) for m in self._norms for b in m.buffers()]
         with self.precision.autocast():
             outputs = (model or self.trained)(images)
         timer.mark("forward")
@@ -235,6 +241,9 @@ class StepRunner:
         except FloatingPointError:
             with self.precision.autocast():
                 where = first_nonfinite(self.model, images)
+            with torch.no_grad():  # the batch has spoilt them
+                for buffer, before in statistics:
+                    buffer.copy_(before)
             matched = self.criterion.match(outputs, [without_boxes(t) for t in targets])
         timer.mark("match")
         losses = self.criterion.losses(matched, num_boxes)

@@ -245,6 +245,7 @@ def build_runner(
         precision=precision,
         recorder=NonfiniteRecorder(output_dir, world.rank, config.run.max_nonfinite),
         watchdog=build_watchdog(config),
+        watch_from=optim.warmup_steps,
     )
     return StepRunner(
         model=model,
