@@ -63,13 +63,14 @@ class Batch:
         return Batch(images, targets, self.unreadable)
 
 
-def pad_images(images: Sequence[Tensor]) -> PaddedBatch:
+def pad_images(images: Sequence[Tensor], multiple: int = 1) -> PaddedBatch:
     """Pad images at the right and bottom with zeros to their common size.
 
+    With `multiple`, both sides are rounded up to one, so that batches have few different sizes.
     Shape: each image [3,H,W], normalised.
     """
     sizes = tuple((int(image.shape[-2]), int(image.shape[-1])) for image in images)
-    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    height, width = (-(-max(sides) // multiple) * multiple for sides in zip(*sizes, strict=True))
     batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
     mask = torch.ones(len(images), height, width, dtype=torch.bool, device=batch.device)
     for i, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):

@@ -23,6 +23,22 @@ def test_images_lie_top_left_and_the_mask_marks_the_rest(sizes: list[tuple[int, 
         assert not padded[:, mask].any()
 
 
+@given(st.lists(st.tuples(sides, sides), min_size=1, max_size=3), st.integers(1, 8))
+def test_sides_are_rounded_up_to_a_multiple(sizes: list[tuple[int, int]], multiple: int) -> None:
+    images = [torch.randn(3, h, w) for h, w in sizes]
+    batch, tight = pad_images(images, multiple=multiple), pad_images(images)
+    height, width = tight.mask.shape[1:]
+    for side, least in zip(batch.mask.shape[1:], (height, width), strict=True):
+        assert side % multiple == 0
+        assert least <= side < least + multiple
+    assert batch.images.shape[2:] == batch.mask.shape[1:]
+    assert torch.equal(batch.images[..., :height, :width], tight.images)
+    assert torch.equal(batch.mask[:, :height, :width], tight.mask)
+    assert batch.mask[:, height:].all()
+    assert batch.mask[:, :, width:].all()
+    assert not batch.images[batch.mask[:, None].expand_as(batch.images)].any()
+
+
 def test_dtype_and_device_follow() -> None:
     batch = pad_images([torch.zeros(3, 2, 2, dtype=torch.float64)])
     assert batch.images.dtype == torch.float64
