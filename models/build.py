@@ -44,6 +44,7 @@ def build_model(
         num_layers=config.dec_layers,
         with_box_refine=config.with_box_refine,
         two_stage=config.two_stage,
+        aux_loss=config.aux_loss,
     )
     position_encoding = build_position_encoding(config.position_embedding, config.hidden_dim)
     model = DeformableDETR(

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.checkpointing import checkpointed
 from models.encoder import FeatureLevels
-from models.layers import inverse_sigmoid
+from models.layers import ExactLayerNorm, inverse_sigmoid
 from ops import MSDeformAttn
 
 # N batch, Q queries, S tokens, L levels, C width.
@@ -54,12 +55,12 @@ class DeformableDecoderLayer(nn.Module):
         self.cross_attn = MSDeformAttn(
             d_model, n_levels=n_levels, n_heads=n_heads, n_points=n_points
         )
-        self.norm1 = nn.LayerNorm(d_model)
+        self.norm1 = ExactLayerNorm(d_model)
         self.self_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout, batch_first=True)
-        self.norm2 = nn.LayerNorm(d_model)
+        self.norm2 = ExactLayerNorm(d_model)
         self.linear1 = nn.Linear(d_model, d_ffn)
         self.linear2 = nn.Linear(d_ffn, d_model)
-        self.norm3 = nn.LayerNorm(d_model)
+        self.norm3 = ExactLayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -93,6 +94,8 @@ class DeformableDecoder(nn.Module):
     `class_embed` is held for its state-dict keys, which official two-stage checkpoints repeat.
     """
 
+    checkpointing = False
+
     def __init__(
         self,
         layers: list[DeformableDecoderLayer],
@@ -119,7 +122,10 @@ class DeformableDecoder(nn.Module):
         x = queries
         for index, layer in enumerate(self.layers):
             scale = ratios if reference.shape[-1] == 2 else torch.cat([ratios, ratios], dim=-1)
-            x = layer(x, query_pos, reference[:, :, None] * scale, memory, levels)
+            points = reference[:, :, None] * scale
+            x = checkpointed(
+                layer, x, query_pos, points, memory, levels, enabled=self.checkpointing
+            )
             hidden.append(x)
             references.append(reference)
             if self.bbox_embed is not None:

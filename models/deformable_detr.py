@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.backbones import Joiner
 from models.decoder import apply_delta
-from models.layers import MLP, focal_prior_bias
+from models.layers import MLP, ExactLinear, focal_prior_bias
 from models.transformer import DeformableTransformer, TransformerOutput
 from util.batch import PaddedBatch
 
@@ -32,7 +32,11 @@ class DetectorOutput(TypedDict, total=False):
 
 
 class DetectionHeads(nn.Module):
-    """Classification and box heads of every decoder layer, and of the encoder if two-stage."""
+    """Classification and box heads of every decoder layer, and of the encoder if two-stage.
+
+    Every one that requires a gradient gets one: without `aux_loss`, the heads of refining layers
+    before the last, whose boxes pass no gradient on, do not learn.
+    """
 
     def __init__(
         self,
@@ -42,10 +46,11 @@ class DetectionHeads(nn.Module):
         num_layers: int,
         with_box_refine: bool,
         two_stage: bool,
+        aux_loss: bool = True,
     ) -> None:
         super().__init__()
         count = num_layers + int(two_stage)
-        class_head = nn.Linear(d_model, num_classes)
+        class_head = ExactLinear(d_model, num_classes)
         nn.init.constant_(class_head.bias, focal_prior_bias())
         box_head = MLP(d_model, d_model, 4, 3)
         last = box_head.layers[-1]
@@ -63,6 +68,9 @@ class DetectionHeads(nn.Module):
             nn.init.constant_(first.bias[2:], -2.0)
         self.class_embed = nn.ModuleList(class_heads)
         self.bbox_embed = nn.ModuleList(box_heads)
+        if with_box_refine and not aux_loss:  # no loss reaches the heads of earlier layers
+            for heads in (self.class_embed, self.bbox_embed):
+                heads[: num_layers - 1].requires_grad_(False)
 
 
 class DeformableDETR(nn.Module):
@@ -120,12 +128,12 @@ class DeformableDETR(nn.Module):
             logits.append(self.class_embed[index](hidden))
             boxes.append(apply_delta(delta, reference))
         kept = slice(None) if self.aux_loss else slice(-1, None)
-        result = DetectorOutput(
-            pred_logits=logits[-1],
-            pred_boxes=boxes[-1],
-            layer_logits=torch.stack(logits[kept]),
-            layer_boxes=torch.stack(boxes[kept]),
-        )
+        result: DetectorOutput = {  # a literal, which compiles
+            "pred_logits": logits[-1],
+            "pred_boxes": boxes[-1],
+            "layer_logits": torch.stack(logits[kept]),
+            "layer_boxes": torch.stack(boxes[kept]),
+        }
         if output.encoder_logits is not None and output.encoder_boxes is not None:
             result["enc_logits"] = output.encoder_logits
             result["enc_boxes"] = output.encoder_boxes

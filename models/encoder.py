@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.checkpointing import checkpointed
+from models.layers import ExactLayerNorm
 from ops import MSDeformAttn
 
 # N batch, S tokens of all levels, L levels, C width.
@@ -45,10 +47,10 @@ class DeformableEncoderLayer(nn.Module):
         self.self_attn = MSDeformAttn(
             d_model, n_levels=n_levels, n_heads=n_heads, n_points=n_points
         )
-        self.norm1 = nn.LayerNorm(d_model)
+        self.norm1 = ExactLayerNorm(d_model)
         self.linear1 = nn.Linear(d_model, d_ffn)
         self.linear2 = nn.Linear(d_ffn, d_model)
-        self.norm2 = nn.LayerNorm(d_model)
+        self.norm2 = ExactLayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, levels: FeatureLevels, reference_points: Tensor) -> Tensor:
@@ -69,6 +71,8 @@ class DeformableEncoderLayer(nn.Module):
 class DeformableEncoder(nn.Module):
     """A stack of encoder layers; each token's reference is its own cell centre."""
 
+    checkpointing = False
+
     def __init__(self, layers: list[DeformableEncoderLayer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -78,7 +82,7 @@ class DeformableEncoder(nn.Module):
         reference_points = cell_centres(levels)
         x = levels.tokens
         for layer in self.layers:
-            x = layer(x, levels, reference_points)
+            x = checkpointed(layer, x, levels, reference_points, enabled=self.checkpointing)
         return x
 
 

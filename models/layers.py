@@ -25,15 +25,43 @@ def sine_embedding(values: Tensor, dims: int, temperature: float = 10000.0) -> T
     return torch.stack([phase[..., 0::2].sin(), phase[..., 1::2].cos()], dim=-1).flatten(-2)
 
 
+class ExactLinear(nn.Linear):
+    """A linear layer that autocast leaves in the precision of its weights.
+
+    For what becomes a place or a score: bfloat16 has 8 bits, too few to tell pixels apart.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: [..., in_features] -> [..., out_features]."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+class ExactLayerNorm(nn.LayerNorm):
+    """A layer norm that autocast leaves in the precision of its weights, on every device.
+
+    PyTorch's own does so on CUDA. On the CPU it would take bfloat16, in which its backward pass
+    also sums the gradients of weight and bias over all tokens: sums that stop growing at 2 to 4,
+    where adding one more token rounds to nothing.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: [..., C] -> the same."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        return super().forward(x.to(self.weight.dtype))
+
+
 class MLP(nn.Module):
-    """Linear layers with ReLU between them: the box head."""
+    """Linear layers with ReLU between them, the last one exact: the box head."""
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
         super().__init__()
-        widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(
-            nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        widths = [input_dim, *[hidden_dim] * (num_layers - 1)]
+        hidden = [nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+        self.layers = nn.ModuleList([*hidden, ExactLinear(hidden_dim, output_dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape: [..., input_dim] -> [..., output_dim]."""
@@ -64,11 +92,30 @@ class FrozenBatchNorm2d(nn.Module):
         state_dict.pop(prefix + "num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape: [N,C,H,W] -> the same."""
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+    def after(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """Return this norm of `conv(x)` by one convolution with scaled weights.
+
+        The norm's own pass over the map, and its copy of the map for the backward pass, are saved.
+        Shape: x [N,C,H,W].
+        """
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return F.conv2d(
+            x,
+            conv.weight * scale[:, None, None, None],
+            self.bias - self.running_mean * scale,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
         )
+
+
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """Return a convolution, which has no bias of its own, and its norm. Shape: [N,C,H,W]."""
+    if isinstance(norm, FrozenBatchNorm2d):
+        return norm.after(conv, x)
+    output: Tensor = norm(conv(x))
+    return output
 
 
 def focal_prior_bias(prior: float = 0.01) -> float:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from models.decoder import DecoderOutput, DeformableDecoder
 from models.encoder import DeformableEncoder, FeatureLevels
+from models.layers import ExactLayerNorm, ExactLinear
 from models.two_stage import proposal_embedding, select_proposals, token_proposals
 from ops import MSDeformAttn
 from ops.reference import level_sizes
@@ -48,11 +49,11 @@ class DeformableTransformer(nn.Module):
         self.level_embed = nn.Parameter(torch.empty(num_feature_levels, d_model))
         if two_stage:
             self.enc_output = nn.Linear(d_model, d_model)
-            self.enc_output_norm = nn.LayerNorm(d_model)
+            self.enc_output_norm = ExactLayerNorm(d_model)
             self.pos_trans = nn.Linear(d_model * 2, d_model * 2)
-            self.pos_trans_norm = nn.LayerNorm(d_model * 2)
+            self.pos_trans_norm = ExactLayerNorm(d_model * 2)
         else:
-            self.reference_points = nn.Linear(d_model, 2)
+            self.reference_points = ExactLinear(d_model, 2)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -94,9 +95,10 @@ class DeformableTransformer(nn.Module):
         level_pos = [p.flatten(2).mT + e for p, e in zip(pos, self.level_embed, strict=True)]
         shapes = [(int(f.shape[2]), int(f.shape[3])) for f in features]
         valid_ratios = torch.stack([valid_ratio(m, features[0].dtype) for m in masks], dim=1)
+        tokens = torch.cat([f.flatten(2).mT for f in features], dim=1)
         return FeatureLevels(
-            tokens=torch.cat([f.flatten(2).mT for f in features], dim=1),
-            pos=torch.cat(level_pos, dim=1),
+            tokens=tokens,
+            pos=torch.cat(level_pos, dim=1).to(tokens.dtype),
             padding_mask=torch.cat([m.flatten(1) for m in masks], dim=1),
             valid_ratios=valid_ratios,
             sizes=level_sizes(shapes, valid_ratios),

@@ -24,6 +24,11 @@ class Joiner(nn.Sequential):
         self.mean = backbone.mean
         self.std = backbone.std
 
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone alone."""
+        return cast(Backbone, self[0])
+
     def forward(self, batch: PaddedBatch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return maps [N,C,H,W], masks [N,H,W] and encodings [N,C,H,W], finest level first."""
         # channels last: convolutions are faster, and flattening maps to tokens copies nothing

@@ -33,6 +33,7 @@ class Backbone(Protocol):
     strides: tuple[int, ...]  # input pixels per cell
     mean: tuple[float, float, float]  # of the pictures it was trained on, 0..1, RGB
     std: tuple[float, float, float]
+    checkpointing: bool  # activations are computed again in the backward pass, not kept
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Shape: [N,3,H,W] -> maps [N,C,H/stride,W/stride]."""

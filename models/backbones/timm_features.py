@@ -12,6 +12,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from models.backbones.registry import Backbone, BackboneOptions, register_backbone
+from models.checkpointing import checkpointed
 from util.errors import CheckpointError, ConfigError, nearest_hint
 from util.safe_load import load_safely
 
@@ -25,6 +26,7 @@ class TimmBackbone(nn.Module):
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    checkpointing = False
 
     def __init__(self, options: BackboneOptions) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class TimmBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Shape: [N,3,H,W] -> maps [N,C,H/stride,W/stride], finest first."""
-        maps = list(self.body(images))
+        maps = list(checkpointed(self.body, images, enabled=self.checkpointing))
         if getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC:
             maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
         return maps
@@ -133,6 +135,9 @@ def _check_arrival(body: nn.Module, given: Mapping[str, Tensor], place: str, nam
 def _accept_any_size(body: nn.Module, name: str) -> None:
     """Let the network pad pictures to whole patches, and try it on an odd size.
 
+    A parameter that no map depends on, such as the norm of a head cut off, is one that does not
+    learn: distributed training waits for the gradient of every other.
+
     Raises:
         ConfigError: the network reads pictures of one size only.
     """
@@ -141,14 +146,18 @@ def _accept_any_size(body: nn.Module, name: str) -> None:
             module.strict_img_size, module.dynamic_img_pad = False, True
     height, width = _PROBE_SIZE
     try:
-        with torch.no_grad():
-            body.eval()(torch.zeros(1, 3, height, width))
+        maps = body.eval()(torch.zeros(1, 3, height, width))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"--backbone timm/{name}: expected a network for pictures of any size, got one that "
             f"refuses {height} x {width} ({' '.join(str(error).split())[:100]}). Choose another."
         ) from error
     body.train()
+    parameters = list(body.parameters())
+    total = torch.stack([m.sum() for m in maps]).sum()
+    found = torch.autograd.grad(total, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        parameter.requires_grad_(gradient is not None)
 
 
 @register_backbone("timm")

@@ -3,23 +3,63 @@
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import cast
 
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from models.backbones.registry import Backbone, BackboneOptions, register_backbone
-from models.layers import FrozenBatchNorm2d
+from models.checkpointing import checkpointed
+from models.layers import FrozenBatchNorm2d, conv_norm
 from util.errors import CheckpointError, ConfigError, nearest_hint
 from util.safe_load import load_safely
 
-_CHANNELS = {
-    "resnet18": (64, 128, 256, 512),
-    "resnet34": (64, 128, 256, 512),
-    "resnet50": (256, 512, 1024, 2048),
-    "resnet101": (256, 512, 1024, 2048),
-}
 _STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+
+
+class Residual(nn.Module):
+    """A residual block of torchvision whose norms may be part of their convolutions."""
+
+    expansion: int
+    downsample: nn.Sequential | None
+    convolutions: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: [N,C,H,W] -> [N,C',H/stride,W/stride]."""
+        out = x
+        for index in range(1, self.convolutions + 1):
+            if index > 1:
+                out = F.relu(out, inplace=True)
+            out = conv_norm(out, getattr(self, f"conv{index}"), getattr(self, f"bn{index}"))
+        skipped = x
+        if self.downsample is not None:
+            conv, norm = self.downsample
+            assert isinstance(conv, nn.Conv2d)
+            skipped = conv_norm(x, conv, norm)
+        out += skipped
+        return F.relu(out, inplace=True)
+
+
+class ResidualBasic(Residual, BasicBlock):  # type: ignore[misc]
+    """Two convolutions (ResNet-18 and 34)."""
+
+    convolutions = 2
+
+
+class ResidualBottleneck(Residual, Bottleneck):  # type: ignore[misc]
+    """Three convolutions, the stride in the second (ResNet-50 and 101)."""
+
+    convolutions = 3
+
+
+_BLOCKS: dict[str, tuple[type[Residual], list[int]]] = {
+    "resnet18": (ResidualBasic, [2, 2, 2, 2]),
+    "resnet34": (ResidualBasic, [3, 4, 6, 3]),
+    "resnet50": (ResidualBottleneck, [3, 4, 6, 3]),
+    "resnet101": (ResidualBottleneck, [3, 4, 23, 3]),
+}
 
 
 class ResNetBackbone(nn.Module):
@@ -29,18 +69,24 @@ class ResNetBackbone(nn.Module):
     strides: tuple[int, ...]
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
+    checkpointing = False
 
     def __init__(self, options: BackboneOptions) -> None:
         super().__init__()
         norm = nn.BatchNorm2d if options.train_norm else FrozenBatchNorm2d
-        network = getattr(torchvision.models, options.variant)(
-            replace_stride_with_dilation=[False, False, options.dilation], norm_layer=norm
+        block, counts = _BLOCKS[options.variant]
+        network = torchvision.models.ResNet(
+            block,
+            counts,
+            replace_stride_with_dilation=[False, False, options.dilation],
+            norm_layer=norm,
         )
         load_resnet_weights(network, options)
-        first = 4 if options.single_level else 2
-        wanted = {f"layer{i}": str(i) for i in range(first, 5)}
-        self.body = IntermediateLayerGetter(network, return_layers=wanted)
-        self.channels = _CHANNELS[options.variant][first - 1 :]
+        children = dict(network.named_children())
+        self.body = nn.ModuleDict({name: children[name] for stage in _STAGES for name in stage})
+        self._first = 4 if options.single_level else 2
+        width = 64 * block.expansion
+        self.channels = tuple(width * 2**i for i in range(self._first - 1, 4))
         last_stride = 16 if options.dilation else 32
         self.strides = (last_stride,) if options.single_level else (8, 16, last_stride)
         for stage in _STAGES[: options.frozen_stages]:
@@ -49,7 +95,17 @@ class ResNetBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Shape: [N,3,H,W] -> maps [N,C,H/stride,W/stride], finest first."""
-        return list(self.body(images).values())
+        stem = self.body["conv1"]
+        assert isinstance(stem, nn.Conv2d)
+        x = F.relu(conv_norm(images, stem, self.body["bn1"]), inplace=True)
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        maps = []
+        for index in range(1, 5):
+            for block in cast(nn.Sequential, self.body[f"layer{index}"]):
+                x = checkpointed(block, x, enabled=self.checkpointing)
+            if index >= self._first:
+                maps.append(x)
+        return maps
 
 
 def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
@@ -98,10 +154,10 @@ def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
 @register_backbone("torchvision")
 def create_resnet(options: BackboneOptions) -> Backbone:
     """Build a torchvision ResNet."""
-    if options.variant not in _CHANNELS:
+    if options.variant not in _BLOCKS:
         raise ConfigError(
             f"--backbone {options.variant}: unknown torchvision backbone. "
-            f"{nearest_hint(options.variant, _CHANNELS)} Others: timm/NAME."
+            f"{nearest_hint(options.variant, _BLOCKS)} Others: timm/NAME."
         )
     if options.dilation and options.variant in ("resnet18", "resnet34"):
         raise ConfigError("--dilation: resnet18 and resnet34 have none. Use resnet50.")

@@ -105,6 +105,23 @@ def test_frozen_parameters_get_no_gradient_and_norms_stay_put(name: str) -> None
     torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("train_norm", [False, True])
+def test_frozen_layers_keep_nothing_for_the_backward_pass(train_norm: bool) -> None:
+    backbone = create("resnet18", train_norm=train_norm).train()
+    kept: dict[int, tuple[int, ...]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 4 and tensor.shape[0] == 2:
+            kept[tensor.data_ptr()] = tuple(tensor.shape[1:])
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        maps = backbone(torch.randn(2, 3, 128, 128))
+    assert [m.requires_grad for m in maps] == [True, True, True]
+    large = [shape for shape in kept.values() if shape[1] >= 32]
+    assert large == [(64, 32, 32)]  # what the frozen layers hand on
+
+
 @pytest.mark.parametrize("name", ["resnet18", CONVOLUTIONAL])
 def test_norms_learn_where_asked(name: str) -> None:
     backbone = create(name, frozen_stages=0, train_norm=True).train()

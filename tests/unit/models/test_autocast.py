@@ -1,0 +1,99 @@
+"""Under autocast, what is a place or a score stays in float32; the rest may be rounded."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.build import build_model
+from models.deformable_detr import DeformableDETR
+from models.layers import ExactLayerNorm
+from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
+from util.batch import PaddedBatch, pad_images
+
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def small(variant: str) -> DeformableDETR:
+    """Return a float32 detector."""
+    options = VARIANTS[variant] | {"backbone": "resnet18"}
+    model = build_model(small_config(**options), num_classes=5).eval()
+    perturb(model)
+    return model
+
+
+def padded_batch() -> PaddedBatch:
+    """Return pictures with padding on both."""
+    return pad_images([image.float() for image in random_images((96, 64), (64, 128))])
+
+
+def share_in_bfloat16(values: Tensor) -> float:
+    """Return the share of values that bfloat16 holds exactly."""
+    return float((values.bfloat16().to(values.dtype) == values).double().mean())
+
+
+def in_bfloat16() -> torch.autocast:
+    """Return autocast to bfloat16 on the CPU."""
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@variants
+def test_predictions_are_exact_and_near_those_of_float32(variant: str) -> None:
+    model, batch = small(variant), padded_batch()
+    model.transformer.num_queries = 10**6  # every token, lest rounding chooses other proposals
+    with torch.no_grad():
+        expected = model(batch)
+        with in_bfloat16():
+            found = model(batch)
+    for name in expected:
+        wanted, value = expected[name], found[name]
+        assert value.dtype == torch.float32, name
+        assert share_in_bfloat16(value[(value != 0) & (value != 1)]) < 0.05, name
+        if variant != "two_stage" or name.startswith("enc_"):  # proposals come in another order
+            tolerance = 0.02 if "boxes" in name else 0.1
+            assert (value - wanted).abs().mean() < tolerance * wanted.std(), name
+
+
+@variants
+def test_reference_points_are_exact(variant: str) -> None:
+    model = small(variant)
+    query_embed = None if model.query_embed is None else model.query_embed.weight
+    with torch.no_grad(), in_bfloat16():
+        output = model.transformer(*model.feature_levels(padded_batch()), query_embed)
+    for reference in output.decoder.references:
+        assert reference.dtype == torch.float32
+        assert share_in_bfloat16(reference) < 0.1
+    for delta in output.decoder.deltas:
+        assert delta.dtype == torch.float32
+
+
+@variants
+def test_gradients_are_float32_and_near_those_of_float32(variant: str) -> None:
+    torch.manual_seed(0)
+    batch = padded_batch()
+    model = build_model(
+        small_config(**VARIANTS[variant] | {"backbone": "resnet18"}), num_classes=5
+    ).eval()
+    model.transformer.num_queries = 10**6
+    found = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs = model(batch)
+        total = torch.stack([value.square().mean() for value in outputs.values()]).sum()
+        torch.autograd.backward(total)
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    largest = max(float(g.norm()) for g in found[0].values())
+    for name, wanted in found[0].items():
+        value = found[1][name]
+        assert value.dtype == torch.float32, name
+        assert (value - wanted).norm() < 0.2 * wanted.norm() + 1e-3 * largest, name
+
+
+def test_gradients_of_a_norm_are_summed_over_many_tokens_in_float32() -> None:
+    tokens, width = 5000, 8
+    norm = ExactLayerNorm(width)
+    with in_bfloat16():
+        output = norm(torch.randn(tokens, width).bfloat16())
+    torch.autograd.backward(output, torch.full_like(output, 0.01))
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(norm.bias.grad, torch.full((width,), 50.0), rtol=1e-3, atol=0)

@@ -1,0 +1,87 @@
+"""The detector compiles as one graph, once for each size of batch."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo import config as dynamo
+from torch._dynamo.testing import CompileCounter
+
+from configs.schema import LossConfig
+from models.build import build_criterion, build_model
+from models.checkpointing import PARTS, set_checkpointing
+from models.compiling import compile_model
+from models.deformable_detr import DeformableDETR
+from tests.unit.models.definitions import random_targets
+from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
+from util.batch import pad_images
+
+variants = pytest.mark.parametrize("variant", VARIANTS)
+SIZES = [(60, 90), (75, 64)]
+
+
+def small(**options: Any) -> DeformableDETR:
+    """Return a float64 detector in training mode without dropout."""
+    torch.manual_seed(0)
+    options = {
+        "backbone": "timm/test_resnet",
+        "dropout": 0.0,
+        "enc_layers": 1,
+        "dec_layers": 2,
+    } | options
+    model = build_model(small_config(**options), num_classes=5).double().train()
+    perturb(model)
+    return model
+
+
+def gradients(model: DeformableDETR) -> dict[str, Tensor]:
+    """Return gradients of the loss of a random batch."""
+    torch.manual_seed(1)
+    outputs = model(pad_images(random_images(*SIZES)))
+    losses = build_criterion(LossConfig())(outputs, random_targets([3, 2], 5))
+    torch.autograd.backward(losses["loss"])
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@variants
+def test_training_and_evaluation_are_one_graph_each_and_compute_the_same(variant: str) -> None:
+    torch.compiler.reset()
+    plain, compiled = small(**VARIANTS[variant]), small(**VARIANTS[variant])
+    counter = CompileCounter()
+    keys = set(compiled.state_dict())
+    compile_model(compiled, backend=counter)
+    assert set(compiled.state_dict()) == keys
+    expected, found = gradients(plain), gradients(compiled)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
+    assert counter.frame_count == 1
+    batch = pad_images(random_images(*SIZES))
+    with torch.no_grad():
+        wanted, output = plain.eval()(batch), compiled.eval()(batch)
+    torch.testing.assert_close(dict(output), dict(wanted))
+    assert counter.frame_count == 2
+
+
+def test_every_size_is_compiled_once_however_many_pytorch_would_compile() -> None:
+    torch.compiler.reset()
+    model = small().eval()
+    counter = CompileCounter()
+    with dynamo.patch(cache_size_limit=1):  # PyTorch's own is 8, and would take long to reach
+        compile_model(model, backend=counter)
+        for size in [(70, 70), (128, 65), (60, 128), (65, 127), (20, 40)]:
+            with torch.no_grad():
+                model(pad_images(random_images(size), multiple=64))
+    assert counter.frame_count == 3  # 128 x 128 thrice, 64 x 128, 64 x 64
+
+
+def test_autocast_and_checkpointing_compile_too() -> None:
+    torch.compiler.reset()
+    model = small(backbone="resnet18", dropout=0.1, dec_layers=1).float()
+    set_checkpointing(model, PARTS)
+    compile_model(model, backend="aot_eager")
+    batch = pad_images([image.float() for image in random_images(*SIZES)])
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(batch)
+    torch.autograd.backward(outputs["pred_boxes"].sum())
+    assert outputs["pred_boxes"].dtype == torch.float32

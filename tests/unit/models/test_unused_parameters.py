@@ -1,0 +1,58 @@
+"""Every parameter that requires a gradient gets one, whatever the variant, the loss and the batch.
+
+Distributed training waits for the gradient of each; one that never comes stops the run.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from configs.schema import LossConfig
+from models.build import ALL_STAGES, build_criterion, build_model
+from tests.unit.models.definitions import random_targets
+from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
+from util.batch import pad_images
+
+CASES: dict[str, dict[str, Any]] = {
+    **VARIANTS,
+    **{f"{name}, last layer alone": {**o, "aux_loss": False} for name, o in VARIANTS.items()},
+    "one decoder layer": {"with_box_refine": True, "aux_loss": False, "dec_layers": 1},
+    "single level": {"num_feature_levels": 1},
+    "single level, two stage": {"num_feature_levels": 1, **VARIANTS["two_stage"]},
+    "six levels": {"num_feature_levels": 6},
+    "learned encoding": {"position_embedding": "learned"},
+    "torchvision": {"backbone": "resnet18"},
+    "torchvision, norms learn": {"backbone": "resnet18", "train_backbone_norm": True},
+    "DC5": {"backbone": "resnet50", "num_feature_levels": 1, "dilation": True},
+    "norms learn": {"train_backbone_norm": True},
+    "timm without its own stem": {"backbone": "timm/convnext_atto"},
+    "timm transformer": {"backbone": "timm/swin_tiny_patch4_window7_224"},
+}
+
+
+@pytest.mark.parametrize("frozen_stages", [0, 2, ALL_STAGES])
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+def test_every_parameter_that_requires_a_gradient_gets_one(
+    options: dict[str, Any], frozen_stages: int
+) -> None:
+    config = small_config(**options)
+    model = build_model(config, num_classes=5, frozen_stages=frozen_stages).train()
+    perturb(model)
+    batch = pad_images([image.float() for image in random_images((60, 90), (75, 64))])
+    for counts in ([3, 2], [0, 0]):
+        targets = [{**t, "boxes": t["boxes"].float()} for t in random_targets(counts, 5)]
+        model.zero_grad()
+        torch.autograd.backward(build_criterion(LossConfig())(model(batch), targets)["loss"])
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_only_heads_that_no_loss_reaches_do_not_learn() -> None:
+    options = {**VARIANTS["two_stage"], "aux_loss": False}  # three layers, then the encoder's
+    model = build_model(small_config(**options), num_classes=5, frozen_stages=0)
+    for heads in (model.class_embed, model.bbox_embed):
+        learning = [all(p.requires_grad for p in head.parameters()) for head in heads]
+        assert learning == [False, False, True, True]
+    others = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
+    assert sum(not p.requires_grad for p in others) == 2 * (2 + 6)  # two heads of either kind
