@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from datasets.coco import CocoDetection, CocoIndex
 from datasets.loader import (
     AspectRatioBatchSampler,
     SameSizeBatchSampler,
+    Share,
     ShuffledBatchSampler,
     collate,
     eval_loader,
+    share_out,
     train_loader,
 )
 from datasets.transforms import EvalTransform, TrainTransform
 from util.batch import Batch, Target, UnreadableImage
+from util.errors import ConfigError
 
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 RANDOM = TrainTransform(
@@ -59,31 +63,98 @@ def test_collate_pads_and_sets_unreadable_pictures_apart() -> None:
     assert collate([bad]) == Batch(None, [], [bad])
 
 
-@given(st.integers(1, 50), st.integers(1, 8), st.integers(1, 3), st.integers(0, 5))
-def test_shuffled_batches_are_full_equal_in_number_and_disjoint(
-    count: int, batch_size: int, world_size: int, epoch: int
-) -> None:
+Order = Callable[[Share], ShuffledBatchSampler]
+
+
+def plain(count: int, *, seed: int = 3) -> Order:
+    """Return what makes a sampler of `count` pictures for a process's share."""
+    return lambda share: ShuffledBatchSampler(count, share, seed=seed)
+
+
+def grouped(sizes: list[tuple[int, int]]) -> Order:
+    """Return what makes a sampler of pictures of these sizes for a process's share."""
+    return lambda share: AspectRatioBatchSampler(sizes, share, seed=3)
+
+
+def epoch_of(order: Order, effective: int, most: int, world_size: int) -> list[list[list[int]]]:
+    """Return the pictures of epoch 2 as [steps][processes][pictures].
+
+    Checks what holds for every order: equally many micro-batches in all processes, of at most the
+    size asked.
+    """
     ranks = []
     for rank in range(world_size):
-        sampler = ShuffledBatchSampler(
-            count, batch_size=batch_size, seed=3, rank=rank, world_size=world_size
-        )
-        sampler.set_epoch(epoch)
-        ranks.append(list(sampler))
-        assert len(sampler) == len(ranks[-1])
-    assert len({len(batches) for batches in ranks}) == 1
-    seen = [i for batches in ranks for batch in batches for i in batch]
-    if count >= batch_size * world_size:
-        assert all(len(batch) == batch_size for batches in ranks for batch in batches)
-        assert len(set(seen)) == len(seen) > count - batch_size * world_size
-    else:
-        assert set(seen) == set(range(count))
-        assert len({len(batches[0]) for batches in ranks}) == 1
+        sampler = order(share_out(effective, most=most, rank=rank, world_size=world_size))
+        sampler.set_epoch(2)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) == sampler.steps * sampler.accumulation
+        assert all(0 < len(batch) <= most for batch in batches)
+        size = sampler.accumulation
+        ranks.append([list(chain(*batches[i : i + size])) for i in range(0, len(batches), size)])
+    assert len({len(steps) for steps in ranks}) == 1
+    return [list(step) for step in zip(*ranks, strict=True)]
+
+
+def together(step: list[list[int]]) -> list[int]:
+    """Return the pictures of a step on all processes, sorted."""
+    return sorted(i for own in step for i in own)
+
+
+@given(st.integers(1, 90), st.integers(1, 6), st.integers(1, 9), st.integers(1, 4))
+def test_a_step_has_the_same_pictures_however_it_is_shared_out(
+    count: int, per_process: int, most: int, world_size: int
+) -> None:
+    effective = per_process * world_size
+    shared = epoch_of(plain(count), effective, most, world_size)
+    alone = epoch_of(plain(count), effective, effective, 1)
+    if count >= effective:
+        assert [together(step) for step in shared] == [together(step) for step in alone]
+        seen = [i for step in shared for i in together(step)]
+        assert len(set(seen)) == len(seen) == count // effective * effective
+        assert {len(own) for step in shared for own in step} == {per_process}
+        return
+    (step,) = shared  # too little data for one: all of it, and some twice where that is uneven
+    assert together(alone[0]) == list(range(count))
+    assert set(together(step)) == set(range(count))
+    assert {len(own) for own in step} == {-(-count // world_size)}
+
+
+@given(sizes, st.integers(1, 6), st.integers(1, 4), st.integers(1, 3))
+def test_pictures_of_both_orientations_are_not_in_one_step(
+    sizes: list[tuple[int, int]], per_process: int, most: int, world_size: int
+) -> None:
+    effective = per_process * world_size
+    shared = epoch_of(grouped(sizes), effective, most, world_size)
+    alone = epoch_of(grouped(sizes), effective, effective, 1)
+    portrait = [height > width for height, width in sizes]
+    apart = min(portrait.count(True), portrait.count(False)) >= effective
+    assert len(shared) == len(alone) >= 1
+    for step, whole in zip(shared, alone, strict=True):
+        if len(sizes) < effective:
+            assert set(together(step)) == set(range(len(sizes)))
+        else:
+            assert together(step) == together(whole)
+            assert len(set(together(step))) == effective
+        if apart:
+            assert len({portrait[i] for i in together(step)}) == 1
+
+
+@given(sizes, st.integers(1, 5), st.integers(1, 4), st.integers(0, 70), st.booleans())
+def test_an_epoch_resumed_after_any_step_gives_exactly_the_rest(
+    sizes: list[tuple[int, int]], own: int, most: int, first_step: int, by_aspect: bool
+) -> None:
+    share = share_out(own * 2, most=most, rank=1, world_size=2)
+    sampler = (grouped(sizes) if by_aspect else plain(len(sizes)))(share)
+    sampler.set_epoch(5)
+    whole = list(sampler)
+    first_step = min(first_step, sampler.steps)
+    sampler.set_epoch(5, first_step)
+    assert list(sampler) == whole[first_step * sampler.accumulation :]
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
-        sampler = ShuffledBatchSampler(40, batch_size=4, seed=seed)
+        sampler = plain(40, seed=seed)(Share(4))
         sampler.set_epoch(epoch)
         return list(sampler)
 
@@ -91,39 +162,39 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert len({str(order(*key)) for key in [(1, 2), (1, 3), (2, 2)]}) == 3
 
 
-@given(sizes, st.integers(1, 6), st.integers(1, 3))
-def test_aspect_ratio_batches_do_not_mix(
-    sizes: list[tuple[int, int]], batch_size: int, world_size: int
-) -> None:
-    ranks = [
-        AspectRatioBatchSampler(
-            sizes, batch_size=batch_size, seed=0, rank=rank, world_size=world_size
-        )
-        for rank in range(world_size)
-    ]
-    batches = [list(sampler) for sampler in ranks]
-    assert {len(b) for b in batches} == {len(ranks[0])}
-    assert len(ranks[0]) >= 1
-    step_size = batch_size * world_size
-    portrait = [height > width for height, width in sizes]
-    apart = min(portrait.count(True), portrait.count(False)) >= step_size
-    for step in zip(*batches, strict=True):
-        together = [i for batch in step for i in batch]
-        if len(sizes) >= step_size:
-            assert len(set(together)) == len(together) == step_size
-        else:
-            assert set(together) == set(range(len(sizes)))
-        if apart:
-            assert len({portrait[i] for i in together}) == 1
-
-
 def test_the_few_pictures_of_the_other_orientation_are_seen_too() -> None:
-    sampler = AspectRatioBatchSampler([(1, 2)] * 20 + [(2, 1)] * 3, batch_size=4, seed=0)
+    sampler = grouped([(1, 2)] * 20 + [(2, 1)] * 3)(Share(4))
     seen: set[int] = set()
     for epoch in range(20):
         sampler.set_epoch(epoch)
         seen |= {i for batch in sampler for i in batch}
     assert seen == set(range(23))
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 8))
+def test_shares_make_up_the_effective_batch_in_the_largest_micro_batches(
+    per_process: int, most: int, world_size: int
+) -> None:
+    effective = per_process * world_size
+    share = share_out(effective, most=most, rank=world_size - 1, world_size=world_size)
+    assert share.effective == share.batch_size * share.accumulation * world_size == effective
+    larger = range(share.batch_size + 1, most + 1)
+    assert share.batch_size <= most
+    assert all(per_process % size for size in larger)
+
+
+def test_no_effective_batch_means_one_micro_batch_a_process() -> None:
+    share = share_out(0, most=3, rank=1, world_size=2)
+    assert share == Share(batch_size=3, accumulation=1, rank=1, world_size=2)
+    assert share.effective == 6
+
+
+@pytest.mark.parametrize(("effective", "advice"), [(6, "Take 4,"), (3, "Take 4,"), (9, "Take 8,")])
+def test_an_effective_batch_that_the_processes_cannot_share_is_refused(
+    effective: int, advice: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^--effective_batch_size {effective}: .* {advice}"):
+        share_out(effective, most=2, world_size=4)
 
 
 @given(sizes, st.integers(1, 7), st.integers(1, 3))
@@ -168,7 +239,7 @@ def test_training_is_the_same_with_and_without_workers(index: CocoIndex) -> None
     epochs = {}
     for num_workers in (0, 2):
         loader = train_loader(
-            CocoDetection(index, RANDOM, seed=5), batch_size=5, num_workers=num_workers, seed=5
+            CocoDetection(index, RANDOM, seed=5), Share(5), num_workers=num_workers, seed=5
         )
         assert len(loader) == 2
         runs = []
@@ -184,7 +255,7 @@ def test_one_scale_for_a_batch_pads_nothing(index: CocoIndex) -> None:
     (index.image_dir / "108.png").write_bytes((index.image_dir / "107.png").read_bytes())
     shared = replace(RANDOM, random_crop=False, one_scale_per_batch=True)
     dataset = CocoDetection(index, shared, seed=2)
-    loader = train_loader(dataset, batch_size=3, num_workers=0, seed=2)
+    loader = train_loader(dataset, Share(3), num_workers=0, seed=2)
     by_epoch = []
     for epoch in range(6):
         loader.set_epoch(epoch)
@@ -196,23 +267,46 @@ def test_one_scale_for_a_batch_pads_nothing(index: CocoIndex) -> None:
         by_epoch.append([images.sizes[0] for images in batches if images is not None])
     assert len({str(sizes) for sizes in by_epoch}) > 1  # drawn anew in every epoch
     assert any(len(set(sizes)) > 1 for sizes in by_epoch)  # and for every batch
-    loader.set_epoch(4, first_batch=2)
+    loader.set_epoch(4, first_step=2)
     resumed = [batch.images.sizes[0] for batch in loader if batch.images is not None]
     assert resumed == by_epoch[4][2:]
 
 
 def test_resumed_epoch_goes_on_where_it_stopped(index: CocoIndex) -> None:
-    loader = train_loader(CocoDetection(index, RANDOM), batch_size=3, num_workers=0, seed=0)
+    loader = train_loader(CocoDetection(index, RANDOM), Share(3), num_workers=0, seed=0)
     loader.set_epoch(4)
     whole = [digest(batch) for batch in loader]
-    loader.set_epoch(4, first_batch=3)
+    loader.set_epoch(4, first_step=3)
     assert [digest(batch) for batch in loader] == whole[3:]
     loader.set_epoch(4)
     assert [digest(batch) for batch in loader] == whole
 
 
+def test_pictures_are_augmented_alike_however_a_step_is_shared_out(index: CocoIndex) -> None:
+    shared = replace(RANDOM, one_scale_per_batch=True)
+    seen = []
+    for shares in (
+        [Share(6)],
+        [Share(2, accumulation=3)],
+        [Share(1, accumulation=2, rank=rank, world_size=3) for rank in range(3)],
+    ):
+        sums: dict[int, float] = {}
+        for share in shares:
+            loader = train_loader(CocoDetection(index, shared), share, num_workers=0, seed=1)
+            loader.set_epoch(1, first_step=1)
+            for batch in loader:
+                for i, target in enumerate(batch.targets):
+                    assert batch.images is not None
+                    sums[int(target["image_id"])] = float(batch.images.images[i].double().sum())
+        seen.append(sums)
+    assert len(seen[0]) >= 5  # of six, one picture cannot be read
+    assert seen[0].keys() == seen[1].keys() == seen[2].keys()
+    for other in seen[1:]:
+        assert other == pytest.approx(seen[0], rel=1e-12)
+
+
 def test_loading_leaves_the_global_random_numbers_alone(index: CocoIndex) -> None:
-    loader = train_loader(CocoDetection(index, RANDOM), batch_size=4, num_workers=0, seed=0)
+    loader = train_loader(CocoDetection(index, RANDOM), Share(4), num_workers=0, seed=0)
     before = torch.get_rng_state()
     list(loader)
     assert torch.equal(before, torch.get_rng_state())
@@ -221,7 +315,7 @@ def test_loading_leaves_the_global_random_numbers_alone(index: CocoIndex) -> Non
 def test_data_smaller_than_a_batch_is_one_batch(index: CocoIndex) -> None:
     loader = train_loader(
         CocoDetection(index, RANDOM),
-        batch_size=50,
+        Share(50),
         num_workers=0,
         seed=0,
         aspect_ratio_grouping=True,
