@@ -34,6 +34,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )  # Windows lacks the last
+_SAME_REQUEST = 2.0  # seconds in which a launcher or terminal may send its signal again
 
 
 class Loader(Protocol):
@@ -73,6 +74,7 @@ class Trainer:
     best: dict[str, float] = field(default_factory=dict)
     unevaluated: bool = False  # the steps are done, their evaluation is not
     interrupted: int = 0  # the signal
+    _interrupted_at: float = 0.0
 
     def fit(self) -> int:
         """Train, evaluate and save until the last epoch; return the exit code.
@@ -150,9 +152,12 @@ class Trainer:
             )
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = number
+            if now - self._interrupted_at > _SAME_REQUEST:
+                raise KeyboardInterrupt
+            return
+        self.interrupted, self._interrupted_at = number, now
         console("stopping after the step under way; once more to stop at once without saving")
 
     def _stopping(self) -> bool:
@@ -171,6 +176,7 @@ class Trainer:
         if not whole and not self._finished():  # interrupted, here or in another process
             self.interrupted = self.interrupted or signal.SIGTERM
             self._save()
+            self.runner.world.broadcast(None)  # who ends first takes the others along
             return
         epoch = self.epoch
         ending = self._finished() or epoch + 1 >= self.epochs

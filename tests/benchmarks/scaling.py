@@ -1,0 +1,156 @@
+"""Time and memory of a training step as pictures, boxes, queries and processes grow.
+
+    python -m tests.benchmarks.scaling --output docs/scaling.json
+
+Every setting runs in fresh processes, so that its peak of memory is its own; random pictures.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import build_config, load_layers
+from datasets.loader import share_out
+from engine.commands.train import Place, build_runner
+from engine.memory import peak_memory
+from models.build import build_model
+from util.batch import Batch, Target, pad_images
+from util.device import pick_device, seed_everything
+from util.distributed import join_world, leave_world
+from util.run_log import RunLog
+
+SETTINGS: dict[str, list[dict[str, int]]] = {
+    "pictures at once": [{"pictures": n} for n in (1, 2, 4)],
+    "boxes a picture": [{"boxes": n} for n in (1, 30, 100, 300)],
+    "queries": [{"queries": n, "boxes": 30} for n in (100, 300, 900)],
+    "processes, 4 pictures in all": [{"pictures": 4 // n, "processes": n} for n in (1, 2)],
+}
+_PORT = 29517
+
+
+def make_batch(pictures: int, boxes: int, height: int, width: int, classes: int) -> Batch:
+    """Return random pictures of one size with so many boxes each."""
+    targets: list[Target] = []
+    for number in range(pictures):
+        sides = 0.05 + 0.3 * torch.rand(boxes, 2)
+        centres = sides / 2 + torch.rand(boxes, 2) * (1 - sides)
+        size = torch.tensor([height, width])
+        targets.append(
+            {
+                "image_id": torch.tensor(number),
+                "labels": torch.randint(classes, (boxes,)),
+                "boxes": torch.cat([centres, sides], dim=1),
+                "orig_size": size,
+                "size": size,
+            }
+        )
+    images = pad_images([torch.randn(3, height, width) for _ in range(pictures)])
+    return Batch(images, targets, [])
+
+
+def run_setting(options: argparse.Namespace) -> None:
+    """Train a few steps in this process; the main one prints seconds and bytes."""
+    torch.set_num_threads(options.threads)
+    device = pick_device(options.device)
+    world = join_world(device.type)
+    seed_everything(0)
+    given = {"model": {"num_queries": options.queries}, "run": {"output_dir": options.folder}}
+    config = build_config(load_layers(options.config, given))
+    model = build_model(config.model, num_classes=91).to(device)
+    share = share_out(0, most=options.pictures, rank=world.rank, world_size=world.size)
+    place = Place(world, device, share)
+    optim = replace(config.optim, effective_batch_size=share.effective, precision=options.precision)
+    config = replace(config, optim=optim)
+    with RunLog(Path(options.folder), tensorboard=False, enabled=world.main) as log:
+        runner = build_runner(model, config, place, log, steps_per_epoch=100)
+        height, width = options.size
+        batch = make_batch(options.pictures, options.boxes, height, width, 91)
+        seconds: list[float] = []
+        started = time.perf_counter()
+
+        def on_step(latest: object) -> bool:
+            nonlocal started
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            seconds.append(now - started)
+            started = now
+            return False
+
+        steps = [batch] * (options.steps + 1)  # the first one warms up
+        runner.run(steps, epoch=0, stopping=lambda: False, on_step=on_step)
+    if world.main:
+        found = {"seconds": statistics.median(seconds[1:]), "bytes": peak_memory(device)}
+        print(json.dumps(found))
+    leave_world()
+
+
+def measure(setting: dict[str, int], options: argparse.Namespace) -> dict[str, Any]:
+    """Run a setting in processes of its own; return what the main one found."""
+    processes = setting.get("processes", 1)
+    chosen = {"pictures": 1, "boxes": 10, "queries": 300, **setting}
+    children = []
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in range(processes):
+            command = [
+                sys.executable, "-m", "tests.benchmarks.scaling", "--child", "--folder", folder,
+                "--config", options.config, "--device", options.device,
+                "--precision", options.precision, "--steps", str(options.steps),
+                "--size", *map(str, options.size),
+                "--threads", str(max(1, options.threads // processes)),
+                *(w for n in ("pictures", "boxes", "queries") for w in (f"--{n}", str(chosen[n]))),
+            ]  # fmt: skip
+            group = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_PORT),
+            }  # fmt: skip
+            env = {**os.environ, **(group if processes > 1 else {})}
+            children.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env))
+        printed = [child.communicate()[0] for child in children]
+    if any(child.returncode for child in children):
+        raise SystemExit(f"{chosen}: failed")
+    return {**chosen, "processes": processes, **json.loads(printed[0].splitlines()[-1])}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/deformable_detr_r50.yaml")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--size", type=int, nargs=2, default=(320, 427))
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
+    for name in ("pictures", "boxes", "queries"):
+        parser.add_argument(f"--{name}", type=int, default=1, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        run_setting(options)
+        return
+    results: dict[str, list[dict[str, Any]]] = {}
+    for title, settings in SETTINGS.items():
+        print(title)
+        for setting in settings:
+            found = measure(setting, options)
+            results.setdefault(title, []).append(found)
+            shown = ", ".join(f"{name} {value}" for name, value in setting.items())
+            print(f"  {shown:28s} {found['seconds']:7.2f} s  {found['bytes'] / 2**30:5.2f} GiB")
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
