@@ -193,8 +193,6 @@ class StepRunner:
             values = torch.stack([v.detach().float() for v in losses.values()])
             total = values if total is None else total + values
         assert total is not None
-        if "class_error" in losses:  # a mean, not a sum
-            total[list(losses).index("class_error")] /= len(used)
         norm = self._update()
         self.steps.timer.mark("optimiser")
         self.steps.timer.finish_step()
@@ -247,6 +245,8 @@ class StepRunner:
             matched = self.criterion.match(outputs, [without_boxes(t) for t in targets])
         timer.mark("match")
         losses = self.criterion.losses(matched, num_boxes)
+        if "class_error" in losses:  # a mean over boxes: its part of the whole step's
+            losses["class_error"] *= sum(len(t["labels"]) for t in targets) / num_boxes
         if where:
             losses["loss"] = losses["loss"] * float("nan")
         self.precision.scale(losses["loss"]).backward()  # type: ignore[no-untyped-call]
