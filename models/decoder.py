@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.checkpointing import checkpointed
 from models.encoder import FeatureLevels
-from models.layers import ExactLayerNorm, inverse_sigmoid
+from models.layers import Dropout, ExactLayerNorm, inverse_sigmoid
 from ops import MSDeformAttn
 
 # N batch, Q queries, S tokens, L levels, C width.
@@ -61,7 +61,7 @@ class DeformableDecoderLayer(nn.Module):
         self.linear1 = nn.Linear(d_model, d_ffn)
         self.linear2 = nn.Linear(d_ffn, d_model)
         self.norm3 = ExactLayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,
@@ -74,7 +74,7 @@ class DeformableDecoderLayer(nn.Module):
         """Shape: x, query_pos [N,Q,C]; reference_points [N,Q,L,2 or 4]; memory [N,S,C]."""
         query = x + query_pos
         attended = self.self_attn(query, query, x, need_weights=False)[0]
-        x = self.norm2(x + self.dropout(attended))
+        x = self.norm2(x + self.dropout(attended.to(x.dtype)))
         attended = self.cross_attn(
             x + query_pos,
             reference_points,
@@ -82,9 +82,9 @@ class DeformableDecoderLayer(nn.Module):
             levels.spatial_shapes,
             input_padding_mask=levels.padding_mask,
         )
-        x = self.norm1(x + self.dropout(attended))
+        x = self.norm1(x + self.dropout(attended.to(x.dtype)))
         hidden = self.dropout(F.relu(self.linear1(x)))
-        output: Tensor = self.norm3(x + self.dropout(self.linear2(hidden)))
+        output: Tensor = self.norm3(x + self.dropout(self.linear2(hidden).to(x.dtype)))
         return output
 
 

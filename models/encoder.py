@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checkpointing import checkpointed
-from models.layers import ExactLayerNorm
+from models.layers import Dropout, ExactLayerNorm
 from ops import MSDeformAttn
 
 # N batch, S tokens of all levels, L levels, C width.
@@ -51,7 +51,7 @@ class DeformableEncoderLayer(nn.Module):
         self.linear1 = nn.Linear(d_model, d_ffn)
         self.linear2 = nn.Linear(d_ffn, d_model)
         self.norm2 = ExactLayerNorm(d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, levels: FeatureLevels, reference_points: Tensor) -> Tensor:
         """Shape: x [N,S,C]; reference_points [N,S,L,2]; returns [N,S,C]."""
@@ -62,9 +62,9 @@ class DeformableEncoderLayer(nn.Module):
             levels.spatial_shapes,
             input_padding_mask=levels.padding_mask,
         )
-        x = self.norm1(x + self.dropout(attended))
+        x = self.norm1(x + self.dropout(attended.to(x.dtype)))
         hidden = self.dropout(F.relu(self.linear1(x)))
-        output: Tensor = self.norm2(x + self.dropout(self.linear2(hidden)))
+        output: Tensor = self.norm2(x + self.dropout(self.linear2(hidden).to(x.dtype)))
         return output
 
 

@@ -92,13 +92,16 @@ class DeformableTransformer(nn.Module):
         self, features: list[Tensor], masks: list[Tensor], pos: list[Tensor]
     ) -> FeatureLevels:
         """Join the levels into one sequence, each with its level embedding."""
-        level_pos = [p.flatten(2).mT + e for p, e in zip(pos, self.level_embed, strict=True)]
+        # in the precision of the weights also under autocast: adding up mixed types is slow
+        exact = self.level_embed.dtype
+        level_pos = [
+            p.flatten(2).mT.to(exact) + e for p, e in zip(pos, self.level_embed, strict=True)
+        ]
         shapes = [(int(f.shape[2]), int(f.shape[3])) for f in features]
         valid_ratios = torch.stack([valid_ratio(m, features[0].dtype) for m in masks], dim=1)
-        tokens = torch.cat([f.flatten(2).mT for f in features], dim=1)
         return FeatureLevels(
-            tokens=tokens,
-            pos=torch.cat(level_pos, dim=1).to(tokens.dtype),
+            tokens=torch.cat([f.flatten(2).mT for f in features], dim=1).to(exact),
+            pos=torch.cat(level_pos, dim=1),
             padding_mask=torch.cat([m.flatten(1) for m in masks], dim=1),
             valid_ratios=valid_ratios,
             sizes=level_sizes(shapes, valid_ratios),

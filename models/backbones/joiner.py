@@ -39,4 +39,5 @@ class Joiner(nn.Sequential):
     def locate(self, mask: Tensor, feature_map: Tensor) -> tuple[Tensor, Tensor]:
         """Return mask and encoding for a map made from a batch with this padding mask."""
         shrunk = shrink_mask(mask, feature_map.shape[2], feature_map.shape[3])
-        return shrunk, self[1](shrunk, feature_map.dtype)
+        exact = torch.promote_types(feature_map.dtype, torch.float32)
+        return shrunk, self[1](shrunk, exact)
