@@ -1,0 +1,149 @@
+"""The same two training steps, shared out in several ways: what a process of each does."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.schema import Config, OptimConfig, RunConfig
+from datasets.loader import Share
+from engine.commands.train import Place, build_runner
+from models.build import build_model
+from tests.unit.models.definitions import random_targets
+from tests.unit.models.small import VARIANTS, perturb, small_config
+from util.batch import Batch, UnreadableImage, pad_images
+from util.distributed import World, join_world, leave_world
+from util.run_log import RunLog
+
+PICTURES, STEPS, CLASSES = 12, 2, 5
+BOXES = (0, 9, 2, 0, 1, 0, 0, 5, 3, 0, 0, 4)  # none for the first of three processes
+BROKEN = (1, 4, 7, 10)  # all pictures of the second of three
+SHARES = {1: (1, 4), 2: (2,), 3: (1, 4)}  # processes: micro-batches of each
+CASES: dict[str, dict[str, Any]] = {
+    **{variant: {"variant": variant} for variant in VARIANTS},
+    "broken": {"broken": BROKEN},
+    "poisoned": {"poisoned": 2},
+}
+Result = dict[str, Any]
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Build and compute in float64 for a while, where rounding hides nothing."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def pictures() -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Return the effective batch: pictures of one size, with very uneven numbers of boxes."""
+    torch.manual_seed(1)
+    targets = random_targets(BOXES, CLASSES)
+    return [
+        (torch.randn(3, 32, 32), {**target, "image_id": torch.tensor(i)})
+        for i, target in enumerate(targets)
+    ]
+
+
+def micro_batches(share: Share, *, broken: tuple[int, ...], poisoned: int) -> list[Batch]:
+    """Return what the loader of one process gives: an epoch of equal steps."""
+    all_pictures = pictures()
+    if poisoned >= 0:
+        all_pictures[poisoned][0][0, 5, 5] = math.nan
+    own = list(range(PICTURES))[share.rank :: share.world_size]
+    batches = []
+    for start in range(0, len(own), share.batch_size):
+        chosen = own[start : start + share.batch_size]
+        good = [all_pictures[i] for i in chosen if i not in broken]
+        bad = [UnreadableImage(i, f"{i}.png", "broken") for i in chosen if i in broken]
+        images = pad_images([image for image, _ in good]) if good else None
+        batches.append(Batch(images, [target for _, target in good], bad))
+    return batches * STEPS
+
+
+def run_steps(
+    folder: Path,
+    world: World,
+    accumulation: int,
+    *,
+    variant: str = "plain",
+    broken: tuple[int, ...] = (),
+    poisoned: int = -1,
+) -> Result:
+    """Train two steps; return the gradients of each before the update, and what was logged."""
+    small = {"dropout": 0.0, "num_queries": 10, "enc_layers": 1, "dec_layers": 2}
+    share = Share(PICTURES // accumulation // world.size, accumulation, world.rank, world.size)
+    config = Config(
+        model=small_config(**VARIANTS[variant], **small),
+        optim=OptimConfig(clip_max_norm=0, lr=1e-3, lr_backbone=1e-3, frozen_stages=0),
+        run=RunConfig(output_dir=str(folder)),
+    )
+    torch.manual_seed(0)
+    model = build_model(config.model, num_classes=CLASSES, frozen_stages=0)
+    perturb(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    place = Place(world, torch.device("cpu"), share)
+    gradients: list[dict[str, Tensor]] = []
+    with RunLog(folder, tensorboard=False, enabled=world.main) as log:
+        runner = build_runner(model, config, place, log, steps_per_epoch=STEPS)
+        runner.accumulation = accumulation
+        runner.optimizer.register_step_pre_hook(
+            lambda *_: gradients.append(
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            )
+        )
+        runner.run(
+            micro_batches(share, broken=broken, poisoned=poisoned),
+            epoch=0,
+            stopping=lambda: False,
+            on_step=lambda latest: False,
+        )
+    return {
+        "gradients": gradients,
+        "averages": runner.steps.averages.means(),
+        "changed": any(
+            not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
+        ),
+        "skipped": runner.steps.recorder.total,
+        "steps": runner.step,
+    }
+
+
+def all_cases(folder: Path, world: World) -> dict[str, Result]:
+    """Run every variant in every way that so many processes can share it out."""
+    results = {}
+    with in_float64():
+        for accumulation in SHARES[world.size]:
+            for name, options in CASES.items():
+                key = f"{name} {accumulation}"
+                results[key] = run_steps(folder / key, world, accumulation, **options)
+    return results
+
+
+def work(rank: int, ports: Mapping[int, int], folder: Path) -> None:
+    """Be one of three processes, and then one of two or alone; leave the results in the folder."""
+    torch.set_num_threads(1)
+    for size, own_rank in ((3, rank), (2, rank) if rank < 2 else (1, 0)):
+        os.environ |= {
+            "RANK": str(own_rank), "WORLD_SIZE": str(size),
+            "MASTER_ADDR": "localhost", "MASTER_PORT": str(ports[size]),
+        }  # fmt: skip
+        world = join_world("cpu")
+        try:
+            torch.save(all_cases(folder / str(size), world), folder / f"{size}_{own_rank}.pth")
+        finally:
+            leave_world()
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    """Return the lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
