@@ -93,6 +93,7 @@ class StepLog:
     shares: list[dict[str, float]] = field(default_factory=list)  # of the epoch
     _pending: list[StepRecord] = field(default_factory=list)
     _timed: deque[int] = field(default_factory=deque)
+    _times: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def add(self, record: StepRecord) -> None:
         """Take a step's values; they are written by a later `flush`."""
@@ -119,10 +120,11 @@ class StepLog:
             rows = torch.tensor(total, dtype=torch.float64).view_as(rows) / self.world.size
         times = {self._timed.popleft(): parts for parts in self.timer.collect()}
         self.shares += times.values()
+        self._times |= times  # of those that are kept back, too
         latest: dict[str, float] = {}
         for record, row in zip(records, rows.tolist(), strict=True):
             latest = official_log_values(dict(zip(record.names, row, strict=True)), self.weights)
-            parts = times.get(record.step, {})
+            parts = self._times.pop(record.step, {})
             timed = {f"time_{part}": seconds for part, seconds in parts.items()}
             timed["time"] = sum(parts.values())
             self.log.step(record.step, {**latest, **record.rates, **timed})
