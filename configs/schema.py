@@ -85,6 +85,18 @@ class EvalDataConfig(_Checked):
     coco_path: str = option("", "folder with train2017/, val2017/ and annotations/")
     val_images: str = option("", "folder of validation pictures (any COCO-format set)")
     val_annotations: str = option("", "COCO-format JSON of the validation set")
+    data_format: str = option(
+        "coco", "layout of --data_path: COCO's, PASCAL VOC's or YOLO's",
+        choices=("coco", "voc", "yolo"),
+    )  # fmt: skip
+    data_path: str = option("", "folder of a data set in --data_format; for yolo also data.yaml")
+    val_split: str = option(
+        "val", "validation split of --data_path: a VOC list, a key of data.yaml"
+    )
+    voc_corners: str = option(
+        "pixels", "VOC boxes: pixels counted from 1, or edges from 0 as some tools write",
+        choices=("pixels", "edges"),
+    )  # fmt: skip
     eval_scale: int = option(800, "short side in evaluation and prediction, pixels", low=16)
     max_size: int = option(1333, "longest long side, pixels", low=16)
     nms_iou: float = option(
@@ -102,6 +114,7 @@ class DataConfig(EvalDataConfig):
 
     train_images: str = option("", "folder of training pictures (any COCO-format set)")
     train_annotations: str = option("", "COCO-format JSON of the training set")
+    train_split: str = option("train", "training split of --data_path")
     train_scales: tuple[int, ...] = option(
         tuple(range(480, 801, 32)), "short sides to draw from in training, pixels", low=16
     )
@@ -258,7 +271,8 @@ def build_config(values: Mapping[str, Mapping[str, Any]]) -> Config:
     return Config(**{name: cls(**values.get(name, {})) for name, cls in SECTIONS.items()})
 
 
-_LOCATIONS = ("coco_path", "train_images", "train_annotations", "val_images", "val_annotations")
+_LOCATIONS = ("coco_path", "train_images", "train_annotations", "val_images", "val_annotations",
+              "data_path")  # fmt: skip
 
 
 def merge_options(base: Values, given: Values) -> Values:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from configs.schema import DataConfig
 from datasets.coco import CocoDetection, CocoIndex
+from datasets.sources import Source, coco_layout, read_source
 from datasets.transforms import EvalTransform, TrainTransform, Transform
 from util.classes import Classes
 from util.errors import DataError
@@ -13,8 +14,29 @@ from util.errors import DataError
 Split = Literal["train", "val"]
 
 
+def read_split(cfg: DataConfig, split: Split) -> Source:
+    """Read a split's data, of whatever format, unchecked.
+
+    `--train_images` and `--train_annotations` (or `--val_...`) win over `--data_path`, and that
+    over `--coco_path`.
+
+    Raises:
+        DataError: see `data_paths` and `read_source`.
+    """
+    explicit = (
+        (cfg.train_images or cfg.train_annotations)
+        if split == "train"
+        else (cfg.val_images or cfg.val_annotations)
+    )
+    if cfg.data_path and not explicit:
+        name = cfg.train_split if split == "train" else cfg.val_split
+        return read_source(cfg.data_format, Path(cfg.data_path), name, voc_corners=cfg.voc_corners)
+    image_dir, annotation_file = data_paths(cfg, split)
+    return read_source("coco", annotation_file, split, image_dir=image_dir)
+
+
 def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
-    """Return the image folder and the annotation file of a split.
+    """Return the image folder and the annotation file of a split in COCO's format.
 
     `--train_images` and `--train_annotations` (or `--val_...`) win over `--coco_path`.
 
@@ -34,11 +56,11 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
     if images:
         return Path(images), Path(annotations)
     if cfg.coco_path:
-        root = Path(cfg.coco_path)
-        return root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
+        return coco_layout(Path(cfg.coco_path), split)
     raise DataError(
         f"{split} data: expected --coco_path DIR, or --{split}_images DIR with "
-        f"--{split}_annotations FILE, got neither. Say where the data lies."
+        f"--{split}_annotations FILE, or --data_path DIR with --data_format, got none. "
+        "Say where the data lies."
     )
 
 

@@ -65,7 +65,7 @@ def read_coco_json(path: Path, *, need_boxes: bool) -> CocoContent:
         DataError: the file is missing or is not JSON, a section is missing or empty, ids repeat,
             an annotation names an image or a category that does not exist, or boxes are fractions.
     """
-    content = _load(path)
+    content = load_json(path)
     required = ["images", "categories", *(["annotations"] if need_boxes else [])]
     for key in required:
         if not isinstance(content.get(key), list):
@@ -116,7 +116,12 @@ def name_boxes(kind: str, annotations: Annotations, images: Images, chosen: Bool
     return f"{kind}: {count} box{'es' if count > 1 else ''} ({', '.join(first)}{more})"
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_json(path: Path) -> dict[str, Any]:
+    """Return the content of a COCO-format file, unchecked but for being a JSON object.
+
+    Raises:
+        DataError: there is no such file, or it is not JSON.
+    """
     if not path.is_file():
         raise DataError(f"{path}: expected a COCO-format JSON file, found none. Check the path.")
     try:

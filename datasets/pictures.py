@@ -10,11 +10,10 @@ from torch.utils.data import Dataset
 
 from datasets.coco import make_target
 from datasets.image_reading import READ_ERRORS, read_rgb, read_size
+from datasets.picture_files import SUFFIXES, is_picture
 from datasets.transforms import Sample, Transform
 from util.batch import Target, UnreadableImage
 from util.errors import DataError
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def find_pictures(inputs: Sequence[str]) -> list[Path]:
@@ -32,10 +31,10 @@ def find_pictures(inputs: Sequence[str]) -> list[Path]:
         if path.is_file():
             pictures = [path]
         elif path.is_dir():
-            pictures = sorted(p for p in path.rglob("*") if _is_picture(p))
+            pictures = sorted(p for p in path.rglob("*") if is_picture(p))
         else:
             matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
-            pictures = [p for p in matches if _is_picture(p)]
+            pictures = [p for p in matches if is_picture(p)]
             if not matches:
                 raise DataError(
                     f"--input {text}: expected a picture, a folder or a pattern, found nothing "
@@ -47,10 +46,6 @@ def find_pictures(inputs: Sequence[str]) -> list[Path]:
             )
         found.update(dict.fromkeys(pictures))
     return list(found)
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 class PictureDataset(Dataset[tuple[Tensor, Target] | UnreadableImage]):

@@ -1,0 +1,152 @@
+"""Read PASCAL VOC data: an XML file for each picture, splits listed in ImageSets/Main.
+
+PASCAL VOC counts pixels from 1 and xmax, ymax belong to the object (VOC2007 development kit, 5.1):
+the box of xmin 1 and xmax 1 is one pixel wide and starts at 0. Tools such as labelImg write edges
+into the same tags; corners="edges" reads those.
+An object marked `difficult` counts neither for nor against a detector in VOC's evaluation (3.3),
+as a crowd in COCO's: it becomes one, so it trains nothing.
+"""
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets.findings import Finding, at_places
+from datasets.picture_files import is_picture
+from util.errors import DataError
+
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_FLAG = re.compile(r"\s+-?[01]$")  # lists of one class say after each name whether it is there
+_DIGITS = 6  # of a pixel; hides the rounding of a number written in decimal
+
+
+def read_voc(
+    root: Path, split: str, corners: str = "pixels"
+) -> tuple[dict[str, Any], Path, list[Finding]]:
+    """Return the content of a split as a COCO-format file, the picture folder and findings.
+
+    The split is ImageSets/Main/SPLIT.txt, or all of Annotations/ where there are no lists.
+    Classes are the names found in all of Annotations/, sorted, with ids from 1, so that every split
+    has the same. Pictures are numbered from 1 by name.
+
+    Raises:
+        DataError: a folder or the list of the split is missing, or no object has a name.
+    """
+    folder, pictures = root / "Annotations", root / "JPEGImages"
+    for needed in (folder, pictures):
+        if not needed.is_dir():
+            raise DataError(
+                f"{root}: expected a VOC folder with Annotations/ and JPEGImages/, "
+                f"found no {needed.name}/. Check --data_path."
+            )
+    files = {path.stem: path for path in sorted(folder.glob("*.xml"))}
+    stems = _listed(root, split, files)
+    trees, damaged = _parse(files)
+    categories = sorted({name for tree in trees.values() for name in _names(tree)})
+    if not categories:
+        raise DataError(f"{folder}: expected XML files with named objects, found none.")
+    ids = {name: number for number, name in enumerate(categories, 1)}
+    file_of = {p.stem: p.name for p in sorted(pictures.iterdir()) if is_picture(p)}
+    content: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": number, "name": name} for name, number in ids.items()],
+    }
+    for number, stem in enumerate(sorted(stems & trees.keys()), 1):
+        tree = trees[stem]
+        name = file_of.get(stem) or (tree.findtext("filename") or "").strip() or f"{stem}.jpg"
+        content["images"].append({"id": number, "file_name": name, **_size(tree)})
+        for entry in _objects(tree, ids, corners):
+            entry.update(id=len(content["annotations"]) + 1, image_id=number)
+            content["annotations"].append(entry)
+    findings = [
+        *at_places(
+            "damaged_xml",
+            "annotation files that are not XML, their pictures left out",
+            [damaged[stem] for stem in sorted(stems & damaged.keys())],
+        ),
+        *at_places(
+            "missing_xml",
+            "pictures listed without an annotation file, left out",
+            [f"{stem}.xml" for stem in sorted(stems - files.keys())],
+        ),
+    ]
+    return content, pictures, findings
+
+
+def _listed(root: Path, split: str, files: dict[str, Path]) -> set[str]:
+    """Return the names of a split's pictures, without suffix."""
+    lists = root / "ImageSets" / "Main"
+    if not lists.is_dir():
+        return set(files)
+    path = lists / f"{split}.txt"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in lists.glob("*.txt"))) or "none"
+        raise DataError(
+            f"{path}: expected the list of the split '{split}', found none. "
+            f"Lists there: {known}. Choose with --train_split and --val_split."
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected a list in UTF-8, got {error.reason}.") from error
+    names = (line.strip() for line in lines)
+    return {name if name in files else _FLAG.sub("", name) for name in names if name}
+
+
+def _parse(files: dict[str, Path]) -> tuple[dict[str, "ET.Element"], dict[str, str]]:
+    """Return the trees of the files, and of those that are not XML where and why."""
+    trees, damaged = {}, {}
+    for stem, path in files.items():
+        try:
+            trees[stem] = ET.parse(path).getroot()
+        except ET.ParseError as error:
+            line, column = error.position
+            damaged[stem] = f"{path.name}:{line}: {str(error).split(':')[0]} at column {column + 1}"
+        except (OSError, LookupError, ValueError) as error:  # unreadable, or an unknown encoding
+            damaged[stem] = f"{path.name}:1: {error}"
+    return trees, damaged
+
+
+def _names(tree: "ET.Element") -> Iterator[str]:
+    for found in tree.findall("object"):
+        name = (found.findtext("name") or "").strip()
+        if name:
+            yield name
+
+
+def _size(tree: "ET.Element") -> dict[str, int]:
+    """Return width and height; nothing where the file does not state both."""
+    sides = {key: _number(tree.findtext(f"size/{key}")) for key in ("width", "height")}
+    whole = {key: int(side) for key, side in sides.items() if side is not None and side >= 1}
+    return whole if len(whole) == 2 else {}
+
+
+def _objects(tree: "ET.Element", ids: dict[str, int], corners: str) -> Iterator[dict[str, Any]]:
+    """Yield each object without its ids; a box that is not four numbers is None."""
+    first = 1 if corners == "pixels" else 0
+    for found in tree.findall("object"):
+        values = [_number(found.findtext(f"bndbox/{tag}")) for tag in _CORNERS]
+        box, numbers = None, [value for value in values if value is not None]
+        if len(numbers) == 4:
+            left, top, right, bottom = numbers
+            left, top = left - first, top - first
+            box = [round(v, _DIGITS) for v in (left, top, right - left, bottom - top)]
+        name = (found.findtext("name") or "").strip()
+        yield {
+            "category_id": ids.get(name),
+            "bbox": box,
+            "area": box[2] * box[3] if box else None,
+            "iscrowd": int((found.findtext("difficult") or "0").strip() == "1"),
+        }
+
+
+def _number(text: str | None) -> float | None:
+    """Return a finite number, None for anything else."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if abs(value) < 1e9 else None

@@ -1,0 +1,211 @@
+"""Read YOLO data: data.yaml, and beside the pictures in images/ a text file each in labels/.
+
+A line is a class index, then the centre, width and height of a box as fractions of the picture's
+width and height, or the corners of a polygon, which becomes the box around it. With `kpt_shape` in
+data.yaml key points follow the box and are passed over. Fractions are of the upright picture, after
+its EXIF orientation, as the tools that write this format have it.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from datasets.findings import Finding, at_places
+from datasets.image_reading import read_size
+from datasets.picture_files import is_picture
+from util.errors import DataError
+
+_DIGITS = 6  # of a pixel; hides the rounding of a fraction written in decimal
+
+
+def read_yolo(place: Path, split: str) -> tuple[dict[str, Any], Path, list[Finding]]:
+    """Return the content of a split as a COCO-format file, the picture folder and findings.
+
+    Category ids are the class indices; pictures are numbered from 1 by name. A picture without a
+    label file has no boxes.
+
+    Raises:
+        DataError: data.yaml is missing or damaged, or the split names no pictures.
+    """
+    file, options = _load_yaml(place)
+    categories = _categories(options, file)
+    pictures = _pictures(options, file, split)
+    root = Path(os.path.commonpath([picture.parent for picture in pictures]))
+    content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
+    malformed: list[str] = []
+    unplaced: list[str] = []
+    named = sorted((picture.relative_to(root).as_posix(), picture) for picture in pictures)
+    for number, (name, picture) in enumerate(named, 1):
+        size = read_size(picture, upright=True)
+        image = {"id": number, "file_name": name}
+        content["images"].append(
+            image if size is None else {**image, "height": size[0], "width": size[1]}
+        )
+        labels = _label_file(picture)
+        boxes, wrong = _read_labels(labels, boxes_first="kpt_shape" in options)
+        malformed += wrong
+        if size is None:
+            unplaced += [str(labels)] if boxes else []
+            continue
+        for category, box in boxes:
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": category,
+                    **_in_pixels(box, *size),
+                    "iscrowd": 0,
+                }
+            )
+    findings = [
+        *at_places("malformed_line", "label lines that are not a box, left out", malformed),
+        *at_places(
+            "size_unknown", "labels of pictures that cannot be read, boxes left out", unplaced
+        ),
+    ]
+    return content, root, findings
+
+
+def _load_yaml(place: Path) -> tuple[Path, Mapping[str, Any]]:
+    """Return data.yaml and its content; `place` is the file or its folder."""
+    file = place
+    if place.is_dir():
+        usual = [place / "data.yaml", place / "data.yml"]
+        others = sorted([*place.glob("*.yaml"), *place.glob("*.yml")])
+        there = [path for path in usual if path.is_file()] or others
+        if len(there) != 1 and there[:1] != usual[:1]:
+            raise DataError(
+                f"{place}: expected data.yaml, found "
+                f"{', '.join(path.name for path in there) or 'none'}. Name the file: --data_path."
+            )
+        file = there[0]
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{file}: expected a YOLO folder or its data.yaml ({error.strerror}). "
+            "Check --data_path."
+        ) from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise DataError(f"{file}:{line}: expected YAML, got {error.problem}. Mend it.") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise DataError(f"{file}: expected YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: expected `names`, `train` and `val`, got {content!r:.50}.")
+    return file, content
+
+
+def _categories(options: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
+    names = options.get("names")
+    numbered = dict(enumerate(names)) if isinstance(names, list) else names
+    if (
+        not isinstance(numbered, dict)
+        or not numbered
+        or not all(isinstance(i, int) and 0 <= i < 2**31 for i in numbered)
+    ):
+        raise DataError(
+            f"{file}: expected `names`, a list or index: name pairs, got {names!r:.50}. "
+            "Name the classes."
+        )
+    return [{"id": int(i), "name": str(name)} for i, name in sorted(numbered.items())]
+
+
+def _pictures(options: Mapping[str, Any], file: Path, split: str) -> list[Path]:
+    """Return the pictures of a split, from folders (searched throughout) and lists of names."""
+    entries = options.get(split)
+    entries = [entries] if isinstance(entries, str) else entries
+    if not isinstance(entries, list) or not all(isinstance(e, str) for e in entries) or not entries:
+        known = ", ".join(k for k in ("train", "val", "test") if options.get(k)) or "none"
+        raise DataError(
+            f"{file}: expected `{split}` to name a folder or a list of pictures, got {entries!r}. "
+            f"Splits there: {known}. Choose with --train_split and --val_split."
+        )
+    base = file.parent / str(options.get("path") or "")
+    base = base if base.is_dir() else file.parent  # `path` of another machine
+    found: dict[Path, None] = {}
+    for entry in entries:
+        path = base / entry
+        if not path.exists() and entry.startswith("../"):  # as exports for another layout have it
+            path = base / entry[3:]
+        if path.is_dir():
+            found.update(dict.fromkeys(sorted(p for p in path.rglob("*") if is_picture(p))))
+        elif path.is_file():
+            found.update(dict.fromkeys(_listed(path, base)))
+        else:
+            raise DataError(
+                f"{file}: `{split}` names '{entry}', which is not under {base}. Mend it."
+            )
+    if not found:
+        raise DataError(f"{file}: expected pictures under `{split}` ({entries[0]}), found none.")
+    return list(found)
+
+
+def _listed(path: Path, base: Path) -> list[Path]:
+    """Return the pictures of a text file; ./ is the file's folder, else names are under `base`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected a list in UTF-8, got {error.reason}.") from error
+    names = [line.strip() for line in lines if line.strip()]
+    return [(path.parent if name.startswith("./") else base) / name for name in names]
+
+
+def _label_file(picture: Path) -> Path:
+    """Return labels/ for the last images/ of a path; without one, the file beside the picture."""
+    parts = list(picture.with_suffix(".txt").parts)
+    for i in reversed(range(len(parts) - 1)):
+        if parts[i] == "images":
+            parts[i] = "labels"
+            break
+    return Path(*parts)
+
+
+def _read_labels(
+    path: Path, *, boxes_first: bool
+) -> tuple[list[tuple[int, list[float]]], list[str]]:
+    """Return (class, cxcywh) of each line that has them, and where and why others have not."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return [], []
+    except (OSError, ValueError) as error:
+        return [], [f"{path}:1: {error}"]
+    boxes, wrong = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            boxes.append(_parse_line(line, boxes_first=boxes_first))
+        except (ValueError, OverflowError) as error:
+            wrong.append(f"{path}:{number}: {error}")
+    return boxes, wrong
+
+
+def _parse_line(line: str, *, boxes_first: bool) -> tuple[int, list[float]]:
+    """Return a line's class and box, cxcywh as fractions.
+
+    Raises:
+        ValueError: it has neither four numbers nor corners after the class.
+    """
+    label, *values = (float(word) for word in line.split())
+    if label != int(label):
+        raise ValueError(f"expected a whole class index, got {label}")
+    if len(values) == 4 or (boxes_first and len(values) > 4):
+        return int(label), values[:4]
+    if len(values) < 6 or len(values) % 2:
+        raise ValueError(f"expected 4 numbers or corners after the class, got {len(values)}")
+    xs, ys = values[::2], values[1::2]
+    left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
+    return int(label), [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+
+
+def _in_pixels(box: list[float], height: int, width: int) -> dict[str, Any]:
+    """Return `bbox` and `area` in pixels."""
+    cx, cy, w, h = box
+    left, top = (cx - w / 2) * width, (cy - h / 2) * height
+    xywh = [round(v, _DIGITS) for v in (left, top, w * width, h * height)]
+    return {"bbox": xywh, "area": xywh[2] * xywh[3]}

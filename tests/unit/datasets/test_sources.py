@@ -1,0 +1,230 @@
+"""VOC and YOLO folders read as the content of a COCO-format file."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets.sources import Source, read_source
+from util.errors import DataError
+
+Shared = Callable[[str], Path]
+
+
+def save_picture(path: Path, width: int, height: int, orientation: int = 1) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8)).save(path, exif=exif)
+
+
+def voc_object(name: str, corners: tuple[object, ...], extra: str = "") -> str:
+    tags = zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
+    box = "".join(f"<{tag}>{value}</{tag}>" for tag, value in tags)
+    return f"<object><name>{name}</name>{extra}<bndbox>{box}</bndbox></object>"
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    """Write pictures b and a (listed for training) and c (for validation), each of 40x30."""
+    objects = {
+        "a": voc_object("dog", (1, 1, 40, 30)),
+        "b": voc_object("cat", (3, 4, 3, 8)) + voc_object("dog", ("2.5", 1, 9, 9)),
+        "c": voc_object("ant", (1, 1, 9, 9), "<difficult>1</difficult>"),
+    }
+    for stem, body in objects.items():
+        save_picture(tmp_path / "JPEGImages" / f"{stem}.jpg", 40, 30)
+        size = "<size><width>40</width><height>30</height></size>"
+        path = tmp_path / "Annotations" / f"{stem}.xml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"<annotation><filename>x.jpg</filename>\n{size}{body}</annotation>")
+    lists = tmp_path / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("b  1\na -1\n\n")
+    (lists / "val.txt").write_text("c\n")
+    return tmp_path
+
+
+def boxes(source: Source) -> list[list[float]]:
+    return [annotation["bbox"] for annotation in source.content["annotations"]]
+
+
+def test_voc_pixels_count_from_one_and_end_inclusive(voc: Path) -> None:
+    source = read_source("voc", voc, "train")
+    assert source.image_dir == voc / "JPEGImages"
+    assert [entry["file_name"] for entry in source.content["images"]] == ["a.jpg", "b.jpg"]
+    assert source.content["images"][0] == {
+        "id": 1, "file_name": "a.jpg", "width": 40, "height": 30,
+    }  # fmt: skip
+    assert boxes(source) == [[0, 0, 40, 30], [2, 3, 1, 5], [1.5, 0, 7.5, 9]]
+    assert source.findings == ()
+
+
+def test_voc_edges_are_taken_as_they_are(voc: Path) -> None:
+    source = read_source("voc", voc, "train", voc_corners="edges")
+    assert boxes(source) == [[1, 1, 39, 29], [3, 4, 0, 4], [2.5, 1, 6.5, 8]]
+
+
+def test_voc_splits_have_the_same_classes_and_difficult_is_ignored(voc: Path) -> None:
+    train, val = read_source("voc", voc, "train"), read_source("voc", voc, "val")
+    assert [(c["id"], c["name"]) for c in val.content["categories"]] == [
+        (1, "ant"), (2, "cat"), (3, "dog"),
+    ]  # fmt: skip
+    assert val.content["categories"] == train.content["categories"]
+    assert [a["category_id"] for a in train.content["annotations"]] == [3, 2, 3]
+    assert [a["iscrowd"] for a in val.content["annotations"]] == [1]
+    assert not any(a["iscrowd"] for a in train.content["annotations"])
+
+
+def test_voc_without_lists_is_all_pictures(voc: Path) -> None:
+    for path in (voc / "ImageSets" / "Main").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r"train.txt: expected the list .* Lists there: none"):
+        read_source("voc", voc, "train")
+    (voc / "ImageSets" / "Main").rmdir()
+    assert len(read_source("voc", voc, "train").content["images"]) == 3
+
+
+def test_voc_damage_is_named_by_line_and_left_out(voc: Path) -> None:
+    (voc / "Annotations" / "a.xml").write_text("<annotation>\n<object></annotation>")
+    (voc / "ImageSets" / "Main" / "train.txt").write_text("a\nb\nnowhere\n")
+    source = read_source("voc", voc, "train")
+    assert [entry["file_name"] for entry in source.content["images"]] == ["b.jpg"]
+    damaged, missing = source.findings
+    assert (damaged.kind, damaged.count) == ("damaged_xml", 1)
+    assert "a.xml:2: mismatched tag" in damaged.text
+    assert missing.places == ("nowhere.xml",)
+
+
+def test_voc_boxes_that_are_no_numbers_are_kept_for_the_check(voc: Path) -> None:
+    body = voc_object("cat", ("one", 2, 3, 4)) + "<object><name>cat</name></object>"
+    (voc / "Annotations" / "a.xml").write_text(f"<annotation>{body}</annotation>")
+    content = read_source("voc", voc, "train").content
+    assert [a["bbox"] for a in content["annotations"]][:2] == [None, None]
+    assert "width" not in content["images"][0]
+
+
+def test_bccd_with_edges_is_its_coco_file(shared: Shared) -> None:
+    """The COCO file beside it takes the corners as edges, and left out one box without area."""
+    folder = shared("datasets/bccd")
+    source = read_source("voc", folder / "BCCD", "train", voc_corners="edges")
+
+    def named(content: dict[str, Any]) -> set[tuple[Any, ...]]:
+        files = {entry["id"]: entry["file_name"] for entry in content["images"]}
+        names = {entry["id"]: entry["name"] for entry in content["categories"]}
+        return {
+            (files[a["image_id"]], names[a["category_id"]], *a["bbox"])
+            for a in content["annotations"]
+        }
+
+    theirs = json.loads((folder / "annotations" / "instances_train.json").read_bytes())
+    only_here = named(source.content) - named(theirs)
+    assert only_here == {("BloodImage_00343.jpg", "RBC", 181.0, 329.0, 0.0, 0.0)}
+    assert named(theirs) < named(source.content)
+
+
+@pytest.fixture
+def yolo(tmp_path: Path) -> Path:
+    """Write three training pictures, one on its side, one without labels, and one to validate."""
+    (tmp_path / "data.yaml").write_text(
+        "path: .\ntrain: images/train\nval: val.txt\nnames: {0: cat, 2: dog}\n"
+    )
+    save_picture(tmp_path / "images" / "train" / "b.jpg", 40, 20)
+    save_picture(tmp_path / "images" / "train" / "deep" / "a.jpg", 40, 20, orientation=6)
+    save_picture(tmp_path / "images" / "train" / "c.jpg", 40, 20)
+    save_picture(tmp_path / "images" / "other" / "d.jpg", 10, 10)
+    labels = tmp_path / "labels" / "train"
+    (labels / "deep").mkdir(parents=True)
+    (labels / "b.txt").write_text("0 0.5 0.5 0.5 0.1\n2 0.1 0.2 0.5 0.2 0.3 0.4\n")
+    (labels / "deep" / "a.txt").write_text("2 0.5 0.5 1 1\n")
+    (tmp_path / "val.txt").write_text("./images/other/d.jpg\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("place", [".", "data.yaml"])
+def test_yolo_boxes_and_polygons_in_pixels_of_the_upright_picture(yolo: Path, place: str) -> None:
+    source = read_source("yolo", yolo / place, "train")
+    assert source.image_dir == yolo / "images" / "train"
+    images = {i["id"]: (i["file_name"], i["width"], i["height"]) for i in source.content["images"]}
+    assert list(images) == [1, 2, 3]
+    found = [
+        (Path(images[a["image_id"]][0]).name, a["category_id"], a["bbox"])
+        for a in source.content["annotations"]
+    ]
+    assert sorted(found) == [
+        ("a.jpg", 2, [0, 0, 20, 40]),
+        ("b.jpg", 0, [10, 9, 20, 2]),
+        ("b.jpg", 2, [4, 4, 16, 4]),
+    ]
+    assert sorted(Path(name).name for name, _, _ in images.values()) == ["a.jpg", "b.jpg", "c.jpg"]
+    assert [(c["id"], c["name"]) for c in source.content["categories"]] == [(0, "cat"), (2, "dog")]
+
+
+def test_yolo_lists_of_names(yolo: Path) -> None:
+    source = read_source("yolo", yolo, "val")
+    assert source.image_dir == yolo / "images" / "other"
+    assert source.content["images"] == [{"id": 1, "file_name": "d.jpg", "height": 10, "width": 10}]
+    assert source.content["annotations"] == []
+
+
+def test_yolo_lines_that_are_no_box_are_named(yolo: Path) -> None:
+    path = yolo / "labels" / "train" / "b.txt"
+    path.write_text("0 0.5 0.5 0.5 0.1\n\ncat 1 2 3 4\n0 0.5 0.5\n1.5 0 0 1 1\n0 1 1 1 1 1\n")
+    (finding,) = read_source("yolo", yolo, "train").findings
+    assert (finding.kind, finding.count) == ("malformed_line", 4)
+    assert f"{path}:3: could not convert" in finding.text
+    assert [place.split(": ")[0].rsplit(":")[-1] for place in finding.places] == [
+        "3",
+        "4",
+        "5",
+        "6",
+    ]
+
+
+def test_yolo_key_points_follow_the_box(yolo: Path) -> None:
+    with (yolo / "data.yaml").open("a") as file:
+        file.write("kpt_shape: [2, 2]\n")
+    (yolo / "labels" / "train" / "b.txt").write_text("0 0.5 0.5 0.5 0.1 0.9 0.9 0.1 0.1\n")
+    assert [10, 9, 20, 2] in boxes(read_source("yolo", yolo, "train"))
+
+
+def test_yolo_boxes_of_unreadable_pictures_are_left_out(yolo: Path) -> None:
+    (yolo / "images" / "train" / "b.jpg").write_bytes(b"no picture")
+    source = read_source("yolo", yolo, "train")
+    assert boxes(source) == [[0, 0, 20, 40]]
+    assert len(source.content["images"]) == 3
+    assert [finding.kind for finding in source.findings] == ["size_unknown"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: images/train\n", "expected `names`"),
+        ("names: []\ntrain: images/train\n", "expected `names`"),
+        ("names: [a]\nval: x\n", "expected `train` to name .* Splits there: val"),
+        ("names: [a]\ntrain: nowhere\n", "`train` names 'nowhere'"),
+        ("names: [a]\ntrain: labels\n", "expected pictures under `train`"),
+        ("names: [a\ntrain: b: c\n", r"data.yaml:2: expected YAML"),
+        ("- 1\n", "expected `names`, `train` and `val`"),
+        ("\x00", "data.yaml: expected YAML"),
+    ],
+)
+def test_yolo_descriptions_are_refused_in_one_line(yolo: Path, text: str, message: str) -> None:
+    (yolo / "data.yaml").write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        read_source("yolo", yolo, "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_of_another_format_are_refused(voc: Path, yolo: Path) -> None:
+    (yolo / "data.yaml").unlink()
+    with pytest.raises(DataError, match=r"expected data.yaml, found none"):
+        read_source("yolo", yolo, "train")
+    with pytest.raises(DataError, match="found no Annotations/"):
+        read_source("voc", voc / "JPEGImages", "train")
+    with pytest.raises(DataError, match="folder of pictures"):
+        read_source("coco", voc, "train")
