@@ -1,82 +1,277 @@
-"""Time a training step of a preset with each backend of the attention op, in turns.
+"""Time training steps beside Hugging Face's, with the same weights, pictures, losses and dropout.
 
-python -m tests.benchmarks.training_step --config configs/deformable_detr_r50.yaml --size 800 1066
+    python -m tests.benchmarks.training_step --batch_size 1 --scale 800 \
+        --coco_path ../shared/datasets/coco_by
+    python -m tests.benchmarks.training_step --scale 320 --profile
+
+A step is forward, matching, losses, backward and fused AdamW of `deformable_detr_r50`.
+`hugging_face` is `DeformableDetrForObjectDetection` of transformers; `ours`, this detector with the
+backend of the attention op that is chosen for the machine; `pure_op`, the same with the op in plain
+PyTorch. All take turns in one process, in float32 and under autocast to bfloat16. `--memory`
+measures the peak of each in a process of its own, weights, gradients and moments included (Linux).
+
+The losses of both without dropout are printed first: they agree, but for `class_cost` and `dropout`
+(which also stand for those on activations and attention) set to the published values in theirs, and
+the weight of the class loss set to theirs in ours.
 """
 
 import argparse
+import contextlib
+import json
 import statistics
+import subprocess
+import sys
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
-from configs.schema import build_config, load_layers
+from configs.schema import DataConfig, LossConfig, ModelConfig
+from datasets.build import build_dataset, load_index
 from models.build import build_criterion, build_model
-from models.criterion import SetCriterion
+from models.hugging_face import to_official
+from models.transfer import load_strict
 from ops import use_backend
-from util.batch import PaddedBatch, Target, pad_images
+from util.batch import PaddedBatch, Target, UnreadableImage, pad_images
 
-_CLASSES, _OBJECTS = 91, 7  # of COCO; a usual picture
+library: Any = transformers  # its annotations lack many of the arguments it takes
+CLASSES = 91
+NAMES = ("hugging_face", "pure_op", "ours")
+PRECISIONS = ("fp32", "bf16")
+KINDS = {  # kernels by what their names hold
+    "convolution": ("conv",),
+    "matrix product": ("mm", "linear"),
+    "deformable attention": ("msdeform", "ms_deform", "grid_sampler"),
+    "random numbers": ("bernoulli", "random"),
+    "norms": ("norm",),
+    "copies and casts": ("copy", "cat", "clone"),
+    "optimiser": ("adam",),
+}
 
 
-def make_batch(count: int, height: int, width: int) -> tuple[PaddedBatch, list[Target]]:
-    """Return random pictures with random boxes."""
-    images = pad_images([torch.randn(3, height, width) for _ in range(count)])
-    targets: list[Target] = [
-        {
-            "labels": torch.randint(0, _CLASSES, (_OBJECTS,)),
-            "boxes": torch.rand(_OBJECTS, 4) * 0.3 + 0.2,
-        }
-        for _ in range(count)
-    ]
-    return images, targets
+@dataclass
+class Contender:
+    """A model in training; `loss` runs its forward pass and its criterion.
+
+    `backend` is that of the attention op, None for the machine's own choice.
+    """
+
+    model: nn.Module
+    loss: Callable[[PaddedBatch, list[Target], str], Tensor]
+    optimizer: torch.optim.Optimizer
+    backend: str | None = None
+
+    def step(self, batch: PaddedBatch, targets: list[Target], precision: str) -> None:
+        """Run a training step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with use_backend(self.backend) if self.backend else contextlib.nullcontext():
+            torch.autograd.backward(self.loss(batch, targets, precision))
+        self.optimizer.step()
 
 
-def step(
-    model: nn.Module,
-    criterion: SetCriterion,
-    optimizer: torch.optim.Optimizer,
-    images: PaddedBatch,
-    targets: list[Target],
-) -> float:
-    """Run one step; return its seconds."""
-    start = time.perf_counter()
-    losses = criterion(model(images), targets)
-    total: Tensor = torch.stack(
-        [loss * (criterion.weight(name) or 0.0) for name, loss in losses.items()]
-    ).sum()
-    optimizer.zero_grad()
-    total.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return time.perf_counter() - start
+def autocast(precision: str) -> torch.autocast:
+    """Return a new context for a forward pass."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """Return fused AdamW; its rate is too small to change what is timed."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(learning, lr=1e-9, fused=True)
+
+
+def hugging_face(dropout: float) -> Contender:
+    """Return their model with fresh weights, whose residual branches are damped as trained ones."""
+    config = library.DeformableDetrConfig(
+        use_timm_backbone=True, backbone="resnet50", num_labels=CLASSES, auxiliary_loss=True,
+        class_cost=2, dropout=dropout, activation_dropout=dropout, attention_dropout=dropout,
+    )  # fmt: skip
+    model = library.DeformableDetrForObjectDetection(config).train()
+    for name, buffer in model.named_buffers():
+        if name.endswith("bn3.weight"):
+            buffer.fill_(0.3)
+
+    def loss(batch: PaddedBatch, targets: list[Target], precision: str) -> Tensor:
+        labels = [{"class_labels": t["labels"], "boxes": t["boxes"]} for t in targets]
+        with autocast(precision):
+            output = model(batch.images, pixel_mask=(~batch.mask).long(), labels=labels)
+        result: Tensor = output.loss
+        return result
+
+    return Contender(model, loss, optimizer_of(model))
+
+
+def ours(dropout: float, theirs: nn.Module | None, backend: str | None) -> Contender:
+    """Return our model, with the weights of theirs if they are given."""
+    model = build_model(ModelConfig(dropout=dropout), num_classes=CLASSES).train()
+    if theirs is not None:
+        options = {"with_box_refine": False, "two_stage": False, "dec_layers": 6,
+                   "backbone": "resnet50"}  # fmt: skip
+        load_strict(model, to_official(theirs.state_dict(), options, "theirs"), "theirs")
+    criterion = build_criterion(LossConfig(cls_loss_coef=1.0))
+
+    def loss(batch: PaddedBatch, targets: list[Target], precision: str) -> Tensor:
+        with autocast(precision):
+            outputs = model(batch)
+        return criterion(outputs, targets)["loss"]
+
+    return Contender(model, loss, optimizer_of(model), backend)
+
+
+def load_batch(options: argparse.Namespace) -> tuple[PaddedBatch, list[Target]]:
+    """Return pictures of a COCO-format set with their boxes, or random ones with seven."""
+    if not options.coco_path:
+        height, width = options.scale, round(options.scale * 4 / 3)
+        images = [torch.randn(3, height, width) for _ in range(options.batch_size)]
+        targets = [
+            {"labels": torch.randint(0, CLASSES, (7,)), "boxes": torch.rand(7, 4) * 0.3 + 0.2}
+            for _ in images
+        ]
+        return pad_images(images), targets
+    config = DataConfig(coco_path=options.coco_path, eval_scale=options.scale)
+    index = load_index(config, "val")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    pictures = build_dataset(config, index, train=False, mean=mean, std=std)
+    items = [pictures[i] for i in range(options.batch_size)]
+    read = [item for item in items if not isinstance(item, UnreadableImage)]
+    return pad_images([image for image, _ in read]), [target for _, target in read]
+
+
+def compare(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the seconds of each round of every contender, after a round to warm up."""
+    theirs = hugging_face(options.dropout)
+    contenders = {
+        "hugging_face": theirs,
+        "pure_op": ours(options.dropout, theirs.model, "reference"),
+        "ours": ours(options.dropout, theirs.model, None),
+    }
+    batch, targets = load_batch(options)
+    boxes = sum(len(t["labels"]) for t in targets)
+    print(f"images {tuple(batch.images.shape)}, {boxes} boxes, {torch.get_num_threads()} threads")
+    for name in ("hugging_face", "ours"):
+        with torch.no_grad(), evaluation(contenders[name].model):
+            print(f"loss of {name}: {float(contenders[name].loss(batch, targets, 'fp32')):.5f}")
+    seconds = defaultdict(list)
+    for round_number in range(options.rounds + 1):
+        for precision in options.precisions:
+            for name in options.contenders:
+                start = time.perf_counter()
+                contenders[name].step(batch, targets, precision)
+                if round_number:
+                    seconds[f"{name} {precision}"].append(time.perf_counter() - start)
+    if options.profile:
+        for precision in options.precisions:
+            print_profile(contenders["ours"], batch, targets, precision)
+    return seconds
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while."""
+    model.eval()
+    yield
+    model.train()
+
+
+def print_profile(
+    contender: Contender, batch: PaddedBatch, targets: list[Target], precision: str
+) -> None:
+    """Print where the time of a step goes: by part of the step, and by kind of kernel."""
+    marks = [time.perf_counter()]
+    contender.optimizer.zero_grad(set_to_none=True)
+    loss = contender.loss(batch, targets, precision)
+    marks.append(time.perf_counter())
+    torch.autograd.backward(loss)
+    marks.append(time.perf_counter())
+    contender.optimizer.step()
+    marks.append(time.perf_counter())
+    parts = ("forward, matching, losses", "backward", "optimiser")
+    spans = [end - start for start, end in zip(marks[:-1], marks[1:], strict=True)]
+    print_shares(f"{precision} by part", dict(zip(parts, spans, strict=True)))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        contender.step(batch, targets, precision)
+    kinds: dict[str, float] = defaultdict(float)
+    for event in profile.key_averages():
+        name = event.key.lower()
+        kind = next((k for k, words in KINDS.items() if any(w in name for w in words)), "other")
+        kinds[kind] += event.self_cpu_time_total / 1e6
+    print_shares(f"{precision} by kernel", kinds)
+
+
+def print_shares(title: str, seconds: dict[str, float]) -> None:
+    """Print seconds and shares, largest first."""
+    total = sum(seconds.values())
+    ranked = sorted(seconds.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{name} {s:.2f} s ({s / total:.0%})" for name, s in ranked)
+    print(f"{title}: {total:.2f} s: {listed}")
+
+
+def peak_of(name: str, options: argparse.Namespace) -> int:
+    """Return the peak memory in bytes of this process after two steps of one contender."""
+    if name == "hugging_face":
+        contender = hugging_face(options.dropout)
+    else:
+        contender = ours(options.dropout, None, "reference" if name == "pure_op" else None)
+    batch, targets = load_batch(options)
+    for _ in range(2):
+        contender.step(batch, targets, options.precisions[0])
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def measure_memory(options: argparse.Namespace) -> dict[str, int]:
+    """Return the peak memory of every contender, each from a process of its own."""
+    given = [a for a in sys.argv[1:] if a not in ("--memory", "--profile")]
+    peaks = {}
+    for precision in options.precisions:
+        for name in options.contenders:
+            command = [sys.executable, "-m", "tests.benchmarks.training_step", *given]
+            command += ["--peak_of", name, "--precisions", precision]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            peaks[f"{name} {precision}"] = int(output.split()[-1])
+    return peaks
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/deformable_detr_r50.yaml")
-    parser.add_argument("--size", type=int, nargs=2, default=[800, 1066], help="height, width")
+    parser.add_argument("--scale", type=int, default=800, help="short side of the pictures")
     parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--backends", nargs="+", default=["reference", "cpu"])
+    parser.add_argument("--coco_path", default="", help="real pictures, else random ones")
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contenders", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
+    parser.add_argument("--profile", action="store_true", help="say where our time goes")
+    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
+    parser.add_argument("--peak_of", choices=NAMES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(0)
-    config = build_config(load_layers(options.config, {}))
-    model = build_model(config.model, num_classes=_CLASSES).train()
-    criterion = build_criterion(config.loss)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    images, targets = make_batch(options.batch_size, *options.size)
-    times: dict[str, list[float]] = {name: [] for name in options.backends}
-    for round_number in range(options.rounds + 1):
-        for name in options.backends:
-            with use_backend(name):
-                seconds = step(model, criterion, optimizer, images, targets)
-            if round_number:  # the first warms up
-                times[name].append(seconds)
-    first = statistics.median(times[options.backends[0]])
-    for name, seconds_of in times.items():
-        median = statistics.median(seconds_of)
-        print(f"{name:10s} {median:7.2f} s a step  {first / median:5.2f}x")
+    if options.peak_of:
+        print(peak_of(options.peak_of, options))
+        return
+    peaks = measure_memory(options) if options.memory else {}
+    seconds = compare(options)
+    for name, values in seconds.items():
+        precision = name.split()[1]
+        first = seconds[f"{options.contenders[0]} {precision}"]
+        base = seconds[f"{options.contenders[0]} {options.precisions[0]}"]
+        middle = statistics.median(values)
+        memory = f", peak {peaks[name] / 2**30:.2f} GiB" if peaks else ""
+        print(
+            f"{name:18s} {middle:6.2f} s (least {min(values):6.2f}), "
+            f"{statistics.median(first) / middle:5.2f} times {options.contenders[0]}, "
+            f"{statistics.median(base) / middle:5.2f} times it in {options.precisions[0]}{memory}"
+        )
+    if options.output:
+        options.output.write_text(json.dumps({"seconds": seconds, "peak_bytes": peaks}, indent=1))
 
 
 if __name__ == "__main__":
