@@ -73,8 +73,9 @@ def _report(error: ChildFailedError) -> int:
         name = signal.Signals(-failure.exitcode).name
         hint = "; the system ends processes so when memory runs out" if name == "SIGKILL" else ""
         message = f"was ended by {name}{hint}"
-    elif isinstance(failure.message, str) and failure.error_file != "<N/A>":
-        message = failure.message.partition(": ")[2] or failure.message
+    elif isinstance(failure.message, dict):  # what the process recorded; torch says str
+        message = str(failure.message["message"]).removeprefix(f"{UserError.__name__}: ")
+        message = message.strip().partition("\n")[0]
     else:
         message = f"ended with exit code {failure.exitcode}; its message stands above"
     print(f"error: rank {rank}: {message}", file=sys.stderr)

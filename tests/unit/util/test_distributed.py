@@ -1,0 +1,172 @@
+"""Who a process is among those of a run, and what they say to each other."""
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
+
+from util.distributed import (
+    World,
+    join_world,
+    leave_world,
+    lost_contact,
+    started_by_launcher,
+    take_slurm_variables,
+)
+from util.errors import ConfigError
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "node[03-06]",
+    "SLURM_JOB_ID": "1234567",
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what a launcher or a job of this machine has set, and what a test sets."""
+    for name in (*TORCHRUN, *SLURM):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def set_all(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+def fake_scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Put a program named scontrol before all others."""
+    program = folder / "scontrol"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+def test_srun_names_rank_size_and_first_host(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    set_all(monkeypatch, SLURM)
+    fake_scontrol(
+        tmp_path, monkeypatch, '[ "$*" = "show hostnames node[03-06]" ] && seq -f node%02g 3 6'
+    )
+    take_slurm_variables()
+    found = {name: os.environ[name] for name in TORCHRUN}
+    assert found == {
+        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node03",
+        "MASTER_PORT": str(20000 + 1234567 % 20000),
+    }  # fmt: skip
+    assert started_by_launcher()
+
+
+@pytest.mark.parametrize("job", ["0", "19999", "20000", "987654321"])
+def test_the_port_of_a_job_is_free_for_users(monkeypatch: pytest.MonkeyPatch, job: str) -> None:
+    set_all(monkeypatch, {**SLURM, "SLURM_JOB_ID": job, "SLURM_STEP_NODELIST": "one"})
+    take_slurm_variables()
+    assert os.environ["MASTER_ADDR"] == "one"
+    assert 1024 < int(os.environ["MASTER_PORT"]) < 65536
+
+
+def test_an_address_and_a_port_that_are_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, {**SLURM, "MASTER_ADDR": "here", "MASTER_PORT": "99"})
+    take_slurm_variables()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("here", "99")
+    assert os.environ["RANK"] == "5"
+
+
+def test_torchrun_within_srun_has_the_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, {**SLURM, "RANK": "2", "WORLD_SIZE": "4"})
+    take_slurm_variables()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("2", "4")
+    assert "MASTER_PORT" not in os.environ
+
+
+def test_a_job_of_one_task_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"})
+    take_slurm_variables()
+    assert not started_by_launcher()
+    assert join_world("cpu") == World()
+
+
+@pytest.mark.parametrize("script", ["exit 1", None])
+def test_hosts_that_cannot_be_listed_are_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str | None
+) -> None:
+    set_all(monkeypatch, SLURM)
+    if script is None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        fake_scontrol(tmp_path, monkeypatch, script)
+    with pytest.raises(ConfigError, match=r"^SLURM_STEP_NODELIST: .*node\[03-06\].*MASTER_ADDR"):
+        take_slurm_variables()
+
+
+def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_all(monkeypatch, {"WORLD_SIZE": "2", "RANK": "0"})
+    with pytest.raises(ConfigError, match="^WORLD_SIZE 2: expected MASTER_ADDR, MASTER_PORT with"):
+        join_world("cpu")
+
+
+def test_alone_every_exchange_gives_back_what_is_put_in() -> None:
+    world = World()
+    assert world.main
+    assert world.sum([1.5, 2]) == [1.5, 2]
+    assert world.gather("x") == ["x"]
+    assert world.broadcast({"a": 1}) == {"a": 1}
+    leave_world()  # nothing to leave
+
+
+def exchange(rank: int, port: int, folder: Path) -> None:
+    """Be one of three processes that talk to each other."""
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)
+    }  # fmt: skip
+    world = join_world("cpu")
+    assert (world.rank, world.size, world.main) == (rank, 3, rank == 0)
+    big = 2.0**53 - 3  # float32 would lose it
+    assert world.sum([rank, big * (rank == 1), 0.1]) == [3.0, big, pytest.approx(0.3)]
+    assert world.sum([float("nan") if rank == 2 else 1.0])[0] != 1.0
+    assert world.gather({"rank": rank}) == ([{"rank": i} for i in range(3)] if rank == 0 else [])
+    assert world.broadcast([rank, None] if rank == 0 else None) == [0, None]
+    if rank == 2:
+        os._exit(0)  # without a word
+    try:
+        while True:
+            world.sum([1.0])
+    except RuntimeError as error:
+        (folder / f"{rank}").write_text(str(lost_contact(error)))
+    leave_world()
+    assert not dist.is_initialized()
+
+
+def test_processes_exchange_numbers_and_items_and_notice_a_loss(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = start_processes(exchange, (port, tmp_path), nprocs=3, join=False)  # type: ignore[no-untyped-call]
+    while not processes.join(timeout=60):
+        pass
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("0", "1"), "True"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (dist.DistNetworkError("no route"), True),
+        (dist.DistBackendError("NCCL error"), True),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ConfigError("gloo"), False),
+    ],
+)
+def test_a_lost_process_is_told_from_a_mistake(error: Exception, lost: bool) -> None:
+    assert lost_contact(error) == lost
