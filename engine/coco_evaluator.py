@@ -1,12 +1,13 @@
-"""COCO box metrics, computed by pycocotools."""
+"""COCO box metrics: collect detections, evaluate them, write the results."""
 
 import contextlib
 import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,8 +16,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from engine.coco_matching import Accumulated, Detected, Truth, accumulate, match
 from util.files import write_atomic
 
+Backend = Literal["fast", "pycocotools"]
 Detection = dict[str, Tensor]
 """`scores` [K], `labels` [K] int64, `boxes` [K,4] xyxy in pixels of the original picture."""
 
@@ -51,13 +54,16 @@ class ClassResult:
 class EvalResult:
     """The 12 COCO numbers by name, in pycocotools' order, and the AP of each class.
 
-    Range: 0..1, or -1 where no ground truth exists to measure on.
+    Range: 0..1, or -1 where no ground truth exists to measure on. `beyond_100` has `max_dets`, the
+    detections of a picture and class that count, AP, AP50, AP75 and AR, where those are more than
+    COCO's 100.
     """
 
     stats: dict[str, float]
     per_class: list[ClassResult]
     num_images: int
     num_detections: int
+    beyond_100: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a result file."""
@@ -78,6 +84,12 @@ class EvalResult:
         else:
             sizes = [s for s in ("small", "medium", "large") if self.stats[f"AP_{s}"] < 0]
             lines += [f"n/a: no {' or '.join(sizes)} ground truth"] if sizes else []
+        if self.beyond_100:
+            shown = ", ".join(f"{k} {_shown(v)}" for k, v in self.beyond_100.items() if k[0] == "A")
+            lines.append(
+                "notice: above, 100 detections of a picture and class count; with "
+                f"{self.beyond_100['max_dets']:.0f}: {shown}"
+            )
         return "\n".join([*lines, "", *_class_lines(self.per_class)])
 
 
@@ -124,13 +136,37 @@ class CocoEvaluator:
     The numbers are those of plain pycocotools, except that a ground-truth annotation of id 0
     counts as any other (pycocotools takes it for unmatched) and that missing `area` and
     `iscrowd` are filled in. Unusable boxes are no part of the ground truth that data sets give.
+
+    `backend`: "fast" is ours and gives the same numbers to the last digit. `max_dets`: detections
+    of a picture and class that count in `EvalResult.beyond_100`; 0 means as many as a picture has
+    boxes of a class.
     """
 
-    def __init__(self, coco_gt: COCO, label_to_category: Mapping[int, int]) -> None:
+    def __init__(
+        self,
+        coco_gt: COCO,
+        label_to_category: Mapping[int, int],
+        *,
+        backend: Backend = "fast",
+        max_dets: int = 0,
+    ) -> None:
         categories = set(coco_gt.getCatIds())
         self._category_of = {k: c for k, c in label_to_category.items() if c in categories}
         self._ground_truth = _numbered_copy(coco_gt)
-        self._by_image: dict[int, list[dict[str, Any]]] = {}
+        self._backend = backend
+        self._max_dets = max_dets or _most_boxes(self.truth)
+        self._by_image: dict[int, _Columns] = {}
+
+    @cached_property
+    def truth(self) -> Truth:
+        """The ground truth in columns."""
+        return _truth(self._ground_truth)
+
+    @property
+    def class_names(self) -> list[str]:
+        """A name for each category, by ascending id; its id where it has none."""
+        cats = self._ground_truth.cats
+        return [str(cats[c].get("name", c)) for c in self.truth.category_ids.tolist()]
 
     def update(self, image_ids: Sequence[int], detections: Sequence[Detection]) -> None:
         """Take the detections of some images; an image fed again replaces its earlier ones.
@@ -146,7 +182,7 @@ class CocoEvaluator:
                 raise ValueError(f"image id {image_id} is not in the data set")
             self._by_image[image_id] = self._to_coco(image_id, detection)
 
-    def _to_coco(self, image_id: int, detection: Detection) -> list[dict[str, Any]]:
+    def _to_coco(self, image_id: int, detection: Detection) -> "_Columns":
         # float64 holds every float32 exactly, so the written numbers lose nothing.
         scores = detection["scores"].double().cpu()
         boxes_xyxy = detection["boxes"].double().cpu()
@@ -154,87 +190,170 @@ class CocoEvaluator:
             raise ValueError(f"image id {image_id}: a score or a box is not finite")
         boxes_xywh = torch.cat([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], dim=1)
         labels = detection["labels"].tolist()
-        return [
-            {
-                "image_id": image_id,
-                "category_id": self._category_of[label],
-                "bbox": box,
-                "score": score,
-            }
-            for label, box, score in zip(labels, boxes_xywh.tolist(), scores.tolist(), strict=True)
-            if label in self._category_of
-        ]
-
-    def found(self) -> "Found":
-        """Return what was fed so far in few arrays, to send to another process."""
-        rows = self.detections
-        return Found(
-            images=np.array(sorted(self._by_image), dtype=np.int64),
-            image=np.array([r["image_id"] for r in rows], dtype=np.int64),
-            category=np.array([r["category_id"] for r in rows], dtype=np.int64),
-            box=np.array([r["bbox"] for r in rows], dtype=np.float64).reshape(-1, 4),
-            score=np.array([r["score"] for r in rows], dtype=np.float64),
+        known = [i for i, label in enumerate(labels) if label in self._category_of]
+        category = [self._category_of[labels[i]] for i in known]
+        return _Columns(
+            np.array(category, dtype=np.int64), boxes_xywh.numpy()[known], scores.numpy()[known]
         )
 
-    def take(self, found: "Found") -> None:
+    def found(self) -> Found:
+        """Return what was fed so far in few arrays, by ascending image id."""
+        images = sorted(self._by_image)
+        parts = [self._by_image[i] for i in images]
+        empty = _Columns(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
+        return Found(
+            images=np.array(images, dtype=np.int64),
+            image=np.repeat(np.array(images, dtype=np.int64), [len(p.score) for p in parts]),
+            category=np.concatenate([empty.category, *(p.category for p in parts)]),
+            box=np.concatenate([empty.box, *(p.box for p in parts)]),
+            score=np.concatenate([empty.score, *(p.score for p in parts)]),
+        )
+
+    def take(self, found: Found) -> None:
         """Take what another evaluator of the data set has found, as `update` does."""
-        self._by_image.update({image: [] for image in found.images.tolist()})
-        columns = (found.image, found.category, found.box, found.score)
-        for image, category, box, score in zip(*(c.tolist() for c in columns), strict=True):
-            self._by_image[image].append(
-                {"image_id": image, "category_id": category, "bbox": box, "score": score}
+        order = np.argsort(found.image, kind="stable")
+        starts = np.searchsorted(found.image[order], found.images)
+        ends = np.searchsorted(found.image[order], found.images, side="right")
+        for image, start, end in zip(found.images.tolist(), starts, ends, strict=True):
+            rows = order[start:end]
+            self._by_image[image] = _Columns(
+                found.category[rows], found.box[rows], found.score[rows]
             )
+
+    def detected(self) -> Detected:
+        """Return what was fed so far, with positions in `truth`'s ids."""
+        found, truth = self.found(), self.truth
+        return Detected(
+            image=np.searchsorted(truth.image_ids, found.image),
+            category=np.searchsorted(truth.category_ids, found.category),
+            box=found.box,
+            score=found.score,
+        )
 
     @property
     def detections(self) -> list[dict[str, Any]]:
         """Everything fed so far in the COCO results format, boxes as (x, y, w, h)."""
-        return [d for image_id in sorted(self._by_image) for d in self._by_image[image_id]]
+        found = self.found()
+        columns = (found.image, found.category, found.box, found.score)
+        return [
+            {"image_id": image, "category_id": category, "bbox": box, "score": score}
+            for image, category, box, score in zip(*(c.tolist() for c in columns), strict=True)
+        ]
 
     def evaluate(self) -> EvalResult:
         """Compute the metrics over all images; one never fed counts as missed."""
-        detections = self.detections
+        compute = self._by_pycocotools if self._backend == "pycocotools" else self._by_us
+        result, beyond = compute(100), None
+        if self._max_dets > 100:
+            more = compute(self._max_dets)
+            beyond = {"max_dets": float(self._max_dets), **_summary(more), "AR": _mean_of_valid(
+                more.recall[:, :, 0, -1])}  # fmt: skip
+        return EvalResult(
+            stats=_stats(result),
+            per_class=self._per_class(result),
+            num_images=len(self._ground_truth.imgs),
+            num_detections=sum(len(columns.score) for columns in self._by_image.values()),
+            beyond_100=beyond,
+        )
+
+    def _by_us(self, max_dets: int) -> Accumulated:
+        detected = self.detected()
+        matches = match(self.truth, detected, max_dets=max_dets)
+        return accumulate(self.truth, detected, matches, max_dets=(1, 10, max_dets))
+
+    def _by_pycocotools(self, max_dets: int) -> Accumulated:
         with contextlib.redirect_stdout(io.StringIO()):
             results = COCO()
             results.dataset = {
                 **{key: self._ground_truth.dataset[key] for key in ("images", "categories")},
                 "annotations": [
                     {**d, "id": i, "area": d["bbox"][2] * d["bbox"][3]}
-                    for i, d in enumerate(detections, start=1)
+                    for i, d in enumerate(self.detections, start=1)
                 ],
             }
             results.createIndex()
             evaluation = COCOeval(self._ground_truth, results, "bbox")
+            evaluation.params.maxDets = [1, 10, max_dets]
             evaluation.evaluate()
             evaluation.accumulate()
-            evaluation.summarize()
-        return EvalResult(
-            stats=dict(zip(STAT_NAMES, map(float, evaluation.stats), strict=True)),
-            per_class=self._per_class(evaluation),
-            num_images=len(self._ground_truth.imgs),
-            num_detections=len(detections),
-        )
+        return Accumulated(evaluation.eval["precision"][..., -1], evaluation.eval["recall"])
 
-    def _per_class(self, evaluation: COCOeval) -> list[ClassResult]:
-        counts = dict.fromkeys(self._ground_truth.cats, 0)
-        for annotation in self._ground_truth.dataset["annotations"]:
-            counts[annotation["category_id"]] += not annotation["iscrowd"]
-        # [T,R,K]: IoU thresholds, recalls, categories; all areas, 100 detections an image
-        precision = evaluation.eval["precision"][..., 0, -1]
+    def _per_class(self, result: Accumulated) -> list[ClassResult]:
+        truth = self.truth
+        counts = np.bincount(truth.category[~truth.crowd], minlength=len(truth.category_ids))
         return [
             ClassResult(
                 category_id=category_id,
-                name=str(self._ground_truth.cats[category_id].get("name", category_id)),
-                AP=_mean_of_valid(precision[:, :, k]),
-                AP50=_mean_of_valid(precision[0, :, k]),
-                num_boxes=counts[category_id],
+                name=name,
+                AP=_mean_of_valid(result.precision[:, :, k, 0]),
+                AP50=_mean_of_valid(result.precision[0, :, k, 0]),
+                num_boxes=int(counts[k]),
             )
-            for k, category_id in enumerate(map(int, evaluation.params.catIds))
+            for k, (category_id, name) in enumerate(
+                zip(truth.category_ids.tolist(), self.class_names, strict=True)
+            )
         ]
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The detections of one image."""
+
+    category: NDArray[np.int64]
+    box: NDArray[np.float64]
+    score: NDArray[np.float64]
+
+
+def _summary(result: Accumulated) -> dict[str, float]:
+    """Return AP over all thresholds, at 0.5 and at 0.75."""
+    precision = result.precision[..., 0]
+    return {
+        "AP": _mean_of_valid(precision),
+        "AP50": _mean_of_valid(precision[0]),
+        "AP75": _mean_of_valid(precision[5]),
+    }
+
+
+def _stats(result: Accumulated) -> dict[str, float]:
+    """Return the 12 numbers by name."""
+    sizes = range(1, 4)
+    values = [
+        *_summary(result).values(),
+        *(_mean_of_valid(result.precision[..., a]) for a in sizes),
+        *(_mean_of_valid(result.recall[:, :, 0, m]) for m in range(3)),
+        *(_mean_of_valid(result.recall[:, :, a, 2]) for a in sizes),
+    ]
+    return dict(zip(STAT_NAMES, values, strict=True))
 
 
 def _mean_of_valid(precision: "np.ndarray[Any, np.dtype[np.float64]]") -> float:
     valid = precision[precision > -1]
     return float(valid.mean()) if valid.size else -1.0
+
+
+def _most_boxes(truth: Truth) -> int:
+    """Return how many boxes of a class a picture has at most; crowds do not count."""
+    pair = (truth.image * len(truth.category_ids) + truth.category)[~truth.crowd]
+    return int(np.unique(pair, return_counts=True)[1].max()) if len(pair) else 0
+
+
+def _truth(coco: COCO) -> Truth:
+    image_ids = np.array(sorted(coco.imgs), dtype=np.int64)
+    category_ids = np.array(sorted(coco.cats), dtype=np.int64)
+    annotations = coco.dataset["annotations"]
+
+    def column(key: str, dtype: type) -> NDArray[Any]:
+        return np.array([a[key] for a in annotations], dtype=dtype)
+
+    return Truth(
+        image_ids=image_ids,
+        category_ids=category_ids,
+        image=np.searchsorted(image_ids, column("image_id", np.int64)),
+        category=np.searchsorted(category_ids, column("category_id", np.int64)),
+        box=column("bbox", np.float64).reshape(-1, 4),
+        area=column("area", np.float64),
+        crowd=column("iscrowd", np.int64) != 0,
+    )
 
 
 def _numbered_copy(coco_gt: COCO) -> COCO:
