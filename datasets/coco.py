@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 
 from datasets.class_mapping import map_classes
 from datasets.coco_json import Annotations, Images, name_boxes, read_coco_json
-from datasets.image_reading import READ_ERRORS, read_rgb, read_size
-from datasets.transforms import Prepared, Sample, Transform, clip_boxes
+from datasets.image_reading import READ_ERRORS, read_reduced, read_rgb, read_size
+from datasets.sample import Prepared, Sample, clip_boxes, to_pixels
+from datasets.transforms import Transform
 from util.batch import Target, UnreadableImage
 from util.box_ops import xyxy_to_cxcywh
 from util.classes import Classes
@@ -198,29 +199,25 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         return len(self.index)
 
     def __getitem__(self, turn: "int | Turn") -> tuple[Tensor, Target] | UnreadableImage:
-        index = self.index
         position, batch = turn if isinstance(turn, Turn) else (turn, 0)
-        image_id = int(index.images.ids[position])
-        path = index.image_dir / index.images.file_names[position]
-        height, width = index.images.sizes[position].tolist()
+        image_id = int(self.index.images.ids[position])
         try:
-            image = read_rgb(path, (height, width))
+            sample = self._read_sample(position)
         except READ_ERRORS as error:
-            return UnreadableImage(image_id, str(path), f"{type(error).__name__}: {error}")
+            path = str(self._path(position))
+            return UnreadableImage(image_id, path, f"{type(error).__name__}: {error}")
         epoch = int(self._epoch)
         generator = seeded_generator(self._seed, epoch, position)
         of_batch = seeded_generator(self._seed, epoch, batch, 1)
-        prepared = self._transform(self._sample(image, position), generator, of_batch)
-        return prepared.image, make_target(prepared, image_id, (image.height, image.width))
+        prepared = self._transform(sample, generator, of_batch)
+        return prepared.image, make_target(prepared, image_id, sample.size)
 
     def read_picture(self, image_id: int) -> Image.Image | None:
         """Return a picture as it is stored, None if it cannot be read."""
         position = int(np.flatnonzero(self.index.images.ids == image_id)[0])
         height, width = self.index.images.sizes[position].tolist()
         try:
-            return read_rgb(
-                self.index.image_dir / self.index.images.file_names[position], (height, width)
-            )
+            return read_rgb(self._path(position), (height, width))
         except READ_ERRORS:
             return None
 
@@ -240,12 +237,20 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         """Return the most that a picture of this size may get to be, None where it is unknown."""
         return self._transform.largest_size(height, width) if height and width else None
 
-    def _sample(self, image: Image.Image, position: int) -> Sample:
+    def _path(self, position: int) -> Path:
+        return self.index.image_dir / self.index.images.file_names[position]
+
+    def _read_sample(self, position: int) -> Sample:
+        """Decode a picture, at no more than the transform needs, with its boxes."""
+        height, width = self.index.images.sizes[position].tolist()
+        picture, size = read_reduced(
+            self._path(position), (height, width), self._transform.decoded_size
+        )
         part = slice(self.index.first[position], self.index.first[position + 1])
         boxes = torch.from_numpy(self.index.boxes[part].copy())
         labels = torch.from_numpy(self._label_of[self.index.labels[part]])
         # The file may be smaller than it was said to be.
-        return clip_boxes(Sample(image, boxes, labels))
+        return clip_boxes(Sample(to_pixels(picture), boxes, labels, size))
 
 
 def make_target(prepared: Prepared, image_id: int, orig_size: tuple[int, int]) -> Target:

@@ -2,10 +2,12 @@
 
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 # What Pillow raises for files that are missing, damaged, truncated, huge or no pictures at all.
 READ_ERRORS = (
@@ -36,23 +38,53 @@ def read_size(path: Path, *, upright: bool) -> tuple[int, int] | None:
 
 
 def read_rgb(path: Path, stated_size: tuple[int, int] | None) -> Image.Image:
-    """Decode a picture to 8-bit RGB.
+    """Decode a picture to 8-bit RGB; see `read_reduced`, of which this is the whole picture."""
+    return read_reduced(path, stated_size, lambda height, width: (height, width))[0]
+
+
+def read_reduced(
+    path: Path,
+    stated_size: tuple[int, int] | None,
+    decoded_size: Callable[[int, int], tuple[int, int]],
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode a picture to 8-bit RGB, and return with it the (height, width) of the whole.
 
     Annotations are drawn on the stored pixels or on the upright picture; `stated_size`, their
-    (height, width), tells which. Without it the EXIF orientation is applied.
+    (height, width), tells which. Without it the EXIF orientation is applied. A JPEG is decoded at
+    a half, a quarter or an eighth, where that is at least what `decoded_size` asks for of a
+    (height, width): the other frequencies are never computed.
 
     Raises:
         READ_ERRORS: the file cannot be decoded to its end.
     """
     with Image.open(path) as image:
-        image.load()
+        if not isinstance(image, JpegImageFile):
+            image.load()  # the orientation may stand behind the pixels
+        stored_size = (image.height, image.width)
         if stated_size is None:
             upright = _orientation(image) != 1
         else:
-            stored_size = (image.height, image.width)
             upright = stated_size == stored_size[::-1] != stored_size
             upright = upright and _orientation(image) in _TURNED
-        return _to_rgb(ImageOps.exif_transpose(image) if upright else image)
+        turned = upright and _orientation(image) in _TURNED
+        size = stored_size[::-1] if turned else stored_size
+        factor = _reduction(size, decoded_size(*size))
+        if factor > 1:
+            image.draft(None, (image.width // factor, image.height // factor))
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image) if upright else image), size
+
+
+def _reduction(size: tuple[int, int], least: tuple[int, int]) -> int:
+    """Return the greatest divisor of `size` that leaves `least`.
+
+    A side is rounded up by a quarter of a pixel at most: boxes stay on what they enclose.
+    """
+    for factor in (8, 4, 2):
+        pairs = list(zip(size, least, strict=True))
+        if all(s // factor >= few and -s % factor <= factor // 4 for s, few in pairs):
+            return factor
+    return 1
 
 
 def _orientation(image: Image.Image) -> int:

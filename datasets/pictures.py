@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 from datasets.coco import make_target
 from datasets.image_reading import READ_ERRORS, read_rgb, read_size
 from datasets.picture_files import SUFFIXES, is_picture
-from datasets.transforms import Sample, Transform
+from datasets.sample import Sample, to_pixels
+from datasets.transforms import Transform
 from util.batch import Target, UnreadableImage
 from util.errors import DataError
 
@@ -64,10 +65,12 @@ class PictureDataset(Dataset[tuple[Tensor, Target] | UnreadableImage]):
             image = read_rgb(path, None)
         except READ_ERRORS as error:
             return UnreadableImage(position, str(path), f"{type(error).__name__}: {error}")
-        sample = Sample(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+        size = (image.height, image.width)
+        labels = torch.zeros(0, dtype=torch.int64)
+        sample = Sample(to_pixels(image), torch.zeros(0, 4), labels, size)
         generator = torch.Generator().manual_seed(position)
         prepared = self._transform(sample, generator, generator)
-        return prepared.image, make_target(prepared, position, (image.height, image.width))
+        return prepared.image, make_target(prepared, position, size)
 
     def image_sizes(self) -> list[tuple[int, int]]:
         """Return the (height, width) of each picture, (0, 0) where its header cannot be read."""

@@ -1,33 +1,24 @@
-"""Joint preparation of a picture and its boxes: the recipe of DETR and Deformable DETR."""
+"""Joint preparation of a picture and its boxes: DETR's recipe, and stronger."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-CHANNELS = 3
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture (RGB) with boxes [K,4] xyxy in its pixels and labels [K]."""
-
-    image: Image.Image
-    boxes: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A normalised image [3,H,W] with boxes [K,4] xyxy in its pixels and labels [K]."""
-
-    image: Tensor
-    boxes: Tensor
-    labels: Tensor
+from datasets.augment import color_jitter, scale_jitter, zoom_out
+from datasets.sample import (
+    Prepared,
+    Sample,
+    Size,
+    draw_chance,
+    draw_integer,
+    flip,
+    normalise,
+    random_crop,
+    resize,
+    resized_size,
+)
 
 
 class Transform(Protocol):
@@ -38,11 +29,14 @@ class Transform(Protocol):
     ) -> Prepared:
         """Return the picture as the model takes it."""
 
-    def output_size(self, height: int, width: int) -> tuple[int, int] | None:
+    def output_size(self, height: int, width: int) -> Size | None:
         """Return the prepared (height, width) of a picture, None where it is random."""
 
-    def largest_size(self, height: int, width: int) -> tuple[int, int]:
+    def largest_size(self, height: int, width: int) -> Size:
         """Return the most that a picture of this size may get to be."""
+
+    def decoded_size(self, height: int, width: int) -> Size:
+        """Return the least (height, width) that a picture of this size may be decoded at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +44,10 @@ class TrainTransform:
     """Random flip, then a random scale or, half of the time, scale, crop and scale again.
 
     Units: scales are short sides in pixels; `max_size` bounds the long side except before the
-    crop; `crop_size` holds the least and greatest side of the crop; `hflip` is a probability. With
-    `one_scale_per_batch`, pictures of one size keep one size, and nothing is padded.
+    crop; `crop_size` holds the least and greatest side of the crop; `hflip`, `zoom_out` and
+    `color_jitter` are probabilities; `scale_jitter` holds the least and greatest factor on the
+    last scale, or nothing. With `one_scale_per_batch`, pictures of one size keep one size, and
+    nothing is padded.
     """
 
     train_scales: tuple[int, ...]
@@ -63,32 +59,56 @@ class TrainTransform:
     one_scale_per_batch: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    scale_jitter: tuple[float, float] | None = None
+    zoom_out: float = 0.0
+    color_jitter: float = 0.0
 
     def __call__(
         self, sample: Sample, generator: torch.Generator, of_batch: torch.Generator
     ) -> Prepared:
         """Augment and normalise."""
-        if float(torch.rand((), generator=generator)) < self.hflip:
+        if draw_chance(self.hflip, generator):
             sample = flip(sample)
-        if self.random_crop and float(torch.rand((), generator=generator)) < 0.5:
-            sample = resize(sample, _choose(self.crop_scales, generator), None)
+        if self.random_crop and draw_chance(0.5, generator):
+            scale = _choose(self.crop_scales, generator)
+            sample = resize(sample, resized_size(*sample.size, scale, None))
             sample = random_crop(sample, self.crop_size, generator)
-        source = of_batch if self.one_scale_per_batch else generator
-        sample = resize(sample, _choose(self.train_scales, source), self.max_size)
+        scale = _choose(self.train_scales, of_batch if self.one_scale_per_batch else generator)
+        size = resized_size(*sample.size, scale, self.max_size)
+        if self.zoom_out and draw_chance(self.zoom_out, generator):
+            fill = tuple(round(255 * value) for value in self.mean)  # as padding looks
+            sample = zoom_out(sample, size, fill, generator)
+        elif self.scale_jitter:
+            sample = scale_jitter(sample, size, self.scale_jitter, generator)
+        else:
+            sample = resize(sample, size)
+        if self.color_jitter and draw_chance(self.color_jitter, generator):
+            sample = replace(sample, image=color_jitter(sample.image, generator))
         return normalise(sample, self.mean, self.std)
 
-    def output_size(self, height: int, width: int) -> tuple[int, int] | None:
+    def output_size(self, height: int, width: int) -> Size | None:
         """Return None: the size is drawn anew each time."""
         return None
 
-    def largest_size(self, height: int, width: int) -> tuple[int, int]:
+    def largest_size(self, height: int, width: int) -> Size:
         """Return the most (height, width) that an uncropped picture of this size may get."""
         return resized_size(height, width, max(self.train_scales), self.max_size)
+
+    def decoded_size(self, height: int, width: int) -> Size:
+        """Return the greatest size that any first resize may ask for."""
+        zoom = max(1.0, self.scale_jitter[1]) if self.scale_jitter else 1.0
+        sizes = [tuple(round(side * zoom) for side in self.largest_size(height, width))]
+        if self.random_crop:
+            sizes.append(resized_size(height, width, max(self.crop_scales), None))
+        return max(size[0] for size in sizes), max(size[1] for size in sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalTransform:
-    """One scale: the short side becomes `eval_scale` unless the long one would pass `max_size`."""
+    """One scale: the short side becomes `eval_scale` unless the long one would pass `max_size`.
+
+    Pixels are the official ones to the last bit.
+    """
 
     eval_scale: int
     max_size: int
@@ -99,99 +119,21 @@ class EvalTransform:
         self, sample: Sample, generator: torch.Generator, of_batch: torch.Generator
     ) -> Prepared:
         """Resize and normalise."""
-        return normalise(resize(sample, self.eval_scale, self.max_size), self.mean, self.std)
+        size = resized_size(*sample.size, self.eval_scale, self.max_size)
+        return normalise(resize(sample, size, exact=True), self.mean, self.std)
 
-    def output_size(self, height: int, width: int) -> tuple[int, int] | None:
+    def output_size(self, height: int, width: int) -> Size | None:
         """Return the (height, width) that a picture of this size will have."""
         return resized_size(height, width, self.eval_scale, self.max_size)
 
-    def largest_size(self, height: int, width: int) -> tuple[int, int]:
+    def largest_size(self, height: int, width: int) -> Size:
         """Return the same."""
         return resized_size(height, width, self.eval_scale, self.max_size)
 
-
-def resized_size(height: int, width: int, size: int, max_size: int | None) -> tuple[int, int]:
-    """Return (height, width) with the short side at `size`, or less if the long one hits its bound.
-
-    The long side is truncated and the bounded short side rounded, as the official code does:
-    640x480 at 800/1333 becomes 1066x800, 1200x400 becomes 1332x444 (width x height).
-    """
-    short, long = min(height, width), max(height, width)
-    if max_size is not None and long / short * size > max_size:
-        size = max(1, round(max_size * short / long))
-    if short == size:
+    def decoded_size(self, height: int, width: int) -> Size:
+        """Return the whole size: nothing is decoded at less."""
         return height, width
-    other = int(size * long / short)
-    return (other, size) if width < height else (size, other)
-
-
-def resize(sample: Sample, size: int, max_size: int | None) -> Sample:
-    """Scale picture and boxes by the rule of `resized_size` (bilinear, antialiased)."""
-    width, height = sample.image.size
-    new_height, new_width = resized_size(height, width, size, max_size)
-    if (new_height, new_width) == (height, width):
-        return sample
-    image = sample.image.resize((new_width, new_height), Image.Resampling.BILINEAR)
-    factor = torch.tensor([new_width / width, new_height / height] * 2)
-    return Sample(image, sample.boxes * factor, sample.labels)
-
-
-def flip(sample: Sample) -> Sample:
-    """Mirror left and right."""
-    x0, y0, x1, y1 = sample.boxes.unbind(-1)
-    width = sample.image.width
-    boxes = torch.stack([width - x1, y0, width - x0, y1], dim=-1)
-    image = sample.image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return Sample(image, boxes, sample.labels)
-
-
-def random_crop(sample: Sample, sides: tuple[int, int], generator: torch.Generator) -> Sample:
-    """Cut a rectangle out whose sides are drawn between the two of `sides` (pixels).
-
-    A picture smaller than the least side keeps that side whole.
-    """
-    width, height = (_crop_side(full, sides, generator) for full in sample.image.size)
-    left = _integer(0, sample.image.width - width, generator)
-    top = _integer(0, sample.image.height - height, generator)
-    return crop(sample, left, top, width, height)
-
-
-def crop(sample: Sample, left: int, top: int, width: int, height: int) -> Sample:
-    """Cut a rectangle out, clip the boxes to it and drop those without area."""
-    image = sample.image.crop((left, top, left + width, top + height))
-    boxes = sample.boxes - torch.tensor([left, top, left, top], dtype=sample.boxes.dtype)
-    return clip_boxes(Sample(image, boxes, sample.labels))
-
-
-def clip_boxes(sample: Sample) -> Sample:
-    """Clip boxes to the picture and drop those without area."""
-    width, height = sample.image.size
-    bounds = torch.tensor([width, height, width, height], dtype=sample.boxes.dtype)
-    boxes = torch.minimum(sample.boxes.clamp(min=0), bounds)
-    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-    return Sample(sample.image, boxes[keep], sample.labels[keep])
-
-
-def normalise(sample: Sample, mean: Sequence[float], std: Sequence[float]) -> Prepared:
-    """Turn the picture into a tensor in 0..1, less `mean`, over `std` (per channel)."""
-    pixels = torch.from_numpy(np.array(sample.image)).permute(2, 0, 1).contiguous()
-    image = (pixels.float() / 255 - _per_channel(mean)) / _per_channel(std)
-    return Prepared(image, sample.boxes, sample.labels)
-
-
-def _per_channel(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).view(CHANNELS, 1, 1)
-
-
-def _crop_side(full: int, sides: tuple[int, int], generator: torch.Generator) -> int:
-    least, greatest = (min(side, full) for side in sides)
-    return _integer(least, greatest, generator)
-
-
-def _integer(low: int, high: int, generator: torch.Generator) -> int:
-    """Draw a whole number in low..high, both included."""
-    return int(torch.randint(low, high + 1, (), generator=generator))
 
 
 def _choose(values: Sequence[int], generator: torch.Generator) -> int:
-    return values[_integer(0, len(values) - 1, generator)]
+    return values[draw_integer(0, len(values) - 1, generator)]

@@ -1,0 +1,148 @@
+"""A picture with its boxes, and the elementary steps that change both together.
+
+Pixels stay 8-bit until `normalise`; tensors of them lie channels last in memory, which resizing
+is vectorised for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as pixels
+
+Size = tuple[int, int]  # (height, width)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture [3,h,w] uint8 RGB with boxes [K,4] xyxy and labels [K].
+
+    Boxes are in pixels of `size`, the (height, width) that the picture counts as; a picture that
+    was decoded at a fraction of it has fewer pixels until it is resized.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    size: Size
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A normalised image [3,H,W] with boxes [K,4] xyxy in its pixels and labels [K]."""
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """Return an RGB picture as uint8 [3,H,W], channels last in memory."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """Return uint8 [3,H,W] as an RGB picture."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def resized_size(height: int, width: int, size: int, max_size: int | None) -> Size:
+    """Return (height, width) with the short side at `size`, or less if the long one hits its bound.
+
+    The long side is truncated and the bounded short side rounded, as the official code does:
+    640x480 at 800/1333 becomes 1066x800, 1200x400 becomes 1332x444 (width x height).
+    """
+    short, long = min(height, width), max(height, width)
+    if max_size is not None and long / short * size > max_size:
+        size = max(1, round(max_size * short / long))
+    if short == size:
+        return height, width
+    other = int(size * long / short)
+    return (other, size) if width < height else (size, other)
+
+
+def resize(sample: Sample, size: Size, *, exact: bool = False) -> Sample:
+    """Scale picture and boxes to (height, width), bilinear and antialiased.
+
+    `exact` takes Pillow's arithmetic, several times slower and a step of 8 bits apart at most.
+    """
+    image = sample.image
+    if tuple(image.shape[-2:]) != size and exact:
+        height, width = size
+        picture = to_picture(image).resize((width, height), Image.Resampling.BILINEAR)
+        image = to_pixels(picture)
+    elif tuple(image.shape[-2:]) != size:
+        image = pixels.resize(image, list(size), antialias=True)
+    if sample.size == size:
+        return Sample(image, sample.boxes, sample.labels, size)
+    factor = torch.tensor([size[1] / sample.size[1], size[0] / sample.size[0]] * 2)
+    return Sample(image, sample.boxes * factor, sample.labels, size)
+
+
+def flip(sample: Sample) -> Sample:
+    """Mirror left and right."""
+    x0, y0, x1, y1 = sample.boxes.unbind(-1)
+    width = sample.size[1]
+    boxes = torch.stack([width - x1, y0, width - x0, y1], dim=-1)
+    return Sample(sample.image.flip(-1), boxes, sample.labels, sample.size)
+
+
+def crop(sample: Sample, left: int, top: int, width: int, height: int) -> Sample:
+    """Cut a rectangle out, clip the boxes to it and drop those without area."""
+    whole = resize(sample, sample.size)
+    image = whole.image[:, top : top + height, left : left + width]
+    boxes = whole.boxes - torch.tensor([left, top, left, top], dtype=whole.boxes.dtype)
+    return clip_boxes(Sample(image, boxes, whole.labels, (height, width)))
+
+
+def random_crop(sample: Sample, sides: tuple[int, int], generator: torch.Generator) -> Sample:
+    """Cut a rectangle out whose sides are drawn between the two of `sides` (pixels).
+
+    A picture smaller than the least side keeps that side whole.
+    """
+    full_height, full_width = sample.size
+    width, height = (_crop_side(full, sides, generator) for full in (full_width, full_height))
+    left = draw_integer(0, full_width - width, generator)
+    top = draw_integer(0, full_height - height, generator)
+    return crop(sample, left, top, width, height)
+
+
+def clip_boxes(sample: Sample) -> Sample:
+    """Clip boxes to the picture and drop those without area."""
+    height, width = sample.size
+    bounds = torch.tensor([width, height, width, height], dtype=sample.boxes.dtype)
+    boxes = torch.minimum(sample.boxes.clamp(min=0), bounds)
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    return Sample(sample.image, boxes[keep], sample.labels[keep], sample.size)
+
+
+def normalise(sample: Sample, mean: Sequence[float], std: Sequence[float]) -> Prepared:
+    """Turn the picture into a tensor in 0..1, less `mean`, over `std` (per channel)."""
+    image = torch.empty(sample.image.shape, dtype=torch.float32)
+    for plane, channel, m, s in zip(image, sample.image, mean, std, strict=True):
+        # in place: a fresh tensor for each step costs more than the arithmetic
+        plane.copy_(channel).div_(255).sub_(m).div_(s)
+    return Prepared(image, sample.boxes, sample.labels)
+
+
+def draw_chance(probability: float, generator: torch.Generator) -> bool:
+    """Draw a number and tell whether it lies below `probability`."""
+    return float(torch.rand((), generator=generator)) < probability
+
+
+def draw_uniform(low: float, high: float, generator: torch.Generator) -> float:
+    """Draw a number in low..high."""
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def draw_integer(low: int, high: int, generator: torch.Generator) -> int:
+    """Draw a whole number in low..high, both included."""
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _crop_side(full: int, sides: tuple[int, int], generator: torch.Generator) -> int:
+    least, greatest = (min(side, full) for side in sides)
+    return draw_integer(least, greatest, generator)

@@ -1,0 +1,68 @@
+"""JPEGs decoded at a fraction of their size: which fraction, and what it looks like."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets.image_reading import read_reduced, read_rgb
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """Return a picture without detail finer than a decoding at an eighth shows."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, size=(6, 8, 3), dtype=np.uint8))
+    return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted", "expected"),
+    [
+        ((304, 399), (304, 399), (304, 399)),
+        ((304, 400), (153, 200), (304, 400)),
+        ((304, 400), (152, 200), (152, 200)),
+        ((303, 400), (150, 200), (303, 400)),
+        ((303, 399), (75, 99), (76, 100)),
+        ((304, 400), (10, 13), (38, 50)),
+        ((304, 398), (10, 13), (38, 50)),
+        ((304, 397), (10, 13), (304, 397)),
+        ((304, 400), (10, 400), (304, 400)),
+    ],
+)
+def test_fraction_is_the_least_that_suffices_and_shifts_nothing(
+    tmp_path: Path, size: tuple[int, int], wanted: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    path = tmp_path / "a.jpg"
+    photograph(size[1], size[0]).save(path, quality=95, subsampling=0)
+    picture, whole_size = read_reduced(path, size, lambda height, width: wanted)
+    assert whole_size == size
+    assert (picture.height, picture.width) == expected
+    whole = read_rgb(path, size).resize(picture.size, Image.Resampling.BOX)
+    difference = np.asarray(picture).astype(int) - np.asarray(whole).astype(int)
+    assert np.abs(difference).mean() < 2
+
+
+def test_turned_pictures_are_reduced_by_their_upright_size(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photograph(400, 200).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    asked = []
+
+    def wanted(height: int, width: int) -> tuple[int, int]:
+        asked.append((height, width))
+        return 200, 100
+
+    picture, size = read_reduced(tmp_path / "a.jpg", (400, 200), wanted)
+    assert (size, asked) == ((400, 200), [(400, 200)])
+    assert (picture.height, picture.width) == (200, 100)
+    stored, size = read_reduced(tmp_path / "a.jpg", (200, 400), lambda height, width: (100, 200))
+    assert size == (200, 400)
+    assert (stored.height, stored.width) == (100, 200)
+
+
+def test_other_formats_are_decoded_whole(tmp_path: Path) -> None:
+    photograph(400, 200).save(tmp_path / "a.png")
+    picture, size = read_reduced(tmp_path / "a.png", None, lambda height, width: (20, 40))
+    assert picture.size == (400, 200)
+    assert size == (200, 400)
