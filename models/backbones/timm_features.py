@@ -37,6 +37,9 @@ class TimmBackbone(nn.Module):
         config: Any = timm.get_pretrained_cfg(options.variant)
         self.mean = tuple(config.mean) if config else IMAGENET_MEAN
         self.std = tuple(config.std) if config else IMAGENET_STD
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.register_forward_pre_hook(_in_precision_of_weights)
         self._freeze(options.frozen_stages)
         if not options.train_norm:
             for norm in self._norms():
@@ -73,6 +76,14 @@ class TimmBackbone(nn.Module):
         if getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC:
             maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
         return maps
+
+
+def _in_precision_of_weights(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Let autocast pass a layer norm by, see `models.layers.ExactLayerNorm`."""
+    x, *rest = inputs
+    if norm.weight is None or not torch.is_autocast_enabled(x.device.type):
+        return inputs
+    return (x.to(norm.weight.dtype), *rest)  # type: ignore[arg-type]
 
 
 def _create_body(options: BackboneOptions, count: int) -> Any:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.backbones import create_backbone
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.layers import ExactLayerNorm
@@ -97,3 +98,19 @@ def test_gradients_of_a_norm_are_summed_over_many_tokens_in_float32() -> None:
     torch.autograd.backward(output, torch.full_like(output, 0.01))
     assert output.dtype == torch.float32
     torch.testing.assert_close(norm.bias.grad, torch.full((width,), 50.0), rtol=1e-3, atol=0)
+
+
+def test_norms_of_a_timm_backbone_sum_their_gradients_in_float32() -> None:
+    torch.manual_seed(0)
+    backbone = create_backbone("timm/convnext_atto", frozen_stages=0)
+    assert isinstance(backbone, nn.Module)
+    images, found = torch.randn(1, 3, 256, 256), []
+    for enabled in (False, True):
+        backbone.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            maps = backbone.eval()(images)
+        torch.autograd.backward(torch.stack([m.float().mean() * 1e3 for m in maps]).sum())
+        norms = [m for m in backbone.modules() if isinstance(m, nn.LayerNorm)]
+        found.append([m.bias.grad for m in norms if m.bias.grad is not None])
+    for wanted, value in zip(*found, strict=True):
+        assert (value - wanted).norm() < 0.1 * wanted.norm()
