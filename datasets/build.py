@@ -90,10 +90,9 @@ def load_index(cfg: DataConfig, split: Split) -> CocoIndex:
     """Read and check a split's annotations.
 
     Raises:
-        DataError: see `data_paths` and `CocoIndex.load`.
+        DataError: see `read_split` and `CocoIndex.from_source`.
     """
-    image_dir, annotation_file = data_paths(cfg, split)
-    return CocoIndex.load(annotation_file, image_dir, need_boxes=True)
+    return CocoIndex.from_source(read_split(cfg, split), need_boxes=True)
 
 
 def build_dataset(

@@ -1,11 +1,10 @@
-"""COCO-format detection data: the index of a checked file, and the data set that reads it."""
+"""Detection data of any format: the index of a checked split, and the data set that reads it."""
 
 import contextlib
 import io
-from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,29 +16,31 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.class_mapping import map_classes
-from datasets.coco_json import Annotations, Images, name_boxes, read_coco_json
-from datasets.image_reading import READ_ERRORS, read_reduced, read_rgb, read_size
+from datasets.coco_json import Annotations, CocoContent, Images, check_content
+from datasets.findings import Finding
+from datasets.image_reading import READ_ERRORS, read_reduced, read_rgb
+from datasets.picture_checks import clip_to_pictures, complete_sizes
 from datasets.sample import Prepared, Sample, clip_boxes, to_pixels
+from datasets.sources import Source, read_source
 from datasets.transforms import Transform
 from util.batch import Target, UnreadableImage
 from util.box_ops import xyxy_to_cxcywh
 from util.classes import Classes
 from util.errors import DataError
 
-_SIZES_CHECKED = 100  # pictures whose stated size is compared with the file when an index is made
 _CLASSES_SHOWN = 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CocoIndex:
-    """A COCO-format file, checked, in flat arrays.
+    """A split of a data set of any format, checked, in flat arrays.
 
     `annotations` are those that evaluation counts, as in the file. Training uses a part of them,
     clipped: picture i has `boxes[first[i]:first[i + 1]]` ([B,4] xyxy pixels) with `labels` [B].
-    `notices` holds a line on everything that was repaired or left out.
+    `findings` tell everything that was repaired or left out; `place` is where the data came from.
     """
 
-    annotation_file: Path
+    place: Path
     image_dir: Path
     classes: Classes
     images: Images
@@ -47,38 +48,60 @@ class CocoIndex:
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
     first: NDArray[np.int64]
-    notices: list[str]
+    findings: tuple[Finding, ...]
 
     @classmethod
     def load(cls, json_path: Path, image_dir: Path, *, need_boxes: bool) -> "CocoIndex":
         """Read and check a COCO-format file and the folder of its pictures.
 
-        Without `need_boxes` the file may have no annotations (as test-dev has none).
+        Raises:
+            DataError: see `read_source` and `from_source`.
+        """
+        source = read_source("coco", json_path, "", image_dir=image_dir)
+        return cls.from_source(source, need_boxes=need_boxes)
+
+    @classmethod
+    def from_source(cls, source: Source, *, need_boxes: bool) -> "CocoIndex":
+        """Check what was read of a data set, and its pictures.
+
+        Without `need_boxes` there may be no annotations (as test-dev has none).
 
         Raises:
-            DataError: see `read_coco_json`; or there is no such folder, none of the pictures is
-                in it, or there is no box to train on where `need_boxes`.
+            DataError: see `check_content` and `from_content`.
         """
-        if not image_dir.is_dir():
-            raise DataError(f"{image_dir}: expected a folder of pictures, found none.")
-        content = read_coco_json(json_path, need_boxes=need_boxes)
-        notices = list(content.notices)
-        images = _complete_sizes(content.images, image_dir, notices)
-        boxes, usable = _clip(content.annotations, images, notices)
+        content = check_content(source.content, source.place, need_boxes=need_boxes)
+        content = replace(content, findings=(*source.findings, *content.findings))
+        return cls.from_content(content, source.place, source.image_dir, need_boxes=need_boxes)
+
+    @classmethod
+    def from_content(
+        cls, content: CocoContent, place: Path, image_dir: Path, *, need_boxes: bool
+    ) -> "CocoIndex":
+        """Check content against the pictures.
+
+        Raises:
+            DataError: none of the pictures is in the folder, or there is no box to train on where
+                `need_boxes`.
+        """
+        findings = list(content.findings)
+        images = complete_sizes(content.images, image_dir, findings)
+        boxes, usable = clip_to_pictures(content.annotations, images, findings)
         if need_boxes and not usable.any():
+            noticed = "; ".join(finding.text for finding in findings)
             raise DataError(
-                f"{json_path}: expected at least one usable box, got none among "
+                f"{place}: expected at least one usable box, got none among "
                 f"{len(content.annotations.ids)} annotations. "
-                + (f"Noticed: {'; '.join(notices)}." if notices else "Give another file.")
+                + (f"Noticed: {noticed}." if findings else "Give another file.")
             )
         image = content.annotations.image[usable]
         order = np.argsort(image, kind="stable")
         first = np.searchsorted(image[order], np.arange(len(images.ids) + 1))
-        empty = int((np.diff(first) == 0).sum())
-        if need_boxes and empty:
-            notices.append(f"pictures without boxes: {empty} of {len(images.ids)}, kept")
+        empty = images.ids[np.diff(first) == 0]
+        if need_boxes and len(empty):
+            line = f"pictures without boxes: {len(empty)} of {len(images.ids)}, kept"
+            findings.append(Finding("no_boxes", len(empty), line, "image", empty))
         return cls(
-            annotation_file=json_path,
+            place=place,
             image_dir=image_dir,
             classes=content.classes,
             images=images,
@@ -86,11 +109,16 @@ class CocoIndex:
             boxes=boxes[usable][order],
             labels=content.annotations.labels[usable][order],
             first=first,
-            notices=notices,
+            findings=tuple(findings),
         )
 
     def __len__(self) -> int:
         return len(self.images.ids)
+
+    @property
+    def notices(self) -> list[str]:
+        """A line on each kind of thing that was repaired or left out."""
+        return [finding.text for finding in self.findings]
 
     @property
     def boxes_per_picture(self) -> NDArray[np.int64]:
@@ -132,7 +160,7 @@ class CocoIndex:
 
     def report(self, num_queries: int) -> str:
         """Return the summary and a line on everything that was mended or will not be found."""
-        notices = list(self.notices)
+        notices = self.notices
         crowded = self.boxes_per_picture > num_queries
         if crowded.any():
             notices.append(
@@ -150,7 +178,7 @@ class CocoIndex:
         rest = len(self.classes) - len(shown)
         more = [f"{rest} more with {counts[order[_CLASSES_SHOWN:]].sum()}"] if rest else []
         return (
-            f"{self.annotation_file.name}: {len(self)} images, {len(self.boxes)} boxes, "
+            f"{self.place.name}: {len(self)} images, {len(self.boxes)} boxes, "
             f"{int((self.boxes_per_picture == 0).sum())} images without boxes, "
             f"{int(self.annotations.crowd.sum())} crowd boxes, {len(self.classes)} classes\n"
             f"  boxes by class: {', '.join([*shown, *more])}"
@@ -270,84 +298,3 @@ def seeded_generator(*key: int) -> torch.Generator:
     """Return a generator whose stream depends on all numbers of `key` (non-negative)."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
-
-
-def _complete_sizes(images: Images, image_dir: Path, notices: list[str]) -> Images:
-    """Check that the pictures are there, and read the sizes that the file does not state."""
-    missing = _missing(images.file_names, image_dir)
-    if len(missing) == len(images.ids):
-        raise DataError(
-            f"{image_dir / images.file_names[0]}: expected a picture, found none; the same for "
-            f"all {len(images.ids)} of the annotation file. Check the image folder."
-        )
-    if missing:
-        shown = ", ".join(f"'{images.file_names[i]}'" for i in missing[:3])
-        more = ", ..." if len(missing) > 3 else ""
-        notices.append(
-            f"pictures not in the folder: {len(missing)} of {len(images.ids)}, not trained "
-            "on, missed in evaluation "
-            f"({shown}{more})"
-        )
-    present = np.setdiff1d(np.arange(len(images.ids)), missing)
-    stated = np.asarray(images.sizes.all(axis=1))
-    sizes = images.sizes.copy()
-    for i in present[~stated[present]]:
-        sizes[i] = read_size(image_dir / images.file_names[i], upright=False) or (0, 0)
-    if not stated.all():
-        notices.append(
-            f"images without width and height: {int((~stated).sum())}, read from the picture files"
-        )
-    _compare_sizes(images, present[stated[present]], image_dir, notices)
-    return Images(images.ids, images.file_names, sizes)
-
-
-def _compare_sizes(
-    images: Images, present: NDArray[np.int64], image_dir: Path, notices: list[str]
-) -> None:
-    """Compare the sizes stated with the files', for some pictures spread over the set."""
-    chosen = present[:: max(1, len(present) // _SIZES_CHECKED)]
-    wrong = []
-    for i in chosen:
-        path, stated = image_dir / images.file_names[i], tuple(images.sizes[i].tolist())
-        true = {read_size(path, upright=upright) for upright in (False, True)}
-        if true != {None} and stated not in true:
-            wrong.append(f"'{images.file_names[i]}'")
-    if wrong:
-        more = ", ..." if len(wrong) > 3 else ""
-        notices.append(
-            f"width and height other than the picture file's: {len(wrong)} of {len(chosen)} "
-            f"checked ({', '.join(wrong[:3])}{more}); the file's size is used"
-        )
-
-
-def _missing(file_names: list[str], image_dir: Path) -> list[int]:
-    """Return the positions of names without a file, listing each folder once."""
-    by_folder: dict[PurePath, list[int]] = defaultdict(list)
-    for i, name in enumerate(file_names):
-        by_folder[PurePath(name).parent].append(i)
-    missing = []
-    for folder, positions in by_folder.items():
-        path = image_dir / folder
-        there = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-        missing += [i for i in positions if PurePath(file_names[i]).name not in there]
-    return sorted(missing)
-
-
-def _clip(
-    annotations: Annotations, images: Images, notices: list[str]
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the boxes clipped to their pictures [A,4] xyxy and which of them train [A]."""
-    size = images.sizes[annotations.image][:, ::-1].astype(np.float64)
-    bound = np.where(size > 0, size, np.inf)
-    low, high = annotations.xywh[:, :2], annotations.xywh[:, :2] + annotations.xywh[:, 2:]
-    boxes = np.concatenate([np.clip(low, 0, bound), np.clip(high, 0, bound)], axis=1)
-    boxes32 = boxes.astype(np.float32)
-    inside = np.asarray((boxes32[:, 2:] > boxes32[:, :2]).all(axis=1))
-    past = inside & np.asarray(((low < -1) | (high > bound + 1)).any(axis=1))
-    for kind, chosen in (
-        ("bbox outside its picture, not trained on", ~inside & ~annotations.crowd),
-        ("bbox reaches past its picture, clipped", past & ~annotations.crowd),
-    ):
-        if chosen.any():
-            notices.append(name_boxes(kind, annotations, images, chosen))
-    return boxes32, inside & ~annotations.crowd

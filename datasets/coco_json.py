@@ -1,34 +1,45 @@
-"""Read and check the content of a COCO-format JSON file."""
+"""Check the content of a COCO-format file and put it into flat arrays.
+
+Whatever is wrong with one picture or one box leaves that one out and is told; a file that is wrong
+as a whole is refused.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
+from datasets.findings import NAMED, Finding, at_places, first_few
+from datasets.names import Names
 from util.classes import Classes
 from util.errors import DataError
-
-_NAMED = 3  # examples in a notice
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
+Entry = Mapping[str, Any]
+
+_IMAGE_FAULTS = {
+    "no_file_name": "images without a file_name, left out",
+    "outside_folder": "images whose file_name leads out of the image folder, left out",
+    "repeated_image": "image ids that occur twice: the second left out, both if their files differ",
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Images:
     """Pictures in the file's order. Shape: ids [N]; sizes [N,2] (height, width), 0 = not stated."""
 
     ids: IntArray
-    file_names: list[str]
+    file_names: Names
     sizes: IntArray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Annotations:
     """Boxes in the file's order.
 
@@ -48,72 +59,14 @@ class Annotations:
         return Annotations(*(getattr(self, f.name)[keep] for f in fields(self)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CocoContent:
-    """What a COCO-format file says, with unusable boxes left out and told in `notices`."""
+    """What a COCO-format file says, with unusable entries left out and told in `findings`."""
 
     classes: Classes
     images: Images
     annotations: Annotations
-    notices: list[str]
-
-
-def read_coco_json(path: Path, *, need_boxes: bool) -> CocoContent:
-    """Read a COCO-format JSON file; without `need_boxes`, `annotations` may be missing.
-
-    Raises:
-        DataError: the file is missing or is not JSON, a section is missing or empty, ids repeat,
-            an annotation names an image or a category that does not exist, or boxes are fractions.
-    """
-    content = load_json(path)
-    required = ["images", "categories", *(["annotations"] if need_boxes else [])]
-    for key in required:
-        if not isinstance(content.get(key), list):
-            raise DataError(
-                f"{path}: expected a list `{key}`, found none. "
-                "Give a COCO-format file of object instances."
-            )
-    categories = _with_ids(content["categories"], "category", path)
-    images = _with_ids(content["images"], "image", path)
-    for key, found in (("categories", categories), ("images", images)):
-        if not found:
-            raise DataError(f"{path}: expected at least one entry in `{key}`, got none.")
-    entries = content.get("annotations") or []
-    notices: list[str] = []
-    odd = next((i for i, entry in enumerate(entries) if not isinstance(entry, Mapping)), None)
-    if odd is not None:
-        raise DataError(f"{path}: annotation at position {odd}: expected an object, got a value.")
-    if any("id" not in entry for entry in entries):
-        entries = [{**entry, "id": number} for number, entry in enumerate(entries, 1)]
-        notices.append("annotations without an id: all were numbered in the file's order")
-    _with_ids(entries, "annotation", path)
-    filled = {
-        "area": sum(not _is_area(entry.get("area")) for entry in entries),
-        "iscrowd": sum(entry.get("iscrowd") not in (0, 1) for entry in entries),
-    }
-    if any(filled.values()):
-        counts = ", ".join(f"{key} of {count}" for key, count in filled.items() if count)
-        notices.append(
-            f"annotations without a valid {counts}: filled in (width x height; not a crowd)"
-        )
-    classes = Classes.from_categories(categories)
-    read = _read_images(images, path)
-    annotations = _read_annotations(entries, read, classes, path)
-    annotations = _drop_unusable(annotations, read, notices)
-    _refuse_fractions(annotations, path)
-    return CocoContent(classes, read, annotations, notices)
-
-
-def name_boxes(kind: str, annotations: Annotations, images: Images, chosen: BoolArray) -> str:
-    """Say how many boxes are `chosen` [A] and which the first are; `kind` says what they are."""
-    first = [
-        f"annotation {annotations.ids[i]} of image {images.ids[annotations.image[i]]} "
-        f"'{images.file_names[annotations.image[i]]}'"
-        for i in np.flatnonzero(chosen)[:_NAMED]
-    ]
-    count = int(chosen.sum())
-    more = ", ..." if count > _NAMED else ""
-    return f"{kind}: {count} box{'es' if count > 1 else ''} ({', '.join(first)}{more})"
+    findings: tuple[Finding, ...]
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -122,86 +75,244 @@ def load_json(path: Path) -> dict[str, Any]:
     Raises:
         DataError: there is no such file, or it is not JSON.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: expected a COCO-format JSON file, found none. Check the path.")
+    return parse_json(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's bytes.
+
+    Raises:
+        DataError: it is not there or cannot be read.
+    """
     try:
-        content = json.loads(path.read_bytes())
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: expected a COCO-format JSON file, found none. Check the path."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected a COCO-format JSON file: {error}.") from error
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """Return the JSON object that the bytes of a file at `path` hold.
+
+    Raises:
+        DataError: they are not JSON in UTF-8, or another value.
+    """
+    try:
+        content = json.loads(data)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}: expected JSON, got {error.msg} at line {error.lineno} column {error.colno}."
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected JSON in UTF-8, got {error.reason}.") from error
+    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+        raise DataError(f"{path}: expected JSON of a data set: {error}.") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, got a {type(content).__name__}.")
     return content
 
 
-def _with_ids(entries: Sequence[Any], kind: str, path: Path) -> Sequence[Mapping[str, Any]]:
-    """Return the entries once each is known to be a mapping with a whole-number id of its own."""
+def check_content(content: Mapping[str, Any], place: Path, *, need_boxes: bool) -> CocoContent:
+    """Check the content of a COCO-format file; `place` is what to name in messages.
+
+    Without `need_boxes`, `annotations` may be missing.
+
+    Raises:
+        DataError: a section is missing or has nothing usable, category ids are missing or repeat,
+            or boxes are fractions.
+    """
+    required = ["images", "categories", *(["annotations"] if need_boxes else [])]
+    for key in required:
+        if not isinstance(content.get(key), list):
+            raise DataError(
+                f"{place}: expected a list `{key}`, found none. "
+                "Give a COCO-format file of object instances."
+            )
+        if not content[key] and key != "annotations":
+            raise DataError(f"{place}: expected at least one entry in `{key}`, got none.")
+    _check_categories(content["categories"], place)
+    classes = Classes.from_categories(content["categories"])
+    findings: list[Finding] = []
+    images = _read_images(content["images"], findings)
+    if not len(images.ids):
+        raise DataError(
+            f"{place}: expected at least one usable picture in `images`, got none. "
+            f"Noticed: {'; '.join(finding.text for finding in findings)}."
+        )
+    listed = content.get("annotations")
+    entries = _usable_annotations(listed if isinstance(listed, list) else [], findings)
+    annotations = _read_annotations(entries, images, classes, findings)
+    annotations = _drop_unusable(annotations, images, findings)
+    _refuse_fractions(annotations, place)
+    return CocoContent(classes, images, annotations, tuple(findings))
+
+
+def box_finding(
+    kind: str, text: str, annotations: Annotations, images: Images, chosen: BoolArray
+) -> list[Finding]:
+    """Return the finding of the boxes `chosen` [A], none where none is; the first are named."""
+    count = int(chosen.sum())
+    if not count:
+        return []
+    first = [
+        f"annotation {annotations.ids[i]} of image {images.ids[annotations.image[i]]} "
+        f"{images.file_names[annotations.image[i]]!r}"
+        for i in np.flatnonzero(chosen)[:NAMED]
+    ]
+    line = f"{text}: {count} box{'es' if count > 1 else ''} ({first_few(first, count)})"
+    return [Finding(kind, count, line, "annotation", annotations.ids[chosen])]
+
+
+def is_inside(file_name: str) -> bool:
+    """Tell whether a name, joined to a folder, stays in it."""
+    path = PurePath(file_name)
+    return not (path.anchor or ".." in path.parts or "\0" in file_name)
+
+
+def _check_categories(entries: Sequence[Any], place: Path) -> None:
+    """Refuse categories without a whole number of their own: boxes could mean any class."""
     seen: set[int] = set()
     for position, entry in enumerate(entries):
         number = entry.get("id") if isinstance(entry, Mapping) else None
-        if number is None or not _is_whole(number):
+        if not _is_whole(number):
             raise DataError(
-                f"{path}: {kind} at position {position}: expected an integer `id`, got {number!r}."
+                f"{place}: category at position {position}: expected an integer `id`, "
+                f"got {number!r:.40}."
             )
         if number in seen:
-            raise DataError(f"{path}: {kind} id {number} occurs twice. Ids must be unique.")
+            raise DataError(f"{place}: category id {number} occurs twice. Ids must be unique.")
         seen.add(number)
-    return entries
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def _read_images(entries: Sequence[Mapping[str, Any]], path: Path) -> Images:
-    sizes = np.zeros((len(entries), 2), dtype=np.int64)
-    for i, entry in enumerate(entries):
-        if not isinstance(entry.get("file_name"), str):
-            raise DataError(f"{path}: image {entry['id']}: expected a `file_name`, found none.")
+def _read_images(entries: Sequence[Any], findings: list[Finding]) -> Images:
+    used = _usable_images(entries, findings)
+    sizes = np.zeros((len(used), 2), dtype=np.int64)
+    for i, entry in enumerate(used):
         height, width = entry.get("height"), entry.get("width")
         if _is_side(height) and _is_side(width):
             sizes[i] = height, width
-    ids = np.array([entry["id"] for entry in entries], dtype=np.int64)
-    return Images(ids, [entry["file_name"] for entry in entries], sizes)
+    ids = np.array([entry["id"] for entry in used], dtype=np.int64)
+    return Images(ids, Names.of(entry["file_name"] for entry in used), sizes)
+
+
+def _usable_images(entries: Sequence[Any], findings: list[Finding]) -> list[Entry]:
+    """Return the pictures that have an id of their own and a name inside the folder."""
+    kept: dict[int, Entry] = {}
+    ambiguous: set[int] = set()
+    faults: dict[str, list[tuple[int, str]]] = {fault: [] for fault in _IMAGE_FAULTS}
+    unnumbered: list[str] = []
+    for position, entry in enumerate(entries):
+        number = entry.get("id") if isinstance(entry, Mapping) else None
+        if not _is_whole(number):
+            unnumbered.append(f"position {position}")
+            continue
+        name = entry.get("file_name")
+        fault = _image_fault(name, number, kept)
+        if fault is None:
+            kept[number] = entry
+            continue
+        faults[fault].append((number, repr(name) if name else f"id {number}"))
+        if fault == "repeated_image" and kept[number]["file_name"] != name:
+            ambiguous.add(number)
+    findings += at_places("no_image_id", "images without an integer id, left out", unnumbered)
+    for fault, found in faults.items():
+        if found:
+            names = first_few([name for _, name in found[:NAMED]], len(found))
+            line = f"{_IMAGE_FAULTS[fault]}: {len(found)} ({names})"
+            ids = np.array([number for number, _ in found], dtype=np.int64)
+            findings.append(Finding(fault, len(found), line, "image", ids))
+    return [entry for number, entry in kept.items() if number not in ambiguous]
+
+
+def _image_fault(name: Any, number: int, kept: Mapping[int, Entry]) -> str | None:
+    if not isinstance(name, str):
+        return "no_file_name"
+    if not is_inside(name):
+        return "outside_folder"
+    return "repeated_image" if number in kept else None
+
+
+def _usable_annotations(entries: Sequence[Any], findings: list[Finding]) -> Sequence[Entry]:
+    """Return the entries that are objects, each with an id; tell what else will be filled in."""
+    odd = [f"position {i}" for i, entry in enumerate(entries) if not isinstance(entry, Mapping)]
+    if odd:
+        findings += at_places("not_an_object", "annotations that are not objects, left out", odd)
+        entries = [entry for entry in entries if isinstance(entry, Mapping)]
+    ids = {entry["id"] for entry in entries if _is_whole(entry.get("id"))}
+    if len(ids) < len(entries):
+        count = len(entries) - len(ids)
+        entries = [{**entry, "id": number} for number, entry in enumerate(entries, 1)]
+        line = (
+            f"annotations without an id of their own: {count}, "
+            "all were numbered in the file's order"
+        )
+        findings.append(Finding("renumbered", count, line))
+    lacking = {
+        "area": np.array([not _is_area(entry.get("area")) for entry in entries], dtype=np.bool_),
+        "iscrowd": np.array([entry.get("iscrowd") not in (0, 1) for entry in entries], np.bool_),
+    }
+    counts = [f"{key} of {int(found.sum())}" for key, found in lacking.items() if found.any()]
+    if counts:
+        any_of = lacking["area"] | lacking["iscrowd"]
+        numbers = np.array([entry["id"] for entry in entries], dtype=np.int64)[any_of]
+        line = (
+            f"annotations without a valid {', '.join(counts)}: "
+            "filled in (width x height; not a crowd)"
+        )
+        findings.append(Finding("filled_in", len(numbers), line, "annotation", numbers))
+    return entries
 
 
 def _read_annotations(
-    entries: Sequence[Mapping[str, Any]], images: Images, classes: Classes, path: Path
+    entries: Sequence[Entry], images: Images, classes: Classes, findings: list[Finding]
 ) -> Annotations:
-    """Fill the arrays; a box that is not four numbers becomes NaN."""
-    position = {int(image_id): i for i, image_id in enumerate(images.ids)}
-    count = len(entries)
-    image, label = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
-    xywh, area = np.empty((count, 4)), np.empty(count)
-    for i, entry in enumerate(entries):
-        image[i] = _look_up(position, entry, "image_id", "images", path)
-        label[i] = _look_up(classes.label_of, entry, "category_id", "categories", path)
+    """Fill the arrays with what names a picture and a class; a bad box becomes NaN."""
+    position = {image_id: i for i, image_id in enumerate(images.ids.tolist())}
+    image = _look_up(position, entries, "image_id")
+    label = _look_up(classes.label_of, entries, "category_id")
+    for key, found, section in (
+        ("image_id", image, "images"),
+        ("category_id", label, "categories"),
+    ):
+        unknown = np.flatnonzero(found < 0).tolist()
+        if len(unknown):
+            first = [f"annotation {entries[i]['id']}: {entries[i].get(key)!r:.40}"
+                     for i in unknown[:NAMED]]  # fmt: skip
+            line = (
+                f"annotations whose {key} is not of usable {section}, left out: {len(unknown)} "
+                f"({first_few(first, len(unknown))})"
+            )
+            ids = np.array([entries[i]["id"] for i in unknown], dtype=np.int64)
+            findings.append(Finding(f"unknown_{key}", len(unknown), line, "annotation", ids))
+    known = np.flatnonzero((image >= 0) & (label >= 0)).tolist()
+    used = [entries[i] for i in known]
+    xywh, area = np.empty((len(used), 4)), np.empty(len(used))
+    for i, entry in enumerate(used):
         box = entry.get("bbox")
         xywh[i] = box if _four_numbers(box) else np.nan
         area[i] = entry["area"] if _is_area(entry.get("area")) else np.nan
     return Annotations(
-        np.array([entry["id"] for entry in entries], dtype=np.int64),
-        image,
-        label,
+        np.array([entry["id"] for entry in used], dtype=np.int64),
+        image[known],
+        label[known],
         xywh,
         np.where(np.isfinite(area), area, xywh[:, 2] * xywh[:, 3]),
-        np.array([entry.get("iscrowd") == 1 for entry in entries], dtype=np.bool_),
+        np.array([entry.get("iscrowd") == 1 for entry in used], dtype=np.bool_),
     )
 
 
-def _look_up(
-    table: Mapping[int, int], entry: Mapping[str, Any], key: str, section: str, path: Path
-) -> int:
-    value: Any = entry.get(key)
-    if not _is_whole(value) or value not in table:
-        raise DataError(
-            f"{path}: annotation {entry['id']}: expected a `{key}` listed in `{section}`, "
-            f"got {value!r}. Mend or remove the annotation."
-        )
-    return table[value]
+def _look_up(table: Mapping[int, int], entries: Sequence[Entry], key: str) -> IntArray:
+    """Return what the table has for `key` of each entry, -1 where it has nothing."""
+    values = (entry.get(key) for entry in entries)
+    found = (table.get(value, -1) if _is_whole(value) else -1 for value in values)
+    return np.fromiter(found, dtype=np.int64, count=len(entries))
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _is_side(value: Any) -> TypeGuard[float]:
@@ -221,23 +332,24 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
 
 
-def _drop_unusable(annotations: Annotations, images: Images, notices: list[str]) -> Annotations:
+def _drop_unusable(
+    annotations: Annotations, images: Images, findings: list[Finding]
+) -> Annotations:
     """Leave out boxes that no one can train on or evaluate."""
     broken = np.asarray(np.isnan(annotations.xywh).any(axis=1))
     flat = np.asarray((annotations.xywh[:, 2:] <= 0).any(axis=1))  # False for NaN
-    for kind, chosen in (
-        ("bbox is not four finite numbers, dropped", broken),
-        ("bbox without width or height, dropped", flat),
+    for kind, text, chosen in (
+        ("broken_bbox", "bbox is not four finite numbers, dropped", broken),
+        ("flat_bbox", "bbox without width or height, dropped", flat),
     ):
-        if chosen.any():
-            notices.append(name_boxes(kind, annotations, images, chosen))
+        findings += box_finding(kind, text, annotations, images, chosen)
     return annotations.select(~(broken | flat))
 
 
-def _refuse_fractions(annotations: Annotations, path: Path) -> None:
+def _refuse_fractions(annotations: Annotations, place: Path) -> None:
     xywh = annotations.xywh
     if xywh.size and xywh.max() <= 1 and (xywh % 1).any():
         raise DataError(
-            f"{path}: expected boxes as x, y, width, height in pixels, got values from 0 to 1. "
+            f"{place}: expected boxes as x, y, width, height in pixels, got values from 0 to 1. "
             "Multiply them by the picture's width and height."
         )

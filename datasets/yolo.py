@@ -124,13 +124,14 @@ def _pictures(options: Mapping[str, Any], file: Path, split: str) -> list[Path]:
             f"{file}: expected `{split}` to name a folder or a list of pictures, got {entries!r}. "
             f"Splits there: {known}. Choose with --train_split and --val_split."
         )
-    base = file.parent / str(options.get("path") or "")
-    base = base if base.is_dir() else file.parent  # `path` of another machine
+    here = Path(os.path.abspath(file.parent))
+    base = here / str(options.get("path") or "")
+    base = base if base.is_dir() else here  # `path` of another machine
     found: dict[Path, None] = {}
     for entry in entries:
-        path = base / entry
+        path = Path(os.path.normpath(base / entry))
         if not path.exists() and entry.startswith("../"):  # as exports for another layout have it
-            path = base / entry[3:]
+            path = Path(os.path.normpath(base / entry[3:]))
         if path.is_dir():
             found.update(dict.fromkeys(sorted(p for p in path.rglob("*") if is_picture(p))))
         elif path.is_file():
@@ -151,7 +152,8 @@ def _listed(path: Path, base: Path) -> list[Path]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected a list in UTF-8, got {error.reason}.") from error
     names = [line.strip() for line in lines if line.strip()]
-    return [(path.parent if name.startswith("./") else base) / name for name in names]
+    folders = (path.parent if name.startswith("./") else base for name in names)
+    return [Path(os.path.normpath(f / name)) for f, name in zip(folders, names, strict=True)]
 
 
 def _label_file(picture: Path) -> Path:

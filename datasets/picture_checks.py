@@ -1,0 +1,106 @@
+"""What an index asks of the picture folder: which files are there, and how large they are."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path, PurePath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets.coco_json import Annotations, Images, box_finding
+from datasets.findings import NAMED, Finding, first_few
+from datasets.image_reading import read_size
+from util.errors import DataError
+
+_SIZES_CHECKED = 100  # pictures whose stated size is compared with the file when an index is made
+
+
+def complete_sizes(images: Images, image_dir: Path, findings: list[Finding]) -> Images:
+    """Check that the pictures are there, and read the sizes that the file does not state.
+
+    Raises:
+        DataError: none of the pictures is there.
+    """
+    missing = _missing(images.file_names, image_dir)
+    if len(missing) == len(images.ids):
+        raise DataError(
+            f"{_one_line(image_dir / images.file_names[0])}: expected a picture, found none; the "
+            f"same for all {len(images.ids)} of the annotation file. Check the image folder."
+        )
+    if missing:
+        names = first_few([repr(images.file_names[i]) for i in missing[:NAMED]], len(missing))
+        line = (
+            f"pictures not in the folder: {len(missing)} of {len(images.ids)}, not trained on, "
+            f"missed in evaluation ({names})"
+        )
+        findings.append(
+            Finding("missing_picture", len(missing), line, "image", images.ids[missing])
+        )
+    present = np.setdiff1d(np.arange(len(images.ids)), missing)
+    stated = np.asarray(images.sizes.all(axis=1))
+    sizes = images.sizes.copy()
+    for i in present[~stated[present]]:
+        sizes[i] = read_size(image_dir / images.file_names[i], upright=False) or (0, 0)
+    if not stated.all():
+        count = int((~stated).sum())
+        line = f"images without width and height: {count}, read from the picture files"
+        findings.append(Finding("size_not_stated", count, line, "image", images.ids[~stated]))
+    _compare_sizes(images, present[stated[present]], image_dir, findings)
+    return Images(images.ids, images.file_names, sizes)
+
+
+def _compare_sizes(
+    images: Images, present: NDArray[np.int64], image_dir: Path, findings: list[Finding]
+) -> None:
+    """Compare the sizes stated with the files', for some pictures spread over the set."""
+    chosen = present[:: max(1, len(present) // _SIZES_CHECKED)]
+    wrong = []
+    for i in chosen:
+        path, stated = image_dir / images.file_names[i], tuple(images.sizes[i].tolist())
+        true = {read_size(path, upright=upright) for upright in (False, True)}
+        if true != {None} and stated not in true:
+            wrong.append(i)
+    if wrong:
+        names = first_few([repr(images.file_names[i]) for i in wrong[:NAMED]], len(wrong))
+        line = (
+            f"width and height other than the picture file's: {len(wrong)} of {len(chosen)} "
+            f"checked ({names}); the file's size is used"
+        )
+        findings.append(Finding("other_size", len(wrong), line, "image", images.ids[wrong]))
+
+
+def _missing(file_names: Iterable[str], image_dir: Path) -> list[int]:
+    """Return the positions of names without a file, listing each folder once."""
+    by_folder: dict[PurePath, list[tuple[int, str]]] = defaultdict(list)
+    for i, name in enumerate(file_names):
+        path = PurePath(name)
+        by_folder[path.parent].append((i, path.name))
+    missing = []
+    for folder, pictures in by_folder.items():
+        place = image_dir / folder
+        there = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
+        missing += [i for i, name in pictures if name not in there]
+    return sorted(missing)
+
+
+def clip_to_pictures(
+    annotations: Annotations, images: Images, findings: list[Finding]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return the boxes clipped to their pictures [A,4] xyxy and which of them train [A]."""
+    size = images.sizes[annotations.image][:, ::-1].astype(np.float64)
+    bound = np.where(size > 0, size, np.inf)
+    low, high = annotations.xywh[:, :2], annotations.xywh[:, :2] + annotations.xywh[:, 2:]
+    boxes = np.concatenate([np.clip(low, 0, bound), np.clip(high, 0, bound)], axis=1)
+    boxes32 = boxes.astype(np.float32)
+    inside = np.asarray((boxes32[:, 2:] > boxes32[:, :2]).all(axis=1))
+    past = inside & np.asarray(((low < -1) | (high > bound + 1)).any(axis=1))
+    for kind, text, chosen in (
+        ("outside_bbox", "bbox outside its picture, not trained on", ~inside),
+        ("clipped_bbox", "bbox reaches past its picture, clipped", past),
+    ):
+        findings += box_finding(kind, text, annotations, images, chosen & ~annotations.crowd)
+    return boxes32, inside & ~annotations.crowd
+
+
+def _one_line(path: Path) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
