@@ -12,14 +12,15 @@ from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate_checkpoint
 from engine.commands.predict import predict_pictures
 from engine.commands.train import train
-from engine.launch import EXIT_USER_ERROR, report_failure
+from engine.launch import EXIT_USER_ERROR, end_with_launcher, report_failure
 from engine.trainer import EXIT_INTERRUPTED
 from ops import BackendError
 from util.config import OptionParser, Values, add_options, parse_flags
 from util.distributed import take_slurm_variables
 from util.errors import ConfigError, UserError
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM,
+               errno.EROFS)  # fmt: skip
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Values], int], dict[str, type[Any]]]] = {
     "train": (train, dict(SECTIONS)),
@@ -56,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     """Run a command; a user's error is one line and exit code 2."""
     logging.getLogger("timm").setLevel(logging.ERROR)  # it lists heads it leaves out on purpose
     try:
+        end_with_launcher()
         take_slurm_variables()
         command, args, given = parse_command_line(argv)
         return COMMANDS[command][0](args, given)
@@ -77,6 +79,11 @@ def in_one_line(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         what = f"{error.filename or 'output'}: cannot be used: {error.strerror}"
         return f"{what}. Free space or choose another --output_dir."
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
+        return (
+            f"data loading: {' '.join(str(error).split())} The system ends processes so when "
+            "memory runs out: lower --num_workers, and go on with --resume auto."
+        )
     return None
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from util.errors import ConfigError, UserError
 
 EXIT_USER_ERROR, EXIT_LOST_CONTACT = 2, 3
 _LAUNCHED = "DEFORMABLE_DETR_LAUNCHED"
+_LOOK_EVERY = 1.0  # seconds, for a launcher that is gone
 _PATIENCE = 15.0  # seconds; the launcher looks ten times in one
 SHUTDOWN_SECONDS = 120  # what the others get to end in when one process has failed
 
@@ -44,7 +46,7 @@ def launch(
     if "OMP_NUM_THREADS" not in os.environ:  # else each process takes every core
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         os.environ["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // processes))
-    os.environ[_LAUNCHED] = "1"
+    os.environ[_LAUNCHED] = str(os.getpid())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it shorter
     config = LaunchConfig(
@@ -63,6 +65,22 @@ def launch(
     return 0
 
 
+def end_with_launcher() -> None:
+    """Let this process, if `launch` started it, end at once when the launcher is killed.
+
+    Nobody else would stop it, and a run that is started anew would share its folder.
+    """
+    launcher = int(os.environ.get(_LAUNCHED, "0"))
+    if launcher and started_by_launcher():
+        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(_LOOK_EVERY)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -76,6 +94,9 @@ def _report(error: ChildFailedError) -> int:
     elif isinstance(failure.message, dict):  # what the process recorded; torch says str
         message = str(failure.message["message"]).removeprefix(f"{UserError.__name__}: ")
         message = message.strip().partition("\n")[0]
+    elif failure.exitcode - 128 in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        name = signal.Signals(failure.exitcode - 128).name
+        message = f"was asked to stop by {name}, and all with it; go on with --resume auto"
     else:
         message = f"ended with exit code {failure.exitcode}; its message stands above"
     print(f"error: rank {rank}: {message}", file=sys.stderr)
