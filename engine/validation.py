@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.coco_evaluator import CocoEvaluator, EvalResult, save_results
 from engine.evaluate import PostProcessor, evaluate
 from engine.train import StepRunner, diverged
 from util.batch import Batch
+from util.distributed import World
 from util.run_log import RunLog, console
 
 
@@ -53,6 +56,7 @@ class Validation:
     def _run(
         self, runner: StepRunner, label: str, prefix: str, stopping: Callable[[], bool]
     ) -> tuple[EvalResult, dict[str, Any]]:
+        share_statistics(runner.model, runner.world)
         started, evaluator = time.perf_counter(), self.make_evaluator()
         try:
             # pictures of many sizes, not worth compiling for
@@ -98,3 +102,18 @@ class Validation:
             folder.mkdir(exist_ok=True)
             picture.save(folder / f"{name}.png")
             self.log.picture(f"{curve}/{name}", picture, step)
+
+
+@torch.no_grad()
+def share_statistics(model: nn.Module, world: World) -> None:
+    """Give all processes the main one's batch-norm statistics, which are those that are saved.
+
+    In training each takes in its own pictures, until the next step begins with the main one's.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    if world.size == 1 or not norms:
+        return
+    buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    values = world.broadcast([b.cpu() for b in buffers] if world.main else [])
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.copy_(value)
