@@ -110,17 +110,13 @@ def _as_json(value: Any) -> Any:
 
 
 @contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Restore a model's buffers and every random generator after what is done inside."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def random_state_kept() -> Iterator[None]:
+    """Restore every random generator after what is done inside."""
     state = rng_state()
     try:
         yield
     finally:
         set_rng_state(state)
-        with torch.no_grad():
-            for buffer, own in buffers:
-                buffer.copy_(own)
 
 
 def first_nonfinite(model: nn.Module, images: PaddedBatch) -> str:
@@ -158,9 +154,11 @@ def _nonfinite_outputs(model: nn.Module, images: PaddedBatch) -> list[str]:
         module.register_forward_hook(partial(look, name or "itself"))
         for name, module in model.named_modules()
     ]
+    own = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    # the step's graph goes on: what it keeps for its backward pass must not be written to
     try:
-        with left_as_it_was(model), torch.no_grad():
-            model(images)
+        with random_state_kept(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            torch.func.functional_call(model, own, (images,))
     finally:
         for hook in hooks:
             hook.remove()

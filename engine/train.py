@@ -239,9 +239,6 @@ class StepRunner:
         except FloatingPointError:
             with self.precision.autocast():
                 where = first_nonfinite(self.model, images)
-            with torch.no_grad():  # the batch has spoilt them
-                for buffer, before in statistics:
-                    buffer.copy_(before)
             matched = self.criterion.match(outputs, [without_boxes(t) for t in targets])
         timer.mark("match")
         losses = self.criterion.losses(matched, num_boxes)
@@ -250,6 +247,10 @@ class StepRunner:
         if where:
             losses["loss"] = losses["loss"] * float("nan")
         self.precision.scale(losses["loss"]).backward()  # type: ignore[no-untyped-call]
+        if where:  # the batch has spoilt them; the backward pass needed them as they were
+            with torch.no_grad():
+                for buffer, before in statistics:
+                    buffer.copy_(before)
         timer.mark("backward")
         return losses, where
 

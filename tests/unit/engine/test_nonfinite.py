@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.nonfinite import NonfiniteRecorder, first_nonfinite, left_as_it_was
+from engine.nonfinite import NonfiniteRecorder, first_nonfinite, random_state_kept
 from tests.unit.models.small import random_images, small_model
 from util.batch import PaddedBatch, pad_images
 from util.errors import UserError
@@ -109,7 +109,7 @@ def test_the_first_module_is_named() -> None:
             if name.startswith(norm):
                 parameter.fill_(1e308)
     found = first_nonfinite(model, batch)
-    assert found == f"module {norm} (LayerNorm) has the first output that is not finite"
+    assert found == f"module {norm} (ExactLayerNorm) has the first output that is not finite"
 
 
 def test_outputs_in_containers_are_looked_into() -> None:
@@ -152,7 +152,7 @@ def draws() -> tuple[float, float, float]:
 def test_the_model_and_the_generators_are_left_alone(fails: bool) -> None:
     model, batch = Noisy(fails=fails).train(), pad_images([torch.rand(3, 8, 8)])
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with left_as_it_was(model):
+    with random_state_kept():
         expected = [draws(), draws()]
     if fails:
         with pytest.raises(RuntimeError, match="inside"):
