@@ -26,8 +26,10 @@ def cache_dir() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        if chosen:
-            raise BackendError(f"MSDEFORM_CACHE: cannot write to {folder}: {error}.") from error
+        if chosen or not hasattr(os, "getuid"):  # whose folder it is could not be told
+            raise BackendError(
+                f"{folder}: cannot be written to: {error}. Set MSDEFORM_CACHE to a folder that can."
+            ) from error
     folder = Path(tempfile.gettempdir()) / f"msdeform-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():

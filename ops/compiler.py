@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,16 +15,17 @@ from .errors import BackendError
 _LONGEST_BUILD = 600  # seconds
 
 
-def compiler() -> str:
-    """Return the C++ compiler: `CXX`, or the first of the usual ones.
+def compiler() -> list[str]:
+    """Return the C++ compiler and its own arguments: `CXX`, or the first of the usual ones.
 
     Raises:
         BackendError: there is none.
     """
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    chosen = shlex.split(os.environ.get("CXX", ""))  # as in CXX="ccache g++"
+    wanted = chosen[:1] or ["c++", "g++", "clang++"]
     for name in wanted:
         if found := shutil.which(name):
-            return found
+            return [found, *chosen[1:]]
     raise BackendError(
         f"no C++ compiler here ({', '.join(wanted)}). Install g++ or clang++, or set CXX."
     )
@@ -61,11 +63,11 @@ def cpu_library(instructions: str, *, extra_flags: tuple[str, ...] = ()) -> Path
     """
     cxx = compiler()
     flags = (*_FLAGS, *INSTRUCTIONS[instructions], *extra_flags)
-    version = _run([cxx, "--version"])
+    version = _run([*cxx, "--version"])
     key = cache.key_of(version.stdout, platform.machine(), *flags)
 
     def make(path: Path) -> None:
-        command = [cxx, *flags, str(cache.SOURCES / "cpu.cpp"), "-o", str(path)]
+        command = [*cxx, *flags, str(cache.SOURCES / "cpu.cpp"), "-o", str(path)]
         result = _run(command)
         if result.returncode:
             raise cache.build_failure("the CPU kernel", key, command, result.stdout)

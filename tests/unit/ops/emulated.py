@@ -41,7 +41,7 @@ class EmulatedBackend(CudaBackend):
         path = self._folder / f"{abs(hash(kind))}.so"
         if not path.exists():
             source = Path(__file__).with_name("cuda_emulator.cpp")
-            command = [compiler(), *_FLAGS, *kind.options, str(source), "-o", str(path)]
+            command = [*compiler(), *_FLAGS, *kind.options, str(source), "-o", str(path)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
         return ctypes.CDLL(str(path))
