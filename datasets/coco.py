@@ -19,8 +19,10 @@ from datasets.class_mapping import map_classes
 from datasets.coco_json import Annotations, CocoContent, Images, check_content
 from datasets.findings import Finding
 from datasets.image_reading import READ_ERRORS, read_reduced, read_rgb
+from datasets.mixing import Mixing
+from datasets.picture_cache import PictureCache
 from datasets.picture_checks import clip_to_pictures, complete_sizes
-from datasets.sample import Prepared, Sample, clip_boxes, to_pixels
+from datasets.sample import Prepared, Sample, clip_boxes, draw_integer, to_pixels
 from datasets.sources import Source, read_source
 from datasets.transforms import Transform
 from util.batch import Target, UnreadableImage
@@ -170,6 +172,15 @@ class CocoIndex:
             )
         return "\n".join([self.summary(), *(f"  notice: {notice}" for notice in notices)])
 
+    def data_report(self) -> dict[str, Any]:
+        """Return what was repaired or left out, in plain values, with the ids of each kind."""
+        return {
+            "place": str(self.place),
+            "images": len(self),
+            "boxes": len(self.boxes),
+            "findings": [finding.to_json() for finding in self.findings],
+        }
+
     def summary(self) -> str:
         """Return a line of counts and a line with the boxes of each class, most frequent first."""
         counts = np.bincount(self.labels, minlength=len(self.classes))
@@ -206,6 +217,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         *,
         seed: int = 0,
         classes: Classes | None = None,
+        mixing: Mixing | None = None,
+        cache: PictureCache | None = None,
     ) -> None:
         """Take labels from the index, or from `classes`, the label space of a checkpoint.
 
@@ -218,6 +231,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         self._label_of = np.array([mapping[i] for i in index.classes.ids], dtype=np.int64)
         self.label_to_category = {label: category for category, label in mapping.items()}
         self._transform = transform
+        self._mixing = mixing
+        self._cache = cache
         self._seed = seed
         # Shared memory: worker processes that outlive an epoch see the next one.
         self._epoch: Tensor = torch.zeros((), dtype=torch.int64)
@@ -237,7 +252,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         epoch = int(self._epoch)
         generator = seeded_generator(self._seed, epoch, position)
         of_batch = seeded_generator(self._seed, epoch, batch, 1)
-        prepared = self._transform(sample, generator, of_batch)
+        mixed = sample
+        if self._mixing is not None:
+            mixed = self._mixing(sample, epoch, self._draw_sample, generator)
+        prepared = self._transform(mixed, generator, of_batch)
         return prepared.image, make_target(prepared, image_id, sample.size)
 
     def read_picture(self, image_id: int) -> Image.Image | None:
@@ -270,15 +288,33 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
 
     def _read_sample(self, position: int) -> Sample:
         """Decode a picture, at no more than the transform needs, with its boxes."""
-        height, width = self.index.images.sizes[position].tolist()
-        picture, size = read_reduced(
-            self._path(position), (height, width), self._transform.decoded_size
-        )
+        pixels, size = self._decode(position)
         part = slice(self.index.first[position], self.index.first[position + 1])
         boxes = torch.from_numpy(self.index.boxes[part].copy())
         labels = torch.from_numpy(self._label_of[self.index.labels[part]])
         # The file may be smaller than it was said to be.
-        return clip_boxes(Sample(to_pixels(picture), boxes, labels, size))
+        return clip_boxes(Sample(pixels, boxes, labels, size))
+
+    def _decode(self, position: int) -> tuple[Tensor, tuple[int, int]]:
+        """Return pixels as `read_reduced` decodes them, or from the cache."""
+        cached = None if self._cache is None else self._cache.get(position)
+        if cached is not None:
+            return cached
+        height, width = self.index.images.sizes[position].tolist()
+        picture, size = read_reduced(
+            self._path(position), (height, width), self._transform.decoded_size
+        )
+        pixels = to_pixels(picture)
+        if self._cache is not None:
+            self._cache.put(position, pixels, size)
+        return pixels, size
+
+    def _draw_sample(self, generator: torch.Generator) -> Sample | None:
+        """Return any picture of the set, None if the one drawn cannot be read."""
+        try:
+            return self._read_sample(draw_integer(0, len(self) - 1, generator))
+        except READ_ERRORS:
+            return None
 
 
 def make_target(prepared: Prepared, image_id: int, orig_size: tuple[int, int]) -> Target:

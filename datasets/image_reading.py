@@ -30,6 +30,7 @@ def read_size(path: Path, *, upright: bool) -> tuple[int, int] | None:
     """
     try:
         with Image.open(path) as image:
+            _refuse_bomb(image)
             width, height = image.size
             turned = upright and _orientation(image) in _TURNED
     except READ_ERRORS:
@@ -58,6 +59,7 @@ def read_reduced(
         READ_ERRORS: the file cannot be decoded to its end.
     """
     with Image.open(path) as image:
+        _refuse_bomb(image)
         if not isinstance(image, JpegImageFile):
             image.load()  # the orientation may stand behind the pixels
         stored_size = (image.height, image.width)
@@ -73,6 +75,15 @@ def read_reduced(
             image.draft(None, (image.width // factor, image.height // factor))
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image) if upright else image), size
+
+
+def _refuse_bomb(image: Image.Image) -> None:
+    """Raise beyond the number of pixels at which Pillow only warns: a small file can claim any."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise Image.DecompressionBombError(
+            f"{image.width}x{image.height} pixels are more than the {limit} of Pillow's limit"
+        )
 
 
 def _reduction(size: tuple[int, int], least: tuple[int, int]) -> int:

@@ -61,7 +61,12 @@ def read_voc(
         for entry in _objects(tree, ids, corners):
             entry.update(id=len(content["annotations"]) + 1, image_id=number)
             content["annotations"].append(entry)
-    findings = [
+    return content, pictures, _lost(stems, files, damaged)
+
+
+def _lost(stems: set[str], files: dict[str, Path], damaged: dict[str, str]) -> list[Finding]:
+    """Return the findings of listed pictures whose annotations cannot be read."""
+    return [
         *at_places(
             "damaged_xml",
             "annotation files that are not XML, their pictures left out",
@@ -73,7 +78,6 @@ def read_voc(
             [f"{stem}.xml" for stem in sorted(stems - files.keys())],
         ),
     ]
-    return content, pictures, findings
 
 
 def _listed(root: Path, split: str, files: dict[str, Path]) -> set[str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs.schema import Config, RunConfig, build_config, load_layers, merge_options
 from datasets.build import build_dataset, load_index
-from datasets.coco import CocoDetection
+from datasets.coco import CocoDetection, CocoIndex
 from datasets.loader import Share, eval_loader, share_out, train_loader
 from engine.checkpoint import CheckpointFolder, check_same, load_checkpoint
 from engine.coco_evaluator import CocoEvaluator
@@ -175,13 +176,11 @@ def build_trainer(start: Start, place: Place, folder: CheckpointFolder, log: Run
     config, world = start.config, place.world
     optim, options, data = config.optim, config.run, config.data
     seed_everything(options.seed)
-    train_index, val_index = load_index(data, "train"), load_index(data, "val")
+    train_index, val_index = load_data(config, world)
     classes = train_index.classes
     model, mean, std = build_training_model(start, classes)
     train_set = build_dataset(data, train_index, train=True, mean=mean, std=std, seed=options.seed)
     val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
-    for dataset in (train_set, val_set):
-        console(dataset.index.report(config.model.num_queries))
     loader = train_loader(
         train_set,
         place.share,
@@ -222,6 +221,18 @@ def build_trainer(start: Start, place: Place, folder: CheckpointFolder, log: Run
         save_every=options.save_every,
         max_steps=options.max_steps,
     )
+
+
+def load_data(config: Config, world: World) -> tuple[CocoIndex, CocoIndex]:
+    """Return training and validation data; data_report.json lists what was mended or left out."""
+    train_index, val_index = load_index(config.data, "train"), load_index(config.data, "val")
+    report = {}
+    for split, index in (("train", train_index), ("val", val_index)):
+        console(index.report(config.model.num_queries))
+        report[split] = index.data_report()
+    if world.main:
+        write_atomic(Path(config.run.output_dir) / "data_report.json", json.dumps(report, indent=1))
+    return train_index, val_index
 
 
 def build_runner(

@@ -233,6 +233,18 @@ def test_annotations_without_an_id_of_their_own_are_numbered(
     assert index.annotations.ids.tolist() == [1, 2, 3]
 
 
+def test_data_report_lists_every_kind_with_its_ids(content: Content, write: Write) -> None:
+    content["annotations"][0]["bbox"] = [1, 1, 0, 0]
+    content["annotations"][1]["image_id"] = 77
+    index = CocoIndex.load(*write(content), need_boxes=True)
+    report = json.loads(json.dumps(index.data_report()))
+    assert (report["images"], report["boxes"]) == (3, 1)
+    found = [(f["kind"], f.get("annotation_ids", f.get("image_ids"))) for f in report["findings"]]
+    assert found == [
+        ("unknown_image_id", [1]), ("flat_bbox", [0]), ("no_boxes", [5, 9]),
+    ]  # fmt: skip
+
+
 def test_findings_survive_being_written(content: Content, write: Write) -> None:
     content["annotations"][0]["bbox"] = [1, 1, 0, 0]
     finding = CocoIndex.load(*write(content), need_boxes=True).findings[0]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.image_reading import read_reduced, read_rgb
+from datasets.image_reading import READ_ERRORS, read_reduced, read_rgb, read_size
 
 
 def photograph(width: int, height: int) -> Image.Image:
@@ -66,3 +66,15 @@ def test_other_formats_are_decoded_whole(tmp_path: Path) -> None:
     picture, size = read_reduced(tmp_path / "a.png", None, lambda height, width: (20, 40))
     assert picture.size == (400, 200)
     assert size == (200, 400)
+
+
+def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    """Pillow only warns up to twice its limit; the file here is 12 kB and would be 90 MB."""
+    path = tmp_path / "bomb.png"
+    Image.new("1", (9500, 9500)).save(path)
+    assert read_size(path, upright=False) is None
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(READ_ERRORS, match="9500x9500 pixels are more than"),
+    ):
+        read_rgb(path, None)
