@@ -105,7 +105,9 @@ class EvalDataConfig(_Checked):
         above=0,
         high=1,
     )
-    num_workers: int = option(2, "loader processes", low=0)
+    num_workers: int = option(
+        -1, "loader processes; -1: one a core, shared among the run's processes, 8 at most", low=-1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +123,26 @@ class DataConfig(EvalDataConfig):
     one_scale_per_batch: bool = option(
         False, "draw the short side for a batch, not for each picture: less padding"
     )
+    augment: str = option(
+        "official", "recipe of the options from hflip to close_augment_epochs; each may be given "
+        "besides. none: pictures at eval_scale, strong: all but random_crop",
+        choices=("none", "official", "strong"),
+    )  # fmt: skip
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     random_crop: bool = option(True, "half of the time: resize, crop, resize")
     crop_scales: tuple[int, ...] = option((400, 500, 600), "short sides before the crop", low=16)
     crop_size: tuple[int, ...] = option((384, 600), "least and greatest side of the crop", low=16)
+    scale_jitter: tuple[float, ...] = option(
+        (), "least and greatest factor on the drawn size; what is more than that is cut", above=0
+    )
+    zoom_out: float = option(0.0, "probability of a picture made small on a canvas", low=0, high=1)
+    color_jitter: float = option(0.0, "probability of changed colours", low=0, high=1)
+    mosaic: float = option(0.0, "probability of a picture made of four", low=0, high=1)
+    mixup: float = option(0.0, "probability of two pictures blended, if no mosaic", low=0, high=1)
+    close_augment_epochs: int = option(10, "last epochs, without mosaic and mixup", low=0)
+    cache_pictures: float = option(
+        0.0, "GB of memory a process may keep decoded training pictures in", low=0
+    )
     aspect_ratio_grouping: bool = option(False, "batch portrait and landscape pictures apart")
 
     def __post_init__(self) -> None:
@@ -134,6 +152,11 @@ class DataConfig(EvalDataConfig):
         if len(self.crop_size) != 2 or self.crop_size[0] > self.crop_size[1]:
             raise ConfigError(
                 f"--crop_size: expected two sizes, least first, got {self.crop_size}."
+            )
+        jitter = self.scale_jitter
+        if jitter and (len(jitter) != 2 or jitter[0] > jitter[1]):
+            raise ConfigError(
+                f"--scale_jitter: expected two factors, least first, got {jitter}. Try 0.5 1.5."
             )
 
 
@@ -233,6 +256,15 @@ class EvalConfig(_Checked):
         "fp32", "of the model's arithmetic", choices=("fp32", "tf32", "bf16", "fp16")
     )
     ema: bool = option(True, "use a checkpoint's averaged weights, where it has them")
+    detections: str = option("", "evaluate this COCO results file in place of a checkpoint")
+    evaluator: str = option(
+        "fast", "of COCO's numbers; the same to the last digit", choices=("fast", "pycocotools")
+    )
+    max_dets: int = option(
+        0, "detections of a picture and class that count besides COCO's 100; 0: as many as a "
+        "picture has boxes of a class", low=0,
+    )  # fmt: skip
+    analysis: bool = option(True, "write eval/analysis.json and eval/report.html")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +282,35 @@ class PredictConfig(_Checked):
     nms_iou: float = option(
         0, "greatest overlap of boxes of a class; 0 means that of the checkpoint", low=0, high=1
     )
-    num_workers: int = option(2, "loader processes", low=0)
+    num_workers: int = option(
+        -1, "loader processes; -1: one a core, shared among the run's processes, 8 at most", low=-1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(_Checked):
+    """What `convert` reads and writes."""
+
+    data_format: str = option(
+        "coco", "format of --data_path", choices=("coco", "voc", "yolo"), alias="--from"
+    )
+    to: str = option("", "format to write", choices=("", "coco", "voc", "yolo"))
+    data_path: str = option(
+        "", "folder of the data set; for yolo also data.yaml, for coco a JSON file with --images"
+    )
+    images: str = option("", "folder of the pictures of a COCO-format JSON file")
+    splits: tuple[str, ...] = option(("train", "val"), "splits to write")
+    voc_corners: str = option(
+        "pixels", "VOC boxes: pixels counted from 1, or edges from 0 as some tools write",
+        choices=("pixels", "edges"),
+    )  # fmt: skip
+    output_dir: str = option("", "a new or empty folder")
+    copy_pictures: bool = option(False, "copy the pictures instead of linking to them")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images and len(self.splits) != 1:
+            raise ConfigError("--images: expected one split with it, as in --splits train.")
 
 
 SECTIONS: Mapping[str, type[Any]] = {
@@ -262,12 +322,31 @@ SECTIONS: Mapping[str, type[Any]] = {
 }
 
 
+# What --augment sets; options given besides it win.
+AUGMENTATIONS: Mapping[str, Mapping[str, Any]] = {
+    "none": {"hflip": 0.0, "random_crop": False},
+    "official": {},
+    "strong": {
+        "random_crop": False,
+        "scale_jitter": (0.5, 1.5),
+        "zoom_out": 0.15,
+        "color_jitter": 0.5,
+        "mosaic": 0.25,
+        "mixup": 0.1,
+    },
+}
+_AUGMENTED = ("hflip", "random_crop", "scale_jitter", "zoom_out", "color_jitter", "mosaic", "mixup")
+
+
 def build_config(values: Mapping[str, Mapping[str, Any]]) -> Config:
-    """Make the frozen sections from values by section.
+    """Make the frozen sections from values by section; `augment` gives those it sets.
 
     Raises:
         ConfigError: a value is out of range, or two options contradict each other.
     """
+    data = values.get("data", {})
+    recipe = AUGMENTATIONS.get(data.get("augment", "official"), {})
+    values = {**values, "data": {**recipe, **data}}
     return Config(**{name: cls(**values.get(name, {})) for name, cls in SECTIONS.items()})
 
 
@@ -276,9 +355,16 @@ _LOCATIONS = ("coco_path", "train_images", "train_annotations", "val_images", "v
 
 
 def merge_options(base: Values, given: Values) -> Values:
-    """Put options on top of others; a data location replaces every location below it."""
-    if any(name in given.get("data", {}) for name in _LOCATIONS):
-        data = {k: v for k, v in base.get("data", {}).items() if k not in _LOCATIONS}
+    """Put options on top of others.
+
+    A data location replaces every location below it, and a recipe of augmentation its parts.
+    """
+    above = given.get("data", {})
+    replaced = set(_LOCATIONS) if any(name in above for name in _LOCATIONS) else set()
+    if "augment" in above:
+        replaced.update(_AUGMENTED)
+    if replaced:
+        data = {k: v for k, v in base.get("data", {}).items() if k not in replaced}
         base = {**base, "data": data}
     return merge(base, given)
 

@@ -163,6 +163,11 @@ class CocoEvaluator:
         return _truth(self._ground_truth)
 
     @property
+    def max_dets(self) -> int:
+        """How many detections of a picture and class count, at most: COCO's 100 or more."""
+        return max(100, self._max_dets)
+
+    @property
     def class_names(self) -> list[str]:
         """A name for each category, by ascending id; its id where it has none."""
         cats = self._ground_truth.cats
@@ -378,11 +383,13 @@ def _numbered_copy(coco_gt: COCO) -> COCO:
 
 
 def save_results(
-    output_dir: Path, result: EvalResult, detections: Sequence[Mapping[str, Any]]
+    output_dir: Path, result: EvalResult, detections: Sequence[Mapping[str, Any]] | None
 ) -> None:
-    """Write `eval/results.json` and `eval/detections.json` (COCO results format)."""
+    """Write `eval/results.json` and, if given, `eval/detections.json` (COCO results format)."""
     folder = output_dir / "eval"
     write_atomic(
         folder / "results.json", json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n"
     )
-    write_atomic(folder / "detections.json", json.dumps(list(detections), allow_nan=False) + "\n")
+    if detections is not None:
+        text = json.dumps(list(detections), allow_nan=False)
+        write_atomic(folder / "detections.json", text + "\n")

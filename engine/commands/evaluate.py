@@ -1,28 +1,46 @@
-"""`main.py eval`: COCO's numbers for a checkpoint."""
+"""`main.py eval`: COCO's numbers and an analysis, for a checkpoint or for saved detections."""
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
+
+from PIL import Image
+from pycocotools.coco import COCO
 
 from configs.schema import DataConfig, EvalConfig, merge_options
 from datasets.build import build_dataset, load_index
 from datasets.loader import eval_loader
-from engine.coco_evaluator import CocoEvaluator, save_results
+from engine.analysis.analyse import analyse, save_analysis
+from engine.analysis.report import save_report
+from engine.coco_evaluator import Backend, CocoEvaluator, EvalResult, save_results
 from engine.commands.detector import beside, load_detector, saved_data_options
+from engine.commands.ground_truth import validation_truth
+from engine.detections_file import read_detections
 from engine.evaluate import evaluate
+from engine.gallery import draw_gallery
 from engine.launch import launch
 from engine.precision import Precision
 from models.postprocess import PostProcess
 from util.config import Values
 from util.device import own_device, pick_device
 from util.distributed import World, join_world, leave_world, started_by_launcher
+from util.errors import ConfigError
 from util.files import make_output_dir
 from util.run_log import console
 
+ReadPicture = Callable[[int], Image.Image | None]
+
+_PICTURES_SHOWN = 12
+_USUAL_THRESHOLD = 0.5  # of drawn boxes where nothing is ever right
+
 
 def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
-    """Evaluate a checkpoint on COCO-format data."""
+    """Evaluate a checkpoint, or saved detections, on COCO-format data."""
     options = EvalConfig(**given.get("eval", {}))
+    if options.detections:
+        return evaluate_detections(options, DataConfig(**given.get("data", {})))
     if options.gpus > 1 and not started_by_launcher():
         return launch(
             Path(sys.argv[0]), sys.argv[1:],
@@ -33,6 +51,30 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
         return evaluate_in_world(options, given, world)
     finally:
         leave_world()
+
+
+def evaluate_detections(options: EvalConfig, data: DataConfig) -> int:
+    """Evaluate a file in the COCO results format; no model is needed, nor the pictures."""
+    if options.checkpoint:
+        raise ConfigError(
+            "--detections: expected no --checkpoint with it, got both. Evaluate one of the two."
+        )
+    path = Path(options.detections)
+    output_dir = Path(options.output_dir) if options.output_dir else _folder_above(path)
+    coco_gt, read_picture, notices = validation_truth(data)
+    found, more = read_detections(path, coco_gt.imgs, coco_gt.cats)
+    make_output_dir(output_dir / "eval")
+    for notice in (*notices, *more):
+        console(f"  notice: {notice}")
+    evaluator = _evaluator(options, coco_gt, {c: c for c in coco_gt.cats})
+    evaluator.take(found)
+    _tell(options, output_dir, evaluator, evaluator.evaluate(), coco_gt, read_picture, path.name)
+    return 0
+
+
+def _folder_above(path: Path) -> Path:
+    """Return the run's folder if the file is in its `eval/`, else the file's folder."""
+    return path.parent.parent if path.parent.name == "eval" else path.parent
 
 
 def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
@@ -57,7 +99,7 @@ def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
         rank=world.rank,
         world_size=world.size,
     )
-    evaluator = CocoEvaluator(index.coco_gt, dataset.label_to_category)
+    evaluator = _evaluator(options, index.coco_gt, dataset.label_to_category)
     result, _ = evaluate(
         model,
         PostProcess(nms_iou=data.nms_iou),
@@ -68,7 +110,48 @@ def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
         world=world,
     )
     if world.main:
-        console(result.table())
-        save_results(output_dir, result, evaluator.detections)
-        console(f"written: {output_dir / 'eval' / 'results.json'}, detections.json")
+        name = Path(options.checkpoint).name
+        _tell(
+            options, output_dir, evaluator, result, index.coco_gt, dataset.read_picture, name
+        )  # fmt: skip
     return 0
+
+
+def _evaluator(options: EvalConfig, coco_gt: COCO, labels: dict[int, int]) -> CocoEvaluator:
+    backend = cast(Backend, options.evaluator)  # the option's choices are the same
+    return CocoEvaluator(coco_gt, labels, backend=backend, max_dets=options.max_dets)
+
+
+def _tell(
+    options: EvalConfig,
+    output_dir: Path,
+    evaluator: CocoEvaluator,
+    result: EvalResult,
+    coco_gt: COCO,
+    read_picture: ReadPicture | None,
+    title: str,
+) -> None:
+    """Print the numbers, and write them with the detections and what the analysis finds."""
+    console(result.table())
+    detections = evaluator.detections
+    # detections that were read from a file are never written over it
+    save_results(output_dir, result, None if options.detections else detections)
+    written = f"written: {output_dir / 'eval' / 'results.json'}"
+    written += "" if options.detections else ", detections.json"
+    if options.analysis:
+        names = {i: str(image.get("file_name", "")) for i, image in coco_gt.imgs.items()}
+        analysis = analyse(evaluator, result, file_names=names)
+        console(f"\n{analysis.summary()}")
+        pictures = {}
+        if read_picture is not None:
+            shown = [w.image_id for w in analysis.worst[:_PICTURES_SHOWN]]
+            threshold = round(analysis.threshold.score, 3) if analysis.threshold else None
+            drawn = draw_gallery(
+                detections, coco_gt, shown, read_picture,
+                score_threshold=_USUAL_THRESHOLD if threshold is None else threshold,
+            )  # fmt: skip
+            pictures = {i: drawn[f"image_{i}"] for i in shown if f"image_{i}" in drawn}
+        save_analysis(output_dir, analysis)
+        save_report(output_dir, analysis, pictures, title=title)
+        written += ", analysis.json, report.html"
+    console(written)

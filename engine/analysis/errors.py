@@ -1,0 +1,150 @@
+"""What is wrong with wrong detections, and what AP it costs.
+
+The kinds are those of TIDE (Bolya et al., "TIDE: A General Toolbox for Identifying Object Detection
+Errors", ECCV 2020): a detection is right from an IoU of 0.5, and background below 0.1.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.analysis.outcomes import IOU, Outcomes, curve
+from engine.coco_matching import Bools, Floats, Ints, Truth, overlaps
+
+BACKGROUND_IOU = 0.1
+KINDS = {
+    "class": "on an object, but of another class",
+    "location": "right class, but overlapping the object too little",
+    "both": "wrong class, and overlapping too little",
+    "duplicate": "on an object already found with a higher score",
+    "background": "where there is no object",
+    "missed": "object found by nothing, not even by a detection of the wrong class or place",
+}
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    """How often an error occurs, and by how much AP50 would rise if only it were mended (0..1)."""
+
+    count: int
+    above_threshold: int
+    delta_AP50: float  # noqa: N815, the field's name
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The kind of each wrong detection, and the annotation it is about.
+
+    Shape: kind [N], "" where right; about [N], the annotation of a class or location error, else
+    -1; missed [G].
+    """
+
+    kind: NDArray[np.str_]
+    about: Ints
+    missed: Bools
+
+
+def classify(truth: Truth, found: Outcomes) -> Errors:
+    """Tell the kind of each wrong detection, and which annotations are missed."""
+    detected = found.detected
+    row, gt, iou = overlaps(truth, detected, BACKGROUND_IOU, any_category=True)
+    objects = ~truth.crowd[gt] & ~found.hit[row]
+    row, gt, iou = row[objects], gt[objects], iou[objects]
+    same = truth.category[gt] == detected.category[row]
+    own, own_iou = _best(row[same], gt[same], iou[same], len(found.gt))
+    other, other_iou = _best(row[~same], gt[~same], iou[~same], len(found.gt))
+    used = np.isin(gt, found.gt[found.hit])
+    _, used_iou = _best(row[same & used], gt[same & used], iou[same & used], len(found.gt))
+    tests = {
+        "": found.hit,
+        "location": (own_iou >= BACKGROUND_IOU) & (own_iou <= IOU),
+        "class": other_iou >= IOU,
+        "duplicate": used_iou >= IOU,
+        "background": np.maximum(own_iou, other_iou) <= BACKGROUND_IOU,
+    }
+    kind = np.select(list(tests.values()), list(tests), default="both")
+    about = np.select([kind == "location", kind == "class"], [own, other], default=-1)
+    covered = np.isin(np.arange(len(truth.crowd)), np.concatenate([found.gt, about]))
+    return Errors(kind, about, ~covered & ~truth.crowd)
+
+
+def _best(row: Ints, gt: Ints, iou: Floats, count: int) -> tuple[Ints, Floats]:
+    """Return the annotation that each of `count` detections overlaps most, and how much."""
+    best, most = np.full(count, -1), np.zeros(count)
+    order = np.lexsort((-gt, iou))  # the last of a row stays: the largest, of equals the first
+    best[row[order]], most[row[order]] = gt[order], iou[order]
+    return best, most
+
+
+def error_kinds(
+    truth: Truth, found: Outcomes, errors: Errors, above: Bools
+) -> dict[str, ErrorKind]:
+    """Return how often each kind occurs, how often where `above` [N], and what it costs."""
+    base = mean_ap(found)
+    rows = {}
+    for kind in KINDS:
+        if kind == "missed":
+            count = above_threshold = int(errors.missed.sum())
+            mended = _without(truth, found, errors.missed)
+        else:
+            of_kind = errors.kind == kind
+            count, above_threshold = int(of_kind.sum()), int((of_kind & above).sum())
+            mended = _mended(truth, found, errors, kind)
+        # mending can cost a little, by the steps of recall at which precision is read
+        rows[kind] = ErrorKind(count, above_threshold, max(0.0, mean_ap(mended) - base))
+    return rows
+
+
+def mean_ap(found: Outcomes) -> float:
+    """Return AP50 over the categories with boxes or detections; 0 if there is none."""
+    values = []
+    for k, positives in enumerate(found.positives.tolist()):
+        of_class = found.detected.category == k
+        if positives:
+            values.append(float(curve(found.hit[of_class], positives).mean()))
+        elif of_class.any():
+            values.append(0.0)
+    return float(np.mean(values)) if values else 0.0
+
+
+def _mended(truth: Truth, found: Outcomes, errors: Errors, kind: str) -> Outcomes:
+    """Return the outcomes with each error of a kind corrected, or its detection taken out.
+
+    An object that nothing has found is given to the best of all class and location errors about
+    it, so only one of them is corrected.
+    """
+    wrong = np.flatnonzero(errors.about >= 0)
+    gt = found.gt.copy()
+    best_first = wrong[np.argsort(-found.detected.score[wrong], kind="stable")]
+    about = errors.about[best_first]
+    first = np.unique(about, return_index=True)[1]
+    chosen = best_first[first]
+    chosen = chosen[errors.kind[chosen] == kind]
+    chosen = chosen[~np.isin(errors.about[chosen], found.gt[found.hit])]
+    gt[chosen] = errors.about[chosen]
+    category = found.detected.category.copy()
+    category[chosen] = truth.category[gt[chosen]]
+    keep = (errors.kind != kind) | (gt >= 0)
+    detected = replace(found.detected, category=category).select(keep)
+    order = np.lexsort((-detected.score, detected.category))
+    return Outcomes(detected.select(order), gt[keep][order], found.positives)
+
+
+def _without(truth: Truth, found: Outcomes, missed: Bools) -> Outcomes:
+    """Return the outcomes with some annotations never asked for."""
+    fewer = np.bincount(truth.category[missed], minlength=len(found.positives))
+    return replace(found, positives=found.positives - fewer)
+
+
+def wrong_by_class(
+    found: Outcomes, errors: Errors, truth: Truth, above: Bools
+) -> list[Mapping[str, int]]:
+    """Return for each category how many errors of each kind are `above` [N] the threshold."""
+    rows: list[Mapping[str, int]] = []
+    for k in range(len(found.positives)):
+        of_class = above & (found.detected.category == k)
+        counts = {kind: int((of_class & (errors.kind == kind)).sum()) for kind in KINDS}
+        rows.append({**counts, "missed": int((errors.missed & (truth.category == k)).sum())})
+    return rows

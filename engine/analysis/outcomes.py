@@ -1,0 +1,104 @@
+"""Which detections are right at an IoU of 0.5, precision-recall curves, best score thresholds."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.coco_matching import (
+    AREA_RANGES,
+    RECALLS,
+    Bools,
+    Detected,
+    Floats,
+    Ints,
+    Truth,
+    match,
+    precision_at_recalls,
+)
+
+IOU = 0.5
+CURVE_IOUS = (0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Detections that count, by category and there by falling score; those on crowds left out.
+
+    Shape: gt [N], the annotation found or -1; positives [K], boxes of each category to be found.
+    """
+
+    detected: Detected
+    gt: Ints
+    positives: Ints
+
+    @property
+    def hit(self) -> Bools:
+        """Which are right [N]."""
+        return np.asarray(self.gt >= 0)
+
+
+def outcomes(truth: Truth, detected: Detected, *, iou: float = IOU, max_dets: int) -> Outcomes:
+    """Match as COCO does, at one IoU and all sizes."""
+    matches = match(
+        truth,
+        detected,
+        iou_thresholds=np.array([iou]),
+        area_ranges=AREA_RANGES[:1],
+        max_dets=max_dets,
+    )
+    found = matches.found()
+    keep = (found < 0) | ~truth.crowd[found] if len(truth.crowd) else found < 0
+    positives = np.bincount(truth.category[~truth.crowd], minlength=len(truth.category_ids))
+    return Outcomes(detected.select(matches.order[keep]), found[keep], positives)
+
+
+def curve(hit: Bools, positives: int) -> Floats:
+    """Return the precision at each of COCO's 101 recalls; `hit` [n] by falling score."""
+    true = np.arange(1, int(hit.sum()) + 1)
+    return precision_at_recalls(true, np.flatnonzero(hit) + 1 - true, positives)
+
+
+def curves(found: Outcomes) -> Floats:
+    """Return the precision of each category [K,101], NaN without ground truth."""
+    rows = np.full((len(found.positives), len(RECALLS)), np.nan)
+    for k in np.flatnonzero(found.positives):
+        rows[k] = curve(found.hit[found.detected.category == k], int(found.positives[k]))
+    return rows
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The score from which detections are best kept, and what is reached there (0..1)."""
+
+    score: float
+    f1: float
+    precision: float
+    recall: float
+
+
+def best_threshold(score: Floats, hit: Bools, positives: int) -> Threshold | None:
+    """Return the score with the best F1, the highest of equals; None if nothing is ever right."""
+    order = np.argsort(-score, kind="stable")
+    score, true = score[order], np.cumsum(hit[order])
+    last_of_ties = np.flatnonzero(np.append(np.diff(score) != 0, True)[: len(score)])
+    if not positives or not len(score) or not true[-1]:
+        return None
+    kept = last_of_ties + 1
+    f1 = 2 * true[last_of_ties] / (kept + positives)
+    best = int(np.argmax(f1))
+    right = float(true[last_of_ties[best]])
+    return Threshold(
+        score=float(score[last_of_ties[best]]),
+        f1=float(f1[best]),
+        precision=right / float(kept[best]),
+        recall=right / positives,
+    )
+
+
+def thresholds(found: Outcomes) -> list[Threshold | None]:
+    """Return the best threshold of each category."""
+    rows = []
+    for k, positives in enumerate(found.positives.tolist()):
+        of_class = found.detected.category == k
+        rows.append(best_threshold(found.detected.score[of_class], found.hit[of_class], positives))
+    return rows

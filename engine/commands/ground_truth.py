@@ -1,0 +1,62 @@
+"""The annotations that saved detections are compared with; the pictures may be elsewhere."""
+
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+from pycocotools.coco import COCO
+
+from configs.schema import DataConfig
+from datasets.build import build_dataset, read_split
+from datasets.coco import CocoIndex
+from datasets.coco_json import CocoContent, check_content, load_json
+from datasets.sources import coco_layout
+
+
+def validation_truth(
+    data: DataConfig,
+) -> tuple[COCO, Callable[[int], Image.Image | None] | None, list[str]]:
+    """Return validation annotations, a reader of pictures if they are at hand, and notices.
+
+    Raises:
+        DataError: no option says where the data lies, or they cannot be read.
+    """
+    annotations = Path(data.val_annotations) if data.val_annotations else None
+    if annotations is None and data.coco_path and not data.data_path:
+        folder, annotations = coco_layout(Path(data.coco_path), "val")
+        alone = not folder.is_dir()
+    else:
+        alone = annotations is not None and not data.val_images
+    if alone and annotations is not None:
+        content = check_content(load_json(annotations), annotations, need_boxes=False)
+        return _coco(content), None, [finding.text for finding in content.findings]
+    index = CocoIndex.from_source(read_split(data, "val"), need_boxes=False)
+    dataset = build_dataset(data, index, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
+    return index.coco_gt, dataset.read_picture, list(index.notices)
+
+
+def _coco(content: CocoContent) -> COCO:
+    """Return checked annotations for the evaluator."""
+    found, classes = content.annotations, content.classes
+    coco = COCO()
+    coco.dataset = {
+        "images": [
+            {"id": int(i), "file_name": name}
+            for i, name in zip(content.images.ids, content.images.file_names, strict=True)
+        ],
+        "categories": [
+            {"id": i, "name": name} for i, name in zip(classes.ids, classes.names, strict=True)
+        ],
+        "annotations": [
+            {"id": number + 1, "image_id": int(content.images.ids[found.image[number]]),
+             "category_id": classes.ids[found.labels[number]],
+             "bbox": found.xywh[number].tolist(), "area": float(found.area[number]),
+             "iscrowd": int(found.crowd[number])}
+            for number in range(len(found.ids))
+        ],
+    }  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
