@@ -112,10 +112,17 @@ def join_world(device_type: str) -> World:
             f"WORLD_SIZE {os.environ['WORLD_SIZE']}: expected {', '.join(missing)} with it, got "
             "none. Start the run with --gpus N, torchrun or srun."
         )
-    if device_type == "cuda":
-        dist.init_process_group("nccl", timeout=TIMEOUT)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+    meeting = dist.rendezvous("env://", timeout=TIMEOUT)  # type: ignore[attr-defined]
+    store, rank, size = next(meeting)
+    # processes that are started again would meet the addresses of those before in the same store
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "nccl" if device_type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"attempt_{attempt}", store),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
+    )
     group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return World(
         dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), group
