@@ -1,0 +1,126 @@
+"""Saved detections: read, refused in one line, and evaluated without a model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import main
+from engine.detections_file import read_detections
+from util.errors import DataError
+
+GOOD = {"image_id": 4, "category_id": 7, "bbox": [10, 10, 50, 40], "score": 0.5}
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def annotations(folder: Path) -> Path:
+    """Write annotations of two pictures; the names of the pictures are there, not the files."""
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 80, "height": 60} for i in (4, 9)],
+        "categories": [{"id": 90, "name": "cat"}, {"id": 7, "name": "dog"}],
+        "annotations": [
+            {"id": 0, "image_id": 4, "category_id": 7, "bbox": [10, 10, 50, 40]},
+            {"id": 1, "image_id": 9, "category_id": 90, "bbox": [0, 0, 70, 50]},
+        ],
+    }
+    return write(folder / "instances.json", content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "expected JSON"),
+        ({"annotations": []}, "expected a list of detections, got dict"),
+        ([GOOD, {"image_id": 4}], "entry 1: expected an object with image_id, category_id"),
+        ([{**GOOD, "image_id": "4"}], "entry 0: expected a whole number as image_id"),
+        ([{**GOOD, "category_id": True}], "a whole number as category_id"),
+        ([{**GOOD, "bbox": [1, 2, 3]}], "four finite numbers"),
+        ([{**GOOD, "bbox": [60, 50, -10, 5]}], r"bbox as \[x, y, width, height\]"),
+        ([{**GOOD, "score": float("nan")}], "a finite number as score"),
+        ([{**GOOD, "image_id": 5}, GOOD], "image ids of the data, got 5"),
+    ],
+)
+def test_what_is_no_detection_is_refused_in_one_line(
+    content: Any, message: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "d.json", content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_detections(path, {4, 9}, {7, 90})
+    assert "\n" not in str(caught.value)
+
+
+def test_other_categories_are_left_out_with_a_notice(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.json", [GOOD, {**GOOD, "category_id": 8}])
+    found, notices = read_detections(path, {4, 9}, {7, 90})
+    assert found.category.tolist() == [7]
+    assert notices == [
+        "detections of categories that the data lack: 1 of 2 (ids 8), left out",
+    ]
+
+
+def test_saved_detections_are_evaluated_and_stay_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "eval"
+    folder.mkdir()
+    detections = write(folder / "detections.json", [GOOD])
+    before = detections.read_bytes()
+    flags = ["--detections", str(detections), "--val_annotations", str(annotations(tmp_path))]
+    numbers = []
+    for evaluator in ("fast", "pycocotools"):
+        assert main.main(["eval", *flags, "--evaluator", evaluator]) == 0
+        numbers.append(json.loads((folder / "results.json").read_text()))
+    assert numbers[0] == numbers[1]
+    assert numbers[0]["stats"]["AP"] == pytest.approx(0.5)
+    assert detections.read_bytes() == before
+    analysis = json.loads((folder / "analysis.json").read_text())
+    assert analysis["best_thresholds"] == {"dog": 0.5}
+    assert analysis["worst"][0]["file_name"] == "9.png"
+    assert "<img" not in (folder / "report.html").read_text()
+    assert "n/a: no small or large ground truth" in capsys.readouterr().out
+
+
+def test_pictures_at_hand_are_shown(tmp_path: Path) -> None:
+    for name in ("4", "9"):
+        Image.new("RGB", (80, 60), "white").save(tmp_path / f"{name}.png")
+    flags = ["--val_annotations", str(annotations(tmp_path)), "--val_images", str(tmp_path)]
+    detections = write(tmp_path / "found.json", [])
+    out = tmp_path / "out"
+    assert (
+        main.main(["eval", "--detections", str(detections), *flags, "--output_dir", str(out)]) == 0
+    )
+    page = (out / "eval" / "report.html").read_text()
+    assert page.count("data:image/jpeg") == 2
+    assert 'alt="9.png: 1 missed, 0 false alarms' in page
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--detections", "d.json"], "--coco_path"),
+        (["--detections", "d.json", "--checkpoint", "c.pth"], "expected no --checkpoint"),
+        (["--detections", "d.json", "--evaluator", "slow"], "--evaluator"),
+        (["--detections", "none.json", "--val_annotations", "instances.json"], "none.json"),
+        (["--detections", "d.json", "--val_annotations", "none.json"], "none.json"),
+    ],
+)
+def test_mistakes_are_one_line(
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    annotations(tmp_path)
+    write(tmp_path / "d.json", [GOOD])
+    assert main.main(["eval", *flags]) == 2
+    errors = capsys.readouterr().err.strip()
+    assert message in errors
+    assert "\n" not in errors
