@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -215,6 +216,28 @@ def test_detections_keep_every_bit_and_drop_unknown_labels() -> None:
     x0, y0, x1, y1 = (float(v) for v in boxes[0])
     expected = {"image_id": 10, "category_id": 90, "bbox": [x0, y0, x1 - x0, y1 - y0]}
     assert evaluator.detections == [{**expected, "score": float(scores[0])}]
+
+
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**31), num_images=st.integers(1, 7), processes=st.integers(1, 4))
+def test_what_several_evaluators_found_comes_together_as_in_one(
+    seed: int, num_images: int, processes: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    coco = random_ground_truth(generator, num_images, first_id=1)
+    alone = CocoEvaluator(coco, LABELS)
+    parts = [CocoEvaluator(coco, LABELS) for _ in range(processes)]
+    for number, image_id in enumerate(sorted(coco.imgs)):
+        detections = random_detections(generator, coco, image_id)
+        if number == 1:
+            detections = empty_detection()  # seen, and nothing found
+        for evaluator in (alone, parts[number % processes]):
+            evaluator.update([image_id], [detections])
+    for part in parts[1:]:
+        parts[0].take(pickle.loads(pickle.dumps(part.found())))
+    assert parts[0].detections == alone.detections
+    assert parts[0].evaluate() == alone.evaluate()
+    assert parts[0].found().images.tolist() == sorted(coco.imgs)
 
 
 def test_table_says_why_a_number_is_missing() -> None:

@@ -39,6 +39,7 @@ class Net:
     sizes: tuple[int, ...] = option((480, 512), "short sides", low=16)
     name: str = option("", "free text")
     limit: float | None = option(None, "may be absent")
+    parts: tuple[str, ...] = option((), "parts of a net", choices=("stem", "head"))
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -211,6 +212,10 @@ def test_a_wrong_flag_is_told_in_one_line(argv: list[str], message: str) -> None
         ({"rate": float("nan")}, "--rate: expected more than 0, got nan."),
         ({"sizes": (480, 8)}, "--sizes: expected at least 16, got 8."),
         ({"kind": "sin"}, "--kind: expected one of sine, learned, got 'sin'. Did you mean 'sine'?"),
+        (
+            {"parts": ("stem", "heat")},
+            "--parts: expected one of stem, head, got 'heat'. Did you mean 'head'?",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
@@ -245,6 +250,7 @@ nets = st.builds(
     sizes=st.lists(st.integers(16, 2000), max_size=4).map(tuple),
     name=texts | st.sampled_from(["yes", "null", "1e-4", "~", "0x10", "=", "- a", "a: b", "#"]),
     limit=st.none() | st.floats(allow_nan=False),
+    parts=st.lists(st.sampled_from(["stem", "head"]), max_size=3).map(tuple),
 )
 
 
@@ -262,7 +268,7 @@ def test_flags_read_back_as_themselves(net: Net) -> None:
     argv = ["--aux" if net.aux else "--no_aux", "--refine" if net.refine else "--no_refine"]
     for name in ("depth", "rate", "kind"):
         argv += [f"--{name}", str(getattr(net, name))]
-    argv += ["--sizes", *map(str, net.sizes)]
+    argv += ["--sizes", *map(str, net.sizes), "--parts", *net.parts]
     read = build(parse(*argv)).net
     assert read == dataclasses.replace(net, name="", limit=None)
 

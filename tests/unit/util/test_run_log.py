@@ -134,3 +134,26 @@ def test_console_line_stands_apart_from_a_bar(capsys: pytest.CaptureFixture[str]
         bar.update()
         console("epoch 1: AP 0.5")
     assert capsys.readouterr().out == "epoch 1: AP 0.5\n"
+
+
+def test_where_another_process_writes_nothing_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with RunLog(folder, tensorboard=True, enabled=False) as log:
+        log.truncate_after(0, 0)
+        log.step(1, {"loss": 1.0})
+        log.epoch({"epoch": 0})
+        log.scalars(1, {"loss": 1.0})
+        log.picture("one", Image.new("L", (8, 6)), 1)
+    assert not folder.exists()
+
+
+def test_only_the_main_process_speaks_unless_all_shall(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        console("of the run")
+        console("of a process", every_rank=True)
+    assert capsys.readouterr().out.splitlines() == [
+        "of the run", "of a process", "rank 1: of a process"
+    ]  # fmt: skip
