@@ -256,15 +256,6 @@ class EvalConfig(_Checked):
         "fp32", "of the model's arithmetic", choices=("fp32", "tf32", "bf16", "fp16")
     )
     ema: bool = option(True, "use a checkpoint's averaged weights, where it has them")
-    detections: str = option("", "evaluate this COCO results file in place of a checkpoint")
-    evaluator: str = option(
-        "fast", "of COCO's numbers; the same to the last digit", choices=("fast", "pycocotools")
-    )
-    max_dets: int = option(
-        0, "detections of a picture and class that count besides COCO's 100; 0: as many as a "
-        "picture has boxes of a class", low=0,
-    )  # fmt: skip
-    analysis: bool = option(True, "write eval/analysis.json and eval/report.html")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,32 +276,6 @@ class PredictConfig(_Checked):
     num_workers: int = option(
         -1, "loader processes; -1: one a core, shared among the run's processes, 8 at most", low=-1
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig(_Checked):
-    """What `convert` reads and writes."""
-
-    data_format: str = option(
-        "coco", "format of --data_path", choices=("coco", "voc", "yolo"), alias="--from"
-    )
-    to: str = option("", "format to write", choices=("", "coco", "voc", "yolo"))
-    data_path: str = option(
-        "", "folder of the data set; for yolo also data.yaml, for coco a JSON file with --images"
-    )
-    images: str = option("", "folder of the pictures of a COCO-format JSON file")
-    splits: tuple[str, ...] = option(("train", "val"), "splits to write")
-    voc_corners: str = option(
-        "pixels", "VOC boxes: pixels counted from 1, or edges from 0 as some tools write",
-        choices=("pixels", "edges"),
-    )  # fmt: skip
-    output_dir: str = option("", "a new or empty folder")
-    copy_pictures: bool = option(False, "copy the pictures instead of linking to them")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.images and len(self.splits) != 1:
-            raise ConfigError("--images: expected one split with it, as in --splits train.")
 
 
 SECTIONS: Mapping[str, type[Any]] = {

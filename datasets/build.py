@@ -4,8 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from configs.schema import DataConfig
 from datasets.coco import CocoDetection, CocoIndex
+from datasets.mixing import Mixing
+from datasets.picture_cache import PictureCache
+from datasets.sample import CHANNELS
 from datasets.sources import Source, coco_layout, read_source
 from datasets.transforms import EvalTransform, TrainTransform, Transform
 from util.classes import Classes
@@ -73,8 +78,9 @@ def build_transform(
             eval_scale=cfg.eval_scale, max_size=cfg.max_size, mean=tuple(mean), std=tuple(std)
         )
     least, greatest = cfg.crop_size
+    plain = cfg.augment == "none"
     return TrainTransform(
-        train_scales=cfg.train_scales,
+        train_scales=(cfg.eval_scale,) if plain else cfg.train_scales,
         max_size=cfg.max_size,
         hflip=cfg.hflip,
         random_crop=cfg.random_crop,
@@ -83,6 +89,9 @@ def build_transform(
         one_scale_per_batch=cfg.one_scale_per_batch,
         mean=tuple(mean),
         std=tuple(std),
+        scale_jitter=(cfg.scale_jitter[0], cfg.scale_jitter[1]) if cfg.scale_jitter else None,
+        zoom_out=cfg.zoom_out,
+        color_jitter=cfg.color_jitter,
     )
 
 
@@ -104,11 +113,21 @@ def build_dataset(
     std: Sequence[float],
     seed: int = 0,
     classes: Classes | None = None,
+    epochs: int = 0,
 ) -> CocoDetection:
     """Return an index's pictures, augmented if `train`, labelled in `classes` if given.
+
+    `epochs` are those of the run, the last of which mix no pictures.
 
     Raises:
         DataError: `classes` lacks a class of the data.
     """
     transform = build_transform(cfg, train=train, mean=mean, std=std)
-    return CocoDetection(index, transform, seed=seed, classes=classes)
+    mixing = cache = None
+    if train and (cfg.mosaic or cfg.mixup):
+        until = epochs - cfg.close_augment_epochs
+        mixing = Mixing(mosaic=cfg.mosaic, mixup=cfg.mixup, until=until)
+    if train and cfg.cache_pictures:
+        whole = CHANNELS * int(index.images.sizes.astype(np.int64).prod(axis=1).sum())
+        cache = PictureCache(len(index), max(1, min(int(cfg.cache_pictures * 1e9), whole)))
+    return CocoDetection(index, transform, seed=seed, classes=classes, mixing=mixing, cache=cache)

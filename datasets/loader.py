@@ -1,5 +1,6 @@
 """Batches from data sets: collation, the order of pictures, and the two kinds of loader."""
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from datasets.coco import CocoDetection, Turn, seeded_generator
 from datasets.pictures import PictureDataset
 from util.batch import Batch, Target, UnreadableImage, pad_images
 from util.errors import ConfigError
+
+_MOST_WORKERS = 8  # by default: each holds batches in memory
 
 Item = tuple[Tensor, Target] | UnreadableImage
 
@@ -73,6 +76,17 @@ def share_out(effective: int, *, most: int, rank: int = 0, world_size: int = 1) 
         )
     size = next(size for size in range(min(most, own), 0, -1) if own % size == 0)
     return Share(size, own // size, rank, world_size)
+
+
+def loader_processes(num_workers: int) -> int:
+    """Return how many processes load data for each of a run's; see `--num_workers`."""
+    if num_workers >= 0:
+        return num_workers
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # only Linux can tell which cores it may use
+        cores = os.cpu_count() or 1
+    return max(1, min(_MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 class ShuffledBatchSampler(Sampler[list[int]]):
@@ -231,6 +245,7 @@ class TrainLoader(DataLoader[Item]):
     ) -> None:
         self._augmentation, self._order = dataset, NumberedBatches(batch_sampler)
         self.steps, self.accumulation = batch_sampler.steps, batch_sampler.accumulation
+        num_workers = loader_processes(num_workers)
         super().__init__(
             dataset,
             batch_sampler=self._order,
@@ -288,6 +303,7 @@ def eval_loader(
     world_size: int = 1,
 ) -> DataLoader[Item]:
     """Return batches (`Batch`) of every picture once; the processes' shares do not overlap."""
+    num_workers = loader_processes(num_workers)
     sizes = [
         dataset.output_size(*size) or (0, 0) if all(size) else (0, 0)
         for size in dataset.image_sizes()

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as pixels
 
+CHANNELS = 3
 Size = tuple[int, int]  # (height, width)
 
 

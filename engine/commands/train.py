@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configs.schema import Config, RunConfig, build_config, load_layers, merge_options
 from datasets.build import build_dataset, load_index
 from datasets.coco import CocoDetection, CocoIndex
-from datasets.loader import Share, eval_loader, share_out, train_loader
+from datasets.loader import Share, TrainLoader, eval_loader, share_out, train_loader
 from engine.checkpoint import CheckpointFolder, check_same, load_checkpoint
 from engine.coco_evaluator import CocoEvaluator
 from engine.ema import Ema
@@ -67,6 +67,14 @@ class Place:
     world: World
     device: torch.device
     share: Share
+
+    def plan(self, loader: TrainLoader) -> str:
+        """Return what makes up a step, and what loads it."""
+        return (
+            f"a step: {self.share.effective} pictures = {self.share.batch_size} at once x "
+            f"{loader.accumulation} micro-batches x {self.world.size} processes, "
+            f"each with {loader.num_workers} loader processes"
+        )
 
 
 def train(args: argparse.Namespace, given: Values) -> int:
@@ -179,7 +187,9 @@ def build_trainer(start: Start, place: Place, folder: CheckpointFolder, log: Run
     train_index, val_index = load_data(config, world)
     classes = train_index.classes
     model, mean, std = build_training_model(start, classes)
-    train_set = build_dataset(data, train_index, train=True, mean=mean, std=std, seed=options.seed)
+    train_set = build_dataset(
+        data, train_index, train=True, mean=mean, std=std, seed=options.seed, epochs=optim.epochs
+    )
     val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
     loader = train_loader(
         train_set,
@@ -196,10 +206,7 @@ def build_trainer(start: Start, place: Place, folder: CheckpointFolder, log: Run
         f"{config.model.backbone}: {count_parameters(model):,} trained parameters, "
         f"{loader.steps} steps an epoch on {place.device}"
     )
-    console(
-        f"a step: {place.share.effective} pictures = {place.share.batch_size} at once x "
-        f"{loader.accumulation} micro-batches x {world.size} processes"
-    )
+    console(place.plan(loader))
     if options.probe:
         try_largest_step(runner, train_set, place)
     torch.manual_seed(options.seed + world.rank)  # each process drops other activations out

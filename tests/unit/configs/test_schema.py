@@ -123,3 +123,23 @@ def test_a_data_location_replaces_every_location_below_it() -> None:
 def test_presets_load_and_say_what_they_reproduce(preset: Path) -> None:
     build_config(load_layers(str(preset), {}))
     assert preset.read_text(encoding="utf-8").startswith("#")
+
+
+def test_a_recipe_of_augmentation_yields_to_options_given_besides() -> None:
+    assert build_config({}).data == build_config({"data": {"augment": "official"}}).data
+    strong = build_config({"data": {"augment": "strong", "mosaic": 0.0}}).data
+    assert (strong.mosaic, strong.mixup, strong.random_crop) == (0.0, 0.1, False)
+    none = build_config({"data": {"augment": "none", "hflip": 0.5}}).data
+    assert (none.hflip, none.random_crop) == (0.5, False)
+
+
+def test_a_recipe_replaces_the_parts_of_the_one_below() -> None:
+    saved = {
+        "data": dataclasses.asdict(
+            build_config({"data": {"augment": "strong", "max_size": 99}}).data
+        )
+    }
+    again = build_config(merge_options(saved, {"data": {"augment": "official"}})).data
+    assert (again.mosaic, again.random_crop, again.max_size) == (0.0, True, 99)
+    kept = build_config(merge_options(saved, {"data": {"hflip": 0.1}})).data
+    assert (kept.mosaic, kept.hflip) == (0.25, 0.1)
