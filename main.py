@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from configs.schema import SECTIONS, EvalConfig, EvalDataConfig, PredictConfig
+from configs.schema import SECTIONS, ConvertConfig, EvalConfig, EvalDataConfig, PredictConfig
+from engine.commands.convert import convert_dataset
 from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate_checkpoint
 from engine.commands.predict import predict_pictures
@@ -26,6 +27,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Values], int], dict[str,
     "train": (train, dict(SECTIONS)),
     "eval": (evaluate_checkpoint, {"eval": EvalConfig, "data": EvalDataConfig}),
     "predict": (predict_pictures, {"predict": PredictConfig}),
+    "convert": (convert_dataset, {"convert": ConvertConfig}),
     "doctor": (doctor, {}),
 }
 

@@ -278,6 +278,32 @@ class PredictConfig(_Checked):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig(_Checked):
+    """What `convert` reads and writes."""
+
+    data_format: str = option(
+        "coco", "format of --data_path", choices=("coco", "voc", "yolo"), alias="--from"
+    )
+    to: str = option("coco", "format to write", choices=("coco", "voc", "yolo"))
+    data_path: str = option(
+        "", "folder of the data set; for yolo also data.yaml, for coco a JSON file with --images"
+    )
+    images: str = option("", "folder of the pictures of a COCO-format JSON file")
+    splits: tuple[str, ...] = option(("train", "val"), "splits to write")
+    voc_corners: str = option(
+        "pixels", "VOC boxes: pixels counted from 1, or edges from 0 as some tools write",
+        choices=("pixels", "edges"),
+    )  # fmt: skip
+    output_dir: str = option("", "a new or empty folder")
+    copy_pictures: bool = option(False, "copy the pictures instead of linking to them")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images and len(self.splits) != 1:
+            raise ConfigError("--images: expected one split with it, as in --splits train.")
+
+
 SECTIONS: Mapping[str, type[Any]] = {
     "model": ModelConfig,
     "loss": LossConfig,

@@ -30,16 +30,20 @@ def option(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    alias: str | None = None,
 ) -> Any:
     """Declare an option: its default, help, and the values it may take.
 
     `low` and `high` are inclusive bounds, `above` an exclusive lower bound; for a tuple they hold
-    for each element.
+    for each element. `alias` is a second flag for it.
     """
     return field(
         default=default,
-        metadata={"help": help, "choices": choices, "low": low, "high": high, "above": above},
-    )
+        metadata={
+            "help": help, "choices": choices, "low": low, "high": high, "above": above,
+            "alias": alias,
+        },
+    )  # fmt: skip
 
 
 def check_values(section: Any) -> None:
@@ -149,7 +153,8 @@ def _add_flag(group: Any, f: "dataclasses.Field[Any]", annotation: Any) -> None:
         return
     many = {"nargs": "*"} if _element_type(annotation) is not None else {}
     metavar = "|".join(map(str, f.metadata["choices"])) if f.metadata["choices"] else f.name.upper()
-    group.add_argument(flag, metavar=metavar, **many, **common)
+    aliases = [f.metadata["alias"]] if f.metadata["alias"] else []
+    group.add_argument(flag, *aliases, metavar=metavar, **many, **common)
 
 
 def parse_flags(

@@ -1,0 +1,264 @@
+"""Write a data set in another format: annotations anew, pictures linked or copied."""
+
+import json
+import os
+import shutil
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import yaml
+
+from datasets.coco_json import check_content
+from datasets.findings import Finding
+from datasets.image_reading import read_size
+from datasets.picture_checks import complete_sizes
+from datasets.sources import Source, coco_layout
+from util.errors import DataError
+from util.files import write_atomic
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture to write: `size` is (height, width), (0, 0) where it is unknown.
+
+    Shape: labels [K]; xywh [K,4] pixels; area [K]; crowd [K].
+    """
+
+    id: int
+    name: str
+    file: Path
+    size: tuple[int, int]
+    labels: list[int]
+    xywh: list[list[float]]
+    area: list[float]
+    crowd: list[bool]
+
+
+@dataclass(frozen=True)
+class _Split:
+    name: str
+    ids: tuple[int, ...]
+    class_names: tuple[str, ...]
+    pictures: list[_Picture]
+
+
+def convert(
+    sources: Mapping[str, Source],
+    target: str,
+    output_dir: Path,
+    *,
+    copy: bool,
+    voc_corners: str = "pixels",
+) -> list[str]:
+    """Write splits as COCO, VOC or YOLO under `output_dir`; return a line on each and its flaws.
+
+    What the checks leave out is not written, nor are pictures that are not there. COCO keeps every
+    id; VOC knows classes by name and orders them so; YOLO numbers them from 0 in order of id and
+    has no place for crowds, which are left out.
+
+    Raises:
+        DataError: `output_dir` holds something already, or a split cannot be used.
+    """
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise DataError(f"{output_dir}: expected a new or empty folder. Choose another.")
+    writers: dict[str, Callable[[_Split, Path, _Placer], list[str]]] = {
+        "coco": _write_coco,
+        "voc": lambda split, folder, place: _write_voc(split, folder, place, voc_corners),
+        "yolo": _write_yolo,
+    }
+    lines = []
+    place = _Placer(copy=copy)
+    splits = [_gather(name, source) for name, source in sources.items()]
+    if len({(split.ids, split.class_names) for split, _ in splits}) > 1 and target == "yolo":
+        raise DataError(
+            f"{output_dir}: expected splits with the same classes, got different ones. "
+            "YOLO numbers them once for all: convert each alone."
+        )
+    for split, findings in splits:
+        notices = [finding.text for finding in findings]
+        notices += writers[target](split, output_dir, place)
+        boxes = sum(len(picture.labels) for picture in split.pictures)
+        lines.append(f"{split.name}: {len(split.pictures)} images, {boxes} boxes")
+        lines += [f"  notice: {notice}" for notice in notices]
+    return lines
+
+
+class _Placer:
+    """Links or copies pictures; no two take the same name without suffix in a folder."""
+
+    def __init__(self, *, copy: bool) -> None:
+        self._copy = copy
+        self._taken: set[Path] = set()
+
+    def free(self, name: str, folder: Path, split: str) -> str:
+        """Return `name`, changed where another picture of the folder is called so."""
+        path = PurePath(name)
+        stems = [path.stem, f"{split}_{path.stem}"]
+        number = 2
+        while folder / path.with_name(stems[0]) in self._taken:
+            stems = [*stems[1:], f"{split}_{path.stem}_{number}"]
+            number += 1
+        self._taken.add(folder / path.with_name(stems[0]))
+        return path.with_name(stems[0] + path.suffix).as_posix()
+
+    def put(self, picture: _Picture, target: Path) -> None:
+        """Make the picture appear at `target`."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not self._copy:
+            try:
+                os.symlink(picture.file.resolve(), target)
+            except OSError:  # a file system or an account without links
+                shutil.copyfile(picture.file, target)
+        else:
+            shutil.copyfile(picture.file, target)
+
+
+def _gather(name: str, source: Source) -> tuple[_Split, list[Finding]]:
+    """Check a split and put its boxes with its pictures."""
+    content = check_content(source.content, source.place, need_boxes=True)
+    findings = [*source.findings, *content.findings]
+    images, found = complete_sizes(content.images, source.image_dir, findings), content.annotations
+    order = np.argsort(found.image, kind="stable")
+    first = np.searchsorted(found.image[order], np.arange(len(images.ids) + 1))
+    pictures = []
+    for i, file_name in enumerate(images.file_names):
+        file = source.image_dir / file_name
+        own = order[first[i] : first[i + 1]]
+        if file.is_file():
+            height, width = images.sizes[i].tolist()
+            pictures.append(
+                _Picture(
+                    int(images.ids[i]), PurePath(file_name).as_posix(), file, (height, width),
+                    found.labels[own].tolist(), found.xywh[own].tolist(),
+                    found.area[own].tolist(), found.crowd[own].tolist(),
+                )
+            )  # fmt: skip
+    return _Split(name, content.classes.ids, content.classes.names, pictures), findings
+
+
+def _write_coco(split: _Split, folder: Path, place: _Placer) -> list[str]:
+    image_dir, annotation_file = coco_layout(folder, split.name)
+    categories = zip(split.ids, split.class_names, strict=True)
+    content: dict[str, list[dict[str, Any]]] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": class_name} for i, class_name in categories],
+    }
+    for picture in split.pictures:
+        place.put(picture, image_dir / picture.name)
+        image: dict[str, Any] = {"id": picture.id, "file_name": picture.name}
+        if all(picture.size):
+            image |= {"height": picture.size[0], "width": picture.size[1]}
+        content["images"].append(image)
+        for label, box, area, crowd in zip(
+            picture.labels, picture.xywh, picture.area, picture.crowd, strict=True
+        ):
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": picture.id,
+                    "category_id": split.ids[label],
+                    "bbox": box,
+                    "area": area,
+                    "iscrowd": int(crowd),
+                }
+            )
+    write_atomic(annotation_file, json.dumps(content))
+    return []
+
+
+def _write_voc(split: _Split, folder: Path, place: _Placer, corners: str) -> list[str]:
+    stems = []
+    for picture in split.pictures:
+        name = place.free(picture.name.replace("/", "_"), folder, split.name)
+        place.put(picture, folder / "JPEGImages" / name)
+        stem = PurePath(name).stem
+        root = ET.Element("annotation")
+        ET.SubElement(root, "filename").text = name
+        if all(picture.size):
+            size = ET.SubElement(root, "size")
+            for key, side in zip(("height", "width"), picture.size, strict=True):
+                ET.SubElement(size, key).text = str(side)
+        for label, box, crowd in zip(picture.labels, picture.xywh, picture.crowd, strict=True):
+            found = ET.SubElement(root, "object")
+            ET.SubElement(found, "name").text = split.class_names[label]
+            ET.SubElement(found, "difficult").text = str(int(crowd))
+            tags = ET.SubElement(found, "bndbox")
+            for key, value in _voc_corners(box, corners):
+                ET.SubElement(tags, key).text = _number(value)
+        ET.indent(root)
+        _write(folder / "Annotations" / f"{stem}.xml", ET.tostring(root, encoding="unicode"))
+        stems.append(stem)
+    lines = "".join(f"{stem}\n" for stem in stems)
+    write_atomic(folder / "ImageSets" / "Main" / f"{split.name}.txt", lines)
+    return []
+
+
+def _voc_corners(box: list[float], corners: str) -> Iterator[tuple[str, float]]:
+    """Yield the tags of a box; see `datasets.voc` for the two ways to count."""
+    first = 1 if corners == "pixels" else 0
+    x, y, width, height = box
+    yield from zip(
+        ("xmin", "ymin", "xmax", "ymax"),
+        (x + first, y + first, x + width, y + height),
+        strict=True,
+    )
+
+
+def _write_yolo(split: _Split, folder: Path, place: _Placer) -> list[str]:
+    crowds, unusable = 0, []
+    images, labels = folder / "images" / split.name, folder / "labels" / split.name
+    for picture in split.pictures:
+        size = _upright_size(picture)
+        if size is None:
+            unusable.append(repr(picture.name))
+            continue
+        name = place.free(picture.name, images, split.name)
+        place.put(picture, images / name)
+        lines = []
+        for label, box, crowd in zip(picture.labels, picture.xywh, picture.crowd, strict=True):
+            crowds += crowd
+            if not crowd:
+                values = _fractions(box, *size)
+                lines.append(f"{label} {' '.join(map(_number, values))}\n")
+        _write((labels / name).with_suffix(".txt"), "".join(lines))
+    file = folder / "data.yaml"
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {"path": "."}
+    content[split.name] = f"images/{split.name}"
+    content["names"] = dict(enumerate(split.class_names))
+    write_atomic(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    notices = []
+    if crowds:
+        notices.append(f"crowd boxes, which YOLO cannot mark, left out: {crowds}")
+    if unusable:
+        notices.append(
+            f"pictures that cannot be read, or whose boxes are not of the upright picture, "
+            f"left out: {len(unusable)} ({', '.join(unusable[:3])})"
+        )
+    return notices
+
+
+def _upright_size(picture: _Picture) -> tuple[int, int] | None:
+    """Return the size that YOLO's fractions are of; None where the boxes are of another picture."""
+    upright = read_size(picture.file, upright=True)
+    stored = read_size(picture.file, upright=False)
+    return None if picture.size == stored != upright else upright
+
+
+def _fractions(box: list[float], height: int, width: int) -> tuple[float, float, float, float]:
+    x, y, w, h = box
+    return (x + w / 2) / width, (y + h / 2) / height, w / width, h / height
+
+
+def _write(path: Path, text: str) -> None:
+    """Write one of very many files: flushing each to the disk would take minutes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(value)
