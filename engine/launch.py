@@ -54,12 +54,17 @@ def launch(
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
         max_restarts=restarts, logs_specs=DefaultLogsSpecs(),
     )  # fmt: skip
-    # the launcher passes on SIGTERM, which stops a run as gently
-    signal.signal(signal.SIGUSR1, _terminate)
+    asked: list[int] = []  # by SIGUSR1: the launcher passes on SIGTERM, which stops as gently
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGUSR1, terminate)
     try:
         elastic_launch(config, entrypoint=sys.executable)(str(program), *argv)
     except SignalException as error:
-        return 128 + int(error.sigval)
+        return 128 + int(asked[0] if asked else error.sigval)
     except ChildFailedError as error:
         return _report(error)
     return 0
@@ -79,10 +84,6 @@ def _watch(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(_LOOK_EVERY)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _report(error: ChildFailedError) -> int:
