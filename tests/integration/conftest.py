@@ -54,6 +54,25 @@ def finished_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.fixture(scope="session")
+def reference_options(shapes: Path) -> tuple[str | Path, ...]:
+    """The options of a run that has all kinds of state, and saves after every step."""
+    return ("--coco_path", shapes, "--epochs", "3", "--dropout", "0.1", "--ema_decay", "0.9",
+            "--save_every", "1", "--keep_checkpoints", "3")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def reference(
+    reference_options: tuple[str | Path, ...], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The output folder of such a run that nothing interrupted: 12 steps."""
+    from tests.integration.runs import Command
+
+    folder = tmp_path_factory.mktemp("runs") / "reference"
+    Command(folder, reference_options).run()
+    return folder
+
+
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's log.txt."""
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]

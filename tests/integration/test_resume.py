@@ -1,26 +1,19 @@
-"""A run that stops can be continued, and ends as if it had not stopped."""
+"""What `--resume` goes on from, what it refuses, and how a damaged checkpoint is passed over."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
+import pytest
 import torch
 
-from tests.integration.conftest import ROOT, TINY, Cli, read_log
+from tests.integration.conftest import TINY, Cli, read_log
+from tests.integration.runs import Command, assert_same_runs, errors, metrics, state_of
+
+Options = tuple[str | Path, ...]
 
 
-def same_weights(a: Path, b: Path) -> bool:
-    """Tell whether two checkpoints hold bit-equal weights."""
-    first, second = (torch.load(p, weights_only=True)["model"] for p in (a, b))
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-def test_a_run_stopped_in_an_epoch_ends_as_the_uninterrupted_one(
+def test_the_real_program_stopped_in_an_epoch_ends_as_the_uninterrupted_one(
     cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -29,63 +22,85 @@ def test_a_run_stopped_in_an_epoch_ends_as_the_uninterrupted_one(
     assert started.returncode == 0, started.stderr
     resumed = cli("train", "--resume", run / "last.pth", "--max_steps", "0")
     assert resumed.returncode == 0, resumed.stderr
-    assert same_weights(run / "last.pth", finished_run / "last.pth")
-    last, expected = read_log(run)[-1], read_log(finished_run)[-1]
-    assert last["test_coco_eval_bbox"] == expected["test_coco_eval_bbox"]
+    weights, expected = (state_of(r / "last.pth")["model"] for r in (run, finished_run))
+    assert all(weights[key].equal(expected[key]) for key in expected)
+    results = [read_log(r)[-1]["test_coco_eval_bbox"] for r in (run, finished_run)]
+    assert results[0] == results[1]
     assert [line["epoch"] for line in read_log(run)] == [0, 1]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(
-    cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
+def test_auto_begins_a_new_run_where_there_is_none(
+    reference: Path, reference_options: Options, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    command = [sys.executable, "main.py", "train", "--config", TINY, "--coco_path", str(shapes),
-               "--output_dir", str(run), "--epochs", "500", "--eval_every", "500",
-               "--num_workers", "1"]  # fmt: skip
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (run / "last.pth").exists():
-        assert time.monotonic() < deadline, "no epoch ended"
-        time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loader processes too
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert "--resume" in output
+    Command(tmp_path / "run", (*reference_options, "--resume", "auto")).run()
+    assert_same_runs(tmp_path / "run", reference)
+
+
+@pytest.fixture(scope="module")
+def stopped_run(reference_options: Options, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 6 steps of 12, with the checkpoints of steps 4, 5 and 6."""
+    folder = tmp_path_factory.mktemp("runs") / "stopped"
+    Command(folder, (*reference_options, "--max_steps", "6")).run()
+    found = sorted(path.name for path in folder.glob("*.pth"))
+    assert found == ["best.pth", "last.pth", "step_00000004.pth", "step_00000005.pth"]
+    return folder
+
+
+def cut_in_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # nine tenths of a checkpoint are tensors
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut_in_half, flip_a_byte])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    stopped_run: Path, reference: Path, reference_options: Options, tmp_path: Path, damage: object
+) -> None:
+    folder = Path(shutil.copytree(stopped_run, tmp_path / "run"))
+    assert callable(damage)
+    damage(folder / "last.pth")
+    output = Command(folder, (*reference_options, "--max_steps", "0")).run("--resume", "auto")
+    warnings = [line for line in output.splitlines() if "warning" in line]
+    assert len(warnings) == 1, warnings
+    assert str(folder / "last.pth") in warnings[0]
+    assert "step 5" in output
+    assert_same_runs(folder, reference)
+    assert [line["step"] for line in metrics(folder)] == list(range(12))
+
+
+def test_nothing_but_damaged_checkpoints_is_one_line(
+    stopped_run: Path, reference_options: Options, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(stopped_run, tmp_path / "run"))
+    for path in (*folder.glob("step_*.pth"), folder / "last.pth"):
+        cut_in_half(path)
+    output = Command(folder, reference_options).run("--resume", "auto", code=2)
+    assert len(errors(output)) == 1
+    assert "found 3 damaged" in errors(output)[0]
     assert "Traceback" not in output
-    resumed = cli("train", "--resume", run / "last.pth", "--max_steps", "1")
-    assert resumed.returncode == 0, resumed.stderr
 
 
-def test_resuming_another_model_names_the_options(
-    cli: Cli, finished_run: Path, tmp_path: Path
-) -> None:
-    done = cli("train", "--resume", finished_run / "last.pth", "--num_queries", "33",
-               "--output_dir", tmp_path)  # fmt: skip
-    assert done.returncode == 2
-    assert "num_queries: checkpoint 20, run 33" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_resuming_another_model_names_the_options(finished_run: Path, tmp_path: Path) -> None:
+    output = Command(tmp_path / "run", ("--resume", finished_run / "last.pth",
+                                        "--num_queries", "33")).run(code=2)  # fmt: skip
+    assert "num_queries: checkpoint 20, run 33" in errors(output)[0]
 
 
-def test_a_resumed_run_obeys_a_new_learning_rate(cli: Cli, shapes: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    started = cli("train", "--config", TINY, "--coco_path", shapes, "--output_dir", run,
-                  "--max_steps", "2", "--lr_scheduler", "step", "--warmup_steps", "0")  # fmt: skip
-    assert started.returncode == 0, started.stderr
-    resumed = cli("train", "--resume", run / "last.pth", "--lr", "3e-5", "--max_steps", "4")
-    assert resumed.returncode == 0, resumed.stderr
-    rates = [json.loads(x)["lr_transformer"] for x in (run / "metrics.jsonl").open()]
+def test_a_resumed_run_obeys_a_new_learning_rate(shapes: Path, tmp_path: Path) -> None:
+    command = Command(tmp_path / "run", ("--coco_path", shapes, "--lr_scheduler", "step",
+                                         "--warmup_steps", "0"))  # fmt: skip
+    command.run("--max_steps", "2")
+    command.run("--resume", "auto", "--lr", "3e-5", "--max_steps", "4")
+    rates = [line["lr_transformer"] for line in metrics(command.folder)]
     assert rates == [2e-3, 2e-3, 3e-5, 3e-5]
 
 
 def test_resuming_on_other_classes_is_refused(
-    cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
+    finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:
     data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
     for split in ("train", "val"):
@@ -93,35 +108,39 @@ def test_resuming_on_other_classes_is_refused(
         content = json.loads(file.read_text())
         content["categories"][0]["name"] = "dodecahedron"
         file.write_text(json.dumps(content))
-    done = cli("train", "--resume", finished_run / "last.pth", "--coco_path", data,
-               "--epochs", "9", "--output_dir", tmp_path / "run")  # fmt: skip
-    assert done.returncode == 2
-    assert "classes" in done.stderr
-    assert "--finetune" in done.stderr
+    output = Command(tmp_path / "run", ("--coco_path", data, "--epochs", "9", "--resume",
+                                        finished_run / "last.pth")).run(code=2)  # fmt: skip
+    assert "classes" in errors(output)[0]
+    assert "--finetune" in errors(output)[0]
 
 
-def test_resuming_a_finished_run_changes_nothing(cli: Cli, finished_run: Path) -> None:
-    before = (finished_run / "log.txt").read_text()
-    done = cli("train", "--resume", finished_run / "last.pth")
-    assert done.returncode == 0, done.stderr
-    assert "finished" in done.stdout
-    assert (finished_run / "log.txt").read_text() == before
+def test_resuming_a_finished_run_changes_nothing(
+    reference: Path, reference_options: Options
+) -> None:
+    before = {path.name: path.read_bytes() for path in reference.iterdir() if path.is_file()}
+    output = Command(reference, reference_options).run("--resume", "auto")
+    assert "this run is finished" in output
+    after = {path.name: path.read_bytes() for path in reference.iterdir() if path.is_file()}
+    assert after.keys() == before.keys()
+    assert all(after[name] == before[name] for name in before if name != "config.yaml")
+
+
+def test_a_folder_with_a_run_is_not_overwritten(
+    reference: Path, reference_options: Options
+) -> None:
+    output = Command(reference, reference_options).run(code=2)
+    assert "--resume auto" in errors(output)[0]
 
 
 def test_resuming_a_fine_tuned_run_keeps_its_preprocessing_and_needs_no_download(
-    cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
+    finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:
     source = torch.load(finished_run / "last.pth", weights_only=True)
     source["preprocessing"] = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     torch.save(source, tmp_path / "source.pth")
-    run = tmp_path / "run"
-    started = cli("train", "--config", TINY, "--coco_path", shapes, "--output_dir", run,
-                  "--finetune", tmp_path / "source.pth", "--max_steps", "1",
-                  "--backbone_weights", "imagenet")  # fmt: skip
-    assert started.returncode == 0, started.stderr
-    resumed = cli("train", "--resume", run / "last.pth", "--max_steps", "2")
-    assert resumed.returncode == 0, resumed.stderr
-    assert (
-        torch.load(run / "last.pth", weights_only=True)["preprocessing"]
-        == (source["preprocessing"])
-    )
+    command = Command(tmp_path / "run", ("--coco_path", shapes, "--finetune",
+                                         tmp_path / "source.pth", "--backbone_weights",
+                                         "imagenet"))  # fmt: skip
+    command.run("--max_steps", "1")
+    command.run("--resume", "auto", "--max_steps", "2")
+    assert state_of(command.folder / "last.pth")["preprocessing"] == source["preprocessing"]

@@ -1,6 +1,7 @@
 """Checkpoints: whole or untouched, loadable by the safe reader, errors in one line."""
 
 import argparse
+import os
 import random
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 from engine.checkpoint import (
     KEYS,
+    CheckpointFolder,
     check_same,
     load_checkpoint,
     rng_state,
@@ -144,6 +146,110 @@ def test_other_files_cannot_be_resumed(tmp_path: Path) -> None:
     torch.save([torch.ones(1)], path)
     with pytest.raises(CheckpointError, match="--finetune"):
         load_checkpoint(path)
+
+
+def of_step(step: int) -> dict[str, Any]:
+    """Return a run's content at a step, with a tensor that takes most of the file."""
+    return run_content() | {
+        "model": {"weight": torch.full((20_000,), float(step))},
+        "progress": {"step": step, "rng": rng_state()},
+    }
+
+
+def step_in(path: Path) -> int:
+    return int(load_checkpoint(path)["progress"]["step"])
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [(1, {"last.pth": 5}), (3, {"last.pth": 5, "step_00000004.pth": 4, "step_00000003.pth": 3})],
+)
+def test_so_many_checkpoints_are_kept(tmp_path: Path, keep: int, kept: dict[str, int]) -> None:
+    folder = CheckpointFolder(tmp_path, keep=keep)
+    for step in (1, 2, 3, 4, 5, 5):  # an epoch's end is saved twice
+        folder.save(of_step(step))
+    assert {path.name: step_in(path) for path in tmp_path.iterdir()} == kept
+
+
+def test_a_folder_without_hard_links_works_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("no hard links on this file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        folder.save(of_step(step))
+    found = {path.name: step_in(path) for path in tmp_path.iterdir()}
+    assert found == {"last.pth": 3, "step_00000002.pth": 2}
+    folder.last.unlink()  # killed between the two renames
+    assert folder.newest_sound() == tmp_path / "step_00000002.pth"
+
+
+@pytest.mark.parametrize("length", [0, 1, 10, 0.1, 0.5, 0.9, -1])
+def test_a_truncated_checkpoint_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], length: float
+) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (1, 2):
+        folder.save(of_step(step))
+    whole = folder.last.read_bytes()
+    folder.last.write_bytes(whole[: int(length * len(whole)) if 0 < length < 1 else int(length)])
+    assert folder.newest_sound() == tmp_path / "step_00000001.pth"
+    said = capsys.readouterr().out
+    assert said.startswith(f"warning: {folder.last}: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", [0.05, 0.3, 0.5, 0.8])
+def test_one_changed_bit_is_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: float
+) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (1, 2):
+        folder.save(of_step(step))
+    content = bytearray(folder.last.read_bytes())
+    content[int(place * len(content))] ^= 4
+    folder.last.write_bytes(content)
+    assert folder.newest_sound() == tmp_path / "step_00000001.pth"
+    assert capsys.readouterr().out.count("warning: ") == 1
+
+
+def test_no_checkpoint_and_none_that_is_sound(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=3)
+    assert folder.newest_sound() is None
+    for step in (1, 2):
+        folder.save(of_step(step))
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="found 2 damaged") as caught:
+        folder.newest_sound()
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.save(of_step(1))
+    (tmp_path / ".last.pth.77.tmp").write_bytes(b"half")
+    assert folder.newest_sound() == folder.last
+    folder.remove_remains()
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_a_save_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (1, 2):
+        folder.save(of_step(step))
+
+    def no_space(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(CheckpointError, match="No space left"):
+        folder.save(of_step(3))
+    found = {path.name: step_in(path) for path in tmp_path.iterdir()}
+    assert found == {"last.pth": 2, "step_00000001.pth": 1}
 
 
 def test_differing_models_are_named() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from util.errors import CheckpointError
-from util.safe_load import load_safely, save_whole
+from util.safe_load import check_content, load_safely, save_whole
 
 
 class Payload:
@@ -127,3 +127,24 @@ def test_a_loaded_file_can_be_replaced_and_its_tensors_changed(tmp_path: Path) -
     first += 5
     assert first.eq(5).all()
     assert load_safely(path)["w"].eq(1).all()
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(element=st.integers(0, 999), bit=st.integers(0, 31))
+def test_a_changed_bit_of_a_tensor_is_found_by_its_sum(
+    tmp_path: Path, element: int, bit: int
+) -> None:
+    path = tmp_path / "a.pth"
+    values = torch.arange(1, 1001, dtype=torch.float32)
+    save_whole(path, {"w": values})
+    check_content(path)
+    content = bytearray(path.read_bytes())
+    start = bytes(content).index(values.numpy().tobytes())
+    content[start + 4 * element + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    load_safely(path)  # the reader itself does not notice
+    with pytest.raises(CheckpointError, match=r"a\.pth: expected a whole checkpoint") as caught:
+        check_content(path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,138 @@
+"""A run that is killed or asked to stop, again and again, ends as if nothing had happened."""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.runs import (
+    Command,
+    Running,
+    alive,
+    assert_same_runs,
+    metrics,
+    state_of,
+)
+
+Options = tuple[str | Path, ...]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches processes in /proc")
+
+
+def saved_step(folder: Path) -> int:
+    """Return the steps that the newest checkpoint has behind it; 0 without one."""
+    last = folder / "last.pth"
+    return int(state_of(last)["progress"]["step"]) if last.exists() else 0
+
+
+def kill_after(running: Running, folder: Path, step: int, pause: float) -> None:
+    """Kill a run a moment after a step."""
+    running.wait_until(lambda: len(metrics(folder)) >= step)
+    time.sleep(pause)
+    running.kill()
+
+
+def kill_in_a_save(command: Command) -> bool:
+    """Kill a run when a checkpoint begins to be written; tell whether it was half written."""
+    running = command.start("--resume", "auto")
+    half = command.folder / f".last.pth.{running.pid}.tmp"
+    running.wait_until(half.exists, pause=0.001)
+    running.kill()
+    return half.exists()
+
+
+def test_sigkill_at_any_moment(reference: Path, reference_options: Options, tmp_path: Path) -> None:
+    random.seed(4)
+    folder = tmp_path / "run"
+    command = Command(folder, reference_options)
+    again = ("--resume", "auto")
+    command.start(*again).kill()  # before it has a folder
+    first = command.start(*again, "--num_workers", "1")
+    kill_after(first, folder, 1, random.random() / 5)
+    while not kill_in_a_save(command):
+        assert saved_step(folder) < 12, "no save was caught half written"
+    second = command.start(*again)
+    second.wait_until(lambda: "evaluate:" in second.output)
+    second.kill()
+    third = command.start(*again, "--num_workers", "1")
+    kill_after(third, folder, saved_step(folder) + 2, random.random() / 5)
+    command.run(*again)
+    assert_same_runs(folder, reference)
+    assert [line["step"] for line in metrics(folder)] == list(range(12))
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_asked_to_stop_it_saves_the_step_and_says_so_by_its_exit_code(
+    reference: Path, reference_options: Options, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    # no saves but those of the epochs: what is saved is due to the signal
+    command = Command(folder, (*reference_options, "--save_every", "0", "--resume", "auto"))
+    moments = ((signal.SIGTERM, 143, "step/s"), (signal.SIGUSR1, 138, "step/s"),
+               (signal.SIGTERM, 143, "evaluate:"))  # fmt: skip
+    for number, code, shown in moments:
+        running = command.start()
+        running.wait_until(lambda r=running, s=shown: s in r.output)  # type: ignore[misc]
+        os.kill(running.pid, number)
+        assert running.end() == code, running.output
+        assert f"stopped at step {saved_step(folder)}" in running.output
+        assert "Traceback" not in running.output
+        assert len(metrics(folder)) == saved_step(folder)
+    command.run()
+    assert_same_runs(folder, reference)
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_loaders_too(
+    reference: Path, reference_options: Options, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    command = Command(folder, (*reference_options, "--num_workers", "1"))
+    running = command.start()
+    running.wait_until(lambda: bool(metrics(folder)))
+    os.killpg(running.pid, signal.SIGINT)
+    assert running.end() == 130, running.output
+    assert "--resume" in running.output
+    assert "Traceback" not in running.output
+    command.run("--resume", "auto")
+    assert_same_runs(folder, reference)
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_stopped(reference_options: Options, tmp_path: Path) -> None:
+    options = (*reference_options, "--gpus", "2", "--device", "cpu", "--batch_size", "2",
+               "--resume", "auto")  # fmt: skip
+    whole = Command(tmp_path / "whole", options)
+    uninterrupted = whole.start()
+    folder = tmp_path / "run"
+    command = Command(folder, options)
+
+    first = command.start()
+    first.wait_until((folder / "last.pth").exists)
+    ranks = first.children
+    assert len(ranks) == 2
+    first.kill()  # the launcher: its processes must not train on beside the next run
+    end = time.monotonic() + 10
+    while any(alive(rank) for rank in ranks):
+        assert time.monotonic() < end, "a process outlived its launcher"
+        time.sleep(0.1)
+
+    stopped = command.start()
+    before = saved_step(folder)
+    stopped.wait_until(lambda: "resuming" in stopped.output and len(metrics(folder)) > before)
+    os.kill(stopped.children[1], signal.SIGTERM)  # to one rank of two: all stop
+    assert stopped.end() == 143, stopped.output
+    assert saved_step(folder) == len(metrics(folder)) < 12
+    assert "Traceback" not in stopped.output
+
+    third = command.start()
+    kill_after(third, folder, saved_step(folder) + 1, 0.1)
+    assert uninterrupted.end() == 0, uninterrupted.output
+    command.run()
+    assert_same_runs(folder, whole.folder)
+    states = torch.load(folder / "last.pth", weights_only=True)["progress"]["rng"]
+    assert not states[0]["torch"].equal(states[1]["torch"])  # the ranks drop out differently
