@@ -23,7 +23,8 @@ p { margin: .3rem 0 .8rem; color: var(--soft); max-width: 46rem; } a { color: va
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
 th, td { padding: .28rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td.text { text-align: left; } thead th { color: var(--soft); font-weight: 600;
+th:first-child, td.text { text-align: left; } td.text { min-width: 15rem; }
+thead th { color: var(--soft); font-weight: 600;
   vertical-align: bottom; } tbody th { font-weight: 500; white-space: nowrap; }
 .bar { display: inline-block; height: .7rem; background: var(--bar); vertical-align: middle;
   border-radius: 2px; min-width: 1px; } td.bars { text-align: left; min-width: 9rem; }
@@ -85,12 +86,12 @@ def curve_chart(
     lines: Mapping[str, Sequence[float]], description: str, *, width: int = 560, axes: bool = True
 ) -> str:
     """Return precision over recall, each line over evenly spaced recalls 0..1, as SVG."""
-    left, bottom, pad = (48, 40, 12) if axes else (6, 6, 6)
+    left, bottom, top, pad = (48, 40, 32, 12) if axes else (6, 6, 6, 6)
     height = round(width * 0.62)
-    across, up = width - left - pad, height - bottom - pad
+    across, up = width - left - pad, height - bottom - top
 
     def place(x: float, y: float) -> str:
-        return f"{left + x * across:.1f},{pad + (1 - y) * up:.1f}"
+        return f"{left + x * across:.1f},{top + (1 - y) * up:.1f}"
 
     parts = []
     for tick in (0, 0.25, 0.5, 0.75, 1):
@@ -112,19 +113,19 @@ def curve_chart(
             f'stroke-dasharray="{dashes}"/>'
         )
         if axes:
-            row = pad + up - 18 * (len(lines) - i)
+            start = left + i * across // len(lines)
             parts.append(
-                f'<line x1="{left + 12}" x2="{left + 42}" y1="{row}" y2="{row}" stroke-width="2" '
+                f'<line x1="{start}" x2="{start + 30}" y1="16" y2="16" stroke-width="2" '
                 f'stroke="var(--c{i % 3})" stroke-dasharray="{dashes}"/>'
-                f'<text x="{left + 48}" y="{row + 4}">{escape(name)}</text>'
+                f'<text x="{start + 36}" y="20">{escape(name)}</text>'
             )
     if axes:
         parts.append(
             f'<text x="{left + across / 2}" y="{height - 6}" text-anchor="middle">recall</text>'
         )
         parts.append(
-            f'<text x="12" y="{pad + up / 2}" text-anchor="middle" '
-            f'transform="rotate(-90 12 {pad + up / 2})">precision</text>'
+            f'<text x="12" y="{top + up / 2}" text-anchor="middle" '
+            f'transform="rotate(-90 12 {top + up / 2})">precision</text>'
         )
     return (
         f'<svg role="img" aria-label="{escape(description)}" viewBox="0 0 {width} {height}" '
