@@ -7,11 +7,19 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from configs.schema import SECTIONS, ConvertConfig, EvalConfig, EvalDataConfig, PredictConfig
+from configs.schema import (
+    SECTIONS,
+    ConvertConfig,
+    EvalConfig,
+    EvalDataConfig,
+    PredictConfig,
+    PreviewConfig,
+)
 from engine.commands.convert import convert_dataset
 from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate_checkpoint
 from engine.commands.predict import predict_pictures
+from engine.commands.preview import preview
 from engine.commands.train import train
 from engine.launch import EXIT_USER_ERROR, end_with_launcher, report_failure
 from engine.trainer import EXIT_INTERRUPTED
@@ -28,6 +36,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Values], int], dict[str,
     "eval": (evaluate_checkpoint, {"eval": EvalConfig, "data": EvalDataConfig}),
     "predict": (predict_pictures, {"predict": PredictConfig}),
     "convert": (convert_dataset, {"convert": ConvertConfig}),
+    "preview": (preview, {**SECTIONS, "preview": PreviewConfig}),
     "doctor": (doctor, {}),
 }
 
@@ -48,7 +57,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[str, argparse.Namespace, Va
         prog=f"main.py {argv[0]}", description=function.__doc__, allow_abbrev=False
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback on user errors")
-    if argv[0] == "train":
+    if argv[0] in ("train", "preview"):
         parser.add_argument("--config", metavar="FILE", help="preset or YAML file of options")
     add_options(parser, sections)
     args, given = parse_flags(parser, argv[1:], sections)

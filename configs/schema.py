@@ -259,6 +259,14 @@ class EvalConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreviewConfig(_Checked):
+    """What `preview` shows of a training run; everything else is the run's."""
+
+    count: int = option(16, "pictures", low=1)
+    epoch: int = option(0, "epoch whose pictures they are, from 0", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictConfig(_Checked):
     """What `predict` needs."""
 

@@ -1,0 +1,117 @@
+"""`main.py preview`: what a model would see of its training data."""
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from configs.schema import PreviewConfig, build_config, load_layers
+from datasets.build import build_dataset, load_index
+from datasets.loader import TrainLoader, share_out, train_loader
+from models.backbones import create_backbone
+from util.batch import Target
+from util.box_ops import cxcywh_to_xyxy
+from util.classes import Classes
+from util.config import Values
+from util.draw import draw_boxes
+from util.errors import ConfigError
+from util.files import make_output_dir
+from util.run_log import console
+
+_CELL = 360  # pixels a picture may take of the overview, either way
+_BAR, _GAP, _PAPER, _INK = 20, 8, (255, 255, 255), (40, 40, 40)
+
+
+def preview(args: argparse.Namespace, given: Values) -> int:
+    """Write training pictures as the model would see them, with boxes."""
+    wanted = PreviewConfig(**given.get("preview", {}))
+    options = {name: values for name, values in given.items() if name != "preview"}
+    config = build_config(load_layers(args.config, options))
+    if not config.run.output_dir:
+        raise ConfigError("--output_dir: expected a folder for the pictures, got none. Give one.")
+    index = load_index(config.data, "train")
+    console(index.report(config.model.num_queries))
+    # any weights: only how pictures are normalised is asked
+    backbone = create_backbone(config.model.backbone, weights="none")
+    mean, std = backbone.mean, backbone.std
+    dataset = build_dataset(
+        config.data, index, train=True, mean=mean, std=std,
+        seed=config.run.seed, epochs=config.optim.epochs,
+    )  # fmt: skip
+    loader = train_loader(
+        dataset,
+        share_out(config.optim.effective_batch_size, most=config.optim.batch_size),
+        num_workers=0,
+        seed=config.run.seed,
+        aspect_ratio_grouping=config.data.aspect_ratio_grouping,
+        pad_multiple=config.optim.pad_multiple,
+    )
+    loader.set_epoch(wanted.epoch)
+    folder = Path(config.run.output_dir) / "preview"
+    make_output_dir(folder)
+    tiles, titles = [], []
+    for number, (image, target) in enumerate(islice(seen(loader), wanted.count)):
+        picture = to_picture(image, mean, std)
+        name = f"epoch{wanted.epoch}_{number:03d}_image_{int(target['image_id'])}"
+        draw(picture, target, dataset.classes).save(folder / f"{name}.png")
+        height, width = target["size"].tolist()
+        tiles.append(thumbnail(picture.crop((0, 0, width, height)), target, dataset.classes))
+        titles.append(f"{int(target['image_id'])}: {width}x{height}, {len(target['labels'])} boxes")
+    overview(tiles, titles).save(folder / f"epoch{wanted.epoch}.png")
+    console(
+        f"written: {len(tiles)} pictures and an overview, {folder / f'epoch{wanted.epoch}.png'}"
+    )
+    return 0
+
+
+def seen(loader: TrainLoader) -> Iterator[tuple[Tensor, Target]]:
+    """Return the images [3,H,W] of a loader's batches, padded as they come, with their targets."""
+    for batch in loader:
+        for lost in batch.unreadable:
+            console(f"cannot be read: {lost.path}: {lost.reason}")
+        if batch.images is not None:
+            yield from zip(batch.images.images, batch.targets, strict=True)
+
+
+def to_picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """Undo the normalisation of an image [3,H,W]; to the very step of 8 bits."""
+    scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (std, mean))
+    pixels = ((image * scale + shift) * 255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def draw(picture: Image.Image, target: Target, classes: Classes, scale: float = 1) -> Image.Image:
+    """Return the picture, resized by `scale` from what the target describes, with its boxes."""
+    height, width = target["size"].tolist()
+    corners = cxcywh_to_xyxy(target["boxes"]) * torch.tensor([width, height] * 2) * scale
+    labels = target["labels"].tolist()
+    return draw_boxes(picture, corners, labels, [classes.shown(label) for label in labels])
+
+
+def thumbnail(picture: Image.Image, target: Target, classes: Classes) -> Image.Image:
+    """Return a picture with boxes that fits into a cell of the overview."""
+    scale = _CELL / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    small = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return draw(small, target, classes, scale)
+
+
+def overview(tiles: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
+    """Return pictures in rows, each under its title; every row as high as it must be."""
+    columns = max(1, math.ceil(math.sqrt(len(tiles))))
+    rows = [list(range(len(tiles)))[i : i + columns] for i in range(0, len(tiles), columns)]
+    heights = [_BAR + max(tiles[i].height for i in row) + _GAP for row in rows]
+    sheet = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, sum(heights) + _GAP), _PAPER)
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for number, row in enumerate(rows):
+        top = _GAP + sum(heights[:number])
+        for column, i in enumerate(row):
+            left = _GAP + column * (_CELL + _GAP)
+            canvas.text((left, top), titles[i], fill=_INK, font=font)
+            sheet.paste(tiles[i], (left, top + _BAR))
+    return sheet
