@@ -12,6 +12,7 @@ from engine.analysis.confusion import confusion_matrix
 from engine.analysis.errors import KINDS, ErrorKind, classify, error_kinds, wrong_by_class
 from engine.analysis.outcomes import (
     CURVE_IOUS,
+    IOU,
     Outcomes,
     Threshold,
     best_threshold,
@@ -99,15 +100,13 @@ def analyse(
 ) -> Analysis:
     """Analyse what an evaluator was fed; `result` is what it computed, names are by image id."""
     truth, detected, max_dets = evaluator.truth, evaluator.detected(), evaluator.max_dets
-    found = outcomes(truth, detected, max_dets=max_dets)
+    by_iou = outcomes(truth, detected, CURVE_IOUS, max_dets=max_dets)
+    found = by_iou[0]
     errors = classify(truth, found)
     of_class = thresholds(found)
     overall = best_threshold(found.detected.score, found.hit, int(found.positives.sum()))
     above = _above(found, of_class, overall)
-    by_iou = {
-        str(iou): curves(outcomes(truth, detected, iou=iou, max_dets=max_dets))
-        for iou in CURVE_IOUS
-    }
+    precision = {str(iou): curves(o) for iou, o in zip(CURVE_IOUS, by_iou, strict=True)}
     return Analysis(
         result=result,
         classes=[
@@ -119,7 +118,7 @@ def analyse(
                 AP50=_or_none(row.AP50),
                 threshold=of_class[k],
                 errors=wrong,
-                precision=_rounded(by_iou["0.5"][k]) if row.num_boxes else None,
+                precision=_rounded(precision[str(IOU)][k]) if row.num_boxes else None,
             )
             for k, (row, wrong) in enumerate(
                 zip(result.per_class, wrong_by_class(found, errors, truth, above), strict=True)
@@ -128,7 +127,7 @@ def analyse(
         threshold=overall,
         curves={
             iou: _rounded(rows[found.positives > 0].mean(axis=0))
-            for iou, rows in by_iou.items()
+            for iou, rows in precision.items()
             if found.positives.any()
         },
         errors=error_kinds(truth, found, errors, above),

@@ -68,10 +68,8 @@ def _cell(content: str) -> str:
 def bar(value: float | None, most: float) -> str:
     """Return a cell with a bar; the number itself stands in another cell."""
     width = 100 * (value or 0) / most if most else 0
-    return (
-        f'<td class="bars" aria-hidden="true"><span class="bar" style="width:{width:.1f}%">'
-        "</span></td>"
-    )
+    drawn = f'<span class="bar" style="width:{width:.1f}%"></span>' if width else ""
+    return f'<td class="bars" aria-hidden="true">{drawn}</td>'
 
 
 def heat(count: int, most: int, *, right: bool) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.analysis.outcomes import IOU, Outcomes, curve
 from engine.coco_matching import Bools, Floats, Ints, Truth, overlaps
@@ -24,6 +23,9 @@ KINDS = {
 }
 
 
+_CODE = {kind: code for code, kind in enumerate(KINDS)}
+
+
 @dataclass(frozen=True)
 class ErrorKind:
     """How often an error occurs, and by how much AP50 would rise if only it were mended (0..1)."""
@@ -37,11 +39,11 @@ class ErrorKind:
 class Errors:
     """The kind of each wrong detection, and the annotation it is about.
 
-    Shape: kind [N], "" where right; about [N], the annotation of a class or location error, else
-    -1; missed [G].
+    Shape: kind [N], positions in `KINDS`, -1 where right; about [N], the annotation of a class or
+    location error, else -1; missed [G].
     """
 
-    kind: NDArray[np.str_]
+    kind: Ints
     about: Ints
     missed: Bools
 
@@ -58,14 +60,16 @@ def classify(truth: Truth, found: Outcomes) -> Errors:
     used = np.isin(gt, found.gt[found.hit])
     _, used_iou = _best(row[same & used], gt[same & used], iou[same & used], len(found.gt))
     tests = {
-        "": found.hit,
-        "location": (own_iou >= BACKGROUND_IOU) & (own_iou <= IOU),
-        "class": other_iou >= IOU,
-        "duplicate": used_iou >= IOU,
-        "background": np.maximum(own_iou, other_iou) <= BACKGROUND_IOU,
+        -1: found.hit,
+        _CODE["location"]: (own_iou >= BACKGROUND_IOU) & (own_iou <= IOU),
+        _CODE["class"]: other_iou >= IOU,
+        _CODE["duplicate"]: used_iou >= IOU,
+        _CODE["background"]: np.maximum(own_iou, other_iou) <= BACKGROUND_IOU,
     }
-    kind = np.select(list(tests.values()), list(tests), default="both")
-    about = np.select([kind == "location", kind == "class"], [own, other], default=-1)
+    kind = np.select(list(tests.values()), list(tests), default=_CODE["both"])
+    about = np.full(len(kind), -1)
+    for name, gt_of in (("location", own), ("class", other)):
+        about[kind == _CODE[name]] = gt_of[kind == _CODE[name]]
     covered = np.isin(np.arange(len(truth.crowd)), np.concatenate([found.gt, about]))
     return Errors(kind, about, ~covered & ~truth.crowd)
 
@@ -89,7 +93,7 @@ def error_kinds(
             count = above_threshold = int(errors.missed.sum())
             mended = _without(truth, found, errors.missed)
         else:
-            of_kind = errors.kind == kind
+            of_kind = errors.kind == _CODE[kind]
             count, above_threshold = int(of_kind.sum()), int((of_kind & above).sum())
             mended = _mended(truth, found, errors, kind)
         # mending can cost a little, by the steps of recall at which precision is read
@@ -121,12 +125,12 @@ def _mended(truth: Truth, found: Outcomes, errors: Errors, kind: str) -> Outcome
     about = errors.about[best_first]
     first = np.unique(about, return_index=True)[1]
     chosen = best_first[first]
-    chosen = chosen[errors.kind[chosen] == kind]
+    chosen = chosen[errors.kind[chosen] == _CODE[kind]]
     chosen = chosen[~np.isin(errors.about[chosen], found.gt[found.hit])]
     gt[chosen] = errors.about[chosen]
     category = found.detected.category.copy()
     category[chosen] = truth.category[gt[chosen]]
-    keep = (errors.kind != kind) | (gt >= 0)
+    keep = (errors.kind != _CODE[kind]) | (gt >= 0)
     detected = replace(found.detected, category=category).select(keep)
     order = np.lexsort((-detected.score, detected.category))
     return Outcomes(detected.select(order), gt[keep][order], found.positives)
@@ -142,9 +146,8 @@ def wrong_by_class(
     found: Outcomes, errors: Errors, truth: Truth, above: Bools
 ) -> list[Mapping[str, int]]:
     """Return for each category how many errors of each kind are `above` [N] the threshold."""
-    rows: list[Mapping[str, int]] = []
-    for k in range(len(found.positives)):
-        of_class = above & (found.detected.category == k)
-        counts = {kind: int((of_class & (errors.kind == kind)).sum()) for kind in KINDS}
-        rows.append({**counts, "missed": int((errors.missed & (truth.category == k)).sum())})
-    return rows
+    size, wrong = len(found.positives), above & ~found.hit
+    counts = np.zeros((size, len(KINDS)), dtype=np.int64)
+    np.add.at(counts, (found.detected.category[wrong], errors.kind[wrong]), 1)
+    counts[:, _CODE["missed"]] = np.bincount(truth.category[errors.missed], minlength=size)
+    return [dict(zip(KINDS, row, strict=True)) for row in counts.tolist()]

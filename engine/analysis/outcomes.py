@@ -1,5 +1,6 @@
 """Which detections are right at an IoU of 0.5, precision-recall curves, best score thresholds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from engine.coco_matching import (
     precision_at_recalls,
 )
 
-IOU = 0.5
+IOU = 0.5  # from which a detection is right
 CURVE_IOUS = (0.5, 0.75, 0.9)
 
 
@@ -37,19 +38,25 @@ class Outcomes:
         return np.asarray(self.gt >= 0)
 
 
-def outcomes(truth: Truth, detected: Detected, *, iou: float = IOU, max_dets: int) -> Outcomes:
-    """Match as COCO does, at one IoU and all sizes."""
+def outcomes(
+    truth: Truth, detected: Detected, ious: Sequence[float], *, max_dets: int
+) -> list[Outcomes]:
+    """Match as COCO does at each IoU, all sizes together."""
     matches = match(
         truth,
         detected,
-        iou_thresholds=np.array([iou]),
+        iou_thresholds=np.array(ious),
         area_ranges=AREA_RANGES[:1],
         max_dets=max_dets,
     )
-    found = matches.found()
-    keep = (found < 0) | ~truth.crowd[found] if len(truth.crowd) else found < 0
     positives = np.bincount(truth.category[~truth.crowd], minlength=len(truth.category_ids))
-    return Outcomes(detected.select(matches.order[keep]), found[keep], positives)
+    crowd = np.append(truth.crowd, False)  # for -1, nothing found
+    rows = []
+    for t in range(len(ious)):
+        found = matches.found(threshold=t)
+        keep = ~crowd[found]
+        rows.append(Outcomes(detected.select(matches.order[keep]), found[keep], positives))
+    return rows
 
 
 def curve(hit: Bools, positives: int) -> Floats:
