@@ -97,6 +97,9 @@ class EvalDataConfig(_Checked):
         "pixels", "VOC boxes: pixels counted from 1, or edges from 0 as some tools write",
         choices=("pixels", "edges"),
     )  # fmt: skip
+    index_cache: bool = option(
+        True, "keep the index of a large COCO-format file in the user's cache folder"
+    )
     eval_scale: int = option(800, "short side in evaluation and prediction, pixels", low=16)
     max_size: int = option(1333, "longest long side, pixels", low=16)
     nms_iou: float = option(

@@ -28,31 +28,43 @@ def read_split(cfg: DataConfig, split: Split) -> Source:
     Raises:
         DataError: see `data_paths` and `read_source`.
     """
-    explicit = (
-        (cfg.train_images or cfg.train_annotations)
-        if split == "train"
-        else (cfg.val_images or cfg.val_annotations)
-    )
-    if cfg.data_path and not explicit:
-        name = cfg.train_split if split == "train" else cfg.val_split
-        return read_source(cfg.data_format, Path(cfg.data_path), name, voc_corners=cfg.voc_corners)
+    if _is_foreign(cfg, split):
+        return read_source(
+            cfg.data_format,
+            Path(cfg.data_path),
+            _split_name(cfg, split),
+            voc_corners=cfg.voc_corners,
+        )
     image_dir, annotation_file = data_paths(cfg, split)
     return read_source("coco", annotation_file, split, image_dir=image_dir)
+
+
+def _is_foreign(cfg: DataConfig, split: Split) -> bool:
+    """Tell whether a split is in another format than COCO's."""
+    given = any(_explicit_paths(cfg, split))
+    return bool(cfg.data_path) and cfg.data_format != "coco" and not given
+
+
+def _split_name(cfg: DataConfig, split: Split) -> str:
+    return cfg.train_split if split == "train" else cfg.val_split
+
+
+def _explicit_paths(cfg: DataConfig, split: Split) -> tuple[str, str]:
+    if split == "train":
+        return cfg.train_images, cfg.train_annotations
+    return cfg.val_images, cfg.val_annotations
 
 
 def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
     """Return the image folder and the annotation file of a split in COCO's format.
 
-    `--train_images` and `--train_annotations` (or `--val_...`) win over `--coco_path`.
+    `--train_images` and `--train_annotations` (or `--val_...`) win over `--data_path`, and that
+    over `--coco_path`.
 
     Raises:
         DataError: no option, or only one of the two, says where the data lies.
     """
-    images, annotations = (
-        (cfg.train_images, cfg.train_annotations)
-        if split == "train"
-        else (cfg.val_images, cfg.val_annotations)
-    )
+    images, annotations = _explicit_paths(cfg, split)
     if bool(images) != bool(annotations):
         given, lacking = ("images", "annotations") if images else ("annotations", "images")
         raise DataError(
@@ -60,6 +72,8 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
         )
     if images:
         return Path(images), Path(annotations)
+    if cfg.data_path:
+        return coco_layout(Path(cfg.data_path), _split_name(cfg, split))
     if cfg.coco_path:
         return coco_layout(Path(cfg.coco_path), split)
     raise DataError(
@@ -101,7 +115,10 @@ def load_index(cfg: DataConfig, split: Split) -> CocoIndex:
     Raises:
         DataError: see `read_split` and `CocoIndex.from_source`.
     """
-    return CocoIndex.from_source(read_split(cfg, split), need_boxes=True)
+    if _is_foreign(cfg, split):
+        return CocoIndex.from_source(read_split(cfg, split), need_boxes=True)
+    image_dir, annotation_file = data_paths(cfg, split)
+    return CocoIndex.load(annotation_file, image_dir, need_boxes=True, cache=cfg.index_cache)
 
 
 def build_dataset(

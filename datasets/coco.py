@@ -19,11 +19,12 @@ from datasets.class_mapping import map_classes
 from datasets.coco_json import Annotations, CocoContent, Images, check_content
 from datasets.findings import Finding
 from datasets.image_reading import READ_ERRORS, read_reduced, read_rgb
+from datasets.index_cache import read_content
 from datasets.mixing import Mixing
 from datasets.picture_cache import PictureCache
 from datasets.picture_checks import clip_to_pictures, complete_sizes
 from datasets.sample import Prepared, Sample, clip_boxes, draw_integer, to_pixels
-from datasets.sources import Source, read_source
+from datasets.sources import Source, require_folder
 from datasets.transforms import Transform
 from util.batch import Target, UnreadableImage
 from util.box_ops import xyxy_to_cxcywh
@@ -53,14 +54,19 @@ class CocoIndex:
     findings: tuple[Finding, ...]
 
     @classmethod
-    def load(cls, json_path: Path, image_dir: Path, *, need_boxes: bool) -> "CocoIndex":
+    def load(
+        cls, json_path: Path, image_dir: Path, *, need_boxes: bool, cache: bool = False
+    ) -> "CocoIndex":
         """Read and check a COCO-format file and the folder of its pictures.
 
+        With `cache`, the content of a large file is kept for the next time.
+
         Raises:
-            DataError: see `read_source` and `from_source`.
+            DataError: see `require_folder`, `read_content` and `from_content`.
         """
-        source = read_source("coco", json_path, "", image_dir=image_dir)
-        return cls.from_source(source, need_boxes=need_boxes)
+        require_folder(image_dir)
+        content = read_content(json_path, need_boxes=need_boxes, cache=cache)
+        return cls.from_content(content, json_path, image_dir, need_boxes=need_boxes)
 
     @classmethod
     def from_source(cls, source: Source, *, need_boxes: bool) -> "CocoIndex":

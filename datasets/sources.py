@@ -54,11 +54,16 @@ def read_source(
         return Source(content, images, place, tuple(findings))
     if image_dir is None:
         image_dir, place = coco_layout(place, split)
-    if not image_dir.is_dir():
-        raise DataError(f"{image_dir}: expected a folder of pictures, found none.")
+    require_folder(image_dir)
     return Source(load_json(place), image_dir, place)
 
 
 def coco_layout(root: Path, split: str) -> tuple[Path, Path]:
     """Return the picture folder and the annotation file of a split in COCO's own layout."""
     return root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
+
+
+def require_folder(image_dir: Path) -> None:
+    """Raise DataError unless the folder of pictures is there."""
+    if not image_dir.is_dir():
+        raise DataError(f"{image_dir}: expected a folder of pictures, found none.")

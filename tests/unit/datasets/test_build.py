@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from configs.schema import DataConfig
-from datasets.build import build_dataset, build_transform, data_paths, load_index
+from datasets.build import build_dataset, build_transform, data_paths, load_index, read_split
+from datasets.convert import convert
+from datasets.sources import read_source
 from util.errors import DataError
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -56,3 +58,28 @@ def test_data_set_follows_its_options(
 def test_published_recipe_is_the_default() -> None:
     transform = build_transform(DataConfig(), train=False, mean=MEAN, std=STD)
     assert transform.output_size(480, 640) == (800, 1066)
+
+
+@pytest.mark.parametrize("target", ["coco", "voc", "yolo"])
+def test_a_data_path_in_any_format(
+    content: dict[str, Any],
+    write: Callable[[dict[str, Any]], tuple[Path, Path]],
+    tmp_path: Path,
+    target: str,
+) -> None:
+    json_path, folder = write(content)
+    source = read_source("coco", json_path, "", image_dir=folder)
+    convert({"mine": source}, target, tmp_path / "out", copy=False)
+    cfg = DataConfig(
+        data_format=target,
+        data_path=str(tmp_path / "out"),
+        train_split="mine",
+        val_images=str(folder),
+        val_annotations=str(json_path),
+        coco_path="nowhere",
+    )
+    for split in ("train", "val"):
+        index = load_index(cfg, "train" if split == "train" else "val")
+        assert sorted(index.images.file_names) == ["2.png", "5.png", "9.png"]
+        assert len(index.boxes) == 3
+    assert len(read_split(cfg, "train").content["annotations"]) == 3

@@ -1,0 +1,115 @@
+"""Keep what was read of a large COCO-format file, so that the next run need not read it again.
+
+A file in the user's cache folder is named by a hash of the JSON's bytes and opens with a hash of
+its own: one that is damaged, half written or of other data is never taken. Nothing is written
+beside the data.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+
+from datasets.coco_json import (
+    Annotations,
+    CocoContent,
+    Images,
+    check_content,
+    parse_json,
+    read_bytes,
+)
+from datasets.findings import Finding
+from datasets.names import Names
+from util.classes import Classes
+
+_VERSION = 1  # of the arrays and of the checks that fill them
+_LEAST_BYTES = 4_000_000  # smaller files are read again in a moment
+_KEPT = 16  # files
+_DIGEST = 32  # bytes of SHA-256
+
+
+def read_content(path: Path, *, need_boxes: bool, cache: bool) -> CocoContent:
+    """Return the checked content of a COCO-format file, from the cache where it is there.
+
+    Raises:
+        DataError: see `parse_json` and `check_content`.
+    """
+    data = read_bytes(path)
+    if not cache or len(data) < _LEAST_BYTES:
+        return check_content(parse_json(data, path), path, need_boxes=need_boxes)
+    kind = "boxes" if need_boxes else "pictures"
+    file = cache_folder() / f"{hashlib.sha256(data).hexdigest()}-{kind}-{_VERSION}"
+    content = _load(file)
+    if content is None:
+        content = check_content(parse_json(data, path), path, need_boxes=need_boxes)
+        with contextlib.suppress(OSError):  # no room or no right to write: read anew next time
+            _save(file, content)
+    return content
+
+
+def cache_folder() -> Path:
+    """Return where indices are kept: in $XDG_CACHE_HOME, by default ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(root) / "deformable_detr" / "index"
+
+
+def _save(file: Path, content: CocoContent) -> None:
+    """Write in one step; of processes that write at once, the last wins."""
+    told = {
+        "classes": content.classes.to_json(),
+        "findings": [finding.to_json() for finding in content.findings],
+    }
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        told=np.frombuffer(json.dumps(told).encode(), dtype=np.uint8),
+        image_ids=content.images.ids,
+        name_data=content.images.file_names.data,
+        name_ends=content.images.file_names.ends,
+        sizes=content.images.sizes,
+        **{f"box_{f.name}": getattr(content.annotations, f.name) for f in fields(Annotations)},
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
+        try:
+            temporary.write(hashlib.sha256(buffer.getbuffer()).digest())
+            temporary.write(buffer.getbuffer())
+            temporary.close()
+            os.replace(temporary.name, file)
+        except OSError:
+            os.unlink(temporary.name)
+            raise
+    by_age = sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+    for old in by_age[:-_KEPT]:
+        old.unlink(missing_ok=True)
+
+
+def _load(file: Path) -> CocoContent | None:
+    """Return what was saved, None where there is nothing sound."""
+    try:
+        raw = memoryview(file.read_bytes())
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(file)  # the longest unused goes first
+    if hashlib.sha256(raw[_DIGEST:]).digest() != raw[:_DIGEST]:
+        return None
+    with np.load(io.BytesIO(raw[_DIGEST:]), allow_pickle=False) as saved:
+        arrays = dict(saved.items())
+    told = json.loads(arrays["told"].tobytes())
+    return CocoContent(
+        Classes.from_json(told["classes"]),
+        Images(
+            arrays["image_ids"],
+            Names(arrays["name_data"], arrays["name_ends"]),
+            arrays["sizes"],
+        ),
+        Annotations(*(arrays[f"box_{f.name}"] for f in fields(Annotations))),
+        tuple(Finding.from_json(finding) for finding in told["findings"]),
+    )

@@ -1,0 +1,102 @@
+"""The kept index: the same as one read anew, and never one of other data or damaged."""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from datasets import index_cache
+from datasets.coco import CocoIndex
+from datasets.coco_json import CocoContent
+from datasets.index_cache import cache_folder, read_content
+
+Content = dict[str, Any]
+Write = Callable[[Content], tuple[Path, Path]]
+
+
+@pytest.fixture
+def json_path(
+    content: Content, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Write a set with a flaw that is large enough to be kept, and give the cache a folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(index_cache, "_LEAST_BYTES", 0)
+    content["annotations"][2]["bbox"] = [1, 1, 0, 0]
+    content["images"][0]["file_name"] = "ö \ud800.png"
+    content["info"] = "\u00e9"
+    path, _ = write({**content, "images": content["images"][1:]})
+    path.write_text(json.dumps(content))
+    return path
+
+
+def read(path: Path) -> CocoContent:
+    return read_content(path, need_boxes=True, cache=True)
+
+
+def plain(content: CocoContent) -> dict[str, Any]:
+    found = content.annotations
+    return {
+        "classes": content.classes.to_json(),
+        "images": [content.images.ids.tolist(), list(content.images.file_names)],
+        "sizes": content.images.sizes.tolist(),
+        "boxes": [found.ids.tolist(), found.image.tolist(), found.labels.tolist()],
+        "values": [found.xywh.tolist(), found.area.tolist(), found.crowd.tolist()],
+        "findings": [finding.to_json() for finding in content.findings],
+    }
+
+
+def test_kept_content_is_what_was_read(json_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    anew = plain(read_content(json_path, need_boxes=True, cache=False))
+    assert not cache_folder().exists()
+    assert plain(read(json_path)) == anew
+    monkeypatch.setattr(index_cache, "check_content", None)  # calling it would fail
+    assert plain(read(json_path)) == anew
+    assert len(list(cache_folder().iterdir())) == 1
+    index = CocoIndex.load(json_path, json_path.parent / "pictures", need_boxes=True, cache=True)
+    assert index.findings[0].kind == "flat_bbox"
+
+
+def test_other_content_is_read_anew(json_path: Path) -> None:
+    read(json_path)
+    changed = json.loads(json_path.read_text())
+    changed["annotations"][0]["bbox"] = [5, 6, 7, 8]
+    json_path.write_text(json.dumps(changed))
+    assert read(json_path).annotations.xywh[0].tolist() == [5, 6, 7, 8]
+    assert len(list(cache_folder().iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other"])
+def test_damaged_files_are_replaced(json_path: Path, damage: str) -> None:
+    anew = plain(read(json_path))
+    (file,) = cache_folder().iterdir()
+    raw = file.read_bytes()
+    middle = len(raw) // 2
+    flipped = raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :]
+    damaged = {"cut": raw[:-9], "empty": b"", "flipped": flipped, "other": b"x" * 999}[damage]
+    file.write_bytes(damaged)
+    assert plain(read(json_path)) == anew
+    assert len(file.read_bytes()) == len(raw)
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(json_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    assert read(json_path).annotations.ids.tolist() == [0, 1]
+
+
+def test_many_processes_may_write_at_once(json_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        contents = list(pool.map(read, [json_path] * 16))
+    assert all(np.array_equal(c.annotations.ids, [0, 1]) for c in contents)
+    assert len(list(cache_folder().iterdir())) == 1
+
+
+def test_the_oldest_files_go(json_path: Path) -> None:
+    content = json.loads(json_path.read_text())
+    for number in range(20):
+        json_path.write_text(json.dumps({**content, "info": number}))
+        read(json_path)
+    assert len(list(cache_folder().iterdir())) == 16
