@@ -19,6 +19,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from util.distributed import lost_contact, started_by_launcher
 from util.errors import ConfigError, UserError
 
+# What a run is asked to stop by; Windows lacks the last.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
 EXIT_USER_ERROR, EXIT_LOST_CONTACT = 2, 3
 _LAUNCHED = "DEFORMABLE_DETR_LAUNCHED"
 _LOOK_EVERY = 1.0  # seconds, for a launcher that is gone
@@ -60,7 +64,8 @@ def launch(
         asked.append(number)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    signal.signal(signal.SIGUSR1, terminate)
+    if hasattr(signal, "SIGUSR1"):  # Windows has none
+        signal.signal(signal.SIGUSR1, terminate)
     try:
         elastic_launch(config, entrypoint=sys.executable)(str(program), *argv)
     except SignalException as error:
@@ -95,7 +100,7 @@ def _report(error: ChildFailedError) -> int:
     elif isinstance(failure.message, dict):  # what the process recorded; torch says str
         message = str(failure.message["message"]).removeprefix(f"{UserError.__name__}: ")
         message = message.strip().partition("\n")[0]
-    elif failure.exitcode - 128 in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    elif failure.exitcode - 128 in STOP_SIGNALS:
         name = signal.Signals(failure.exitcode - 128).name
         message = f"was asked to stop by {name}, and all with it; go on with --resume auto"
     else:

@@ -22,6 +22,7 @@ from engine.checkpoint import (
     set_rng_state,
 )
 from engine.evaluate import Interrupted
+from engine.launch import STOP_SIGNALS
 from engine.step_log import official_log_values
 from engine.step_timer import shares
 from engine.train import StepRunner
@@ -31,9 +32,6 @@ from util.plot import plot_curves
 from util.run_log import RunLog, console
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)  # Windows lacks the last
 _SAME_REQUEST = 2.0  # seconds in which a launcher or terminal may send its signal again
 
 
