@@ -112,4 +112,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(grey.astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -120,7 +120,7 @@ class EvalTransform:
     ) -> Prepared:
         """Resize and normalise."""
         size = resized_size(*sample.size, self.eval_scale, self.max_size)
-        return normalise(resize(sample, size, exact=True), self.mean, self.std)
+        return normalise(resize(sample, size, exact=True), self.mean, self.std, exact=True)
 
     def output_size(self, height: int, width: int) -> Size | None:
         """Return the (height, width) that a picture of this size will have."""

@@ -102,12 +102,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--train_scales", type=int, nargs="*")
     parser.add_argument("--random_crop", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--cache_pictures", type=float, default=0.0, help="GB")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cfg = DataConfig(
         train_images=args.images,
         train_annotations=args.annotations,
         random_crop=args.random_crop,
+        cache_pictures=args.cache_pictures,
         train_scales=tuple(args.train_scales or DataConfig().train_scales),
     )
     index = load_index(cfg, "train")
