@@ -1,0 +1,59 @@
+"""Strong augmentation of a data set: drawn from seed, epoch and picture; mixed but at the end."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import build_config
+from datasets.build import build_dataset, load_index
+from datasets.coco import CocoDetection
+from datasets.loader import Share, loader_processes, train_loader
+
+MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+Write = Callable[[dict[str, Any]], tuple[Path, Path]]
+
+
+def strong(content: dict[str, Any], write: Write, **options: Any) -> CocoDetection:
+    json_path, folder = write(content)
+    given = {"train_images": str(folder), "train_annotations": str(json_path), **options}
+    data = build_config({"data": {"augment": "strong", "train_scales": (24, 36), **given}}).data
+    index = load_index(data, "train")
+    return build_dataset(data, index, train=True, mean=MEAN, std=STD, seed=3, epochs=20)
+
+
+def test_mixed_pictures_do_not_depend_on_loader_processes(
+    content: dict[str, Any], write: Write
+) -> None:
+    epochs = []
+    for num_workers in (0, 2):
+        dataset = strong(content, write, mosaic=0.5, mixup=1.0)
+        loader = train_loader(dataset, Share(3), num_workers=num_workers, seed=0)
+        loader.set_epoch(4)
+        epochs.append(next(iter(loader)))
+    first, second = (batch.images for batch in epochs)
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first.images, second.images)
+    for a, b in zip(epochs[0].targets, epochs[1].targets, strict=True):
+        assert torch.equal(a["boxes"], b["boxes"])
+
+
+def test_the_last_epochs_mix_nothing(content: dict[str, Any], write: Write) -> None:
+    plain = {"scale_jitter": (), "zoom_out": 0.0}
+    dataset = strong(content, write, mosaic=0.0, mixup=1.0, close_augment_epochs=5, **plain)
+
+    def boxes(epoch: int) -> list[int]:
+        dataset.set_epoch(epoch)
+        items = [dataset[i] for i in range(len(dataset))]
+        return [len(item[1]["boxes"]) for item in items if isinstance(item, tuple)]
+
+    assert boxes(14) == [2, 2, 2]  # each picture has one box, and so has its partner
+    assert boxes(15) == [1, 1, 1]
+
+
+def test_processes_follow_the_cores() -> None:
+    assert loader_processes(0) == 0
+    assert loader_processes(3) == 3
+    assert 1 <= loader_processes(-1) <= 8
