@@ -39,12 +39,17 @@ def complete_sizes(images: Images, image_dir: Path, findings: list[Finding]) -> 
     present = np.setdiff1d(np.arange(len(images.ids)), missing)
     stated = np.asarray(images.sizes.all(axis=1))
     sizes = images.sizes.copy()
-    for i in present[~stated[present]]:
+    unstated = present[~stated[present]]
+    for i in unstated:
         sizes[i] = read_size(image_dir / images.file_names[i], upright=False) or (0, 0)
-    if not stated.all():
-        count = int((~stated).sum())
-        line = f"images without width and height: {count}, read from the picture files"
-        findings.append(Finding("size_not_stated", count, line, "image", images.ids[~stated]))
+    known = np.asarray(sizes[unstated].all(axis=1))
+    for kind, text, chosen in (
+        ("size_not_stated", "images without width and height, read from the files", known),
+        ("unreadable_picture", "pictures that cannot be read, not trained on", ~known),
+    ):
+        ids = images.ids[unstated[chosen]]
+        if len(ids):
+            findings.append(Finding(kind, len(ids), f"{text}: {len(ids)}", "image", ids))
     _compare_sizes(images, present[stated[present]], image_dir, findings)
     return Images(images.ids, images.file_names, sizes)
 

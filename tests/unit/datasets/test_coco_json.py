@@ -143,7 +143,9 @@ def test_missing_ids_areas_and_sizes_are_filled_in(content: Content, write: Writ
     assert index.images.sizes.tolist() == [[30, 40]] * 3
     assert any("without an id" in notice for notice in index.notices)
     assert any("without a valid area of 2, iscrowd of 2" in notice for notice in index.notices)
-    assert any("without width and height: 2" in notice for notice in index.notices)
+    assert any(
+        "without width and height, read from the files: 2" in notice for notice in index.notices
+    )
     assert index.annotations.area.tolist() == [120, 600, 12]
 
 
