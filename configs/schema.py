@@ -259,6 +259,15 @@ class EvalConfig(_Checked):
         "fp32", "of the model's arithmetic", choices=("fp32", "tf32", "bf16", "fp16")
     )
     ema: bool = option(True, "use a checkpoint's averaged weights, where it has them")
+    detections: str = option("", "evaluate this COCO results file in place of a checkpoint")
+    evaluator: str = option(
+        "fast", "of COCO's numbers; the same to the last digit", choices=("fast", "pycocotools")
+    )
+    max_dets: int = option(
+        0, "detections of a picture and class that count besides COCO's 100; 0: as many as a "
+        "picture has boxes of a class", low=0,
+    )  # fmt: skip
+    analysis: bool = option(True, "write eval/analysis.json and eval/report.html")
 
 
 @dataclass(frozen=True, kw_only=True)
