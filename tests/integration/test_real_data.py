@@ -19,7 +19,8 @@ def test_coco_trains_and_evaluates_with_the_published_preset(
     out = tmp_path / "run"
     done = cli("train", "--config", "configs/deformable_detr_r50.yaml", "--coco_path", data,
                "--output_dir", out, "--backbone_weights", "none", "--max_steps", "2",
-               "--batch_size", "1", "--effective_batch_size", "1", "--train_scales", "256", "--eval_scale", "160",
+               "--batch_size", "1", "--effective_batch_size", "1", "--train_scales", "256",
+               "--eval_scale", "160",
                "--max_size", "320", "--num_workers", "1", "--num_pictures", "1")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "54 images" in done.stdout
