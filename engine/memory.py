@@ -114,10 +114,12 @@ def probe(
     shape: tuple[int, int],
     num_boxes: int,
     batch_size: int,
+    later: int = 0,
 ) -> Probe:
     """Run `step`, forward and backward, on random pictures of `shape` with so many boxes each.
 
-    Pictures are on the device, targets on the host. The random generators are restored; `step`
+    `later` are bytes that training will hold besides, as of the optimiser. Pictures are on the
+    device, targets on the host. The random generators are restored; `step`
     clears its gradients and restores what else it changes. What it raises passes through.
     """
     state = rng_state()
@@ -132,7 +134,9 @@ def probe(
         seconds = time.perf_counter() - started
     finally:
         set_rng_state(state)
-    return Probe(batch_size, shape, num_boxes, peak_memory(device), total_memory(device), seconds)
+    peak = peak_memory(device)
+    whole = peak + later if peak else 0
+    return Probe(batch_size, shape, num_boxes, whole, total_memory(device), seconds)
 
 
 def _random_batch(

@@ -309,6 +309,8 @@ def distributed(model: DeformableDETR, place: Place, *, exchange_norms: bool) ->
 def try_largest_step(runner: StepRunner, dataset: CocoDetection, place: Place) -> None:
     """Run one step of the largest shape with the most boxes, which changes nothing, and say so."""
     sizes = [s for s in (dataset.largest_size(*size) for size in dataset.image_sizes()) if s]
+    if not sizes:
+        return
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     if place.share.batch_size == 1:
         height, width = max(sizes, key=lambda size: size[0] * size[1])
@@ -320,6 +322,7 @@ def try_largest_step(runner: StepRunner, dataset: CocoDetection, place: Place) -
         shape=(height, width),
         num_boxes=int(dataset.index.boxes_per_picture.max(initial=0)),
         batch_size=place.share.batch_size,
+        later=sum(2 * p.nbytes for p in runner.model.parameters() if p.requires_grad),  # AdamW's
     )
     with torch.no_grad():
         for buffer, before in buffers:
