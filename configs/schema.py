@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from configs.augmentations import AUGMENTATIONS, AUGMENTED
 from util.config import Values, check_values, load_file, merge, option
 from util.errors import ConfigError
 
@@ -175,6 +176,10 @@ class OptimConfig(_Checked):
     frozen_stages: int = option(
         2, "backbone stages kept fixed: 0 none, 1 stem, 2 stem and first stage", low=0, high=2
     )
+    freeze: str = option(
+        "none", "what keeps the weights that were loaded; encoder: all before the decoder",
+        choices=("none", "backbone", "encoder", "all_but_heads"),
+    )  # fmt: skip
     batch_size: int = option(2, "pictures that a process takes at once, at most", low=1)
     effective_batch_size: int = option(
         0, "pictures of one update, over all processes and micro-batches; 0: batch_size each",
@@ -279,6 +284,16 @@ class PreviewConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckConfig(_Checked):
+    """What `check` does besides looking at a training run's data."""
+
+    fix: str = option("", "new .json file: a corrected COCO-format copy; with .changes.json beside")
+    splits: tuple[str, ...] = option(
+        (), "splits to check; default: those that are given", choices=("train", "val")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictConfig(_Checked):
     """What `predict` needs."""
 
@@ -287,7 +302,10 @@ class PredictConfig(_Checked):
     output_dir: str = option("", "folder for pictures and predictions.json")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     batch_size: int = option(1, "pictures per step", low=1)
-    score_threshold: float = option(0.3, "least score of a box that is drawn", low=0, high=1)
+    score_threshold: float = option(
+        0.3, "least score drawn; not given: each class's best as the checkpoint has it, if it has",
+        low=0, high=1,
+    )  # fmt: skip
     eval_scale: int = option(0, "short side, pixels; 0 means that of the checkpoint", low=0)
     max_size: int = option(0, "longest long side, pixels; 0 means that of the checkpoint", low=0)
     nms_iou: float = option(
@@ -333,22 +351,6 @@ SECTIONS: Mapping[str, type[Any]] = {
 }
 
 
-# What --augment sets; options given besides it win.
-AUGMENTATIONS: Mapping[str, Mapping[str, Any]] = {
-    "none": {"hflip": 0.0, "random_crop": False},
-    "official": {},
-    "strong": {
-        "random_crop": False,
-        "scale_jitter": (0.5, 1.5),
-        "zoom_out": 0.15,
-        "color_jitter": 0.5,
-        "mosaic": 0.25,
-        "mixup": 0.1,
-    },
-}
-_AUGMENTED = ("hflip", "random_crop", "scale_jitter", "zoom_out", "color_jitter", "mosaic", "mixup")
-
-
 def build_config(values: Mapping[str, Mapping[str, Any]]) -> Config:
     """Make the frozen sections from values by section; `augment` gives those it sets.
 
@@ -373,7 +375,7 @@ def merge_options(base: Values, given: Values) -> Values:
     above = given.get("data", {})
     replaced = set(_LOCATIONS) if any(name in above for name in _LOCATIONS) else set()
     if "augment" in above:
-        replaced.update(_AUGMENTED)
+        replaced.update(AUGMENTED)
     if replaced:
         data = {k: v for k, v in base.get("data", {}).items() if k not in replaced}
         base = {**base, "data": data}

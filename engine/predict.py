@@ -31,13 +31,13 @@ def predict(
     classes: Classes,
     output_dir: Path,
     device: torch.device,
-    score_threshold: float,
+    score_thresholds: Sequence[float],
 ) -> list[dict[str, Any]]:
     """Write a drawn copy of each picture and `predictions.json`; return what that holds.
 
     The `image_id` of a target is the position in `paths`; `read_picture` decodes one upright.
-    Boxes of at least `score_threshold` are drawn, the file has all: COCO results with the
-    picture's and the category's name. Unreadable pictures are named and left out.
+    Boxes that reach their label's of `score_thresholds` are drawn, the file has all: COCO results
+    with the picture's and the category's name. Unreadable pictures are named and left out.
 
     Raises:
         ConfigError: a drawn copy would overwrite one of the pictures.
@@ -54,7 +54,7 @@ def predict(
         for target, detection in zip(batch.targets, found, strict=True):
             i = int(target["image_id"])
             detection = _named_only(detection, classes)
-            image, count = _draw(read_picture(paths[i]), detection, classes, score_threshold)
+            image, count = _draw(read_picture(paths[i]), detection, classes, score_thresholds)
             _save(image, outputs[i])
             predictions += _to_json(i, names[i], detection, classes)
             done, drawn = done + 1, drawn + count
@@ -62,10 +62,11 @@ def predict(
         raise DataError(f"--input: expected pictures, got {unreadable} that cannot be read.")
     predictions.sort(key=lambda p: (p["image_id"], -p["score"]))
     write_atomic(output_dir / "predictions.json", json.dumps(predictions, indent=1) + "\n")
+    least = sorted({t for k, t in enumerate(score_thresholds) if classes.in_use(k)})
+    reached = f"score {least[0]}" if len(least) == 1 else "their class's score threshold"
     console(
-        f"written to {output_dir}: {done} pictures with {drawn} boxes of score "
-        f"{score_threshold} or more, predictions.json"
-        + (f"; {unreadable} pictures could not be read" if unreadable else "")
+        f"written to {output_dir}: {done} pictures with {drawn} boxes of {reached} or more, "
+        "predictions.json" + (f"; {unreadable} pictures could not be read" if unreadable else "")
     )
     return predictions
 
@@ -122,10 +123,14 @@ def _named_only(detection: dict[str, Tensor], classes: Classes) -> dict[str, Ten
 
 
 def _draw(
-    image: Image.Image, detection: dict[str, Tensor], classes: Classes, score_threshold: float
+    image: Image.Image,
+    detection: dict[str, Tensor],
+    classes: Classes,
+    score_thresholds: Sequence[float],
 ) -> tuple[Image.Image, int]:
     """Return a drawn copy and the number of boxes in it."""
-    shown = detection["scores"] >= score_threshold
+    least = torch.tensor(score_thresholds, dtype=torch.float64)[detection["labels"]]
+    shown = detection["scores"] >= least
     labels = detection["labels"][shown].tolist()
     scores = detection["scores"][shown].tolist()
     names = [classes.shown(label) for label in labels]

@@ -140,6 +140,7 @@ class Trainer:
         self.epoch, self.epoch_step = progress["next_epoch"], progress["next_step"]
         self.seconds, self.unevaluated = progress["seconds"], progress["unevaluated"]
         self.best = dict(content["best"])
+        self.validation.thresholds = dict(content.get("thresholds", {}))  # older files have none
         states = progress["rng"]
         if runner.world.size == len(states):
             set_rng_state(states[runner.world.rank])
@@ -263,6 +264,7 @@ class Trainer:
             "epoch": self.epoch - 1 if self.epoch_step == 0 else self.epoch,
             "progress": progress,
             "best": self.best,
+            "thresholds": self.validation.thresholds,
             **self.identity,
         }
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from engine.analysis.thresholds import thresholds_by_name
 from engine.coco_evaluator import CocoEvaluator, EvalResult, save_results
 from engine.evaluate import PostProcessor, evaluate
 from engine.train import StepRunner, diverged
@@ -24,7 +25,7 @@ class Validation:
     """What evaluating a run needs.
 
     `draw` makes pictures from the evaluator and names them; they go to TensorBoard and to
-    `pictures/`.
+    `pictures/`. `thresholds` are the last evaluation's best, by class name, in the main process.
     """
 
     batches: Iterable[Batch]
@@ -33,6 +34,7 @@ class Validation:
     draw: Callable[[CocoEvaluator], Mapping[str, Image.Image]]
     output_dir: Path
     log: RunLog
+    thresholds: dict[str, float] = field(default_factory=dict)
 
     def run(
         self, runner: StepRunner, label: str, stopping: Callable[[], bool]
@@ -80,6 +82,7 @@ class Validation:
             f"{runner.step}, evaluated in {time.perf_counter() - started:.0f} s"
         )
         if runner.world.main:
+            self.thresholds = thresholds_by_name(evaluator)
             save_results(self.output_dir, result, evaluator.detections)
             self._show(runner.step - 1, f"{prefix}val", result, losses, evaluator)
         return result, {

@@ -1,6 +1,7 @@
 """The detector: backbone, projections, deformable transformer, heads (arXiv 2010.04159, Fig. 1)."""
 
 import copy
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
@@ -97,6 +98,19 @@ class DeformableDETR(nn.Module):
             self.query_embed = nn.Embedding(num_queries, d_model * 2)
         self.input_proj = build_input_proj(backbone.channels, d_model, num_feature_levels)
         self.backbone = backbone
+        self._in_evaluation: list[nn.Module] = []
+
+    def stay_in_evaluation(self, parts: Sequence[nn.Module]) -> None:
+        """Keep parts of the model in evaluation mode from now on, whatever `train` says."""
+        self._in_evaluation = list(parts)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "DeformableDETR":
+        """Set training mode; dropout and norms of frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for part in self._in_evaluation:
+            part.eval()
+        return self
 
     def forward(self, batch: PaddedBatch) -> DetectorOutput:
         """Detect objects in a padded batch of normalised images."""

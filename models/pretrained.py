@@ -3,7 +3,7 @@
 import argparse
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,8 @@ class Pretrained:
     `state_dict` has official keys. `model_options` holds `ModelConfig` values as far as the
     source tells them. `config` is the saved configuration of our own files. `image_mean` and
     `image_std` are per channel, in 0..1; `image_size` is (short side, longest long side) in
-    pixels; None where the source does not say.
+    pixels; None where the source does not say. `thresholds`, of our own files, has the best score
+    threshold by class name, of classes that have one.
     """
 
     state_dict: dict[str, Tensor]
@@ -43,6 +44,7 @@ class Pretrained:
     image_size: tuple[int, int] | None
     kind: Literal["ours", "official", "hugging_face"]
     source: str
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
 
 def load_pretrained(source: str, *, ema: bool = True) -> Pretrained:
@@ -104,6 +106,7 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
         image_size=None,
         kind="ours",
         source=source,
+        thresholds=content.get("thresholds", {}),
     )
 
 

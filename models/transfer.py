@@ -6,9 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.official import count_layers, official_options
+from models.synonyms import matching_names
 from util.classes import Classes
 from util.errors import CheckpointError
 
@@ -50,7 +52,8 @@ class TransferReport:
 
     `copied`: names copied whole. `by_name`: class-head tensors filled row by row.
     `reinitialised`: names of the model that keep fresh weights -> why. `ignored`: names of the
-    checkpoint without use -> why. `adapted`: tensors changed to fit -> how.
+    checkpoint without use -> why. `adapted`: tensors changed to fit -> how. `renamed`: classes
+    of the model -> what the checkpoint calls them, where more than upper and lower case differs.
     """
 
     copied: list[str] = field(default_factory=list)
@@ -60,19 +63,21 @@ class TransferReport:
     ignored: dict[str, str] = field(default_factory=dict)
     matched_classes: tuple[str, ...] = ()
     fresh_classes: tuple[str, ...] = ()
+    renamed: dict[str, str] = field(default_factory=dict)
 
     def table(self) -> str:
         """Return a few lines: counts, and groups of keys with what happened to them."""
         known = len(self.matched_classes)
-        rows = [("copied", len(self.copied), "")]
-        rows.append(
-            (
-                "rows by class name",
-                len(self.by_name),
-                f"{known} of {known + len(self.fresh_classes)} classes known"
-                + (f", fresh: {_some(self.fresh_classes)}" if self.fresh_classes else ""),
-            )
-        )
+        by_name = f"{known} of {known + len(self.fresh_classes)} classes known"
+        if self.renamed:
+            other = _some(f"{ours} from {theirs}" for ours, theirs in self.renamed.items())
+            by_name += f" ({other})"
+        if self.fresh_classes:
+            by_name += f", fresh: {_some(self.fresh_classes)}"
+        rows = [
+            ("copied", len(self.copied), ""),
+            ("rows by class name", len(self.by_name), by_name),
+        ]
         for title, entries in (
             ("adapted", self.adapted),
             ("re-initialised", self.reinitialised),
@@ -91,20 +96,25 @@ def transfer(
 ) -> TransferReport:
     """Start `model` from the weights of another training, as far as they fit.
 
-    Tensors of equal name and shape are copied. Rows of the class heads follow the class name
-    (upper and lower case alike; an unnamed class matches nothing), so labels may have another
-    order or number. A two-stage model ranks proposals by row 0 of the encoder's class head: that
-    row is kept. Missing queries are noisy copies of the first ones (equal queries would never
-    part). Everything else keeps its fresh weights and is reported.
+    Tensors of equal name and shape are copied. Rows of the class heads follow the class name, see
+    `models.synonyms.matching_names`, so labels may have another order or number. A two-stage model
+    ranks proposals by row 0 of the encoder's class head: that row is kept. Missing queries are
+    noisy copies of the first ones (equal queries would never part); of too many, those stay whose
+    reference points lie farthest apart. Everything else keeps its fresh weights and is reported.
 
     Raises:
         CheckpointError: less than a third of the model's parameters could be copied.
     """
-    pairs = _matching_rows(source_classes, target_classes)
+    pairs = matching_names(source_classes.names, target_classes.names)
     matched = {target for _, target in pairs}
     report = TransferReport(
         matched_classes=tuple(target_classes.names[i] for i in sorted(matched)),
         fresh_classes=tuple(n for i, n in enumerate(target_classes.names) if i not in matched),
+        renamed={
+            target_classes.names[ours]: source_classes.names[theirs]
+            for theirs, ours in pairs
+            if target_classes.names[ours].casefold() != source_classes.names[theirs].casefold()
+        },
     )
     source = {k: v for k, v in state_dict.items() if not k.endswith(_COUNTER)}
     target = {k: v for k, v in model.state_dict().items() if not k.endswith(_COUNTER)}
@@ -112,21 +122,16 @@ def transfer(
     used = set(origin.values())
     with torch.no_grad():
         for name, tensor in target.items():
-            if name in origin:
-                _fill(name, tensor, source[origin[name]], _rows_for(name, target, pairs), report)
-            else:
+            if name not in origin:
                 report.reinitialised[name] = "not in the checkpoint"
+            elif name == _QUERIES:
+                _fill_queries(tensor, source, report)
+            else:
+                _fill(name, tensor, source[origin[name]], _rows_for(name, target, pairs), report)
     _drop_aliases(report, target)
     report.ignored.update({k: "not in the model" for k in source if k not in used})
     _check_enough(report, source, target)
     return report
-
-
-def _matching_rows(source: Classes, target: Classes) -> list[tuple[int, int]]:
-    """Return (source label, target label) of every class named alike."""
-    label_of = {name.casefold(): i for i, name in enumerate(source.names) if name}
-    names = [name.casefold() for name in target.names]
-    return [(label_of[name], i) for i, name in enumerate(names) if name in label_of]
 
 
 def _proposal_index(state_dict: Mapping[str, Tensor]) -> int | None:
@@ -184,9 +189,6 @@ def _fill(
         for theirs, ours in rows:
             tensor[ours].copy_(given[theirs])
         report.by_name.append(name)
-    elif name == _QUERIES and tensor.shape[1:] == given.shape[1:] and len(tensor) != len(given):
-        _fill_queries(tensor, given)
-        report.adapted[name] = f"{len(given)} queries to {len(tensor)}"
     elif rows is None and tensor.shape == given.shape:
         tensor.copy_(given)
         report.copied.append(name)
@@ -194,12 +196,40 @@ def _fill(
         report.reinitialised[name] = f"shape {tuple(tensor.shape)}, checkpoint {tuple(given.shape)}"
 
 
-def _fill_queries(tensor: Tensor, given: Tensor) -> None:
+def _fill_queries(tensor: Tensor, source: Mapping[str, Tensor], report: TransferReport) -> None:
+    given = source[_QUERIES]
+    if tensor.shape[1:] != given.shape[1:] or len(tensor) == len(given):
+        _fill(_QUERIES, tensor, given, None, report)
+        return
     count = len(given)
+    report.adapted[_QUERIES] = f"{count} queries to {len(tensor)}"
+    if len(tensor) < count:
+        tensor.copy_(given[_farthest_apart(_reference_points(source), len(tensor))])
+        return
     tensor.copy_(given[torch.arange(len(tensor), device=given.device) % count])
-    if len(tensor) > count:
-        extra = tensor[count:]
-        extra += torch.randn_like(extra) * (_QUERY_NOISE * float(given.float().std()))
+    extra = tensor[count:]
+    extra += torch.randn_like(extra) * (_QUERY_NOISE * float(given.float().std()))
+
+
+def _reference_points(source: Mapping[str, Tensor]) -> Tensor:
+    """Return where each query looks first, in fractions of the picture. Shape: [Q,2]."""
+    query_pos = source[_QUERIES].chunk(2, dim=1)[0]
+    weight, bias = (source[f"transformer.reference_points.{part}"] for part in ("weight", "bias"))
+    return F.linear(query_pos.float(), weight.float(), bias.float()).sigmoid()
+
+
+def _farthest_apart(points: Tensor, count: int) -> Tensor:
+    """Return, in order, which points to keep so that they cover the picture most evenly.
+
+    Beginning in the middle, each is the one farthest from those before. Shape: [Q,2] -> [count].
+    """
+    chosen = [int((points - 0.5).norm(dim=1).argmin())]
+    distance = (points - points[chosen[0]]).norm(dim=1)
+    while len(chosen) < count:
+        distance[chosen[-1]] = -1.0  # points may coincide, but none is taken twice
+        chosen.append(int(distance.argmax()))
+        distance = distance.minimum((points - points[chosen[-1]]).norm(dim=1))
+    return torch.tensor(sorted(chosen), device=points.device)
 
 
 def _drop_aliases(report: TransferReport, target: Mapping[str, Tensor]) -> None:

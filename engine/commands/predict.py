@@ -1,6 +1,8 @@
 """`main.py predict`: what a checkpoint finds in pictures."""
 
 import argparse
+import json
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +14,14 @@ from datasets.pictures import PictureDataset, find_pictures
 from engine.commands.detector import load_detector, saved_data_options
 from engine.predict import predict
 from models.postprocess import PostProcess
+from util.classes import Classes
 from util.config import Values
 from util.device import pick_device
 from util.errors import ConfigError
+from util.files import write_atomic
+from util.run_log import console
+
+_MOST_TOLD = 10
 
 
 def predict_pictures(args: argparse.Namespace, given: Values) -> int:
@@ -28,6 +35,9 @@ def predict_pictures(args: argparse.Namespace, given: Values) -> int:
     chosen = {n: v for n in ("eval_scale", "max_size", "nms_iou") if (v := getattr(options, n))}
     data = DataConfig(**{**saved_data_options(pretrained), **chosen})
     dataset = PictureDataset(paths, build_transform(data, train=False, mean=mean, std=std))
+    best = {} if "score_threshold" in given["predict"] else pretrained.thresholds
+    thresholds = thresholds_by_label(pretrained.classes, best, options.score_threshold)
+    output_dir = Path(options.output_dir)
     predict(
         model,
         PostProcess(nms_iou=data.nms_iou),
@@ -35,8 +45,32 @@ def predict_pictures(args: argparse.Namespace, given: Values) -> int:
         paths=paths,
         read_picture=partial(read_rgb, stated_size=None),
         classes=pretrained.classes,
-        output_dir=Path(options.output_dir),
+        output_dir=output_dir,
         device=device,
-        score_threshold=options.score_threshold,
+        score_thresholds=thresholds,
     )
+    tell_thresholds(output_dir, pretrained.classes, thresholds, chosen_by_checkpoint=bool(best))
     return 0
+
+
+def thresholds_by_label(
+    classes: Classes, best: Mapping[str, float], otherwise: float
+) -> list[float]:
+    """Return the least score drawn of each label: the best of its class, where there is one."""
+    return [best.get(classes.shown(label), otherwise) for label in range(len(classes))]
+
+
+def tell_thresholds(
+    output_dir: Path, classes: Classes, thresholds: Sequence[float], *, chosen_by_checkpoint: bool
+) -> None:
+    """Write `score_thresholds.json`, and print them if they are the checkpoint's."""
+    by_name = {classes.shown(k): t for k, t in enumerate(thresholds) if classes.in_use(k)}
+    path = output_dir / "score_thresholds.json"
+    write_atomic(path, json.dumps(by_name, indent=1, ensure_ascii=False) + "\n")
+    if chosen_by_checkpoint:
+        shown = ", ".join(f"{name} {t:.2f}" for name, t in list(by_name.items())[:_MOST_TOLD])
+        more = f", ... ({len(by_name)}, all in {path.name})" if len(by_name) > _MOST_TOLD else ""
+        console(
+            f"score thresholds, those of the checkpoint's last evaluation: {shown}{more}. "
+            "--score_threshold sets one for all."
+        )

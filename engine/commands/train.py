@@ -5,7 +5,6 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from datasets.coco import CocoDetection, CocoIndex
 from datasets.loader import Share, TrainLoader, eval_loader, share_out, train_loader
 from engine.checkpoint import CheckpointFolder, check_same, load_checkpoint
 from engine.coco_evaluator import CocoEvaluator
+from engine.commands.first_weights import Start, build_training_model
 from engine.ema import Ema
 from engine.gallery import draw_gallery, evenly_spaced
 from engine.launch import launch
@@ -34,30 +34,18 @@ from engine.train import StepRunner
 from engine.trainer import Trainer, count_parameters, versions
 from engine.validation import Validation
 from engine.watchdog import FlatLossWatchdog
-from models.build import ALL_STAGES, build_criterion, build_model
+from models.build import ALL_STAGES, build_criterion
 from models.checkpointing import set_checkpointing
 from models.compiling import compile_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
-from models.pretrained import Pretrained, load_pretrained
-from models.transfer import transfer
-from util.classes import Classes
+from models.pretrained import load_pretrained
 from util.config import Values, changed_options, merge, to_yaml
 from util.device import be_deterministic, own_device, pick_device, seed_everything
 from util.distributed import World, join_world, leave_world, started_by_launcher
 from util.errors import ConfigError
 from util.files import write_atomic
 from util.run_log import RunLog, console
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: its options, and the weights or the checkpoint it goes on from."""
-
-    config: Config
-    pretrained: Pretrained | None = None
-    checkpoint: Path | None = None
-    preprocessing: Mapping[str, Sequence[float]] | None = None  # the checkpoint's
 
 
 @dataclass(frozen=True)
@@ -176,7 +164,11 @@ def fixed_on_resume(config: Config) -> dict[str, Any]:
     """Return what the place in an epoch and the optimiser's state depend on."""
     optim = config.optim
     frozen = ALL_STAGES if optim.lr_backbone == 0 else optim.frozen_stages
-    return {"effective_batch_size": optim.effective_batch_size, "frozen_stages": frozen}
+    return {
+        "effective_batch_size": optim.effective_batch_size,
+        "frozen_stages": frozen,
+        "freeze": optim.freeze,
+    }
 
 
 def build_trainer(start: Start, place: Place, folder: CheckpointFolder, log: RunLog) -> Trainer:
@@ -328,39 +320,6 @@ def try_largest_step(runner: StepRunner, dataset: CocoDetection, place: Place) -
         for buffer, before in buffers:
             buffer.copy_(before)
     console(result.line())
-
-
-def build_training_model(
-    start: Start, classes: Classes
-) -> tuple[DeformableDETR, Sequence[float], Sequence[float]]:
-    """Build the model with its first weights; return it and the pictures' mean and deviation."""
-    config, pretrained = start.config, start.pretrained
-    inherited = start.checkpoint is not None or (
-        pretrained is not None
-        and pretrained.model_options.get("backbone", config.model.backbone) == config.model.backbone
-    )
-    model = build_model(
-        config.model,
-        num_classes=len(classes),
-        backbone_weights="none" if inherited else config.run.backbone_weights,
-        frozen_stages=config.optim.frozen_stages if config.optim.lr_backbone else ALL_STAGES,
-    )
-    mean: Sequence[float] = model.backbone.mean
-    std: Sequence[float] = model.backbone.std
-    if start.preprocessing is not None:
-        mean, std = start.preprocessing["mean"], start.preprocessing["std"]
-    if pretrained is not None:
-        nheads = pretrained.model_options.get("nheads", config.model.nheads)
-        if nheads != config.model.nheads:  # the one difference that shapes do not show
-            raise ConfigError(f"--nheads {config.model.nheads}: --finetune has {nheads}. Use that.")
-        report = transfer(
-            model, pretrained.state_dict,
-            source_classes=pretrained.classes, target_classes=classes,
-        )  # fmt: skip
-        console(report.table())
-        if inherited:
-            mean, std = pretrained.image_mean or mean, pretrained.image_std or std
-    return model, mean, std
 
 
 def build_validation(

@@ -102,7 +102,7 @@ def run(paths: list[Path], output_dir: Path, *, threshold: float = 0.5) -> list[
         classes=CLASSES,
         output_dir=output_dir,
         device=torch.device("cpu"),
-        score_threshold=threshold,
+        score_thresholds=[threshold] * len(CLASSES),
     )
 
 

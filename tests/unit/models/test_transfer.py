@@ -137,17 +137,47 @@ def test_shared_heads_become_separate_ones() -> None:
     assert not report.reinitialised
 
 
-@pytest.mark.parametrize("count", [4, 15])
-def test_number_of_queries_may_change(count: int) -> None:
+def test_more_queries_are_noisy_copies() -> None:
     names = classes("cat", "dog", "cow", "hen")
-    report, _, after = run(build(4, num_queries=count), _SOURCE, names, names)
+    report, _, after = run(build(4, num_queries=15), _SOURCE, names, names)
     given_rows, rows = _SOURCE["query_embed.weight"], after["query_embed.weight"]
-    assert rows[:6].equal(given_rows[: min(count, 6)])
+    assert rows[:6].equal(given_rows)
+    assert report.adapted == {"query_embed.weight": "6 queries to 15"}
+    noise = rows[6:12] - given_rows
+    assert 0.05 < float(noise.std()) < 0.2
+    assert len({tuple(row) for row in rows.tolist()}) == 15
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_of_too_many_queries_those_that_cover_the_picture_stay(count: int) -> None:
+    # in a model that reads its reference points off the first two numbers of a query
+    points = [(0.1, 0.1), (0.5, 0.5), (0.12, 0.1), (0.9, 0.9), (0.12, 0.12), (0.9, 0.15)]
+    source, names = dict(_SOURCE), classes("cat", "dog", "cow", "hen")
+    source["query_embed.weight"] = source["query_embed.weight"].clone()
+    source["query_embed.weight"][:, :2] = torch.tensor(points).logit()
+    source["transformer.reference_points.weight"] = torch.eye(2, 32)
+    source["transformer.reference_points.bias"] = torch.zeros(2)
+    report, _, after = run(build(4, num_queries=count), source, names, names)
+    kept = {1: [1], 3: [0, 1, 3], 5: [0, 1, 3, 4, 5]}[count]
+    assert after["query_embed.weight"].equal(source["query_embed.weight"][kept])
     assert report.adapted == {"query_embed.weight": f"6 queries to {count}"}
-    if count > 6:
-        noise = rows[6:12] - given_rows
-        assert 0.05 < float(noise.std()) < 0.2
-        assert len({tuple(row) for row in rows.tolist()}) == count
+
+
+def test_queries_that_coincide_are_taken_once() -> None:
+    source, names = dict(_SOURCE), classes("cat", "dog", "cow", "hen")
+    source["transformer.reference_points.weight"] = torch.zeros(2, 32)
+    _, _, after = run(build(4, num_queries=4), source, names, names)
+    assert len({tuple(row) for row in after["query_embed.weight"].tolist()}) == 4
+
+
+def test_a_synonym_takes_the_row_and_is_told() -> None:
+    source = weights(91)
+    ours = classes("pedestrian", "Dogs", "aeroplane")
+    report, _, after = run(build(3), source, coco_logit_classes(), ours)
+    assert after["class_embed.1.bias"].equal(source["class_embed.1.bias"][[1, 18, 5]])
+    assert report.renamed == {"pedestrian": "person", "Dogs": "dog", "aeroplane": "airplane"}
+    told = "3 of 3 classes known (pedestrian from person, Dogs from dog, aeroplane from airplane)"
+    assert told in report.table()
 
 
 def test_other_levels_are_reported_and_nothing_is_lost() -> None:
