@@ -9,12 +9,14 @@ from typing import Any
 
 from configs.schema import (
     SECTIONS,
+    CheckConfig,
     ConvertConfig,
     EvalConfig,
     EvalDataConfig,
     PredictConfig,
     PreviewConfig,
 )
+from engine.commands.check import check
 from engine.commands.convert import convert_dataset
 from engine.commands.doctor import doctor
 from engine.commands.evaluate import evaluate_checkpoint
@@ -36,6 +38,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Values], int], dict[str,
     "eval": (evaluate_checkpoint, {"eval": EvalConfig, "data": EvalDataConfig}),
     "predict": (predict_pictures, {"predict": PredictConfig}),
     "convert": (convert_dataset, {"convert": ConvertConfig}),
+    "check": (check, {**SECTIONS, "check": CheckConfig}),
     "preview": (preview, {**SECTIONS, "preview": PreviewConfig}),
     "doctor": (doctor, {}),
 }
@@ -57,7 +60,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[str, argparse.Namespace, Va
         prog=f"main.py {argv[0]}", description=function.__doc__, allow_abbrev=False
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback on user errors")
-    if argv[0] in ("train", "preview"):
+    if argv[0] in ("train", "preview", "check"):
         parser.add_argument("--config", metavar="FILE", help="preset or YAML file of options")
     add_options(parser, sections)
     args, given = parse_flags(parser, argv[1:], sections)

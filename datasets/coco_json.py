@@ -177,7 +177,7 @@ def _check_categories(entries: Sequence[Any], place: Path) -> None:
     seen: set[int] = set()
     for position, entry in enumerate(entries):
         number = entry.get("id") if isinstance(entry, Mapping) else None
-        if not _is_whole(number):
+        if not is_whole(number):
             raise DataError(
                 f"{place}: category at position {position}: expected an integer `id`, "
                 f"got {number!r:.40}."
@@ -192,7 +192,7 @@ def _read_images(entries: Sequence[Any], findings: list[Finding]) -> Images:
     sizes = np.zeros((len(used), 2), dtype=np.int64)
     for i, entry in enumerate(used):
         height, width = entry.get("height"), entry.get("width")
-        if _is_side(height) and _is_side(width):
+        if is_side(height) and is_side(width):
             sizes[i] = height, width
     ids = np.array([entry["id"] for entry in used], dtype=np.int64)
     return Images(ids, Names.of(entry["file_name"] for entry in used), sizes)
@@ -206,7 +206,7 @@ def _usable_images(entries: Sequence[Any], findings: list[Finding]) -> list[Entr
     unnumbered: list[str] = []
     for position, entry in enumerate(entries):
         number = entry.get("id") if isinstance(entry, Mapping) else None
-        if not _is_whole(number):
+        if not is_whole(number):
             unnumbered.append(f"position {position}")
             continue
         name = entry.get("file_name")
@@ -241,7 +241,7 @@ def _usable_annotations(entries: Sequence[Any], findings: list[Finding]) -> Sequ
     if odd:
         findings += at_places("not_an_object", "annotations that are not objects, left out", odd)
         entries = [entry for entry in entries if isinstance(entry, Mapping)]
-    ids = {entry["id"] for entry in entries if _is_whole(entry.get("id"))}
+    ids = {entry["id"] for entry in entries if is_whole(entry.get("id"))}
     if len(ids) < len(entries):
         count = len(entries) - len(ids)
         entries = [{**entry, "id": number} for number, entry in enumerate(entries, 1)]
@@ -251,7 +251,7 @@ def _usable_annotations(entries: Sequence[Any], findings: list[Finding]) -> Sequ
         )
         findings.append(Finding("renumbered", count, line))
     lacking = {
-        "area": np.array([not _is_area(entry.get("area")) for entry in entries], dtype=np.bool_),
+        "area": np.array([not is_area(entry.get("area")) for entry in entries], dtype=np.bool_),
         "iscrowd": np.array([entry.get("iscrowd") not in (0, 1) for entry in entries], np.bool_),
     }
     counts = [f"{key} of {int(found.sum())}" for key, found in lacking.items() if found.any()]
@@ -292,8 +292,8 @@ def _read_annotations(
     xywh, area = np.empty((len(used), 4)), np.empty(len(used))
     for i, entry in enumerate(used):
         box = entry.get("bbox")
-        xywh[i] = box if _four_numbers(box) else np.nan
-        area[i] = entry["area"] if _is_area(entry.get("area")) else np.nan
+        xywh[i] = box if is_box(box) else np.nan
+        area[i] = entry["area"] if is_area(entry.get("area")) else np.nan
     return Annotations(
         np.array([entry["id"] for entry in used], dtype=np.int64),
         image[known],
@@ -307,27 +307,31 @@ def _read_annotations(
 def _look_up(table: Mapping[int, int], entries: Sequence[Entry], key: str) -> IntArray:
     """Return what the table has for `key` of each entry, -1 where it has nothing."""
     values = (entry.get(key) for entry in entries)
-    found = (table.get(value, -1) if _is_whole(value) else -1 for value in values)
+    found = (table.get(value, -1) if is_whole(value) else -1 for value in values)
     return np.fromiter(found, dtype=np.int64, count=len(entries))
 
 
-def _is_whole(value: Any) -> TypeGuard[int]:
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Tell whether a JSON value is a whole number that fits 64 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def _is_side(value: Any) -> TypeGuard[float]:
-    return _is_number(value) and value >= 1
+def is_side(value: Any) -> TypeGuard[float]:
+    """Tell whether a JSON value can be a width or a height."""
+    return is_number(value) and value >= 1
 
 
-def _four_numbers(box: Any) -> bool:
-    return isinstance(box, list) and len(box) == 4 and all(_is_number(value) for value in box)
+def is_box(box: Any) -> bool:
+    """Tell whether a JSON value is a list of four finite numbers."""
+    return isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)
 
 
-def _is_area(value: object) -> bool:
-    return isinstance(value, (int, float)) and _is_number(value) and value >= 0
+def is_area(value: object) -> TypeGuard[float]:
+    """Tell whether a JSON value can be an area."""
+    return isinstance(value, (int, float)) and is_number(value) and value >= 0
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Tell whether a JSON value is a finite number (NaN and Infinity fail the comparison)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
 

@@ -20,7 +20,7 @@ READ_ERRORS = (
     Image.DecompressionBombError,
 )
 _ORIENTATION = 0x0112  # EXIF tag
-_TURNED = (5, 6, 7, 8)  # orientations that swap width and height
+TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 def read_size(path: Path, *, upright: bool) -> tuple[int, int] | None:
@@ -30,9 +30,9 @@ def read_size(path: Path, *, upright: bool) -> tuple[int, int] | None:
     """
     try:
         with Image.open(path) as image:
-            _refuse_bomb(image)
+            refuse_bomb(image)
             width, height = image.size
-            turned = upright and _orientation(image) in _TURNED
+            turned = upright and orientation_of(image) in TURNED
     except READ_ERRORS:
         return None
     return (width, height) if turned else (height, width)
@@ -59,16 +59,16 @@ def read_reduced(
         READ_ERRORS: the file cannot be decoded to its end.
     """
     with Image.open(path) as image:
-        _refuse_bomb(image)
+        refuse_bomb(image)
         if not isinstance(image, JpegImageFile):
             image.load()  # the orientation may stand behind the pixels
         stored_size = (image.height, image.width)
         if stated_size is None:
-            upright = _orientation(image) != 1
+            upright = orientation_of(image) != 1
         else:
             upright = stated_size == stored_size[::-1] != stored_size
-            upright = upright and _orientation(image) in _TURNED
-        turned = upright and _orientation(image) in _TURNED
+            upright = upright and orientation_of(image) in TURNED
+        turned = upright and orientation_of(image) in TURNED
         size = stored_size[::-1] if turned else stored_size
         factor = _reduction(size, decoded_size(*size))
         if factor > 1:
@@ -77,7 +77,7 @@ def read_reduced(
         return _to_rgb(ImageOps.exif_transpose(image) if upright else image), size
 
 
-def _refuse_bomb(image: Image.Image) -> None:
+def refuse_bomb(image: Image.Image) -> None:
     """Raise beyond the number of pixels at which Pillow only warns: a small file can claim any."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
@@ -98,7 +98,7 @@ def _reduction(size: tuple[int, int], least: tuple[int, int]) -> int:
     return 1
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (as stored) where the tag is missing or damaged."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from engine.analysis.analyse import Analysis
-from engine.analysis.charts import STYLE, bar, curve_chart, heat, picture, shown, table
 from engine.analysis.errors import KINDS
 from util.files import write_atomic
+from util.page import STYLE, bar, curve_chart, heat, picture, shown, table
 
 _MOST_IN_MATRIX = 30
 

@@ -1,4 +1,4 @@
-"""Parts of a page: tables, bars, curves as SVG, pictures as data."""
+"""Parts of a page: tables, bars, charts as SVG, pictures as data."""
 
 import base64
 import io
@@ -17,6 +17,7 @@ STYLE = """
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 68rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .3rem; }
+h3 { font-size: 1rem; margin: 1.6rem 0 .2rem; }
 p { margin: .3rem 0 .8rem; color: var(--soft); max-width: 46rem; } a { color: var(--c0); }
 .wide { overflow-x: auto; } .wide:focus-visible, a:focus-visible, summary:focus-visible {
   outline: 2px solid var(--c0); outline-offset: 2px; }
@@ -125,6 +126,57 @@ def curve_chart(
             f'<text x="12" y="{top + up / 2}" text-anchor="middle" '
             f'transform="rotate(-90 12 {top + up / 2})">precision</text>'
         )
+    return (
+        f'<svg role="img" aria-label="{escape(description)}" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}">{"".join(parts)}</svg>'
+    )
+
+
+def column_chart(
+    labels: Sequence[str],
+    series: Mapping[str, Sequence[int]],
+    description: str,
+    *,
+    across: str,
+    width: int = 560,
+) -> str:
+    """Return columns over `labels` as SVG: what share of each series' total falls there."""
+    left, top, bottom, height = 44, 32, 52, 260
+    step = (width - left - 8) / len(labels)
+    up, wide = height - top - bottom, step * 0.8 / max(1, len(series))
+    shares = {n: [c / max(1, sum(counts)) for c in counts] for n, counts in series.items()}
+    most = max((max(s) for s in shares.values()), default=0) or 1
+    parts = []
+    for part in (0, 0.5, 1):
+        y = top + (1 - part) * up
+        parts.append(
+            f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">'
+            f"{100 * part * most:.0f}%</text>"
+        )
+    for i, (name, counts) in enumerate(series.items()):
+        start = left + i * 120
+        parts.append(
+            f'<rect x="{start}" y="10" width="12" height="12" fill="var(--c{i % 3})"/>'
+            f'<text x="{start + 18}" y="20">{escape(name)}</text>'
+        )
+        for j, count in enumerate(counts):
+            tall = up * shares[name][j] / most
+            x = left + j * step + step * 0.1 + i * wide
+            parts.append(
+                f'<rect x="{x:.1f}" y="{top + up - tall:.1f}" width="{wide:.1f}" '
+                f'height="{tall:.1f}" fill="var(--c{i % 3})">'
+                f"<title>{escape(name)}, {escape(labels[j])}: {count}</title></rect>"
+            )
+    for j, label in enumerate(labels):
+        parts.append(
+            f'<text x="{left + (j + 0.5) * step:.1f}" y="{top + up + 18}" '
+            f'text-anchor="middle">{escape(label)}</text>'
+        )
+    parts.append(
+        f'<text x="{left + (width - left) / 2}" y="{height - 8}" text-anchor="middle">'
+        f"{escape(across)}</text>"
+    )
     return (
         f'<svg role="img" aria-label="{escape(description)}" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}">{"".join(parts)}</svg>'

@@ -1,0 +1,193 @@
+"""Check boxes: first what the numbers of the whole set mean, then each box in its picture."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets.doctor.ledger import XYWH, Box, Ledger, Picture
+from datasets.sample import resized_size
+
+Layout = Literal["xywh", "xyxy", "cxcywh"]
+Pairs = list[tuple[Picture, Box]]
+
+_LEAST = 10  # boxes from which a set has statistics
+_SOUND, _CONVINCING = 0.8, 0.9  # shares of boxes that fit their pictures
+_LEAST_AT_ONE = 5  # boxes at 1 where others would be at 0
+_CELL = 8  # pixels of the finest feature level's cells
+_NEW_AREA = ("normalised_bbox", "xyxy_bbox", "cxcywh_bbox")  # the old one is of other numbers
+_SLACK = 1  # pixels past the edge that training does not tell of either
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the model and its training set: queries, the smallest short side, the longest side."""
+
+    num_queries: int
+    short_side: int
+    max_size: int
+
+
+def check_boxes(ledger: Ledger, limits: Limits) -> None:
+    """Note the flaws of all boxes, and bring those that can be mended into pixels xywh."""
+    pairs = [(picture, box) for picture in ledger.pictures for box in picture.boxes]
+    fractions: Pairs = []
+    pixels: Pairs = []
+    for pair in pairs:
+        (fractions if _is_fraction(pair[1].raw) else pixels).append(pair)
+    if len(fractions) >= max(_LEAST, _CONVINCING * len(pairs)):  # a whole picture is 0 0 1 1
+        fractions += [pair for pair in pixels if max(map(abs, pair[1].raw)) <= 1]
+        pixels = [pair for pair in pixels if max(map(abs, pair[1].raw)) > 1]
+    _read_fractions(ledger, fractions)
+    _read_pixels(ledger, pixels)
+    _find_one_based(ledger, pixels)
+    for picture, box in pairs:
+        if not box.flaw:
+            _check_box(ledger, picture, box, limits)
+        if box.flaw:
+            ledger.drop("annotations", box.position, box.flaw)
+        else:
+            _note_changes(ledger, box)
+    for picture in ledger.pictures:
+        count = len(picture.usable_boxes)
+        if count > limits.num_queries:
+            ledger.tell_picture("too_many_boxes", picture, f"{count} boxes")
+        if not count:
+            ledger.tell_picture("no_boxes", picture)
+
+
+def _is_fraction(raw: XYWH) -> bool:
+    within = all(0 <= value <= 1 for value in raw)
+    return within and raw[2] > 0 and raw[3] > 0 and any(value % 1 for value in raw)
+
+
+def _read_fractions(ledger: Ledger, pairs: Pairs) -> None:
+    values = np.array([box.raw for _, box in pairs]).reshape(-1, 4)
+    layout = find_layout(values, np.ones((len(pairs), 2)), slack=0.01)
+    for picture, box in pairs:
+        ledger.tell_box("normalised_bbox", picture, box)
+        if picture.size is None:
+            box.flaw = "normalised_bbox"
+            continue
+        height, width = picture.size
+        x, y, w, h = _as_xywh(box.raw, layout)
+        box.xywh = (x * width, y * height, w * width, h * height)
+        box.mended = "normalised_bbox"
+
+
+def _read_pixels(ledger: Ledger, pairs: Pairs) -> None:
+    known = [(box.raw, picture.size[::-1]) for picture, box in pairs if picture.size]
+    values = np.array([raw for raw, _ in known]).reshape(-1, 4)
+    bounds = np.array([size for _, size in known]).reshape(-1, 2)
+    layout = find_layout(values, bounds, slack=_SLACK)
+    if layout == "xywh":
+        return
+    for picture, box in pairs:
+        ledger.tell_box(f"{layout}_bbox", picture, box)
+        box.xywh, box.mended = _as_xywh(box.raw, layout), f"{layout}_bbox"
+
+
+def _as_xywh(raw: XYWH, layout: Layout) -> XYWH:
+    a, b, c, d = raw
+    if layout == "xyxy":
+        return a, b, c - a, d - b
+    return (a - c / 2, b - d / 2, c, d) if layout == "cxcywh" else raw
+
+
+def find_layout(
+    values: NDArray[np.float64], bounds: NDArray[np.float64], *, slack: float
+) -> Layout:
+    """Return what four numbers a box mean, by the share of boxes that fit their pictures.
+
+    Shape: values [A,4]; bounds [A,2] (width, height) in the same unit. Sound data fits as xywh;
+    another layout is believed where that fails for many boxes and the other holds for nearly all.
+    """
+    if len(values) < _LEAST:
+        return "xywh"
+    first, last = values[:, :2], values[:, 2:]
+    corners = {
+        "xywh": (first, first + last),
+        "xyxy": (first, last),
+        "cxcywh": (first - last / 2, first + last / 2),
+    }
+    share = {
+        layout: float(
+            ((low >= -slack) & (high <= bounds + slack) & (high > low)).all(axis=1).mean()
+        )
+        for layout, (low, high) in corners.items()
+    }
+    if share["xywh"] > _SOUND or max(share.values()) < _CONVINCING:
+        return "xywh"
+    return "xyxy" if share["xyxy"] >= share["cxcywh"] else "cxcywh"
+
+
+def _find_one_based(ledger: Ledger, pairs: Pairs) -> None:
+    """Tell sets that count from 1: whole numbers, many at 1 where edges are, none below."""
+    corners = np.array([box.xywh[:2] for _, box in pairs]).reshape(-1, 2)
+    if len(corners) < _LEAST or (corners % 1).any() or corners.min() < 1:
+        return
+    at_one, at_two = (int((corners == n).any(axis=1).sum()) for n in (1, 2))
+    if at_one < max(_LEAST_AT_ONE, len(corners) // 50) or at_one < 3 * at_two:
+        return
+    for picture, box in pairs:
+        ledger.tell_box("one_based", picture, box)
+        x, y, w, h = box.xywh
+        box.xywh, box.mended = (x - 1, y - 1, w, h), "one_based"
+
+
+def _check_box(ledger: Ledger, picture: Picture, box: Box, limits: Limits) -> None:
+    x, y, w, h = box.xywh
+    if w <= 0 or h <= 0:
+        box.flaw = "negative_bbox" if min(w, h) < 0 else "zero_bbox"
+    elif picture.size is not None:
+        height, width = picture.size
+        left, top = max(x, 0.0), max(y, 0.0)
+        right, bottom = min(x + w, width), min(y + h, height)
+        if right <= left or bottom <= top:
+            box.flaw = "outside_bbox"
+        else:
+            if x < -_SLACK or y < -_SLACK or x + w > width + _SLACK or y + h > height + _SLACK:
+                ledger.tell_box("past_edge", picture, box, _past(box, picture))
+                box.xywh = (left, top, right - left, bottom - top)
+                box.mended = box.mended or "past_edge"
+            if not box.crowd:
+                side = min(right - left, bottom - top) * _zoom(height, width, limits)
+                _judge_side(ledger, picture, box, side)
+            return
+    if box.flaw:
+        ledger.tell_box(box.flaw, picture, box)
+
+
+def _past(box: Box, picture: Picture) -> str:
+    assert picture.size is not None
+    numbers = ", ".join(f"{value:g}" for value in box.raw)
+    return f"[{numbers}] in {picture.size[1]} x {picture.size[0]}"
+
+
+def _zoom(height: int, width: int, limits: Limits) -> float:
+    new = resized_size(height, width, limits.short_side, limits.max_size)
+    return min(new) / min(height, width)
+
+
+def _judge_side(ledger: Ledger, picture: Picture, box: Box, side: float) -> None:
+    """Note a box whose shorter side, in pixels at training size, is too little to see."""
+    kind = "vanishing_bbox" if side < 1 else "small_bbox" if side < _CELL else ""
+    if kind:
+        ledger.tell_box(kind, picture, box, f"{side:.2g} pixels at the smallest training size")
+    if side < 1:
+        box.flaw = kind
+
+
+def _note_changes(ledger: Ledger, box: Box) -> None:
+    """Let a corrected copy hold what was made of a box, and an area where there is none."""
+    values: dict[str, object] = {}
+    whole = box.xywh[2] * box.xywh[3]
+    if box.mended:
+        values["bbox"] = [round(value, 6) for value in box.xywh]
+    if box.area is None or box.mended in _NEW_AREA:
+        values["area"] = round(whole, 6)
+    elif box.mended:
+        values["area"] = round(min(box.area, whole), 6)
+    if values:
+        ledger.change("annotations", box.position, box.mended or "missing_key", values)

@@ -1,0 +1,174 @@
+"""Examine the splits of a data set, and tell everything that is wrong with it."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from datasets.doctor.boxes import Limits, check_boxes
+from datasets.doctor.entries import read_entries
+from datasets.doctor.kinds import KINDS
+from datasets.doctor.ledger import Ledger, Offender, Picture
+from datasets.doctor.scan import scan
+from datasets.image_reading import TURNED
+from datasets.picture_files import is_picture
+from datasets.sources import Source
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found in each split; `offenders` holds those of all, by kind in a fixed order."""
+
+    ledgers: tuple[Ledger, ...]
+    offenders: Mapping[str, list[Offender]]
+
+    @property
+    def healthy(self) -> bool:
+        """Tell whether nothing but notes was found."""
+        return all(KINDS[kind].note for kind in self.offenders)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for a report."""
+        return {
+            "check": 1,
+            "healthy": self.healthy,
+            "splits": {ledger.split: _counts(ledger) for ledger in self.ledgers},
+            "findings": [
+                {
+                    "kind": kind, "group": KINDS[kind].group, "note": KINDS[kind].note,
+                    "count": len(found), "title": KINDS[kind].title,
+                    "meaning": KINDS[kind].meaning, "training": KINDS[kind].training,
+                    "fix": KINDS[kind].fix or None,
+                    "offenders": [offender.to_json() for offender in found],
+                }
+                for kind, found in self.offenders.items()
+            ],
+        }  # fmt: skip
+
+
+def boxes_by_class(ledger: Ledger) -> dict[int, int]:
+    """Return how many usable boxes each category id has, the most first."""
+    counts = Counter(box.category for p in ledger.pictures for box in p.usable_boxes)
+    return {i: counts[i] for i in sorted(ledger.class_names, key=lambda i: (-counts[i], i))}
+
+
+def _counts(ledger: Ledger) -> dict[str, Any]:
+    by_class = boxes_by_class(ledger)
+    return {
+        "place": str(ledger.source.place),
+        "images": len(ledger.section("images")),
+        "annotations": len(ledger.section("annotations")),
+        "usable_boxes": sum(by_class.values()),
+        "boxes_by_class": {ledger.class_names[i]: count for i, count in by_class.items()},
+    }
+
+
+def examine(sources: Mapping[str, Source], limits: Limits, *, processes: int) -> Diagnosis:
+    """Decode all pictures of the splits and check everything said of them."""
+    ledgers = [Ledger(split, source) for split, source in sources.items()]
+    for ledger in ledgers:
+        read_entries(ledger)
+    facts = scan((p.path for ledger in ledgers for p in ledger.pictures), processes=processes)
+    for ledger in ledgers:
+        for picture in ledger.pictures:
+            picture.facts = facts[picture.path]
+            _check_picture(ledger, picture)
+        check_boxes(ledger, limits)
+        _check_duplicates(ledger)
+    _check_leaks(ledgers)
+    _check_unused(ledgers)
+    _check_classes(ledgers)
+    found = {kind: [o for ledger in ledgers for o in ledger.offenders.get(kind, ())]
+             for kind in KINDS}  # fmt: skip
+    return Diagnosis(tuple(ledgers), {kind: some for kind, some in found.items() if some})
+
+
+def _check_picture(ledger: Ledger, picture: Picture) -> None:
+    """Note what is wrong with a picture's file, and what the entry says of its size."""
+    facts, stated = picture.facts, picture.stated
+    if facts.state != "sound":
+        kind = f"{facts.state}_picture"
+        ledger.tell_picture(kind, picture, facts.error)
+        ledger.drop("images", picture.position, kind)
+        return
+    assert facts.size is not None
+    stored = facts.size
+    turned = facts.orientation in TURNED
+    upright = stored[::-1] if turned else stored
+    if stated is None:
+        ledger.tell_picture("size_not_stated", picture)
+    elif stated not in (stored, upright):
+        detail = f"stated {stated[1]} x {stated[0]}, is {stored[1]} x {stored[0]}"
+        ledger.tell_picture("wrong_size", picture, detail)
+    if stated not in (stored, upright):
+        kind = "wrong_size" if stated else "size_not_stated"
+        values = {"height": stored[0], "width": stored[1]}
+        ledger.change("images", picture.position, kind, values)
+    if facts.orientation != 1:
+        clear = turned and stored != upright and stated in (stored, upright)
+        how = "upright" if stated == upright else "stored"
+        detail = f"orientation {facts.orientation}" + (f", boxes on the {how} one" if clear else "")
+        ledger.tell_picture("exif_rotated" if clear else "exif_ambiguous", picture, detail)
+
+
+def _sound(ledger: Ledger) -> list[Picture]:
+    return [p for p in ledger.pictures if p.facts.state == "sound"]
+
+
+def _check_duplicates(ledger: Ledger) -> None:
+    """Note all but one of pictures with the same bytes; the one with the most boxes is kept."""
+    copies: dict[bytes, list[Picture]] = defaultdict(list)
+    for picture in _sound(ledger):
+        copies[picture.facts.digest].append(picture)
+    for same in copies.values():
+        best = max(same, key=lambda picture: len(picture.usable_boxes))  # the first of equals
+        for picture in same:
+            if picture is not best:
+                ledger.tell_picture("duplicate_picture", picture, f"as {best.name} ({best.id})")
+                ledger.drop("images", picture.position, "duplicate_picture")
+
+
+def _check_leaks(ledgers: list[Ledger]) -> None:
+    """Note pictures of the first split that are in another one too."""
+    for other in ledgers[1:]:
+        names = {picture.facts.digest: picture.name for picture in _sound(other)}
+        for picture in _sound(ledgers[0]):
+            name = names.get(picture.facts.digest)
+            if name is not None:
+                ledgers[0].tell_picture("leak", picture, f"as {name} of {other.split}")
+                ledgers[0].drop("images", picture.position, "leak")
+
+
+def _check_unused(ledgers: list[Ledger]) -> None:
+    used = {_real(picture.path) for ledger in ledgers for picture in ledger.pictures}
+    searched: set[Path] = set()
+    for ledger in ledgers:
+        folder = ledger.source.image_dir
+        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            real = _real(path)
+            if real not in used and real not in searched and is_picture(path):
+                ledger.tell("unused_file", path.relative_to(folder).as_posix())
+            searched.add(real)
+
+
+def _real(path: Path) -> Path:
+    """Return a path by which the same place is known however it is named; links stay links."""
+    return _real_folder(path.parent) / path.name
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: Path) -> Path:
+    return folder.resolve()
+
+
+def _check_classes(ledgers: list[Ledger]) -> None:
+    used = [{i for i, count in boxes_by_class(ledger).items() if count} for ledger in ledgers]
+    for ledger, found in zip(ledgers, used, strict=True):
+        for number, name in ledger.class_names.items():
+            if number not in found:
+                ledger.tell("empty_class", name, f"id {number}")
+    for ledger, found in zip(ledgers[1:], used[1:], strict=True):
+        for number in sorted(found - used[0]):
+            ledger.tell("unseen_class", ledger.class_names[number], f"id {number}")

@@ -1,0 +1,153 @@
+"""What was found, as one page that needs nothing else."""
+
+from collections.abc import Callable, Sequence
+from html import escape
+
+import numpy as np
+
+from datasets.doctor.diagnosis import Diagnosis, boxes_by_class
+from datasets.doctor.kinds import GROUPS, KINDS
+from datasets.doctor.ledger import Ledger, Offender
+from datasets.doctor.summary import verdict
+from datasets.doctor.thumbnails import Thumbnails
+from util.page import STYLE, bar, column_chart, table
+
+_LISTED = 200  # offenders of a kind; all are in check.json
+_CLASSES = 60
+_SIDES = (0, 4, 8, 16, 32, 64, 128, 256, 512)
+_SHORT = (0, 240, 320, 480, 640, 800, 1080, 1600, 2400)
+_COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+_OWN = """
+.verdict { color: var(--ink); font-weight: 600; } .wide.list { max-height: 24rem; overflow: auto; }
+.told td { text-align: left; } .told td:nth-of-type(1) { text-align: right; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+  gap: 1rem; } .charts figure { margin: 0; } figcaption { overflow-wrap: anywhere; }
+"""
+
+
+def page(diagnosis: Diagnosis, *, title: str) -> str:
+    """Return the page: HTML with its styles, charts and thumbnails inside."""
+    sections = [_overview(diagnosis), _numbers(diagnosis)]
+    thumbnails = Thumbnails(diagnosis.ledgers)
+    for group in GROUPS:
+        kinds = [kind for kind in diagnosis.offenders if KINDS[kind].group == group]
+        if kinds:
+            told = [_of_kind(kind, diagnosis.offenders[kind], thumbnails) for kind in kinds]
+            sections.append(f"<h2>{group}</h2>" + "".join(told))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Check: {escape(title)}</title><style>{STYLE}{_OWN}</style></head><body><main>"
+        f"<h1>Check: {escape(title)}</h1>"
+        f'<p class="verdict">{verdict(diagnosis)}</p>' + "\n".join(sections) + "</main></body>"
+        "</html>\n"
+    )
+
+
+def _overview(diagnosis: Diagnosis) -> str:
+    rows = [
+        [f'<a href="#{kind}">{escape(KINDS[kind].title)}</a>', str(len(found)),
+         "note" if KINDS[kind].note else "wrong", escape(KINDS[kind].training),
+         escape(KINDS[kind].fix or "–")]
+        for kind, found in diagnosis.offenders.items()
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    header = ["kind", "count", "", "training", "--fix"]
+    return "<h2>What was found</h2>" + table(
+        "Each kind, what training does about it and what a corrected copy does",
+        header, rows, kind="told",
+    )  # fmt: skip
+
+
+def _numbers(diagnosis: Diagnosis) -> str:
+    rows = [
+        [escape(ledger.split), str(len(ledger.section("images"))),
+         str(len(ledger.section("annotations"))), str(sum(boxes_by_class(ledger).values())),
+         str(len(ledger.class_names)), f'<td class="text">{escape(str(ledger.source.place))}</td>']
+        for ledger in diagnosis.ledgers
+    ]  # fmt: skip
+    header = ["split", "images", "annotations", "usable boxes", "classes", "from"]
+    charts = [
+        _histogram(diagnosis, _SIDES, _sides, "Box sizes", "side of a square as large, pixels"),
+        _histogram(diagnosis, _COUNTS, _counts, "Boxes in a picture", "usable boxes"),
+        _histogram(diagnosis, _SHORT, _short_sides, "Picture sizes", "short side, pixels"),
+    ]
+    return (
+        "<h2>The data</h2>" + table("Splits", header, rows, kind="told")
+        + _classes(diagnosis) + f'<div class="charts">{"".join(charts)}</div>'
+    )  # fmt: skip
+
+
+def _classes(diagnosis: Diagnosis) -> str:
+    counts = [boxes_by_class(ledger) for ledger in diagnosis.ledgers]
+    names = {i: name for ledger in reversed(diagnosis.ledgers)
+             for i, name in ledger.class_names.items()}  # fmt: skip
+    order = sorted(names, key=lambda i: (-counts[0].get(i, 0), i)) if counts else []
+    most = max((n for found in counts for n in found.values()), default=0)
+    rows = []
+    for number in order[:_CLASSES]:
+        cells = [escape(names[number])]
+        for found in counts:
+            cells += [str(found.get(number, 0)), bar(found.get(number, 0), most)]
+        rows.append(cells)
+    header = ["class", *(cell for ledger in diagnosis.ledgers for cell in (ledger.split, ""))]
+    rest = len(order) - len(rows)
+    more = f"<p>{rest} classes more are in check.json.</p>" if rest > 0 else ""
+    return "<h3>Classes</h3>" + table("Usable boxes of each class", header, rows) + more
+
+
+def _histogram(
+    diagnosis: Diagnosis,
+    edges: Sequence[int],
+    values_of: Callable[[Ledger], list[float]],
+    title: str,
+    across: str,
+) -> str:
+    """Return a chart of how many values are from each edge up to the next."""
+    series = {}
+    for ledger in diagnosis.ledgers:
+        bins = np.digitize(values_of(ledger), edges[1:])
+        series[ledger.split] = np.bincount(bins.astype(np.int64), minlength=len(edges)).tolist()
+    labels = [f"{edge}+" if edge == edges[-1] else str(edge) for edge in edges]
+    across += ", from the number up to the next"
+    told = "; ".join(
+        f"{split}: " + ", ".join(f"{label} {n}" for label, n in zip(labels, counts, strict=True))
+        for split, counts in series.items()
+    )
+    chart = column_chart(labels, series, f"{title}. {told}", across=across)
+    return f"<figure><h3>{title}</h3>{chart}</figure>"
+
+
+def _sides(ledger: Ledger) -> list[float]:
+    return [float(max(0.0, box.xywh[2] * box.xywh[3]) ** 0.5)
+            for picture in ledger.pictures for box in picture.usable_boxes]  # fmt: skip
+
+
+def _counts(ledger: Ledger) -> list[float]:
+    return [float(len(picture.usable_boxes)) for picture in ledger.pictures]
+
+
+def _short_sides(ledger: Ledger) -> list[float]:
+    return [float(min(picture.size)) for picture in ledger.pictures if picture.size]
+
+
+def _of_kind(kind: str, found: Sequence[Offender], thumbnails: Thumbnails) -> str:
+    told = KINDS[kind]
+    fix = f" A corrected copy: {told.fix}." if told.fix else ""
+    figures = "".join(thumbnails.figures(kind, found))
+    rows = [
+        [escape(o.split), f'<td class="text">{escape(o.place)}</td>',
+         "" if o.image_id is None else str(o.image_id),
+         "" if o.annotation_id is None else str(o.annotation_id),
+         f'<td class="text">{escape(o.detail)}</td>']
+        for o in found[:_LISTED]
+    ]  # fmt: skip
+    first = f"the first {_LISTED} of " if len(found) > _LISTED else ""
+    listed = table(told.title, ["split", "where", "image", "annotation", "what"], rows)
+    return (
+        f'<section id="{kind}"><h3>{escape(told.title)}: {len(found)}</h3>'
+        f"<p>{escape(told.meaning)}. Training {escape(told.training)}.{escape(fix)}</p>"
+        f'<div class="grid">{figures}</div>'
+        f"<details><summary>List of {first}{len(found)}</summary>{listed}</details></section>"
+    )

@@ -1,0 +1,113 @@
+"""`main.py check`: the data doctor."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from configs.schema import CheckConfig, DataConfig, build_config, load_layers
+from datasets.build import Split, read_split
+from datasets.doctor.boxes import Limits
+from datasets.doctor.diagnosis import Diagnosis, examine
+from datasets.doctor.page import page
+from datasets.doctor.repair import corrected
+from datasets.doctor.summary import summary
+from datasets.loader import loader_processes
+from util.config import Values
+from util.errors import ConfigError
+from util.files import make_output_dir, write_atomic
+from util.run_log import console
+
+_FOUND = 1  # exit code
+_SPLITS: tuple[Split, ...] = ("train", "val")
+
+
+def check(args: argparse.Namespace, given: Values) -> int:
+    """Look for flaws in pictures and annotations."""
+    wanted = CheckConfig(**given.get("check", {}))
+    options = {name: values for name, values in given.items() if name != "check"}
+    config = build_config(load_layers(args.config, options))
+    splits = [split for split in _SPLITS if split in (wanted.splits or _located(config.data))]
+    output_dir = Path(config.run.output_dir) if config.run.output_dir else None
+    if output_dir:
+        _claim(output_dir)
+    copies = _copies(wanted.fix, splits)
+    sources = {str(split): read_split(config.data, split) for split in splits}
+    limits = Limits(config.model.num_queries, min(config.data.train_scales), config.data.max_size)
+    processes = loader_processes(config.data.num_workers)
+    diagnosis = examine(sources, limits, processes=processes)
+    console(summary(diagnosis))
+    if output_dir:
+        title = ", ".join(dict.fromkeys(str(source.place.name) for source in sources.values()))
+        write_atomic(output_dir / "check.json", json.dumps(diagnosis.to_json(), indent=1))
+        write_atomic(output_dir / "check.html", page(diagnosis, title=title))
+        console(f"written: {output_dir / 'check.html'}, check.json")
+    else:
+        console("--output_dir OUT writes all of it, with pictures, to OUT/check.html.")
+    _write_copies(diagnosis, copies)
+    return 0 if diagnosis.healthy else _FOUND
+
+
+def _located(data: DataConfig) -> tuple[str, ...]:
+    """Return the splits that options say the place of; both where a folder holds both."""
+    explicit = tuple(
+        split
+        for split in _SPLITS
+        if getattr(data, f"{split}_images") or getattr(data, f"{split}_annotations")
+    )
+    return explicit if explicit and not (data.data_path or data.coco_path) else _SPLITS
+
+
+def _claim(output_dir: Path) -> None:
+    """Make the folder; refuse to write over a file that is not of an earlier check.
+
+    Raises:
+        ConfigError: the folder cannot be made, or holds another check.json or check.html.
+    """
+    make_output_dir(output_dir)
+    for name, mark in (("check.json", b'"check": 1'), ("check.html", b"<title>Check: ")):
+        file = output_dir / name
+        if file.exists() and mark not in file.read_bytes()[:400]:
+            raise ConfigError(
+                f"--output_dir {output_dir}: expected no {name} but of an earlier check, found "
+                "another file. Choose another folder."
+            )
+
+
+def _copies(fix: str, splits: list[Split]) -> dict[str, Path]:
+    """Return the files to write: a corrected copy of each split, and "changes".
+
+    Raises:
+        ConfigError: a file is there already, or the name is not that of a JSON file.
+    """
+    if not fix:
+        return {}
+    path = Path(fix)
+    if path.suffix != ".json":
+        raise ConfigError(f"--fix {fix}: expected the name of a new .json file. Give one.")
+    several = len(splits) > 1
+    files = {str(s): path.with_suffix(f".{s}.json") if several else path for s in splits}
+    files["changes"] = path.with_suffix(".changes.json")
+    for file in files.values():
+        if file.exists():
+            raise ConfigError(
+                f"--fix {file}: expected a new file, found one there; nothing is overwritten. "
+                "Choose another name."
+            )
+    return files
+
+
+def _write_copies(diagnosis: Diagnosis, files: dict[str, Path]) -> None:
+    if not files:
+        return
+    changes: list[dict[str, Any]] = []
+    for ledger in diagnosis.ledgers:
+        content, changed = corrected(ledger)
+        changes += changed
+        write_atomic(files[ledger.split], json.dumps(content))
+        console(
+            f"written: {files[ledger.split]}, {len(changed)} changes; "
+            f"its pictures: {ledger.source.image_dir}"
+        )
+    write_atomic(files["changes"], json.dumps(changes, indent=1))
+    console(f"written: {files['changes']}")

@@ -1,0 +1,77 @@
+"""`main.py check` as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from main import main
+from tests.integration.conftest import Cli
+from tests.unit.datasets.doctor.flawed import FLAWS, FlawedSet
+
+FLAWED = ("missing", "cut", "off", "past", "duplicate", "annotation id")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> FlawedSet:
+    found = FlawedSet(tmp_path / "pictures", 12, seed=5)
+    for name in FLAWED:
+        FLAWS[name](found)
+    found.save(tmp_path / "set.json")
+    return found
+
+
+def arguments(data: FlawedSet, file: Path) -> list[str]:
+    return ["check", "--train_images", str(data.folder), "--train_annotations", str(file),
+            "--train_scales", "64", "--max_size", "96", "--num_workers", "0"]  # fmt: skip
+
+
+def test_flaws_are_told_written_and_mended(cli: Cli, data: FlawedSet, tmp_path: Path) -> None:
+    original = (tmp_path / "set.json").read_bytes()
+    done = cli(*arguments(data, tmp_path / "set.json"), "--output_dir", tmp_path / "out",
+               "--fix", tmp_path / "fixed.json")  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "Wrong: 6 in 6 kinds." in done.stdout
+    written = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert {f["kind"]: f["count"] for f in written["findings"]} == dict(data.expected)
+    assert "data:image/jpeg" in (tmp_path / "out" / "check.html").read_text()
+    why = {reason for change in json.loads((tmp_path / "fixed.changes.json").read_text())
+           for reason in change["why"]}  # fmt: skip
+    assert set(data.expected) <= why
+    assert (tmp_path / "set.json").read_bytes() == original
+
+    assert main([*arguments(data, tmp_path / "fixed.json"), "--output_dir",
+                 str(tmp_path / "out")]) == 0  # fmt: skip
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["healthy"]
+
+
+def test_nothing_is_overwritten(
+    data: FlawedSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    command = arguments(data, tmp_path / "set.json")
+    assert main([*command, "--fix", str(tmp_path / "set.json")]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    (tmp_path / "check.json").write_text("{}")
+    assert main([*command, "--output_dir", str(tmp_path)]) == 2
+    assert "found another file" in capsys.readouterr().err
+    (tmp_path / "check.json").unlink()
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_user_errors_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["check"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "set.json").write_text("[1]")
+    command = ["check", "--val_images", str(tmp_path), "--val_annotations"]
+    assert main([*command, str(tmp_path / "set.json")]) == 2
+    assert "expected a JSON object" in capsys.readouterr().err
+
+
+def test_both_splits_of_a_sound_set(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--coco_path", str(shapes), "--num_workers", "0"]) == 0
+    told = capsys.readouterr().out
+    assert "train: 16 images" in told
+    assert "val: 7 images" in told

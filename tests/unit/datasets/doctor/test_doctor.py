@@ -1,0 +1,184 @@
+"""Known numbers of every flaw are counted to the one, sound pictures never named, copies clean."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from datasets.coco import CocoIndex
+from datasets.doctor.boxes import find_layout
+from datasets.doctor.diagnosis import Diagnosis, examine
+from datasets.doctor.kinds import KINDS
+from datasets.doctor.page import page
+from datasets.doctor.repair import corrected
+from datasets.doctor.scan import examine_file, scan
+from datasets.doctor.summary import summary
+from datasets.sources import Source, read_source
+from tests.unit.datasets.doctor.flawed import FLAWS, LAYOUTS, LIMITS, FlawedSet, change_all
+
+SLOW_FOLDERS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+_NOTES = {kind for kind in KINDS if KINDS[kind].note}
+Boxes = dict[str, list[tuple[str, tuple[float, ...]]]]
+
+
+def check(**sources: Source) -> Diagnosis:
+    return examine(sources, LIMITS, processes=1)
+
+
+def counts(diagnosis: Diagnosis) -> dict[str, int]:
+    return {kind: len(found) for kind, found in diagnosis.offenders.items()}
+
+
+def boxes_of(source: Source) -> Boxes:
+    """Return the boxes that training gets, by file name."""
+    index = CocoIndex.from_source(source, need_boxes=True)
+    found: Boxes = {}
+    for i, name in enumerate(index.images.file_names):
+        part = slice(index.first[i], index.first[i + 1])
+        labels = [index.classes.names[k] for k in index.labels[part]]
+        rounded = [tuple(np.round(box, 3).tolist()) for box in index.boxes[part]]
+        found[name] = sorted(zip(labels, rounded, strict=True))
+    return found
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=SLOW_FOLDERS)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    flaws=st.dictionaries(st.sampled_from(sorted(FLAWS)), st.integers(1, 2), max_size=12),
+    leaks=st.integers(0, 2),
+)
+def test_counts_are_exact_and_a_corrected_copy_is_clean(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, flaws: dict[str, int], leaks: int
+) -> None:
+    root = tmp_path_factory.mktemp("set")
+    data = FlawedSet(root / "train", 28, seed)
+    val = FlawedSet(root / "val", 3, seed + 1, first_id=7)
+    for name in FLAWS:  # in their order there
+        for _ in range(flaws.get(name, 0)):
+            FLAWS[name](data)
+    for k in range(leaks):
+        source = data.folder / data.take()["file_name"]
+        (val.folder / val.content["images"][k]["file_name"]).write_bytes(source.read_bytes())
+        data.expected["leak"] += 1
+    train, other = data.source(), val.source()
+
+    diagnosis = check(train=train, val=other)
+    assert counts(diagnosis) == dict(data.expected)
+    named = {o.image_id for found in diagnosis.offenders.values() for o in found}
+    assert named <= data.flawed | {None, 99999}
+
+    content, changes = corrected(diagnosis.ledgers[0])
+    mended = Source(json.loads(json.dumps(content)), train.image_dir, train.place)
+    again = check(train=mended, val=other)
+    assert {k for k in again.offenders if not KINDS[k].note} <= {"too_many_boxes"}
+    assert changes or not set(data.expected) - {"too_many_boxes"} - _NOTES
+    sound = boxes_of(Source(data.sound, train.image_dir, train.place))
+    trained = boxes_of(mended)
+    for image in data.sound["images"]:
+        if image["id"] not in data.flawed:
+            assert trained[image["file_name"]] == sound[image["file_name"]]
+
+
+@pytest.mark.parametrize("flaw", sorted(FLAWS))
+def test_each_flaw_alone_is_the_only_one_found(flaw: str, tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 4, seed=1)
+    FLAWS[flaw](data)
+    diagnosis = check(train=data.source())
+    assert counts(diagnosis) == dict(data.expected)
+    assert diagnosis.healthy == (set(data.expected) <= _NOTES)
+
+
+def test_a_sound_set_is_healthy(tmp_path: Path) -> None:
+    diagnosis = check(train=FlawedSet(tmp_path / "train", 6, seed=3).source())
+    assert diagnosis.healthy
+    assert not diagnosis.offenders
+    assert "Nothing is wrong." in summary(diagnosis)
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("seed", range(3))
+def test_boxes_written_another_way_are_told_and_mended(
+    layout: str, seed: int, tmp_path: Path
+) -> None:
+    data = FlawedSet(tmp_path / "train", 8, seed)
+    expected = boxes_of(data.source())
+    kind, change = LAYOUTS[layout]
+    change_all(data, change)
+    diagnosis = check(train=data.source())
+    assert counts(diagnosis) == {kind: 24}
+    content, changes = corrected(diagnosis.ledgers[0])
+    assert len(changes) == 24
+    mended = Source(content, data.folder, data.folder)
+    assert check(train=mended).healthy
+    assert boxes_of(mended) == expected
+
+
+@given(
+    seed=st.integers(0, 1000),
+    count=st.integers(1, 60),
+    outside=st.floats(0, 0.15),
+)
+def test_sound_boxes_are_never_taken_for_another_layout(
+    seed: int, count: int, outside: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    low, high = np.sort(rng.uniform(0, 100, (2, count, 2)), axis=0)
+    boxes = np.concatenate([low, high - low], axis=1)
+    boxes[: int(outside * count), :2] += 50
+    assert find_layout(boxes, np.full((count, 2), 100.0), slack=1) == "xywh"
+
+
+def test_parallel_decoding_finds_what_one_process_finds(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 70, seed=0)
+    for name in ("missing", "no picture", "cut", "turned"):
+        FLAWS[name](data)
+    files = [data.folder / f"p{100 + i}.png" for i in range(70)]
+    found = scan(files, processes=2)
+    assert found == {path: examine_file(path) for path in files}
+    states = Counter(facts.state for facts in found.values())
+    assert states == {"sound": 67, "missing": 1, "unreadable": 1, "truncated": 1}
+
+
+def test_the_original_content_is_not_touched(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 10, seed=0)
+    for name in ("size", "past", "annotation id", "iscrowd", "repeated id"):
+        FLAWS[name](data)
+    before = json.dumps(data.content)
+    corrected(check(train=data.source()).ledgers[0])
+    assert json.dumps(data.content) == before
+
+
+def test_page_and_summary_escape_and_name_everything(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 40, seed=2)
+    for flaw in FLAWS.values():
+        flaw(data)
+    data.content["categories"][0]["name"] = "<script>alert(1)</script>"
+    diagnosis = check(train=data.source(), val=data.source())
+    html = page(diagnosis, title="a & b")
+    assert "<script>" not in html
+    assert "a &amp; b" in html
+    assert html.count("<img ") == html.count('alt="') > 20
+    text = summary(diagnosis)
+    for kind, found in diagnosis.offenders.items():
+        assert f'id="{kind}"' in html
+        assert f"{len(found)}  {KINDS[kind].title}" in text
+    written: dict[str, Any] = json.loads(json.dumps(diagnosis.to_json(), allow_nan=False))
+    assert {f["kind"]: f["count"] for f in written["findings"]} == counts(diagnosis)
+
+
+def test_lines_that_are_no_boxes_are_found_in_yolo_data(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "images" / "train", 2, seed=0)
+    labels = tmp_path / "labels" / "train"
+    labels.mkdir(parents=True)
+    (labels / "p100.txt").write_text("0 0.5 0.5 0.4 0.4\n0 0.5\n1 0.5 0.5 nan 0.2\n")
+    (labels / "p101.txt").write_text("1 0.5 0.5 0.4 0.4\n")
+    (tmp_path / "data.yaml").write_text("train: images/train\nnames: [cat, dog]\n")
+    diagnosis = check(train=read_source("yolo", tmp_path, "train"))
+    assert counts(diagnosis)["unreadable_annotation"] == 1
+    assert counts(diagnosis)["broken_bbox"] == 1
+    assert data.folder.is_dir()
