@@ -1,6 +1,7 @@
 """Check the entries of a COCO-format file one by one, as training does, but by every flaw."""
 
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 from datasets.coco_json import is_area, is_box, is_inside, is_side, is_whole
@@ -29,7 +30,11 @@ def _read_categories(ledger: Ledger) -> None:
             ledger.tell("bad_category", f"categories[{position}]", f"id {number!r:.40}")
             ledger.drop("categories", position, "bad_category")
         else:
-            ledger.class_names[number] = str(entry.get("name") or number)
+            ledger.class_names[number] = _printable(str(entry.get("name") or number))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _read_images(ledger: Ledger) -> set[int]:
@@ -81,8 +86,8 @@ def _picture(ledger: Ledger, position: int, entry: Mapping[str, Any]) -> Picture
 def _read_annotations(ledger: Ledger, left_out: set[int]) -> None:
     pictures = {picture.id: picture for picture in ledger.pictures}
     entries = ledger.section("annotations")
-    ids = [e["id"] for e in entries if isinstance(e, Mapping) and is_whole(e.get("id"))]
-    unused = max(ids, default=0) + 1
+    ids = {e["id"] for e in entries if isinstance(e, Mapping) and is_whole(e.get("id"))}
+    unused = (number for number in count(1) if number not in ids)
     seen: set[int] = set()
     for position, entry in enumerate(entries):
         place = f"annotations[{position}]"
@@ -94,8 +99,8 @@ def _read_annotations(ledger: Ledger, left_out: set[int]) -> None:
         if not is_whole(number) or number in seen:
             kind = "repeated_annotation" if is_whole(number) else "no_annotation_id"
             ledger.tell(kind, place, f"id {number!r:.40}")
-            ledger.change("annotations", position, kind, {"id": unused})
-            number, unused = unused, unused + 1
+            number = next(unused)
+            ledger.change("annotations", position, kind, {"id": number})
         seen.add(number)
         _read_annotation(ledger, position, entry, number, pictures, left_out)
 

@@ -75,7 +75,7 @@ KINDS: dict[str, Kind] = {
         FILE, "images without a file name", "no text under `file_name`", "leaves them out", _GONE
     ),
     "outside_folder": Kind(
-        FILE, "file names that lead out of the folder", "an absolute path, or one with ..",
+        FILE, "file names that lead out of the folder", "an absolute path, or one that goes up",
         "leaves them out", _GONE,
     ),
     "repeated_image": Kind(
@@ -83,8 +83,8 @@ KINDS: dict[str, Kind] = {
         "leaves the second out, both if their files differ", "as in training",
     ),
     "size_not_stated": Kind(
-        FILE, "images without width and height", "or not at least 1", "reads them from the files",
-        "the file's size is stated",
+        FILE, "images without width and height", "missing, or less than 1",
+        "reads them from the files", "the file's size is stated",
     ),
     "not_an_object": Kind(
         FILE, "annotations that are not objects", "not a JSON object", "leaves them out", _OUT

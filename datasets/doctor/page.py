@@ -13,13 +13,17 @@ from datasets.doctor.thumbnails import Thumbnails
 from util.page import STYLE, bar, column_chart, table
 
 _LISTED = 200  # offenders of a kind; all are in check.json
-_CLASSES = 60
+_CLASSES = 20  # in sight; the others unfold
+_UNFOLDED = 8  # offenders that are listed in sight where there are no pictures
 _SIDES = (0, 4, 8, 16, 32, 64, 128, 256, 512)
 _SHORT = (0, 240, 320, 480, 640, 800, 1080, 1600, 2400)
 _COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 _OWN = """
-.verdict { color: var(--ink); font-weight: 600; } .wide.list { max-height: 24rem; overflow: auto; }
-.told td { text-align: left; } .told td:nth-of-type(1) { text-align: right; }
+.told thead th, .told td { text-align: left; } .told td:nth-of-type(1) { text-align: right; }
+.told thead th:nth-child(2) { text-align: right; }
+.grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
+.left th, .left td { text-align: left; }
+.verdict { color: var(--ink); font-weight: 600; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
   gap: 1rem; } .charts figure { margin: 0; } figcaption { overflow-wrap: anywhere; }
 """
@@ -34,7 +38,7 @@ def page(diagnosis: Diagnosis, *, title: str) -> str:
         if kinds:
             told = [_of_kind(kind, diagnosis.offenders[kind], thumbnails) for kind in kinds]
             sections.append(f"<h2>{group}</h2>" + "".join(told))
-    return (
+    html = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Check: {escape(title)}</title><style>{STYLE}{_OWN}</style></head><body><main>"
@@ -42,13 +46,15 @@ def page(diagnosis: Diagnosis, *, title: str) -> str:
         f'<p class="verdict">{verdict(diagnosis)}</p>' + "\n".join(sections) + "</main></body>"
         "</html>\n"
     )
+    return html.encode("utf-8", "backslashreplace").decode()  # lone surrogates, which JSON can hold
 
 
 def _overview(diagnosis: Diagnosis) -> str:
     rows = [
         [f'<a href="#{kind}">{escape(KINDS[kind].title)}</a>', str(len(found)),
-         "note" if KINDS[kind].note else "wrong", escape(KINDS[kind].training),
-         escape(KINDS[kind].fix or "–")]
+         "note" if KINDS[kind].note else "wrong",
+         f'<td class="text">{_prose(KINDS[kind].training, 0)}</td>',
+         f'<td class="text">{escape(KINDS[kind].fix or "–")}</td>']
         for kind, found in diagnosis.offenders.items()
     ]  # fmt: skip
     if not rows:
@@ -74,7 +80,7 @@ def _numbers(diagnosis: Diagnosis) -> str:
         _histogram(diagnosis, _SHORT, _short_sides, "Picture sizes", "short side, pixels"),
     ]
     return (
-        "<h2>The data</h2>" + table("Splits", header, rows, kind="told")
+        "<h2>The data</h2>" + table("Splits", header, rows)
         + _classes(diagnosis) + f'<div class="charts">{"".join(charts)}</div>'
     )  # fmt: skip
 
@@ -86,15 +92,17 @@ def _classes(diagnosis: Diagnosis) -> str:
     order = sorted(names, key=lambda i: (-counts[0].get(i, 0), i)) if counts else []
     most = max((n for found in counts for n in found.values()), default=0)
     rows = []
-    for number in order[:_CLASSES]:
+    for number in order:
         cells = [escape(names[number])]
         for found in counts:
             cells += [str(found.get(number, 0)), bar(found.get(number, 0), most)]
         rows.append(cells)
     header = ["class", *(cell for ledger in diagnosis.ledgers for cell in (ledger.split, ""))]
-    rest = len(order) - len(rows)
-    more = f"<p>{rest} classes more are in check.json.</p>" if rest > 0 else ""
-    return "<h3>Classes</h3>" + table("Usable boxes of each class", header, rows) + more
+    shown = "<h3>Classes</h3>" + table("Usable boxes of each class", header, rows[:_CLASSES])
+    if len(rows) <= _CLASSES:
+        return shown
+    rest = table("Usable boxes of the other classes", header, rows[_CLASSES:])
+    return f"{shown}<details><summary>{len(rows) - _CLASSES} classes more</summary>{rest}</details>"
 
 
 def _histogram(
@@ -143,11 +151,19 @@ def _of_kind(kind: str, found: Sequence[Offender], thumbnails: Thumbnails) -> st
          f'<td class="text">{escape(o.detail)}</td>']
         for o in found[:_LISTED]
     ]  # fmt: skip
-    first = f"the first {_LISTED} of " if len(found) > _LISTED else ""
-    listed = table(told.title, ["split", "where", "image", "annotation", "what"], rows)
+    unfolded = "" if figures or len(found) > _UNFOLDED else " open"
+    first = f"The first {_LISTED} of " if len(found) > _LISTED else ""
+    listed = table(told.title, ["split", "where", "image", "annotation", "what"], rows, "left")
     return (
-        f'<section id="{kind}"><h3>{escape(told.title)}: {len(found)}</h3>'
-        f"<p>{escape(told.meaning)}. Training {escape(told.training)}.{escape(fix)}</p>"
+        f'<section id="{kind}"><h3>{_prose(told.title)}: {len(found)}</h3>'
+        f"<p>{_prose(told.meaning)}. Training {_prose(told.training, 0)}.{escape(fix)}</p>"
         f'<div class="grid">{figures}</div>'
-        f"<details><summary>List of {first}{len(found)}</summary>{listed}</details></section>"
+        f"<details{unfolded}><summary>{first}{len(found)} listed</summary>{listed}</details>"
+        "</section>"
     )
+
+
+def _prose(text: str, capitals: int = 1) -> str:
+    """Return text for a page: names in backticks as code, the first letters in capitals."""
+    parts = escape(text[:capitals].upper() + text[capitals:]).split("`")
+    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))

@@ -1,10 +1,12 @@
 """Small pictures of offenders with their boxes, for the page."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html import escape
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from datasets.doctor.kinds import BOXES, KINDS
 from datasets.doctor.ledger import Box, Ledger, Offender, Picture
@@ -14,7 +16,10 @@ from util.page import picture as embedded
 
 _SHOWN = 6  # pictures of a kind
 _SIDE = 300  # pixels, the longer one
-_MARGIN = 0.15  # of the side, around the picture, where a box may reach past it
+_MARGIN = 0.4  # of the side, at most: grey around the picture, where boxes reach past it
+_CLOSE_UP, _NEAR = ("small_bbox", "vanishing_bbox"), 0.2  # of the picture's longer side
+_NO_CATEGORY = -(2**63)  # which no file can name
+_BEYOND = 8  # pixels
 _GREY = (128, 128, 128)
 _AS_GIVEN, _MENDED = 0, 1  # colours
 
@@ -45,8 +50,11 @@ class Thumbnails:
             image = read_rgb(picture.path, picture.size)
         except READ_ERRORS:  # changed since it was decoded
             return None
-        about_box = KINDS[kind].group == BOXES and offender.annotation_id is not None
-        boxes = [b for b in picture.boxes if not about_box or b.id == offender.annotation_id]
+        box_id = offender.annotation_id
+        about_box = KINDS[kind].group == BOXES and box_id is not None
+        boxes = [b for b in picture.boxes if not about_box or b.id == box_id]
+        if kind in _CLOSE_UP and boxes:
+            image, boxes = _close_up(image, boxes[0])
         thumbnail = self._draw(image, boxes, offender.split, given=about_box)
         place = f"{offender.split} {offender.place}"
         text = f"{place}: {offender.detail}" if offender.detail else place
@@ -61,22 +69,40 @@ class Thumbnails:
     ) -> Image.Image:
         """Return a small picture with boxes: as `given` and as mended, or those of training."""
         scale = _SIDE / max(image.size)
-        margin = round(_MARGIN * _SIDE) if given else 0
-        small = image.resize(
-            (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        )
-        canvas = Image.new("RGB", (small.width + 2 * margin, small.height + 2 * margin), _GREY)
-        canvas.paste(small, (margin, margin))
+        sides = [max(1, round(side * scale)) for side in image.size]
+        small = image.resize((sides[0], sides[1]))
         rows, labels, names = [], [], []
         for box in boxes:
             name = self._names[split].get(box.category, "")
-            versions = [(box.xywh, name, box.category)]
-            if given:
-                versions = [(box.raw, "as given", _AS_GIVEN)]
-                versions += [(box.xywh, "mended", _MENDED)] if box.mended else []
+            versions = [(box.xywh, name, abs(box.category))]
+            if given and box.mended:
+                versions = [(box.raw, "as given", _AS_GIVEN), (box.xywh, "mended", _MENDED)]
             for (x, y, w, h), text, colour in versions:
-                rows.append([x, y, x + w, y + h])
+                rows.append([min(x, x + w), min(y, y + h), max(x, x + w), max(y, y + h)])
                 labels.append(colour)
                 names.append(text)
-        corners = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4) * scale + margin
-        return draw_boxes(canvas, corners, labels, names)
+        corners = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4) * scale
+        margin = _margin(corners, small.size) if given else 0
+        canvas = Image.new("RGB", (small.width + 2 * margin, small.height + 2 * margin), _GREY)
+        canvas.paste(small, (margin, margin))
+        return draw_boxes(canvas, corners + margin, labels, names)
+
+
+def _close_up(image: Image.Image, box: Box) -> tuple[Image.Image, list[Box]]:
+    """Return the part of a picture around a small box, and the box in it, without a tag."""
+    x, y, w, h = box.xywh
+    side = round(max(_NEAR * max(image.size), 2 * max(w, h)))
+    left, top = (
+        round(min(max(0, start + size / 2 - side / 2), max(0, whole - side)))
+        for start, size, whole in ((x, w, image.width), (y, h, image.height))
+    )
+    part = image.crop((left, top, min(image.width, left + side), min(image.height, top + side)))
+    return part, [replace(box, xywh=(x - left, y - top, w, h), mended="", category=_NO_CATEGORY)]
+
+
+def _margin(corners: Tensor, size: tuple[int, int]) -> int:
+    """Return the pixels that are needed around a picture to show where boxes [K,4] xyxy are."""
+    if not len(corners):
+        return 0
+    past = torch.cat([-corners[:, :2], corners[:, 2:] - torch.tensor(size)]).max().item()
+    return round(min(max(past + _BEYOND, 0), _MARGIN * _SIDE)) if past > 0 else 0

@@ -153,6 +153,40 @@ def test_the_original_content_is_not_touched(tmp_path: Path) -> None:
     assert json.dumps(data.content) == before
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=SLOW_FOLDERS)
+@given(draw=st.data(), value=JSON)
+def test_any_value_anywhere_is_told(
+    tmp_path_factory: pytest.TempPathFactory, draw: st.DataObject, value: object
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any"
+    if not folder.exists():
+        FlawedSet(folder, 3, seed=0).save(folder / "set.json")
+    content = json.loads((folder / "set.json").read_text())
+    section = draw.draw(st.sampled_from(["images", "annotations", "categories", None]))
+    if section is None:
+        content[draw.draw(st.sampled_from(sorted(content)))] = value
+    else:
+        entry = draw.draw(st.integers(0, len(content[section]) - 1))
+        key = draw.draw(st.sampled_from([None, *content[section][entry]]))
+        if key is None:
+            content[section][entry] = value
+        else:
+            content[section][entry][key] = value
+    diagnosis = check(train=Source(content, folder, folder))
+    (summary(diagnosis) + page(diagnosis, title="any")).encode()
+    json.dumps(diagnosis.to_json())
+    mended, _ = corrected(diagnosis.ledgers[0])
+    wrong = {k for k in check(train=Source(mended, folder, folder)).offenders if not KINDS[k].note}
+    assert wrong <= {"missing_section"}
+
+
 def test_page_and_summary_escape_and_name_everything(tmp_path: Path) -> None:
     data = FlawedSet(tmp_path / "train", 40, seed=2)
     for flaw in FLAWS.values():
