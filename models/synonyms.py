@@ -93,6 +93,12 @@ def matching_names(source: Sequence[str], target: Sequence[str]) -> list[tuple[i
     return [(position, i) for i, position in sorted(ours.items())]
 
 
+def of_same_meaning(name: str, names: Sequence[str]) -> str:
+    """Return the first of `names` that means the same as a name, "" if none does."""
+    same = (other for other in names if name and other and _meaning(other) == _meaning(name))
+    return next(same, "")
+
+
 def _positions(
     names: Sequence[str], key: Callable[[str], str], used: set[int] | dict[int, int]
 ) -> dict[str, list[int]]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.official import count_layers, official_options
-from models.synonyms import matching_names
+from models.synonyms import matching_names, of_same_meaning
 from util.classes import Classes
 from util.errors import CheckpointError
 
@@ -54,6 +54,7 @@ class TransferReport:
     `reinitialised`: names of the model that keep fresh weights -> why. `ignored`: names of the
     checkpoint without use -> why. `adapted`: tensors changed to fit -> how. `renamed`: classes
     of the model -> what the checkpoint calls them, where more than upper and lower case differs.
+    `contested`: fresh classes -> the class of the checkpoint that they and another could be.
     """
 
     copied: list[str] = field(default_factory=list)
@@ -64,6 +65,7 @@ class TransferReport:
     matched_classes: tuple[str, ...] = ()
     fresh_classes: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
+    contested: dict[str, str] = field(default_factory=dict)
 
     def table(self) -> str:
         """Return a few lines: counts, and groups of keys with what happened to them."""
@@ -73,7 +75,7 @@ class TransferReport:
             other = _some(f"{ours} from {theirs}" for ours, theirs in self.renamed.items())
             by_name += f" ({other})"
         if self.fresh_classes:
-            by_name += f", fresh: {_some(self.fresh_classes)}"
+            by_name += f", fresh: {_some(map(self._fresh, self.fresh_classes))}"
         rows = [
             ("copied", len(self.copied), ""),
             ("rows by class name", len(self.by_name), by_name),
@@ -85,6 +87,11 @@ class TransferReport:
         ):
             rows.append((title, len(entries), _groups(entries)))
         return "\n".join(f"{a:<18} {n:>4} tensors  {text}".rstrip() for a, n, text in rows)
+
+    def _fresh(self, name: str) -> str:
+        if name not in self.contested:
+            return name
+        return f"{name} (not the only one for {self.contested[name]})"
 
 
 def transfer(
@@ -116,6 +123,9 @@ def transfer(
             if target_classes.names[ours].casefold() != source_classes.names[theirs].casefold()
         },
     )
+    for name in report.fresh_classes:
+        if other := of_same_meaning(name, source_classes.names):
+            report.contested[name] = other
     source = {k: v for k, v in state_dict.items() if not k.endswith(_COUNTER)}
     target = {k: v for k, v in model.state_dict().items() if not k.endswith(_COUNTER)}
     origin = _origins(source, target)

@@ -180,6 +180,17 @@ def test_a_synonym_takes_the_row_and_is_told() -> None:
     assert told in report.table()
 
 
+def test_a_clash_of_synonyms_is_told_and_takes_no_row() -> None:
+    ours = classes("people", "pedestrian", "RBC", "person")
+    report, before, after = run(build(4), weights(91), coco_logit_classes(), ours)
+    key = "class_embed.1.weight"
+    assert after[key][:3].equal(before[key][:3])
+    assert report.contested == {"people": "person", "pedestrian": "person"}
+    told = "1 of 4 classes known, fresh: people (not the only one for person), pedestrian"
+    assert told in report.table()
+    assert "RBC (" not in report.table()
+
+
 def test_other_levels_are_reported_and_nothing_is_lost() -> None:
     names = classes("cat", "dog", "cow", "hen")
     report, before, after = run(build(4, num_feature_levels=3), _SOURCE, names, names)
