@@ -50,7 +50,7 @@ KINDS: dict[str, Kind] = {
     "exif_ambiguous": Kind(
         PICTURES, "EXIF-rotated pictures, boxes unclear", "viewers turn or mirror them, and the "
         "stated size cannot tell what the boxes were drawn on",
-        "uses the pixels as stored (turned, where no size is stated): look at them", note=True,
+        "uses the pixels as stored: look at them", note=True,
     ),
     "unused_file": Kind(
         PICTURES, "unused pictures", "a picture in the folder that no checked split names",

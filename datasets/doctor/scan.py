@@ -6,6 +6,7 @@ import multiprocessing
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from datasets.image_reading import READ_ERRORS, orientation_of, refuse_bomb
+from util.errors import DataError
 
 _FEW = 64  # pictures that one process has decoded before others have started
 _CHUNK = 8
@@ -64,15 +66,25 @@ def _line(error: Exception) -> str:
 
 
 def scan(paths: Iterable[Path], *, processes: int) -> dict[Path, FileFacts]:
-    """Return what each file holds, each decoded once; a bar shows how far and how long yet."""
+    """Return what each file holds, each decoded once; a bar shows how far and how long yet.
+
+    Raises:
+        DataError: the system has ended a process.
+    """
     files = list(dict.fromkeys(paths))
     if processes < 2 or len(files) <= _FEW:
         return _collect(files, map(examine_file, files))
     # Fork, where there is one, need not import everything anew in each process.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        return _collect(files, pool.map(examine_file, files, chunksize=_CHUNK))
+    try:
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            return _collect(files, pool.map(examine_file, files, chunksize=_CHUNK))
+    except BrokenProcessPool as error:
+        raise DataError(
+            "decoding: expected processes that last, but the system has ended one, as it does when "
+            "memory runs out. Lower --num_workers."
+        ) from error
 
 
 def _collect(files: Sequence[Path], found: Iterable[FileFacts]) -> dict[Path, FileFacts]:

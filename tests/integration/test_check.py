@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from main import main
-from tests.integration.conftest import Cli
+from tests.integration.conftest import TINY, Cli
 from tests.unit.datasets.doctor.flawed import FLAWS, FlawedSet
 
 FLAWED = ("missing", "cut", "off", "past", "duplicate", "annotation id")
@@ -27,7 +27,9 @@ def arguments(data: FlawedSet, file: Path) -> list[str]:
             "--train_scales", "64", "--max_size", "96", "--num_workers", "0"]  # fmt: skip
 
 
-def test_flaws_are_told_written_and_mended(cli: Cli, data: FlawedSet, tmp_path: Path) -> None:
+def test_flaws_are_told_written_mended_and_the_copy_trains(
+    cli: Cli, data: FlawedSet, tmp_path: Path
+) -> None:
     original = (tmp_path / "set.json").read_bytes()
     done = cli(*arguments(data, tmp_path / "set.json"), "--output_dir", tmp_path / "out",
                "--fix", tmp_path / "fixed.json")  # fmt: skip
@@ -44,6 +46,17 @@ def test_flaws_are_told_written_and_mended(cli: Cli, data: FlawedSet, tmp_path: 
     assert main([*arguments(data, tmp_path / "fixed.json"), "--output_dir",
                  str(tmp_path / "out")]) == 0  # fmt: skip
     assert json.loads((tmp_path / "out" / "check.json").read_text())["healthy"]
+
+    places = [
+        f"--{split}_{what}" for split in ("train", "val") for what in ("images", "annotations")
+    ]
+    paths = [data.folder, tmp_path / "fixed.json"] * 2
+    located = [word for pair in zip(places, paths, strict=True) for word in pair]
+    done = cli("train", "--config", TINY, *located, "--output_dir", tmp_path / "run",
+               "--max_steps", "1", "--no_probe", "--no_tensorboard")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "data_report.json").read_text())
+    assert not report["train"]["findings"]
 
 
 def test_nothing_is_overwritten(

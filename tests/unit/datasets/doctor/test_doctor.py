@@ -1,6 +1,7 @@
 """Known numbers of every flaw are counted to the one, sound pictures never named, copies clean."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from datasets.doctor.scan import examine_file, scan
 from datasets.doctor.summary import summary
 from datasets.sources import Source, read_source
 from tests.unit.datasets.doctor.flawed import FLAWS, LAYOUTS, LIMITS, FlawedSet, change_all
+from tests.unit.datasets.test_flawed_sets import FLAWS as FLAWS_BY_FORMAT
+from tests.unit.datasets.test_flawed_sets import FORMATS, write_sound
 
 SLOW_FOLDERS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 _NOTES = {kind for kind in KINDS if KINDS[kind].note}
@@ -46,7 +49,7 @@ def boxes_of(source: Source) -> Boxes:
     return found
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=SLOW_FOLDERS)
+@settings(max_examples=25, deadline=None, suppress_health_check=SLOW_FOLDERS)
 @given(
     seed=st.integers(0, 2**32 - 1),
     flaws=st.dictionaries(st.sampled_from(sorted(FLAWS)), st.integers(1, 2), max_size=12),
@@ -151,6 +154,23 @@ def test_the_original_content_is_not_touched(tmp_path: Path) -> None:
     before = json.dumps(data.content)
     corrected(check(train=data.source()).ledgers[0])
     assert json.dumps(data.content) == before
+
+
+@pytest.mark.parametrize("target", FORMATS)
+def test_each_flaw_of_each_format_is_found_and_mended(target: str, tmp_path: Path) -> None:
+    sound = write_sound(tmp_path, target)
+    assert check(train=read_source(target, sound, "train")).healthy
+    for number, flaw in enumerate(FLAWS_BY_FORMAT[target]):
+        place = tmp_path / str(number)
+        shutil.copytree(sound, place)
+        told = flaw(target, place, 1)
+        source = read_source(target, place, "train")
+        diagnosis = check(train=source)
+        unnoticed = target == "yolo" and not set(told) - {"no_boxes"}  # which YOLO allows
+        assert diagnosis.healthy == unnoticed, told
+        page(diagnosis, title=target)
+        mended, _ = corrected(diagnosis.ledgers[0])
+        assert check(train=Source(mended, source.image_dir, place)).healthy, told
 
 
 JSON = st.recursive(
