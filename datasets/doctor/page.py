@@ -22,7 +22,7 @@ _OWN = """
 .told thead th, .told td { text-align: left; } .told td:nth-of-type(1) { text-align: right; }
 .told thead th:nth-child(2) { text-align: right; }
 .grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
-.left th, .left td { text-align: left; }
+.left th, .left td, .splits th:last-child { text-align: left; }
 .verdict { color: var(--ink); font-weight: 600; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
   gap: 1rem; } .charts figure { margin: 0; } figcaption { overflow-wrap: anywhere; }
@@ -80,7 +80,7 @@ def _numbers(diagnosis: Diagnosis) -> str:
         _histogram(diagnosis, _SHORT, _short_sides, "Picture sizes", "short side, pixels"),
     ]
     return (
-        "<h2>The data</h2>" + table("Splits", header, rows)
+        "<h2>The data</h2>" + table("Splits", header, rows, "splits")
         + _classes(diagnosis) + f'<div class="charts">{"".join(charts)}</div>'
     )  # fmt: skip
 
