@@ -1,0 +1,71 @@
+r"""Measure what the fast preparation of training pictures does to a detector's AP.
+
+    python -m tests.benchmarks.transform_effect --checkpoint runs/bccd/last.pth \
+        --images BCCD/JPEGImages --annotations instances_test.json
+
+Evaluates the same checkpoint on pictures prepared as `eval` does (Pillow's pixels, the official
+order of operations) and as training does (8-bit vectorised resize, reduced JPEG decoding).
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from configs.schema import DataConfig
+from datasets.build import build_dataset, load_index
+from datasets.loader import eval_loader
+from engine.coco_evaluator import CocoEvaluator
+from engine.commands.detector import load_detector, saved_data_options
+from engine.evaluate import evaluate
+from models.postprocess import PostProcess
+from util.batch import UnreadableImage
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print AP of both ways, and how far the pixels are apart."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--images", required=True)
+    parser.add_argument("--annotations", required=True)
+    parser.add_argument("--eval_scale", type=int, default=0, help="0: that of the checkpoint")
+    args = parser.parse_args(argv)
+    cpu = torch.device("cpu")
+    model, pretrained, mean, std = load_detector(args.checkpoint, cpu)
+    data = DataConfig(**saved_data_options(pretrained))
+    data = replace(
+        data, coco_path="", val_images=args.images, val_annotations=args.annotations,
+        eval_scale=args.eval_scale or data.eval_scale,
+    )  # fmt: skip
+    plain = replace(
+        data, train_scales=(data.eval_scale,), hflip=0.0, random_crop=False,
+        scale_jitter=(1.0, 1.0), zoom_out=0.0, color_jitter=0.0, mosaic=0.0, mixup=0.0,
+    )  # fmt: skip
+    index = load_index(data, "val")
+    ways = {
+        name: build_dataset(
+            options, index, train=name == "fast", mean=mean, std=std, classes=pretrained.classes
+        )
+        for name, options in (("exact", data), ("fast", plain))
+    }
+    for name, dataset in ways.items():
+        result, _ = evaluate(
+            model,
+            PostProcess(nms_iou=data.nms_iou),
+            eval_loader(dataset, batch_size=1, num_workers=0),
+            CocoEvaluator(index.coco_gt, dataset.label_to_category),
+            device=cpu,
+        )
+        print(f"{name}: AP {result.stats['AP']:.4f}, AP50 {result.stats['AP50']:.4f}")
+    steps = 255 * torch.tensor(std).view(3, 1, 1)
+    exact, fast = (dataset[0] for dataset in ways.values())
+    if not isinstance(exact, UnreadableImage) and not isinstance(fast, UnreadableImage):
+        apart = float(((exact[0] - fast[0]).abs() * steps).mean())
+        print(f"pixels of the first picture: {apart:.3f} of 255 steps apart on average")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
