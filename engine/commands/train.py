@@ -68,7 +68,7 @@ class Place:
 def train(args: argparse.Namespace, given: Values) -> int:
     """Train on COCO-format data, or continue a run."""
     layers = load_layers(args.config, given)
-    options = RunConfig(**layers.get("run", {}))
+    options = run_options(layers)
     if options.gpus > 1 and not started_by_launcher():
         return launch(
             Path(sys.argv[0]), sys.argv[1:],
@@ -84,6 +84,15 @@ def train(args: argparse.Namespace, given: Values) -> int:
         return run(start, world, own_device(device, world))
     finally:
         leave_world()
+
+
+def run_options(layers: Values) -> RunConfig:
+    """Return the options of the run itself, on top of those of the checkpoint it resumes."""
+    given = layers.get("run", {})
+    saved: dict[str, Any] = {}
+    if given.get("resume", "") not in ("", "auto"):
+        saved = load_checkpoint(Path(given["resume"]))["config"]["run"]
+    return RunConfig(**{**saved, **given})
 
 
 def find_checkpoint(options: RunConfig, world: World) -> Path | None:
