@@ -28,6 +28,7 @@ from engine.memory import probe
 from engine.nonfinite import NonfiniteRecorder
 from engine.optim import build_optimizer, build_scheduler
 from engine.precision import Precision
+from engine.run_lock import only_run_in
 from engine.step_log import StepLog
 from engine.step_timer import StepTimer
 from engine.train import StepRunner
@@ -112,6 +113,12 @@ def find_checkpoint(options: RunConfig, world: World) -> Path | None:
 
 
 def run(start: Start, world: World, device: torch.device) -> int:
+    """Train from `start` on, alone in the run's folder; return the exit code."""
+    with only_run_in(Path(start.config.run.output_dir), world):
+        return run_alone(start, world, device)
+
+
+def run_alone(start: Start, world: World, device: torch.device) -> int:
     """Train from `start` on; return the exit code."""
     config, output_dir = start.config, Path(start.config.run.output_dir)
     folder = CheckpointFolder(output_dir, keep=config.run.keep_checkpoints)
