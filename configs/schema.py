@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.augmentations import AUGMENTATIONS, AUGMENTED
-from util.config import Values, check_values, load_file, merge, option
+from util.config import Values, check_values, file_or_preset, load_file, merge, option
 from util.errors import ConfigError
 
 
@@ -363,6 +363,7 @@ def build_config(values: Mapping[str, Mapping[str, Any]]) -> Config:
     return Config(**{name: cls(**values.get(name, {})) for name, cls in SECTIONS.items()})
 
 
+_PRESETS = Path(__file__).parent
 _LOCATIONS = ("coco_path", "train_images", "train_annotations", "val_images", "val_annotations",
               "data_path")  # fmt: skip
 
@@ -388,4 +389,7 @@ def load_layers(file: str | None, given: Values) -> Values:
     Raises:
         ConfigError: see `util.config.load_file`.
     """
-    return merge_options(load_file(Path(file), SECTIONS), given) if file else given
+    if not file:
+        return given
+    values = load_file(file_or_preset(Path(), file, _PRESETS), SECTIONS, _PRESETS)
+    return merge_options(values, given)

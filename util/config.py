@@ -180,27 +180,48 @@ def parse_flags(
     return args, values
 
 
-def load_file(path: Path, sections: Mapping[str, Section], _seen: tuple[Path, ...] = ()) -> Values:
+def load_file(
+    path: Path,
+    sections: Mapping[str, Section],
+    presets: Path | None = None,
+    _seen: tuple[Path, ...] = (),
+) -> Values:
     """Read a YAML file and the files its `base` names, nearest last.
+
+    Where a file is not there, `NAME`, `NAME.yaml` and `configs/NAME.yaml` mean the one in the
+    folder `presets`.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or has an unknown section, key or type.
     """
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file. Presets lie in configs/.")
+        known = sorted(p.stem for p in presets.glob("*.yaml")) if presets else []
+        named = f"{nearest_hint(path.stem, known)} Presets" if known else "Presets"
+        raise ConfigError(f"{path}: no such config file. {named} lie in configs/.")
     if path.resolve() in _seen:
         raise ConfigError(f"{path}: its `base` leads back to itself.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        what = "cannot be read" if isinstance(error, OSError) else "not a YAML file"
+        raise ConfigError(f"{path}: {what}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected sections ({', '.join(sections)}), got {content!r}.")
     base = content.pop("base", None)
     values: Values = {}
     if base is not None:
-        values = load_file(path.parent / str(base), sections, (*_seen, path.resolve()))
+        file = file_or_preset(path.parent, str(base), presets)
+        values = load_file(file, sections, presets, (*_seen, path.resolve()))
     return merge(values, check_values_by_section(content, sections, str(path)))
+
+
+def file_or_preset(folder: Path, name: str, presets: Path | None) -> Path:
+    """Return the file that a name means, seen from a folder; see `load_file`."""
+    file = folder / name
+    if presets is None or file.is_file() or Path(name).parent.as_posix() not in (".", "configs"):
+        return file
+    preset = presets / f"{Path(name).name.removesuffix('.yaml')}.yaml"
+    return preset if preset.is_file() else file
 
 
 def check_values_by_section(

@@ -18,6 +18,7 @@ from util.config import (
     changed_options,
     check_values,
     coerce,
+    file_or_preset,
     load_file,
     merge,
     option,
@@ -97,6 +98,23 @@ def test_base_is_sought_beside_the_file_that_names_it(tmp_path: Path) -> None:
     write(tmp_path / "deep" / "middle.yaml", "base: ../root.yaml\n")
     file = write(tmp_path / "leaf.yaml", "base: deep/middle.yaml\n")
     assert load_file(file, SECTIONS) == {"net": {"depth": 3}}
+
+
+def test_presets_are_found_from_anywhere_but_a_file_of_ones_own_wins(tmp_path: Path) -> None:
+    for folder in ("presets", "mine"):
+        (tmp_path / folder).mkdir()
+    presets = tmp_path / "presets"
+    write(presets / "small.yaml", "net: {depth: 3}\n")
+    for base in ("small", "small.yaml", "configs/small.yaml"):
+        file = write(tmp_path / "mine" / "a.yaml", f"base: {base}\nnet: {{kind: learned}}\n")
+        expected = {"net": {"depth": 3, "kind": "learned"}}
+        assert load_file(file, SECTIONS, presets) == expected
+        assert file_or_preset(tmp_path, base, presets) == presets / "small.yaml"
+    with pytest.raises(ConfigError, match=r"other/small\.yaml: no such config file\. Did you mean"):
+        load_file(file_or_preset(tmp_path, "other/small.yaml", presets), SECTIONS, presets)
+    write(tmp_path / "mine" / "small.yaml", "net: {depth: 4}\n")
+    file = write(tmp_path / "mine" / "a.yaml", "base: small.yaml\n")
+    assert load_file(file, SECTIONS, presets) == {"net": {"depth": 4}}
 
 
 def test_base_that_leads_back_is_refused(tmp_path: Path) -> None:
