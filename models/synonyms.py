@@ -47,8 +47,8 @@ def _spelled(name: str) -> str:
 
 def _singular(word: str) -> str:
     """Return an English word without its plural's ending, roughly: alike for both is enough."""
-    if word.endswith("ies") and len(word) > 4:
-        return word[:-3] + "y"
+    if len(word) > 4 and word.endswith(("ies", "ie")):  # necktie too, as neckties may come of it
+        return word.removesuffix("s").removesuffix("ie") + "y"
     if word.endswith(("sses", "shes", "ches", "xes")):
         return word[:-2]
     if word.endswith("s") and not word.endswith(("ss", "us", "is")):

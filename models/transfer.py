@@ -18,6 +18,8 @@ _CLASS_HEAD = re.compile(r"(?:transformer\.decoder\.)?class_embed\.(\d+)\.(?:wei
 _HEAD = re.compile(r"((?:transformer\.decoder\.)?(?:class|bbox)_embed)\.(\d+)\.(.+)")
 _QUERIES = "query_embed.weight"
 _COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none
+BACKBONE = "backbone.0."
+_RANKING_ROW = [(0, 0)]  # of the encoder's class head
 _LEAST_COPIED = 1 / 3
 _QUERY_NOISE = 0.1
 
@@ -55,6 +57,7 @@ class TransferReport:
     checkpoint without use -> why. `adapted`: tensors changed to fit -> how. `renamed`: classes
     of the model -> what the checkpoint calls them, where more than upper and lower case differs.
     `contested`: fresh classes -> the class of the checkpoint that they and another could be.
+    `nameless`: the checkpoint does not say what its classes are called.
     """
 
     copied: list[str] = field(default_factory=list)
@@ -66,11 +69,14 @@ class TransferReport:
     fresh_classes: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
     contested: dict[str, str] = field(default_factory=dict)
+    nameless: bool = False
 
     def table(self) -> str:
         """Return a few lines: counts, and groups of keys with what happened to them."""
         known = len(self.matched_classes)
         by_name = f"{known} of {known + len(self.fresh_classes)} classes known"
+        if self.nameless:
+            by_name += ", as the checkpoint names no classes"
         if self.renamed:
             other = _some(f"{ours} from {theirs}" for ours, theirs in self.renamed.items())
             by_name += f" ({other})"
@@ -100,6 +106,7 @@ def transfer(
     *,
     source_classes: Classes,
     target_classes: Classes,
+    backbone: bool = True,
 ) -> TransferReport:
     """Start `model` from the weights of another training, as far as they fit.
 
@@ -108,6 +115,7 @@ def transfer(
     ranks proposals by row 0 of the encoder's class head: that row is kept. Missing queries are
     noisy copies of the first ones (equal queries would never part); of too many, those stay whose
     reference points lie farthest apart. Everything else keeps its fresh weights and is reported.
+    Without `backbone`, that of `model`, which is another one, stays as it is and is left out.
 
     Raises:
         CheckpointError: less than a third of the model's parameters could be copied.
@@ -122,12 +130,13 @@ def transfer(
             for theirs, ours in pairs
             if target_classes.names[ours].casefold() != source_classes.names[theirs].casefold()
         },
+        nameless=not any(source_classes.names),
     )
     for name in report.fresh_classes:
         if other := of_same_meaning(name, source_classes.names):
             report.contested[name] = other
-    source = {k: v for k, v in state_dict.items() if not k.endswith(_COUNTER)}
-    target = {k: v for k, v in model.state_dict().items() if not k.endswith(_COUNTER)}
+    left_out = () if backbone else (BACKBONE,)
+    source, target = _without(state_dict, left_out), _without(model.state_dict(), left_out)
     origin = _origins(source, target)
     used = set(origin.values())
     with torch.no_grad():
@@ -142,6 +151,15 @@ def transfer(
     report.ignored.update({k: "not in the model" for k in source if k not in used})
     _check_enough(report, source, target)
     return report
+
+
+def _without(tensors: Mapping[str, Tensor], left_out: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return what is to be compared: no counters, and no names that begin like `left_out`."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(_COUNTER) and not name.startswith(left_out)
+    }
 
 
 def _proposal_index(state_dict: Mapping[str, Tensor]) -> int | None:
@@ -183,7 +201,7 @@ def _rows_for(
     head = _CLASS_HEAD.fullmatch(name)
     if head is None:
         return None
-    return [(0, 0)] if int(head[1]) == _proposal_index(target) else pairs
+    return _RANKING_ROW if int(head[1]) == _proposal_index(target) else pairs
 
 
 def _fill(
@@ -198,7 +216,10 @@ def _fill(
     elif rows is not None and tensor.shape[1:] == given.shape[1:]:
         for theirs, ours in rows:
             tensor[ours].copy_(given[theirs])
-        report.by_name.append(name)
+        if rows is _RANKING_ROW:
+            report.adapted[name] = "row 0, which ranks proposals"
+        else:
+            report.by_name.append(name)
     elif rows is None and tensor.shape == given.shape:
         tensor.copy_(given)
         report.copied.append(name)

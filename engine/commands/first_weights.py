@@ -9,7 +9,7 @@ from models.build import ALL_STAGES, build_model
 from models.deformable_detr import DeformableDETR
 from models.freezing import freeze
 from models.pretrained import Pretrained
-from models.transfer import transfer
+from models.transfer import BACKBONE, transfer
 from util.classes import Classes
 from util.errors import ConfigError
 from util.run_log import console
@@ -52,19 +52,28 @@ def build_training_model(
         mean, std = start.preprocessing["mean"], start.preprocessing["std"]
     fresh: set[str] = set() if start.checkpoint else set(model.state_dict())
     if pretrained is not None:
-        fresh = take_over(model, pretrained, config, classes)
+        fresh = take_over(model, pretrained, config, classes, backbone=inherited)
         if inherited:
             mean, std = pretrained.image_mean or mean, pretrained.image_std or std
+        elif backbone_weights == "none":
+            fresh |= {name for name in model.state_dict() if name.startswith(BACKBONE)}
     if backbone_weights != "none":
-        fresh = {name for name in fresh if not name.startswith("backbone.0.")}
+        fresh = {name for name in fresh if not name.startswith(BACKBONE)}
     freeze(model, config.optim.freeze, fresh=fresh)
     return model, mean, std
 
 
 def take_over(
-    model: DeformableDETR, pretrained: Pretrained, config: Config, classes: Classes
+    model: DeformableDETR,
+    pretrained: Pretrained,
+    config: Config,
+    classes: Classes,
+    *,
+    backbone: bool,
 ) -> set[str]:
     """Fill a model from the weights of --finetune and say how; return the names of the others.
+
+    Without `backbone`, the model's is another one than theirs and stays as it is.
 
     Raises:
         ConfigError: `nheads` is not that of the weights.
@@ -74,7 +83,16 @@ def take_over(
     if nheads != config.model.nheads:  # the one difference that shapes do not show
         raise ConfigError(f"--nheads {config.model.nheads}: --finetune has {nheads}. Use that.")
     report = transfer(
-        model, pretrained.state_dict, source_classes=pretrained.classes, target_classes=classes
+        model,
+        pretrained.state_dict,
+        source_classes=pretrained.classes,
+        target_classes=classes,
+        backbone=backbone,
     )
     console(report.table())
+    if not backbone:
+        console(
+            f"backbone: {config.model.backbone} with weights '{config.run.backbone_weights}'; that "
+            f"of --finetune is {pretrained.model_options['backbone']} and is not taken"
+        )
     return set(report.reinitialised)

@@ -50,6 +50,8 @@ def test_every_class_of_voc_is_one_of_coco() -> None:
         ("hair-dryer", "hair drier"),
         ("Fridge", "refrigerator"),
         ("hotdog", "hot dog"),
+        ("neckties", "tie"),
+        ("ties", "tie"),
     ],
 )
 def test_other_spellings_and_words(name: str, coco: str) -> None:

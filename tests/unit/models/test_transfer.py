@@ -59,7 +59,8 @@ def test_same_model_and_classes_copies_everything(options: dict[str, Any]) -> No
     assert all(after[key].equal(source[key]) for key in after if heads not in key)
     assert not report.reinitialised
     assert not report.ignored
-    assert len(report.copied) + len(report.by_name) == len(after)
+    assert len(report.copied) + len(report.by_name) + len(report.adapted) == len(after)
+    assert all(heads in key for key in report.adapted)
 
 
 def test_class_rows_follow_names() -> None:
@@ -107,6 +108,8 @@ def test_proposal_head_keeps_its_ranking_row() -> None:
     assert after[key][1].equal(before[key][1])
     assert after["class_embed.1.weight"][0].equal(source["class_embed.1.weight"][2])
     assert not report.ignored
+    assert set(report.adapted.values()) == {"row 0, which ranks proposals"}
+    assert not [name for name in report.by_name if "class_embed.2." in name]
 
 
 def test_proposal_head_follows_the_number_of_layers() -> None:
@@ -202,6 +205,28 @@ def test_other_levels_are_reported_and_nothing_is_lost() -> None:
     table = report.table()
     assert "transformer.encoder.layers.*.self_attn.sampling_offsets.weight" in table
     assert len(table.splitlines()) == 5
+
+
+def test_weights_without_class_names_say_so() -> None:
+    report, before, after = run(build(2), _SOURCE, classes("", "", "", ""), classes("cat", "dog"))
+    assert after["class_embed.1.bias"].equal(before["class_embed.1.bias"])
+    told = "0 of 2 classes known, as the checkpoint names no classes, fresh: cat, dog"
+    assert told in report.table()
+
+
+def test_another_backbone_is_not_mixed_with_theirs() -> None:
+    # torchvision's resnet18 and resnet34 have many tensors of one name and shape
+    names, model = classes("cat", "dog", "cow", "hen"), build(4, backbone="resnet34")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    report = transfer(model, _SOURCE, source_classes=names, target_classes=names, backbone=False)
+    after = model.state_dict()
+    backbone = {key for key in after if key.startswith("backbone.0.")}
+    assert backbone & _SOURCE.keys()
+    assert all(after[key].equal(before[key]) for key in backbone)
+    assert all(after[key].equal(_SOURCE[key]) for key in after.keys() - backbone)
+    told = {*report.copied, *report.by_name, *report.adapted, *report.reinitialised}
+    assert told == after.keys() - backbone
+    assert not report.ignored
 
 
 def test_wrong_model_is_refused_with_its_options() -> None:
