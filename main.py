@@ -1,7 +1,8 @@
-"""Deformable DETR from the command line: train, eval, predict, doctor."""
+"""Deformable DETR from the command line."""
 
 import argparse
 import errno
+import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -69,6 +70,9 @@ def parse_command_line(argv: Sequence[str]) -> tuple[str, argparse.Namespace, Va
 
 def main(argv: Sequence[str]) -> int:
     """Run a command; a user's error is one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # names may have letters that a terminal or file lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.getLogger("timm").setLevel(logging.ERROR)  # it lists heads it leaves out on purpose
     try:
         end_with_launcher()

@@ -49,7 +49,7 @@ def predict_pictures(args: argparse.Namespace, given: Values) -> int:
         device=device,
         score_thresholds=thresholds,
     )
-    tell_thresholds(output_dir, pretrained.classes, thresholds, chosen_by_checkpoint=bool(best))
+    tell_thresholds(output_dir, pretrained.classes, thresholds, best)
     return 0
 
 
@@ -61,16 +61,19 @@ def thresholds_by_label(
 
 
 def tell_thresholds(
-    output_dir: Path, classes: Classes, thresholds: Sequence[float], *, chosen_by_checkpoint: bool
+    output_dir: Path, classes: Classes, thresholds: Sequence[float], best: Mapping[str, float]
 ) -> None:
-    """Write `score_thresholds.json`, and print them if they are the checkpoint's."""
+    """Write `score_thresholds.json`, and print which of them are the checkpoint's best."""
     by_name = {classes.shown(k): t for k, t in enumerate(thresholds) if classes.in_use(k)}
     path = output_dir / "score_thresholds.json"
     write_atomic(path, json.dumps(by_name, indent=1, ensure_ascii=False) + "\n")
-    if chosen_by_checkpoint:
-        shown = ", ".join(f"{name} {t:.2f}" for name, t in list(by_name.items())[:_MOST_TOLD])
-        more = f", ... ({len(by_name)}, all in {path.name})" if len(by_name) > _MOST_TOLD else ""
+    known = [f"{name} {threshold:.2f}" for name, threshold in by_name.items() if name in best]
+    if known:
+        more = f", ... ({len(known)}, all in {path.name})" if len(known) > _MOST_TOLD else ""
+        others = {f"{threshold:.2f}" for name, threshold in by_name.items() if name not in best}
         console(
-            f"score thresholds, those of the checkpoint's last evaluation: {shown}{more}. "
+            "score thresholds, those of the checkpoint's last evaluation: "
+            f"{', '.join(known[:_MOST_TOLD])}{more}"
+            f"{''.join(f'; of the other classes {threshold}' for threshold in others)}. "
             "--score_threshold sets one for all."
         )
