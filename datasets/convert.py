@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping
@@ -13,12 +14,15 @@ import numpy as np
 import yaml
 
 from datasets.coco_json import check_content
-from datasets.findings import Finding
-from datasets.image_reading import read_size
+from datasets.findings import Finding, first_few
+from datasets.image_reading import TURNED, read_header, upright_point
 from datasets.picture_checks import complete_sizes
 from datasets.sources import Source, coco_layout
 from util.errors import DataError
-from util.files import write_atomic
+from util.files import make_output_dir, write_atomic
+
+# What XML 1.0 has no place for, and line breaks, which end a name in a list.
+_NOT_IN_XML = re.compile(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,13 @@ def convert(
 ) -> list[str]:
     """Write splits as COCO, VOC or YOLO under `output_dir`; return a line on each and its flaws.
 
-    What the checks leave out is not written, nor are pictures that are not there. COCO keeps every
-    id; VOC knows classes by name and orders them so; YOLO numbers them from 0 in order of id and
-    has no place for crowds, which are left out.
+    What the checks leave out is not written, nor are pictures that are not there. COCO keeps the
+    ids of pictures and classes; VOC knows classes by name and orders them so; YOLO numbers them
+    from 0 in order of id and has no place for crowds, which are left out.
 
     Raises:
         DataError: `output_dir` holds something already, or a split cannot be used.
+        ConfigError: `output_dir` cannot be made.
     """
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise DataError(f"{output_dir}: expected a new or empty folder. Choose another.")
@@ -78,6 +83,10 @@ def convert(
             f"{output_dir}: expected splits with the same classes, got different ones. "
             "YOLO numbers them once for all: convert each alone."
         )
+    if target == "voc":
+        for split, _ in splits:
+            _check_voc_names(split.class_names, output_dir)
+    make_output_dir(output_dir)
     for split, findings in splits:
         notices = [finding.text for finding in findings]
         notices += writers[target](split, output_dir, place)
@@ -108,6 +117,8 @@ class _Placer:
     def put(self, picture: _Picture, target: Path) -> None:
         """Make the picture appear at `target`."""
         target.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(target):  # two entries of one file
+            return
         if not self._copy:
             try:
                 os.symlink(picture.file.resolve(), target)
@@ -128,7 +139,7 @@ def _gather(name: str, source: Source) -> tuple[_Split, list[Finding]]:
     for i, file_name in enumerate(images.file_names):
         file = source.image_dir / file_name
         own = order[first[i] : first[i + 1]]
-        if file.is_file():
+        if os.path.isfile(file):
             height, width = images.sizes[i].tolist()
             pictures.append(
                 _Picture(
@@ -171,10 +182,22 @@ def _write_coco(split: _Split, folder: Path, place: _Placer) -> list[str]:
     return []
 
 
+def _check_voc_names(names: tuple[str, ...], output_dir: Path) -> None:
+    """Refuse classes that would not come back: names are all that VOC knows of them."""
+    written = [name.strip() for name in names]
+    for name in written:
+        if written.count(name) > 1 or not name or _NOT_IN_XML.search(name):
+            raise DataError(
+                f"{output_dir}: expected class names that differ and that XML can hold, as VOC "
+                f"knows no ids, got {name!r}. Name the classes otherwise."
+            )
+
+
 def _write_voc(split: _Split, folder: Path, place: _Placer, corners: str) -> list[str]:
     stems = []
     for picture in split.pictures:
-        name = place.free(picture.name.replace("/", "_"), folder, split.name)
+        flat = _NOT_IN_XML.sub("_", picture.name.replace("/", "_"))
+        name = place.free(flat, folder, split.name)
         place.put(picture, folder / "JPEGImages" / name)
         stem = PurePath(name).stem
         root = ET.Element("annotation")
@@ -213,8 +236,8 @@ def _write_yolo(split: _Split, folder: Path, place: _Placer) -> list[str]:
     crowds, unusable = 0, []
     images, labels = folder / "images" / split.name, folder / "labels" / split.name
     for picture in split.pictures:
-        size = _upright_size(picture)
-        if size is None:
+        header = read_header(picture.file)
+        if header is None:
             unusable.append(repr(picture.name))
             continue
         name = place.free(picture.name, images, split.name)
@@ -223,11 +246,11 @@ def _write_yolo(split: _Split, folder: Path, place: _Placer) -> list[str]:
         for label, box, crowd in zip(picture.labels, picture.xywh, picture.crowd, strict=True):
             crowds += crowd
             if not crowd:
-                values = _fractions(box, *size)
+                values = _fractions(box, picture.size, *header)
                 lines.append(f"{label} {' '.join(map(_number, values))}\n")
         _write((labels / name).with_suffix(".txt"), "".join(lines))
     file = folder / "data.yaml"
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {"path": "."}
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     content[split.name] = f"images/{split.name}"
     content["names"] = dict(enumerate(split.class_names))
     write_atomic(file, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
@@ -236,22 +259,26 @@ def _write_yolo(split: _Split, folder: Path, place: _Placer) -> list[str]:
         notices.append(f"crowd boxes, which YOLO cannot mark, left out: {crowds}")
     if unusable:
         notices.append(
-            f"pictures that cannot be read, or whose boxes are not of the upright picture, "
-            f"left out: {len(unusable)} ({', '.join(unusable[:3])})"
+            f"pictures that cannot be read, left out: {len(unusable)} ({first_few(unusable)})"
         )
     return notices
 
 
-def _upright_size(picture: _Picture) -> tuple[int, int] | None:
-    """Return the size that YOLO's fractions are of; None where the boxes are of another picture."""
-    upright = read_size(picture.file, upright=True)
-    stored = read_size(picture.file, upright=False)
-    return None if picture.size == stored != upright else upright
+def _fractions(
+    box: list[float], counted: tuple[int, int], stored: tuple[int, int], orientation: int
+) -> tuple[float, float, float, float]:
+    """Return centre and size as fractions of the upright picture.
 
-
-def _fractions(box: list[float], height: int, width: int) -> tuple[float, float, float, float]:
+    The box is of that picture where its size is the one that counts, else of the stored pixels.
+    """
+    turned = orientation in TURNED
+    upright = turned and counted == stored[::-1] != stored
+    height, width = counted if upright else stored
     x, y, w, h = box
-    return (x + w / 2) / width, (y + h / 2) / height, w / width, h / height
+    cx, cy, w, h = (x + w / 2) / width, (y + h / 2) / height, w / width, h / height
+    if upright:
+        return cx, cy, w, h
+    return (*upright_point(cx, cy, orientation), *((h, w) if turned else (w, h)))
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NAMED = 3  # examples in a line
+_LONGEST = 120  # characters of one: a name may be anything, a whole file in base64 too
 
 
 def _no_ids() -> NDArray[np.int64]:
@@ -56,4 +57,4 @@ def first_few(names: Iterable[str], total: int | None = None) -> str:
     """Return the first names of many, with dots where there are more."""
     listed = list(names)
     more = ", ..." if (len(listed) if total is None else total) > NAMED else ""
-    return ", ".join(listed[:NAMED]) + more
+    return ", ".join(f"{name:.{_LONGEST}}" for name in listed[:NAMED]) + more

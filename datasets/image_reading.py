@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 # What Pillow raises for files that are missing, damaged, truncated, huge or no pictures at all.
@@ -17,10 +17,32 @@ READ_ERRORS = (
     EOFError,
     struct.error,
     zlib.error,
+    NotImplementedError,
     Image.DecompressionBombError,
 )
 _ORIENTATION = 0x0112  # EXIF tag
 TURNED = (5, 6, 7, 8)  # orientations that swap width and height
+# What brings the stored pixels upright. Pillow's own function writes all of the EXIF data anew, and
+# fails where any of it is odd.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_header(path: Path) -> tuple[tuple[int, int], int] | None:
+    """Return the stored (height, width) in pixels and the EXIF orientation, None without header."""
+    try:
+        with Image.open(path) as image:
+            refuse_bomb(image)
+            return (image.height, image.width), orientation_of(image)
+    except READ_ERRORS:
+        return None
 
 
 def read_size(path: Path, *, upright: bool) -> tuple[int, int] | None:
@@ -28,14 +50,25 @@ def read_size(path: Path, *, upright: bool) -> tuple[int, int] | None:
 
     `upright` gives the size after the EXIF orientation is applied.
     """
-    try:
-        with Image.open(path) as image:
-            refuse_bomb(image)
-            width, height = image.size
-            turned = upright and orientation_of(image) in TURNED
-    except READ_ERRORS:
+    header = read_header(path)
+    if header is None:
         return None
-    return (width, height) if turned else (height, width)
+    size, orientation = header
+    return size[::-1] if upright and orientation in TURNED else size
+
+
+def upright_point(x: float, y: float, orientation: int) -> tuple[float, float]:
+    """Return where a point of the stored pixels is upright; both as fractions of the sides."""
+    places = {
+        1: (x, y), 2: (1 - x, y), 3: (1 - x, 1 - y), 4: (x, 1 - y),
+        5: (y, x), 6: (1 - y, x), 7: (1 - y, 1 - x), 8: (y, 1 - x),
+    }  # fmt: skip
+    return places[orientation]
+
+
+def stored_point(x: float, y: float, orientation: int) -> tuple[float, float]:
+    """Undo `upright_point`: a quarter turn is undone by the other one, the rest by itself."""
+    return upright_point(x, y, {6: 8, 8: 6}.get(orientation, orientation))
 
 
 def read_rgb(path: Path, stated_size: tuple[int, int] | None) -> Image.Image:
@@ -62,19 +95,18 @@ def read_reduced(
         refuse_bomb(image)
         if not isinstance(image, JpegImageFile):
             image.load()  # the orientation may stand behind the pixels
-        stored_size = (image.height, image.width)
+        stored_size, orientation = (image.height, image.width), orientation_of(image)
         if stated_size is None:
-            upright = orientation_of(image) != 1
+            upright = orientation != 1
         else:
-            upright = stated_size == stored_size[::-1] != stored_size
-            upright = upright and orientation_of(image) in TURNED
-        turned = upright and orientation_of(image) in TURNED
-        size = stored_size[::-1] if turned else stored_size
+            upright = orientation in TURNED and stated_size == stored_size[::-1] != stored_size
+        size = stored_size[::-1] if upright and orientation in TURNED else stored_size
         factor = _reduction(size, decoded_size(*size))
         if factor > 1:
             image.draft(None, (image.width // factor, image.height // factor))
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image) if upright else image), size
+        rgb = _to_rgb(image)
+        return rgb.transpose(_UPRIGHT[orientation]) if upright else rgb, size
 
 
 def refuse_bomb(image: Image.Image) -> None:
@@ -99,11 +131,12 @@ def _reduction(size: tuple[int, int], least: tuple[int, int]) -> int:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 (as stored) where the tag is missing or damaged."""
+    """Return the EXIF orientation, 1 (as stored) where the tag is missing or makes no sense."""
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        found = int(image.getexif().get(_ORIENTATION, 1))
     except (*READ_ERRORS, TypeError):
         return 1
+    return found if found in _UPRIGHT else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,5 +1,6 @@
 """What an index asks of the picture folder: which files are there, and how large they are."""
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePath
@@ -83,7 +84,10 @@ def _missing(file_names: Iterable[str], image_dir: Path) -> list[int]:
     missing = []
     for folder, pictures in by_folder.items():
         place = image_dir / folder
-        there = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
+        try:
+            there = set(os.listdir(place))
+        except (OSError, ValueError):  # no folder, or none that could have this name
+            there = set()
         missing += [i for i, name in pictures if name not in there]
     return sorted(missing)
 

@@ -9,11 +9,12 @@ as a crowd in COCO's: it becomes one, so it trains nothing.
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
-from datasets.findings import Finding, at_places
+from datasets.findings import Finding, at_places, first_few
 from datasets.picture_files import is_picture
 from util.errors import DataError
 
@@ -27,12 +28,14 @@ def read_voc(
 ) -> tuple[dict[str, Any], Path, list[Finding]]:
     """Return the content of a split as a COCO-format file, the picture folder and findings.
 
-    The split is ImageSets/Main/SPLIT.txt, or all of Annotations/ where there are no lists.
+    The split is ImageSets/Main/SPLIT.txt, or all of Annotations/ where there are no lists, which is
+    told.
     Classes are the names found in all of Annotations/, sorted, with ids from 1, so that every split
     has the same. Pictures are numbered from 1 by name.
 
     Raises:
-        DataError: a folder or the list of the split is missing, or no object has a name.
+        DataError: a folder or the list of the split is missing, it has no annotation file, or no
+            object has a name.
     """
     folder, pictures = root / "Annotations", root / "JPEGImages"
     for needed in (folder, pictures):
@@ -48,7 +51,10 @@ def read_voc(
     if not categories:
         raise DataError(f"{folder}: expected XML files with named objects, found none.")
     ids = {name: number for number, name in enumerate(categories, 1)}
-    file_of = {p.stem: p.name for p in sorted(pictures.iterdir()) if is_picture(p)}
+    there: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(pictures.iterdir()):
+        if is_picture(path):
+            there[path.stem].append(path.name)
     content: dict[str, Any] = {
         "images": [],
         "annotations": [],
@@ -56,12 +62,33 @@ def read_voc(
     }
     for number, stem in enumerate(sorted(stems & trees.keys()), 1):
         tree = trees[stem]
-        name = file_of.get(stem) or (tree.findtext("filename") or "").strip() or f"{stem}.jpg"
+        name = _picture_name(tree, stem, there)
         content["images"].append({"id": number, "file_name": name, **_size(tree)})
         for entry in _objects(tree, ids, corners):
             entry.update(id=len(content["annotations"]) + 1, image_id=number)
             content["annotations"].append(entry)
-    return content, pictures, _lost(stems, files, damaged)
+    if not content["images"]:
+        raise DataError(
+            f"{root}: expected XML files for the split '{split}' in Annotations/, got none for its "
+            f"{len(stems)} names ({first_few(map(repr, sorted(stems)), len(stems))}). "
+            "Check its list in ImageSets/Main/."
+        )
+    findings = _lost(stems, files, damaged)
+    if not _list_folder(root).is_dir():
+        line = f"no lists in ImageSets/Main/: every split is all {len(stems)} files, train as val"
+        findings.append(Finding("no_lists", len(stems), line))
+    return content, pictures, findings
+
+
+def _list_folder(root: Path) -> Path:
+    return root / "ImageSets" / "Main"
+
+
+def _picture_name(tree: "ET.Element", stem: str, there: Mapping[str, list[str]]) -> str:
+    """Return the picture named like its XML file; of several, that which the file names."""
+    stated = (tree.findtext("filename") or "").strip()
+    names = there.get(stem) or [stated or f"{stem}.jpg"]
+    return stated if stated in names else names[0]
 
 
 def _lost(stems: set[str], files: dict[str, Path], damaged: dict[str, str]) -> list[Finding]:
@@ -82,7 +109,7 @@ def _lost(stems: set[str], files: dict[str, Path], damaged: dict[str, str]) -> l
 
 def _listed(root: Path, split: str, files: dict[str, Path]) -> set[str]:
     """Return the names of a split's pictures, without suffix."""
-    lists = root / "ImageSets" / "Main"
+    lists = _list_folder(root)
     if not lists.is_dir():
         return set(files)
     path = lists / f"{split}.txt"
@@ -93,11 +120,16 @@ def _listed(root: Path, split: str, files: dict[str, Path]) -> set[str]:
             f"Lists there: {known}. Choose with --train_split and --val_split."
         )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected a list in UTF-8, got {error.reason}.") from error
-    names = (line.strip() for line in lines)
-    return {name if name in files else _FLAG.sub("", name) for name in names if name}
+    return {_stem(line.strip(), files) for line in lines if line.strip()}
+
+
+def _stem(name: str, files: dict[str, Path]) -> str:
+    """Return what a line of a list names, which may stand with a flag, a suffix or a folder."""
+    plain = _FLAG.sub("", name)
+    return next((s for s in (name, plain, PurePath(plain).stem) if s in files), plain)
 
 
 def _parse(files: dict[str, Path]) -> tuple[dict[str, "ET.Element"], dict[str, str]]:

@@ -3,7 +3,8 @@
 A line is a class index, then the centre, width and height of a box as fractions of the picture's
 width and height, or the corners of a polygon, which becomes the box around it. With `kpt_shape` in
 data.yaml key points follow the box and are passed over. Fractions are of the upright picture, after
-its EXIF orientation, as the tools that write this format have it.
+its EXIF orientation, as the tools that write this format have it. Where that leaves the size as it
+is (mirrored, upside down or square), boxes are put on the stored pixels, which training then uses.
 """
 
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from datasets.findings import Finding, at_places
-from datasets.image_reading import read_size
+from datasets.image_reading import TURNED, read_header, stored_point
 from datasets.picture_files import is_picture
 from util.errors import DataError
 
@@ -37,19 +38,24 @@ def read_yolo(place: Path, split: str) -> tuple[dict[str, Any], Path, list[Findi
     content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
     malformed: list[str] = []
     unplaced: list[str] = []
+    labelled = False
     named = sorted((picture.relative_to(root).as_posix(), picture) for picture in pictures)
     for number, (name, picture) in enumerate(named, 1):
-        size = read_size(picture, upright=True)
+        header = read_header(picture)
+        size = None if header is None else _counted_size(*header)
         image = {"id": number, "file_name": name}
         content["images"].append(
             image if size is None else {**image, "height": size[0], "width": size[1]}
         )
         labels = _label_file(picture)
+        labelled = labelled or labels.is_file()
         boxes, wrong = _read_labels(labels, boxes_first="kpt_shape" in options)
         malformed += wrong
-        if size is None:
+        if header is None or size is None:
             unplaced += [str(labels)] if boxes else []
             continue
+        if size == header[0]:
+            boxes = [(category, _on_stored(box, header[1])) for category, box in boxes]
         for category, box in boxes:
             content["annotations"].append(
                 {
@@ -66,6 +72,10 @@ def read_yolo(place: Path, split: str) -> tuple[dict[str, Any], Path, list[Findi
             "size_unknown", "labels of pictures that cannot be read, boxes left out", unplaced
         ),
     ]
+    if not labelled:
+        first = _label_file(named[0][1])
+        line = f"no label file for any of {len(named)} pictures (the first would be {first})"
+        findings.append(Finding("no_label_file", len(named), line))
     return content, root, findings
 
 
@@ -92,7 +102,7 @@ def _load_yaml(place: Path) -> tuple[Path, Mapping[str, Any]]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise DataError(f"{file}:{line}: expected YAML, got {error.problem}. Mend it.") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: expected YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise DataError(f"{file}: expected `names`, `train` and `val`, got {content!r:.50}.")
@@ -129,6 +139,8 @@ def _pictures(options: Mapping[str, Any], file: Path, split: str) -> list[Path]:
     base = base if base.is_dir() else here  # `path` of another machine
     found: dict[Path, None] = {}
     for entry in entries:
+        if not (base / entry).exists():
+            entry = entry.replace("\\", "/")  # as written on Windows
         path = Path(os.path.normpath(base / entry))
         if not path.exists() and entry.startswith("../"):  # as exports for another layout have it
             path = Path(os.path.normpath(base / entry[3:]))
@@ -148,10 +160,10 @@ def _pictures(options: Mapping[str, Any], file: Path, split: str) -> list[Path]:
 def _listed(path: Path, base: Path) -> list[Path]:
     """Return the pictures of a text file; ./ is the file's folder, else names are under `base`."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected a list in UTF-8, got {error.reason}.") from error
-    names = [line.strip() for line in lines if line.strip()]
+    names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
     folders = (path.parent if name.startswith("./") else base for name in names)
     return [Path(os.path.normpath(f / name)) for f, name in zip(folders, names, strict=True)]
 
@@ -171,7 +183,7 @@ def _read_labels(
 ) -> tuple[list[tuple[int, list[float]]], list[str]]:
     """Return (class, cxcywh) of each line that has them, and where and why others have not."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         return [], []
     except (OSError, ValueError) as error:
@@ -203,6 +215,18 @@ def _parse_line(line: str, *, boxes_first: bool) -> tuple[int, list[float]]:
     xs, ys = values[::2], values[1::2]
     left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
     return int(label), [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
+
+
+def _counted_size(stored: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Return the (height, width) to state: that of the upright picture, by which it is turned."""
+    return stored[::-1] if orientation in TURNED else stored
+
+
+def _on_stored(box: list[float], orientation: int) -> list[float]:
+    """Return a box of the upright picture on the stored pixels."""
+    cx, cy, w, h = box
+    sides = (h, w) if orientation in TURNED else (w, h)
+    return [*stored_point(cx, cy, orientation), *sides]
 
 
 def _in_pixels(box: list[float], height: int, width: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Conversion between formats: the same training targets, whatever the data is kept as."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ def test_stems_that_differ_by_suffix_alone_stay_apart(tmp_path: Path) -> None:
 
 
 def test_yolo_is_of_the_upright_picture(content: Content, write: Write, tmp_path: Path) -> None:
-    """Boxes of the stored pixels cannot be said of a picture that other tools turn."""
+    """Boxes of the stored pixels are turned with a picture that other tools turn."""
     json_path, folder = write(content)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -181,12 +182,62 @@ def test_yolo_is_of_the_upright_picture(content: Content, write: Write, tmp_path
     for image, name in zip(content["images"][1:], ("9.jpg", "2.jpg"), strict=True):
         image["file_name"] = name
     source = Source(content, folder, json_path)
-    lines = convert({"train": source}, "yolo", tmp_path / "y", copy=False)
-    assert "not of the upright picture, left out: 1 ('9.jpg')" in lines[1]
+    convert({"train": source}, "yolo", tmp_path / "y", copy=False)
     expected = targets(source)
-    assert targets(read_source("yolo", tmp_path / "y", "train")) == {
-        name: expected[name] for name in ("2", "5")
+    found = targets(read_source("yolo", tmp_path / "y", "train"))
+    assert {name: found[name] for name in ("2", "5")} == {n: expected[n] for n in ("2", "5")}
+    ((_, (x, y, width, height)),) = expected["9"]
+    ((class_name, box),) = found["9"]
+    assert class_name == "dog"
+    assert box == pytest.approx([1 - y, x, height, width], abs=1e-6)
+
+
+def test_entries_of_one_file_share_it(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "./a.png"}],
+        "annotations": [{"id": 1, "image_id": 2, "category_id": 1, "bbox": [1, 2, 3, 4]}],
+        "categories": [{"id": 1, "name": "x"}],
     }
+    before = (tmp_path / "a.png").read_bytes()
+    for copy in (False, True):
+        out = tmp_path / f"out{copy}"
+        convert({"train": Source(content, tmp_path, tmp_path)}, "coco", out, copy=copy)
+        assert len(read_source("coco", out, "train").content["images"]) == 2
+        assert (out / "train2017" / "a.png").read_bytes() == before
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("target", FORMATS)
+def test_names_that_are_no_text(
+    content: Content, write: Write, tmp_path: Path, target: str
+) -> None:
+    """A name in Latin-1 from an old archive, a line break, and one too long to be a file."""
+    json_path, folder = write(content)
+    for image, name in zip(
+        content["images"], (os.fsdecode(b"caf\xe9.png"), "a\nb.png"), strict=False
+    ):
+        (folder / image["file_name"]).rename(folder / name)
+        image["file_name"] = name
+    content["images"][2]["file_name"] = f"data:image/png;base64,{'A' * 300}/b.png"
+    source = Source(content, folder, json_path)
+    lines = convert({"train": source}, target, tmp_path / "out", copy=False)
+    assert lines[0] == "train: 2 images, 2 boxes"
+    assert "not in the folder: 1 of 3" in lines[1]
+    assert len(lines[1]) < 300
+    assert sum(map(len, targets(read_source(target, tmp_path / "out", "train")).values())) == 2
+
+
+@pytest.mark.parametrize("names", [("cat", "cat "), ("cat", "a\x01"), ("cat", "\ud800")])
+def test_classes_that_voc_cannot_tell_are_refused(
+    content: Content, write: Write, tmp_path: Path, names: tuple[str, str]
+) -> None:
+    json_path, folder = write(content)
+    for category, name in zip(content["categories"], names, strict=True):
+        category["name"] = name
+    with pytest.raises(DataError, match="class names that differ and that XML can hold"):
+        convert({"train": Source(content, folder, json_path)}, "voc", tmp_path / "v", copy=False)
+    assert not (tmp_path / "v").exists()
 
 
 def test_nothing_is_overwritten(content: Content, write: Write, tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """JPEGs decoded at a fraction of their size: which fraction, and what it looks like."""
 
+import io
+import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.image_reading import READ_ERRORS, read_reduced, read_rgb, read_size
+from datasets.image_reading import READ_ERRORS, read_header, read_reduced, read_rgb, read_size
 
 
 def photograph(width: int, height: int) -> Image.Image:
@@ -66,6 +69,48 @@ def test_other_formats_are_decoded_whole(tmp_path: Path) -> None:
     picture, size = read_reduced(tmp_path / "a.png", None, lambda height, width: (20, 40))
     assert picture.size == (400, 200)
     assert size == (200, 400)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_odd_metadata_takes_no_picture_away(tmp_path: Path, suffix: str) -> None:
+    """Cameras write what the standard forbids: here a resolution that is no number."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    path = tmp_path / f"a{suffix}"
+    photograph(40, 20).save(path, exif=exif)
+    raw = path.read_bytes()
+    start = next(raw.find(mark) for mark in (b"II*\0", b"MM\0*") if mark in raw)
+    order: Literal["little", "big"] = "little" if raw[start : start + 2] == b"II" else "big"
+    entry = raw.find((0x011A).to_bytes(2, order) + (5).to_bytes(2, order), start)
+    raw = raw[: entry + 2] + (7).to_bytes(2, order) + raw[entry + 4 :]
+    if suffix == ".png":
+        chunk = raw.find(b"eXIf")
+        end = chunk + 4 + int.from_bytes(raw[chunk - 4 : chunk], "big")
+        raw = raw[:end] + zlib.crc32(raw[chunk:end]).to_bytes(4, "big") + raw[end + 4 :]
+    path.write_bytes(raw)
+    assert read_rgb(path, None).size == (20, 40)
+    assert read_rgb(path, (40, 20)).size == (20, 40)
+    assert read_rgb(path, (20, 40)).size == (40, 20)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_orientations_that_do_not_exist_are_none(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph(40, 20).save(tmp_path / "a.jpg", exif=exif)
+    assert read_header(tmp_path / "a.jpg") == ((20, 40), 1)
+    assert read_rgb(tmp_path / "a.jpg", None).size == (40, 20)
+
+
+def test_formats_that_pillow_knows_in_part_are_unreadable(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    photograph(40, 20).save(buffer, "DDS")
+    raw = bytearray(buffer.getvalue())
+    raw[80:84] = bytes(4)  # flags of the pixel format
+    (tmp_path / "a.dds").write_bytes(raw)
+    assert read_size(tmp_path / "a.dds", upright=True) is None
+    with pytest.raises(READ_ERRORS):
+        read_rgb(tmp_path / "a.dds", None)
 
 
 def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path: Path) -> None:

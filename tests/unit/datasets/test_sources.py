@@ -1,5 +1,6 @@
 """VOC and YOLO folders read as the content of a COCO-format file."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
+from datasets.coco import CocoDetection, CocoIndex
+from datasets.convert import convert
 from datasets.sources import Source, read_source
+from datasets.transforms import EvalTransform
 from util.errors import DataError
 
 Shared = Callable[[str], Path]
+PLAIN = EvalTransform(eval_scale=16, max_size=32, mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 def save_picture(path: Path, width: int, height: int, orientation: int = 1) -> None:
@@ -88,6 +94,29 @@ def test_voc_without_lists_is_all_pictures(voc: Path) -> None:
     (voc / "ImageSets" / "Main").rmdir()
     assert len(read_source("voc", voc, "train").content["images"]) == 3
 
+    (finding,) = read_source("voc", voc, "train").findings
+    assert (finding.kind, finding.count) == ("no_lists", 3)
+
+
+def test_voc_lists_as_tools_and_people_write_them(voc: Path) -> None:
+    path = voc / "ImageSets" / "Main" / "train.txt"
+    path.write_bytes("\ufeffb.jpg\r\nJPEGImages/a.jpg 1\r\n".encode())
+    source = read_source("voc", voc, "train")
+    assert [entry["file_name"] for entry in source.content["images"]] == ["a.jpg", "b.jpg"]
+    assert source.findings == ()
+    path.write_text("nobody\n")
+    with pytest.raises(DataError, match=r"split 'train' in Annotations/.* 1 names \('nobody'\)"):
+        read_source("voc", voc, "train")
+
+
+def test_voc_pictures_of_one_stem_are_told_apart_by_the_file(voc: Path) -> None:
+    save_picture(voc / "JPEGImages" / "a.png", 40, 30)
+    for suffix in (".png", ".jpg"):
+        body = f"<filename>a{suffix}</filename>" + voc_object("dog", (1, 1, 4, 4))
+        (voc / "Annotations" / "a.xml").write_text(f"<annotation>{body}</annotation>")
+        image = read_source("voc", voc, "train").content["images"][0]
+        assert image["file_name"] == f"a{suffix}"
+
 
 def test_voc_damage_is_named_by_line_and_left_out(voc: Path) -> None:
     (voc / "Annotations" / "a.xml").write_text("<annotation>\n<object></annotation>")
@@ -162,6 +191,70 @@ def test_yolo_boxes_and_polygons_in_pixels_of_the_upright_picture(yolo: Path, pl
     ]
     assert sorted(Path(name).name for name, _, _ in images.values()) == ["a.jpg", "b.jpg", "c.jpg"]
     assert [(c["id"], c["name"]) for c in source.content["categories"]] == [(0, "cat"), (2, "dog")]
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 30)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_yolo_boxes_stay_on_their_objects_however_the_picture_lies(
+    tmp_path: Path, orientation: int, size: tuple[int, int]
+) -> None:
+    """Pillow's own turning tells what is upright; the object is at 2, 3 to 12, 9."""
+    upright = Image.new("RGB", size)
+    upright.paste((255, 0, 0), (2, 3, 12, 9))
+    stored = next(
+        turned
+        for turned in [upright, *(upright.transpose(way) for way in Image.Transpose)]
+        if np.array_equal(shown(turned, orientation), np.asarray(upright))
+    )
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "images").mkdir()
+    stored.save(tmp_path / "images" / "a.png", exif=exif)
+    (tmp_path / "labels").mkdir()
+    values = (7 / size[0], 6 / size[1], 10 / size[0], 6 / size[1])
+    (tmp_path / "labels" / "a.txt").write_text(f"0 {' '.join(map(str, values))}\n")
+    (tmp_path / "data.yaml").write_text("train: images\nnames: [x]\n")
+    source = read_source("yolo", tmp_path, "train")
+    for number in range(2):
+        index = CocoIndex.from_source(source, need_boxes=True)
+        picture = CocoDetection(index, PLAIN).read_picture(1)
+        assert picture is not None
+        red = np.asarray(picture)[:, :, 0] == 255
+        x0, y0, x1, y1 = index.boxes[0].round().astype(int).tolist()
+        assert red[y0:y1, x0:x1].all()
+        assert red.sum() == (x1 - x0) * (y1 - y0) == 60
+        convert({"train": source}, "yolo", tmp_path / f"again{number}", copy=True)
+        source = read_source("yolo", tmp_path / f"again{number}", "train")
+
+
+def shown(picture: Image.Image, orientation: int) -> NDArray[np.uint8]:
+    """Return the pixels that Pillow shows of a file that is said to lie so."""
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(buffer, "PNG", exif=exif)
+    return np.asarray(ImageOps.exif_transpose(Image.open(buffer)))
+
+
+def test_yolo_files_as_windows_has_them(yolo: Path) -> None:
+    text = (yolo / "data.yaml").read_text().replace("images/train", "images\\train")
+    (yolo / "data.yaml").write_text("\ufeff" + text.replace("\n", "\r\n"), newline="")
+    label = yolo / "labels" / "train" / "b.txt"
+    label.write_text("\ufeff" + label.read_text().replace("\n", "\r\n"), newline="")
+    (yolo / "val.txt").write_text("\ufeff.\\images\\other\\d.jpg\r\n", newline="")
+    source = read_source("yolo", yolo, "train")
+    assert len(source.content["annotations"]) == 3
+    assert source.findings == ()
+    assert read_source("yolo", yolo, "val").content["images"][0]["file_name"] == "d.jpg"
+
+
+def test_yolo_without_any_label_file_says_where_they_would_be(yolo: Path) -> None:
+    (yolo / "labels").rename(yolo / "annotations")
+    source = read_source("yolo", yolo, "train")
+    (finding,) = source.findings
+    assert (finding.kind, finding.count) == ("no_label_file", 3)
+    with pytest.raises(DataError, match=rf"first would be {yolo / 'labels'}"):
+        CocoIndex.from_source(source, need_boxes=True)
 
 
 def test_yolo_lists_of_names(yolo: Path) -> None:
