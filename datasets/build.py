@@ -109,16 +109,16 @@ def build_transform(
     )
 
 
-def load_index(cfg: DataConfig, split: Split) -> CocoIndex:
-    """Read and check a split's annotations.
+def load_index(cfg: DataConfig, split: Split, *, need_boxes: bool = True) -> CocoIndex:
+    """Read and check a split's annotations; without `need_boxes` there may be none.
 
     Raises:
         DataError: see `read_split` and `CocoIndex.from_source`.
     """
     if _is_foreign(cfg, split):
-        return CocoIndex.from_source(read_split(cfg, split), need_boxes=True)
+        return CocoIndex.from_source(read_split(cfg, split), need_boxes=need_boxes)
     image_dir, annotation_file = data_paths(cfg, split)
-    return CocoIndex.load(annotation_file, image_dir, need_boxes=True, cache=cfg.index_cache)
+    return CocoIndex.load(annotation_file, image_dir, need_boxes=need_boxes, cache=cfg.index_cache)
 
 
 def build_dataset(

@@ -135,36 +135,8 @@ class CocoIndex:
 
     @cached_property
     def coco_gt(self) -> COCO:
-        """The ground truth for pycocotools: `annotations`, with areas and crowd flags filled in.
-
-        Annotations are numbered from 1: pycocotools takes an id of 0 for "no match".
-        """
-        found, ids = self.annotations, self.classes.ids
-        annotations: list[dict[str, Any]] = [
-            {
-                "id": number + 1,
-                "image_id": int(self.images.ids[found.image[number]]),
-                "category_id": ids[found.labels[number]],
-                "bbox": found.xywh[number].tolist(),
-                "area": float(found.area[number]),
-                "iscrowd": int(found.crowd[number]),
-            }
-            for number in range(len(found.ids))
-        ]
-        images = [
-            {"id": int(i), "file_name": name, "height": int(height), "width": int(width)}
-            for i, name, (height, width) in zip(
-                self.images.ids, self.images.file_names, self.images.sizes, strict=True
-            )
-        ]
-        categories = [
-            {"id": i, "name": name} for i, name in zip(ids, self.classes.names, strict=True)
-        ]
-        coco = COCO()
-        coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        return coco
+        """The ground truth for pycocotools."""
+        return to_pycocotools(self)
 
     def report(self, num_queries: int) -> str:
         """Return the summary and a line on everything that was mended or will not be found."""
@@ -200,6 +172,37 @@ class CocoIndex:
             f"{int(self.annotations.crowd.sum())} crowd boxes, {len(self.classes)} classes\n"
             f"  boxes by class: {', '.join([*shown, *more])}"
         )
+
+
+def to_pycocotools(data: CocoContent | CocoIndex) -> COCO:
+    """Return checked annotations for pycocotools, with areas and crowd flags filled in.
+
+    They are numbered from 1: pycocotools takes an id of 0 for "no match".
+    """
+    found, ids = data.annotations, data.classes.ids
+    annotations: list[dict[str, Any]] = [
+        {
+            "id": number + 1,
+            "image_id": int(data.images.ids[found.image[number]]),
+            "category_id": ids[found.labels[number]],
+            "bbox": found.xywh[number].tolist(),
+            "area": float(found.area[number]),
+            "iscrowd": int(found.crowd[number]),
+        }
+        for number in range(len(found.ids))
+    ]
+    images = [
+        {"id": int(i), "file_name": name, "height": int(height), "width": int(width)}
+        for i, name, (height, width) in zip(
+            data.images.ids, data.images.file_names, data.images.sizes, strict=True
+        )
+    ]
+    categories = [{"id": i, "name": name} for i, name in zip(ids, data.classes.names, strict=True)]
+    coco = COCO()
+    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
 
 
 class Turn(NamedTuple):

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -201,9 +201,10 @@ class CocoEvaluator:
             np.array(category, dtype=np.int64), boxes_xywh.numpy()[known], scores.numpy()[known]
         )
 
-    def found(self) -> Found:
-        """Return what was fed so far in few arrays, by ascending image id."""
-        images = sorted(self._by_image)
+    def found(self, image_ids: Collection[int] | None = None) -> Found:
+        """Return what was fed so far (of some images) in few arrays, by ascending image id."""
+        fed = self._by_image.keys()
+        images = sorted(fed if image_ids is None else fed & set(image_ids))
         parts = [self._by_image[i] for i in images]
         empty = _Columns(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
         return Found(
@@ -238,7 +239,11 @@ class CocoEvaluator:
     @property
     def detections(self) -> list[dict[str, Any]]:
         """Everything fed so far in the COCO results format, boxes as (x, y, w, h)."""
-        found = self.found()
+        return self.detections_on(self._by_image)
+
+    def detections_on(self, image_ids: Collection[int]) -> list[dict[str, Any]]:
+        """Return what was fed of some images in the COCO results format."""
+        found = self.found(image_ids)
         columns = (found.image, found.category, found.box, found.score)
         return [
             {"image_id": image, "category_id": category, "bbox": box, "score": score}
@@ -387,9 +392,8 @@ def save_results(
 ) -> None:
     """Write `eval/results.json` and, if given, `eval/detections.json` (COCO results format)."""
     folder = output_dir / "eval"
-    write_atomic(
-        folder / "results.json", json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n"
-    )
+    text = json.dumps(result.to_json(), indent=1, ensure_ascii=False)
+    write_atomic(folder / "results.json", text + "\n", errors="backslashreplace")
     if detections is not None:
         text = json.dumps(list(detections), allow_nan=False)
         write_atomic(folder / "detections.json", text + "\n")

@@ -1,7 +1,7 @@
 """Read detections from a file in the COCO results format."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,33 @@ _KEYS = ("image_id", "category_id", "bbox", "score")
 
 
 def read_detections(
-    path: Path, image_ids: Collection[int], category_ids: Collection[int]
+    path: Path, images: Mapping[int, Mapping[str, Any]], category_ids: Collection[int]
 ) -> tuple[Found, list[str]]:
     """Read a list of `{"image_id", "category_id", "bbox": [x, y, w, h], "score"}`.
 
-    Returns the detections, and a notice if some are of categories that the data lack: those are
-    left out.
+    `images` are the data's by id, with `width` and `height` in pixels where those are known.
+    Returns the detections, and notices: of categories that the data lack, which are left out, and
+    of boxes that seem to mean something else.
 
     Raises:
-        DataError: there is no such file, it is not such a list, or it names other pictures.
+        DataError: there is no such file, it is not such a list, its boxes are fractions, or it
+            names other pictures.
     """
     entries = _load(path)
     for number, entry in enumerate(entries):
         if fault := _fault(entry):
             raise DataError(
-                f"{path}: entry {number}: expected {fault}, got {str(entry)[:80]}. "
+                f"{path}: entry {number}: expected {fault}, got {entry!r:.80}. "
                 "Give a file in the COCO results format, such as eval/detections.json."
             )
     image = np.array([e["image_id"] for e in entries], dtype=np.int64)
     category = np.array([e["category_id"] for e in entries], dtype=np.int64)
-    strange = ~np.isin(image, np.array(sorted(image_ids), dtype=np.int64))
+    strange = ~np.isin(image, np.array(sorted(images), dtype=np.int64))
     if strange.any():
         raise DataError(
-            f"{path}: expected image ids of the data, got {image[strange][0]} and "
-            f"{len(np.unique(image[strange])) - 1} others that it lacks. Give the annotations of "
-            "the pictures that the detections were made on."
+            f"{path}: expected image ids of the data, got {len(np.unique(image[strange]))} that it "
+            f"lacks, such as {image[strange][0]}. Give the annotations of the pictures that the "
+            "detections were made on."
         )
     known = np.isin(category, np.array(sorted(category_ids), dtype=np.int64))
     notices = []
@@ -50,7 +52,28 @@ def read_detections(
         )
     box = np.array([e["bbox"] for e in entries], dtype=np.float64).reshape(-1, 4)
     score = np.array([e["score"] for e in entries], dtype=np.float64)
-    return Found(np.unique(image), image[known], category[known], box[known], score[known]), notices
+    found = Found(np.unique(image), image[known], category[known], box[known], score[known])
+    if found.box.size and found.box.max() <= 1 and (found.box % 1).any():
+        raise DataError(
+            f"{path}: expected boxes as x, y, width, height in pixels, got values from 0 to 1. "
+            "Multiply them by the picture's width and height."
+        )
+    return found, notices + _far_outside(found, images)
+
+
+def _far_outside(found: Found, images: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """Return a notice if so many boxes leave their pictures that they must mean something else."""
+    sides = [(images[i].get("width", 0), images[i].get("height", 0)) for i in found.images.tolist()]
+    size = np.array(sides, dtype=np.int64).reshape(-1, 2)
+    size = size[np.searchsorted(found.images, found.image)]
+    end = found.box[:, :2] + found.box[:, 2:]
+    outside = (size > 0).all(axis=1) & (end > 1.1 * size).any(axis=1)
+    if 4 * outside.sum() <= len(found.score):
+        return []
+    return [
+        f"boxes that reach far beyond their pictures: {outside.sum()} of {len(found.score)}; "
+        "x, y, width, height in pixels of the picture are expected, not corners or another size"
+    ]
 
 
 def _load(path: Path) -> list[Any]:
@@ -75,8 +98,8 @@ def _fault(entry: Any) -> str | None:
     if not isinstance(entry, dict) or not all(key in entry for key in _KEYS):
         return f"an object with {', '.join(_KEYS)}"
     for key in ("image_id", "category_id"):
-        whole = isinstance(entry[key], int) and not isinstance(entry[key], bool)
-        if not whole or abs(entry[key]) >= 2**63:
+        # other programs write 42.0 too; a boolean is an int to Python
+        if not _is_number(entry[key], 2**63) or entry[key] % 1:
             return f"a whole number as {key}"
     box = entry["bbox"]
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
@@ -86,5 +109,5 @@ def _fault(entry: Any) -> str | None:
     return None if _is_number(entry["score"]) else "a finite number as score"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+def _is_number(value: Any, limit: float = 1e9) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < limit

@@ -24,17 +24,20 @@ def draw_gallery(
     image_ids: Sequence[int],
     read_picture: Callable[[int], Image.Image | None],
     *,
-    score_threshold: float = 0.3,
+    score_threshold: float | None = 0.3,
 ) -> dict[str, Image.Image]:
     """Draw what was found above a score beside what is there, one picture per image.
 
-    `detections` are COCO results of any images. A picture that cannot be read is left out.
+    `detections` are COCO results of any images; None for the threshold draws all of them. A
+    picture that cannot be read is left out.
     """
     wanted = set(image_ids)
     found: dict[int, list[Mapping[str, Any]]] = {image_id: [] for image_id in image_ids}
     for detection in detections:
-        if detection["image_id"] in wanted and detection["score"] >= score_threshold:
+        good = score_threshold is None or detection["score"] >= score_threshold
+        if good and detection["image_id"] in wanted:
             found[detection["image_id"]].append(detection)
+    title = "predictions" + ("" if score_threshold is None else f", score >= {score_threshold}")
     drawn = {}
     for image_id in image_ids:
         image = read_picture(image_id)
@@ -43,8 +46,7 @@ def draw_gallery(
         scores = [float(d["score"]) for d in found[image_id]]
         left = draw_boxes(image, *_boxes(found[image_id], coco_gt), scores)
         right = draw_boxes(image, *_boxes(coco_gt.imgToAnns[image_id], coco_gt))
-        titles = (f"predictions, score >= {score_threshold}", "ground truth")
-        drawn[f"image_{image_id}"] = side_by_side(left, right, titles)
+        drawn[f"image_{image_id}"] = side_by_side(left, right, (title, "ground truth"))
     return drawn
 
 

@@ -23,12 +23,16 @@ def make_output_dir(path: Path) -> None:
         raise ConfigError(f"--output_dir {path}: expected a folder to write to. Choose another.")
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace the content of `path` in one step, making its folder if needed."""
+def write_atomic(path: Path, text: str, *, errors: str = "strict") -> None:
+    """Replace the content of `path` in one step, making its folder if needed.
+
+    `errors`: what becomes of characters that UTF-8 lacks, as in `str.encode`; for JSON and HTML
+    "backslashreplace" loses nothing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", errors=errors) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -9,11 +9,17 @@ from typing import Any
 import numpy as np
 
 from engine.analysis.confusion import confusion_matrix
-from engine.analysis.errors import KINDS, ErrorKind, classify, error_kinds, wrong_by_class
+from engine.analysis.errors import (
+    KINDS,
+    ErrorKind,
+    by_cost,
+    classify,
+    error_kinds,
+    wrong_by_class,
+)
 from engine.analysis.outcomes import (
     CURVE_IOUS,
     IOU,
-    Outcomes,
     Threshold,
     best_threshold,
     curves,
@@ -22,7 +28,7 @@ from engine.analysis.outcomes import (
 )
 from engine.analysis.pictures import ByCount, WorstPicture, by_number_of_objects, worst_pictures
 from engine.coco_evaluator import CocoEvaluator, EvalResult
-from engine.coco_matching import RECALLS, Bools
+from engine.coco_matching import RECALLS
 from util.files import write_atomic
 
 _WORST = 24
@@ -69,9 +75,12 @@ class Analysis:
 
     def summary(self) -> str:
         """Return what matters most in a few lines for a terminal."""
-        costs = sorted(self.errors.items(), key=lambda item: -item[1].delta_AP50)
+        costs = [(kind, e.delta_AP50) for kind, e in by_cost(self.errors)]
         lines = ["AP50 would rise, if only these errors were mended, by"]
-        lines += [f"  {e.delta_AP50:6.3f}  {kind:11}{KINDS[kind]}" for kind, e in costs]
+        lines += [
+            f"  {'   n/a' if cost is None else f'{cost:6.3f}'}  {kind:11}{KINDS[kind]}"
+            for kind, cost in costs
+        ]
         if self.threshold:
             t = self.threshold
             lines.append(
@@ -84,6 +93,14 @@ class Analysis:
             shown = (f"{count} {true} as {other}" for true, other, count in taken)
             lines.append(f"most often confused: {', '.join(shown)}")
         return "\n".join(lines)
+
+    def least_scores(self) -> dict[int, float]:
+        """Return, by category id, the score from which a detection is above the threshold.
+
+        Where nothing of a class is ever right, that is the best of all classes together.
+        """
+        least = _least_scores([c.threshold for c in self.classes], self.threshold)
+        return {c.category_id: score for c, score in zip(self.classes, least, strict=True)}
 
     def most_confused(self, count: int) -> list[tuple[str, str, int]]:
         """Return the true class, the class detected and how often, most frequent first."""
@@ -105,7 +122,8 @@ def analyse(
     errors = classify(truth, found)
     of_class = thresholds(found)
     overall = best_threshold(found.detected.score, found.hit, int(found.positives.sum()))
-    above = _above(found, of_class, overall)
+    least = np.array(_least_scores(of_class, overall))
+    above = np.asarray(found.detected.score >= least[found.detected.category])
     precision = {str(iou): curves(o) for iou, o in zip(CURVE_IOUS, by_iou, strict=True)}
     return Analysis(
         result=result,
@@ -149,16 +167,13 @@ def save_analysis(output_dir: Path, analysis: Analysis) -> None:
     """Write `eval/analysis.json`."""
     content = {"best_thresholds": best_thresholds(analysis), **analysis.to_json()}
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomic(output_dir / "eval" / "analysis.json", text + "\n")
+    file = output_dir / "eval" / "analysis.json"
+    write_atomic(file, text + "\n", errors="backslashreplace")
 
 
-def _above(
-    found: Outcomes, of_class: Sequence[Threshold | None], overall: Threshold | None
-) -> Bools:
-    """Tell which detections reach their class's threshold, or that of all where it has none."""
+def _least_scores(of_class: Sequence[Threshold | None], overall: Threshold | None) -> list[float]:
     common = overall.score if overall else _NO_THRESHOLD
-    least = np.array([t.score if t else common for t in of_class])
-    return np.asarray(found.detected.score >= least[found.detected.category])
+    return [t.score if t else common for t in of_class]
 
 
 def _or_none(value: float) -> float | None:

@@ -28,11 +28,14 @@ _CODE = {kind: code for code, kind in enumerate(KINDS)}
 
 @dataclass(frozen=True)
 class ErrorKind:
-    """How often an error occurs, and by how much AP50 would rise if only it were mended (0..1)."""
+    """How often an error occurs, and by how much AP50 would rise if only it were mended (0..1).
+
+    That is None where there is no object to find.
+    """
 
     count: int
     above_threshold: int
-    delta_AP50: float  # noqa: N815, the field's name
+    delta_AP50: float | None  # noqa: N815, the field's name
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,14 @@ def error_kinds(
             count, above_threshold = int(of_kind.sum()), int((of_kind & above).sum())
             mended = _mended(truth, found, errors, kind)
         # mending can cost a little, by the steps of recall at which precision is read
-        rows[kind] = ErrorKind(count, above_threshold, max(0.0, mean_ap(mended) - base))
+        rise = max(0.0, mean_ap(mended) - base) if found.positives.any() else None
+        rows[kind] = ErrorKind(count, above_threshold, rise)
     return rows
+
+
+def by_cost(errors: Mapping[str, ErrorKind]) -> list[tuple[str, ErrorKind]]:
+    """Return the kinds of errors, those that cost most first."""
+    return sorted(errors.items(), key=lambda item: -(item[1].delta_AP50 or 0.0))
 
 
 def mean_ap(found: Outcomes) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from engine.analysis.analyse import Analysis
-from engine.analysis.errors import KINDS
+from engine.analysis.errors import KINDS, by_cost
 from util.files import write_atomic
 from util.page import STYLE, bar, curve_chart, heat, picture, shown, table
 
@@ -19,7 +19,8 @@ def save_report(
     output_dir: Path, analysis: Analysis, pictures: Mapping[int, Image.Image], *, title: str
 ) -> None:
     """Write `eval/report.html`; `pictures`, by image id, are shown with the worst."""
-    write_atomic(output_dir / "eval" / "report.html", report(analysis, pictures, title=title))
+    page = report(analysis, pictures, title=title)
+    write_atomic(output_dir / "eval" / "report.html", page, errors="backslashreplace")
 
 
 def report(analysis: Analysis, pictures: Mapping[int, Image.Image], *, title: str) -> str:
@@ -65,7 +66,9 @@ def _numbers(analysis: Analysis) -> str:
     note = f"<p>Small is under 32², large over 96² square pixels.{lacking}</p>"
     beyond = analysis.result.beyond_100
     if beyond:
-        values = ", ".join(f"{k} {v:.3f}" for k, v in beyond.items() if k[0] == "A")
+        values = ", ".join(
+            f"{k} {shown(v if v >= 0 else None)}" for k, v in beyond.items() if k[0] == "A"
+        )
         note += (
             "<p>COCO counts 100 detections of a picture and class; "
             f"with {beyond['max_dets']:.0f}: {values}.</p>"
@@ -75,11 +78,11 @@ def _numbers(analysis: Analysis) -> str:
 
 
 def _errors(analysis: Analysis) -> str:
-    most = max((e.delta_AP50 for e in analysis.errors.values()), default=0.0)
+    most = max((e.delta_AP50 or 0.0 for e in analysis.errors.values()), default=0.0)
     rows = [
         [kind, shown(e.delta_AP50), bar(e.delta_AP50, most), str(e.above_threshold), str(e.count),
          f'<td class="text">{KINDS[kind]}</td>']
-        for kind, e in sorted(analysis.errors.items(), key=lambda item: -item[1].delta_AP50)
+        for kind, e in by_cost(analysis.errors)
     ]  # fmt: skip
     header = ["error", "AP50 lost", "", "above threshold", "in all", "meaning"]
     return (

@@ -33,12 +33,16 @@ from util.run_log import console
 ReadPicture = Callable[[int], Image.Image | None]
 
 _PICTURES_SHOWN = 12
-_USUAL_THRESHOLD = 0.5  # of drawn boxes where nothing is ever right
 
 
 def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
     """Evaluate a checkpoint, or saved detections, on COCO-format data."""
     options = EvalConfig(**given.get("eval", {}))
+    if 0 < options.max_dets <= 100:
+        raise ConfigError(
+            f"--max_dets: expected 0 or more than COCO's 100, which always count, got "
+            f"{options.max_dets}. Give more, or leave it out."
+        )
     if options.detections:
         return evaluate_detections(options, DataConfig(**given.get("data", {})))
     if options.gpus > 1 and not started_by_launcher():
@@ -61,6 +65,7 @@ def evaluate_detections(options: EvalConfig, data: DataConfig) -> int:
         )
     path = Path(options.detections)
     output_dir = Path(options.output_dir) if options.output_dir else _folder_above(path)
+    _keep_inputs(output_dir, path, Path(data.val_annotations))
     coco_gt, read_picture, notices = validation_truth(data)
     found, more = read_detections(path, coco_gt.imgs, coco_gt.cats)
     make_output_dir(output_dir / "eval")
@@ -77,6 +82,18 @@ def _folder_above(path: Path) -> Path:
     return path.parent.parent if path.parent.name == "eval" else path.parent
 
 
+def _keep_inputs(output_dir: Path, *inputs: Path) -> None:
+    """Refuse to write results over what is read."""
+    for name in ("results.json", "analysis.json", "report.html"):
+        result = output_dir / "eval" / name
+        for path in inputs:
+            if result.is_file() and path.is_file() and result.samefile(path):
+                raise ConfigError(
+                    f"--output_dir {output_dir}: expected another folder, as {path}, which is "
+                    "read, would be overwritten. Choose one."
+                )
+
+
 def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
     """Evaluate this process's share; the main one writes the results of all."""
     device = own_device(pick_device(options.device), world)
@@ -84,7 +101,7 @@ def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
     output_dir = Path(options.output_dir) if options.output_dir else beside(options.checkpoint)
     saved = {"data": saved_data_options(pretrained)}
     data = DataConfig(**merge_options(saved, {"data": given.get("data", {})})["data"])
-    index = load_index(data, "val")
+    index = load_index(data, "val", need_boxes=False)
     dataset = build_dataset(
         data, index, train=False, mean=mean, std=std, classes=pretrained.classes
     )
@@ -133,9 +150,8 @@ def _tell(
 ) -> None:
     """Print the numbers, and write them with the detections and what the analysis finds."""
     console(result.table())
-    detections = evaluator.detections
     # detections that were read from a file are never written over it
-    save_results(output_dir, result, None if options.detections else detections)
+    save_results(output_dir, result, None if options.detections else evaluator.detections)
     written = f"written: {output_dir / 'eval' / 'results.json'}"
     written += "" if options.detections else ", detections.json"
     if options.analysis:
@@ -145,11 +161,11 @@ def _tell(
         pictures = {}
         if read_picture is not None:
             shown = [w.image_id for w in analysis.worst[:_PICTURES_SHOWN]]
-            threshold = round(analysis.threshold.score, 3) if analysis.threshold else None
-            drawn = draw_gallery(
-                detections, coco_gt, shown, read_picture,
-                score_threshold=_USUAL_THRESHOLD if threshold is None else threshold,
-            )  # fmt: skip
+            least = analysis.least_scores()
+            above = [
+                d for d in evaluator.detections_on(shown) if d["score"] >= least[d["category_id"]]
+            ]
+            drawn = draw_gallery(above, coco_gt, shown, read_picture, score_threshold=None)
             pictures = {i: drawn[f"image_{i}"] for i in shown if f"image_{i}" in drawn}
         save_analysis(output_dir, analysis)
         save_report(output_dir, analysis, pictures, title=title)

@@ -1,7 +1,5 @@
 """The annotations that saved detections are compared with; the pictures may be elsewhere."""
 
-import contextlib
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +8,8 @@ from pycocotools.coco import COCO
 
 from configs.schema import DataConfig
 from datasets.build import build_dataset, read_split
-from datasets.coco import CocoIndex
-from datasets.coco_json import CocoContent, check_content, load_json
+from datasets.coco import CocoIndex, to_pycocotools
+from datasets.coco_json import check_content, load_json
 from datasets.sources import coco_layout
 
 
@@ -31,32 +29,7 @@ def validation_truth(
         alone = annotations is not None and not data.val_images
     if alone and annotations is not None:
         content = check_content(load_json(annotations), annotations, need_boxes=False)
-        return _coco(content), None, [finding.text for finding in content.findings]
+        return to_pycocotools(content), None, [finding.text for finding in content.findings]
     index = CocoIndex.from_source(read_split(data, "val"), need_boxes=False)
     dataset = build_dataset(data, index, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
     return index.coco_gt, dataset.read_picture, list(index.notices)
-
-
-def _coco(content: CocoContent) -> COCO:
-    """Return checked annotations for the evaluator."""
-    found, classes = content.annotations, content.classes
-    coco = COCO()
-    coco.dataset = {
-        "images": [
-            {"id": int(i), "file_name": name}
-            for i, name in zip(content.images.ids, content.images.file_names, strict=True)
-        ],
-        "categories": [
-            {"id": i, "name": name} for i, name in zip(classes.ids, classes.names, strict=True)
-        ],
-        "annotations": [
-            {"id": number + 1, "image_id": int(content.images.ids[found.image[number]]),
-             "category_id": classes.ids[found.labels[number]],
-             "bbox": found.xywh[number].tolist(), "area": float(found.area[number]),
-             "iscrowd": int(found.crowd[number])}
-            for number in range(len(found.ids))
-        ],
-    }  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco

@@ -148,6 +148,28 @@ def test_ap_by_number_of_objects_separates_the_pictures() -> None:
     ]
 
 
+def test_without_objects_nothing_can_be_measured() -> None:
+    coco = make_coco({**scene().dataset, "annotations": []})
+    evaluator = CocoEvaluator(coco, {3: 3, 7: 7}, max_dets=300)
+    row = (np.array([v]) for v in (1, 1, 3, BOX_A, 0.9))
+    evaluator.take(Found(*row))
+    found = analyse(evaluator, evaluator.evaluate())
+    assert {e.delta_AP50 for e in found.errors.values()} == {None}
+    assert found.errors["background"].count == 1
+    assert found.summary().count("n/a") == len(KINDS)
+    assert found.least_scores() == {3: 0.5, 7: 0.5}
+    page = report(found, {}, title="t")
+    assert "with 300: AP n/a, AP50 n/a" in page
+    assert not re.search(r"-1\b|nan|None", re.sub("<style>.*?</style>", "", page, flags=re.S))
+
+
+def test_boxes_are_drawn_from_the_threshold_of_their_class_on() -> None:
+    rows: list[Row] = [(1, 3, BOX_A, 0.9), (1, 7, BOX_A, 0.8), (2, 3, BOX_A, 0.4)]
+    coco = make_coco({**scene(2).dataset, "annotations": scene(2).dataset["annotations"][::2]})
+    assert analysed(coco, rows).least_scores() == {3: 0.4, 7: 0.4}  # no dog is ever right
+    assert analysed(scene(2), [*rows, (1, 7, BOX_B, 0.3)]).least_scores() == {3: 0.4, 7: 0.3}
+
+
 class Checker(HTMLParser):
     """Collect open elements, and what would be fetched or cannot be read aloud."""
 

@@ -12,6 +12,7 @@ from engine.detections_file import read_detections
 from util.errors import DataError
 
 GOOD = {"image_id": 4, "category_id": 7, "bbox": [10, 10, 50, 40], "score": 0.5}
+IMAGES = {i: {"id": i, "width": 80, "height": 60} for i in (4, 9)}
 
 
 def write(path: Path, content: Any) -> Path:
@@ -43,7 +44,11 @@ def annotations(folder: Path) -> Path:
         ([{**GOOD, "bbox": [1, 2, 3]}], "four finite numbers"),
         ([{**GOOD, "bbox": [60, 50, -10, 5]}], r"bbox as \[x, y, width, height\]"),
         ([{**GOOD, "score": float("nan")}], "a finite number as score"),
-        ([{**GOOD, "image_id": 5}, GOOD], "image ids of the data, got 5"),
+        ([{**GOOD, "image_id": 5}, GOOD], "image ids of the data, got 1 .* such as 5"),
+        ([{**GOOD, "image_id": 4.5}], "a whole number as image_id"),
+        ([{**GOOD, "bbox": [0, 0, 1e200, 1e200]}], "four finite numbers"),
+        ([{**GOOD, "bbox": [0.1, 0.1, 0.5, 1]}], "in pixels, got values from 0 to 1"),
+        (["two\nlines"], "entry 0: expected an object"),
     ],
 )
 def test_what_is_no_detection_is_refused_in_one_line(
@@ -51,17 +56,34 @@ def test_what_is_no_detection_is_refused_in_one_line(
 ) -> None:
     path = write(tmp_path / "d.json", content)
     with pytest.raises(DataError, match=message) as caught:
-        read_detections(path, {4, 9}, {7, 90})
+        read_detections(path, IMAGES, {7, 90})
     assert "\n" not in str(caught.value)
 
 
 def test_other_categories_are_left_out_with_a_notice(tmp_path: Path) -> None:
     path = write(tmp_path / "d.json", [GOOD, {**GOOD, "category_id": 8}])
-    found, notices = read_detections(path, {4, 9}, {7, 90})
+    found, notices = read_detections(path, IMAGES, {7, 90})
     assert found.category.tolist() == [7]
     assert notices == [
         "detections of categories that the data lack: 1 of 2 (ids 8), left out",
     ]
+
+
+def test_whole_numbers_may_be_written_as_fractions(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.json", [{**GOOD, "image_id": 4.0, "category_id": 7.0}])
+    found, notices = read_detections(path, IMAGES, {7, 90})
+    assert (found.image.tolist(), found.category.tolist(), notices) == ([4], [7], [])
+
+
+def test_corners_in_place_of_sizes_are_noticed(tmp_path: Path) -> None:
+    boxes = [[0, 0, 20, 20], [40, 20, 40, 40], [20, 20, 40, 30], [0, 30, 70, 30]]
+    corners = [[x, y, x + w, y + h] for x, y, w, h in boxes]
+    for bbox, notice in ((boxes, 0), (corners, 1)):
+        path = write(tmp_path / "d.json", [{**GOOD, "bbox": b} for b in bbox])
+        found, notices = read_detections(path, IMAGES, {7, 90})
+        assert len(notices) == notice
+        assert not read_detections(path, {4: {}, 9: {}}, {7, 90})[1], "no sizes are known"
+    assert notices[0].startswith("boxes that reach far beyond their pictures: 3 of 4; x, y, width")
 
 
 def test_saved_detections_are_evaluated_and_stay_as_they_are(
@@ -86,6 +108,34 @@ def test_saved_detections_are_evaluated_and_stay_as_they_are(
     assert "n/a: no small or large ground truth" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["results.json", "analysis.json", "report.html"])
+def test_what_was_read_is_never_written_over(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "eval" / name
+    file.parent.mkdir()
+    write(file, [GOOD])
+    (tmp_path / "link.json").symlink_to(file)
+    truth = str(annotations(tmp_path))
+    for given in (file, tmp_path / "link.json"):
+        assert main.main(["eval", "--detections", str(given), "--val_annotations", truth]) == 2
+        assert "would be overwritten" in capsys.readouterr().err
+    assert json.loads(file.read_text()) == [GOOD]
+
+
+def test_names_that_utf8_lacks_are_kept(tmp_path: Path) -> None:
+    content = json.loads(annotations(tmp_path).read_text())
+    content["categories"][0]["name"] = "cat\ud800"
+    truth = write(tmp_path / "odd.json", content)
+    detections = write(tmp_path / "found.json", [GOOD, {**GOOD, "image_id": 9, "category_id": 90}])
+    flags = ["--detections", str(detections), "--val_annotations", str(truth)]
+    assert main.main(["eval", *flags]) == 0
+    for name in ("results.json", "analysis.json"):
+        stored = json.loads((tmp_path / "eval" / name).read_text())
+        rows = stored["per_class" if name == "results.json" else "classes"]
+        assert [row["name"] for row in rows] == ["dog", "cat\ud800"]
+
+
 def test_pictures_at_hand_are_shown(tmp_path: Path) -> None:
     for name in ("4", "9"):
         Image.new("RGB", (80, 60), "white").save(tmp_path / f"{name}.png")
@@ -106,6 +156,7 @@ def test_pictures_at_hand_are_shown(tmp_path: Path) -> None:
         (["--detections", "d.json"], "--coco_path"),
         (["--detections", "d.json", "--checkpoint", "c.pth"], "expected no --checkpoint"),
         (["--detections", "d.json", "--evaluator", "slow"], "--evaluator"),
+        (["--detections", "d.json", "--max_dets", "100"], "more than COCO's 100"),
         (["--detections", "none.json", "--val_annotations", "instances.json"], "none.json"),
         (["--detections", "d.json", "--val_annotations", "none.json"], "none.json"),
     ],
