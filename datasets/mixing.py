@@ -18,6 +18,7 @@ from datasets.sample import (
 
 Partner = Callable[[torch.Generator], Sample | None]
 _CENTRE = (0.3, 0.7)  # where a mosaic's four pictures meet, share of its sides
+_MOST_CUT = 16  # areas of a tile that a picture may be scaled to: strips would fill the memory
 _OWN_SHARE = (0.4, 0.6)  # of a pixel that two pictures mix
 
 
@@ -94,6 +95,8 @@ def mixup(sample: Sample, other: Sample, generator: torch.Generator) -> Sample:
 def _cover(sample: Sample, size: Size, generator: torch.Generator) -> Sample:
     """Scale a picture until it covers `size`, and cut it to that somewhere."""
     factor = max(side / full for side, full in zip(size, sample.size, strict=True))
+    if math.prod(sample.size) * factor**2 > _MOST_CUT * math.prod(size):
+        sample, factor = _cut_strip(sample, size, factor, generator)
     height, width = (
         max(side, math.ceil(full * factor - 1e-6))
         for side, full in zip(size, sample.size, strict=True)
@@ -102,6 +105,19 @@ def _cover(sample: Sample, size: Size, generator: torch.Generator) -> Sample:
     left = draw_integer(0, width - size[1], generator)
     top = draw_integer(0, height - size[0], generator)
     return crop(scaled, left, top, size[1], size[0])
+
+
+def _cut_strip(
+    sample: Sample, size: Size, factor: float, generator: torch.Generator
+) -> tuple[Sample, float]:
+    """Cut what will cover `size` out before it is scaled; return it and its own factor."""
+    height, width = (
+        min(full, math.ceil(side / factor)) for side, full in zip(size, sample.size, strict=True)
+    )
+    left = draw_integer(0, sample.size[1] - width, generator)
+    top = draw_integer(0, sample.size[0] - height, generator)
+    part = crop(sample, left, top, width, height)
+    return part, max(side / full for side, full in zip(size, part.size, strict=True))
 
 
 def _scaled(size: Size, factor: float, *, within: Size) -> Size:

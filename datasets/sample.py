@@ -54,11 +54,14 @@ def resized_size(height: int, width: int, size: int, max_size: int | None) -> Si
     """Return (height, width) with the short side at `size`, or less if the long one hits its bound.
 
     The long side is truncated and the bounded short side rounded, as the official code does:
-    640x480 at 800/1333 becomes 1066x800, 1200x400 becomes 1332x444 (width x height).
+    640x480 at 800/1333 becomes 1066x800, 1200x400 becomes 1332x444 (width x height). A strip that
+    this would leave without a short side keeps one of 1.
     """
     short, long = min(height, width), max(height, width)
     if max_size is not None and long / short * size > max_size:
-        size = max(1, round(max_size * short / long))
+        size = round(max_size * short / long)
+        if size == 0:
+            return (max_size, 1) if width < height else (1, max_size)
     if short == size:
         return height, width
     other = int(size * long / short)

@@ -20,6 +20,8 @@ from datasets.sample import (
     resized_size,
 )
 
+_LONGEST_BEFORE_CROP = 16  # times max_size: else a line of 1 x 2000 pixels would take gigabytes
+
 
 class Transform(Protocol):
     """Prepares a sample; random numbers are `generator`'s, those a batch shares `of_batch`'s."""
@@ -44,10 +46,10 @@ class TrainTransform:
     """Random flip, then a random scale or, half of the time, scale, crop and scale again.
 
     Units: scales are short sides in pixels; `max_size` bounds the long side except before the
-    crop; `crop_size` holds the least and greatest side of the crop; `hflip`, `zoom_out` and
-    `color_jitter` are probabilities; `scale_jitter` holds the least and greatest factor on the
-    last scale, or nothing. With `one_scale_per_batch`, pictures of one size keep one size, and
-    nothing is padded.
+    crop, where only strips would be larger than memory; `crop_size` holds the least and greatest
+    side of the crop; `hflip`, `zoom_out` and `color_jitter` are probabilities; `scale_jitter` holds
+    the least and greatest factor on the last scale, or nothing. With `one_scale_per_batch`,
+    pictures of one size keep one size, and nothing is padded.
     """
 
     train_scales: tuple[int, ...]
@@ -71,7 +73,8 @@ class TrainTransform:
             sample = flip(sample)
         if self.random_crop and draw_chance(0.5, generator):
             scale = _choose(self.crop_scales, generator)
-            sample = resize(sample, resized_size(*sample.size, scale, None))
+            longest = _LONGEST_BEFORE_CROP * self.max_size
+            sample = resize(sample, resized_size(*sample.size, scale, longest))
             sample = random_crop(sample, self.crop_size, generator)
         scale = _choose(self.train_scales, of_batch if self.one_scale_per_batch else generator)
         size = resized_size(*sample.size, scale, self.max_size)

@@ -51,10 +51,7 @@ def read_voc(
     if not categories:
         raise DataError(f"{folder}: expected XML files with named objects, found none.")
     ids = {name: number for number, name in enumerate(categories, 1)}
-    there: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(pictures.iterdir()):
-        if is_picture(path):
-            there[path.stem].append(path.name)
+    there = _names_by_stem(pictures)
     content: dict[str, Any] = {
         "images": [],
         "annotations": [],
@@ -73,15 +70,29 @@ def read_voc(
             f"{len(stems)} names ({first_few(map(repr, sorted(stems)), len(stems))}). "
             "Check its list in ImageSets/Main/."
         )
-    findings = _lost(stems, files, damaged)
-    if not _list_folder(root).is_dir():
-        line = f"no lists in ImageSets/Main/: every split is all {len(stems)} files, train as val"
-        findings.append(Finding("no_lists", len(stems), line))
+    findings = [*_without_lists(root, len(stems)), *_lost(stems, files, damaged)]
     return content, pictures, findings
 
 
 def _list_folder(root: Path) -> Path:
     return root / "ImageSets" / "Main"
+
+
+def _without_lists(root: Path, count: int) -> list[Finding]:
+    """Return the finding of a set that is not split."""
+    if _list_folder(root).is_dir():
+        return []
+    line = f"no lists in ImageSets/Main/: every split is all {count} files, train as val"
+    return [Finding("no_lists", count, line)]
+
+
+def _names_by_stem(folder: Path) -> Mapping[str, list[str]]:
+    """Return the pictures of a folder by their names without suffix."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(folder.iterdir()):
+        if is_picture(path):
+            found[path.stem].append(path.name)
+    return found
 
 
 def _picture_name(tree: "ET.Element", stem: str, there: Mapping[str, list[str]]) -> str:

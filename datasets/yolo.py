@@ -54,17 +54,11 @@ def read_yolo(place: Path, split: str) -> tuple[dict[str, Any], Path, list[Findi
         if header is None or size is None:
             unplaced += [str(labels)] if boxes else []
             continue
-        if size == header[0]:
-            boxes = [(category, _on_stored(box, header[1])) for category, box in boxes]
         for category, box in boxes:
+            entry = {"id": len(content["annotations"]) + 1, "image_id": number}
+            placed = _in_pixels(box, size, *header)
             content["annotations"].append(
-                {
-                    "id": len(content["annotations"]) + 1,
-                    "image_id": number,
-                    "category_id": category,
-                    **_in_pixels(box, *size),
-                    "iscrowd": 0,
-                }
+                {**entry, "category_id": category, **placed, "iscrowd": 0}
             )
     findings = [
         *at_places("malformed_line", "label lines that are not a box, left out", malformed),
@@ -222,16 +216,18 @@ def _counted_size(stored: tuple[int, int], orientation: int) -> tuple[int, int]:
     return stored[::-1] if orientation in TURNED else stored
 
 
-def _on_stored(box: list[float], orientation: int) -> list[float]:
-    """Return a box of the upright picture on the stored pixels."""
-    cx, cy, w, h = box
-    sides = (h, w) if orientation in TURNED else (w, h)
-    return [*stored_point(cx, cy, orientation), *sides]
+def _in_pixels(
+    box: list[float], size: tuple[int, int], stored: tuple[int, int], orientation: int
+) -> dict[str, Any]:
+    """Return `bbox` and `area` in pixels of the (height, width) that is stated.
 
-
-def _in_pixels(box: list[float], height: int, width: int) -> dict[str, Any]:
-    """Return `bbox` and `area` in pixels."""
+    Where that is the size of the stored pixels, they will be used: the box is put on them.
+    """
     cx, cy, w, h = box
+    if size == stored:
+        cx, cy = stored_point(cx, cy, orientation)
+        w, h = (h, w) if orientation in TURNED else (w, h)
+    height, width = size
     left, top = (cx - w / 2) * width, (cy - h / 2) * height
     xywh = [round(v, _DIGITS) for v in (left, top, w * width, h * height)]
     return {"bbox": xywh, "area": xywh[2] * xywh[3]}

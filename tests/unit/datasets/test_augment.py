@@ -4,16 +4,18 @@ The oracle is the picture itself: each object is a rectangle of its label's colo
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets.augment import color_jitter
 from datasets.coco import seeded_generator
 from datasets.mixing import Mixing, mixup, mosaic
-from datasets.sample import Prepared, Sample
+from datasets.sample import Prepared, Sample, Size
 from datasets.transforms import TrainTransform
 
 COLOURS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255]])
@@ -138,6 +140,43 @@ def test_mixup_shows_both_pictures(seed: int) -> None:
         if core.numel():
             assert int(core[channel].min()) >= 95
     assert int(mixed.image[2].max()) <= 155
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the most elements that any tensor had."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.numel = max(self.numel, made.numel())
+        return made
+
+
+def white(size: Size) -> Sample:
+    """Return a white picture with a box around it."""
+    image = torch.full((*size, 3), 255, dtype=torch.uint8).permute(2, 0, 1)
+    return Sample(image, torch.tensor([[0.0, 0, size[1], size[0]]]), torch.zeros(1), size)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("size", [(1, 900), (900, 1)])
+def test_strips_take_little_memory_and_keep_their_boxes(name: str, size: tuple[int, int]) -> None:
+    """Scaled to a short side of 180, a line of 900 pixels would be 160,000 long."""
+    strip, across = white(size), white(size[::-1])
+    for seed in range(4):
+        with Largest() as largest:
+            prepared = RECIPES[name](strip, seeded_generator(seed), seeded_generator(seed))
+            mixed = mosaic([scene(seed), strip, strip, strip], seeded_generator(seed))
+            crossed = mosaic([strip, across, strip, across], seeded_generator(seed))
+        assert largest.numel < 6e6
+        assert len(prepared.boxes) == 1
+        assert tuple(mixed.image.shape[-2:]) == mixed.size
+        assert crossed.size == size
+        assert int(mixed.image[:, mixed.image.shape[1] // 2].max()) == 255
 
 
 def test_colours_change_and_nothing_else() -> None:
