@@ -5,7 +5,7 @@
 
 import argparse
 import contextlib
-import importlib
+import importlib.util
 import io
 import time
 from collections.abc import Callable

@@ -68,6 +68,25 @@ def test_eval_repeats_the_training_log_to_the_last_digit(
     assert evaluation.stats.tolist() == logged
 
 
+def test_pictures_without_annotations_are_evaluated_too(
+    cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """As a test set whose annotations are kept elsewhere: detections to hand in, numbers n/a."""
+    truth = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
+    del truth["annotations"]
+    (tmp_path / "image_info.json").write_text(json.dumps(truth))
+    done = cli("eval", "--checkpoint", finished_run / "last.pth", "--output_dir", tmp_path,
+               "--val_images", shapes / "val2017",
+               "--val_annotations", tmp_path / "image_info.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "n/a: no ground truth" in done.stdout
+    expected = json.loads((finished_run / "eval" / "detections.json").read_text())
+    assert json.loads((tmp_path / "eval" / "detections.json").read_text()) == expected
+    analysis = json.loads((tmp_path / "eval" / "analysis.json").read_text())
+    assert set(analysis["stats"].values()) == {None}
+    assert analysis["best_thresholds"] == {}
+
+
 @pytest.mark.parametrize("batch_size", ["1", "3"])
 def test_detections_do_not_depend_on_the_batch_size(
     cli: Cli, finished_run: Path, tmp_path: Path, batch_size: str

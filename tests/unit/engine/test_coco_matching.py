@@ -162,3 +162,28 @@ def test_equal_on_real_data(file: str, shared: Callable[[str], Path]) -> None:
     ours, theirs = both(coco, found)
     assert ours == theirs
     assert 0 < ours.stats["AP"] < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "least"),
+    [
+        ("bccd_val", "bccd/annotations/instances_val.json", 0.4),
+        ("coco_by_val", "coco_by/annotations/instances_val2017.json", 0.2),
+    ],
+)
+def test_equal_on_what_trained_models_found_in_real_pictures(
+    name: str, file: str, least: float, shared: Callable[[str], Path]
+) -> None:
+    """The detections, of scores from 0.05 on, are of models that were trained for minutes."""
+    coco = make_coco(json.loads(shared(f"datasets/{file}").read_text()))
+    with np.load(Path(__file__).with_name("real_detections.npz")) as saved:
+        found = Found(
+            images=np.array(sorted(coco.imgs)),
+            image=saved[f"{name}_image"].astype(np.int64),
+            category=saved[f"{name}_category"].astype(np.int64),
+            box=saved[f"{name}_box"].astype(np.float64),
+            score=saved[f"{name}_score"].astype(np.float64),
+        )
+    ours, theirs = both(coco, found)
+    assert ours == theirs
+    assert ours.stats["AP"] > least
