@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 from datasets.coco import CocoDetection, Turn, seeded_generator
 from datasets.pictures import PictureDataset
 from util.batch import Batch, Target, UnreadableImage, pad_images
+from util.cores import available_cores
 from util.errors import ConfigError
 
 _MOST_WORKERS = 8  # by default: each holds batches in memory
@@ -82,11 +84,16 @@ def loader_processes(num_workers: int) -> int:
     """Return how many processes load data for each of a run's; see `--num_workers`."""
     if num_workers >= 0:
         return num_workers
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # only Linux can tell which cores it may use
-        cores = os.cpu_count() or 1
-    return max(1, min(_MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    cores = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MOST_WORKERS, cores))
+
+
+def _start_method(num_workers: int) -> str | None:
+    """Return how loader processes begin: on Linux as copies, which share the index with us.
+
+    Python's own choice there, since 3.14, is to send each of them an index of its own.
+    """
+    return "fork" if num_workers and sys.platform == "linux" else None
 
 
 class ShuffledBatchSampler(Sampler[list[int]]):
@@ -254,6 +261,7 @@ class TrainLoader(DataLoader[Item]):
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             worker_init_fn=leave_interrupts_to_the_main_process,
+            multiprocessing_context=_start_method(num_workers),
             # Its own generator: loading data leaves the model's random numbers alone.
             generator=seeded_generator(seed),
         )
@@ -318,5 +326,6 @@ def eval_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=leave_interrupts_to_the_main_process,
+        multiprocessing_context=_start_method(num_workers),
         generator=seeded_generator(0),
     )

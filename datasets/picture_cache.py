@@ -26,6 +26,7 @@ class PictureCache:
             ConfigError: there is not so much of it.
         """
         try:
+            # as torch's own collation does: `share_memory_` would fill as much again, and copy it
             storage = torch.UntypedStorage._new_shared(num_bytes)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise ConfigError(

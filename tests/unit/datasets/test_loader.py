@@ -1,5 +1,7 @@
 """Batches: collation, reproducible order, and evaluation that sees every picture once."""
 
+import multiprocessing
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
@@ -249,6 +251,22 @@ def test_training_is_the_same_with_and_without_workers(index: CocoIndex) -> None
         assert runs[0] == runs[2] != runs[1]
         epochs[num_workers] = runs
     assert epochs[0] == epochs[2]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone starts processes as copies safely")
+def test_workers_share_the_index_whatever_python_starts_processes_with(index: CocoIndex) -> None:
+    """With another method the data set would be pickled for each; here it cannot be."""
+    dataset = CocoDetection(index, RANDOM)
+    dataset.__dict__["unpicklable"] = lambda: None
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        train = train_loader(dataset, Share(5), num_workers=1, seed=5)
+        val = eval_loader(dataset, batch_size=5, num_workers=1)
+        assert len(list(train)) == 2
+        assert sum(len(batch.targets) for batch in val) == 11
+    finally:
+        multiprocessing.set_start_method(usual, force=True)
 
 
 def test_one_scale_for_a_batch_pads_nothing(index: CocoIndex) -> None:
