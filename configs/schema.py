@@ -122,7 +122,9 @@ class DataConfig(EvalDataConfig):
     train_annotations: str = option("", "COCO-format JSON of the training set")
     train_split: str = option("train", "training split of --data_path")
     train_scales: tuple[int, ...] = option(
-        tuple(range(480, 801, 32)), "short sides to draw from in training, pixels", low=16
+        tuple(range(480, 801, 32)),
+        "short sides to draw from in training, pixels (--augment none: eval_scale)",
+        low=16,
     )
     one_scale_per_batch: bool = option(
         False, "draw the short side for a batch, not for each picture: less padding"

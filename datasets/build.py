@@ -1,6 +1,6 @@
 """Turn data options into data sets."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from datasets.sources import Source, coco_layout, read_source
 from datasets.transforms import EvalTransform, TrainTransform, Transform
 from util.classes import Classes
 from util.errors import DataError
+from util.run_log import console
 
 Split = Literal["train", "val"]
 
@@ -140,6 +141,8 @@ def build_dataset(
         DataError: `classes` lacks a class of the data.
     """
     transform = build_transform(cfg, train=train, mean=mean, std=std)
+    for notice in _unused(cfg, epochs) if train else ():
+        console(f"notice: {notice}")
     mixing = cache = None
     if train and (cfg.mosaic or cfg.mixup):
         until = epochs - cfg.close_augment_epochs
@@ -148,3 +151,20 @@ def build_dataset(
         whole = CHANNELS * int(index.images.sizes.astype(np.int64).prod(axis=1).sum())
         cache = PictureCache(len(index), max(1, min(int(cfg.cache_pictures * 1e9), whole)))
     return CocoDetection(index, transform, seed=seed, classes=classes, mixing=mixing, cache=cache)
+
+
+def _unused(cfg: DataConfig, epochs: int) -> Iterator[str]:
+    """Yield a line on each option that others leave without effect."""
+    if cfg.augment == "none" and cfg.train_scales not in (
+        DataConfig.train_scales,
+        (cfg.eval_scale,),
+    ):
+        yield (
+            f"--augment none: pictures have a short side of --eval_scale {cfg.eval_scale}; "
+            "--train_scales has no effect."
+        )
+    if (cfg.mosaic or cfg.mixup) and epochs <= cfg.close_augment_epochs:
+        yield (
+            f"--close_augment_epochs {cfg.close_augment_epochs} covers all {epochs} epochs: there "
+            "will be no mosaic and no mixup. Lower it, or train longer."
+        )

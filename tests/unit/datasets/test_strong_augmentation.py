@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from configs.schema import build_config
@@ -51,6 +52,17 @@ def test_the_last_epochs_mix_nothing(content: dict[str, Any], write: Write) -> N
 
     assert boxes(14) == [2, 2, 2]  # each picture has one box, and so has its partner
     assert boxes(15) == [1, 1, 1]
+
+
+def test_options_without_effect_are_told(
+    content: dict[str, Any], write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strong(content, write, close_augment_epochs=19)
+    assert "notice" not in capsys.readouterr().out
+    strong(content, write, close_augment_epochs=20)
+    assert "--close_augment_epochs 20 covers all 20 epochs" in capsys.readouterr().out
+    strong(content, write, augment="none", train_scales=(24, 36))
+    assert "--train_scales has no effect" in capsys.readouterr().out
 
 
 def test_processes_follow_the_cores() -> None:
