@@ -14,6 +14,7 @@ from engine.step_log import Averages, official_log_values
 from engine.train import Criterion, UnreadableImages
 from util.batch import Batch, PaddedBatch, Target, pad_images
 from util.distributed import World
+from util.errors import UserError
 
 PostProcessor = Callable[[Any, Tensor], list[dict[str, Tensor]]]
 
@@ -34,6 +35,9 @@ def detect(
     Unreadable pictures are named; a batch of nothing else has no detections. Pictures that turn
     out to differ in size go through the model one by one, so that none sees padding. `on_outputs`
     sees the raw outputs.
+
+    Raises:
+        UserError: a score or box is not finite.
     """
     model.eval()
     unreadable = UnreadableImages()
@@ -53,7 +57,19 @@ def detect(
                 on_outputs(outputs, targets)
             sizes = torch.stack([t["orig_size"] for t in targets])
             found += postprocess(outputs, sizes.to(device))
-        yield batch, [{k: v.cpu() for k, v in d.items()} for d in found]
+        on_host = [{k: v.cpu() for k, v in d.items()} for d in found]
+        _check_finite(on_host, batch.targets)
+        yield batch, on_host
+
+
+def _check_finite(found: Sequence[dict[str, Tensor]], targets: Sequence[Target]) -> None:
+    for detection, target in zip(found, targets, strict=True):
+        if not (detection["scores"].isfinite().all() and detection["boxes"].isfinite().all()):
+            raise UserError(
+                f"image {int(target['image_id'])}: expected finite scores and boxes of the model, "
+                "got others: its weights are broken, or the numbers of --precision too small. "
+                "Use another checkpoint, or --precision fp32."
+            )
 
 
 def unpadded_parts(

@@ -74,8 +74,14 @@ def _from_file(path: Path, *, ema: bool = True) -> Pretrained:
             f"{path}: expected a checkpoint, got a {type(content).__name__}. "
             "Pass our checkpoint, an official file or a state dict."
         )
-    if {"model", "config", "classes"} <= content.keys():
-        return _ours(content, str(path), ema=ema)
+    if {"model", "config"} <= content.keys():
+        try:
+            return _ours(content, str(path), ema=ema)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: expected a checkpoint of a run, got one with other content "
+                f"({type(error).__name__}: {error}). Use another, or its weights alone."
+            ) from error
     weights = content.get("model", content)
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise CheckpointError(
@@ -94,19 +100,21 @@ def _from_file(path: Path, *, ema: bool = True) -> Pretrained:
 
 def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
     preprocessing = content.get("preprocessing") or {}
-    config = content["config"]
-    averages = content.get("ema", {})
+    config = {title: dict(options) for title, options in content["config"].items()}
+    averages = content.get("ema")
+    weights = dict(averages["model"] if ema and averages else content["model"])
+    classes = content.get("classes")
     return Pretrained(
-        state_dict=dict(averages["model"] if ema and averages else content["model"]),
-        model_options=dict(config["model"]),
-        classes=Classes.from_json(content["classes"]),
+        state_dict=weights,
+        model_options=config["model"],
+        classes=Classes.from_json(classes) if classes else official_classes(weights),
         config=config,
         image_mean=_triple(preprocessing.get("mean")),
         image_std=_triple(preprocessing.get("std")),
         image_size=None,
         kind="ours",
         source=source,
-        thresholds=content.get("thresholds", {}),
+        thresholds=dict(content.get("thresholds") or {}),
     )
 
 

@@ -135,8 +135,7 @@ def transfer(
     for name in report.fresh_classes:
         if other := of_same_meaning(name, source_classes.names):
             report.contested[name] = other
-    left_out = () if backbone else (BACKBONE,)
-    source, target = _without(state_dict, left_out), _without(model.state_dict(), left_out)
+    source, target = (_compared(t, backbone) for t in (state_dict, model.state_dict()))
     origin = _origins(source, target)
     used = set(origin.values())
     with torch.no_grad():
@@ -153,12 +152,12 @@ def transfer(
     return report
 
 
-def _without(tensors: Mapping[str, Tensor], left_out: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return what is to be compared: no counters, and no names that begin like `left_out`."""
+def _compared(tensors: Mapping[str, Tensor], backbone: bool) -> dict[str, Tensor]:
+    """Return the tensors that a transfer is about."""
     return {
         name: tensor
         for name, tensor in tensors.items()
-        if not name.endswith(_COUNTER) and not name.startswith(left_out)
+        if not name.endswith(_COUNTER) and (backbone or not name.startswith(BACKBONE))
     }
 
 

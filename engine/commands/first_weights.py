@@ -11,7 +11,7 @@ from models.freezing import freeze
 from models.pretrained import Pretrained
 from models.transfer import BACKBONE, transfer
 from util.classes import Classes
-from util.errors import ConfigError
+from util.errors import CheckpointError, ConfigError
 from util.run_log import console
 
 
@@ -90,6 +90,12 @@ def take_over(
         backbone=backbone,
     )
     console(report.table())
+    random = [name for name in report.reinitialised if name.startswith(BACKBONE)]
+    if random:
+        raise CheckpointError(
+            f"--backbone {config.model.backbone}: expected the backbone of --finetune, got one of "
+            f"which {len(random)} tensors are not in it, as '{random[0]}'. Set that of the weights."
+        )
     if not backbone:
         console(
             f"backbone: {config.model.backbone} with weights '{config.run.backbone_weights}'; that "

@@ -20,6 +20,7 @@ from datasets.coco import CocoDetection, CocoIndex
 from datasets.loader import Share, TrainLoader, eval_loader, share_out, train_loader
 from engine.checkpoint import CheckpointFolder, check_same, load_checkpoint
 from engine.coco_evaluator import CocoEvaluator
+from engine.commands.detector import saved_options
 from engine.commands.first_weights import Start, build_training_model
 from engine.ema import Ema
 from engine.gallery import draw_gallery, evenly_spaced
@@ -92,7 +93,8 @@ def run_options(layers: Values) -> RunConfig:
     given = layers.get("run", {})
     saved: dict[str, Any] = {}
     if given.get("resume", "") not in ("", "auto"):
-        saved = load_checkpoint(Path(given["resume"]))["config"]["run"]
+        config = load_checkpoint(Path(given["resume"]))["config"]
+        saved = saved_options(config, given["resume"])["run"]
     return RunConfig(**{**saved, **given})
 
 
@@ -151,7 +153,7 @@ def fresh(layers: Values) -> Start:
     source, pretrained = layers.get("run", {}).get("finetune", ""), None
     if source:
         pretrained = load_pretrained(source)
-        layers = merge({"model": pretrained.model_options}, layers)
+        layers = merge(saved_options({"model": pretrained.model_options}, source), layers)
     config = build_config(layers)
     if not config.run.output_dir:
         raise ConfigError("--output_dir: expected a folder for the run, got none. Give one.")
@@ -161,10 +163,11 @@ def fresh(layers: Values) -> Start:
 def resumed(checkpoint: Path, layers: Values) -> Start:
     """Continue a run with the options of its checkpoint, and those given now on top."""
     content = load_checkpoint(checkpoint)
-    saved = build_config(content["config"])
+    options = saved_options(content["config"], str(checkpoint))
+    saved = build_config(options)
     if "finetune" in layers.get("run", {}) and layers["run"].get("resume") != "auto":
         raise ConfigError("--resume and --finetune: expected one of them. Resuming needs no other.")
-    config = build_config(merge_options(content["config"], layers))
+    config = build_config(merge_options(options, layers))
     check_same("model", asdict(saved.model), asdict(config.model), checkpoint)
     before, now = fixed_on_resume(saved), fixed_on_resume(config)
     check_same("batches and frozen parts", before, now, checkpoint)
