@@ -111,7 +111,7 @@ def by_cost(errors: Mapping[str, ErrorKind]) -> list[tuple[str, ErrorKind]]:
 
 
 def mean_ap(found: Outcomes) -> float:
-    """Return AP50 over the categories with boxes or detections; 0 if there is none."""
+    """Return AP50 over the categories with boxes or detections; 1, nothing wrong, without any."""
     values = []
     for k, positives in enumerate(found.positives.tolist()):
         of_class = found.detected.category == k
@@ -119,7 +119,7 @@ def mean_ap(found: Outcomes) -> float:
             values.append(float(curve(found.hit[of_class], positives).mean()))
         elif of_class.any():
             values.append(0.0)
-    return float(np.mean(values)) if values else 0.0
+    return float(np.mean(values)) if values else 1.0
 
 
 def _mended(truth: Truth, found: Outcomes, errors: Errors, kind: str) -> Outcomes:

@@ -156,6 +156,8 @@ def _confusion(analysis: Analysis) -> str:
 
 
 def _by_objects(analysis: Analysis) -> str:
+    if not analysis.by_objects:
+        return "<h2>Crowded pictures</h2><p>No objects to find: n/a.</p>"
     rows = [
         [b.objects, str(b.pictures), shown(b.AP), bar(b.AP, 1.0), shown(b.AP50)]
         for b in analysis.by_objects

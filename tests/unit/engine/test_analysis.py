@@ -148,6 +148,13 @@ def test_ap_by_number_of_objects_separates_the_pictures() -> None:
     ]
 
 
+def test_finding_nothing_costs_everything() -> None:
+    found = analysed(scene(2), [])
+    costs = {kind: e.delta_AP50 for kind, e in found.errors.items()}
+    assert costs == {**dict.fromkeys(KINDS, 0.0), "missed": 1.0}
+    assert found.errors["missed"].count == 4
+
+
 def test_without_objects_nothing_can_be_measured() -> None:
     coco = make_coco({**scene().dataset, "annotations": []})
     evaluator = CocoEvaluator(coco, {3: 3, 7: 7}, max_dets=300)
@@ -160,6 +167,7 @@ def test_without_objects_nothing_can_be_measured() -> None:
     assert found.least_scores() == {3: 0.5, 7: 0.5}
     page = report(found, {}, title="t")
     assert "with 300: AP n/a, AP50 n/a" in page
+    assert page.count("No objects to find: n/a.") == 2
     assert not re.search(r"-1\b|nan|None", re.sub("<style>.*?</style>", "", page, flags=re.S))
 
 

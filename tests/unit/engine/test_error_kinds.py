@@ -108,7 +108,7 @@ def mean_ap(entries: list[Entry], objects: dict[int, int]) -> float:
         own = [(score, hit) for c, score, hit in entries if c == category]
         if count or own:
             values.append(ap(own, count) if count else 0.0)
-    return sum(values) / len(values) if values else 0.0
+    return sum(values) / len(values) if values else 1.0  # nothing is left to be wrong
 
 
 def mend(shots: list[Shot], taken: set[int], kind: str) -> list[Entry]:
