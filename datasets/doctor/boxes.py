@@ -1,6 +1,7 @@
 """Check boxes: first what the numbers of the whole set mean, then each box in its picture."""
 
 from dataclasses import dataclass
+from math import floor
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,8 @@ Pairs = list[tuple[Picture, Box]]
 
 _LEAST = 10  # boxes from which a set has statistics
 _SOUND, _CONVINCING = 0.8, 0.9  # shares of boxes that fit their pictures
-_LEAST_AT_ONE = 5  # boxes at 1 where others would be at 0
+_PAST_WHOLE = 1.5  # of a picture: a fraction still, of a box that reaches past the edge
+_LEAST_AT_EDGE = 5  # boxes at 1 (or -1) where others would be at 0
 _CELL = 8  # pixels of the finest feature level's cells
 _NEW_AREA = ("normalised_bbox", "xyxy_bbox", "cxcywh_bbox")  # the old one is of other numbers
 _SLACK = 1  # pixels past the edge that training does not tell of either
@@ -37,23 +39,30 @@ def check_boxes(ledger: Ledger, limits: Limits) -> None:
     for pair in pairs:
         (fractions if _is_fraction(pair[1].raw) else pixels).append(pair)
     if len(fractions) >= max(_LEAST, _CONVINCING * len(pairs)):  # a whole picture is 0 0 1 1
-        fractions += [pair for pair in pixels if max(map(abs, pair[1].raw)) <= 1]
-        pixels = [pair for pair in pixels if max(map(abs, pair[1].raw)) > 1]
+        fractions += [pair for pair in pixels if max(map(abs, pair[1].raw)) <= _PAST_WHOLE]
+        pixels = [pair for pair in pixels if max(map(abs, pair[1].raw)) > _PAST_WHOLE]
     _read_fractions(ledger, fractions)
     _read_pixels(ledger, pixels)
-    _find_one_based(ledger, pixels)
+    _find_shifted(ledger, pixels)
     for picture, box in pairs:
         if not box.flaw:
             _check_box(ledger, picture, box, limits)
+    for picture in ledger.pictures:
+        _find_repeated(ledger, picture)
+    for _, box in pairs:
         if box.flaw:
             ledger.drop("annotations", box.position, box.flaw)
         else:
             _note_changes(ledger, box)
+    _count_boxes(ledger, limits)
+
+
+def _count_boxes(ledger: Ledger, limits: Limits) -> None:
     for picture in ledger.pictures:
         count = len(picture.usable_boxes)
         if count > limits.num_queries:
             ledger.tell_picture("too_many_boxes", picture, f"{count} boxes")
-        if not count:
+        if not count and picture.facts.state == "sound":
             ledger.tell_picture("no_boxes", picture)
 
 
@@ -122,18 +131,32 @@ def find_layout(
     return "xyxy" if share["xyxy"] >= share["cxcywh"] else "cxcywh"
 
 
-def _find_one_based(ledger: Ledger, pairs: Pairs) -> None:
-    """Tell sets that count from 1: whole numbers, many at 1 where edges are, none below."""
+def _find_shifted(ledger: Ledger, pairs: Pairs) -> None:
+    """Tell sets that are a pixel off: whole numbers, many at 1 (or -1) and none below."""
     corners = np.array([box.xywh[:2] for _, box in pairs]).reshape(-1, 2)
-    if len(corners) < _LEAST or (corners % 1).any() or corners.min() < 1:
+    if len(corners) < _LEAST or (corners % 1).any() or corners.min() not in (1, -1):
         return
-    at_one, at_two = (int((corners == n).any(axis=1).sum()) for n in (1, 2))
-    if at_one < max(_LEAST_AT_ONE, len(corners) // 50) or at_one < 3 * at_two:
+    edge = int(corners.min())
+    at_edge, next_to_it = (int((corners == n).any(axis=1).sum()) for n in (edge, edge + 1))
+    if at_edge < max(_LEAST_AT_EDGE, len(corners) // 50) or at_edge < 3 * next_to_it:
         return
+    kind = "one_based" if edge == 1 else "zero_based"
     for picture, box in pairs:
-        ledger.tell_box("one_based", picture, box)
+        ledger.tell_box(kind, picture, box)
         x, y, w, h = box.xywh
-        box.xywh, box.mended = (x - 1, y - 1, w, h), "one_based"
+        box.xywh, box.mended = (x - edge, y - edge, w, h), kind
+
+
+def _find_repeated(ledger: Ledger, picture: Picture) -> None:
+    """Let all but the first go of boxes with the same numbers and class."""
+    first: dict[tuple[XYWH, int, bool], int] = {}
+    for box in picture.boxes:
+        if box.flaw:
+            continue
+        same = first.setdefault((box.xywh, box.category, box.crowd), box.id)
+        if same != box.id:
+            ledger.tell_box("repeated_bbox", picture, box, f"as annotation {same}")
+            box.flaw = "repeated_bbox"
 
 
 def _check_box(ledger: Ledger, picture: Picture, box: Box, limits: Limits) -> None:
@@ -174,7 +197,8 @@ def _judge_side(ledger: Ledger, picture: Picture, box: Box, side: float) -> None
     """Note a box whose shorter side, in pixels at training size, is too little to see."""
     kind = "vanishing_bbox" if side < 1 else "small_bbox" if side < _CELL else ""
     if kind:
-        ledger.tell_box(kind, picture, box, f"{side:.2g} pixels at the smallest training size")
+        shown = floor(side * 100) / 100  # never up to the limit itself
+        ledger.tell_box(kind, picture, box, f"{shown:g} pixels at the smallest training size")
     if side < 1:
         box.flaw = kind
 

@@ -7,14 +7,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from datasets.class_mapping import map_classes
 from datasets.doctor.boxes import Limits, check_boxes
 from datasets.doctor.entries import read_entries
 from datasets.doctor.kinds import KINDS
-from datasets.doctor.ledger import Ledger, Offender, Picture
+from datasets.doctor.ledger import XYWH, Ledger, Offender, Picture
 from datasets.doctor.scan import scan
 from datasets.image_reading import TURNED
 from datasets.picture_files import is_picture
 from datasets.sources import Source
+from util.classes import Classes
+from util.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,21 @@ def boxes_by_class(ledger: Ledger) -> dict[int, int]:
     return {i: counts[i] for i in sorted(ledger.class_names, key=lambda i: (-counts[i], i))}
 
 
+def names_by_class(ledger: Ledger) -> dict[int, str]:
+    """Return what each category id is called, with the id where several share a name."""
+    times = Counter(ledger.class_names.values())
+    return {i: f"{name} ({i})" if times[name] > 1 else name
+            for i, name in ledger.class_names.items()}  # fmt: skip
+
+
 def _counts(ledger: Ledger) -> dict[str, Any]:
-    by_class = boxes_by_class(ledger)
+    by_class, names = boxes_by_class(ledger), names_by_class(ledger)
     return {
         "place": str(ledger.source.place),
         "images": len(ledger.section("images")),
         "annotations": len(ledger.section("annotations")),
         "usable_boxes": sum(by_class.values()),
-        "boxes_by_class": {ledger.class_names[i]: count for i, count in by_class.items()},
+        "boxes_by_class": {names[i]: count for i, count in by_class.items()},
     }
 
 
@@ -126,8 +136,14 @@ def _check_duplicates(ledger: Ledger) -> None:
         best = max(same, key=lambda picture: len(picture.usable_boxes))  # the first of equals
         for picture in same:
             if picture is not best:
-                ledger.tell_picture("duplicate_picture", picture, f"as {best.name} ({best.id})")
+                other = "" if _drawn(picture) == _drawn(best) else ", with other boxes"
+                detail = f"as {best.name!r} ({best.id}){other}"
+                ledger.tell_picture("duplicate_picture", picture, detail)
                 ledger.drop("images", picture.position, "duplicate_picture")
+
+
+def _drawn(picture: Picture) -> Counter[tuple[int, XYWH]]:
+    return Counter((box.category, box.xywh) for box in picture.boxes)
 
 
 def _check_leaks(ledgers: list[Ledger]) -> None:
@@ -137,7 +153,7 @@ def _check_leaks(ledgers: list[Ledger]) -> None:
         for picture in _sound(ledgers[0]):
             name = names.get(picture.facts.digest)
             if name is not None:
-                ledgers[0].tell_picture("leak", picture, f"as {name} of {other.split}")
+                ledgers[0].tell_picture("leak", picture, f"as {name!r} of {other.split}")
                 ledgers[0].drop("images", picture.position, "leak")
 
 
@@ -166,9 +182,31 @@ def _real_folder(folder: Path) -> Path:
 def _check_classes(ledgers: list[Ledger]) -> None:
     used = [{i for i, count in boxes_by_class(ledger).items() if count} for ledger in ledgers]
     for ledger, found in zip(ledgers, used, strict=True):
+        by_name: dict[str, int] = {}
         for number, name in ledger.class_names.items():
             if number not in found:
                 ledger.tell("empty_class", name, f"id {number}")
+            if by_name.setdefault(name, number) != number:
+                ledger.tell("repeated_name", name, f"ids {by_name[name]} and {number}")
     for ledger, found in zip(ledgers[1:], used[1:], strict=True):
-        for number in sorted(found - used[0]):
-            ledger.tell("unseen_class", ledger.class_names[number], f"id {number}")
+        _compare_classes(ledgers[0], used[0], ledger, found)
+
+
+def _compare_classes(first: Ledger, trained: set[int], other: Ledger, found: set[int]) -> None:
+    """Note classes of another split that the first lacks, or has no box of, as training pairs them.
+
+    `trained` and `found` are the category ids with boxes, of each split's own.
+    """
+    ours, theirs = (Classes(tuple(sorted(names)), tuple(names[i] for i in sorted(names)))
+                    for names in (first.class_names, other.class_names))  # fmt: skip
+    try:
+        label_of = map_classes(theirs, ours)
+    except DataError:
+        known = set(ours.names)
+        lacking = [i for i in theirs.ids if other.class_names[i] not in known] or theirs.ids
+        for number in lacking:
+            other.tell("unknown_class", other.class_names[number], f"id {number}")
+        return
+    for number in sorted(found):
+        if ours.ids[label_of[number]] not in trained:
+            other.tell("unseen_class", other.class_names[number], f"id {number}")

@@ -16,8 +16,11 @@ def read_entries(ledger: Ledger) -> None:
         if not ledger.section(section):
             ledger.tell("missing_section", section)
     for finding in ledger.source.findings:
+        reason, _, _ = finding.text.partition(":")
         for place in finding.places:
-            ledger.tell("unreadable_annotation", place)
+            ledger.tell("unreadable_annotation", place, reason)
+        if not finding.places:  # of the set as a whole
+            ledger.tell("odd_layout", ledger.source.place.name, finding.text)
     _read_categories(ledger)
     left_out = _read_images(ledger)
     _read_annotations(ledger, left_out)

@@ -60,6 +60,10 @@ KINDS: dict[str, Kind] = {
         FILE, "annotation files or lines that cannot be read", "damaged XML, a line that is no box",
         "leaves them out", _OUT,
     ),
+    "odd_layout": Kind(
+        FILE, "things about the whole folder", "what its format has elsewhere is not there",
+        "goes on with what there is", note=True,
+    ),
     "missing_section": Kind(
         FILE, "missing sections", "`images`, `annotations` or `categories` is not a list or empty",
         "refuses the file",
@@ -147,6 +151,16 @@ KINDS: dict[str, Kind] = {
         BOXES, "boxes that count pixels from 1", "over the whole set, edges of pictures are at 1 "
         "and nothing is at 0", "takes them as they are: one pixel off", "shifted by one pixel",
     ),
+    "zero_based": Kind(
+        BOXES, "boxes that begin a pixel too early", "over the whole set, edges of pictures are at "
+        "-1: counted from 0 and read as from 1",
+        "takes them as they are: one pixel off; for VOC data give --voc_corners edges",
+        "shifted by one pixel",
+    ),
+    "repeated_bbox": Kind(
+        BOXES, "boxes given twice", "the same numbers and class as another box of the picture",
+        "keeps each, and so teaches two answers to one object", "the first is kept",
+    ),
     "vanishing_bbox": Kind(
         BOXES, "boxes that vanish", "a side is under 1 pixel at the smallest training size",
         "keeps them, though nothing is left to see", _OUT,
@@ -169,8 +183,17 @@ KINDS: dict[str, Kind] = {
         "sees them", "left out of train",
     ),
     "empty_class": Kind(
-        SPLITS, "classes without boxes", "named in the file, never used",
+        SPLITS, "classes without boxes", "named in the file, with no usable box",
         "keeps a logit for them; AP is n/a", note=True,
+    ),
+    "repeated_name": Kind(
+        SPLITS, "classes of one name", "two ids with the same name",
+        "keeps them apart by id", note=True,
+    ),
+    "unknown_class": Kind(
+        SPLITS, "classes of val that train does not have",
+        "train has no class of that name, or of that id where names repeat",
+        "refuses the two together: let `categories` of both files be the same",
     ),
     "unseen_class": Kind(
         SPLITS, "classes of val without boxes in train", "AP of these classes will be 0",

@@ -53,7 +53,9 @@ class Picture:
 
     @property
     def usable_boxes(self) -> list[Box]:
-        """The boxes to train on."""
+        """The boxes to train on: none where the file cannot be decoded."""
+        if self.facts.state != "sound":
+            return []
         return [box for box in self.boxes if not box.flaw and not box.crowd]
 
 

@@ -1,11 +1,12 @@
 """What was found, as one page that needs nothing else."""
 
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 
 import numpy as np
 
-from datasets.doctor.diagnosis import Diagnosis, boxes_by_class
+from datasets.doctor.diagnosis import Diagnosis, boxes_by_class, names_by_class
 from datasets.doctor.kinds import GROUPS, KINDS
 from datasets.doctor.ledger import Ledger, Offender
 from datasets.doctor.summary import verdict
@@ -18,11 +19,15 @@ _UNFOLDED = 8  # offenders that are listed in sight where there are no pictures
 _SIDES = (0, 4, 8, 16, 32, 64, 128, 256, 512)
 _SHORT = (0, 240, 320, 480, 640, 800, 1080, 1600, 2400)
 _COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+_CODE = re.compile(r"`[^`]*`|--\w+")
 _OWN = """
 .told thead th, .told td { text-align: left; } .told td:nth-of-type(1) { text-align: right; }
 .told thead th:nth-child(2) { text-align: right; }
 .grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
 .left th, .left td, .splits th:last-child { text-align: left; }
+tbody th { white-space: normal; min-width: 7.5rem; max-width: 22rem; overflow-wrap: anywhere; }
+code { white-space: nowrap; }
+@media (max-width: 40rem) { .told td.text { min-width: 9rem; } th, td { padding: .28rem .35rem; } }
 .verdict { color: var(--ink); font-weight: 600; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
   gap: 1rem; } .charts figure { margin: 0; } figcaption { overflow-wrap: anywhere; }
@@ -54,7 +59,7 @@ def _overview(diagnosis: Diagnosis) -> str:
         [f'<a href="#{kind}">{escape(KINDS[kind].title)}</a>', str(len(found)),
          "note" if KINDS[kind].note else "wrong",
          f'<td class="text">{_prose(KINDS[kind].training, 0)}</td>',
-         f'<td class="text">{escape(KINDS[kind].fix or "–")}</td>']
+         f'<td class="text">{_prose(KINDS[kind].fix or "–", 0)}</td>']
         for kind, found in diagnosis.offenders.items()
     ]  # fmt: skip
     if not rows:
@@ -86,16 +91,16 @@ def _numbers(diagnosis: Diagnosis) -> str:
 
 
 def _classes(diagnosis: Diagnosis) -> str:
-    counts = [boxes_by_class(ledger) for ledger in diagnosis.ledgers]
-    names = {i: name for ledger in reversed(diagnosis.ledgers)
-             for i, name in ledger.class_names.items()}  # fmt: skip
-    order = sorted(names, key=lambda i: (-counts[0].get(i, 0), i)) if counts else []
+    counts = []  # by name, as ids of splits may differ
+    for ledger in diagnosis.ledgers:
+        names = names_by_class(ledger)
+        counts.append({names[i]: count for i, count in boxes_by_class(ledger).items()})
     most = max((n for found in counts for n in found.values()), default=0)
     rows = []
-    for number in order:
-        cells = [escape(names[number])]
+    for name in dict.fromkeys(name for found in counts for name in found):
+        cells = [escape(name)]
         for found in counts:
-            cells += [str(found.get(number, 0)), bar(found.get(number, 0), most)]
+            cells += [str(found.get(name, 0)), bar(found.get(name, 0), most)]
         rows.append(cells)
     header = ["class", *(cell for ledger in diagnosis.ledgers for cell in (ledger.split, ""))]
     shown = "<h3>Classes</h3>" + table("Usable boxes of each class", header, rows[:_CLASSES])
@@ -164,6 +169,6 @@ def _of_kind(kind: str, found: Sequence[Offender], thumbnails: Thumbnails) -> st
 
 
 def _prose(text: str, capitals: int = 1) -> str:
-    """Return text for a page: names in backticks as code, the first letters in capitals."""
-    parts = escape(text[:capitals].upper() + text[capitals:]).split("`")
-    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+    """Return text for a page: options and what is in backticks as code, a capital to begin with."""
+    told = escape(text[:capitals].upper() + text[capitals:])
+    return _CODE.sub(lambda found: f"<code>{found[0].strip('`')}</code>", told)

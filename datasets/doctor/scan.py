@@ -3,6 +3,9 @@
 import hashlib
 import io
 import multiprocessing
+import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -78,13 +81,26 @@ def scan(paths: Iterable[Path], *, processes: int) -> dict[Path, FileFacts]:
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     context = multiprocessing.get_context(method)
     try:
-        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        with ProcessPoolExecutor(processes, context, _stay_with_main_process) as pool:
             return _collect(files, pool.map(examine_file, files, chunksize=_CHUNK))
     except BrokenProcessPool as error:
         raise DataError(
             "decoding: expected processes that last, but the system has ended one, as it does when "
             "memory runs out. Lower --num_workers."
         ) from error
+
+
+def _stay_with_main_process() -> None:
+    """Leave Ctrl-C to the main process, and end when it ends, however it does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
+
+
+def _end_with_main_process() -> None:
+    main = multiprocessing.parent_process()
+    assert main is not None
+    main.join()
+    os._exit(1)
 
 
 def _collect(files: Sequence[Path], found: Iterable[FileFacts]) -> dict[Path, FileFacts]:

@@ -1,6 +1,6 @@
 """What was found, for the terminal."""
 
-from datasets.doctor.diagnosis import Diagnosis, boxes_by_class
+from datasets.doctor.diagnosis import Diagnosis, boxes_by_class, names_by_class
 from datasets.doctor.kinds import GROUPS, KINDS
 from datasets.doctor.ledger import Ledger, Offender
 from datasets.findings import NAMED, first_few
@@ -32,8 +32,8 @@ def verdict(diagnosis: Diagnosis) -> str:
 
 
 def _of_split(ledger: Ledger) -> list[str]:
-    by_class = boxes_by_class(ledger)
-    shown = [f"{ledger.class_names[i]} {count}" for i, count in by_class.items()]
+    by_class, names = boxes_by_class(ledger), names_by_class(ledger)
+    shown = [f"{names[i]} {count}" for i, count in by_class.items()]
     more = f", and {len(shown) - _CLASSES} classes more" if len(shown) > _CLASSES else ""
     return [
         f"{ledger.split}: {len(ledger.section('images'))} images, "

@@ -1,7 +1,9 @@
 """`main.py check`: the data doctor."""
 
 import argparse
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +33,16 @@ def check(args: argparse.Namespace, given: Values) -> int:
     output_dir = Path(config.run.output_dir) if config.run.output_dir else None
     if output_dir:
         _claim(output_dir)
-    copies = _copies(wanted.fix, splits)
+    copies = _copies(wanted.fix, splits, output_dir)
     sources = {str(split): read_split(config.data, split) for split in splits}
     limits = Limits(config.model.num_queries, min(config.data.train_scales), config.data.max_size)
     processes = loader_processes(config.data.num_workers)
     diagnosis = examine(sources, limits, processes=processes)
     console(summary(diagnosis))
     if output_dir:
-        title = ", ".join(dict.fromkeys(str(source.place.name) for source in sources.values()))
-        write_atomic(output_dir / "check.json", json.dumps(diagnosis.to_json(), indent=1))
+        places = (source.place.resolve() for source in sources.values())
+        title = ", ".join(dict.fromkeys(place.name for place in places))
+        write_atomic(output_dir / "check.json", json.dumps(diagnosis.to_json()))
         write_atomic(output_dir / "check.html", page(diagnosis, title=title))
         console(f"written: {output_dir / 'check.html'}, check.json")
     else:
@@ -67,18 +70,19 @@ def _claim(output_dir: Path) -> None:
     make_output_dir(output_dir)
     for name, mark in (("check.json", b'"check": 1'), ("check.html", b"<title>Check: ")):
         file = output_dir / name
-        if file.exists() and mark not in file.read_bytes()[:400]:
+        if file.exists() and not (file.is_file() and mark in file.read_bytes()[:400]):
             raise ConfigError(
                 f"--output_dir {output_dir}: expected no {name} but of an earlier check, found "
                 "another file. Choose another folder."
             )
 
 
-def _copies(fix: str, splits: list[Split]) -> dict[str, Path]:
+def _copies(fix: str, splits: list[Split], output_dir: Path | None) -> dict[str, Path]:
     """Return the files to write: a corrected copy of each split, and "changes".
 
     Raises:
-        ConfigError: a file is there already, or the name is not that of a JSON file.
+        ConfigError: a file is there already or will be, the name is not that of a JSON file, or
+            its folder cannot be written to.
     """
     if not fix:
         return {}
@@ -88,13 +92,31 @@ def _copies(fix: str, splits: list[Split]) -> dict[str, Path]:
     several = len(splits) > 1
     files = {str(s): path.with_suffix(f".{s}.json") if several else path for s in splits}
     files["changes"] = path.with_suffix(".changes.json")
+    reports = [output_dir / "check.json"] if output_dir else []
     for file in files.values():
-        if file.exists():
+        if file.exists() or file.resolve() in [report.resolve() for report in reports]:
             raise ConfigError(
                 f"--fix {file}: expected a new file, found one there; nothing is overwritten. "
                 "Choose another name."
             )
+    _make_folder(path)
     return files
+
+
+def _make_folder(file: Path) -> None:
+    """Make the folder of a corrected copy now, not after an hour of decoding.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(
+            f"--fix {file}: expected a folder to write to ({error.strerror}). Choose another."
+        ) from error
 
 
 def _write_copies(diagnosis: Diagnosis, files: dict[str, Path]) -> None:
@@ -109,5 +131,14 @@ def _write_copies(diagnosis: Diagnosis, files: dict[str, Path]) -> None:
             f"written: {files[ledger.split]}, {len(changed)} changes; "
             f"its pictures: {ledger.source.image_dir}"
         )
-    write_atomic(files["changes"], json.dumps(changes, indent=1))
+    lines = ",\n".join(map(_strict_json, changes))
+    write_atomic(files["changes"], f"[\n{lines}\n]\n" if changes else "[]\n")
     console(f"written: {files['changes']}")
+
+
+def _strict_json(value: object) -> str:
+    """Return JSON, with NaN and infinities as text: Python's files hold them, JSON has none."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(value), parse_constant=str))

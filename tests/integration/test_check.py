@@ -73,6 +73,36 @@ def test_nothing_is_overwritten(
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_places_that_cannot_be_written_are_told_before_decoding(
+    data: FlawedSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*arguments(data, tmp_path / "set.json"), "--output_dir", str(tmp_path / "out")]
+    for fix in (tmp_path / "set.json" / "x.json", tmp_path / "out" / "check.json"):
+        assert main([*command, "--fix", str(fix)]) == 2
+        told = capsys.readouterr().err
+        assert f"--fix {fix}: expected" in told
+        assert told.count("\n") == 1, "nothing was decoded"
+    (tmp_path / "out" / "check.html").mkdir()
+    assert main(command) == 2
+    assert "found another file" in capsys.readouterr().err
+
+
+def test_changes_are_json_and_name_numbers_that_are_none(data: FlawedSet, tmp_path: Path) -> None:
+    boxes = [a for a in data.content["annotations"] if isinstance(a, dict)]
+    boxes[-1].update(bbox=[float("nan"), 1, 2, 3])
+    data.save(tmp_path / "set.json")
+    fix = tmp_path / "new" / "fixed.json"
+    assert main([*arguments(data, tmp_path / "set.json"), "--fix", str(fix)]) == 1
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    text = fix.with_name("fixed.changes.json").read_text()
+    changes = json.loads(text, parse_constant=refuse)
+    assert ["NaN", 1, 2, 3] in [change.get("entry", {}).get("bbox") for change in changes]
+    assert len(text.splitlines()) == len(changes) + 2
+
+
 def test_user_errors_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["check"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

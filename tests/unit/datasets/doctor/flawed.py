@@ -170,10 +170,17 @@ def repeat_annotation(data: FlawedSet) -> None:
     data.expected["repeated_annotation"] += 1
 
 
+def repeat_box(data: FlawedSet) -> None:
+    first = data.boxes_of(data.take())[1]
+    data.add_box(first["image_id"], first["category_id"], first["bbox"])
+    data.add_box(first["image_id"], 10 - first["category_id"], first["bbox"])  # 3 or 7, the other
+    data.expected["repeated_bbox"] += 1
+
+
 def crowd(data: FlawedSet) -> None:
     image = data.take()
-    for _ in range(LIMITS.num_queries):
-        data.add_box(image["id"], 7, [5, 6, 20, 21])
+    for k in range(LIMITS.num_queries):
+        data.add_box(image["id"], 7, [5 + k, 6, 20, 21])
     data.expected["too_many_boxes"] += 1
 
 
@@ -188,6 +195,12 @@ def empty(data: FlawedSet) -> None:
 def bad_category(data: FlawedSet) -> None:
     data.content["categories"].append({"id": 7, "name": "wolf"})
     data.expected["bad_category"] += 1
+
+
+def repeat_name(data: FlawedSet) -> None:
+    number = 50 + len(data.content["categories"])
+    data.content["categories"].append({"id": number, "name": "dog"})
+    data.expected += Counter(repeated_name=1, empty_class=1)
 
 
 def empty_class(data: FlawedSet) -> None:
@@ -231,9 +244,11 @@ FLAWS: dict[str, Flaw] = {
     "fraction": in_box("normalised_bbox", bbox=[0.25, 0.25, 0.5, 0.5]),
     "speck": in_box("vanishing_bbox", bbox=[3, 4, 0.5, 10]),
     "small": in_box("small_bbox", bbox=[3, 4, 4, 10]),
+    "repeated box": repeat_box,
     "crowd": crowd,
     "bad category": bad_category,
     "empty class": empty_class,
+    "repeated name": repeat_name,
 }  # fmt: skip
 
 
@@ -265,4 +280,5 @@ LAYOUTS: dict[str, tuple[str, Callable[[list[float]], list[float]]]] = {
     "fractions of corners": ("normalised_bbox", partial(scaled, to_xyxy)),
     "fractions of centres": ("normalised_bbox", partial(scaled, to_cxcywh)),
     "from one": ("one_based", lambda b: [b[0] + 1, b[1] + 1, b[2], b[3]]),
+    "from minus one": ("zero_based", lambda b: [b[0] - 1, b[1] - 1, b[2], b[3]]),
 }

@@ -1,7 +1,11 @@
 """Known numbers of every flaw are counted to the one, sound pictures never named, copies clean."""
 
+import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datasets.coco import CocoIndex
+from datasets.coco import CocoDetection, CocoIndex
 from datasets.doctor.boxes import find_layout
 from datasets.doctor.diagnosis import Diagnosis, examine
 from datasets.doctor.kinds import KINDS
@@ -20,12 +24,22 @@ from datasets.doctor.repair import corrected
 from datasets.doctor.scan import examine_file, scan
 from datasets.doctor.summary import summary
 from datasets.sources import Source, read_source
-from tests.unit.datasets.doctor.flawed import FLAWS, LAYOUTS, LIMITS, FlawedSet, change_all
+from datasets.transforms import EvalTransform
+from tests.unit.datasets.doctor.flawed import (
+    BOXES,
+    FLAWS,
+    LAYOUTS,
+    LIMITS,
+    FlawedSet,
+    change_all,
+)
 from tests.unit.datasets.flawed_formats import FLAWS as FLAWS_BY_FORMAT
 from tests.unit.datasets.flawed_formats import FORMATS, write_sound
+from util.errors import DataError
 
 SLOW_FOLDERS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 _NOTES = {kind for kind in KINDS if KINDS[kind].note}
+PLAIN = EvalTransform(eval_scale=16, max_size=32, mean=(0.0,) * 3, std=(1.0,) * 3)
 Boxes = dict[str, list[tuple[str, tuple[float, ...]]]]
 
 
@@ -145,6 +159,93 @@ def test_parallel_decoding_finds_what_one_process_finds(tmp_path: Path) -> None:
     assert found == {path: examine_file(path) for path in files}
     states = Counter(facts.state for facts in found.values())
     assert states == {"sound": 67, "missing": 1, "unreadable": 1, "truncated": 1}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_decoding_processes_end_with_the_one_that_began_them(tmp_path: Path) -> None:
+    names = [tmp_path / f"{i}.png" for i in range(70)]  # enough for several processes
+    os.mkfifo(names[0])
+    code = (
+        "import sys; from pathlib import Path; from datasets.doctor.scan import scan\n"
+        "scan(map(Path, sys.argv[1:]), processes=2)"
+    )
+    command = [sys.executable, "-c", code, *map(str, names)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as main:
+        pipe = None
+        while pipe is None and main.poll() is None:  # until a process reads, and waits for bytes
+            with contextlib.suppress(OSError):
+                pipe = os.open(names[0], os.O_WRONLY | os.O_NONBLOCK)
+        assert pipe is not None
+        main.kill()
+        main.communicate(timeout=20)  # ends when no process has the pipe any more
+        os.close(pipe)
+
+
+def test_boxes_of_pictures_that_cannot_be_decoded_are_not_usable(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 3, seed=0)
+    FLAWS["missing"](data)
+    FLAWS["cut"](data)
+    told = check(train=data.source()).to_json()["splits"]["train"]
+    assert told["usable_boxes"] == BOXES
+    assert told["boxes_by_class"] == {"cat": 2, "dog": 1}
+
+
+def test_classes_of_splits_are_paired_as_training_pairs_them(tmp_path: Path) -> None:
+    train = FlawedSet(tmp_path / "train", 2, seed=0)
+    val = FlawedSet(tmp_path / "val", 2, seed=1)
+    # The same names under each other's ids.
+    val.content["categories"] = [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}]
+    assert not check(train=train.source(), val=val.source()).offenders
+
+    for annotation in train.content["annotations"]:
+        annotation["category_id"] = 3
+    found = check(train=train.source(), val=val.source()).offenders
+    assert [(o.place, o.detail) for o in found["unseen_class"]] == [("dog", "id 3")]
+    assert "unknown_class" not in found
+
+    val.content["categories"].append({"id": 9, "name": "wolf"})
+    found = check(train=train.source(), val=val.source()).offenders
+    assert [(o.split, o.place) for o in found["unknown_class"]] == [("val", "wolf")]
+    indices = [CocoIndex.from_source(s.source(), need_boxes=True) for s in (train, val)]
+    with pytest.raises(DataError, match="wolf"):  # as training would
+        CocoDetection(indices[1], PLAIN, classes=indices[0].classes)
+
+
+def test_fractions_with_a_few_past_the_picture_are_all_mended(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 8, seed=0)
+    expected = boxes_of(data.source())
+    change_all(data, LAYOUTS["fractions of corners"][1])
+    last = data.content["annotations"][-1]["bbox"]
+    last[2] = 1.02  # a pixel and a bit past the right edge
+    diagnosis = check(train=data.source())
+    assert counts(diagnosis)["normalised_bbox"] == 24
+    mended = boxes_of(Source(corrected(diagnosis.ledgers[0])[0], data.folder, data.folder))
+    assert mended == expected
+
+
+def test_names_that_no_terminal_can_show_do_not_end_it(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 2, seed=0)
+    name = os.fsdecode(b"caf\xe9.png")  # as an archive of another system leaves it
+    for image in data.content["images"]:
+        shutil.copy(data.folder / "p100.png", data.folder / f"x{image['id']}{name}")
+        image["file_name"] = f"x{image['id']}{name}"
+    diagnosis = check(train=data.source(), val=data.source())
+    assert {"duplicate_picture", "leak"} <= set(diagnosis.offenders)
+    summary(diagnosis).encode()
+    page(diagnosis, title="names").encode()
+
+
+def test_every_kind_is_documented_as_it_is() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "data.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    documented = {row[0].split("`")[1]: row[1:] for row in rows}
+    assert list(documented) == list(KINDS)
+    for kind, (what, training, fix) in documented.items():
+        told = KINDS[kind]
+        assert what == f"{told.title}: {told.meaning}"
+        assert training == told.training
+        assert fix.removesuffix(" |") == (told.fix or "as it is")
+        assert (f"`{kind}` (note)" in text) == told.note
 
 
 def test_the_original_content_is_not_touched(tmp_path: Path) -> None:
