@@ -113,11 +113,10 @@ def by_cost(errors: Mapping[str, ErrorKind]) -> list[tuple[str, ErrorKind]]:
 def mean_ap(found: Outcomes) -> float:
     """Return AP50 over the categories with boxes or detections; 1, nothing wrong, without any."""
     values = []
-    for k, positives in enumerate(found.positives.tolist()):
-        of_class = found.detected.category == k
+    for (_, hit), positives in zip(found.by_category(), found.positives.tolist(), strict=True):
         if positives:
-            values.append(float(curve(found.hit[of_class], positives).mean()))
-        elif of_class.any():
+            values.append(float(curve(hit, positives).mean()))
+        elif len(hit):
             values.append(0.0)
     return float(np.mean(values)) if values else 1.0
 

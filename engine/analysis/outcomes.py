@@ -37,6 +37,12 @@ class Outcomes:
         """Which are right [N]."""
         return np.asarray(self.gt >= 0)
 
+    def by_category(self) -> list[tuple[Floats, Bools]]:
+        """Return the scores of each category's detections, and which are right."""
+        starts = np.searchsorted(self.detected.category, np.arange(1, len(self.positives)))
+        parts = (np.split(self.detected.score, starts), np.split(self.hit, starts))
+        return list(zip(*parts, strict=True))
+
 
 def outcomes(
     truth: Truth, detected: Detected, ious: Sequence[float], *, max_dets: int
@@ -68,8 +74,9 @@ def curve(hit: Bools, positives: int) -> Floats:
 def curves(found: Outcomes) -> Floats:
     """Return the precision of each category [K,101], NaN without ground truth."""
     rows = np.full((len(found.positives), len(RECALLS)), np.nan)
-    for k in np.flatnonzero(found.positives):
-        rows[k] = curve(found.hit[found.detected.category == k], int(found.positives[k]))
+    for k, (_, hit) in enumerate(found.by_category()):
+        if found.positives[k]:
+            rows[k] = curve(hit, int(found.positives[k]))
     return rows
 
 
@@ -104,8 +111,7 @@ def best_threshold(score: Floats, hit: Bools, positives: int) -> Threshold | Non
 
 def thresholds(found: Outcomes) -> list[Threshold | None]:
     """Return the best threshold of each category."""
-    rows = []
-    for k, positives in enumerate(found.positives.tolist()):
-        of_class = found.detected.category == k
-        rows.append(best_threshold(found.detected.score[of_class], found.hit[of_class], positives))
-    return rows
+    return [
+        best_threshold(score, hit, int(positives))
+        for (score, hit), positives in zip(found.by_category(), found.positives, strict=True)
+    ]
