@@ -312,8 +312,9 @@ def _look_up(table: Mapping[int, int], entries: Sequence[Entry], key: str) -> In
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
-    """Tell whether a JSON value is a whole number that fits 64 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    """Tell whether a JSON value is a whole number that fits 64 bits; 3.0 is, as tables write it."""
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return whole and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def is_side(value: Any) -> TypeGuard[float]:

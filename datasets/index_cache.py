@@ -28,7 +28,7 @@ from datasets.findings import Finding
 from datasets.names import Names
 from util.classes import Classes
 
-_VERSION = 1  # of the arrays and of the checks that fill them
+_VERSION = 2  # of the arrays and of the checks that fill them
 _LEAST_BYTES = 4_000_000  # smaller files are read again in a moment
 _KEPT = 16  # files
 _DIGEST = 32  # bytes of SHA-256

@@ -48,7 +48,7 @@ def read_yolo(place: Path, split: str) -> tuple[dict[str, Any], Path, list[Findi
             image if size is None else {**image, "height": size[0], "width": size[1]}
         )
         labels = _label_file(picture)
-        labelled = labelled or labels.is_file()
+        labelled = labelled or os.path.isfile(labels)
         boxes, wrong = _read_labels(labels, boxes_first="kpt_shape" in options)
         malformed += wrong
         if header is None or size is None:
@@ -130,21 +130,23 @@ def _pictures(options: Mapping[str, Any], file: Path, split: str) -> list[Path]:
         )
     here = Path(os.path.abspath(file.parent))
     base = here / str(options.get("path") or "")
-    base = base if base.is_dir() else here  # `path` of another machine
+    base = base if os.path.isdir(base) else here  # `path` of another machine
     found: dict[Path, None] = {}
     for entry in entries:
-        if not (base / entry).exists():
+        if not os.path.exists(base / entry):
             entry = entry.replace("\\", "/")  # as written on Windows
         path = Path(os.path.normpath(base / entry))
-        if not path.exists() and entry.startswith("../"):  # as exports for another layout have it
+        if not os.path.exists(path) and entry.startswith(
+            "../"
+        ):  # as exports for another layout have it
             path = Path(os.path.normpath(base / entry[3:]))
-        if path.is_dir():
+        if os.path.isdir(path):
             found.update(dict.fromkeys(sorted(p for p in path.rglob("*") if is_picture(p))))
-        elif path.is_file():
+        elif os.path.isfile(path):
             found.update(dict.fromkeys(_listed(path, base)))
         else:
             raise DataError(
-                f"{file}: `{split}` names '{entry}', which is not under {base}. Mend it."
+                f"{file}: `{split}` names '{entry:.200}', which is not under {base}. Mend it."
             )
     if not found:
         raise DataError(f"{file}: expected pictures under `{split}` ({entries[0]}), found none.")

@@ -277,3 +277,38 @@ def test_odd_area_and_crowd_flags_are_replaced_and_told(content: Content, write:
 def test_categories_without_a_name_go_by_their_id(content: Content, write: Write) -> None:
     content["categories"] = [{"id": 7, "name": ""}, {"id": 3, "name": None}]
     assert CocoIndex.load(*write(content), need_boxes=True).classes.names == ("3", "7")
+
+
+def test_whole_numbers_with_a_point_are_ids(content: Content, write: Write) -> None:
+    """Tables with a gap in a column write all of it so."""
+    for entry in (*content["images"], *content["categories"], *content["annotations"]):
+        entry.update({key: float(entry[key]) for key in entry if key == "id" or key[-3:] == "_id"})
+    index = CocoIndex.load(*write(content), need_boxes=True)
+    assert index.findings == ()
+    assert index.images.ids.tolist() == [5, 9, 2]
+    assert index.classes.ids == (3, 7)
+    assert index.coco_gt.getImgIds() == [5, 9, 2]
+    content["images"][0]["id"] = 5.5
+    (no_id, *_) = CocoIndex.load(*write(content), need_boxes=True).findings
+    assert no_id.kind == "no_image_id"
+
+
+def test_links_to_nowhere_and_folders_are_missing_pictures(content: Content, write: Write) -> None:
+    json_path, folder = write(content)
+    (folder / "5.png").rename(folder / "real")
+    (folder / "5.png").symlink_to(folder / "real")
+    (folder / "9.png").unlink()
+    (folder / "9.png").symlink_to(folder / "gone")
+    (folder / "2.png").unlink()
+    (folder / "2.png").mkdir()
+    missing, *_ = CocoIndex.load(json_path, folder, need_boxes=True).findings
+    assert (missing.kind, missing.ids.tolist()) == ("missing_picture", [9, 2])
+
+
+def test_names_with_backslashes_get_advice(content: Content, write: Write) -> None:
+    json_path, folder = write(content)
+    for image in content["images"]:
+        image["file_name"] = "train\\" + image["file_name"]
+    json_path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"found none; .* Write / where it has "):
+        CocoIndex.load(json_path, folder, need_boxes=True)
