@@ -360,7 +360,7 @@ def build_validation(
         make_evaluator=partial(CocoEvaluator, coco_gt, dataset.label_to_category),
         postprocess=PostProcess(nms_iou=config.data.nms_iou),
         draw=lambda evaluator: draw_gallery(
-            evaluator.detections, coco_gt, shown, dataset.read_picture
+            evaluator.detections_on(shown), coco_gt, shown, dataset.read_picture
         ),
         output_dir=Path(config.run.output_dir),
         log=log,
