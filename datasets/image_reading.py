@@ -1,15 +1,17 @@
 """Decode picture files of any mode into RGB, and read their sizes without decoding."""
 
+import contextlib
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-# What Pillow raises for files that are missing, damaged, truncated, huge or no pictures at all.
+# What `open_picture` raises of files that are missing, damaged, truncated, huge or no pictures.
 READ_ERRORS = (
     OSError,
     SyntaxError,
@@ -17,7 +19,6 @@ READ_ERRORS = (
     EOFError,
     struct.error,
     zlib.error,
-    NotImplementedError,
     Image.DecompressionBombError,
 )
 _ORIENTATION = 0x0112  # EXIF tag
@@ -35,11 +36,24 @@ _UPRIGHT = {
 }
 
 
+@contextlib.contextmanager
+def open_picture(file: Path | IO[bytes]) -> Iterator[Image.Image]:
+    """Open a picture; what Pillow says of a damaged one, here or within, is one of READ_ERRORS.
+
+    Some of its readers stumble over damage as if it were a mistake in the program.
+    """
+    try:
+        with Image.open(file) as image:
+            refuse_bomb(image)
+            yield image
+    except (RuntimeError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise OSError(f"damaged picture: {error}") from error
+
+
 def read_header(path: Path) -> tuple[tuple[int, int], int] | None:
     """Return the stored (height, width) in pixels and the EXIF orientation, None without header."""
     try:
-        with Image.open(path) as image:
-            refuse_bomb(image)
+        with open_picture(path) as image:
             return (image.height, image.width), orientation_of(image)
     except READ_ERRORS:
         return None
@@ -91,8 +105,7 @@ def read_reduced(
     Raises:
         READ_ERRORS: the file cannot be decoded to its end.
     """
-    with Image.open(path) as image:
-        refuse_bomb(image)
+    with open_picture(path) as image:
         if not isinstance(image, JpegImageFile):
             image.load()  # the orientation may stand behind the pixels
         stored_size, orientation = (image.height, image.width), orientation_of(image)
