@@ -1,7 +1,6 @@
 """Weights into a model: all of them, strictly, or for fine-tuning as far as they fit."""
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -72,7 +71,7 @@ class TransferReport:
     nameless: bool = False
 
     def table(self) -> str:
-        """Return a few lines: counts, and groups of keys with what happened to them."""
+        """Return a few lines: counts, and modules with what happened to them."""
         known = len(self.matched_classes)
         by_name = f"{known} of {known + len(self.fresh_classes)} classes known"
         if self.nameless:
@@ -86,12 +85,13 @@ class TransferReport:
             ("copied", len(self.copied), ""),
             ("rows by class name", len(self.by_name), by_name),
         ]
-        for title, entries in (
-            ("adapted", self.adapted),
-            ("re-initialised", self.reinitialised),
-            ("ignored", self.ignored),
+        ours = {*self.copied, *self.by_name, *self.adapted, *self.reinitialised}
+        for title, entries, others in (
+            ("adapted", self.adapted, ours - self.adapted.keys()),
+            ("re-initialised", self.reinitialised, ours - self.reinitialised.keys()),
+            ("ignored", self.ignored, ours),
         ):
-            rows.append((title, len(entries), _groups(entries)))
+            rows.append((title, len(entries), _groups(entries, others)))
         return "\n".join(f"{a:<18} {n:>4} tensors  {text}".rstrip() for a, n, text in rows)
 
     def _fresh(self, name: str) -> str:
@@ -118,7 +118,7 @@ def transfer(
     Without `backbone`, that of `model`, which is another one, stays as it is and is left out.
 
     Raises:
-        CheckpointError: less than a third of the model's parameters could be copied.
+        CheckpointError: of the parameters behind the backbone, less than a third could be copied.
     """
     pairs = matching_names(source_classes.names, target_classes.names)
     matched = {target for _, target in pairs}
@@ -274,9 +274,9 @@ def _drop_aliases(report: TransferReport, target: Mapping[str, Tensor]) -> None:
 def _check_enough(
     report: TransferReport, source: Mapping[str, Tensor], target: Mapping[str, Tensor]
 ) -> None:
-    sizes = {tensor.data_ptr(): tensor.numel() for tensor in target.values()}
+    sizes = {t.data_ptr(): t.numel() for k, t in target.items() if not k.startswith(BACKBONE)}
     filled = {target[n].data_ptr() for n in [*report.copied, *report.by_name, *report.adapted]}
-    share = sum(sizes[pointer] for pointer in filled) / max(sum(sizes.values()), 1)
+    share = sum(sizes.get(pointer, 0) for pointer in filled) / max(sum(sizes.values()), 1)
     if share >= _LEAST_COPIED:
         return
     ours, theirs = official_options(target, None, "model"), {}
@@ -288,8 +288,9 @@ def _check_enough(
         if value != ours.get(name)
     ]
     raise CheckpointError(
-        f"--finetune: expected weights of a similar model, got one of which only {share:.0%} fits "
-        f"({'; '.join(differing) or 'no common keys'}). Set the model options to the checkpoint's."
+        "--finetune: expected weights of a similar model, got one of which, but for the backbone, "
+        f"only {share:.0%} fits ({'; '.join(differing) or 'other tensors'}). "
+        "Set the model options to the checkpoint's."
     )
 
 
@@ -299,7 +300,21 @@ def _some(names: Iterable[str], limit: int = 5) -> str:
     return f"{shown}, ... ({len(listed)})" if len(listed) > limit else shown
 
 
-def _groups(entries: Mapping[str, str]) -> str:
-    """Join keys that differ only by number, with the reason."""
-    counts = Counter((re.sub(r"\.\d+(?=\.|$)", ".*", name), why) for name, why in entries.items())
-    return _some(f"{name} ({why})" for name, why in counts)
+def _groups(entries: Mapping[str, str], others: Iterable[str]) -> str:
+    """Join entries by what became of them, modules that have nothing among `others` as a whole."""
+    elsewhere = {prefix for name in others for prefix in _prefixes(name)}
+    members: dict[str, list[str]] = {}
+    for name in entries:
+        module = next((p for p in _prefixes(name) if p not in elsewhere), name)
+        members.setdefault(re.sub(r"\.\d+(?=\.)", ".*", module), []).append(name)
+    by_reason: dict[str, list[str]] = {}
+    for module, names in members.items():
+        alone = names[0] if len(names) == 1 else module
+        by_reason.setdefault(entries[names[0]], []).append(alone)
+    return "; ".join(f"{_some(modules)} ({why})" for why, modules in by_reason.items())
+
+
+def _prefixes(name: str) -> list[str]:
+    """Return the modules that a tensor is in, from the outermost, and the tensor."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -117,6 +117,41 @@ def test_person_and_dog_are_the_official_rows(official: Path, people: Path, tmp_
     assert kept <= rows
 
 
+@pytest.mark.parametrize("dog", [3, 7, 90])
+def test_ids_with_gaps_come_back_with_their_names(tmp_path: Path, dog: int) -> None:
+    """A detector to which everything is a dog; a set where dog is any of three ids."""
+    torch.manual_seed(3)
+    model = build_model(ModelConfig(**OPTIONS), num_classes=91)
+    with torch.no_grad():
+        for head in model.class_embed:
+            assert isinstance(head, torch.nn.Linear)
+            torch.nn.init.zeros_(head.weight)
+            torch.nn.init.constant_(head.bias, -9.0)
+            head.bias[18] = 9.0  # COCO's dog
+    save_official(tmp_path / "dogs.pth", model.state_dict(), options=OPTIONS, epoch=49)
+    Image.new("RGB", (80, 60), "grey").save(tmp_path / "a.png")
+    others = [i for i in (90, 3, 7) if i != dog]
+    names = {others[0]: "person", dog: "dog", others[1]: "zebra"}
+    content = {
+        "images": [{"id": 5, "file_name": "a.png", "width": 80, "height": 60}],
+        "annotations": [{"id": 0, "image_id": 5, "category_id": dog, "bbox": [9, 9, 40, 30]}],
+        "categories": [{"id": i, "name": name} for i, name in names.items()],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    run = tmp_path / "run"
+    train(run, "--finetune", tmp_path / "dogs.pth", *SMALL, *STILL, "--max_steps", "1",
+          *data(tmp_path, tmp_path / "boxes.json"))  # fmt: skip
+    log = json.loads((run / "log.txt").read_text())
+    assert log["train_class_error"] == 0  # it was trained on dogs
+    detections = json.loads((run / "eval" / "detections.json").read_text())
+    assert {d["category_id"] for d in detections if d["score"] > 0.5} == {dog}
+    predict(run / "last.pth", tmp_path, tmp_path / "out", name="a.png")
+    found = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {(d["category_id"], d["category_name"]) for d in found} == set(names.items())
+    sure = {(d["category_id"], d["category_name"]) for d in found if d["score"] > 0.5}
+    assert sure == {(dog, "dog")}
+
+
 @pytest.fixture(scope="module")
 def frozen_run(official: Path, people: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps with all before the decoder frozen."""
@@ -156,9 +191,11 @@ def test_random_weights_are_not_frozen(people: Path, tmp_path: Path) -> None:
     assert errors(output)[0].startswith("error: --freeze encoder: expected trained weights")
 
 
-def predict(checkpoint: Path, people: Path, folder: Path, *more: str) -> dict[str, float]:
+def predict(
+    checkpoint: Path, images: Path, folder: Path, *more: str, name: str = "0.png"
+) -> dict[str, float]:
     """Predict on a picture; return the thresholds that were used."""
-    code = main(["predict", "--checkpoint", str(checkpoint), "--input", str(people / "0.png"),
+    code = main(["predict", "--checkpoint", str(checkpoint), "--input", str(images / name),
                  "--output_dir", str(folder), "--num_workers", "0", "--device", "cpu",
                  *more])  # fmt: skip
     assert code == 0
