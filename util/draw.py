@@ -127,6 +127,7 @@ def _make_tag(
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+    text = " ".join(text.split())  # a line break is more than the layout of a line can do
     if font.getlength(text) <= room:
         return text
     while text and font.getlength(text + "…") > room:

@@ -152,7 +152,7 @@ def column_chart(
         parts.append(
             f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
             f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">'
-            f"{100 * part * most:.0f}%</text>"
+            f"{100 * part * most:.3g}%</text>"
         )
     for i, (name, counts) in enumerate(series.items()):
         start = left + i * 120

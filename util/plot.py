@@ -1,6 +1,7 @@
 """Training curves as a picture."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
     _finish(losses, "training loss", last)
     _finish(metrics, "COCO box AP, validation", last)
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_path, format="png")
+    temporary = out_path.with_name(f".{out_path.name}.tmp")  # no one sees half a picture
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, out_path)
 
 
 def _read(log_path: Path) -> list[dict[str, Any]]:

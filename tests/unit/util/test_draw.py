@@ -69,6 +69,15 @@ def test_no_box_name_or_size_breaks_it(
     assert drawn.size == size
 
 
+@pytest.mark.parametrize("gap", ["\n", "\r\n", "\x1c", "\x85", "\u2029", "\t"])
+def test_line_breaks_in_names_are_drawn_as_spaces(gap: str) -> None:
+    image = Image.new("RGB", (200, 100), GREY)
+    box = torch.tensor([[20.0, 30.0, 140.0, 90.0]])
+    drawn = [draw_boxes(image, box, [1], [f"traffic{between}light"]) for between in (" ", gap)]
+    assert changed(*drawn) is None
+    side_by_side(image, image, (f"a{gap}b", "c"))
+
+
 def test_box_outside_the_picture_leaves_no_trace() -> None:
     image = Image.new("RGB", (200, 100), GREY)
     outside = torch.tensor([[210.0, 10, 250, 50], [-50, -50, -1, -1], [10, 120, 50, 150]])
