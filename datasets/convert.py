@@ -233,7 +233,7 @@ def _voc_corners(box: list[float], corners: str) -> Iterator[tuple[str, float]]:
 
 
 def _write_yolo(split: _Split, folder: Path, place: _Placer) -> list[str]:
-    crowds, unusable = 0, []
+    crowds, cut, unusable = 0, 0, []
     images, labels = folder / "images" / split.name, folder / "labels" / split.name
     for picture in split.pictures:
         header = read_header(picture.file)
@@ -246,8 +246,10 @@ def _write_yolo(split: _Split, folder: Path, place: _Placer) -> list[str]:
         for label, box, crowd in zip(picture.labels, picture.xywh, picture.crowd, strict=True):
             crowds += crowd
             if not crowd:
-                values = _fractions(box, picture.size, *header)
-                lines.append(f"{label} {' '.join(map(_number, values))}\n")
+                whole = _fractions(box, picture.size, *header)
+                values = _within(whole)
+                cut += values != whole
+                lines += [f"{label} {' '.join(map(_number, values))}\n"] if values else []
         _write((labels / name).with_suffix(".txt"), "".join(lines))
     file = folder / "data.yaml"
     content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -257,6 +259,8 @@ def _write_yolo(split: _Split, folder: Path, place: _Placer) -> list[str]:
     notices = []
     if crowds:
         notices.append(f"crowd boxes, which YOLO cannot mark, left out: {crowds}")
+    if cut:
+        notices.append(f"boxes that reach past their picture, cut there: {cut}")
     if unusable:
         notices.append(
             f"pictures that cannot be read, left out: {len(unusable)} ({first_few(unusable)})"
@@ -279,6 +283,20 @@ def _fractions(
     if upright:
         return cx, cy, w, h
     return (*upright_point(cx, cy, orientation), *((h, w) if turned else (w, h)))
+
+
+def _within(
+    fractions: tuple[float, float, float, float],
+) -> tuple[float, float, float, float] | None:
+    """Return centre and size of what lies in the picture, None for nothing.
+
+    Other tools refuse more; what is past the edge by rounding alone is left as it is.
+    """
+    sides = [(c - s / 2, c + s / 2) for c, s in zip(fractions[:2], fractions[2:], strict=True)]
+    if all(low > -1e-7 and high < 1 + 1e-7 for low, high in sides):
+        return fractions
+    (x0, x1), (y0, y1) = ((max(0.0, low), min(1.0, high)) for low, high in sides)
+    return ((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0) if x1 > x0 and y1 > y0 else None
 
 
 def _write(path: Path, text: str) -> None:

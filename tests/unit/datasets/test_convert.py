@@ -192,6 +192,27 @@ def test_yolo_is_of_the_upright_picture(content: Content, write: Write, tmp_path
     assert box == pytest.approx([1 - y, x, height, width], abs=1e-6)
 
 
+def test_yolo_fractions_end_at_the_edges(content: Content, write: Write, tmp_path: Path) -> None:
+    """Tools that read YOLO pass over all boxes of a picture that has a number above 1."""
+    for number, box in enumerate([[30, -5, 20, 15], [50, 4, 9, 9], [0, 0, 40, 30]]):
+        content["annotations"][number]["bbox"] = box
+    json_path, folder = write(content)
+    source = read_source("coco", json_path, "", image_dir=folder)
+    lines = convert({"train": source}, "yolo", tmp_path / "y", copy=False)
+    assert lines[1:] == ["  notice: boxes that reach past their picture, cut there: 2"]
+    labels = tmp_path / "y" / "labels" / "train"
+    values = [float(word) for word in (labels / "5.txt").read_text().split()]
+    assert values == pytest.approx([1, 35 / 40, 5 / 30, 10 / 40, 10 / 30])
+    assert (labels / "9.txt").read_text() == ""
+    assert (labels / "2.txt").read_text() == "1 0.5 0.5 1 1\n"
+    found, expected = targets(read_source("yolo", tmp_path / "y", "train")), targets(source)
+    assert found.keys() == expected.keys()
+    for name, ours in found.items():
+        assert [label for label, _ in ours] == [label for label, _ in expected[name]]
+        for (_, box), (_, wanted) in zip(ours, expected[name], strict=True):
+            assert box == pytest.approx(wanted, abs=1e-6)
+
+
 def test_entries_of_one_file_share_it(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
     content = {
