@@ -1,8 +1,9 @@
 """Weights from anywhere: our checkpoints, official files, Hugging Face folders and the hub."""
 
 import argparse
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -75,13 +76,8 @@ def _from_file(path: Path, *, ema: bool = True) -> Pretrained:
             "Pass our checkpoint, an official file or a state dict."
         )
     if {"model", "config"} <= content.keys():
-        try:
+        with _parts_of(path, "a checkpoint of a run"):
             return _ours(content, str(path), ema=ema)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: expected a checkpoint of a run, got one with other content "
-                f"({type(error).__name__}: {error}). Use another, or its weights alone."
-            ) from error
     weights = content.get("model", content)
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise CheckpointError(
@@ -96,6 +92,18 @@ def _from_file(path: Path, *, ema: bool = True) -> Pretrained:
             "Pass the folder that save_pretrained() wrote."
         )
     return _official(weights, content.get("args"), str(path))
+
+
+@contextlib.contextmanager
+def _parts_of(path: Path, expected: str) -> Iterator[None]:
+    """Tell in one line of parts that are not what they should be."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: expected {expected}, got one with other content "
+            f"({type(error).__name__}: {error}). Use another, or weights alone."
+        ) from error
 
 
 def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
@@ -156,23 +164,29 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
             "Save the model again with save_pretrained()."
         )
     config = hugging_face.read_json(folder / "config.json")
-    options = hugging_face.config_options(config, source)
+    with _parts_of(folder / "config.json", "Hugging Face's description of a model"):
+        options = hugging_face.config_options(config, source)
     weights = hugging_face.to_official(load_safely(file), options, source)
     if not is_deformable_detr(weights):
         raise CheckpointError(
             f"{source}: expected a detector with its heads, got the bare model. "
             "Save DeformableDetrForObjectDetection instead."
         )
+    with _parts_of(folder / "config.json", "Hugging Face's description of a model"):
+        classes = hugging_face.config_classes(config, len(weights["class_embed.0.bias"]))
     processor = folder / "preprocessor_config.json"
     preprocessing = hugging_face.read_json(processor) if processor.is_file() else {}
+    with _parts_of(processor, "Hugging Face's description of preprocessing"):
+        mean, std = (_triple(preprocessing.get(f"image_{name}")) for name in ("mean", "std"))
+        size = _image_size(preprocessing)
     return Pretrained(
         state_dict=weights,
         model_options=options,
-        classes=hugging_face.config_classes(config, len(weights["class_embed.0.bias"])),
+        classes=classes,
         config=None,
-        image_mean=_triple(preprocessing.get("image_mean")),
-        image_std=_triple(preprocessing.get("image_std")),
-        image_size=_image_size(preprocessing),
+        image_mean=mean,
+        image_std=std,
+        image_size=size,
         kind="hugging_face",
         source=source,
     )

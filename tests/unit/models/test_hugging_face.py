@@ -180,6 +180,29 @@ def test_preprocessing_is_read(tmp_path: Path, size: Any) -> None:
     assert pretrained.image_size == (480, 600)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("config.json", {"id2label": ["cat"]}),
+        ("config.json", {"id2label": {"first": "cat"}}),
+        ("config.json", {"backbone_config": "resnet"}),
+        ("preprocessor_config.json", {"image_mean": [0.5]}),
+        ("preprocessor_config.json", {"size": {"shortest_edge": "x", "longest_edge": 9}}),
+    ],
+    ids=str,
+)
+def test_descriptions_with_odd_values_are_one_line(
+    tmp_path: Path, name: str, values: dict[str, Any]
+) -> None:
+    hf_model(**TIMM).save_pretrained(tmp_path)
+    file = tmp_path / name
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(content | values))
+    with pytest.raises(CheckpointError, match=rf"{name}: expected Hugging Face's desc") as caught:
+        load_pretrained(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 def test_broken_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="expected model.safetensors or"):
