@@ -96,11 +96,11 @@ def main() -> None:
             numbers[name] = evaluate()
             seconds[name].append(time.perf_counter() - started)
             print(f"{name:17} {seconds[name][-1]:8.2f} s, AP {numbers[name][0]:.17f}", flush=True)
-    slowest = float(np.median(seconds["pycocotools"]))
+    reference = float(np.median(seconds["pycocotools"]))
     for name, values in seconds.items():
         equal = "equal" if numbers[name] == numbers["pycocotools"] else "NOT EQUAL"
         median = float(np.median(values))
-        print(f"{name:17} {median:8.2f} s  {slowest / median:6.1f} times as fast, {equal}")
+        print(f"{name:17} {median:8.2f} s  {reference / median:6.1f} times as fast, {equal}")
 
 
 if __name__ == "__main__":
