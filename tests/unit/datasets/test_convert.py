@@ -194,8 +194,8 @@ def test_yolo_is_of_the_upright_picture(content: Content, write: Write, tmp_path
 
 def test_yolo_fractions_end_at_the_edges(content: Content, write: Write, tmp_path: Path) -> None:
     """Tools that read YOLO pass over all boxes of a picture that has a number above 1."""
-    for number, box in enumerate([[30, -5, 20, 15], [50, 4, 9, 9], [0, 0, 40, 30]]):
-        content["annotations"][number]["bbox"] = box
+    for number, bbox in enumerate([[30, -5, 20, 15], [50, 4, 9, 9], [0, 0, 40, 30]]):
+        content["annotations"][number]["bbox"] = bbox
     json_path, folder = write(content)
     source = read_source("coco", json_path, "", image_dir=folder)
     lines = convert({"train": source}, "yolo", tmp_path / "y", copy=False)
