@@ -9,6 +9,7 @@ from PIL import Image
 from main import main
 from tests.integration.conftest import TINY, Cli
 from tests.unit.datasets.doctor.flawed import FLAWS, FlawedSet
+from tests.unit.datasets.flawed_formats import SPLITS, add_flaws, write_sound
 
 FLAWED = ("missing", "cut", "off", "past", "duplicate", "annotation id")
 
@@ -101,6 +102,25 @@ def test_changes_are_json_and_name_numbers_that_are_none(data: FlawedSet, tmp_pa
     changes = json.loads(text, parse_constant=refuse)
     assert ["NaN", 1, 2, 3] in [change.get("entry", {}).get("bbox") for change in changes]
     assert len(text.splitlines()) == len(changes) + 2
+
+
+@pytest.mark.parametrize("data_format", ["voc", "yolo"])
+def test_copies_of_both_splits_of_other_formats_pass(data_format: str, tmp_path: Path) -> None:
+    place = write_sound(tmp_path, data_format)
+    for split in SPLITS:
+        add_flaws(data_format, place, split, [1, 4])
+    before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+    common = ["check", "--train_scales", "64", "--max_size", "96", "--num_workers", "0"]
+    fix = str(tmp_path / "fixed.json")
+    given = ["--data_format", data_format, "--data_path", str(place), "--fix", fix]
+    assert main([*common, *given]) == 1
+    assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == before
+    located = []
+    for split in SPLITS:
+        images = place / ("JPEGImages" if data_format == "voc" else f"images/{split}")
+        file = tmp_path / f"fixed.{split}.json"
+        located += [f"--{split}_images", str(images), f"--{split}_annotations", str(file)]
+    assert main([*common, *located]) == 0
 
 
 def test_user_errors_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
