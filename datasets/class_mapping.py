@@ -27,8 +27,9 @@ def map_classes(data: Classes, model: Classes) -> dict[int, int]:
         return {i: model.label_of[i] for i in data.ids}
     shown = ", ".join(repr(name) for name in unknown[:10]) + (", ..." if len(unknown) > 10 else "")
     raise DataError(
-        f"classes: expected data with classes the model knows, got {len(unknown)} of {len(data)} "
-        f"that it does not: {shown}. Evaluate on data with its classes, or train with --finetune."
+        f"classes: expected data with classes the model (in training: the training data) knows, "
+        f"got {len(unknown)} of {len(data)} that it does not: {shown}. Evaluate on data with its "
+        "classes, or train on them, with --finetune from this model."
     )
 
 

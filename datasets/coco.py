@@ -236,8 +236,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         """
         self.index = index
         self.classes = index.classes if classes is None else classes
-        mapping = map_classes(index.classes, self.classes)
-        self._label_of = np.array([mapping[i] for i in index.classes.ids], dtype=np.int64)
+        mapping = self._mapping()
+        self._label_of = np.array([mapping.get(i, -1) for i in index.classes.ids], dtype=np.int64)
         self.label_to_category = {label: category for category, label in mapping.items()}
         self._transform = transform
         self._mixing = mixing
@@ -246,6 +246,16 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         # Shared memory: worker processes that outlive an epoch see the next one.
         self._epoch: Tensor = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+
+    def _mapping(self) -> dict[int, int]:
+        """Return category id -> label; a class without any annotation need not be known."""
+        data, annotated = self.index.classes, np.unique(self.index.annotations.labels).tolist()
+        try:
+            return map_classes(data, self.classes)
+        except DataError:
+            ids, names = data.ids, data.names
+            used = Classes(tuple(ids[k] for k in annotated), tuple(names[k] for k in annotated))
+            return map_classes(used, self.classes)
 
     def __len__(self) -> int:
         return len(self.index)

@@ -13,6 +13,7 @@ from datasets.findings import NAMED, Finding, first_few
 from datasets.image_reading import read_size
 from util.errors import DataError
 
+_FEW = 9  # boxes past their pictures that say nothing of the layout
 _SIZES_CHECKED = 100  # pictures whose stated size is compared with the file when an index is made
 
 
@@ -117,9 +118,11 @@ def clip_to_pictures(
     boxes32 = boxes.astype(np.float32)
     inside = np.asarray((boxes32[:, 2:] > boxes32[:, :2]).all(axis=1))
     past = inside & np.asarray(((low < -1) | (high > bound + 1)).any(axis=1))
+    many = past.sum() > max(_FEW, len(past) / 4)
+    doubt = " (so many may be corners or centres: `main.py check` tells)" if many else ""
     for kind, text, chosen in (
         ("outside_bbox", "bbox outside its picture, not trained on", ~inside),
-        ("clipped_bbox", "bbox reaches past its picture, clipped", past),
+        ("clipped_bbox", f"bbox reaches past its picture, clipped{doubt}", past),
     ):
         findings += box_finding(kind, text, annotations, images, chosen & ~annotations.crowd)
     return boxes32, inside & ~annotations.crowd

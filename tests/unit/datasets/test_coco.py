@@ -18,6 +18,7 @@ from datasets.transforms import EvalTransform, TrainTransform
 from util.batch import UnreadableImage
 from util.box_ops import cxcywh_to_xyxy
 from util.classes import Classes
+from util.errors import DataError
 
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 PLAIN = EvalTransform(eval_scale=60, max_size=100, mean=MEAN, std=STD)
@@ -74,6 +75,22 @@ def test_labels_are_mapped_into_another_label_space(content: Content, write: Wri
     assert [item[1]["labels"].tolist() for item in items if isinstance(item, tuple)] == [
         [1], [2], [1],
     ]  # fmt: skip
+
+
+def test_a_class_without_annotations_need_not_be_known(content: Content, write: Write) -> None:
+    index = CocoIndex.load(*write(content), need_boxes=True)
+    known = index.classes
+    content["categories"].append({"id": 1, "name": "alien"})
+    more = CocoIndex.load(*write(content), need_boxes=True)
+    assert len(more.classes) == len(known) + 1
+    dataset, expected = (CocoDetection(i, PLAIN, classes=known) for i in (more, index))
+    assert dataset.label_to_category == expected.label_to_category
+    for (_, target), (_, wanted) in zip(dataset, expected, strict=True):  # type: ignore[call-overload]
+        assert target["labels"].equal(wanted["labels"])
+    content["annotations"][0]["category_id"] = 1
+    index = CocoIndex.load(*write(content), need_boxes=True)
+    with pytest.raises(DataError, match="'alien'"):
+        CocoDetection(index, PLAIN, classes=known)
 
 
 def test_ground_truth_as_detections_scores_one(content: Content, write: Write) -> None:

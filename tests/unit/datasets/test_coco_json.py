@@ -122,6 +122,17 @@ def test_unusable_boxes_are_dropped_and_named(
             assert "1 box (annotation 0 of image 5 '5.png')" in index.notices[0]
 
 
+@pytest.mark.parametrize(("past", "told"), [(9, False), (12, True)])
+def test_many_boxes_past_their_pictures_raise_a_doubt(
+    content: Content, write: Write, past: int, told: bool
+) -> None:
+    content["annotations"] += [
+        {**content["annotations"][0], "id": 10 + i, "bbox": [30, 20, 20, 20]} for i in range(past)
+    ]
+    (notice,) = CocoIndex.load(*write(content), need_boxes=True).notices
+    assert ("may be corners" in notice) == told
+
+
 def test_a_notice_names_three_boxes_at_most(content: Content, write: Write) -> None:
     content["annotations"] += [
         {**content["annotations"][0], "id": 10 + i, "bbox": [1, 1, 0, 0]} for i in range(5)
