@@ -14,7 +14,7 @@ from engine.memory import memory_advice, out_of_memory
 from engine.nonfinite import first_nonfinite
 from engine.precision import Precision
 from engine.step_log import StepLog, StepRecord
-from util.batch import Batch, PaddedBatch, Target, pad_images
+from util.batch import Batch, PaddedBatch, Target, UnreadableImage, pad_images
 from util.distributed import World
 from util.errors import UserError
 from util.run_log import console
@@ -39,16 +39,16 @@ class Criterion(Protocol):
 
 
 class UnreadableImages:
-    """Names each picture that cannot be read once, and counts them."""
+    """Names each picture that cannot be read once, and keeps them by path."""
 
     def __init__(self) -> None:
-        self.paths: set[str] = set()
+        self.images: dict[str, UnreadableImage] = {}
 
     def report(self, batch: Batch) -> None:
         """Print the batch's unreadable pictures that were not printed before."""
         for image in batch.unreadable:
-            if image.path not in self.paths:
-                self.paths.add(image.path)
+            if image.path not in self.images:
+                self.images[image.path] = image
                 console(
                     f"warning: image {image.image_id} '{image.path}' cannot be read "
                     f"({image.reason}); going on without it.",

@@ -1,10 +1,11 @@
 """A training run: epochs, evaluation, checkpoints, logs."""
 
+import json
 import signal
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -27,7 +28,9 @@ from engine.step_log import official_log_values
 from engine.step_timer import shares
 from engine.train import StepRunner
 from engine.validation import Validation
+from util.batch import UnreadableImage
 from util.errors import CheckpointError
+from util.files import write_atomic
 from util.plot import plot_curves
 from util.run_log import RunLog, console
 
@@ -212,10 +215,24 @@ class Trainer:
             **{f"train_{name}": value for name, value in means.items()},
             "train_steps": self.epoch_step,
             "train_seconds": self.seconds,
-            "train_unreadable_images": len(runner.unreadable.paths),
+            "train_unreadable_images": self._list_unreadable(),
             "train_skipped_steps": runner.steps.recorder.total,
             "n_parameters": count_parameters(runner.model),
         }
+
+    def _list_unreadable(self) -> int:
+        """Count the training pictures that any process could not read; list them in the report."""
+        runner = self.runner
+        found: dict[str, UnreadableImage] = {}
+        for images in runner.world.gather(runner.unreadable.images):
+            found |= images
+        path = self.output_dir / "data_report.json"
+        if found and path.is_file():
+            report = json.loads(path.read_text(encoding="utf-8"))
+            listed = sorted(found.values(), key=lambda image: image.image_id)
+            report["train"]["unreadable_in_training"] = [asdict(image) for image in listed]
+            write_atomic(path, json.dumps(report, indent=1))
+        return len(found)
 
     def _train(self, bar: "tqdm[Any]") -> None:
         """Run what is left of the epoch, or until a signal or the last step."""

@@ -119,6 +119,7 @@ def test_flawed_sets_are_told_and_used(
     last = read_log(folder / "run")[-1]
     assert math.isfinite(last["train_loss"])
     assert last["train_unreadable_images"] == told["train"].unreadable
+    assert len(report["train"].get("unreadable_in_training", ())) == told["train"].unreadable
 
     evaluate(target, place, checkpoint, folder / "eval")
     found = detections(target, place, folder / "eval")

@@ -142,7 +142,7 @@ def test_a_step_without_a_readable_picture_counts_and_changes_nothing(
         )
         assert same(before, runner.model)
     assert steps == [1, 2]
-    assert runner.unreadable.paths == {"seven.png"}
+    assert set(runner.unreadable.images) == {"seven.png"}
     assert capsys.readouterr().out.count("'seven.png' cannot be read (gone)") == 1
 
 
