@@ -141,7 +141,7 @@ def column_chart(
     width: int = 560,
 ) -> str:
     """Return columns over `labels` as SVG: what share of each series' total falls there."""
-    left, top, bottom, height = 44, 32, 52, 260
+    left, top, bottom, height = 48, 32, 52, 260
     step = (width - left - 8) / len(labels)
     up, wide = height - top - bottom, step * 0.8 / max(1, len(series))
     shares = {n: [c / max(1, sum(counts)) for c in counts] for n, counts in series.items()}

@@ -56,7 +56,7 @@ def page(diagnosis: Diagnosis, *, title: str) -> str:
 
 def _overview(diagnosis: Diagnosis) -> str:
     rows = [
-        [f'<a href="#{kind}">{escape(KINDS[kind].title)}</a>', str(len(found)),
+        [f'<a href="#{kind}">{_prose(KINDS[kind].title, 0)}</a>', str(len(found)),
          "note" if KINDS[kind].note else "wrong",
          f'<td class="text">{_prose(KINDS[kind].training, 0)}</td>',
          f'<td class="text">{_prose(KINDS[kind].fix or "–", 0)}</td>']

@@ -13,10 +13,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from datasets.image_reading import READ_ERRORS, orientation_of, refuse_bomb
+from datasets.image_reading import READ_ERRORS, open_picture, orientation_of
 from util.errors import DataError
 
 _FEW = 64  # pictures that one process has decoded before others have started
@@ -51,8 +51,7 @@ def examine_file(path: Path) -> FileFacts:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; the pixels are asked for here
-            with Image.open(io.BytesIO(data)) as image:
-                refuse_bomb(image)
+            with open_picture(io.BytesIO(data)) as image:
                 size = (image.height, image.width)
                 image.load()
                 orientation = orientation_of(image)

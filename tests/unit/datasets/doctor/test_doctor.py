@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from datasets.coco import CocoDetection, CocoIndex
 from datasets.doctor.boxes import find_layout
@@ -246,6 +247,29 @@ def test_every_kind_is_documented_as_it_is() -> None:
         assert training == told.training
         assert fix.removesuffix(" |") == (told.fix or "as it is")
         assert (f"`{kind}` (note)" in text) == told.note
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "bmp", "gif", "avif"])
+def test_damaged_files_are_told_apart_from_sound_ones(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"picture.{suffix}"
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    try:
+        Image.fromarray(pixels).save(path)
+    except (KeyError, ValueError):
+        pytest.skip(f"this Pillow writes no {suffix}")
+    whole = path.read_bytes()
+    facts = examine_file(path)
+    assert (facts.state, facts.size) == ("sound", (24, 32))
+    for length in range(0, len(whole) - 2, max(1, len(whole) // 40)):
+        path.write_bytes(whole[:length])
+        assert examine_file(path).state in ("unreadable", "truncated"), length
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), 5):
+            damaged[place] = rng.integers(0, 256)
+        path.write_bytes(damaged)
+        assert examine_file(path).state in ("unreadable", "truncated", "sound")
 
 
 def test_the_original_content_is_not_touched(tmp_path: Path) -> None:
