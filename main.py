@@ -32,7 +32,7 @@ from util.distributed import take_slurm_variables
 from util.errors import ConfigError, UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM,
-               errno.EROFS)  # fmt: skip
+               errno.EROFS, errno.EISDIR, errno.ENOTDIR)  # fmt: skip
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Values], int], dict[str, type[Any]]]] = {
     "train": (train, dict(SECTIONS)),

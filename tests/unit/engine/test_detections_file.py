@@ -136,6 +136,18 @@ def test_names_that_utf8_lacks_are_kept(tmp_path: Path) -> None:
         assert [row["name"] for row in rows] == ["dog", "cat\ud800"]
 
 
+def test_a_folder_in_the_way_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "eval" / "report.html").mkdir(parents=True)
+    detections = write(tmp_path / "found.json", [GOOD])
+    flags = ["--detections", str(detections), "--val_annotations", str(annotations(tmp_path))]
+    assert main.main(["eval", *flags]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "report.html" in message
+    assert "Is a directory" in message
+
+
 def test_pictures_at_hand_are_shown(tmp_path: Path) -> None:
     for name in ("4", "9"):
         Image.new("RGB", (80, 60), "white").save(tmp_path / f"{name}.png")
