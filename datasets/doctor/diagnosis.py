@@ -197,16 +197,33 @@ def _compare_classes(first: Ledger, trained: set[int], other: Ledger, found: set
 
     `trained` and `found` are the category ids with boxes, of each split's own.
     """
-    ours, theirs = (Classes(tuple(sorted(names)), tuple(names[i] for i in sorted(names)))
-                    for names in (first.class_names, other.class_names))  # fmt: skip
+    ours = _classes(first, set(first.class_names))
     try:
-        label_of = map_classes(theirs, ours)
+        label_of = _pairing(other, ours)
     except DataError:
-        known = set(ours.names)
-        lacking = [i for i in theirs.ids if other.class_names[i] not in known] or theirs.ids
-        for number in lacking:
+        lacking = [i for i in sorted(_annotated(other)) if other.class_names[i] not in ours.names]
+        for number in lacking or sorted(_annotated(other)):
             other.tell("unknown_class", other.class_names[number], f"id {number}")
         return
     for number in sorted(found):
         if ours.ids[label_of[number]] not in trained:
             other.tell("unseen_class", other.class_names[number], f"id {number}")
+
+
+def _pairing(ledger: Ledger, model: Classes) -> dict[int, int]:
+    """Return category id -> label; a class without any annotation need not be known."""
+    try:
+        return map_classes(_classes(ledger, set(ledger.class_names)), model)
+    except DataError:
+        return map_classes(_classes(ledger, _annotated(ledger)), model)
+
+
+def _annotated(ledger: Ledger) -> set[int]:
+    """Return the categories with boxes that evaluation counts, usable or not."""
+    return {box.category for picture in ledger.pictures for box in picture.boxes
+            if box.flaw not in ("zero_bbox", "negative_bbox")}  # fmt: skip
+
+
+def _classes(ledger: Ledger, chosen: set[int]) -> Classes:
+    ids = tuple(sorted(chosen))
+    return Classes(ids, tuple(ledger.class_names[i] for i in ids))

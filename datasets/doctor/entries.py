@@ -33,7 +33,7 @@ def _read_categories(ledger: Ledger) -> None:
             ledger.tell("bad_category", f"categories[{position}]", f"id {number!r:.40}")
             ledger.drop("categories", position, "bad_category")
         else:
-            ledger.class_names[number] = _printable(str(entry.get("name") or number))
+            ledger.class_names[int(number)] = _printable(str(entry.get("name") or number))
 
 
 def _printable(text: str) -> str:
@@ -83,7 +83,7 @@ def _picture(ledger: Ledger, position: int, entry: Mapping[str, Any]) -> Picture
     height, width = entry.get("height"), entry.get("width")
     stated = (int(height), int(width)) if is_side(height) and is_side(width) else None
     name = entry["file_name"]
-    return Picture(position, entry["id"], name, ledger.source.image_dir / name, stated)
+    return Picture(position, int(entry["id"]), name, ledger.source.image_dir / name, stated)
 
 
 def _read_annotations(ledger: Ledger, left_out: set[int]) -> None:
@@ -154,4 +154,6 @@ def _read_annotation(
         return
     raw = (float(bbox[0]), float(bbox[1]), float(bbox[2]), float(bbox[3]))
     known_area = float(area) if is_area(area) else None
-    picture.boxes.append(Box(position, number, category, raw, raw, crowd == 1, known_area))
+    picture.boxes.append(
+        Box(position, int(number), int(category), raw, raw, crowd == 1, known_area)
+    )

@@ -191,7 +191,7 @@ KINDS: dict[str, Kind] = {
         "keeps them apart by id", note=True,
     ),
     "unknown_class": Kind(
-        SPLITS, "classes of val that train does not have",
+        SPLITS, "classes of val's boxes that train does not have",
         "train has no class of that name, or of that id where names repeat",
         "refuses the two together: let `categories` of both files be the same",
     ),

@@ -205,6 +205,8 @@ def test_classes_of_splits_are_paired_as_training_pairs_them(tmp_path: Path) -> 
     assert "unknown_class" not in found
 
     val.content["categories"].append({"id": 9, "name": "wolf"})
+    assert "unknown_class" not in check(train=train.source(), val=val.source()).offenders
+    val.add_box(val.content["images"][0]["id"], 9, [1, 2, 20, 20])
     found = check(train=train.source(), val=val.source()).offenders
     assert [(o.split, o.place) for o in found["unknown_class"]] == [("val", "wolf")]
     indices = [CocoIndex.from_source(s.source(), need_boxes=True) for s in (train, val)]
