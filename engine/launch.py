@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, get_error_handler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from util.cores import available_cores
 from util.distributed import lost_contact, started_by_launcher
 from util.errors import ConfigError, UserError
 
@@ -48,8 +49,7 @@ def launch(
             "Lower it, or add --device cpu."
         )
     if "OMP_NUM_THREADS" not in os.environ:  # else each process takes every core
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // processes))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // processes))
     os.environ[_LAUNCHED] = str(os.getpid())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it shorter
