@@ -8,6 +8,7 @@ is (mirrored, upside down or square), boxes are put on the stored pixels, which 
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,9 @@ def read_yolo(place: Path, split: str) -> tuple[dict[str, Any], Path, list[Findi
         *at_places("malformed_line", "label lines that are not a box, left out", malformed),
         *at_places(
             "size_unknown", "labels of pictures that cannot be read, boxes left out", unplaced
+        ),
+        *at_places(
+            "label_without_picture", "label files whose picture is not there", _orphans(pictures)
         ),
     ]
     if not labelled:
@@ -136,9 +140,8 @@ def _pictures(options: Mapping[str, Any], file: Path, split: str) -> list[Path]:
         if not os.path.exists(base / entry):
             entry = entry.replace("\\", "/")  # as written on Windows
         path = Path(os.path.normpath(base / entry))
-        if not os.path.exists(path) and entry.startswith(
-            "../"
-        ):  # as exports for another layout have it
+        # exports for another layout say ../
+        if not os.path.exists(path) and entry.startswith("../"):
             path = Path(os.path.normpath(base / entry[3:]))
         if os.path.isdir(path):
             found.update(dict.fromkeys(sorted(p for p in path.rglob("*") if is_picture(p))))
@@ -172,6 +175,23 @@ def _label_file(picture: Path) -> Path:
             parts[i] = "labels"
             break
     return Path(*parts)
+
+
+def _orphans(pictures: list[Path]) -> list[str]:
+    """Return the files with boxes, beside those of the pictures, of which there is no picture."""
+    stems: dict[tuple[Path, Path], set[str]] = defaultdict(set)
+    for picture in pictures:
+        stems[_label_file(picture).parent, picture.parent].add(picture.stem)
+    orphans = []
+    for (labels, folder), known in sorted(stems.items()):
+        known |= {path.stem for path in folder.glob("*") if is_picture(path)}  # of other splits
+        for file in sorted(labels.glob("*.txt")):
+            if file.stem in known:
+                continue
+            boxes, others = _read_labels(file, boxes_first=True)
+            if boxes and not others:  # else a list of names or classes
+                orphans.append(str(file))
+    return orphans
 
 
 def _read_labels(

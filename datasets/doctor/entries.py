@@ -5,6 +5,7 @@ from itertools import count
 from typing import Any
 
 from datasets.coco_json import is_area, is_box, is_inside, is_side, is_whole
+from datasets.doctor.kinds import KINDS
 from datasets.doctor.ledger import Box, Ledger, Picture
 
 _SECTIONS = ("images", "annotations", "categories")
@@ -16,9 +17,10 @@ def read_entries(ledger: Ledger) -> None:
         if not ledger.section(section):
             ledger.tell("missing_section", section)
     for finding in ledger.source.findings:
+        kind = finding.kind if finding.kind in KINDS else "unreadable_annotation"
         reason, _, _ = finding.text.partition(":")
         for place in finding.places:
-            ledger.tell("unreadable_annotation", place, reason)
+            ledger.tell(kind, place, reason)
         if not finding.places:  # of the set as a whole
             ledger.tell("odd_layout", ledger.source.place.name, finding.text)
     _read_categories(ledger)

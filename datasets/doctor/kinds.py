@@ -60,6 +60,10 @@ KINDS: dict[str, Kind] = {
         FILE, "annotation files or lines that cannot be read", "damaged XML, a line that is no box",
         "leaves them out", _OUT,
     ),
+    "label_without_picture": Kind(
+        FILE, "label files without a picture", "YOLO's boxes of a picture that is not there",
+        "does not see them", _OUT,
+    ),
     "odd_layout": Kind(
         FILE, "things about the whole folder", "what its format has elsewhere is not there",
         "goes on with what there is", note=True,

@@ -110,12 +110,11 @@ def label_file(target: str, place: Path, number: int) -> Path:
 
 
 def remove_picture(target: str, place: Path, number: int) -> Told:
-    """Delete the file; in YOLO layout nothing else names it."""
+    """Delete the file; in YOLO layout only its labels remain."""
     picture_file(target, place, number).unlink()
     if target == "yolo":
-        return NOTHING
-    found = Counter(missing_picture=1)
-    return Told(found, found, unreadable=1)
+        return telling("label_without_picture")
+    return telling("missing_picture")._replace(unreadable=1)
 
 
 def cut_picture(target: str, place: Path, number: int) -> Told:

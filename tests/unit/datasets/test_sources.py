@@ -257,6 +257,19 @@ def test_yolo_without_any_label_file_says_where_they_would_be(yolo: Path) -> Non
         CocoIndex.from_source(source, need_boxes=True)
 
 
+def test_yolo_labels_without_a_picture_are_named(yolo: Path) -> None:
+    """Not those of a picture that only another split names, nor lists of classes."""
+    labels = yolo / "labels" / "train"
+    (labels / "classes.txt").write_text("cat\ndog\n")
+    (labels / "empty.txt").write_text("")
+    (labels / "gone.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    (yolo / "val.txt").write_text("images/train/b.jpg\n")
+    for split in ("train", "val"):
+        (finding,) = read_source("yolo", yolo, split).findings
+        assert finding.kind == "label_without_picture"
+        assert finding.places == (str(labels / "gone.txt"),)
+
+
 def test_yolo_lists_of_names(yolo: Path) -> None:
     source = read_source("yolo", yolo, "val")
     assert source.image_dir == yolo / "images" / "other"
