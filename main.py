@@ -97,11 +97,14 @@ def in_one_line(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         what = f"{error.filename or 'output'}: cannot be used: {error.strerror}"
         return f"{what}. Free space or choose another --output_dir."
-    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
-        return (
-            f"data loading: {' '.join(str(error).split())} The system ends processes so when "
-            "memory runs out: lower --num_workers, and go on with --resume auto."
-        )
+    first: BaseException | None = error
+    while first is not None:  # it comes as a signal, and what it interrupts may fail in its turn
+        if isinstance(first, RuntimeError) and "DataLoader worker (pid" in str(first):
+            return (
+                f"data loading: {' '.join(str(first).split())} The system ends processes so when "
+                "memory runs out: lower --num_workers, and go on with --resume auto."
+            )
+        first = first.__context__
     return None
 
 

@@ -1,11 +1,11 @@
-"""The command line itself: what it prints where the terminal lacks letters."""
+"""The command line itself: what it prints where the terminal lacks letters, and of errors."""
 
 import io
 import sys
 
 import pytest
 
-from main import main
+from main import in_one_line, main
 
 
 def test_letters_that_the_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,3 +14,17 @@ def test_letters_that_the_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyP
     assert main(["细胞 \udce9"]) == 2
     sys.stderr.flush()
     assert rb"unknown command '\u7ec6\u80de \udce9'" in written.getvalue()
+
+
+def test_a_dead_loader_is_told_whatever_it_interrupts() -> None:
+    """PyTorch raises it wherever the main process is, in `torch.save` too, whose end then fails."""
+    death = "DataLoader worker (pid 7) is killed by signal: Killed. "
+    with pytest.raises(RuntimeError) as caught:
+        try:
+            raise RuntimeError(death)
+        finally:
+            raise RuntimeError("unexpected pos 132544 vs 132432")
+    line = in_one_line(caught.value)
+    assert line is not None
+    assert line.startswith(f"data loading: {death.strip()} The system")
+    assert in_one_line(RuntimeError("unexpected pos")) is None
