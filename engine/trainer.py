@@ -28,7 +28,6 @@ from engine.step_log import official_log_values
 from engine.step_timer import shares
 from engine.train import StepRunner
 from engine.validation import Validation
-from util.batch import UnreadableImage
 from util.errors import CheckpointError
 from util.files import write_atomic
 from util.plot import plot_curves
@@ -223,15 +222,17 @@ class Trainer:
     def _list_unreadable(self) -> int:
         """Count the training pictures that any process could not read; list them in the report."""
         runner = self.runner
-        found: dict[str, UnreadableImage] = {}
-        for images in runner.world.gather(runner.unreadable.images):
-            found |= images
+        gathered = runner.world.gather(runner.unreadable.images)
+        found = {image.path: asdict(image) for images in gathered for image in images.values()}
         path = self.output_dir / "data_report.json"
-        if found and path.is_file():
+        if runner.world.main and path.is_file():
             report = json.loads(path.read_text(encoding="utf-8"))
-            listed = sorted(found.values(), key=lambda image: image.image_id)
-            report["train"]["unreadable_in_training"] = [asdict(image) for image in listed]
-            write_atomic(path, json.dumps(report, indent=1))
+            before = report["train"].get("unreadable_in_training", [])  # found before a resume
+            found = {image["path"]: image for image in before} | found
+            if found:
+                listed = sorted(found.values(), key=lambda image: image["image_id"])
+                report["train"]["unreadable_in_training"] = listed
+                write_atomic(path, json.dumps(report, indent=1))
         return len(found)
 
     def _train(self, bar: "tqdm[Any]") -> None:

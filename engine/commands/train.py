@@ -124,8 +124,7 @@ def run_alone(start: Start, world: World, device: torch.device) -> int:
     """Train from `start` on; return the exit code."""
     config, output_dir = start.config, Path(start.config.run.output_dir)
     folder = CheckpointFolder(output_dir, keep=config.run.keep_checkpoints)
-    same = start.checkpoint and output_dir.resolve() == start.checkpoint.parent.resolve()
-    if not same and world.broadcast(folder.last.exists()):
+    if not goes_on_in_its_folder(start) and world.broadcast(folder.last.exists()):
         raise ConfigError(
             f"--output_dir {output_dir}: holds a run already. Continue it with --resume auto, or "
             "choose another folder."
@@ -146,6 +145,12 @@ def run_alone(start: Start, world: World, device: torch.device) -> int:
             folder.remove_remains()
             write_atomic(output_dir / "config.yaml", to_yaml(start.config))
         return trainer.fit()
+
+
+def goes_on_in_its_folder(start: Start) -> bool:
+    """Tell whether a run is continued where its checkpoint is."""
+    folder = Path(start.config.run.output_dir).resolve()
+    return start.checkpoint is not None and folder == start.checkpoint.parent.resolve()
 
 
 def fresh(layers: Values) -> Start:
@@ -195,7 +200,7 @@ def build_trainer(start: Start, place: Place, folder: CheckpointFolder, log: Run
     config, world = start.config, place.world
     optim, options, data = config.optim, config.run, config.data
     seed_everything(options.seed)
-    train_index, val_index = load_data(config, world)
+    train_index, val_index = load_data(start, world)
     classes = train_index.classes
     model, mean, std = build_training_model(start, classes)
     train_set = build_dataset(
@@ -241,15 +246,19 @@ def build_trainer(start: Start, place: Place, folder: CheckpointFolder, log: Run
     )
 
 
-def load_data(config: Config, world: World) -> tuple[CocoIndex, CocoIndex]:
+def load_data(start: Start, world: World) -> tuple[CocoIndex, CocoIndex]:
     """Return training and validation data; data_report.json lists what was mended or left out."""
+    config, path = start.config, Path(start.config.run.output_dir) / "data_report.json"
     train_index, val_index = load_index(config.data, "train"), load_index(config.data, "val")
     report = {}
     for split, index in (("train", train_index), ("val", val_index)):
         console(index.report(config.model.num_queries))
         report[split] = index.data_report()
     if world.main:
-        write_atomic(Path(config.run.output_dir) / "data_report.json", json.dumps(report, indent=1))
+        if goes_on_in_its_folder(start) and path.is_file():
+            before, key = json.loads(path.read_text(encoding="utf-8")), "unreadable_in_training"
+            report["train"].update({k: v for k, v in before["train"].items() if k == key})
+        write_atomic(path, json.dumps(report, indent=1))
     return train_index, val_index
 
 

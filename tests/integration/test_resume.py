@@ -125,6 +125,25 @@ def test_resuming_a_finished_run_changes_nothing(
     assert all(after[name] == before[name] for name in before if name != "config.yaml")
 
 
+def test_unreadable_pictures_of_before_stay_listed(shapes: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
+    first, second = sorted((data / "train2017").iterdir())[:2]
+    whole = first.read_bytes()
+    cut_in_half(first)
+    command = Command(tmp_path / "run", ("--coco_path", data, "--resume", "auto"))
+    command.run("--epochs", "1")
+    report = command.folder / "data_report.json"
+    before = report.read_text()
+    command.run("--epochs", "1")  # finished: nothing is trained
+    assert report.read_text() == before
+    first.write_bytes(whole)
+    cut_in_half(second)
+    command.run("--epochs", "2")
+    listed = json.loads(report.read_text())["train"]["unreadable_in_training"]
+    assert [image["path"] for image in listed] == [str(first), str(second)]
+    assert [line["train_unreadable_images"] for line in read_log(command.folder)] == [1, 2]
+
+
 def test_a_folder_with_a_run_is_not_overwritten(
     reference: Path, reference_options: Options
 ) -> None:
