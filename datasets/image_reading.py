@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-# What `open_picture` raises of files that are missing, damaged, truncated, huge or no pictures.
+# What reading raises of files that are missing, damaged, truncated, huge or no pictures.
 READ_ERRORS = (
     OSError,
     SyntaxError,
@@ -36,18 +36,43 @@ _UPRIGHT = {
 }
 
 
+# What some of Pillow's readers raise of damage, as if it were a mistake in the program.
+_STUMBLES = (
+    RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _as_read_error() -> Iterator[None]:
+    """Make one of READ_ERRORS of whatever Pillow raises; nothing else may run within."""
+    try:
+        yield
+    except _STUMBLES as error:
+        raise OSError(f"damaged picture: {str(error) or type(error).__name__}") from error
+
+
 @contextlib.contextmanager
 def open_picture(file: Path | IO[bytes]) -> Iterator[Image.Image]:
-    """Open a picture; what Pillow says of a damaged one, here or within, is one of READ_ERRORS.
+    """Open a picture to read its header.
 
-    Some of its readers stumble over damage as if it were a mistake in the program.
+    Raises:
+        READ_ERRORS: there is none, or more pixels than Pillow's limit.
     """
-    try:
-        with Image.open(file) as image:
-            refuse_bomb(image)
-            yield image
-    except (RuntimeError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        raise OSError(f"damaged picture: {error}") from error
+    with _as_read_error():
+        image = Image.open(file)
+    with image:
+        refuse_bomb(image)
+        yield image
+
+
+def decode(image: Image.Image) -> None:
+    """Decode the pixels of an open picture.
+
+    Raises:
+        READ_ERRORS: the file cannot be decoded to its end.
+    """
+    with _as_read_error():
+        image.load()
 
 
 def read_header(path: Path) -> tuple[tuple[int, int], int] | None:
@@ -107,7 +132,7 @@ def read_reduced(
     """
     with open_picture(path) as image:
         if not isinstance(image, JpegImageFile):
-            image.load()  # the orientation may stand behind the pixels
+            decode(image)  # the orientation may stand behind the pixels
         stored_size, orientation = (image.height, image.width), orientation_of(image)
         if stated_size is None:
             upright = orientation != 1
@@ -116,8 +141,9 @@ def read_reduced(
         size = stored_size[::-1] if upright and orientation in TURNED else stored_size
         factor = _reduction(size, decoded_size(*size))
         if factor > 1:
-            image.draft(None, (image.width // factor, image.height // factor))
-        image.load()
+            with _as_read_error():
+                image.draft(None, (image.width // factor, image.height // factor))
+        decode(image)
         rgb = _to_rgb(image)
         return rgb.transpose(_UPRIGHT[orientation]) if upright else rgb, size
 
@@ -146,8 +172,9 @@ def _reduction(size: tuple[int, int], least: tuple[int, int]) -> int:
 def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (as stored) where the tag is missing or makes no sense."""
     try:
-        found = int(image.getexif().get(_ORIENTATION, 1))
-    except (*READ_ERRORS, TypeError):
+        with _as_read_error():
+            found = int(image.getexif().get(_ORIENTATION, 1))
+    except READ_ERRORS:
         return 1
     return found if found in _UPRIGHT else 1
 

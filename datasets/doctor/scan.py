@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from datasets.image_reading import READ_ERRORS, open_picture, orientation_of
+from datasets.image_reading import READ_ERRORS, decode, open_picture, orientation_of
 from util.errors import DataError
 
 _FEW = 64  # pictures that one process has decoded before others have started
@@ -53,7 +53,7 @@ def examine_file(path: Path) -> FileFacts:
             warnings.simplefilter("ignore")  # of odd metadata; the pixels are asked for here
             with open_picture(io.BytesIO(data)) as image:
                 size = (image.height, image.width)
-                image.load()
+                decode(image)
                 orientation = orientation_of(image)
     except READ_ERRORS as error:
         state = "truncated" if size else "unreadable"

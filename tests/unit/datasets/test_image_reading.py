@@ -1,14 +1,23 @@
 """JPEGs decoded at a fraction of their size: which fraction, and what it looks like."""
 
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
-from datasets.image_reading import READ_ERRORS, read_header, read_reduced, read_rgb, read_size
+from datasets.doctor.scan import examine_file
+from datasets.image_reading import (
+    READ_ERRORS,
+    open_picture,
+    read_header,
+    read_reduced,
+    read_rgb,
+    read_size,
+)
 
 
 def photograph(width: int, height: int) -> Image.Image:
@@ -125,6 +134,78 @@ def test_damage_is_told_alike_whatever_pillow_raises(
     with pytest.raises(READ_ERRORS):
         read_rgb(path, None)
     read_size(path, upright=True)
+
+
+def test_division_by_zero_in_pillow_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.avif"
+    if path.suffix not in Image.registered_extensions():
+        pytest.skip("this Pillow does not write it")
+    picture = photograph(400, 200)
+    picture.save(path, save_all=True, append_images=[picture])
+    raw = bytearray(path.read_bytes())
+    raw[raw.find(b"mdhd") + 4] = 0  # the version, so that the time scale is read elsewhere: 0
+    path.write_bytes(raw)
+    with pytest.raises(OSError, match="damaged picture: "):
+        read_rgb(path, None)
+    found = examine_file(path)
+    assert (found.state, found.size) == ("truncated", (200, 400))
+    assert "damaged picture" in found.error
+
+
+class Stumbling(ImageFile.ImageFile):
+    """A reader that takes damage for a mistake in the program, at the header or the pixels."""
+
+    format = "STUMBLING"
+
+    def _open(self) -> None:
+        assert self.fp is not None
+        if self.fp.read(5).endswith(b"0"):
+            raise AssertionError
+        self._size, self._mode = (4, 3), "RGB"
+        self.tile = [ImageFile._Tile("raw", (0, 0, 4, 3), 0, "RGB")]
+
+    def load_prepare(self) -> None:
+        """Stumble before anything is decoded."""
+        raise AssertionError
+
+
+@pytest.fixture
+def stumbling() -> Iterator[None]:
+    Image.preinit()
+    Image.register_open(Stumbling.format, Stumbling, lambda prefix: prefix.startswith(b"STUM"))
+    yield
+    Image.ID.remove(Stumbling.format)
+    del Image.OPEN[Stumbling.format]
+
+
+@pytest.mark.usefixtures("stumbling")
+@pytest.mark.parametrize(("data", "size"), [(b"STUM0", None), (b"STUM1", (3, 4))])
+def test_assertions_of_pillow_are_damage(
+    tmp_path: Path, data: bytes, size: tuple[int, int] | None
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    assert read_size(path, upright=True) == size
+    with pytest.raises(OSError, match="damaged picture: AssertionError"):
+        read_rgb(path, None)
+    assert examine_file(path).state == ("truncated" if size else "unreadable")
+
+
+@pytest.mark.parametrize("mistake", [TypeError, AttributeError, KeyError, ZeroDivisionError])
+def test_mistakes_of_the_program_are_not_taken_for_damage(
+    tmp_path: Path, mistake: type[Exception]
+) -> None:
+    """Else every picture would be left out, and training would go on with nothing."""
+    path = tmp_path / "a.jpg"
+    photograph(40, 20).save(path)
+
+    def decoded_size(height: int, width: int) -> tuple[int, int]:
+        raise mistake("ours")
+
+    with pytest.raises(mistake, match="ours"):
+        read_reduced(path, None, decoded_size)
+    with pytest.raises(mistake, match="ours"), open_picture(path):
+        raise mistake("ours")
 
 
 def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
