@@ -8,6 +8,7 @@ import numpy as np
 
 from configs.schema import DataConfig
 from datasets.coco import CocoDetection, CocoIndex
+from datasets.findings import first_few
 from datasets.mixing import Mixing
 from datasets.picture_cache import PictureCache
 from datasets.sample import CHANNELS
@@ -138,7 +139,7 @@ def build_dataset(
     `epochs` are those of the run, the last of which mix no pictures.
 
     Raises:
-        DataError: `classes` lacks a class of the data.
+        DataError: `classes` lacks a class that annotations of the data have, or all classes.
     """
     transform = build_transform(cfg, train=train, mean=mean, std=std)
     for notice in _unused(cfg, epochs) if train else ():
@@ -150,7 +151,15 @@ def build_dataset(
     if train and cfg.cache_pictures:
         whole = CHANNELS * int(index.images.sizes.astype(np.int64).prod(axis=1).sum())
         cache = PictureCache(len(index), max(1, min(int(cfg.cache_pictures * 1e9), whole)))
-    return CocoDetection(index, transform, seed=seed, classes=classes, mixing=mixing, cache=cache)
+    dataset = CocoDetection(
+        index, transform, seed=seed, classes=classes, mixing=mixing, cache=cache
+    )
+    if dataset.unknown_classes:
+        console(
+            "notice: classes that the model does not know and no annotation has, left out: "
+            f"{first_few(map(repr, dataset.unknown_classes))}"
+        )
+    return dataset
 
 
 def _unused(cfg: DataConfig, epochs: int) -> Iterator[str]:

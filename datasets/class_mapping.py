@@ -1,5 +1,7 @@
 """Relate the classes of a data set to the labels of a model trained on another one."""
 
+from collections.abc import Collection
+
 from util.classes import Classes
 from util.errors import DataError
 
@@ -31,6 +33,28 @@ def map_classes(data: Classes, model: Classes) -> dict[int, int]:
         f"got {len(unknown)} of {len(data)} that it does not: {shown}. Evaluate on data with its "
         "classes, or train on them, with --finetune from this model."
     )
+
+
+def map_used_classes(data: Classes, model: Classes, annotated: Collection[int]) -> dict[int, int]:
+    """Return what `map_classes` does, but for classes that the model does not know and nobody uses.
+
+    `annotated` are the category ids that annotations have: files often name more.
+
+    Raises:
+        DataError: the model does not know an annotated class, or any at all.
+    """
+    try:
+        return map_classes(data, model)
+    except DataError:
+        kept = [
+            (i, name)
+            for i, name in zip(data.ids, data.names, strict=True)
+            if i in annotated or (name and name in model.names)
+        ]
+        if not kept:
+            raise
+        ids, names = zip(*kept, strict=True)
+        return map_classes(Classes(ids, names), model)
 
 
 def _compatible(name: str, category_id: int, model: Classes) -> bool:

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.class_mapping import map_classes
+from datasets.class_mapping import map_used_classes
 from datasets.coco_json import Annotations, CocoContent, Images, check_content
 from datasets.findings import Finding
 from datasets.image_reading import READ_ERRORS, read_reduced, read_rgb
@@ -232,13 +232,20 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         """Take labels from the index, or from `classes`, the label space of a checkpoint.
 
         Raises:
-            DataError: `classes` lacks a class of the data.
+            DataError: `classes` lacks a class that annotations of the data have, or all classes.
         """
         self.index = index
         self.classes = index.classes if classes is None else classes
-        mapping = self._mapping()
+        annotated = np.unique(index.annotations.labels).tolist()
+        used = {index.classes.ids[label] for label in annotated}
+        mapping = map_used_classes(index.classes, self.classes, used)
         self._label_of = np.array([mapping.get(i, -1) for i in index.classes.ids], dtype=np.int64)
         self.label_to_category = {label: category for category, label in mapping.items()}
+        self.unknown_classes = [
+            name
+            for i, name in zip(index.classes.ids, index.classes.names, strict=True)
+            if i not in mapping
+        ]
         self._transform = transform
         self._mixing = mixing
         self._cache = cache
@@ -246,16 +253,6 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         # Shared memory: worker processes that outlive an epoch see the next one.
         self._epoch: Tensor = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
-
-    def _mapping(self) -> dict[int, int]:
-        """Return category id -> label; a class without any annotation need not be known."""
-        data, annotated = self.index.classes, np.unique(self.index.annotations.labels).tolist()
-        try:
-            return map_classes(data, self.classes)
-        except DataError:
-            ids, names = data.ids, data.names
-            used = Classes(tuple(ids[k] for k in annotated), tuple(names[k] for k in annotated))
-            return map_classes(used, self.classes)
 
     def __len__(self) -> int:
         return len(self.index)

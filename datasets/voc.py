@@ -28,8 +28,7 @@ def read_voc(
 ) -> tuple[dict[str, Any], Path, list[Finding]]:
     """Return the content of a split as a COCO-format file, the picture folder and findings.
 
-    The split is ImageSets/Main/SPLIT.txt, or all of Annotations/ where there are no lists, which is
-    told.
+    The split is ImageSets/Main/SPLIT.txt, or, with a finding, all of Annotations/ without lists.
     Classes are the names found in all of Annotations/, sorted, with ids from 1, so that every split
     has the same. Pictures are numbered from 1 by name.
 

@@ -39,7 +39,6 @@ def read_yolo(place: Path, split: str) -> tuple[dict[str, Any], Path, list[Findi
     content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
     malformed: list[str] = []
     unplaced: list[str] = []
-    labelled = False
     named = sorted((picture.relative_to(root).as_posix(), picture) for picture in pictures)
     for number, (name, picture) in enumerate(named, 1):
         header = read_header(picture)
@@ -49,7 +48,6 @@ def read_yolo(place: Path, split: str) -> tuple[dict[str, Any], Path, list[Findi
             image if size is None else {**image, "height": size[0], "width": size[1]}
         )
         labels = _label_file(picture)
-        labelled = labelled or os.path.isfile(labels)
         boxes, wrong = _read_labels(labels, boxes_first="kpt_shape" in options)
         malformed += wrong
         if header is None or size is None:
@@ -66,15 +64,20 @@ def read_yolo(place: Path, split: str) -> tuple[dict[str, Any], Path, list[Findi
         *at_places(
             "size_unknown", "labels of pictures that cannot be read, boxes left out", unplaced
         ),
-        *at_places(
-            "label_without_picture", "label files whose picture is not there", _orphans(pictures)
-        ),
+        *_unmatched(pictures),
     ]
-    if not labelled:
-        first = _label_file(named[0][1])
-        line = f"no label file for any of {len(named)} pictures (the first would be {first})"
-        findings.append(Finding("no_label_file", len(named), line))
     return content, root, findings
+
+
+def _unmatched(pictures: list[Path]) -> list[Finding]:
+    """Return the findings of label files without a picture, and of a split without label files."""
+    orphans = _orphans(pictures)
+    found = at_places("label_without_picture", "label files whose picture is not there", orphans)
+    if any(os.path.isfile(_label_file(picture)) for picture in pictures):
+        return found
+    first = _label_file(min(pictures))
+    line = f"no label file for any of {len(pictures)} pictures (the first would be {first})"
+    return [*found, Finding("no_label_file", len(pictures), line)]
 
 
 def _load_yaml(place: Path) -> tuple[Path, Mapping[str, Any]]:

@@ -66,8 +66,11 @@ class EvalResult:
     beyond_100: dict[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values for a result file."""
-        return asdict(self)
+        """Return plain values for a result file; None where there is nothing to measure on."""
+        values = asdict(self)
+        for numbers in (values["stats"], *values["per_class"], values["beyond_100"] or {}):
+            numbers |= {k: None for k, v in numbers.items() if isinstance(v, float) and v < 0}
+        return values
 
     def table(self) -> str:
         """Return the numbers as aligned text for a terminal."""
@@ -101,10 +104,8 @@ def _class_lines(per_class: Sequence[ClassResult]) -> list[str]:
     """Return a table of the classes, in two blocks side by side when there are many."""
     if len(per_class) > _MOST_CLASSES_SHOWN:
         return [f"{len(per_class)} classes: too many to show, all are in the result file"]
-    names = [
-        c.name if len(c.name) <= _LONGEST_NAME else c.name[: _LONGEST_NAME - 1] + "…"
-        for c in per_class
-    ]
+    most = _LONGEST_NAME
+    names = [c.name if len(c.name) <= most else c.name[: most - 1] + "…" for c in per_class]
     width = max(map(len, ["class", *names]))
     header = f"{'class':{width}}{'boxes':>8}{'AP':>8}{'AP50':>8}"
     rows = [

@@ -67,8 +67,8 @@ def _check_finite(found: Sequence[dict[str, Tensor]], targets: Sequence[Target])
         if not (detection["scores"].isfinite().all() and detection["boxes"].isfinite().all()):
             raise UserError(
                 f"image {int(target['image_id'])}: expected finite scores and boxes of the model, "
-                "got others: its weights are broken, or the numbers of --precision too small. "
-                "Use another checkpoint, or --precision fp32."
+                "got others: its weights are broken, or half precision is too little for them. "
+                "Use another checkpoint or precision."
             )
 
 

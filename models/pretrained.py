@@ -75,7 +75,7 @@ def _from_file(path: Path, *, ema: bool = True) -> Pretrained:
             f"{path}: expected a checkpoint, got a {type(content).__name__}. "
             "Pass our checkpoint, an official file or a state dict."
         )
-    if {"model", "config"} <= content.keys():
+    if "model" in content and _is_ours(content):
         with _parts_of(path, "a checkpoint of a run"):
             return _ours(content, str(path), ema=ema)
     weights = content.get("model", content)
@@ -92,6 +92,13 @@ def _from_file(path: Path, *, ema: bool = True) -> Pretrained:
             "Pass the folder that save_pretrained() wrote."
         )
     return _official(weights, content.get("args"), str(path))
+
+
+def _is_ours(content: Mapping[str, Any]) -> bool:
+    """Tell our checkpoints from others that hold a `config`, which may be of any kind."""
+    config = content.get("config")
+    by_section = isinstance(config, Mapping) and isinstance(config.get("model"), Mapping)
+    return by_section or ("config" in content and "classes" in content)
 
 
 @contextlib.contextmanager

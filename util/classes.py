@@ -55,5 +55,5 @@ class Classes:
         ordered = sorted(categories, key=lambda category: int(category["id"]))
         return cls(
             tuple(int(c["id"]) for c in ordered),
-            tuple(str(c.get("name") or c["id"]) for c in ordered),
+            tuple(str(c.get("name") or int(c["id"])) for c in ordered),
         )

@@ -188,8 +188,8 @@ def load_file(
 ) -> Values:
     """Read a YAML file and the files its `base` names, nearest last.
 
-    Where a file is not there, `NAME`, `NAME.yaml` and `configs/NAME.yaml` mean the one in the
-    folder `presets`.
+    Where the file of a `base` is not there, `NAME`, `NAME.yaml` and `configs/NAME.yaml` mean the
+    one in the folder `presets`; `NAME` is NAME.yaml beside the file first.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or has an unknown section, key or type.
@@ -220,8 +220,9 @@ def file_or_preset(folder: Path, name: str, presets: Path | None) -> Path:
     file = folder / name
     if presets is None or file.is_file() or Path(name).parent.as_posix() not in (".", "configs"):
         return file
+    own = folder / f"{name}.yaml"
     preset = presets / f"{Path(name).name.removesuffix('.yaml')}.yaml"
-    return preset if preset.is_file() else file
+    return next((path for path in (own, preset) if path.is_file()), file)
 
 
 def check_values_by_section(

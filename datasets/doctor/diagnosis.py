@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from datasets.class_mapping import map_classes
+from datasets.class_mapping import map_used_classes
 from datasets.doctor.boxes import Limits, check_boxes
 from datasets.doctor.entries import read_entries
 from datasets.doctor.kinds import KINDS
@@ -197,25 +197,17 @@ def _compare_classes(first: Ledger, trained: set[int], other: Ledger, found: set
 
     `trained` and `found` are the category ids with boxes, of each split's own.
     """
-    ours = _classes(first, set(first.class_names))
+    ours, annotated = _classes(first), _annotated(other)
     try:
-        label_of = _pairing(other, ours)
+        label_of = map_used_classes(_classes(other), ours, annotated)
     except DataError:
-        lacking = [i for i in sorted(_annotated(other)) if other.class_names[i] not in ours.names]
-        for number in lacking or sorted(_annotated(other)):
+        lacking = [i for i in sorted(annotated) if other.class_names[i] not in ours.names]
+        for number in lacking or sorted(annotated):
             other.tell("unknown_class", other.class_names[number], f"id {number}")
         return
     for number in sorted(found):
         if ours.ids[label_of[number]] not in trained:
             other.tell("unseen_class", other.class_names[number], f"id {number}")
-
-
-def _pairing(ledger: Ledger, model: Classes) -> dict[int, int]:
-    """Return category id -> label; a class without any annotation need not be known."""
-    try:
-        return map_classes(_classes(ledger, set(ledger.class_names)), model)
-    except DataError:
-        return map_classes(_classes(ledger, _annotated(ledger)), model)
 
 
 def _annotated(ledger: Ledger) -> set[int]:
@@ -224,6 +216,6 @@ def _annotated(ledger: Ledger) -> set[int]:
             if box.flaw not in ("zero_bbox", "negative_bbox")}  # fmt: skip
 
 
-def _classes(ledger: Ledger, chosen: set[int]) -> Classes:
-    ids = tuple(sorted(chosen))
+def _classes(ledger: Ledger) -> Classes:
+    ids = tuple(sorted(ledger.class_names))
     return Classes(ids, tuple(ledger.class_names[i] for i in ids))

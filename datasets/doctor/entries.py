@@ -35,7 +35,8 @@ def _read_categories(ledger: Ledger) -> None:
             ledger.tell("bad_category", f"categories[{position}]", f"id {number!r:.40}")
             ledger.drop("categories", position, "bad_category")
         else:
-            ledger.class_names[int(number)] = _printable(str(entry.get("name") or number))
+            name = str(entry.get("name") or int(number))
+            ledger.class_names[int(number)] = _printable(name)
 
 
 def _printable(text: str) -> str:
@@ -52,6 +53,7 @@ def _read_images(ledger: Ledger) -> set[int]:
             ledger.tell("no_image_id", f"images[{position}]", f"id {number!r:.40}")
             ledger.drop("images", position, "no_image_id")
             continue
+        number = int(number)  # 3.0 is one, too
         name = entry.get("file_name")
         fault = _image_fault(name, number, kept)
         if fault is None:
@@ -106,6 +108,7 @@ def _read_annotations(ledger: Ledger, left_out: set[int]) -> None:
             ledger.tell(kind, place, f"id {number!r:.40}")
             number = next(unused)
             ledger.change("annotations", position, kind, {"id": number})
+        number = int(number)
         seen.add(number)
         _read_annotation(ledger, position, entry, number, pictures, left_out)
 

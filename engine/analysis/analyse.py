@@ -69,8 +69,8 @@ class Analysis:
     def to_json(self) -> dict[str, Any]:
         """Return plain values; what could not be measured is null."""
         values = asdict(self)
-        result = values.pop("result")
-        stats = {k: _or_none(v) for k, v in result["stats"].items()}
+        del values["result"]
+        stats = self.result.to_json()["stats"]
         return {"stats": stats, "recalls": RECALLS.round(2).tolist(), **values}
 
     def summary(self) -> str:

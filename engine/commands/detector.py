@@ -59,7 +59,8 @@ def saved_options(values: Mapping[str, Any], source: str) -> Values:
 def saved_data_options(pretrained: Pretrained) -> dict[str, Any]:
     """Return the data options that a checkpoint carries."""
     if pretrained.config is not None:
-        return saved_options(pretrained.config, pretrained.source).get("data", {})
+        section = {"data": pretrained.config.get("data", {})}  # others may be of a later version
+        return saved_options(section, pretrained.source)["data"]
     if pretrained.image_size is not None:
         return dict(zip(("eval_scale", "max_size"), pretrained.image_size, strict=True))
     return {}

@@ -66,7 +66,8 @@ def tell_thresholds(
     """Write `score_thresholds.json`, and print which of them are the checkpoint's best."""
     by_name = {classes.shown(k): t for k, t in enumerate(thresholds) if classes.in_use(k)}
     path = output_dir / "score_thresholds.json"
-    write_atomic(path, json.dumps(by_name, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(by_name, indent=1, ensure_ascii=False)
+    write_atomic(path, text + "\n", errors="backslashreplace")
     known = [f"{name} {threshold:.2f}" for name, threshold in by_name.items() if name in best]
     if known:
         more = f", ... ({len(known)}, all in {path.name})" if len(known) > _MOST_TOLD else ""

@@ -58,7 +58,7 @@ def test_eval_repeats_the_training_log_to_the_last_digit(
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     logged = read_log(finished_run)[-1]["test_coco_eval_bbox"]
-    assert list(results["stats"].values()) == logged
+    assert [-1 if v is None else v for v in results["stats"].values()] == logged
 
     truth = COCO(str(shapes / "annotations" / "instances_val2017.json"))
     evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "eval" / "detections.json")), "bbox")
@@ -74,12 +74,16 @@ def test_pictures_without_annotations_are_evaluated_too(
     """As a test set whose annotations are kept elsewhere: detections to hand in, numbers n/a."""
     truth = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
     del truth["annotations"]
+    truth["categories"].append({"id": 9000, "name": "alien"})
     (tmp_path / "image_info.json").write_text(json.dumps(truth))
     done = cli("eval", "--checkpoint", finished_run / "last.pth", "--output_dir", tmp_path,
                "--val_images", shapes / "val2017",
                "--val_annotations", tmp_path / "image_info.json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "n/a: no ground truth" in done.stdout
+    assert "classes that the model does not know and no annotation has, left out: 'alien'" in (
+        done.stdout
+    )
     expected = json.loads((finished_run / "eval" / "detections.json").read_text())
     assert json.loads((tmp_path / "eval" / "detections.json").read_text()) == expected
     analysis = json.loads((tmp_path / "eval" / "analysis.json").read_text())

@@ -79,7 +79,7 @@ def test_labels_are_mapped_into_another_label_space(content: Content, write: Wri
 
 def test_a_class_without_annotations_need_not_be_known(content: Content, write: Write) -> None:
     index = CocoIndex.load(*write(content), need_boxes=True)
-    known = index.classes
+    known, annotations = index.classes, content["annotations"]
     content["categories"].append({"id": 1, "name": "alien"})
     more = CocoIndex.load(*write(content), need_boxes=True)
     assert len(more.classes) == len(known) + 1
@@ -87,8 +87,17 @@ def test_a_class_without_annotations_need_not_be_known(content: Content, write: 
     assert dataset.label_to_category == expected.label_to_category
     for (_, target), (_, wanted) in zip(dataset, expected, strict=True):  # type: ignore[call-overload]
         assert target["labels"].equal(wanted["labels"])
+    content["annotations"] = []  # as a test set's; all that is known can still be found
+    bare = CocoDetection(CocoIndex.load(*write(content), need_boxes=False), PLAIN, classes=known)
+    assert bare.label_to_category == expected.label_to_category
+    assert bare.unknown_classes == ["alien"]
+    content["annotations"] = annotations
     content["annotations"][0]["category_id"] = 1
     index = CocoIndex.load(*write(content), need_boxes=True)
+    with pytest.raises(DataError, match="'alien'"):
+        CocoDetection(index, PLAIN, classes=known)
+    content.update(annotations=[], categories=[{"id": 3, "name": "alien"}])
+    index = CocoIndex.load(*write(content), need_boxes=False)
     with pytest.raises(DataError, match="'alien'"):
         CocoDetection(index, PLAIN, classes=known)
 

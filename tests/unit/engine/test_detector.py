@@ -69,6 +69,16 @@ def test_an_option_of_a_later_version_is_told(
         saved_data_options(load_detector(source, CPU)[1])
 
 
+def test_options_that_evaluation_does_not_read_may_be_of_a_later_version(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    config = copy.deepcopy(content["config"])
+    config["optim"]["twist"] = 1
+    expected = saved_data_options(load_detector(save(content, tmp_path), CPU)[1])
+    source = save(content, tmp_path, config=config)
+    assert saved_data_options(load_detector(source, CPU)[1]) == expected
+
+
 @pytest.mark.parametrize(
     "changes",
     [

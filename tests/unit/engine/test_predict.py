@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageOps
 from torch import Tensor, nn
 
+from engine.commands.predict import tell_thresholds
 from engine.predict import output_paths, predict, refuse_overwriting, relative_names
 from util.batch import Batch, PaddedBatch, UnreadableImage, pad_images
 from util.classes import Classes
@@ -225,3 +226,9 @@ def test_no_two_outputs_are_one_file(parts: list[tuple[str, str]]) -> None:
 
 def test_missing_files_do_not_disturb_the_check(tmp_path: Path) -> None:
     refuse_overwriting([tmp_path / "gone.png"], [tmp_path / "gone.png"])
+
+
+def test_thresholds_of_names_that_utf8_lacks_are_kept(tmp_path: Path) -> None:
+    tell_thresholds(tmp_path, Classes((3,), ("cat\ud800",)), [0.25], {"cat\ud800": 0.25})
+    stored = json.loads((tmp_path / "score_thresholds.json").read_text())
+    assert stored == {"cat\ud800": 0.25}

@@ -91,6 +91,7 @@ def test_official_file_goes_out_and_comes_back(tmp_path: Path, variant: str) -> 
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(tmp_path / "o.pth", weights_only=True)
     assert content.keys() == {"model", "args", "epoch"}
+    torch.save({**content, "config": {"lr": 1e-4}}, tmp_path / "o.pth")  # as forks add
     pretrained = load_pretrained(str(tmp_path / "o.pth"))
     assert ModelConfig(**pretrained.model_options) == config
     other = build_model(config, num_classes=3)

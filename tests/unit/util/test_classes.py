@@ -30,7 +30,8 @@ def test_json_round_trip(named: dict[int, str]) -> None:
 
 
 def test_an_unnamed_category_is_called_by_its_id() -> None:
-    assert Classes.from_categories([{"id": 3}]).names == ("3",)
+    for number in (3, 3.0):
+        assert Classes.from_categories([{"id": number}]).names == ("3",)
 
 
 def test_inconsistent_classes_are_refused() -> None:

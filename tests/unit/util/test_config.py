@@ -113,8 +113,9 @@ def test_presets_are_found_from_anywhere_but_a_file_of_ones_own_wins(tmp_path: P
     with pytest.raises(ConfigError, match=r"other/small\.yaml: no such config file\. Did you mean"):
         load_file(file_or_preset(tmp_path, "other/small.yaml", presets), SECTIONS, presets)
     write(tmp_path / "mine" / "small.yaml", "net: {depth: 4}\n")
-    file = write(tmp_path / "mine" / "a.yaml", "base: small.yaml\n")
-    assert load_file(file, SECTIONS, presets) == {"net": {"depth": 4}}
+    for base in ("small.yaml", "small"):
+        file = write(tmp_path / "mine" / "a.yaml", f"base: {base}\n")
+        assert load_file(file, SECTIONS, presets) == {"net": {"depth": 4}}
 
 
 def test_base_that_leads_back_is_refused(tmp_path: Path) -> None:
