@@ -81,9 +81,7 @@ def train(args: argparse.Namespace, given: Values) -> int:
     device = pick_device(options.device)
     world = join_world(device.type)
     try:
-        checkpoint = find_checkpoint(options, world)
-        start = resumed(checkpoint, layers) if checkpoint else fresh(layers)
-        return run(start, world, own_device(device, world))
+        return begin(options, layers, world, own_device(device, world))
     finally:
         leave_world()
 
@@ -98,8 +96,8 @@ def run_options(layers: Values) -> RunConfig:
     return RunConfig(**{**saved, **given})
 
 
-def find_checkpoint(options: RunConfig, world: World) -> Path | None:
-    """Return the checkpoint that a run goes on from, None for a new run.
+def begin(options: RunConfig, layers: Values, world: World, device: torch.device) -> int:
+    """Start a run or go on with one, alone in its folder; return the exit code.
 
     Raises:
         ConfigError: `auto` without a folder.
@@ -107,20 +105,19 @@ def find_checkpoint(options: RunConfig, world: World) -> Path | None:
     """
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if options.resume != "auto" and not restarted:
-        return Path(options.resume) if options.resume else None
+        start = resumed(Path(options.resume), layers) if options.resume else fresh(layers)
+        with only_run_in(Path(start.config.run.output_dir), world):
+            return run(start, world, device)
     if not options.output_dir:
         raise ConfigError("--resume auto: expected --output_dir with it, got none. Give both.")
     folder = CheckpointFolder(Path(options.output_dir), keep=options.keep_checkpoints)
-    return world.broadcast(folder.newest_sound() if world.main else None)
+    with only_run_in(Path(options.output_dir), world):  # a run that is ending saves once more
+        checkpoint = world.broadcast(folder.newest_sound() if world.main else None)
+        start = resumed(checkpoint, layers) if checkpoint else fresh(layers)
+        return run(start, world, device)
 
 
 def run(start: Start, world: World, device: torch.device) -> int:
-    """Train from `start` on, alone in the run's folder; return the exit code."""
-    with only_run_in(Path(start.config.run.output_dir), world):
-        return run_alone(start, world, device)
-
-
-def run_alone(start: Start, world: World, device: torch.device) -> int:
     """Train from `start` on; return the exit code."""
     config, output_dir = start.config, Path(start.config.run.output_dir)
     folder = CheckpointFolder(output_dir, keep=config.run.keep_checkpoints)
