@@ -13,12 +13,14 @@ from typing import TextIO
 from util.distributed import World
 from util.errors import ConfigError
 from util.files import make_output_dir
+from util.run_log import console
 
 if sys.platform != "win32":
     import fcntl
 
 _NAME = ".lock"
 _PATIENCE = 5.0  # seconds that the processes of a killed run may take to be gone
+_FAR_PATIENCE = 100.0  # NFSv4 servers keep the locks of a host that died for some 90 s
 _HELD = (errno.EACCES, errno.EAGAIN)
 
 
@@ -28,7 +30,8 @@ def only_run_in(folder: Path, world: World) -> Iterator[None]:
 
     The main process holds it. The system lets go of it when that process ends, however it does,
     so a killed run leaves nothing behind that blocks. Where the system has no such locks (Windows,
-    some network drives) nothing is held.
+    some network drives) nothing is held. On a network drive a dead host may hold it for a while, so
+    that what another host holds is waited for longer.
 
     Raises:
         ConfigError: another run goes on in the folder, or it cannot be made.
@@ -54,20 +57,32 @@ def _hold(folder: Path) -> tuple[TextIO | None, str]:
     if sys.platform == "win32":
         return None, ""
     file = (folder / _NAME).open("a+", encoding="utf-8")
-    end = time.monotonic() + _PATIENCE
+    begun, told = time.monotonic(), False
     while True:
         try:
             # not flock: loader processes, which outlive a killed run a little, would hold it too
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _HELD and time.monotonic() < end:
-                time.sleep(0.2)
-                continue
+            if error.errno not in _HELD:
+                file.close()
+                return None, ""
             file.seek(0)
             other = file.read().strip() or "another process"
-            file.close()
-            return None, other if error.errno in _HELD else ""
+            far = " on " in other and not other.endswith(f" on {socket.gethostname()}")
+            if time.monotonic() > begun + (_FAR_PATIENCE if far else _PATIENCE):
+                file.close()
+                return None, other
+            if far and not told:
+                told = True
+                console(
+                    f"--output_dir {folder}: waiting up to {_FAR_PATIENCE:.0f} s for {other} to "
+                    "end, or for its lock to run out if that host is dead"
+                )
+                sys.stdout.flush()
+            time.sleep(0.2)
+            continue
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
+        os.fsync(file.fileno())  # other hosts read it
         return file, ""

@@ -1,14 +1,19 @@
-"""Two runs in one folder: the second is refused, and a killed run leaves nothing that blocks."""
+"""Two runs in one folder: the second waits a little, then is refused; a killed one blocks none."""
 
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.integration.runs import Command, alive, errors, metrics
+from engine.run_lock import only_run_in
+from tests.integration.runs import Command, Running, alive, errors, metrics
+from util.distributed import World
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches processes in /proc")
 
@@ -35,3 +40,50 @@ def test_one_run_at_a_time(shapes: Path, tmp_path: Path) -> None:
     second.run("--max_steps", "1")
     assert not (folder / ".lock").read_text()
     first.kill()
+
+
+def has_open(running: Running, path: Path) -> bool:
+    """Tell whether a process has a file open (Linux)."""
+    links = Path(f"/proc/{running.pid}/fd").glob("*")
+    return any(os.path.realpath(link) == str(path.resolve()) for link in links)
+
+
+def test_a_run_that_waited_for_another_goes_on_from_its_last_checkpoint(
+    finished_run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    command = Command(tmp_path / "run", ("--coco_path", shapes, "--resume", "auto"))
+    with only_run_in(command.folder, World()):  # a run that is about to end
+        second = command.start()
+        second.wait_until(lambda: has_open(second, command.folder / ".lock"))
+        shutil.copy(finished_run / "last.pth", command.folder)
+    assert second.end() == 0, second.output
+    assert "this run is finished: 2 of 2 epochs" in second.output
+
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write("process 7 on another.host\\n")
+file.flush()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_the_lock_of_another_host_is_waited_for(tmp_path: Path) -> None:
+    holding = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
+    with subprocess.Popen(holding, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        command = Command(tmp_path, ("--resume", "auto"))
+        waiting = command.start()
+        begun = time.monotonic()
+        waiting.wait_until(lambda: time.monotonic() > begun + 8)  # it would refuse its own host's
+        (line,) = [x for x in waiting.output.splitlines() if "another.host" in x]
+        place = f"--output_dir {tmp_path}: "
+        assert line.startswith(place + "waiting up to 100 s for process 7 on another.host to end")
+        holder.communicate()
+    assert waiting.end() == 2  # no data were named
+    assert "another.host" not in errors(waiting.output)[0]
