@@ -104,11 +104,9 @@ class EvalDataConfig(_Checked):
     eval_scale: int = option(800, "short side in evaluation and prediction, pixels", low=16)
     max_size: int = option(1333, "longest long side, pixels", low=16)
     nms_iou: float = option(
-        1.0,
-        "of two boxes of a class that overlap more, keep the better; 1: keep all, as officially",
-        above=0,
-        high=1,
-    )
+        1.0, "of two boxes of a class that overlap more, keep the better; 1: keep all, as "
+        "officially", above=0, high=1,
+    )  # fmt: skip
     num_workers: int = option(
         -1, "loader processes; -1: one a core, shared among the run's processes, 8 at most", low=-1
     )
@@ -123,9 +121,8 @@ class DataConfig(EvalDataConfig):
     train_split: str = option("train", "training split of --data_path")
     train_scales: tuple[int, ...] = option(
         tuple(range(480, 801, 32)),
-        "short sides to draw from in training, pixels (--augment none: eval_scale)",
-        low=16,
-    )
+        "short sides to draw from in training, pixels (--augment none: eval_scale)", low=16,
+    )  # fmt: skip
     one_scale_per_batch: bool = option(
         False, "draw the short side for a batch, not for each picture: less padding"
     )
@@ -271,10 +268,18 @@ class EvalConfig(_Checked):
         "fast", "of COCO's numbers; the same to the last digit", choices=("fast", "pycocotools")
     )
     max_dets: int = option(
-        0, "detections of a picture and class that count besides COCO's 100; 0: as many as a "
-        "picture has boxes of a class", low=0,
+        0, "detections of a picture and class that count besides COCO's 100, from 101 on; 0: as "
+        "many as a picture has boxes of a class", low=0,
     )  # fmt: skip
     analysis: bool = option(True, "write eval/analysis.json and eval/report.html")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.max_dets <= 100:
+            raise ConfigError(
+                f"--max_dets: expected 0 or more than COCO's 100, which always count, got "
+                f"{self.max_dets}. Give more, or leave it out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,12 +350,9 @@ class ConvertConfig(_Checked):
 
 
 SECTIONS: Mapping[str, type[Any]] = {
-    "model": ModelConfig,
-    "loss": LossConfig,
-    "data": DataConfig,
-    "optim": OptimConfig,
-    "run": RunConfig,
-}
+    "model": ModelConfig, "loss": LossConfig, "data": DataConfig,
+    "optim": OptimConfig, "run": RunConfig,
+}  # fmt: skip
 
 
 def build_config(values: Mapping[str, Mapping[str, Any]]) -> Config:

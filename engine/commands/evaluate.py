@@ -38,11 +38,6 @@ _PICTURES_SHOWN = 12
 def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
     """Evaluate a checkpoint, or saved detections, on COCO-format data."""
     options = EvalConfig(**given.get("eval", {}))
-    if 0 < options.max_dets <= 100:
-        raise ConfigError(
-            f"--max_dets: expected 0 or more than COCO's 100, which always count, got "
-            f"{options.max_dets}. Give more, or leave it out."
-        )
     if options.detections:
         return evaluate_detections(options, DataConfig(**given.get("data", {})))
     if options.gpus > 1 and not started_by_launcher():

@@ -12,6 +12,7 @@ from configs.schema import (
     SECTIONS,
     Config,
     DataConfig,
+    EvalConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
@@ -65,6 +66,8 @@ def test_defaults_are_the_published_recipe() -> None:
         (OptimConfig, {"lr": 0.0}, "--lr: expected more than 0, got 0.0."),
         (OptimConfig, {"lr_drop_epochs": (10, 0)}, "--lr_drop_epochs: expected at least 1, got 0."),
         (RunConfig, {"seed": -1}, "--seed: expected at least 0, got -1."),
+        (EvalConfig, {"max_dets": 100}, "--max_dets: expected 0 or more than COCO's 100"),
+        (EvalConfig, {"max_dets": -1}, "--max_dets: expected at least 0, got -1."),
     ],
 )
 def test_contradictions_and_bounds_are_told_in_one_line(
