@@ -233,7 +233,7 @@ def _voc_corners(box: list[float], corners: str) -> Iterator[tuple[str, float]]:
 
 
 def _write_yolo(split: _Split, folder: Path, place: _Placer) -> list[str]:
-    crowds, cut, unusable = 0, 0, []
+    crowds, outside, cut, unusable = 0, 0, 0, []
     images, labels = folder / "images" / split.name, folder / "labels" / split.name
     for picture in split.pictures:
         header = read_header(picture.file)
@@ -248,8 +248,11 @@ def _write_yolo(split: _Split, folder: Path, place: _Placer) -> list[str]:
             if not crowd:
                 whole = _fractions(box, picture.size, *header)
                 values = _within(whole)
+                if values is None:
+                    outside += 1
+                    continue
                 cut += values != whole
-                lines += [f"{label} {' '.join(map(_number, values))}\n"] if values else []
+                lines.append(f"{label} {' '.join(map(_number, values))}\n")
         _write((labels / name).with_suffix(".txt"), "".join(lines))
     file = folder / "data.yaml"
     content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -259,6 +262,8 @@ def _write_yolo(split: _Split, folder: Path, place: _Placer) -> list[str]:
     notices = []
     if crowds:
         notices.append(f"crowd boxes, which YOLO cannot mark, left out: {crowds}")
+    if outside:
+        notices.append(f"boxes outside their picture, left out: {outside}")
     if cut:
         notices.append(f"boxes that reach past their picture, cut there: {cut}")
     if unusable:

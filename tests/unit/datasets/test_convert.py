@@ -199,7 +199,10 @@ def test_yolo_fractions_end_at_the_edges(content: Content, write: Write, tmp_pat
     json_path, folder = write(content)
     source = read_source("coco", json_path, "", image_dir=folder)
     lines = convert({"train": source}, "yolo", tmp_path / "y", copy=False)
-    assert lines[1:] == ["  notice: boxes that reach past their picture, cut there: 2"]
+    assert lines[1:] == [
+        "  notice: boxes outside their picture, left out: 1",
+        "  notice: boxes that reach past their picture, cut there: 1",
+    ]
     labels = tmp_path / "y" / "labels" / "train"
     values = [float(word) for word in (labels / "5.txt").read_text().split()]
     assert values == pytest.approx([1, 35 / 40, 5 / 30, 10 / 40, 10 / 30])
