@@ -1,6 +1,7 @@
 """Weights into a model: all of them, strictly, or for fine-tuning as far as they fit."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -301,16 +302,21 @@ def _some(names: Iterable[str], limit: int = 5) -> str:
 
 
 def _groups(entries: Mapping[str, str], others: Iterable[str]) -> str:
-    """Join entries by what became of them, modules that have nothing among `others` as a whole."""
-    elsewhere = {prefix for name in others for prefix in _prefixes(name)}
-    members: dict[str, list[str]] = {}
-    for name in entries:
-        module = next((p for p in _prefixes(name) if p not in elsewhere), name)
-        members.setdefault(re.sub(r"\.\d+(?=\.)", ".*", module), []).append(name)
-    by_reason: dict[str, list[str]] = {}
-    for module, names in members.items():
-        alone = names[0] if len(names) == 1 else module
-        by_reason.setdefault(entries[names[0]], []).append(alone)
+    """Join entries by what became of them; a module in which that differs is told in parts.
+
+    `others` are the names to which something else happened.
+    """
+    fates: dict[str, set[str]] = defaultdict(set)
+    for name, why in [*entries.items(), *((name, "") for name in others)]:
+        for prefix in _prefixes(name):
+            fates[prefix].add(why)
+    members: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, why in entries.items():
+        module = next((p for p in _prefixes(name) if len(fates[p]) == 1), name)
+        members[why, re.sub(r"\.\d+(?=\.)", ".*", module)].append(name)
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for (why, module), names in members.items():
+        by_reason[why].append(names[0] if len(names) == 1 else module)
     return "; ".join(f"{_some(modules)} ({why})" for why, modules in by_reason.items())
 
 

@@ -203,13 +203,24 @@ def test_other_levels_are_reported_and_nothing_is_lost() -> None:
     told = [*report.copied, *report.by_name, *report.adapted, *report.reinitialised]
     assert sorted(told) == sorted(after)
     table = report.table()
-    offsets = "layers.*.{}_attn.sampling_offsets".format
-    shapes = "(shape (192, 32), checkpoint (256, 32))"
-    assert (
-        f"; transformer.encoder.{offsets('self')}, transformer.decoder.{offsets('cross')} {shapes};"
-    ) in table
+    offsets = (
+        "transformer.encoder.layers.0.self_attn.sampling_offsets.{0}, "
+        "transformer.decoder.layers.*.cross_attn.sampling_offsets.{0}"
+    ).format
+    assert f"; {offsets('weight')} (shape (192, 32), checkpoint (256, 32));" in table
+    assert f"; {offsets('bias')} (shape (192,), checkpoint (256,));" in table
     assert "ignored               4 tensors  input_proj.3 (not in the model)" in table
     assert len(table.splitlines()) == 5
+
+
+def test_a_module_whose_tensors_fare_differently_is_told_in_parts() -> None:
+    report = TransferReport(
+        reinitialised={"a.0.weight": "shape", "a.0.bias": "lost", "b.w": "lost", "b.v": "lost"},
+        ignored={f"c.{i}.{part}": part for i in range(2) for part in ("weight", "bias")},
+    )
+    rows = report.table().splitlines()
+    assert rows[3].endswith("4 tensors  a.0.weight (shape); a.0.bias, b (lost)")
+    assert rows[4].endswith("4 tensors  c.*.weight (weight); c.*.bias (bias)")
 
 
 def test_weights_without_class_names_say_so() -> None:
