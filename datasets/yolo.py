@@ -187,7 +187,8 @@ def _orphans(pictures: list[Path]) -> list[str]:
         stems[_label_file(picture).parent, picture.parent].add(picture.stem)
     orphans = []
     for (labels, folder), known in sorted(stems.items()):
-        known |= {path.stem for path in folder.glob("*") if is_picture(path)}  # of other splits
+        # of other splits, or of a kind that is not searched for
+        known |= {p.stem for p in folder.glob("*") if p.suffix != ".txt" and p.is_file()}
         for file in sorted(labels.glob("*.txt")):
             if file.stem in known:
                 continue

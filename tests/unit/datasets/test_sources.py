@@ -258,8 +258,11 @@ def test_yolo_without_any_label_file_says_where_they_would_be(yolo: Path) -> Non
 
 
 def test_yolo_labels_without_a_picture_are_named(yolo: Path) -> None:
-    """Not those of a picture that only another split names, nor lists of classes."""
+    """Not those of a picture of another split or kind, nor lists of classes."""
     labels = yolo / "labels" / "train"
+    for name in ("moving.gif", "new.AVIF"):
+        (yolo / "images" / "train" / name).write_bytes(b"GIF89a")
+        (labels / name).with_suffix(".txt").write_text("0 0.5 0.5 0.1 0.1\n")
     (labels / "classes.txt").write_text("cat\ndog\n")
     (labels / "empty.txt").write_text("")
     (labels / "gone.txt").write_text("0 0.5 0.5 0.1 0.1\n")
@@ -268,6 +271,15 @@ def test_yolo_labels_without_a_picture_are_named(yolo: Path) -> None:
         (finding,) = read_source("yolo", yolo, split).findings
         assert finding.kind == "label_without_picture"
         assert finding.places == (str(labels / "gone.txt"),)
+
+
+def test_yolo_labels_beside_pictures_are_no_pictures(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name in ("a.txt", "gone.txt"):
+        (tmp_path / name).write_text("0 0.5 0.5 0.1 0.1\n")
+    (tmp_path / "data.yaml").write_text("train: .\nnames: [cat]\n")
+    (finding,) = read_source("yolo", tmp_path, "train").findings
+    assert finding.places == (str(tmp_path / "gone.txt"),)
 
 
 def test_yolo_lists_of_names(yolo: Path) -> None:
