@@ -37,16 +37,18 @@ _DIGEST = 32  # bytes of SHA-256
 def read_content(path: Path, *, need_boxes: bool, cache: bool) -> CocoContent:
     """Return the checked content of a COCO-format file, from the cache where it is there.
 
+    What is kept serves training and evaluation alike.
+
     Raises:
         DataError: see `parse_json` and `check_content`.
     """
     data = read_bytes(path)
     if not cache or len(data) < _LEAST_BYTES:
         return check_content(parse_json(data, path), path, need_boxes=need_boxes)
-    kind = "boxes" if need_boxes else "pictures"
-    file = cache_folder() / f"{hashlib.sha256(data).hexdigest()}-{kind}-{_VERSION}"
+    file = cache_folder() / f"{hashlib.sha256(data).hexdigest()}-{_VERSION}"
     content = _load(file)
-    if content is None:
+    # What was kept without annotations may lack the list of them: that is refused here.
+    if content is None or (need_boxes and not len(content.annotations.ids)):
         content = check_content(parse_json(data, path), path, need_boxes=need_boxes)
         with contextlib.suppress(OSError):  # no room or no right to write: read anew next time
             _save(file, content)

@@ -87,6 +87,12 @@ def test_test_dev_files_need_no_annotations(content: Content, write: Write) -> N
     assert index.coco_gt.getAnnIds() == []
 
 
+def test_evaluation_tells_of_pictures_without_boxes(content: Content, write: Write) -> None:
+    del content["annotations"][1:]
+    index = CocoIndex.load(*write(content), need_boxes=False)
+    assert index.notices == ["pictures without boxes: 2 of 3, kept"]
+
+
 @pytest.mark.parametrize(
     ("change", "notice", "boxes", "evaluated"),
     [

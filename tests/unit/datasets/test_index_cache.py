@@ -13,6 +13,7 @@ from datasets import index_cache
 from datasets.coco import CocoIndex
 from datasets.coco_json import CocoContent
 from datasets.index_cache import cache_folder, read_content
+from util.errors import DataError
 
 Content = dict[str, Any]
 Write = Callable[[Content], tuple[Path, Path]]
@@ -58,6 +59,36 @@ def test_kept_content_is_what_was_read(json_path: Path, monkeypatch: pytest.Monk
     assert len(list(cache_folder().iterdir())) == 1
     index = CocoIndex.load(json_path, json_path.parent / "pictures", need_boxes=True, cache=True)
     assert index.findings[0].kind == "flat_bbox"
+
+
+def test_training_and_evaluation_share_what_is_kept(
+    json_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anew = plain(read(json_path))
+    monkeypatch.setattr(index_cache, "check_content", None)  # calling it would fail
+    assert plain(read_content(json_path, need_boxes=False, cache=True)) == anew
+    assert len(list(cache_folder().iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("annotations", "message"),
+    [
+        (None, "expected a list `annotations`, found none"),
+        ([], "expected at least one usable box, got none among 0 annotations"),
+    ],
+)
+def test_what_evaluation_kept_without_boxes_is_refused_in_training(
+    json_path: Path, annotations: list[Any] | None, message: str
+) -> None:
+    content = json.loads(json_path.read_text())
+    json_path.write_text(json.dumps({**content, "annotations": annotations}))
+    folder = json_path.parent / "pictures"
+    for _ in range(2):
+        index = CocoIndex.load(json_path, folder, need_boxes=False, cache=True)
+        assert len(index.annotations.ids) == 0
+        with pytest.raises(DataError, match=message):
+            CocoIndex.load(json_path, folder, need_boxes=True, cache=True)
+    assert len(list(cache_folder().iterdir())) == 1
 
 
 def test_other_content_is_read_anew(json_path: Path) -> None:
