@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
+from math import ceil
 
 from PIL import Image
 
@@ -145,7 +146,7 @@ def column_chart(
     step = (width - left - 8) / len(labels)
     up, wide = height - top - bottom, step * 0.8 / max(1, len(series))
     shares = {n: [c / max(1, sum(counts)) for c in counts] for n, counts in series.items()}
-    most = max((max(s) for s in shares.values()), default=0) or 1
+    most = ceil(5 * max((max(s) for s in shares.values()), default=0)) / 5 or 1  # round numbers
     parts = []
     for part in (0, 0.5, 1):
         y = top + (1 - part) * up

@@ -24,7 +24,7 @@ def verdict(diagnosis: Diagnosis) -> str:
     """Return whether the data is sound, in a sentence."""
     wrong = {k: len(v) for k, v in diagnosis.offenders.items() if not KINDS[k].note}
     notes = len(diagnosis.offenders) - len(wrong)
-    also = f" {notes} kind{'s' if notes != 1 else ''} of things to know." if notes else ""
+    also = f" Worth knowing: {notes} kind{'s' if notes > 1 else ''}." if notes else ""
     if not wrong:
         return f"Nothing is wrong.{also}"
     kinds = f"{len(wrong)} kind{'s' if len(wrong) > 1 else ''}"
