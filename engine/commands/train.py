@@ -93,6 +93,7 @@ def run_options(layers: Values) -> RunConfig:
     if given.get("resume", "") not in ("", "auto"):
         config = load_checkpoint(Path(given["resume"]))["config"]
         saved = saved_options(config, given["resume"])["run"]
+        saved["output_dir"] = str(Path(given["resume"]).parent)  # it may have been moved
     return RunConfig(**{**saved, **given})
 
 
@@ -113,6 +114,8 @@ def begin(options: RunConfig, layers: Values, world: World, device: torch.device
     folder = CheckpointFolder(Path(options.output_dir), keep=options.keep_checkpoints)
     with only_run_in(Path(options.output_dir), world):  # a run that is ending saves once more
         checkpoint = world.broadcast(folder.newest_sound() if world.main else None)
+        if checkpoint is None and options.resume != "auto" and options.resume:
+            checkpoint = Path(options.resume)  # nothing was saved yet before the restart
         start = resumed(checkpoint, layers) if checkpoint else fresh(layers)
         return run(start, world, device)
 
@@ -167,13 +170,14 @@ def resumed(checkpoint: Path, layers: Values) -> Start:
     content = load_checkpoint(checkpoint)
     options = saved_options(content["config"], str(checkpoint))
     saved = build_config(options)
-    if "finetune" in layers.get("run", {}) and layers["run"].get("resume") != "auto":
+    given = layers.get("run", {})
+    if "finetune" in given and given.get("resume", "") not in ("", "auto"):
         raise ConfigError("--resume and --finetune: expected one of them. Resuming needs no other.")
     config = build_config(merge_options(options, layers))
     check_same("model", asdict(saved.model), asdict(config.model), checkpoint)
     before, now = fixed_on_resume(saved), fixed_on_resume(config)
     check_same("batches and frozen parts", before, now, checkpoint)
-    output_dir = layers.get("run", {}).get("output_dir", str(checkpoint.parent))
+    output_dir = given.get("output_dir", str(checkpoint.parent))
     return Start(
         replace(config, run=replace(config.run, output_dir=output_dir, resume="")),
         checkpoint=checkpoint,

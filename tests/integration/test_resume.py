@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from main import main
 from tests.integration.conftest import TINY, Cli, read_log
 from tests.integration.runs import Command, assert_same_runs, errors, metrics, state_of
 
@@ -163,3 +164,24 @@ def test_resuming_a_fine_tuned_run_keeps_its_preprocessing_and_needs_no_download
     command.run("--max_steps", "1")
     command.run("--resume", "auto", "--max_steps", "2")
     assert state_of(command.folder / "last.pth")["preprocessing"] == source["preprocessing"]
+
+
+def test_a_restart_by_the_launcher_goes_on_where_the_command_began(
+    finished_run: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From --resume FILE before anything new is saved; from its own checkpoint with --finetune."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    moved = Path(shutil.copytree(finished_run, tmp_path / "moved"))
+    steps = len(metrics(finished_run))
+    more = ["--epochs", "3", "--max_steps", str(steps + 1), "--no_probe"]
+    assert main(["train", "--resume", str(moved / "last.pth"), *more]) == 0
+    assert [len(metrics(folder)) for folder in (moved, finished_run)] == [steps + 1, steps]
+    new = tmp_path / "new"
+    source = str(finished_run / "last.pth")
+    assert main(["train", "--resume", source, "--output_dir", str(new), *more]) == 0
+    assert [line["step"] for line in metrics(new)] == [steps]
+    tuned = ["--config", TINY, "--coco_path", str(shapes), "--no_probe"]
+    tuned += ["--finetune", source, "--output_dir", str(tmp_path / "tuned")]
+    for last in ("1", "2"):
+        assert main(["train", *tuned, "--max_steps", last]) == 0
+    assert [line["step"] for line in metrics(tmp_path / "tuned")] == [0, 1]

@@ -18,6 +18,8 @@ def test_device_processes_and_determinism_are_those_of_the_checkpoint(tmp_path: 
     torch.save(content, tmp_path / "last.pth")
     resumed = run_options({"run": {"resume": str(tmp_path / "last.pth"), "gpus": 1}})
     assert resumed == RunConfig(**{**run, "gpus": 1, "resume": str(tmp_path / "last.pth")})
+    moved = (tmp_path / "last.pth").rename(tmp_path.with_name("moved.pth"))
+    assert run_options({"run": {"resume": str(moved)}}).output_dir == str(moved.parent)
 
 
 def test_without_a_checkpoint_they_are_those_given() -> None:
