@@ -77,7 +77,7 @@ def test_the_lock_of_another_host_is_waited_for(tmp_path: Path) -> None:
     with subprocess.Popen(holding, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        command = Command(tmp_path, ("--resume", "auto"))
+        command = Command(tmp_path, ("--resume", "auto", "--coco_path", tmp_path / "none"))
         waiting = command.start()
         begun = time.monotonic()
         waiting.wait_until(lambda: time.monotonic() > begun + 8)  # it would refuse its own host's
@@ -85,5 +85,5 @@ def test_the_lock_of_another_host_is_waited_for(tmp_path: Path) -> None:
         place = f"--output_dir {tmp_path}: "
         assert line.startswith(place + "waiting up to 100 s for process 7 on another.host to end")
         holder.communicate()
-    assert waiting.end() == 2  # no data were named
+    assert waiting.end() == 2  # there are no such data
     assert "another.host" not in errors(waiting.output)[0]
