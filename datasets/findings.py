@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NAMED = 3  # examples in a line
-_LONGEST = 120  # characters of one: a name may be anything, a whole file in base64 too
+_LONGEST = 180  # characters of one: a name may be anything, a whole file in base64 too
 
 
 def _no_ids() -> NDArray[np.int64]:
@@ -57,4 +57,5 @@ def first_few(names: Iterable[str], total: int | None = None) -> str:
     """Return the first names of many, with dots where there are more."""
     listed = list(names)
     more = ", ..." if (len(listed) if total is None else total) > NAMED else ""
-    return ", ".join(f"{name:.{_LONGEST}}" for name in listed[:NAMED]) + more
+    shown = [n if len(n) <= _LONGEST else f"{n[:_LONGEST]}…" for n in listed[:NAMED]]
+    return ", ".join(shown) + more
