@@ -5,7 +5,7 @@ as a whole is refused.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePath
 from typing import Any, TypeGuard
@@ -210,7 +210,7 @@ def _usable_images(entries: Sequence[Any], findings: list[Finding]) -> list[Entr
             unnumbered.append(f"position {position}")
             continue
         name = entry.get("file_name")
-        fault = _image_fault(name, number, kept)
+        fault = image_fault(name, number, kept)
         if fault is None:
             kept[number] = entry
             continue
@@ -227,7 +227,8 @@ def _usable_images(entries: Sequence[Any], findings: list[Finding]) -> list[Entr
     return [entry for number, entry in kept.items() if number not in ambiguous]
 
 
-def _image_fault(name: Any, number: int, kept: Mapping[int, Entry]) -> str | None:
+def image_fault(name: object, number: int, kept: Container[int]) -> str | None:
+    """Return why a picture named so is left out, if it is; `kept` are the ids before it."""
     if not isinstance(name, str):
         return "no_file_name"
     if not is_inside(name):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from itertools import count
 from typing import Any
 
-from datasets.coco_json import is_area, is_box, is_inside, is_side, is_whole
+from datasets.coco_json import image_fault, is_area, is_box, is_side, is_whole
 from datasets.doctor.kinds import KINDS
 from datasets.doctor.ledger import Box, Ledger, Picture
 
@@ -55,7 +55,7 @@ def _read_images(ledger: Ledger) -> set[int]:
             continue
         number = int(number)  # 3.0 is one, too
         name = entry.get("file_name")
-        fault = _image_fault(name, number, kept)
+        fault = image_fault(name, number, kept)
         if fault is None:
             kept[number] = _picture(ledger, position, entry)
             continue
@@ -73,14 +73,6 @@ def _read_images(ledger: Ledger) -> set[int]:
 
 def _dropped(ledger: Ledger, picture: Picture) -> bool:
     return ledger.drops("images", picture.position)
-
-
-def _image_fault(name: object, number: int, kept: Mapping[int, Picture]) -> str | None:
-    if not isinstance(name, str):
-        return "no_file_name"
-    if not is_inside(name):
-        return "outside_folder"
-    return "repeated_image" if number in kept else None
 
 
 def _picture(ledger: Ledger, position: int, entry: Mapping[str, Any]) -> Picture:
