@@ -32,7 +32,7 @@ demo: env
 	$(BIN)/python main.py eval --checkpoint $(DEMO)/last.pth
 	$(BIN)/python main.py predict --checkpoint $(DEMO)/last.pth \
 		--input 'data/shapes/val2017/50000?.jpg' --output_dir $(DEMO)/predictions
-	@echo "pictures with boxes: $(DEMO)/predictions and, beside the truth, $(DEMO)/pictures"
+	@echo "images with boxes: $(DEMO)/predictions and, beside the truth, $(DEMO)/pictures"
 	@echo "loss and AP over epochs: $(DEMO)/curves.png"
 
 lint: env-test

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from configs.options import OptionParser, Values, add_options, parse_flags
 from configs.schema import (
     SECTIONS,
     CheckConfig,
@@ -20,14 +21,13 @@ from configs.schema import (
 from engine.commands.check import check
 from engine.commands.convert import convert_dataset
 from engine.commands.doctor import doctor
-from engine.commands.evaluate import evaluate_checkpoint
-from engine.commands.predict import predict_pictures
+from engine.commands.eval import evaluate_checkpoint
+from engine.commands.predict import predict_images
 from engine.commands.preview import preview
 from engine.commands.train import train
-from engine.launch import EXIT_USER_ERROR, end_with_launcher, report_failure
+from engine.processes import EXIT_USER_ERROR, exit_with_parent, report_failure
 from engine.trainer import EXIT_INTERRUPTED
 from ops import BackendError
-from util.config import OptionParser, Values, add_options, parse_flags
 from util.distributed import take_slurm_variables
 from util.errors import ConfigError, UserError
 
@@ -37,7 +37,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES,
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, Values], int], dict[str, type[Any]]]] = {
     "train": (train, dict(SECTIONS)),
     "eval": (evaluate_checkpoint, {"eval": EvalConfig, "data": EvalDataConfig}),
-    "predict": (predict_pictures, {"predict": PredictConfig}),
+    "predict": (predict_images, {"predict": PredictConfig}),
     "convert": (convert_dataset, {"convert": ConvertConfig}),
     "check": (check, {**SECTIONS, "check": CheckConfig}),
     "preview": (preview, {**SECTIONS, "preview": PreviewConfig}),
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
             stream.reconfigure(errors="backslashreplace")
     logging.getLogger("timm").setLevel(logging.ERROR)  # it lists heads it leaves out on purpose
     try:
-        end_with_launcher()
+        exit_with_parent()
         take_slurm_variables()
         command, args, given = parse_command_line(argv)
         return COMMANDS[command][0](args, given)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.augmentations import AUGMENTATIONS, AUGMENTED
-from util.config import Values, check_values, file_or_preset, load_file, merge, option
+from configs.options import Values, check_values, file_or_preset, load_file, merge, option
 from util.errors import ConfigError
 
 
@@ -37,7 +37,7 @@ class ModelConfig(_Checked):
     hidden_dim: int = option(256, "width of the transformer", low=8)
     dropout: float = option(0.1, "dropout in the transformer", low=0, high=1)
     nheads: int = option(8, "attention heads", low=1)
-    num_queries: int = option(300, "object queries: the most objects found in a picture", low=1)
+    num_queries: int = option(300, "object queries: the most objects found in an image", low=1)
     enc_n_points: int = option(4, "sampling points per head and level in the encoder", low=1)
     dec_n_points: int = option(4, "sampling points per head and level in the decoder", low=1)
     with_box_refine: bool = option(False, "iterative bounding box refinement (Sec. 4.2)")
@@ -81,10 +81,10 @@ class LossConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDataConfig(_Checked):
-    """Where validation data lies, how its pictures are prepared and detections are chosen."""
+    """Where validation data lies, how its images are prepared and detections are chosen."""
 
     coco_path: str = option("", "folder with train2017/, val2017/ and annotations/")
-    val_images: str = option("", "folder of validation pictures (any COCO-format set)")
+    val_images: str = option("", "folder of validation images (any COCO-format set)")
     val_annotations: str = option("", "COCO-format JSON of the validation set")
     data_format: str = option(
         "coco", "layout of --data_path: COCO's, PASCAL VOC's or YOLO's",
@@ -116,7 +116,7 @@ class EvalDataConfig(_Checked):
 class DataConfig(EvalDataConfig):
     """Training data and its augmentation besides."""
 
-    train_images: str = option("", "folder of training pictures (any COCO-format set)")
+    train_images: str = option("", "folder of training images (any COCO-format set)")
     train_annotations: str = option("", "COCO-format JSON of the training set")
     train_split: str = option("train", "training split of --data_path")
     train_scales: tuple[int, ...] = option(
@@ -124,11 +124,11 @@ class DataConfig(EvalDataConfig):
         "short sides to draw from in training, pixels (--augment none: eval_scale)", low=16,
     )  # fmt: skip
     one_scale_per_batch: bool = option(
-        False, "draw the short side for a batch, not for each picture: less padding"
+        False, "draw the short side for a batch, not for each image: less padding"
     )
     augment: str = option(
         "official", "recipe of the options from hflip to close_augment_epochs; each may be given "
-        "besides. none: pictures at eval_scale, strong: all but random_crop",
+        "besides. none: images at eval_scale, strong: all but random_crop",
         choices=("none", "official", "strong"),
     )  # fmt: skip
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
@@ -138,15 +138,18 @@ class DataConfig(EvalDataConfig):
     scale_jitter: tuple[float, ...] = option(
         (), "least and greatest factor on the drawn size; what is more than that is cut", above=0
     )
-    zoom_out: float = option(0.0, "probability of a picture made small on a canvas", low=0, high=1)
+    zoom_out: float = option(0.0, "probability of an image made small on a canvas", low=0, high=1)
     color_jitter: float = option(0.0, "probability of changed colours", low=0, high=1)
-    mosaic: float = option(0.0, "probability of a picture made of four", low=0, high=1)
-    mixup: float = option(0.0, "probability of two pictures blended, if no mosaic", low=0, high=1)
+    mosaic: float = option(0.0, "probability of an image made of four", low=0, high=1)
+    mixup: float = option(0.0, "probability of two images blended, if no mosaic", low=0, high=1)
     close_augment_epochs: int = option(10, "last epochs, without mosaic and mixup", low=0)
-    cache_pictures: float = option(
-        0.0, "GB of memory a process may keep decoded training pictures in", low=0
+    cache_images: float = option(
+        0.0,
+        "GB of memory a process may keep decoded training images in",
+        low=0,
+        alias="--cache_pictures",
     )
-    aspect_ratio_grouping: bool = option(False, "batch portrait and landscape pictures apart")
+    aspect_ratio_grouping: bool = option(False, "batch portrait and landscape images apart")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,12 +182,12 @@ class OptimConfig(_Checked):
         "none", "what keeps the weights that were loaded; encoder: all before the decoder",
         choices=("none", "backbone", "encoder", "all_but_heads"),
     )  # fmt: skip
-    batch_size: int = option(2, "pictures that a process takes at once, at most", low=1)
+    batch_size: int = option(2, "images that a process takes at once, at most", low=1)
     effective_batch_size: int = option(
-        0, "pictures of one update, over all processes and micro-batches; 0: batch_size each",
+        0, "images of one update, over all processes and micro-batches; 0: batch_size each",
         low=0,
     )  # fmt: skip
-    eval_batch_size: int = option(0, "pictures per evaluation step; 0 means batch_size", low=0)
+    eval_batch_size: int = option(0, "images per evaluation step; 0 means batch_size", low=0)
     weight_decay: float = option(1e-4, "AdamW weight decay", low=0)
     epochs: int = option(50, "epochs to train", low=1)
     lr_scheduler: str = option("step", "learning-rate schedule", choices=("step", "cosine"))
@@ -236,7 +239,9 @@ class RunConfig(_Checked):
     probe: bool = option(True, "try the largest possible step first and print its memory")
     max_steps: int = option(0, "stop after so many steps; 0 runs all epochs", low=0)
     tensorboard: bool = option(True, "write TensorBoard files")
-    num_pictures: int = option(8, "validation pictures drawn after each evaluation", low=0)
+    num_images: int = option(
+        8, "validation images drawn after each evaluation", low=0, alias="--num_pictures"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +262,7 @@ class EvalConfig(_Checked):
     checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
     output_dir: str = option("", "folder for eval/; default: that of the checkpoint")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    batch_size: int = option(0, "pictures per step; 0 means that of the run, else 1", low=0)
+    batch_size: int = option(0, "images per step; 0 means that of the run, else 1", low=0)
     gpus: int = option(1, "processes on this machine, one a GPU (or on the CPU)", low=1)
     precision: str = option(
         "fp32", "of the model's arithmetic", choices=("fp32", "tf32", "bf16", "fp16")
@@ -268,8 +273,8 @@ class EvalConfig(_Checked):
         "fast", "of COCO's numbers; the same to the last digit", choices=("fast", "pycocotools")
     )
     max_dets: int = option(
-        0, "detections of a picture and class that count besides COCO's 100, from 101 on; 0: as "
-        "many as a picture has boxes of a class", low=0,
+        0, "detections of an image and class that count besides COCO's 100, from 101 on; 0: as "
+        "many as an image has boxes of a class", low=0,
     )  # fmt: skip
     analysis: bool = option(True, "write eval/analysis.json and eval/report.html")
 
@@ -286,8 +291,8 @@ class EvalConfig(_Checked):
 class PreviewConfig(_Checked):
     """What `preview` shows of a training run; everything else is the run's."""
 
-    count: int = option(16, "pictures", low=1)
-    epoch: int = option(0, "epoch whose pictures they are, from 0", low=0)
+    count: int = option(16, "images", low=1)
+    epoch: int = option(0, "epoch whose images they are, from 0", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,10 +310,10 @@ class PredictConfig(_Checked):
     """What `predict` needs."""
 
     checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
-    input: tuple[str, ...] = option((), "pictures, folders or globs")
-    output_dir: str = option("", "folder for pictures and predictions.json")
+    input: tuple[str, ...] = option((), "images, folders or globs")
+    output_dir: str = option("", "folder for images and predictions.json")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    batch_size: int = option(1, "pictures per step", low=1)
+    batch_size: int = option(1, "images per step", low=1)
     score_threshold: float = option(
         0.3, "least score drawn; not given: each class's best as the checkpoint has it, if it has",
         low=0, high=1,
@@ -334,14 +339,16 @@ class ConvertConfig(_Checked):
     data_path: str = option(
         "", "folder of the data set; for yolo also data.yaml, for coco a JSON file with --images"
     )
-    images: str = option("", "folder of the pictures of a COCO-format JSON file")
+    images: str = option("", "folder of the images of a COCO-format JSON file")
     splits: tuple[str, ...] = option(("train", "val"), "splits to write")
     voc_corners: str = option(
         "pixels", "VOC boxes: pixels counted from 1, or edges from 0 as some tools write",
         choices=("pixels", "edges"),
     )  # fmt: skip
     output_dir: str = option("", "a new or empty folder")
-    copy_pictures: bool = option(False, "copy the pictures instead of linking to them")
+    copy_images: bool = option(
+        False, "copy the images instead of linking to them", alias="--copy_pictures"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -391,7 +398,7 @@ def load_layers(file: str | None, given: Values) -> Values:
     """Return the options of a preset or file with those of the command line on top.
 
     Raises:
-        ConfigError: see `util.config.load_file`.
+        ConfigError: see `configs.options.load_file`.
     """
     if not file:
         return given

@@ -6,7 +6,7 @@ from torchvision.transforms.v2 import functional as pixels
 
 from datasets.sample import Sample, Size, crop, draw_integer, draw_uniform, resize
 
-ZOOM_OUT = (0.35, 0.8)  # share of the canvas's sides that the picture takes
+ZOOM_OUT = (0.35, 0.8)  # share of the canvas's sides that the image takes
 _BRIGHTNESS, _CONTRAST, _SATURATION = (0.7, 1.3), (0.7, 1.3), (0.5, 1.5)
 _HUE = 0.04  # of the colour circle, either way
 
@@ -31,7 +31,7 @@ def scale_jitter(
 def zoom_out(
     sample: Sample, size: Size, fill: tuple[int, ...], generator: torch.Generator
 ) -> Sample:
-    """Put the picture, made smaller, somewhere on a canvas of `size` in the colour `fill`."""
+    """Put the image, made smaller, somewhere on a canvas of `size` in the colour `fill`."""
     small = resize(sample, _times(size, draw_uniform(*ZOOM_OUT, generator)))
     height, width = small.size
     left = draw_integer(0, size[1] - width, generator)

@@ -7,16 +7,17 @@ from typing import Literal
 import numpy as np
 
 from configs.schema import DataConfig
-from datasets.coco import CocoDetection, CocoIndex
-from datasets.findings import first_few
+from datasets.checks.findings import first_few
+from datasets.dataset import CocoDetection
+from datasets.formats.sources import Source, coco_layout, read_source
+from datasets.image_cache import ImageCache
+from datasets.index import CocoIndex
 from datasets.mixing import Mixing
-from datasets.picture_cache import PictureCache
 from datasets.sample import CHANNELS
-from datasets.sources import Source, coco_layout, read_source
 from datasets.transforms import EvalTransform, TrainTransform, Transform
 from util.classes import Classes
+from util.console import console
 from util.errors import DataError
-from util.run_log import console
 
 Split = Literal["train", "val"]
 
@@ -88,7 +89,7 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
 def build_transform(
     cfg: DataConfig, *, train: bool, mean: Sequence[float], std: Sequence[float]
 ) -> Transform:
-    """Return the preparation of pictures for training or for evaluation."""
+    """Return the preparation of images for training or for evaluation."""
     if not train:
         return EvalTransform(
             eval_scale=cfg.eval_scale, max_size=cfg.max_size, mean=tuple(mean), std=tuple(std)
@@ -134,9 +135,9 @@ def build_dataset(
     classes: Classes | None = None,
     epochs: int = 0,
 ) -> CocoDetection:
-    """Return an index's pictures, augmented if `train`, labelled in `classes` if given.
+    """Return an index's images, augmented if `train`, labelled in `classes` if given.
 
-    `epochs` are those of the run, the last of which mix no pictures.
+    `epochs` are those of the run, the last of which mix no images.
 
     Raises:
         DataError: `classes` lacks a class that annotations of the data have, or all classes.
@@ -148,9 +149,9 @@ def build_dataset(
     if train and (cfg.mosaic or cfg.mixup):
         until = epochs - cfg.close_augment_epochs
         mixing = Mixing(mosaic=cfg.mosaic, mixup=cfg.mixup, until=until)
-    if train and cfg.cache_pictures:
+    if train and cfg.cache_images:
         whole = CHANNELS * int(index.images.sizes.astype(np.int64).prod(axis=1).sum())
-        cache = PictureCache(len(index), max(1, min(int(cfg.cache_pictures * 1e9), whole)))
+        cache = ImageCache(len(index), max(1, min(int(cfg.cache_images * 1e9), whole)))
     dataset = CocoDetection(
         index, transform, seed=seed, classes=classes, mixing=mixing, cache=cache
     )
@@ -169,7 +170,7 @@ def _unused(cfg: DataConfig, epochs: int) -> Iterator[str]:
         (cfg.eval_scale,),
     ):
         yield (
-            f"--augment none: pictures have a short side of --eval_scale {cfg.eval_scale}; "
+            f"--augment none: images have a short side of --eval_scale {cfg.eval_scale}; "
             "--train_scales has no effect."
         )
     if (cfg.mosaic or cfg.mixup) and epochs <= cfg.close_augment_epochs:

@@ -16,16 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.coco_json import (
-    Annotations,
-    CocoContent,
-    Images,
-    check_content,
-    parse_json,
-    read_bytes,
-)
-from datasets.findings import Finding
-from datasets.names import Names
+from datasets.arrays import Annotations, Images, Names
+from datasets.checks.coco_json import CocoContent, check_content, parse_json, read_bytes
+from datasets.checks.findings import Finding
 from util.classes import Classes
 
 _VERSION = 2  # of the arrays and of the checks that fill them

@@ -1,4 +1,4 @@
-"""Batches from data sets: collation, the order of pictures, and the two kinds of loader."""
+"""Batches from data sets: collation, the order of images, and the two kinds of loader."""
 
 import os
 import signal
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from datasets.coco import CocoDetection, Turn, seeded_generator
-from datasets.pictures import PictureDataset
+from datasets.dataset import CocoDetection, ImageFolder, SampleKey, seeded_generator
 from util.batch import Batch, Target, UnreadableImage, pad_images
 from util.cores import available_cores
 from util.errors import ConfigError
@@ -24,7 +23,7 @@ Item = tuple[Tensor, Target] | UnreadableImage
 
 
 def collate(items: Sequence[Item], *, pad_multiple: int = 1) -> Batch:
-    """Pad pictures to one size, of that multiple, and set those that could not be read apart."""
+    """Pad images to one size, of that multiple, and set those that could not be read apart."""
     read = [item for item in items if not isinstance(item, UnreadableImage)]
     return Batch(
         images=pad_images([i for i, _ in read], multiple=pad_multiple) if read else None,
@@ -33,7 +32,7 @@ def collate(items: Sequence[Item], *, pad_multiple: int = 1) -> Batch:
     )
 
 
-def leave_interrupts_to_the_main_process(worker: int) -> None:
+def ignore_sigint(worker: int) -> None:
     """Let a worker go on when all processes get Ctrl-C or SIGTERM: the main one saves first.
 
     After SIGTERM it lives half a minute at most, so that nothing waits for it in vain.
@@ -43,10 +42,10 @@ def leave_interrupts_to_the_main_process(worker: int) -> None:
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchSplit:
     """Which part of every effective batch a process takes, and in how many micro-batches.
 
-    An effective batch holds `batch_size * accumulation * world_size` pictures.
+    An effective batch holds `batch_size * accumulation * world_size` images.
     """
 
     batch_size: int
@@ -56,11 +55,11 @@ class Share:
 
     @property
     def effective(self) -> int:
-        """Return the pictures of a step on all processes."""
+        """Return the images of a step on all processes."""
         return self.batch_size * self.accumulation * self.world_size
 
 
-def share_out(effective: int, *, most: int, rank: int = 0, world_size: int = 1) -> Share:
+def split_batch(effective: int, *, most: int, rank: int = 0, world_size: int = 1) -> BatchSplit:
     """Divide an effective batch among processes, and each part into micro-batches.
 
     `most` bounds a micro-batch; an effective batch of 0 asks for one such in each process.
@@ -69,7 +68,7 @@ def share_out(effective: int, *, most: int, rank: int = 0, world_size: int = 1) 
         ConfigError: the processes cannot share it evenly.
     """
     if effective == 0:
-        return Share(most, 1, rank, world_size)
+        return BatchSplit(most, 1, rank, world_size)
     own, odd = divmod(effective, world_size)
     if odd:
         raise ConfigError(
@@ -77,7 +76,7 @@ def share_out(effective: int, *, most: int, rank: int = 0, world_size: int = 1) 
             f"processes. Take {max(own, 1) * world_size}, or other processes."
         )
     size = next(size for size in range(min(most, own), 0, -1) if own % size == 0)
-    return Share(size, own // size, rank, world_size)
+    return BatchSplit(size, own // size, rank, world_size)
 
 
 def loader_processes(num_workers: int) -> int:
@@ -99,12 +98,12 @@ def _start_method(num_workers: int) -> str | None:
 class ShuffledBatchSampler(Sampler[list[int]]):
     """Micro-batches whose order depends on (seed, epoch) alone.
 
-    The pictures of each effective batch depend on its size, not on how it is shared out. What is
+    The images of each effective batch depend on its size, not on how it is shared out. What is
     left over waits for another epoch's order. Data too small for one effective batch is one step,
-    repeating a picture where the processes do not share it evenly.
+    repeating an image where the processes do not share it evenly.
     """
 
-    def __init__(self, num_samples: int, share: Share, *, seed: int) -> None:
+    def __init__(self, num_samples: int, share: BatchSplit, *, seed: int) -> None:
         self._num_samples = num_samples
         self._share = share
         self._seed = seed
@@ -132,8 +131,8 @@ class ShuffledBatchSampler(Sampler[list[int]]):
         return self.steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        for pictures in islice(self._effective_batches(), self._first_step, None):
-            own = pictures[self._share.rank :: self._share.world_size]
+        for images in islice(self._effective_batches(), self._first_step, None):
+            own = images[self._share.rank :: self._share.world_size]
             for start in range(0, len(own), self._share.batch_size):
                 yield own[start : start + self._share.batch_size]
 
@@ -156,10 +155,10 @@ class ShuffledBatchSampler(Sampler[list[int]]):
 
 
 class AspectRatioBatchSampler(ShuffledBatchSampler):
-    """Shuffled batches that hold portrait or landscape pictures only, which saves padding."""
+    """Shuffled batches that hold portrait or landscape images only, which saves padding."""
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], share: Share, *, seed: int) -> None:
-        """Take the (height, width) of each picture."""
+    def __init__(self, sizes: Sequence[tuple[int, int]], share: BatchSplit, *, seed: int) -> None:
+        """Take the (height, width) of each image."""
         super().__init__(len(sizes), share, seed=seed)
         self._portrait = [height > width for height, width in sizes]
         portrait = sum(self._portrait)
@@ -182,7 +181,7 @@ class AspectRatioBatchSampler(ShuffledBatchSampler):
 
 
 class SameSizeBatchSampler(Sampler[list[int]]):
-    """Every picture once, in batches whose pictures have one size after the transform.
+    """Every image once, in batches whose images have one size after the transform.
 
     Nothing is padded then, so that results do not depend on the batch size. Large sizes come
     first: what does not fit into memory fails at once.
@@ -196,7 +195,7 @@ class SameSizeBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Take the (height, width) of each picture after the transform."""
+        """Take the (height, width) of each image after the transform."""
         groups: dict[tuple[int, int], list[int]] = {}
         for position, size in enumerate(sizes):
             groups.setdefault(size, []).append(position)
@@ -214,8 +213,8 @@ class SameSizeBatchSampler(Sampler[list[int]]):
         return iter(self._batches)
 
 
-class NumberedBatches(Sampler[list[Turn]]):
-    """The batches of a sampler, each picture with the number of its step in the epoch."""
+class NumberedBatches(Sampler[list[SampleKey]]):
+    """The batches of a sampler, each image with the number of its step in the epoch."""
 
     def __init__(self, order: ShuffledBatchSampler) -> None:
         self._order, self._first_step = order, 0
@@ -228,10 +227,10 @@ class NumberedBatches(Sampler[list[Turn]]):
     def __len__(self) -> int:
         return len(self._order)
 
-    def __iter__(self) -> Iterator[list[Turn]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         for number, batch in enumerate(self._order):
             step = self._first_step + number // self._order.accumulation
-            yield [Turn(position, step) for position in batch]
+            yield [SampleKey(position, step) for position in batch]
 
 
 class TrainLoader(DataLoader[Item]):
@@ -260,7 +259,7 @@ class TrainLoader(DataLoader[Item]):
             collate_fn=partial(collate, pad_multiple=pad_multiple),
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
-            worker_init_fn=leave_interrupts_to_the_main_process,
+            worker_init_fn=ignore_sigint,
             multiprocessing_context=_start_method(num_workers),
             # Its own generator: loading data leaves the model's random numbers alone.
             generator=seeded_generator(seed),
@@ -269,7 +268,7 @@ class TrainLoader(DataLoader[Item]):
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Choose order and augmentation of `epoch`; call it before each pass over the data.
 
-        A resumed epoch passes over its first steps without reading their pictures.
+        A resumed epoch passes over its first steps without reading their images.
         """
         self._augmentation.set_epoch(epoch)
         self._order.set_epoch(epoch, first_step)
@@ -277,7 +276,7 @@ class TrainLoader(DataLoader[Item]):
 
 def train_loader(
     dataset: CocoDetection,
-    share: Share,
+    share: BatchSplit,
     *,
     num_workers: int,
     seed: int,
@@ -302,7 +301,7 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: CocoDetection | PictureDataset,
+    dataset: CocoDetection | ImageFolder,
     *,
     batch_size: int,
     num_workers: int,
@@ -310,7 +309,7 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader[Item]:
-    """Return batches (`Batch`) of every picture once; the processes' shares do not overlap."""
+    """Return batches (`Batch`) of every image once; the processes' shares do not overlap."""
     num_workers = loader_processes(num_workers)
     sizes = [
         dataset.output_size(*size) or (0, 0) if all(size) else (0, 0)
@@ -325,7 +324,7 @@ def eval_loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        worker_init_fn=leave_interrupts_to_the_main_process,
+        worker_init_fn=ignore_sigint,
         multiprocessing_context=_start_method(num_workers),
         generator=seeded_generator(0),
     )

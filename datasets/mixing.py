@@ -1,4 +1,4 @@
-"""Training pictures made of several: mosaic and mixup."""
+"""Training images made of several: mosaic and mixup."""
 
 import math
 from collections.abc import Callable
@@ -17,16 +17,16 @@ from datasets.sample import (
 )
 
 Partner = Callable[[torch.Generator], Sample | None]
-_CENTRE = (0.3, 0.7)  # where a mosaic's four pictures meet, share of its sides
-_MOST_CUT = 16  # areas of a tile that a picture may be scaled to: strips would fill the memory
-_OWN_SHARE = (0.4, 0.6)  # of a pixel that two pictures mix
+_CENTRE = (0.3, 0.7)  # where a mosaic's four images meet, share of its sides
+_MOST_CUT = 16  # areas of a tile that an image may be scaled to: strips would fill the memory
+_OWN_SHARE = (0.4, 0.6)  # of a pixel that two images mix
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
     """Mosaic or mixup with the probabilities of these names, in epochs before `until`.
 
-    `until` lets training end on pictures as they are.
+    `until` lets training end on images as they are.
     """
 
     mosaic: float
@@ -49,9 +49,9 @@ class Mixing:
 
 
 def mosaic(samples: list[Sample], generator: torch.Generator) -> Sample:
-    """Return four pictures around a point, each cut to its quarter, in the size of the first.
+    """Return four images around a point, each cut to its quarter, in the size of the first.
 
-    A picture is scaled to cover its quarter, whatever part of it is cut away (after YOLOv4, arXiv
+    An image is scaled to cover its quarter, whatever part of it is cut away (after YOLOv4, arXiv
     2004.10934). Which quarter is whose is drawn.
     """
     _, height, width = samples[0].image.shape
@@ -62,7 +62,7 @@ def mosaic(samples: list[Sample], generator: torch.Generator) -> Sample:
     boxes, labels = [], []
     for number, sample in zip(torch.randperm(4, generator=generator), samples, strict=True):
         top, left, bottom, right = corners[int(number)]
-        if top == bottom or left == right:  # a picture one pixel wide has two quarters
+        if top == bottom or left == right:  # an image one pixel wide has two quarters
             continue
         tile = _cover(sample, (bottom - top, right - left), generator)
         image[:, top:bottom, left:right] = tile.image
@@ -73,7 +73,7 @@ def mosaic(samples: list[Sample], generator: torch.Generator) -> Sample:
 
 
 def mixup(sample: Sample, other: Sample, generator: torch.Generator) -> Sample:
-    """Return the first picture with the other blended into it, whole, with the boxes of both.
+    """Return the first image with the other blended into it, whole, with the boxes of both.
 
     Mixup of detectors (arXiv 1902.04103), without weights in the loss.
     """
@@ -93,7 +93,7 @@ def mixup(sample: Sample, other: Sample, generator: torch.Generator) -> Sample:
 
 
 def _cover(sample: Sample, size: Size, generator: torch.Generator) -> Sample:
-    """Scale a picture until it covers `size`, and cut it to that somewhere."""
+    """Scale an image until it covers `size`, and cut it to that somewhere."""
     factor = max(side / full for side, full in zip(size, sample.size, strict=True))
     if math.prod(sample.size) * factor**2 > _MOST_CUT * math.prod(size):
         sample, factor = _cut_strip(sample, size, factor, generator)

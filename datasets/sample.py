@@ -1,4 +1,4 @@
-"""A picture with its boxes, and the elementary steps that change both together.
+"""An image with its boxes, and the elementary steps that change both together.
 
 Pixels stay 8-bit until `normalise`; tensors of them lie channels last in memory, which resizing
 is vectorised for.
@@ -19,9 +19,9 @@ Size = tuple[int, int]  # (height, width)
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture [3,h,w] uint8 RGB with boxes [K,4] xyxy and labels [K].
+    """An image [3,h,w] uint8 RGB with boxes [K,4] xyxy and labels [K].
 
-    Boxes are in pixels of `size`, the (height, width) that the picture counts as; a picture that
+    Boxes are in pixels of `size`, the (height, width) that the image counts as; an image that
     was decoded at a fraction of it has fewer pixels until it is resized.
     """
 
@@ -40,13 +40,13 @@ class Prepared:
     labels: Tensor
 
 
-def to_pixels(picture: Image.Image) -> Tensor:
-    """Return an RGB picture as uint8 [3,H,W], channels last in memory."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def to_pixels(image: Image.Image) -> Tensor:
+    """Return an RGB image as uint8 [3,H,W], channels last in memory."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def to_picture(image: Tensor) -> Image.Image:
-    """Return uint8 [3,H,W] as an RGB picture."""
+def to_image(image: Tensor) -> Image.Image:
+    """Return uint8 [3,H,W] as an RGB image."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
@@ -69,15 +69,15 @@ def resized_size(height: int, width: int, size: int, max_size: int | None) -> Si
 
 
 def resize(sample: Sample, size: Size, *, exact: bool = False) -> Sample:
-    """Scale picture and boxes to (height, width), bilinear and antialiased.
+    """Scale image and boxes to (height, width), bilinear and antialiased.
 
     `exact` takes Pillow's arithmetic, several times slower and a step of 8 bits apart at most.
     """
     image = sample.image
     if tuple(image.shape[-2:]) != size and exact:
         height, width = size
-        picture = to_picture(image).resize((width, height), Image.Resampling.BILINEAR)
-        image = to_pixels(picture)
+        resized = to_image(image).resize((width, height), Image.Resampling.BILINEAR)
+        image = to_pixels(resized)
     elif tuple(image.shape[-2:]) != size:
         image = pixels.resize(image, list(size), antialias=True)
     if sample.size == size:
@@ -105,7 +105,7 @@ def crop(sample: Sample, left: int, top: int, width: int, height: int) -> Sample
 def random_crop(sample: Sample, sides: tuple[int, int], generator: torch.Generator) -> Sample:
     """Cut a rectangle out whose sides are drawn between the two of `sides` (pixels).
 
-    A picture smaller than the least side keeps that side whole.
+    An image smaller than the least side keeps that side whole.
     """
     full_height, full_width = sample.size
     width, height = (_crop_side(full, sides, generator) for full in (full_width, full_height))
@@ -115,7 +115,7 @@ def random_crop(sample: Sample, sides: tuple[int, int], generator: torch.Generat
 
 
 def clip_boxes(sample: Sample) -> Sample:
-    """Clip boxes to the picture and drop those without area."""
+    """Clip boxes to the image and drop those without area."""
     height, width = sample.size
     bounds = torch.tensor([width, height, width, height], dtype=sample.boxes.dtype)
     boxes = torch.minimum(sample.boxes.clamp(min=0), bounds)
@@ -126,7 +126,7 @@ def clip_boxes(sample: Sample) -> Sample:
 def normalise(
     sample: Sample, mean: Sequence[float], std: Sequence[float], *, exact: bool = False
 ) -> Prepared:
-    """Turn the picture into a tensor in 0..1, less `mean`, over `std` (per channel).
+    """Turn the image into a tensor in 0..1, less `mean`, over `std` (per channel).
 
     `exact` has the official order of operations, and so its last bits.
     """

@@ -1,4 +1,4 @@
-"""Draw one picture of the generated `shapes` set, with the exact extent of every object."""
+"""Draw one image of the generated `shapes` set, with the exact extent of every object."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-SUBPIXELS = 4  # masks are drawn this much finer than the picture, in each direction
+SUBPIXELS = 4  # masks are drawn this much finer than the image, in each direction
 MIN_VISIBLE = 0.75  # an object may lose at most a quarter of itself to the ones drawn over it
-SIZE = (288, 216)  # of a picture: one for all, so that no batch is padded
+SIZE = (288, 216)  # of an image: one for all, so that no batch is padded
 SMALLEST, LARGEST = 20, 150  # size of an object, pixels
 MAX_OBJECTS = 12
 _ATTEMPTS = 8
@@ -77,7 +77,7 @@ class _Placed:
 
     @property
     def window(self) -> tuple[slice, slice]:
-        """Rows and columns of the picture."""
+        """Rows and columns of the image."""
         height, width = (side // SUBPIXELS for side in self.mask.shape)
         return slice(self.top, self.top + height), slice(self.left, self.left + width)
 
@@ -105,8 +105,8 @@ class _Placed:
         return DrawnObject(self.category_id, box, float(self.mask.sum() / SUBPIXELS**2))
 
 
-def draw_picture(rng: np.random.Generator) -> tuple[Image.Image, list[DrawnObject]]:
-    """Draw a picture with 1 to 12 objects, later ones on top."""
+def draw_image(rng: np.random.Generator) -> tuple[Image.Image, list[DrawnObject]]:
+    """Draw an image with 1 to 12 objects, later ones on top."""
     width, height = SIZE
     canvas = _background(rng, width, height)
     placed: list[_Placed] = []
@@ -161,7 +161,7 @@ def _random_object(rng: np.random.Generator, width: int, height: int) -> _Placed
     name = list(OUTLINES)[int(rng.integers(len(OUTLINES)))]
     largest = min(LARGEST, 0.7 * min(width, height))
     size = float(rng.uniform(np.sqrt(SMALLEST), np.sqrt(largest)) ** 2)  # small ones more often
-    margin = 0.3 * size  # the picture's border may cut an object, but not its middle
+    margin = 0.3 * size  # the image's border may cut an object, but not its middle
     centre = rng.uniform((margin, margin), (width - margin, height - margin))
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = np.cos(angle), np.sin(angle)
@@ -180,7 +180,7 @@ def _random_object(rng: np.random.Generator, width: int, height: int) -> _Placed
 
 
 def _paint(rng: np.random.Generator, canvas: FloatArray, new: _Placed) -> None:
-    """Blend the object into the picture by its coverage of each pixel."""
+    """Blend the object into the image by its coverage of each pixel."""
     fine = Image.fromarray(np.where(new.mask, 255, 0).astype(np.uint8))
     coverage = np.asarray(fine.reduce(SUBPIXELS), dtype=np.float32)[..., None] / 255
     width = coverage.shape[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from datasets.shape_drawing import CATEGORY_IDS, draw_picture
+from datasets.shape_drawing import CATEGORY_IDS, draw_image
 from util.errors import DataError, UserError
 
 _VERSION = 4  # counts changes of the drawing, so that an old folder is not taken for a new one
@@ -19,7 +19,7 @@ _FIRST_IMAGE_ID = {"train": 1, "val": 500_000}
 def generate_shapes(output_dir: Path, *, num_train: int, num_val: int, seed: int) -> None:
     """Write train2017/, val2017/ and annotations/ of drawn shapes with their exact boxes.
 
-    A picture depends on (seed, split, index) alone. A folder that already holds exactly this set
+    An image depends on (seed, split, index) alone. A folder that already holds exactly this set
     is left as it is; an interrupted run leaves none.
 
     Raises:
@@ -46,7 +46,7 @@ def _info(split: str, count: int, seed: int) -> dict[str, Any]:
         "generator": "shapes",
         "generator_version": _VERSION,
         "split": split,
-        "num_images": count,
+        "num_pictures": count,
         "seed": seed,
     }
 
@@ -69,30 +69,30 @@ def _check_existing(folder: Path, counts: dict[str, int], seed: int) -> None:
             )
         if found != _info(split, count, seed):
             raise DataError(
-                f"--output_dir {folder}: expected {count} {split} pictures of seed {seed} (drawing "
-                f"version {_VERSION}), got {found.get('num_images')} of seed {found.get('seed')} "
+                f"--output_dir {folder}: expected {count} {split} images of seed {seed} (drawing "
+                f"version {_VERSION}), got {found.get('num_pictures')} of seed {found.get('seed')} "
                 f"(version {found.get('generator_version')}). Delete it or choose another folder."
             )
         if sum(1 for _ in (folder / f"{split}2017").glob("*.jpg")) != count:
             raise DataError(
-                f"{folder / f'{split}2017'}: expected {count} pictures, some are gone. "
+                f"{folder / f'{split}2017'}: expected {count} images, some are gone. "
                 "Delete the folder and generate it again."
             )
 
 
 def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
-    pictures = folder / f"{split}2017"
-    pictures.mkdir()
+    image_dir = folder / f"{split}2017"
+    image_dir.mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(count):
         rng = np.random.default_rng((seed, list(_FIRST_IMAGE_ID).index(split), index))
-        picture, objects = draw_picture(rng)
+        image, objects = draw_image(rng)
         image_id = _FIRST_IMAGE_ID[split] + index
         name = f"{image_id:06d}.jpg"
-        picture.save(pictures / name, quality=92, subsampling=0)
+        image.save(image_dir / name, quality=92, subsampling=0)
         images.append(
-            {"id": image_id, "file_name": name, "width": picture.width, "height": picture.height}
+            {"id": image_id, "file_name": name, "width": image.width, "height": image.height}
         )
         for one in objects:
             annotations.append(
@@ -128,7 +128,7 @@ def _main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{args.output_dir}: {args.num_train} training and {args.num_val} validation pictures.")
+    print(f"{args.output_dir}: {args.num_train} training and {args.num_val} validation images.")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Joint preparation of a picture and its boxes: DETR's recipe, and stronger."""
+"""Joint preparation of an image and its boxes: DETR's recipe, and stronger."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,21 +24,21 @@ _LONGEST_BEFORE_CROP = 16  # times max_size: else a line of 1 x 2000 pixels woul
 
 
 class Transform(Protocol):
-    """Prepares a sample; random numbers are `generator`'s, those a batch shares `of_batch`'s."""
+    """Prepares a sample, with draws of its own from `generator`, shared from `batch_generator`."""
 
     def __call__(
-        self, sample: Sample, generator: torch.Generator, of_batch: torch.Generator
+        self, sample: Sample, generator: torch.Generator, batch_generator: torch.Generator
     ) -> Prepared:
-        """Return the picture as the model takes it."""
+        """Return the image as the model takes it."""
 
     def output_size(self, height: int, width: int) -> Size | None:
-        """Return the prepared (height, width) of a picture, None where it is random."""
+        """Return the prepared (height, width) of an image, None where it is random."""
 
     def largest_size(self, height: int, width: int) -> Size:
-        """Return the most that a picture of this size may get to be."""
+        """Return the most that an image of this size may get to be."""
 
     def decoded_size(self, height: int, width: int) -> Size:
-        """Return the least (height, width) that a picture of this size may be decoded at."""
+        """Return the least (height, width) that an image of this size may be decoded at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class TrainTransform:
     crop, where only strips would be larger than memory; `crop_size` holds the least and greatest
     side of the crop; `hflip`, `zoom_out` and `color_jitter` are probabilities; `scale_jitter` holds
     the least and greatest factor on the last scale, or nothing. With `one_scale_per_batch`,
-    pictures of one size keep one size, and nothing is padded.
+    images of one size keep one size, and nothing is padded.
     """
 
     train_scales: tuple[int, ...]
@@ -66,7 +66,7 @@ class TrainTransform:
     color_jitter: float = 0.0
 
     def __call__(
-        self, sample: Sample, generator: torch.Generator, of_batch: torch.Generator
+        self, sample: Sample, generator: torch.Generator, batch_generator: torch.Generator
     ) -> Prepared:
         """Augment and normalise."""
         if draw_chance(self.hflip, generator):
@@ -76,7 +76,9 @@ class TrainTransform:
             longest = _LONGEST_BEFORE_CROP * self.max_size
             sample = resize(sample, resized_size(*sample.size, scale, longest))
             sample = random_crop(sample, self.crop_size, generator)
-        scale = _choose(self.train_scales, of_batch if self.one_scale_per_batch else generator)
+        scale = _choose(
+            self.train_scales, batch_generator if self.one_scale_per_batch else generator
+        )
         size = resized_size(*sample.size, scale, self.max_size)
         if self.zoom_out and draw_chance(self.zoom_out, generator):
             fill = tuple(round(255 * value) for value in self.mean)  # as padding looks
@@ -94,7 +96,7 @@ class TrainTransform:
         return None
 
     def largest_size(self, height: int, width: int) -> Size:
-        """Return the most (height, width) that an uncropped picture of this size may get."""
+        """Return the most (height, width) that an uncropped image of this size may get."""
         return resized_size(height, width, max(self.train_scales), self.max_size)
 
     def decoded_size(self, height: int, width: int) -> Size:
@@ -119,14 +121,14 @@ class EvalTransform:
     std: tuple[float, ...]
 
     def __call__(
-        self, sample: Sample, generator: torch.Generator, of_batch: torch.Generator
+        self, sample: Sample, generator: torch.Generator, batch_generator: torch.Generator
     ) -> Prepared:
         """Resize and normalise."""
         size = resized_size(*sample.size, self.eval_scale, self.max_size)
         return normalise(resize(sample, size, exact=True), self.mean, self.std, exact=True)
 
     def output_size(self, height: int, width: int) -> Size | None:
-        """Return the (height, width) that a picture of this size will have."""
+        """Return the (height, width) that an image of this size will have."""
         return resized_size(height, width, self.eval_scale, self.max_size)
 
     def largest_size(self, height: int, width: int) -> Size:

@@ -1,0 +1,3 @@
+"""Training, evaluation and the commands."""
+
+import util  # noqa: F401  before torch

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from util.console import console
 from util.errors import CheckpointError
-from util.run_log import console
-from util.safe_load import check_content, load_safely, save_whole, written_whole
+from util.tensor_files import check_content, load_safely, save_whole, written_whole
 
 KEYS = (
     "model",

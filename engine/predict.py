@@ -1,4 +1,4 @@
-"""Detection in pictures without annotations: drawn copies and one JSON file."""
+"""Detection in images without annotations: drawn copies and one JSON file."""
 
 import json
 import os
@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from engine.evaluate import PostProcessor, detect
+from engine.evaluation.evaluate import PostProcessor, detect
 from util.batch import Batch
 from util.classes import Classes
+from util.console import console
 from util.draw import draw_boxes
 from util.errors import ConfigError, DataError
 from util.files import make_output_dir, write_atomic
-from util.run_log import console
 
 _KEPT_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -27,21 +27,21 @@ def predict(
     batches: Iterable[Batch],
     *,
     paths: Sequence[Path],
-    read_picture: Callable[[Path], Image.Image],
+    read_image: Callable[[Path], Image.Image],
     classes: Classes,
     output_dir: Path,
     device: torch.device,
     score_thresholds: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """Write a drawn copy of each picture and `predictions.json`; return what that holds.
+    """Write a drawn copy of each image and `predictions.json`; return what that holds.
 
-    The `image_id` of a target is the position in `paths`; `read_picture` decodes one upright.
+    The `image_id` of a target is the position in `paths`; `read_image` decodes one upright.
     Boxes that reach their label's of `score_thresholds` are drawn, the file has all: COCO results
-    with the picture's and the category's name. Unreadable pictures are named and left out.
+    with the image's and the category's name. Unreadable images are named and left out.
 
     Raises:
-        ConfigError: a drawn copy would overwrite one of the pictures.
-        DataError: no picture could be read.
+        ConfigError: a drawn copy would overwrite one of the images.
+        DataError: no image could be read.
     """
     names = relative_names(paths)
     outputs = output_paths(names, output_dir)
@@ -54,25 +54,25 @@ def predict(
         for target, detection in zip(batch.targets, found, strict=True):
             i = int(target["image_id"])
             detection = _named_only(detection, classes)
-            image, count = _draw(read_picture(paths[i]), detection, classes, score_thresholds)
+            image, count = _draw(read_image(paths[i]), detection, classes, score_thresholds)
             _save(image, outputs[i])
             predictions += _to_json(i, names[i], detection, classes)
             done, drawn = done + 1, drawn + count
     if not done:
-        raise DataError(f"--input: expected pictures, got {unreadable} that cannot be read.")
+        raise DataError(f"--input: expected images, got {unreadable} that cannot be read.")
     predictions.sort(key=lambda p: (p["image_id"], -p["score"]))
     write_atomic(output_dir / "predictions.json", json.dumps(predictions, indent=1) + "\n")
     least = sorted({t for k, t in enumerate(score_thresholds) if classes.in_use(k)})
     reached = f"score {least[0]}" if len(least) == 1 else "their class's score threshold"
     console(
-        f"written to {output_dir}: {done} pictures with {drawn} boxes of {reached} or more, "
-        "predictions.json" + (f"; {unreadable} pictures could not be read" if unreadable else "")
+        f"written to {output_dir}: {done} images with {drawn} boxes of {reached} or more, "
+        "predictions.json" + (f"; {unreadable} images could not be read" if unreadable else "")
     )
     return predictions
 
 
 def relative_names(paths: Sequence[Path]) -> list[Path]:
-    """Return the pictures' names relative to the deepest folder that holds them all."""
+    """Return the images' names relative to the deepest folder that holds them all."""
     absolute = [Path(os.path.abspath(path)) for path in paths]
     if not absolute:
         return []
@@ -81,7 +81,7 @@ def relative_names(paths: Sequence[Path]) -> list[Path]:
 
 
 def output_paths(names: Sequence[Path], output_dir: Path) -> list[Path]:
-    """Return where the drawn copies go: PNG and JPEG as the picture is, PNG for all others.
+    """Return where the drawn copies go: PNG and JPEG as the image is, PNG for all others.
 
     A name that is taken, be it in other case, gets a number.
     """

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from util.console import console
 from util.distributed import World
 from util.errors import ConfigError
 from util.files import make_output_dir
-from util.run_log import console
 
 if sys.platform != "win32":
     import fcntl
@@ -25,7 +25,7 @@ _HELD = (errno.EACCES, errno.EAGAIN)
 
 
 @contextlib.contextmanager
-def only_run_in(folder: Path, world: World) -> Iterator[None]:
+def run_lock(folder: Path, world: World) -> Iterator[None]:
     """Make a run's folder, and keep the runs of other processes out of it.
 
     The main process holds it. The system lets go of it when that process ends, however it does,

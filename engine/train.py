@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from engine.ema import Ema
-from engine.memory import memory_advice, out_of_memory
-from engine.nonfinite import first_nonfinite
+from engine.guards.memory import memory_advice, out_of_memory
+from engine.guards.nonfinite import first_nonfinite
+from engine.metrics import StepLog, StepRecord
 from engine.precision import Precision
-from engine.step_log import StepLog, StepRecord
 from util.batch import Batch, PaddedBatch, Target, UnreadableImage, pad_images
+from util.console import console
 from util.distributed import World
 from util.errors import UserError
-from util.run_log import console
 
-_BLANK_SIDE = 64  # pixels of the picture that stands in where a process has none
+_BLANK_SIDE = 64  # pixels of the image that stands in where a process has none
 
 
 class Criterion(Protocol):
@@ -39,13 +39,13 @@ class Criterion(Protocol):
 
 
 class UnreadableImages:
-    """Names each picture that cannot be read once, and keeps them by path."""
+    """Names each image that cannot be read once, and keeps them by path."""
 
     def __init__(self) -> None:
         self.images: dict[str, UnreadableImage] = {}
 
     def report(self, batch: Batch) -> None:
-        """Print the batch's unreadable pictures that were not printed before."""
+        """Print the batch's unreadable images that were not printed before."""
         for image in batch.unreadable:
             if image.path not in self.images:
                 self.images[image.path] = image
@@ -138,7 +138,7 @@ class StepRunner:
         for group in grouped(batches, self.accumulation):
             for batch in group:
                 self.unreadable.report(batch)
-            boxes, pictures, stop = self.world.sum(
+            boxes, images, stop = self.world.sum(
                 [
                     sum(len(t["labels"]) for batch in group for t in batch.targets),
                     sum(len(batch.targets) for batch in group),
@@ -148,7 +148,7 @@ class StepRunner:
             if stop:
                 break
             timer.mark("data")
-            if pictures:
+            if images:
                 self._guarded_step(group, max(boxes, 1.0) / self.world.size, epoch)
             self.step += 1
             flushing = self.step % self.flush_every == 0
@@ -178,7 +178,7 @@ class StepRunner:
     def _step(self, group: Sequence[Batch], num_boxes: float, epoch: int) -> None:
         """Forward and backward of every micro-batch, then the update."""
         self.optimizer.zero_grad(set_to_none=True)
-        # without a picture a process still answers the others' exchange of gradients
+        # without an image a process still answers the others' exchange of gradients
         used = [b for b in group if b.images is not None or self.world.size > 1]
         following = self._uploads.start(inputs_of(used[0])[0])
         total, module = None, ""
@@ -186,7 +186,7 @@ class StepRunner:
             images = self._uploads.wait(following)
             if i + 1 < len(used):
                 following = self._uploads.start(inputs_of(used[i + 1])[0])
-            shares = num_boxes if batch.targets else float("inf")  # a blank picture counts nothing
+            shares = num_boxes if batch.targets else float("inf")  # a blank image counts nothing
             with self._exchange(last=i + 1 == len(used)):
                 losses, where = self.backward(images, inputs_of(batch)[1], shares)
             module = module or where
@@ -277,7 +277,7 @@ class StepRunner:
 
 
 def inputs_of(batch: Batch) -> tuple[PaddedBatch, Sequence[Target]]:
-    """Return a batch's pictures and targets, or a blank picture where none could be read."""
+    """Return a batch's images and targets, or a blank image where none could be read."""
     if batch.images is not None:
         return batch.images, batch.targets
     empty = {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
@@ -285,7 +285,7 @@ def inputs_of(batch: Batch) -> tuple[PaddedBatch, Sequence[Target]]:
 
 
 def without_boxes(target: Target) -> Target:
-    """Return a target of the same picture with no box."""
+    """Return a target of the same image with no box."""
     return {**target, "labels": target["labels"][:0], "boxes": target["boxes"][:0]}
 
 

@@ -22,16 +22,17 @@ from engine.checkpoint import (
     save_checkpoint,
     set_rng_state,
 )
-from engine.evaluate import Interrupted
-from engine.launch import STOP_SIGNALS
-from engine.step_log import official_log_values
-from engine.step_timer import shares
+from engine.evaluation.evaluate import Interrupted
+from engine.guards.timer import shares
+from engine.metrics import official_log_values
+from engine.processes import STOP_SIGNALS
+from engine.run_log import RunLog
 from engine.train import StepRunner
 from engine.validation import Validation
+from util.console import console
 from util.errors import CheckpointError
 from util.files import write_atomic
 from util.plot import plot_curves
-from util.run_log import RunLog, console
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 _SAME_REQUEST = 2.0  # seconds in which a launcher or terminal may send its signal again
@@ -220,7 +221,7 @@ class Trainer:
         }
 
     def _list_unreadable(self) -> int:
-        """Count the training pictures that any process could not read; list them in the report."""
+        """Count the training images that any process could not read; list them in the report."""
         runner = self.runner
         gathered = runner.world.gather(runner.unreadable.images)
         found = {image.path: asdict(image) for images in gathered for image in images.values()}

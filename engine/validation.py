@@ -11,20 +11,21 @@ from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from engine.analysis.thresholds import thresholds_by_name
-from engine.coco_evaluator import CocoEvaluator, EvalResult, save_results
-from engine.evaluate import PostProcessor, evaluate
+from engine.evaluation.evaluate import PostProcessor, evaluate
+from engine.evaluation.evaluator import CocoEvaluator, EvalResult, save_results
+from engine.evaluation.outcomes import thresholds_by_name
+from engine.run_log import RunLog
 from engine.train import StepRunner, diverged
 from util.batch import Batch
+from util.console import console
 from util.distributed import World
-from util.run_log import RunLog, console
 
 
 @dataclass
 class Validation:
     """What evaluating a run needs.
 
-    `draw` makes pictures from the evaluator and names them; they go to TensorBoard and to
+    `draw` makes images from the evaluator and names them; they go to TensorBoard and to
     `pictures/`. `thresholds` are the last evaluation's best, by class name, in the main process.
     """
 
@@ -61,7 +62,7 @@ class Validation:
         share_statistics(runner.model, runner.world)
         started, evaluator = time.perf_counter(), self.make_evaluator()
         try:
-            # pictures of many sizes, not worth compiling for
+            # images of many sizes, not worth compiling for
             with torch.compiler.set_stance("force_eager"):
                 result, losses = evaluate(
                     runner.model,
@@ -101,17 +102,17 @@ class Validation:
         self.log.scalars(step, {f"{curve}/{name}": v for name, v in result.stats.items()})
         self.log.scalars(step, {f"{curve}/{n}": losses[n] for n in ("loss",) if n in losses})
         folder = self.output_dir / "pictures"
-        for name, picture in self.draw(evaluator).items():
+        for name, image in self.draw(evaluator).items():
             folder.mkdir(exist_ok=True)
-            picture.save(folder / f"{name}.png")
-            self.log.picture(f"{curve}/{name}", picture, step)
+            image.save(folder / f"{name}.png")
+            self.log.image(f"{curve}/{name}", image, step)
 
 
 @torch.no_grad()
 def share_statistics(model: nn.Module, world: World) -> None:
     """Give all processes the main one's batch-norm statistics, which are those that are saved.
 
-    In training each takes in its own pictures, until the next step begins with the main one's.
+    In training each takes in its own images, until the next step begins with the main one's.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     if world.size == 1 or not norms:

@@ -9,7 +9,7 @@ from models.backbones import Joiner, create_backbone
 from models.criterion import SetCriterion
 from models.decoder import DeformableDecoder, DeformableDecoderLayer
 from models.deformable_detr import DeformableDETR, DetectionHeads
-from models.encoder import DeformableEncoder, DeformableEncoderLayer
+from models.encoders.deformable import DeformableEncoder, DeformableEncoderLayer
 from models.matcher import HungarianMatcher
 from models.position_encoding import build_position_encoding
 from models.transformer import DeformableTransformer

@@ -97,12 +97,12 @@ class SetCriterion:
         exact = torch.promote_types(logits.dtype, torch.float32)
         logits, boxes = logits.to(exact), boxes.to(exact)
         layer = torch.arange(len(logits), device=logits.device)[:, None]  # [G,1]
-        labels = targets.labels[matches.picture, matches.target]  # [G,P]
+        labels = targets.labels[matches.image, matches.target]  # [G,P]
         wanted = torch.zeros_like(logits)
-        wanted[layer, matches.picture, matches.query, labels] = 1.0
+        wanted[layer, matches.image, matches.query, labels] = 1.0
         focal = sigmoid_focal_loss(logits, wanted, alpha=self.focal_alpha)
-        predicted = boxes[layer, matches.picture, matches.query]  # [G,P,4]
-        actual = targets.boxes[matches.picture, matches.target].to(exact)
+        predicted = boxes[layer, matches.image, matches.query]  # [G,P,4]
+        actual = targets.boxes[matches.image, matches.target].to(exact)
         giou = generalized_iou(cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(actual))
         return {
             "loss_ce": focal.sum((1, 2, 3)),
@@ -122,7 +122,7 @@ def class_error(logits: Tensor, targets: PaddedTargets, matches: Matches) -> Ten
 
     Shape: logits [N,Q,classes]; 0 where nothing is matched.
     """
-    best = logits[matches.picture, matches.query[-1]].argmax(-1)
-    actual = targets.labels[matches.picture, matches.target[-1]]
+    best = logits[matches.image, matches.query[-1]].argmax(-1)
+    actual = targets.labels[matches.image, matches.target[-1]]
     wrong = (best != actual).sum().to(torch.float32)
-    return 100 * wrong / max(len(matches.picture), 1)
+    return 100 * wrong / max(len(matches.image), 1)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.checkpointing import checkpointed
-from models.encoder import FeatureLevels
 from models.layers import Dropout, ExactLayerNorm, inverse_sigmoid
+from models.levels import FeatureLevels
+from models.recompute import checkpointed
 from ops import MSDeformAttn
 
 # N batch, Q queries, S tokens, L levels, C width.

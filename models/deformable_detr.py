@@ -17,7 +17,7 @@ from util.batch import PaddedBatch
 
 
 class DetectorOutput(TypedDict, total=False):
-    """Predictions. Boxes are normalised cxcywh relative to the unpadded picture.
+    """Predictions. Boxes are normalised cxcywh relative to the unpadded image.
 
     `pred_logits` [N,Q,classes] and `pred_boxes` [N,Q,4] are the last decoder layer's;
     `layer_logits` and `layer_boxes` hold every supervised layer, [layers,N,Q,...], the last one
@@ -125,7 +125,7 @@ class DeformableDETR(nn.Module):
         source = maps[-1]  # the first extra level comes from the raw last map
         for projection in self.input_proj[len(maps) :]:
             source = projection(source)
-            mask, encoding = self.backbone.locate(batch.mask, source)
+            mask, encoding = self.backbone.encode_position(batch.mask, source)
             features.append(source)
             masks.append(mask)
             pos.append(encoding)

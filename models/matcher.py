@@ -13,14 +13,14 @@ from torch import Tensor
 from util.batch import Target
 from util.box_ops import cxcywh_to_xyxy, generalized_iou
 
-# G prediction layers, N batch, Q predictions, T targets of a picture (padded to the most).
+# G prediction layers, N batch, Q predictions, T targets of an image (padded to the most).
 
 
 @dataclass(frozen=True)
 class PaddedTargets:
     """Targets of a batch in rectangular tensors.
 
-    Shape: labels [N,T] (0 where padded); boxes [N,T,4] cxcywh; counts per picture.
+    Shape: labels [N,T] (0 where padded); boxes [N,T,4] cxcywh; counts per image.
     """
 
     labels: Tensor
@@ -32,11 +32,11 @@ class PaddedTargets:
 class Matches:
     """Matched pairs of every layer; each layer has the same number P of them.
 
-    Shape: picture [P]; query and target [G,P]: prediction `query[g, p]` of picture `picture[p]`
-    stands for that picture's target `target[g, p]`.
+    Shape: image [P]; query and target [G,P]: prediction `query[g, p]` of image `image[p]`
+    stands for that image's target `target[g, p]`.
     """
 
-    picture: Tensor
+    image: Tensor
     query: Tensor
     target: Tensor
 
@@ -97,7 +97,7 @@ class HungarianMatcher:
     def __call__(self, groups: Sequence[tuple[Tensor, Tensor, PaddedTargets]]) -> list[Matches]:
         """Assign every target of every layer of every group, with one transfer to the host.
 
-        Shape: each group is logits [G,N,Q,classes], boxes [G,N,Q,4] and its targets; a picture
+        Shape: each group is logits [G,N,Q,classes], boxes [G,N,Q,4] and its targets; an image
             with more targets than predictions keeps its Q cheapest.
 
         Raises:
@@ -114,23 +114,23 @@ class HungarianMatcher:
 
 
 def _assign(cost: "np.ndarray[Any, Any]", counts: Sequence[int], device: torch.device) -> Matches:
-    """Solve every layer and picture of a cost block [G,N,Q,T] on the host."""
+    """Solve every layer and image of a cost block [G,N,Q,T] on the host."""
     layers, _, num_queries, _ = cost.shape
     kept = [min(count, num_queries) for count in counts]
     query = np.empty((layers, sum(kept)), dtype=np.int64)
     target = np.empty_like(query)
     for layer in range(layers):
         start = 0
-        for picture, count in enumerate(counts):
-            block = cost[layer, picture, :, :count]
+        for image, count in enumerate(counts):
+            block = cost[layer, image, :, :count]
             if not np.isfinite(block).all():
                 raise FloatingPointError(
-                    f"the matching cost of picture {picture} of the batch is not finite"
+                    f"the matching cost of image {image} of the batch is not finite"
                 )
-            end = start + kept[picture]
+            end = start + kept[image]
             query[layer, start:end], target[layer, start:end] = linear_sum_assignment(block)
             start = end
-    pictures = np.repeat(np.arange(len(counts)), kept)
-    packed = torch.from_numpy(np.concatenate([pictures[None], query, target]))
+    images = np.repeat(np.arange(len(counts)), kept)
+    packed = torch.from_numpy(np.concatenate([images[None], query, target]))
     packed = packed.to(device, non_blocking=True)
     return Matches(packed[0], packed[1 : layers + 1], packed[layers + 1 :])

@@ -11,7 +11,7 @@ _CANDIDATES = 3  # for each detection, where some are suppressed
 
 
 class PostProcess:
-    """Keep the best (query, class) pairs of each picture.
+    """Keep the best (query, class) pairs of each image.
 
     A model trained to the end finds each object once. One that was trained for minutes has not yet
     learned to, and gains much by `nms_iou` below 1: of two boxes of a class whose IoU is greater,
@@ -23,12 +23,12 @@ class PostProcess:
 
     @torch.no_grad()
     def __call__(self, outputs: DetectorOutput, orig_sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Return `scores` [K], `labels` [K] and `boxes` [K,4] of each picture, best first.
+        """Return `scores` [K], `labels` [K] and `boxes` [K,4] of each image, best first.
 
-        K is the same for all pictures unless some are suppressed.
+        K is the same for all images unless some are suppressed.
 
         Shape: orig_sizes [N,2] as (height, width) in pixels. Units: boxes are xyxy pixels of the
-            original picture, not clipped to it.
+            original image, not clipped to it.
         """
         exact = torch.promote_types(outputs["pred_logits"].dtype, torch.float32)
         probability = outputs["pred_logits"].to(exact).sigmoid()

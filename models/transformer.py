@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from models.decoder import DecoderOutput, DeformableDecoder
-from models.encoder import DeformableEncoder, FeatureLevels
+from models.encoders.deformable import DeformableEncoder
 from models.layers import ExactLayerNorm, ExactLinear
-from models.two_stage import proposal_embedding, select_proposals, token_proposals
+from models.levels import FeatureLevels, valid_ratio
+from models.queries import proposal_embedding, select_proposals, token_proposals
 from ops import MSDeformAttn
 from ops.reference import level_sizes
 
@@ -126,11 +127,3 @@ class DeformableTransformer(nn.Module):
         query_pos, queries = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=-1)
         decoded = self.decoder(queries, query_pos, reference, memory, levels)
         return TransformerOutput(decoded, logits, box_logits.sigmoid())
-
-
-def valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the unpadded fraction of a level's width and height. Shape: [N,H,W] -> [N,2]."""
-    exact = torch.promote_types(dtype, torch.float32)
-    width = (~mask[:, 0]).to(exact).mean(-1)
-    height = (~mask[:, :, 0]).to(exact).mean(-1)
-    return torch.stack([width, height], dim=-1)

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (arXiv 2010.04159, Eq. 3)."""
 
 from .backends import use_backend
-from .errors import BackendError
+from .call import BackendError
 from .module import MSDeformAttn
 from .ms_deform_attn import fused_ms_deform_attn, ms_deform_attn
 

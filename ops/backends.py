@@ -8,10 +8,9 @@ from collections.abc import Iterator
 
 import torch
 
-from .call import Backend
+from .call import Backend, BackendError
 from .cpu import CpuBackend
 from .cuda import CudaBackend
-from .errors import BackendError
 from .reference import ReferenceBackend
 from .triton_backend import TritonBackend
 

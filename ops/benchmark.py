@@ -42,7 +42,7 @@ class Case:
     batch: int = 1
 
 
-_LARGE = ((100, 134), (50, 67), (25, 34), (13, 17))  # an 800 x 1066 picture
+_LARGE = ((100, 134), (50, 67), (25, 34), (13, 17))  # an 800 x 1066 image
 _SQUARE = ((64, 64), (32, 32), (16, 16), (8, 8))  # 512 x 512
 CASES = {
     "encoder_800": Case(_LARGE, None),

@@ -15,8 +15,8 @@ import sys
 import torch
 
 from . import cache, compiler, nvrtc
+from .call import BackendError
 from .cuda import Kind
-from .errors import BackendError
 
 _CHANNELS = (16, 32)  # a head: widths of 128 and 256 with 8 heads
 _LEVELS = (1, 3, 4)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .errors import BackendError
+from .call import BackendError
 
 SOURCES = Path(__file__).parent / "csrc"
 

@@ -87,3 +87,7 @@ class Backend(Protocol):
 def arithmetic_dtype(storage: torch.dtype) -> torch.dtype:
     """Return the dtype in which points, weights and sums are kept for values of `storage`."""
     return torch.float64 if storage == torch.float64 else torch.float32
+
+
+class BackendError(RuntimeError):
+    """A backend cannot be built or cannot run here; the message is one line that says why."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import cache
-from .errors import BackendError
+from .call import BackendError
 
 _LONGEST_BUILD = 600  # seconds
 

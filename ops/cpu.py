@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from . import compiler
-from .call import Call, Gradients
-from .errors import BackendError
+from .call import BackendError, Call, Gradients
 from .reference import of_offsets_and_reference
 
 _TOO_LARGE = 2  # `Outcome` of `csrc/problem.h`

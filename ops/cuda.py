@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from . import cache, nvrtc
-from .call import Call, Gradients, arithmetic_dtype
-from .errors import BackendError
+from .call import BackendError, Call, Gradients, arithmetic_dtype
 from .fixed_point import fixed_point_scale
 from .reference import of_offsets_and_reference
 

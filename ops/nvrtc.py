@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import cache
-from .errors import BackendError
+from .call import BackendError
 
 
 class CompileError(BackendError):

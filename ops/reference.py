@@ -65,7 +65,7 @@ def _sample(value: Tensor, spatial_shapes: Shapes, locations: Tensor) -> Tensor:
 
 
 def _maps(value: Tensor, spatial_shapes: Shapes) -> list[Tensor]:
-    """Return the levels as pictures. Shape: L x [N*M, D, H, W]."""
+    """Return the levels as images. Shape: L x [N*M, D, H, W]."""
     n, _, m, d = value.shape
     # grid sampling in half precision would round the locations, and errs on the CPU
     per_head = value.to(arithmetic_dtype(value.dtype)).permute(0, 2, 3, 1).flatten(0, 1)

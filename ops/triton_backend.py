@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call, Gradients
-from .errors import BackendError
+from .call import BackendError, Call, Gradients
 from .fixed_point import fixed_point_scale
 from .reference import of_offsets_and_reference
 

@@ -1,0 +1,1 @@
+import util  # noqa: F401  before torch

@@ -36,7 +36,7 @@ class PaddedBatch:
 
 @dataclass(frozen=True)
 class UnreadableImage:
-    """A picture that could not be decoded; the loader carries it instead of pixels."""
+    """An image that could not be decoded; the loader carries it instead of pixels."""
 
     image_id: int
     path: str
@@ -47,9 +47,9 @@ class UnreadableImage:
 class Batch:
     """One step's data.
 
-    `images` is None when no picture of the batch could be read. Each target holds
+    `images` is None when no image of the batch could be read. Each target holds
     `image_id` [], `labels` [K] int64 in 0..num_classes-1, `boxes` [K,4] normalised cxcywh
-    relative to the unpadded picture, `orig_size` [2] and `size` [2] as (height, width).
+    relative to the unpadded image, `orig_size` [2] and `size` [2] as (height, width).
     """
 
     images: PaddedBatch | None

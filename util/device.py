@@ -39,7 +39,7 @@ def own_device(device: torch.device, world: World) -> torch.device:
     return own
 
 
-def be_deterministic() -> None:
+def set_deterministic() -> None:
     """Take algorithms that give the same bits on every run; call it before a GPU is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

@@ -98,7 +98,7 @@ def started_by_launcher() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def join_world(device_type: str) -> World:
+def init_process_group(device_type: str) -> World:
     """Meet the other processes, if there are any.
 
     Raises:
@@ -129,7 +129,7 @@ def join_world(device_type: str) -> World:
     )
 
 
-def leave_world() -> None:
+def destroy_process_group() -> None:
     """Part from the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()

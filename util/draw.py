@@ -1,4 +1,4 @@
-"""Pictures with boxes, class names and scores."""
+"""Images with boxes, class names and scores."""
 
 import colorsys
 import functools
@@ -58,17 +58,17 @@ def draw_boxes(
     """Return a copy of `image` with boxes and a tag on each.
 
     Shape: boxes_xyxy [K,4] in pixels; `labels` (which choose the colours), `names` and `scores`
-    have K entries. Boxes are clipped to the picture; those outside it are left out. Where tags
+    have K entries. Boxes are clipped to the image; those outside it are left out. Where tags
     compete for a place, those of higher score choose first.
     """
-    picture = image.convert("RGB") if image.mode != "RGB" else image.copy()
-    draw = ImageDraw.Draw(picture)
-    size = max(9, round(min(picture.size) * 0.026))
+    image = image.convert("RGB") if image.mode != "RGB" else image.copy()
+    draw = ImageDraw.Draw(image)
+    size = max(9, round(min(image.size) * 0.026))
     width = max(1, round(size / 6))
     clipped = {
         i: box
         for i, corners in enumerate(boxes_xyxy.reshape(-1, 4).tolist())
-        if (box := _clip(corners, picture.size)) is not None
+        if (box := _clip(corners, image.size)) is not None
     }
     order = list(clipped)
     if scores is not None:
@@ -78,7 +78,7 @@ def draw_boxes(
         text = names[i] if scores is None else f"{names[i]} {scores[i]:.2f}".lstrip()
         if text:
             colour = label_colour(int(labels[i]))
-            tags.append(_make_tag(text, colour, clipped[i], size, picture.size, tags))
+            tags.append(_make_tag(text, colour, clipped[i], size, image.size, tags))
     for i in reversed(order):
         draw.rectangle(clipped[i], outline=label_colour(int(labels[i])), width=width)
     for tag in reversed(tags):
@@ -86,11 +86,11 @@ def draw_boxes(
         draw.rectangle(tag.place, fill=tag.colour, outline=edge)  # parts tags of one colour
         start = (tag.place[0] + tag.pad, tag.place[1])
         draw.text(start, tag.text, fill=text_colour(tag.colour), font=tag.font)
-    return picture
+    return image
 
 
 def _clip(box: Sequence[float], size: tuple[int, int]) -> Rectangle | None:
-    """Return the part of a box within the picture in pixel indices, None if there is none."""
+    """Return the part of a box within the image in pixel indices, None if there is none."""
     x0, y0, x1, y1 = box
     if not (x0 < size[0] and y0 < size[1] and x1 > 0 and y1 > 0 and x0 <= x1 and y0 <= y1):
         return None
@@ -112,17 +112,17 @@ def _make_tag(
     colour: Colour,
     box: Rectangle,
     size: int,
-    picture_size: tuple[int, int],
+    image_size: tuple[int, int],
     others: Sequence[_Tag],
 ) -> _Tag:
     # Small objects stand close together: smaller tags leave more of them visible.
     if box[3] - box[1] < 4 * size:
         size = max(8, round(size * 0.8))
     font, pad = _font(size), max(2, size // 5)
-    text = _shorten(text, font, picture_size[0] - 2 * pad - 1)
+    text = _shorten(text, font, image_size[0] - 2 * pad - 1)
     ascent, descent = font.getmetrics()
     width, height = round(font.getlength(text)) + 2 * pad, ascent + descent
-    place = _place_tag(box, width, height, picture_size, [other.place for other in others])
+    place = _place_tag(box, width, height, image_size, [other.place for other in others])
     return _Tag(text, colour, font, pad, place)
 
 
@@ -139,10 +139,10 @@ def _place_tag(
     box: Rectangle,
     width: float,
     height: float,
-    picture_size: tuple[int, int],
+    image_size: tuple[int, int],
     taken: Sequence[Rectangle],
 ) -> Rectangle:
-    """Choose the place along the box, within the picture, that covers other tags least."""
+    """Choose the place along the box, within the image, that covers other tags least."""
     x0, y0, x1, y1 = box
     left, right = x0, x1 - width
     candidates = (
@@ -151,13 +151,13 @@ def _place_tag(
     )  # fmt: skip
     best, least = None, float("inf")
     for x, y in candidates:
-        x = min(max(x, 0.0), max(picture_size[0] - 1 - width, 0.0))
-        y = min(max(y, 0.0), max(picture_size[1] - 1 - height, 0.0))
+        x = min(max(x, 0.0), max(image_size[0] - 1 - width, 0.0))
+        y = min(max(y, 0.0), max(image_size[1] - 1 - height, 0.0))
         place = (
             x,
             y,
-            min(x + width, picture_size[0] - 1.0),
-            min(y + height, picture_size[1] - 1.0),
+            min(x + width, image_size[0] - 1.0),
+            min(y + height, image_size[1] - 1.0),
         )
         covered = sum(_overlap(place, other) for other in taken)
         if covered < least:
@@ -173,7 +173,7 @@ def _overlap(a: Rectangle, b: Rectangle) -> float:
 
 
 def side_by_side(left: Image.Image, right: Image.Image, titles: tuple[str, str]) -> Image.Image:
-    """Return two pictures beside each other, each under its title."""
+    """Return two images beside each other, each under its title."""
     size = max(11, round(min(left.size) * 0.032))
     font, gap = _font(size), max(4, size // 3)
     bar = sum(font.getmetrics()) + gap
@@ -181,8 +181,8 @@ def side_by_side(left: Image.Image, right: Image.Image, titles: tuple[str, str])
         "RGB", (left.width + gap + right.width, bar + max(left.height, right.height)), _LIGHT
     )
     draw = ImageDraw.Draw(canvas)
-    for x, picture, title in zip((0, left.width + gap), (left, right), titles, strict=True):
-        canvas.paste(picture.convert("RGB"), (x, bar))
-        text = _shorten(title, font, picture.width - 2 * gap)
+    for x, image, title in zip((0, left.width + gap), (left, right), titles, strict=True):
+        canvas.paste(image.convert("RGB"), (x, bar))
+        text = _shorten(title, font, image.width - 2 * gap)
         draw.text((x + gap, gap // 2), text, fill=_DARK, font=font)
     return canvas

@@ -1,4 +1,4 @@
-"""Training curves as a picture."""
+"""Training curves as an image."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
     _finish(losses, "training loss", last)
     _finish(metrics, "COCO box AP, validation", last)
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out_path.with_name(f".{out_path.name}.tmp")  # no one sees half a picture
+    temporary = out_path.with_name(f".{out_path.name}.tmp")  # no one sees half an image
     figure.savefig(temporary, format="png")
     os.replace(temporary, out_path)
 

@@ -7,25 +7,25 @@ import os
 from pathlib import Path
 from typing import Any
 
+from configs.options import Values
 from configs.schema import CheckConfig, DataConfig, build_config, load_layers
 from datasets.build import Split, read_split
-from datasets.doctor.boxes import Limits
-from datasets.doctor.diagnosis import Diagnosis, examine
-from datasets.doctor.page import page
-from datasets.doctor.repair import corrected
-from datasets.doctor.summary import summary
+from datasets.checks.boxes import Limits
+from datasets.checks.diagnosis import Diagnosis, examine
+from datasets.checks.fix import corrected
+from datasets.checks.report import page
+from datasets.checks.summary import summary
 from datasets.loader import loader_processes
-from util.config import Values
+from util.console import console
 from util.errors import ConfigError
 from util.files import make_output_dir, write_atomic
-from util.run_log import console
 
 _FOUND = 1  # exit code
 _SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 def check(args: argparse.Namespace, given: Values) -> int:
-    """Look for flaws in pictures and annotations."""
+    """Look for flaws in images and annotations."""
     wanted = CheckConfig(**given.get("check", {}))
     options = {name: values for name, values in given.items() if name != "check"}
     config = build_config(load_layers(args.config, options))
@@ -46,7 +46,7 @@ def check(args: argparse.Namespace, given: Values) -> int:
         write_atomic(output_dir / "check.html", page(diagnosis, title=title))
         console(f"written: {output_dir / 'check.html'}, check.json")
     else:
-        console("--output_dir OUT writes all of it, with pictures, to OUT/check.html.")
+        console("--output_dir OUT writes all of it, with images, to OUT/check.html.")
     _write_copies(diagnosis, copies)
     return 0 if diagnosis.healthy else _FOUND
 
@@ -129,7 +129,7 @@ def _write_copies(diagnosis: Diagnosis, files: dict[str, Path]) -> None:
         write_atomic(files[ledger.split], json.dumps(content))
         console(
             f"written: {files[ledger.split]}, {len(changed)} changes; "
-            f"its pictures: {ledger.source.image_dir}"
+            f"its images: {ledger.source.image_dir}"
         )
     lines = ",\n".join(map(_strict_json, changes))
     write_atomic(files["changes"], f"[\n{lines}\n]\n" if changes else "[]\n")

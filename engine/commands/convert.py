@@ -3,12 +3,12 @@
 import argparse
 from pathlib import Path
 
+from configs.options import Values
 from configs.schema import ConvertConfig
-from datasets.convert import convert
-from datasets.sources import read_source
-from util.config import Values
+from datasets.formats.convert import convert
+from datasets.formats.sources import read_source
+from util.console import console
 from util.errors import ConfigError
-from util.run_log import console
 
 
 def convert_dataset(args: argparse.Namespace, given: Values) -> int:
@@ -31,7 +31,7 @@ def convert_dataset(args: argparse.Namespace, given: Values) -> int:
         sources,
         options.to,
         Path(options.output_dir),
-        copy=options.copy_pictures,
+        copy=options.copy_images,
         voc_corners=options.voc_corners,
     )
     console("\n".join(lines))

@@ -5,9 +5,9 @@ import platform
 
 import torch
 
+from configs.options import Values
 from ops.self_test import check_backends
-from util.config import Values
-from util.run_log import console
+from util.console import console
 
 
 def doctor(args: argparse.Namespace, given: Values) -> int:

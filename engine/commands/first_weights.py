@@ -7,12 +7,12 @@ from pathlib import Path
 from configs.schema import Config
 from models.build import ALL_STAGES, build_model
 from models.deformable_detr import DeformableDETR
-from models.freezing import freeze
-from models.pretrained import Pretrained
-from models.transfer import BACKBONE, transfer
+from models.switches import freeze
+from models.weights.load import Pretrained
+from models.weights.transfer import BACKBONE, transfer
 from util.classes import Classes
+from util.console import console
 from util.errors import CheckpointError, ConfigError
-from util.run_log import console
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Start:
 def build_training_model(
     start: Start, classes: Classes
 ) -> tuple[DeformableDETR, Sequence[float], Sequence[float]]:
-    """Build the model with its first weights; return it and the pictures' mean and deviation.
+    """Build the model with its first weights; return it and the images' mean and deviation.
 
     Raises:
         ConfigError: `nheads` is not that of the weights, or frozen parts would stay random.
@@ -52,7 +52,7 @@ def build_training_model(
         mean, std = start.preprocessing["mean"], start.preprocessing["std"]
     fresh: set[str] = set() if start.checkpoint else set(model.state_dict())
     if pretrained is not None:
-        fresh = take_over(model, pretrained, config, classes, backbone=inherited)
+        fresh = load_pretrained_weights(model, pretrained, config, classes, backbone=inherited)
         if inherited:
             mean, std = pretrained.image_mean or mean, pretrained.image_std or std
         elif backbone_weights == "none":
@@ -63,7 +63,7 @@ def build_training_model(
     return model, mean, std
 
 
-def take_over(
+def load_pretrained_weights(
     model: DeformableDETR,
     pretrained: Pretrained,
     config: Config,

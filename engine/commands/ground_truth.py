@@ -1,4 +1,4 @@
-"""The annotations that saved detections are compared with; the pictures may be elsewhere."""
+"""The annotations that saved detections are compared with; the images may be elsewhere."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,15 +8,15 @@ from pycocotools.coco import COCO
 
 from configs.schema import DataConfig
 from datasets.build import build_dataset, read_split
-from datasets.coco import CocoIndex, to_pycocotools
-from datasets.coco_json import check_content, load_json
-from datasets.sources import coco_layout
+from datasets.checks.coco_json import check_content, load_json
+from datasets.formats.sources import coco_layout
+from datasets.index import CocoIndex, to_pycocotools
 
 
 def validation_truth(
     data: DataConfig,
 ) -> tuple[COCO, Callable[[int], Image.Image | None] | None, list[str]]:
-    """Return validation annotations, a reader of pictures if they are at hand, and notices.
+    """Return validation annotations, a reader of images if they are at hand, and notices.
 
     Raises:
         DataError: no option says where the data lies, or they cannot be read.
@@ -32,4 +32,4 @@ def validation_truth(
         return to_pycocotools(content), None, [finding.text for finding in content.findings]
     index = CocoIndex.from_source(read_split(data, "val"), need_boxes=False)
     dataset = build_dataset(data, index, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
-    return index.coco_gt, dataset.read_picture, list(index.notices)
+    return index.coco_gt, dataset.read_image, list(index.notices)

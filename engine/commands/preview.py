@@ -10,33 +10,33 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from configs.options import Values
 from configs.schema import PreviewConfig, build_config, load_layers
 from datasets.build import build_dataset, load_index
-from datasets.loader import TrainLoader, share_out, train_loader
+from datasets.loader import TrainLoader, split_batch, train_loader
 from models.backbones import create_backbone
 from util.batch import Target
 from util.box_ops import cxcywh_to_xyxy
 from util.classes import Classes
-from util.config import Values
+from util.console import console
 from util.draw import draw_boxes
 from util.errors import ConfigError
 from util.files import make_output_dir
-from util.run_log import console
 
-_CELL = 360  # pixels a picture may take of the overview, either way
+_CELL = 360  # pixels an image may take of the overview, either way
 _BAR, _GAP, _PAPER, _INK = 20, 8, (255, 255, 255), (40, 40, 40)
 
 
 def preview(args: argparse.Namespace, given: Values) -> int:
-    """Write training pictures as the model would see them, with boxes."""
+    """Write training images as the model would see them, with boxes."""
     wanted = PreviewConfig(**given.get("preview", {}))
     options = {name: values for name, values in given.items() if name != "preview"}
     config = build_config(load_layers(args.config, options))
     if not config.run.output_dir:
-        raise ConfigError("--output_dir: expected a folder for the pictures, got none. Give one.")
+        raise ConfigError("--output_dir: expected a folder for the images, got none. Give one.")
     index = load_index(config.data, "train")
     console(index.report(config.model.num_queries))
-    # any weights: only how pictures are normalised is asked
+    # any weights: only how images are normalised is asked
     backbone = create_backbone(config.model.backbone, weights="none")
     mean, std = backbone.mean, backbone.std
     dataset = build_dataset(
@@ -45,7 +45,7 @@ def preview(args: argparse.Namespace, given: Values) -> int:
     )  # fmt: skip
     loader = train_loader(
         dataset,
-        share_out(config.optim.effective_batch_size, most=config.optim.batch_size),
+        split_batch(config.optim.effective_batch_size, most=config.optim.batch_size),
         num_workers=0,
         seed=config.run.seed,
         aspect_ratio_grouping=config.data.aspect_ratio_grouping,
@@ -56,16 +56,14 @@ def preview(args: argparse.Namespace, given: Values) -> int:
     make_output_dir(folder)
     tiles, titles = [], []
     for number, (image, target) in enumerate(islice(seen(loader), wanted.count)):
-        picture = to_picture(image, mean, std)
+        shown = to_image(image, mean, std)
         name = f"epoch{wanted.epoch}_{number:03d}_image_{int(target['image_id'])}"
-        draw(picture, target, dataset.classes).save(folder / f"{name}.png")
+        draw(shown, target, dataset.classes).save(folder / f"{name}.png")
         height, width = target["size"].tolist()
-        tiles.append(thumbnail(picture.crop((0, 0, width, height)), target, dataset.classes))
+        tiles.append(thumbnail(shown.crop((0, 0, width, height)), target, dataset.classes))
         titles.append(f"{int(target['image_id'])}: {width}x{height}, {len(target['labels'])} boxes")
     overview(tiles, titles).save(folder / f"epoch{wanted.epoch}.png")
-    console(
-        f"written: {len(tiles)} pictures and an overview, {folder / f'epoch{wanted.epoch}.png'}"
-    )
+    console(f"written: {len(tiles)} images and an overview, {folder / f'epoch{wanted.epoch}.png'}")
     return 0
 
 
@@ -78,31 +76,31 @@ def seen(loader: TrainLoader) -> Iterator[tuple[Tensor, Target]]:
             yield from zip(batch.images.images, batch.targets, strict=True)
 
 
-def to_picture(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+def to_image(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
     """Undo the normalisation of an image [3,H,W]; to the very step of 8 bits."""
     scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (std, mean))
     pixels = ((image * scale + shift) * 255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def draw(picture: Image.Image, target: Target, classes: Classes, scale: float = 1) -> Image.Image:
-    """Return the picture, resized by `scale` from what the target describes, with its boxes."""
+def draw(image: Image.Image, target: Target, classes: Classes, scale: float = 1) -> Image.Image:
+    """Return the image, resized by `scale` from what the target describes, with its boxes."""
     height, width = target["size"].tolist()
     corners = cxcywh_to_xyxy(target["boxes"]) * torch.tensor([width, height] * 2) * scale
     labels = target["labels"].tolist()
-    return draw_boxes(picture, corners, labels, [classes.shown(label) for label in labels])
+    return draw_boxes(image, corners, labels, [classes.shown(label) for label in labels])
 
 
-def thumbnail(picture: Image.Image, target: Target, classes: Classes) -> Image.Image:
-    """Return a picture with boxes that fits into a cell of the overview."""
-    scale = _CELL / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    small = picture.resize((width, height), Image.Resampling.BICUBIC)
+def thumbnail(image: Image.Image, target: Target, classes: Classes) -> Image.Image:
+    """Return an image with boxes that fits into a cell of the overview."""
+    scale = _CELL / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    small = image.resize((width, height), Image.Resampling.BICUBIC)
     return draw(small, target, classes, scale)
 
 
 def overview(tiles: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
-    """Return pictures in rows, each under its title; every row as high as it must be."""
+    """Return images in rows, each under its title; every row as high as it must be."""
     columns = max(1, math.ceil(math.sqrt(len(tiles))))
     rows = [list(range(len(tiles)))[i : i + columns] for i in range(0, len(tiles), columns)]
     heights = [_BAR + max(tiles[i].height for i in row) + _GAP for row in rows]

@@ -14,40 +14,41 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from configs.options import Values, changed_options, merge, to_yaml
 from configs.schema import Config, RunConfig, build_config, load_layers, merge_options
 from datasets.build import build_dataset, load_index
-from datasets.coco import CocoDetection, CocoIndex
-from datasets.loader import Share, TrainLoader, eval_loader, share_out, train_loader
+from datasets.dataset import CocoDetection
+from datasets.index import CocoIndex
+from datasets.loader import BatchSplit, TrainLoader, eval_loader, split_batch, train_loader
 from engine.checkpoint import CheckpointFolder, check_same, load_checkpoint
-from engine.coco_evaluator import CocoEvaluator
-from engine.commands.detector import saved_options
 from engine.commands.first_weights import Start, build_training_model
+from engine.detector import saved_options
 from engine.ema import Ema
-from engine.gallery import draw_gallery, evenly_spaced
-from engine.launch import launch
-from engine.memory import probe
-from engine.nonfinite import NonfiniteRecorder
+from engine.evaluation.evaluator import CocoEvaluator
+from engine.evaluation.gallery import draw_gallery, evenly_spaced
+from engine.guards.flat_loss import FlatLossWatchdog
+from engine.guards.memory import probe
+from engine.guards.nonfinite import NonfiniteRecorder
+from engine.guards.timer import StepTimer
+from engine.metrics import StepLog
 from engine.optim import build_optimizer, build_scheduler
 from engine.precision import Precision
-from engine.run_lock import only_run_in
-from engine.step_log import StepLog
-from engine.step_timer import StepTimer
+from engine.processes import launch
+from engine.run_lock import run_lock
+from engine.run_log import RunLog
 from engine.train import StepRunner
 from engine.trainer import Trainer, count_parameters, versions
 from engine.validation import Validation
-from engine.watchdog import FlatLossWatchdog
 from models.build import ALL_STAGES, build_criterion
-from models.checkpointing import set_checkpointing
-from models.compiling import compile_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
-from models.pretrained import load_pretrained
-from util.config import Values, changed_options, merge, to_yaml
-from util.device import be_deterministic, own_device, pick_device, seed_everything
-from util.distributed import World, join_world, leave_world, started_by_launcher
+from models.switches import compile_model, set_checkpointing
+from models.weights.load import load_pretrained
+from util.console import console
+from util.device import own_device, pick_device, seed_everything, set_deterministic
+from util.distributed import World, destroy_process_group, init_process_group, started_by_launcher
 from util.errors import ConfigError
 from util.files import write_atomic
-from util.run_log import RunLog, console
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ class Place:
 
     world: World
     device: torch.device
-    share: Share
+    share: BatchSplit
 
     def plan(self, loader: TrainLoader) -> str:
         """Return what makes up a step, and what loads it."""
         return (
-            f"a step: {self.share.effective} pictures = {self.share.batch_size} at once x "
+            f"a step: {self.share.effective} images = {self.share.batch_size} at once x "
             f"{loader.accumulation} micro-batches x {self.world.size} processes, "
             f"each with {loader.num_workers} loader processes"
         )
@@ -77,13 +78,13 @@ def train(args: argparse.Namespace, given: Values) -> int:
             processes=options.gpus, device=options.device, restarts=options.max_restarts,
         )  # fmt: skip
     if options.deterministic:
-        be_deterministic()
+        set_deterministic()
     device = pick_device(options.device)
-    world = join_world(device.type)
+    world = init_process_group(device.type)
     try:
         return begin(options, layers, world, own_device(device, world))
     finally:
-        leave_world()
+        destroy_process_group()
 
 
 def run_options(layers: Values) -> RunConfig:
@@ -107,12 +108,12 @@ def begin(options: RunConfig, layers: Values, world: World, device: torch.device
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if options.resume != "auto" and not restarted:
         start = resumed(Path(options.resume), layers) if options.resume else fresh(layers)
-        with only_run_in(Path(start.config.run.output_dir), world):
+        with run_lock(Path(start.config.run.output_dir), world):
             return run(start, world, device)
     if not options.output_dir:
         raise ConfigError("--resume auto: expected --output_dir with it, got none. Give both.")
     folder = CheckpointFolder(Path(options.output_dir), keep=options.keep_checkpoints)
-    with only_run_in(Path(options.output_dir), world):  # a run that is ending saves once more
+    with run_lock(Path(options.output_dir), world):  # a run that is ending saves once more
         checkpoint = world.broadcast(folder.newest_sound() if world.main else None)
         if checkpoint is None and options.resume != "auto" and options.resume:
             checkpoint = Path(options.resume)  # nothing was saved yet before the restart
@@ -124,14 +125,14 @@ def run(start: Start, world: World, device: torch.device) -> int:
     """Train from `start` on; return the exit code."""
     config, output_dir = start.config, Path(start.config.run.output_dir)
     folder = CheckpointFolder(output_dir, keep=config.run.keep_checkpoints)
-    if not goes_on_in_its_folder(start) and world.broadcast(folder.last.exists()):
+    if not continues_in_place(start) and world.broadcast(folder.last.exists()):
         raise ConfigError(
             f"--output_dir {output_dir}: holds a run already. Continue it with --resume auto, or "
             "choose another folder."
         )
     console(f"options that differ from the defaults: {', '.join(changed_options(config))}")
     optim = config.optim
-    share = share_out(
+    share = split_batch(
         optim.effective_batch_size, most=optim.batch_size, rank=world.rank, world_size=world.size
     )
     optim = replace(optim, effective_batch_size=share.effective)
@@ -147,7 +148,7 @@ def run(start: Start, world: World, device: torch.device) -> int:
         return trainer.fit()
 
 
-def goes_on_in_its_folder(start: Start) -> bool:
+def continues_in_place(start: Start) -> bool:
     """Tell whether a run is continued where its checkpoint is."""
     folder = Path(start.config.run.output_dir).resolve()
     return start.checkpoint is not None and folder == start.checkpoint.parent.resolve()
@@ -256,7 +257,7 @@ def load_data(start: Start, world: World) -> tuple[CocoIndex, CocoIndex]:
         console(index.report(config.model.num_queries))
         report[split] = index.data_report()
     if world.main:
-        if goes_on_in_its_folder(start) and path.is_file():
+        if continues_in_place(start) and path.is_file():
             before, key = json.loads(path.read_text(encoding="utf-8")), "unreadable_in_training"
             report["train"].update({k: v for k, v in before["train"].items() if k == key})
         write_atomic(path, json.dumps(report, indent=1))
@@ -341,7 +342,7 @@ def try_largest_step(runner: StepRunner, dataset: CocoDetection, place: Place) -
         lambda images, targets: runner.probe(images, targets),
         device=place.device,
         shape=(height, width),
-        num_boxes=int(dataset.index.boxes_per_picture.max(initial=0)),
+        num_boxes=int(dataset.index.boxes_per_image.max(initial=0)),
         batch_size=place.share.batch_size,
         later=sum(2 * p.nbytes for p in runner.model.parameters() if p.requires_grad),  # AdamW's
     )
@@ -364,13 +365,13 @@ def build_validation(
         rank=place.world.rank,
         world_size=place.world.size,
     )
-    shown = evenly_spaced(sorted(coco_gt.getImgIds()), config.run.num_pictures)
+    shown = evenly_spaced(sorted(coco_gt.getImgIds()), config.run.num_images)
     return Validation(
         batches=batches,
         make_evaluator=partial(CocoEvaluator, coco_gt, dataset.label_to_category),
         postprocess=PostProcess(nms_iou=config.data.nms_iou),
         draw=lambda evaluator: draw_gallery(
-            evaluator.detections_on(shown), coco_gt, shown, dataset.read_picture
+            evaluator.detections_on(shown), coco_gt, shown, dataset.read_image
         ),
         output_dir=Path(config.run.output_dir),
         log=log,

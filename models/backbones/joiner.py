@@ -33,10 +33,10 @@ class Joiner(nn.Sequential):
         """Return maps [N,C,H,W], masks [N,H,W] and encodings [N,C,H,W], finest level first."""
         # channels last: convolutions are faster, and flattening maps to tokens copies nothing
         maps = self[0](batch.images.contiguous(memory_format=torch.channels_last))
-        located = [self.locate(batch.mask, m) for m in maps]
+        located = [self.encode_position(batch.mask, m) for m in maps]
         return maps, [mask for mask, _ in located], [pos for _, pos in located]
 
-    def locate(self, mask: Tensor, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_position(self, mask: Tensor, feature_map: Tensor) -> tuple[Tensor, Tensor]:
         """Return mask and encoding for a map made from a batch with this padding mask."""
         shrunk = shrink_mask(mask, feature_map.shape[2], feature_map.shape[3])
         exact = torch.promote_types(feature_map.dtype, torch.float32)

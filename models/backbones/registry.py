@@ -31,7 +31,7 @@ class Backbone(Protocol):
 
     channels: tuple[int, ...]  # per returned map
     strides: tuple[int, ...]  # input pixels per cell
-    mean: tuple[float, float, float]  # of the pictures it was trained on, 0..1, RGB
+    mean: tuple[float, float, float]  # of the images it was trained on, 0..1, RGB
     std: tuple[float, float, float]
     checkpointing: bool  # activations are computed again in the backward pass, not kept
 

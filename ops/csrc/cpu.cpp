@@ -3,7 +3,7 @@
 // number of threads.
 //
 // Two ways through the value [N,S,M,D]. *Packed*, for many queries: the rows of one (image, head)
-// are copied together first, so that neighbours in the picture are neighbours in the cache. *Direct*,
+// are copied together first, so that neighbours in the image are neighbours in the cache. *Direct*,
 // for few queries: rows are read where they lie.
 
 #include "simd.h"

@@ -17,7 +17,7 @@ Any COCO-format data will do. What is used as it comes, and where each setting i
   5e-5 for all parameters, cosine schedule, weight decay 1e-4, gradient norm cut at 0.01, batches of
   8. `TrainingArguments` gives the rest: AdamW with betas 0.9 and 0.999, eps 1e-8, no warm-up,
   seed 42, and `Trainer` exempts biases and LayerNorm from weight decay.
-- Pictures: `DeformableDetrImageProcessor` resizes, normalises, pads, and turns the model's outputs
+- Images: `DeformableDetrImageProcessor` resizes, normalises, pads, and turns the model's outputs
   into boxes (no threshold, best 100). Scores: pycocotools.
 
 What differs from the defaults, and why:
@@ -25,13 +25,13 @@ What differs from the defaults, and why:
 - The backbone is timm's tf_efficientnet_lite0 with given weights, hence mean and std 0.5. It is
   built with `freeze_batch_norm_2d=True`, timm's own freezing: otherwise the model swaps the norms
   of timm for frozen ones without their activation, and this network would have none left.
-- Pictures are 240 x 480 (shortest and longest side) instead of 800 x 1333, at which a CPU sees
-  only a few hundred pictures in half an hour.
+- Images are 240 x 480 (shortest and longest side) instead of 800 x 1333, at which a CPU sees
+  only a few hundred images in half an hour.
 - Of the guide's augmentations only the horizontal flip is done.
 - The number of steps is budget / seconds per step. It is estimated anew at each step, because other
   work on the machine changes its speed; the cosine's position is then elapsed time / budget.
 
-The budget covers reading pictures and training, not building the model or the evaluation.
+The budget covers reading images and training, not building the model or the evaluation.
 """
 
 import argparse
@@ -73,11 +73,11 @@ STAT_NAMES = (
 )  # fmt: skip
 
 Sample = tuple[Image.Image, dict[str, Any]]
-"""A picture and its target as the image processor takes it: image_id, annotations."""
+"""An image and its target as the image processor takes it: image_id, annotations."""
 
 
 class Split:
-    """Pictures of one COCO file; labels are contiguous, in order of category id."""
+    """Images of one COCO file; labels are contiguous, in order of category id."""
 
     def __init__(self, images: Path, annotations: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -92,14 +92,14 @@ class Split:
         return {i: self.coco.cats[c]["name"] for i, c in enumerate(self.category_ids)}
 
     def sample(self, image_id: int, *, flip: bool) -> Sample:
-        """Read a picture; `flip` mirrors it and its boxes left to right."""
+        """Read an image; `flip` mirrors it and its boxes left to right."""
         with Image.open(self.images / self.coco.imgs[image_id]["file_name"]) as file:
-            picture = file.convert("RGB")
+            image = file.convert("RGB")
         annotations = []
         for annotation in self.coco.imgToAnns[image_id]:
             x, y, width, height = annotation["bbox"]
             if flip:
-                x = picture.width - x - width
+                x = image.width - x - width
             annotations.append(
                 {
                     "image_id": image_id,
@@ -110,11 +110,11 @@ class Split:
                 }
             )
         if flip:
-            picture = ImageOps.mirror(picture)
-        return picture, {"image_id": image_id, "annotations": annotations}
+            image = ImageOps.mirror(image)
+        return image, {"image_id": image_id, "annotations": annotations}
 
     def training_batches(self, size: int, seed: int) -> Iterator[list[Sample]]:
-        """Yield batches for ever, each epoch in another order; half of the pictures are flipped."""
+        """Yield batches for ever, each epoch in another order; half of the images are flipped."""
         generator = random.Random(seed)
         while True:
             order = generator.sample(self.image_ids, len(self.image_ids))
@@ -174,7 +174,7 @@ class Training:
     """What a training run did; one loss for each step."""
 
     seconds: float
-    pictures: int
+    images: int
     losses: list[float]
 
 
@@ -195,7 +195,7 @@ def train(
     model.train()
     base_lr: float = optimizer.param_groups[0]["lr"]
     losses: list[float] = []
-    pictures, elapsed, next_report, reported = 0, 0.0, 0.0, 0
+    images, elapsed, next_report, reported = 0, 0.0, 0.0, 0
     start = time.perf_counter()
     while elapsed < budget:
         for group in optimizer.param_groups:
@@ -210,12 +210,12 @@ def train(
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"loss is {losses[-1]} at step {len(losses)}")
-        pictures += len(samples)
+        images += len(samples)
         elapsed = time.perf_counter() - start
         if elapsed >= next_report or elapsed >= budget:
             _report(losses[reported:], len(losses), elapsed, budget)
             reported, next_report = len(losses), elapsed + REPORT_SECONDS
-    return Training(elapsed, pictures, losses)
+    return Training(elapsed, images, losses)
 
 
 def _report(recent: Sequence[float], step: int, elapsed: float, budget: float) -> None:
@@ -233,17 +233,17 @@ def _mean(values: Sequence[float]) -> float:
 
 @torch.no_grad()
 def detect(model: Any, processor: Any, split: Split, batch_size: int) -> list[dict[str, Any]]:
-    """Return the best detections of each picture in the COCO results format."""
+    """Return the best detections of each image in the COCO results format."""
     model.eval()
     detections = []
     for start in range(0, len(split.image_ids), batch_size):
         image_ids = split.image_ids[start : start + batch_size]
-        pictures = [split.sample(i, flip=False)[0] for i in image_ids]
-        outputs = model(**processor(images=pictures, return_tensors="pt"))
+        images = [split.sample(i, flip=False)[0] for i in image_ids]
+        outputs = model(**processor(images=images, return_tensors="pt"))
         results = processor.post_process_object_detection(
             outputs,
             threshold=0.0,
-            target_sizes=[(p.height, p.width) for p in pictures],
+            target_sizes=[(p.height, p.width) for p in images],
             top_k=BEST_DETECTIONS,
         )
         for image_id, result in zip(image_ids, results, strict=True):
@@ -282,8 +282,8 @@ def summary(options: argparse.Namespace, model: Any, training: Training) -> dict
     return {
         "minutes": training.seconds / 60,
         "steps": len(training.losses),
-        "pictures": training.pictures,
-        "seconds_per_picture": training.seconds / training.pictures,
+        "images": training.images,
+        "seconds_per_image": training.seconds / training.images,
         "loss_of_first_10_steps": _mean(training.losses[:10]),
         "loss_of_last_10_steps": _mean(training.losses[-10:]),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -308,7 +308,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--images", type=_existing, required=True, help="folder of the pictures")
+    parser.add_argument("--images", type=_existing, required=True, help="folder of the images")
     parser.add_argument("--train_annotations", type=_existing, required=True, help="COCO file")
     parser.add_argument("--test_annotations", type=_existing, required=True, help="COCO file")
     parser.add_argument(
@@ -362,7 +362,7 @@ def main() -> None:
     result = {
         **stats,
         **summary(options, model, training),
-        "epochs": training.pictures / len(train_split.image_ids),
+        "epochs": training.images / len(train_split.image_ids),
         "evaluation_seconds": time.perf_counter() - start,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)

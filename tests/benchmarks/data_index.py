@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.data_index
 
-A generated file of 118,000 pictures and 860,000 boxes is indexed anew and from the cache. Then
-loaders of 1 and of 8 workers look up the names and boxes of every picture, decoding none, once in
+A generated file of 118,000 images and 860,000 boxes is indexed anew and from the cache. Then
+loaders of 1 and of 8 workers look up the names and boxes of every image, decoding none, once in
 our index and once in pycocotools' dictionaries; the proportional set sizes of the process and its
 workers are added up. Each measurement has a fresh process.
 """
@@ -26,18 +26,18 @@ import numpy as np
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.coco import CocoIndex
+from datasets.index import CocoIndex
 
 WORKERS = (1, 8)
 
 
 def write_set(folder: Path, num_images: int, num_boxes: int) -> Path:
-    """Write the annotation file, and an empty file for each picture."""
+    """Write the annotation file, and an empty file for each image."""
     rng = np.random.default_rng(0)
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     names = [f"{number:012d}.jpg" for number in range(num_images)]
     for name in names:
-        (folder / "pictures" / name).touch()
+        (folder / "images" / name).touch()
     images = [
         {"id": i, "file_name": name, "height": 480, "width": 640} for i, name in enumerate(names)
     ]
@@ -64,7 +64,7 @@ def write_set(folder: Path, num_images: int, num_boxes: int) -> Path:
 
 
 class Lookup(Dataset[int]):
-    """What a loader asks of the annotations of a picture."""
+    """What a loader asks of the annotations of an image."""
 
     def __init__(self, look_up: Callable[[int], int], length: int) -> None:
         self._look_up = look_up
@@ -78,7 +78,7 @@ class Lookup(Dataset[int]):
 
 
 def in_index(index: CocoIndex) -> Lookup:
-    """Look pictures up in flat arrays."""
+    """Look images up in flat arrays."""
 
     def look_up(i: int) -> int:
         part = slice(index.first[i], index.first[i + 1])
@@ -90,7 +90,7 @@ def in_index(index: CocoIndex) -> Lookup:
 
 
 def in_dictionaries(coco: COCO) -> Lookup:
-    """Look pictures up as torchvision's CocoDetection does."""
+    """Look images up as torchvision's CocoDetection does."""
     ids = sorted(coco.imgs)
 
     def look_up(i: int) -> int:
@@ -115,9 +115,7 @@ def measure(kind: str, json_path: Path, results: "multiprocessing.Queue[dict[str
         with contextlib.redirect_stdout(io.StringIO()):
             lookup = in_dictionaries(COCO(str(json_path)))
     else:
-        index = CocoIndex.load(
-            json_path, json_path.parent / "pictures", need_boxes=True, cache=True
-        )
+        index = CocoIndex.load(json_path, json_path.parent / "images", need_boxes=True, cache=True)
         lookup = in_index(index)
     result: dict[str, Any] = {"seconds": time.perf_counter() - start}
     for workers in WORKERS if kind != "first" else ():
@@ -147,9 +145,7 @@ def main() -> None:
         folder = Path(name)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         json_path = write_set(folder, args.images, args.boxes)
-        print(
-            f"{args.images} pictures, {args.boxes} boxes, {json_path.stat().st_size / 1e6:.0f} MB"
-        )
+        print(f"{args.images} images, {args.boxes} boxes, {json_path.stat().st_size / 1e6:.0f} MB")
         for kind in ("first", "cached", "pycocotools"):
             results: multiprocessing.Queue[dict[str, Any]] = context.Queue()
             process = context.Process(target=measure, args=(kind, json_path, results))

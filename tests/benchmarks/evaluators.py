@@ -13,19 +13,19 @@ from collections.abc import Callable
 import numpy as np
 from pycocotools.coco import COCO
 
-from engine.coco_evaluator import CocoEvaluator, Found
+from engine.evaluation.evaluator import CocoEvaluator, Found
 
 
-def generate(pictures: int, per_picture: int, classes: int, seed: int) -> tuple[COCO, Found]:
-    """Return a COCO-like set (7 boxes a picture) and detections, a third of them on a box."""
+def generate(images: int, per_image: int, classes: int, seed: int) -> tuple[COCO, Found]:
+    """Return a COCO-like set (7 boxes an image) and detections, a third of them on a box."""
     draw = np.random.default_rng(seed)
-    count = 7 * pictures
+    count = 7 * images
     image, category = np.arange(count) // 7 + 1, draw.integers(1, classes + 1, count)
     size = 8 + 250 * draw.random((count, 2)) ** 2
     box = np.concatenate([draw.uniform(0, 400, (count, 2)), size], axis=1)
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": i + 1} for i in range(pictures)],
+        "images": [{"id": i + 1} for i in range(images)],
         "categories": [{"id": c + 1, "name": str(c)} for c in range(classes)],
         "annotations": [
             {"id": i + 1, "image_id": int(image[i]), "category_id": int(category[i]),
@@ -35,16 +35,16 @@ def generate(pictures: int, per_picture: int, classes: int, seed: int) -> tuple[
     }  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
-    on_box = draw.integers(0, 7, (pictures, per_picture)) + 7 * np.arange(pictures)[:, None]
-    near = draw.random((pictures, per_picture)) < 1 / 3
-    moved = box[on_box] * draw.normal(1, 0.06, (pictures, per_picture, 4))
+    on_box = draw.integers(0, 7, (images, per_image)) + 7 * np.arange(images)[:, None]
+    near = draw.random((images, per_image)) < 1 / 3
+    moved = box[on_box] * draw.normal(1, 0.06, (images, per_image, 4))
     stray = np.concatenate(
         [draw.uniform(0, 400, (*near.shape, 2)), 8 + 250 * draw.random((*near.shape, 2))], axis=2
     )
     other = draw.integers(1, classes + 1, near.shape)
     found = Found(
-        images=np.arange(1, pictures + 1),
-        image=np.repeat(np.arange(1, pictures + 1), per_picture),
+        images=np.arange(1, images + 1),
+        image=np.repeat(np.arange(1, images + 1), per_image),
         category=np.where(near, category[on_box], other).reshape(-1),
         box=np.where(near[..., None], moved, stray).reshape(-1, 4),
         score=draw.random(near.size) ** 2,
@@ -76,12 +76,12 @@ def with_faster_coco_eval(coco: COCO, found: Found) -> list[float]:
 def main() -> None:
     """Print the seconds of each, in turns."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=5000)
-    parser.add_argument("--detections", type=int, default=300, help="of a picture")
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--detections", type=int, default=300, help="of an image")
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=1)
     args = parser.parse_args()
-    coco, found = generate(args.pictures, args.detections, args.classes, seed=0)
+    coco, found = generate(args.images, args.detections, args.classes, seed=0)
     tried: dict[str, Callable[[], list[float]]] = {
         "fast": lambda: with_evaluator(coco, found, "fast"),
         "pycocotools": lambda: with_evaluator(coco, found, "pycocotools"),

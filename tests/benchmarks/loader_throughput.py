@@ -1,10 +1,10 @@
-"""Decoding and training transform in pictures a second on one core, against the official pipeline.
+"""Decoding and training transform in images a second on one core, against the official pipeline.
 
     python -m tests.benchmarks.loader_throughput --images DIR --annotations FILE
 
 The peer is the recipe as Deformable DETR publishes it, in Pillow: decode, flip, resize (half of
 the time resize, crop, resize), to a tensor, normalise. Both draw the same random numbers and take
-turns picture by picture; seconds are those of the processor, so that other programs matter less.
+turns image by image; seconds are those of the processor, so that other programs matter less.
 Sizes and boxes are checked to be equal, pixels are compared.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from configs.schema import DataConfig
 from datasets.build import build_dataset, load_index
-from datasets.coco import CocoDetection, seeded_generator
+from datasets.dataset import CocoDetection, seeded_generator
 from datasets.sample import draw_chance, draw_integer, resized_size
 from util.batch import UnreadableImage
 from util.box_ops import cxcywh_to_xyxy
@@ -70,7 +70,7 @@ def _pick(values: Sequence[int], generator: torch.Generator) -> int:
 
 
 def compare(dataset: CocoDetection, cfg: DataConfig, epoch: int) -> list[tuple[float, ...]]:
-    """Return (official seconds, our seconds, mean and greatest difference) of each picture."""
+    """Return (official seconds, our seconds, mean and greatest difference) of each image."""
     dataset.set_epoch(epoch)
     index = dataset.index
     rows: list[tuple[float, ...]] = []
@@ -102,14 +102,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--train_scales", type=int, nargs="*")
     parser.add_argument("--random_crop", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--cache_pictures", type=float, default=0.0, help="GB")
+    parser.add_argument("--cache_images", type=float, default=0.0, help="GB")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cfg = DataConfig(
         train_images=args.images,
         train_annotations=args.annotations,
         random_crop=args.random_crop,
-        cache_pictures=args.cache_pictures,
+        cache_images=args.cache_images,
         train_scales=tuple(args.train_scales or DataConfig().train_scales),
     )
     index = load_index(cfg, "train")

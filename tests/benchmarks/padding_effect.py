@@ -4,7 +4,7 @@ r"""Measure what padding in evaluation batches does to AP.
         --coco_path data/shapes
 
 Evaluates the same checkpoint twice: as `eval` does (batches of one size, no padding) and as the
-official implementation does (pictures of any size padded to their common size).
+official implementation does (images of any size padded to their common size).
 """
 
 import argparse
@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 
 from configs.schema import DataConfig
 from datasets.build import build_dataset, load_index
-from datasets.coco import CocoDetection
+from datasets.dataset import CocoDetection
 from datasets.loader import collate, eval_loader
-from engine.coco_evaluator import CocoEvaluator, EvalResult
-from engine.commands.detector import load_detector, saved_data_options
+from engine.detector import load_detector, saved_data_options
+from engine.evaluation.evaluator import CocoEvaluator, EvalResult
 from models.postprocess import PostProcess
 from util.batch import Batch
 
@@ -28,7 +28,7 @@ from util.batch import Batch
 def measure(
     model: torch.nn.Module, dataset: CocoDetection, batches: Iterable[Batch]
 ) -> tuple[EvalResult, dict[int, float]]:
-    """Return COCO's numbers and each picture's best score, with batches taken as they are."""
+    """Return COCO's numbers and each image's best score, with batches taken as they are."""
     evaluator = CocoEvaluator(dataset.index.coco_gt, dataset.label_to_category)
     postprocess = PostProcess()
     for batch in batches:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         change = max(abs(best[i] - alone[i]) for i in alone)
         print(
             f"{name}: AP {result.stats['AP']:.4f}, AP50 {result.stats['AP50']:.4f}, padding "
-            f"{100 * padded_share(batches):.1f} % of pixels, best score of a picture moved by at "
+            f"{100 * padded_share(batches):.1f} % of pixels, best score of an image moved by at "
             f"most {change:.4f}"
         )
     return 0

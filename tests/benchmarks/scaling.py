@@ -1,8 +1,8 @@
-"""Time and memory of a training step as pictures, boxes, queries and processes grow.
+"""Time and memory of a training step as images, boxes, queries and processes grow.
 
     python -m tests.benchmarks.scaling --output docs/scaling.json
 
-Every setting runs in fresh processes, so that its peak of memory is its own; random pictures.
+Every setting runs in fresh processes, so that its peak of memory is its own; random images.
 """
 
 import argparse
@@ -20,28 +20,28 @@ from typing import Any
 import torch
 
 from configs.schema import build_config, load_layers
-from datasets.loader import share_out
+from datasets.loader import split_batch
 from engine.commands.train import Place, build_runner
-from engine.memory import peak_memory
+from engine.guards.memory import peak_memory
+from engine.run_log import RunLog
 from models.build import build_model
 from util.batch import Batch, Target, pad_images
 from util.device import pick_device, seed_everything
-from util.distributed import join_world, leave_world
-from util.run_log import RunLog
+from util.distributed import destroy_process_group, init_process_group
 
 SETTINGS: dict[str, list[dict[str, int]]] = {
-    "pictures at once": [{"pictures": n} for n in (1, 2, 4)],
-    "boxes a picture": [{"boxes": n} for n in (1, 30, 100, 300)],
+    "images at once": [{"images": n} for n in (1, 2, 4)],
+    "boxes an image": [{"boxes": n} for n in (1, 30, 100, 300)],
     "queries": [{"queries": n, "boxes": 30} for n in (100, 300, 900)],
-    "processes, 4 pictures in all": [{"pictures": 4 // n, "processes": n} for n in (1, 2)],
+    "processes, 4 images in all": [{"images": 4 // n, "processes": n} for n in (1, 2)],
 }
 _PORT = 29517
 
 
-def make_batch(pictures: int, boxes: int, height: int, width: int, classes: int) -> Batch:
-    """Return random pictures of one size with so many boxes each."""
+def make_batch(images: int, boxes: int, height: int, width: int, classes: int) -> Batch:
+    """Return random images of one size with so many boxes each."""
     targets: list[Target] = []
-    for number in range(pictures):
+    for number in range(images):
         sides = 0.05 + 0.3 * torch.rand(boxes, 2)
         centres = sides / 2 + torch.rand(boxes, 2) * (1 - sides)
         size = torch.tensor([height, width])
@@ -54,27 +54,27 @@ def make_batch(pictures: int, boxes: int, height: int, width: int, classes: int)
                 "size": size,
             }
         )
-    images = pad_images([torch.randn(3, height, width) for _ in range(pictures)])
-    return Batch(images, targets, [])
+    batch = pad_images([torch.randn(3, height, width) for _ in range(images)])
+    return Batch(batch, targets, [])
 
 
 def run_setting(options: argparse.Namespace) -> None:
     """Train a few steps in this process; the main one prints seconds and bytes."""
     torch.set_num_threads(options.threads)
     device = pick_device(options.device)
-    world = join_world(device.type)
+    world = init_process_group(device.type)
     seed_everything(0)
     given = {"model": {"num_queries": options.queries}, "run": {"output_dir": options.folder}}
     config = build_config(load_layers(options.config, given))
     model = build_model(config.model, num_classes=91).to(device)
-    share = share_out(0, most=options.pictures, rank=world.rank, world_size=world.size)
+    share = split_batch(0, most=options.images, rank=world.rank, world_size=world.size)
     place = Place(world, device, share)
     optim = replace(config.optim, effective_batch_size=share.effective, precision=options.precision)
     config = replace(config, optim=optim)
     with RunLog(Path(options.folder), tensorboard=False, enabled=world.main) as log:
         runner = build_runner(model, config, place, log, steps_per_epoch=100)
         height, width = options.size
-        batch = make_batch(options.pictures, options.boxes, height, width, 91)
+        batch = make_batch(options.images, options.boxes, height, width, 91)
         seconds: list[float] = []
         started = time.perf_counter()
 
@@ -92,13 +92,13 @@ def run_setting(options: argparse.Namespace) -> None:
     if world.main:
         found = {"seconds": statistics.median(seconds[1:]), "bytes": peak_memory(device)}
         print(json.dumps(found))
-    leave_world()
+    destroy_process_group()
 
 
 def measure(setting: dict[str, int], options: argparse.Namespace) -> dict[str, Any]:
     """Run a setting in processes of its own; return what the main one found."""
     processes = setting.get("processes", 1)
-    chosen = {"pictures": 1, "boxes": 10, "queries": 300, **setting}
+    chosen = {"images": 1, "boxes": 10, "queries": 300, **setting}
     children = []
     with tempfile.TemporaryDirectory() as folder:
         for rank in range(processes):
@@ -108,7 +108,7 @@ def measure(setting: dict[str, int], options: argparse.Namespace) -> dict[str, A
                 "--precision", options.precision, "--steps", str(options.steps),
                 "--size", *map(str, options.size),
                 "--threads", str(max(1, options.threads // processes)),
-                *(w for n in ("pictures", "boxes", "queries") for w in (f"--{n}", str(chosen[n]))),
+                *(w for n in ("images", "boxes", "queries") for w in (f"--{n}", str(chosen[n]))),
             ]  # fmt: skip
             group = {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
-    for name in ("pictures", "boxes", "queries"):
+    for name in ("images", "boxes", "queries"):
         parser.add_argument(f"--{name}", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -1,4 +1,4 @@
-"""Time training steps beside Hugging Face's, with the same weights, pictures, losses and dropout.
+"""Time training steps beside Hugging Face's, with the same weights, images, losses and dropout.
 
     python -m tests.benchmarks.training_step --batch_size 1 --scale 800 \
         --coco_path ../shared/datasets/coco_by
@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from configs.schema import DataConfig, LossConfig, ModelConfig
 from datasets.build import build_dataset, load_index
 from models.build import build_criterion, build_model
-from models.hugging_face import to_official
-from models.transfer import load_strict
+from models.weights.hugging_face import to_official
+from models.weights.transfer import load_strict
 from ops import use_backend
 from util.batch import PaddedBatch, Target, UnreadableImage, pad_images
 
@@ -125,7 +125,7 @@ def ours(dropout: float, theirs: nn.Module | None, backend: str | None) -> Conte
 
 
 def load_batch(options: argparse.Namespace) -> tuple[PaddedBatch, list[Target]]:
-    """Return pictures of a COCO-format set with their boxes, or random ones with seven."""
+    """Return images of a COCO-format set with their boxes, or random ones with seven."""
     if not options.coco_path:
         height, width = options.scale, round(options.scale * 4 / 3)
         images = [torch.randn(3, height, width) for _ in range(options.batch_size)]
@@ -137,8 +137,8 @@ def load_batch(options: argparse.Namespace) -> tuple[PaddedBatch, list[Target]]:
     config = DataConfig(coco_path=options.coco_path, eval_scale=options.scale)
     index = load_index(config, "val")
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    pictures = build_dataset(config, index, train=False, mean=mean, std=std)
-    items = [pictures[i] for i in range(options.batch_size)]
+    dataset = build_dataset(config, index, train=False, mean=mean, std=std)
+    items = [dataset[i] for i in range(options.batch_size)]
     read = [item for item in items if not isinstance(item, UnreadableImage)]
     return pad_images([image for image, _ in read]), [target for _, target in read]
 
@@ -241,9 +241,9 @@ def measure_memory(options: argparse.Namespace) -> dict[str, int]:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", type=int, default=800, help="short side of the pictures")
+    parser.add_argument("--scale", type=int, default=800, help="short side of the images")
     parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--coco_path", default="", help="real pictures, else random ones")
+    parser.add_argument("--coco_path", default="", help="real images, else random ones")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--contenders", nargs="+", choices=NAMES, default=list(NAMES))

@@ -1,9 +1,9 @@
-r"""Measure what the fast preparation of training pictures does to a detector's AP.
+r"""Measure what the fast preparation of training images does to a detector's AP.
 
     python -m tests.benchmarks.transform_effect --checkpoint runs/bccd/last.pth \
         --images BCCD/JPEGImages --annotations instances_test.json
 
-Evaluates the same checkpoint on pictures prepared as `eval` does (Pillow's pixels, the official
+Evaluates the same checkpoint on images prepared as `eval` does (Pillow's pixels, the official
 order of operations) and as training does (8-bit vectorised resize, reduced JPEG decoding).
 """
 
@@ -17,9 +17,9 @@ import torch
 from configs.schema import DataConfig
 from datasets.build import build_dataset, load_index
 from datasets.loader import eval_loader
-from engine.coco_evaluator import CocoEvaluator
-from engine.commands.detector import load_detector, saved_data_options
-from engine.evaluate import evaluate
+from engine.detector import load_detector, saved_data_options
+from engine.evaluation.evaluate import evaluate
+from engine.evaluation.evaluator import CocoEvaluator
 from models.postprocess import PostProcess
 from util.batch import UnreadableImage
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     exact, fast = (dataset[0] for dataset in ways.values())
     if not isinstance(exact, UnreadableImage) and not isinstance(fast, UnreadableImage):
         apart = float(((exact[0] - fast[0]).abs() * steps).mean())
-        print(f"pixels of the first picture: {apart:.3f} of 255 steps apart on average")
+        print(f"pixels of the first image: {apart:.3f} of 255 steps apart on average")
     return 0
 
 

@@ -39,7 +39,7 @@ def cli() -> Cli:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generated data set of 16 training and 7 validation pictures."""
+    """A generated data set of 16 training and 7 validation images."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
     generate_shapes(folder, num_train=16, num_val=7, seed=0)
     return folder

@@ -8,15 +8,15 @@ from PIL import Image
 
 from main import main
 from tests.integration.conftest import TINY, Cli
-from tests.unit.datasets.doctor.flawed import FLAWS, FlawedSet
-from tests.unit.datasets.flawed_formats import SPLITS, add_flaws, write_sound
+from tests.unit.datasets.checks.flawed import FLAWS, FlawedSet
+from tests.unit.datasets.formats.flawed_formats import SPLITS, add_flaws, write_sound
 
 FLAWED = ("missing", "cut", "off", "past", "duplicate", "annotation id")
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> FlawedSet:
-    found = FlawedSet(tmp_path / "pictures", 12, seed=5)
+    found = FlawedSet(tmp_path / "images", 12, seed=5)
     for name in FLAWED:
         FLAWS[name](found)
     found.save(tmp_path / "set.json")

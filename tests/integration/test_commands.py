@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs.schema import ModelConfig
 from models.build import build_model
-from models.official import save_official
+from models.weights.official import save_official
 from tests.integration.conftest import TINY, Cli, read_log
 
 
@@ -34,7 +34,7 @@ def test_run_folder_holds_what_is_promised(finished_run: Path) -> None:
     assert len(list((finished_run / "pictures").glob("*.png"))) == 2
 
 
-def test_tensorboard_has_curves_and_pictures(finished_run: Path) -> None:
+def test_tensorboard_has_curves_and_images(finished_run: Path) -> None:
     events = EventAccumulator(str(finished_run / "tensorboard"))
     events.Reload()
     tags = events.Tags()
@@ -68,7 +68,7 @@ def test_eval_repeats_the_training_log_to_the_last_digit(
     assert evaluation.stats.tolist() == logged
 
 
-def test_pictures_without_annotations_are_evaluated_too(
+def test_images_without_annotations_are_evaluated_too(
     cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:
     """As a test set whose annotations are kept elsewhere: detections to hand in, numbers n/a."""
@@ -117,7 +117,7 @@ def test_predictions_do_not_depend_on_the_batch_size(
 
 
 def assert_same_detections(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Pair the detections of each picture; scores that are all but equal may change places."""
+    """Pair the detections of each image; scores that are all but equal may change places."""
     assert [d["image_id"] for d in actual] == [d["image_id"] for d in expected]
     for image_id in {d["image_id"] for d in expected}:
         rows = [
@@ -130,11 +130,11 @@ def assert_same_detections(actual: list[dict[str, Any]], expected: list[dict[str
         ]  # fmt: skip
         distance = (rows[0][:, None] - rows[1][None]).abs().amax(-1)
         pairs = linear_sum_assignment(distance.numpy())
-        assert float(distance[pairs].max()) < 1e-2  # pixels of pictures 64 high
+        assert float(distance[pairs].max()) < 1e-2  # pixels of images 64 high
         torch.testing.assert_close(rows[0][:, 1], rows[1][:, 1], rtol=1e-4, atol=1e-4)
 
 
-def test_predict_draws_every_picture_and_names_the_unreadable(
+def test_predict_draws_every_image_and_names_the_unreadable(
     cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "in"
@@ -191,9 +191,9 @@ def test_an_official_checkpoint_keeps_its_ids_and_names(cli: Cli, tmp_path: Path
             assert isinstance(head, torch.nn.Linear)
             head.bias[18] = 4.0  # every query finds a dog, COCO's category 18
     save_official(tmp_path / "official.pth", model.state_dict(), options=options, epoch=49)
-    picture = tmp_path / "pictures" / "one.png"
-    picture.parent.mkdir()
-    Image.new("RGB", (64, 48), "grey").save(picture)
+    image = tmp_path / "pictures" / "one.png"
+    image.parent.mkdir()
+    Image.new("RGB", (64, 48), "grey").save(image)
     truth = {
         "images": [{"id": 1, "file_name": "one.png", "width": 64, "height": 48}],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 5, "bbox": [1, 1, 9, 9],
@@ -203,12 +203,12 @@ def test_an_official_checkpoint_keeps_its_ids_and_names(cli: Cli, tmp_path: Path
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     common = ("--checkpoint", tmp_path / "official.pth", "--output_dir", tmp_path / "out",
               "--eval_scale", "64", "--num_workers", "0")  # fmt: skip
-    done = cli("eval", *common, "--val_images", picture.parent, "--val_annotations",
+    done = cli("eval", *common, "--val_images", image.parent, "--val_annotations",
                tmp_path / "truth.json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     detections = json.loads((tmp_path / "out" / "eval" / "detections.json").read_text())
     assert [d["category_id"] for d in detections] == [5] * 5
-    done = cli("predict", *common, "--input", picture)
+    done = cli("predict", *common, "--input", image)
     assert done.returncode == 0, done.stderr
     best = json.loads((tmp_path / "out" / "predictions.json").read_text())[0]
     assert (best["category_id"], best["category_name"]) == (18, "dog")

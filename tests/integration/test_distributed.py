@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from datasets.loader import ShuffledBatchSampler, share_out
+from datasets.loader import ShuffledBatchSampler, split_batch
 from tests.integration.conftest import ROOT, TINY, read_log
 
 SEED = 42  # the default one
@@ -105,7 +105,7 @@ def test_tasks_of_srun_work_as_one_run(finished_run: Path, tmp_path: Path) -> No
 
 
 def uneven_data(shapes: Path, folder: Path) -> Path:
-    """Return 8 pictures of which, in the first epoch of 2 processes, the second has no boxes.
+    """Return 8 images of which, in the first epoch of 2 processes, the second has no boxes.
 
     It can read none in step 1, and neither can the first in step 2.
     """
@@ -115,7 +115,9 @@ def uneven_data(shapes: Path, folder: Path) -> Path:
     images = content["images"] = content["images"][:8]
     orders = []
     for rank in range(2):
-        sampler = ShuffledBatchSampler(8, share_out(2, most=1, rank=rank, world_size=2), seed=SEED)
+        sampler = ShuffledBatchSampler(
+            8, split_batch(2, most=1, rank=rank, world_size=2), seed=SEED
+        )
         orders.append([images[position] for (position,) in sampler])
     boxed = {image["id"] for image in orders[0]}
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in boxed]
@@ -141,7 +143,7 @@ def test_training_shared_out_goes_as_in_one_process(shapes: Path, tmp_path: Path
         assert by_rank_1 >= 2 if processes == "2" else by_rank_1 == 0
     alone, shared = (metrics(tmp_path / processes) for processes in ("1", "2"))
     assert [line["step"] for line in shared] == [line["step"] for line in alone]
-    assert [line["step"] for line in shared][:3] == [0, 1, 3]  # none without a picture
+    assert [line["step"] for line in shared][:3] == [0, 1, 3]  # none without an image
     for one, two in zip(alone, shared, strict=True):
         for name in ("loss", "loss_ce", "loss_giou", "grad_norm", "class_error"):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-4), (one["step"], name)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from datasets.coco import CocoDetection
+from datasets.dataset import CocoDetection
 from tests.integration.conftest import read_log
 from tests.integration.runs import Command, assert_same, assert_same_runs, errors, metrics, state_of
 
@@ -63,8 +63,8 @@ def test_nan_in_a_weight_stops_the_run_and_names_it(
         assert_same(moments, saved["optimizer"]["state"][number], f"moments of {number}")
 
 
-def poison_a_picture() -> None:
-    """Let one picture have pixels that no file can hold."""
+def poison_a_image() -> None:
+    """Let one image have pixels that no file can hold."""
     read = CocoDetection.__getitem__
 
     def poisoned(self: CocoDetection, turn: Any) -> Any:
@@ -76,7 +76,7 @@ def poison_a_picture() -> None:
     CocoDetection.__getitem__ = poisoned  # type: ignore[method-assign]
 
 
-def test_one_picture_that_is_not_finite_costs_one_step(shapes: Path, tmp_path: Path) -> None:
+def test_one_image_that_is_not_finite_costs_one_step(shapes: Path, tmp_path: Path) -> None:
     command = Command(tmp_path / "run", ("--coco_path", shapes, "--epochs", "3",
                                          "--ema_decay", "0.9", "--no_tensorboard"))  # fmt: skip
     train = json.loads((shapes / "annotations" / "instances_train2017.json").read_text())
@@ -84,7 +84,7 @@ def test_one_picture_that_is_not_finite_costs_one_step(shapes: Path, tmp_path: P
     val = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
     if POISONED in {image["id"] for image in val["images"]}:
         pytest.skip("the sets share image ids")
-    command.run(prepare=poison_a_picture)
+    command.run(prepare=poison_a_image)
     records = reports(command.folder)
     assert len(records) == 3  # once an epoch
     for record in records:
@@ -209,9 +209,7 @@ def test_a_loader_process_that_is_killed(
     assert_same_runs(folder, reference)
 
 
-def test_a_corrupt_picture_and_more_boxes_than_queries_are_said(
-    shapes: Path, tmp_path: Path
-) -> None:
+def test_a_corrupt_image_and_more_boxes_than_queries_are_said(shapes: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
     victim = sorted((data / "train2017").iterdir())[7]
     victim.write_bytes(victim.read_bytes()[:200])

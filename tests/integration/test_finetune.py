@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.schema import ModelConfig
 from main import main
 from models.build import build_model
-from models.official import save_official
+from models.weights.official import save_official
 from tests.integration.runs import errors, metrics, start
 
 OPTIONS: dict[str, Any] = {
@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {
     "dim_feedforward": 32, "num_queries": 10, "with_box_refine": True,
 }  # fmt: skip
 SMALL = ("--train_scales", "64", "--eval_scale", "64", "--max_size", "96", "--num_workers", "0",
-         "--batch_size", "2", "--epochs", "9", "--num_pictures", "0", "--no_random_crop",
+         "--batch_size", "2", "--epochs", "9", "--num_images", "0", "--no_random_crop",
          "--no_tensorboard", "--no_probe", "--device", "cpu")  # fmt: skip
 STILL = ("--lr", "1e-30", "--lr_backbone", "1e-30")  # moves no bit of a weight
 
@@ -41,7 +41,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pictures of "people" and "dogs", whose ids are in the order of neither head."""
+    """Six images of "people" and "dogs", whose ids are in the order of neither head."""
     folder = tmp_path_factory.mktemp("people")
     images: list[dict[str, Any]] = []
     boxes: list[dict[str, Any]] = []
@@ -194,7 +194,7 @@ def test_random_weights_are_not_frozen(people: Path, tmp_path: Path) -> None:
 def predict(
     checkpoint: Path, images: Path, folder: Path, *more: str, name: str = "0.png"
 ) -> dict[str, float]:
-    """Predict on a picture; return the thresholds that were used."""
+    """Predict on an image; return the thresholds that were used."""
     code = main(["predict", "--checkpoint", str(checkpoint), "--input", str(images / name),
                  "--output_dir", str(folder), "--num_workers", "0", "--device", "cpu",
                  *more])  # fmt: skip
@@ -219,7 +219,7 @@ def test_predict_draws_from_the_thresholds_of_the_checkpoint(
     found = json.loads((tmp_path / "a" / "predictions.json").read_text())
     drawn = sum(p["category_name"] == "dog" or p["score"] >= 0.3 for p in found)
     assert drawn > 0
-    assert f"1 pictures with {drawn} boxes of their class's score threshold or more" in told
+    assert f"1 images with {drawn} boxes of their class's score threshold or more" in told
 
     assert set(predict(tmp_path / "old.pth", people, tmp_path / "b").values()) == {0.3}
     assert "thresholds" not in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Random flawed sets of every format through `check`, `train` and `eval`, both splits flawed.
 
-The oracle for sound pictures is `eval` of the same checkpoint on the set without flaws.
+The oracle for sound images is `eval` of the same checkpoint on the set without flaws.
 """
 
 import json
@@ -14,17 +14,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from datasets.doctor.kinds import KINDS
-from datasets.sources import read_source
+from datasets.checks.kinds import KINDS
+from datasets.formats.sources import read_source
 from main import main
 from tests.integration.conftest import TINY, read_log
-from tests.unit.datasets.flawed_formats import (
+from tests.unit.datasets.formats.flawed_formats import (
     FLAWS,
     FORMATS,
-    NUM_PICTURES,
+    NUM_IMAGES,
     SPLITS,
     add_flaws,
-    sound_pictures,
+    sound_images,
     write_sound,
 )
 
@@ -42,7 +42,7 @@ def located(target: str, place: Path) -> tuple[object, ...]:
 
 def train(target: str, place: Path, folder: Path) -> None:
     run("train", "--config", TINY, *located(target, place), *SMALL, "--epochs", 1,
-        "--no_random_crop", "--output_dir", folder, "--num_pictures", 0, "--no_probe",
+        "--no_random_crop", "--output_dir", folder, "--num_images", 0, "--no_probe",
         "--no_tensorboard", "--device", "cpu")  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def evaluate(target: str, place: Path, checkpoint: Path, folder: Path) -> None:
 
 
 def detections(target: str, place: Path, folder: Path) -> Detections:
-    """Return what `eval` found, by picture name without suffix."""
+    """Return what `eval` found, by image name without suffix."""
     content = read_source(target, place, "val").content
     name_of = {i["id"]: Path(i["file_name"]).stem for i in content["images"] if "file_name" in i}
     found: Detections = {}
@@ -79,7 +79,7 @@ def trained(
     checkpoint = folder / "run" / "last.pth"
     evaluate(target, place, checkpoint, folder / "eval")
     found = detections(target, place, folder / "eval")
-    assert len(found) == NUM_PICTURES
+    assert len(found) == NUM_IMAGES
     return target, checkpoint, found
 
 
@@ -98,7 +98,7 @@ def test_flawed_sets_are_told_and_used(
     target, checkpoint, sound = trained
     folder = tmp_path_factory.mktemp("flawed")
     place = write_sound(folder, target)
-    some = st.lists(st.integers(0, len(FLAWS[target]) - 1), max_size=NUM_PICTURES - 1)
+    some = st.lists(st.integers(0, len(FLAWS[target]) - 1), max_size=NUM_IMAGES - 1)
     chosen: dict[str, Sequence[int]] = {s: data.draw(some, label=s) for s in SPLITS}
     told = {s: add_flaws(target, place, s, chosen[s]) for s in SPLITS}
     everything = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
@@ -123,7 +123,7 @@ def test_flawed_sets_are_told_and_used(
 
     evaluate(target, place, checkpoint, folder / "eval")
     found = detections(target, place, folder / "eval")
-    for name in sound_pictures("val", len(chosen["val"])):
+    for name in sound_images("val", len(chosen["val"])):
         assert found[name] == sound[name]
     assert "Traceback" not in "".join(capsys.readouterr())
     assert {p: p.read_bytes() for p in place.rglob("*") if p.is_file()} == everything

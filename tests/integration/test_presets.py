@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.options import to_yaml
 from configs.schema import build_config, load_layers
 from models.build import build_model
-from util.config import to_yaml
 
 PRESETS = sorted(Path("configs").glob("*.yaml"))
 

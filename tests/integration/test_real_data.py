@@ -21,7 +21,7 @@ def test_coco_trains_and_evaluates_with_the_published_preset(
                "--output_dir", out, "--backbone_weights", "none", "--max_steps", "2",
                "--batch_size", "1", "--effective_batch_size", "1", "--train_scales", "256",
                "--eval_scale", "160",
-               "--max_size", "320", "--num_workers", "1", "--num_pictures", "1")  # fmt: skip
+               "--max_size", "320", "--num_workers", "1", "--num_images", "1")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "54 images" in done.stdout
     assert "80 classes" in done.stdout
@@ -48,7 +48,7 @@ def test_eight_photographs_are_learned_by_heart(cli: Cli, shared: Shared, tmp_pa
                "--val_images", data / "train2017", "--val_annotations", annotations,
                "--backbone_weights", weights, "--num_workers", "0", "--hflip", "0",
                "--train_scales", "192", "--eval_scale", "192", "--max_size", "320",
-               "--epochs", "200", "--eval_every", "200", "--num_pictures", "8")  # fmt: skip
+               "--epochs", "200", "--eval_every", "200", "--num_images", "8")  # fmt: skip
     assert done.returncode == 0, done.stderr
     average_precision_50 = read_log(out)[-1]["test_coco_eval_bbox"][1]
     assert average_precision_50 > 0.9

@@ -11,6 +11,7 @@ import pytest
 from datasets.shapes import generate_shapes
 from tests.integration.conftest import TINY, run_cli
 from tests.recorded import model_values
+from tests.unit.models.small import VARIANTS
 
 RECORDED = model_values.FILE.parent
 CURVES = json.loads((RECORDED / "curves.json").read_text())
@@ -28,7 +29,7 @@ def _assert_near(found: Any, expected: Any, name: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12 * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("variant", model_values.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_outputs_losses_and_gradients_are_those_recorded(variant: str) -> None:
     expected = json.loads(model_values.FILE.read_text())[variant]
     found = model_values.compute(variant)

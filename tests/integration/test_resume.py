@@ -126,7 +126,7 @@ def test_resuming_a_finished_run_changes_nothing(
     assert all(after[name] == before[name] for name in before if name != "config.yaml")
 
 
-def test_unreadable_pictures_of_before_stay_listed(shapes: Path, tmp_path: Path) -> None:
+def test_unreadable_images_of_before_stay_listed(shapes: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
     first, second = sorted((data / "train2017").iterdir())[:2]
     whole = first.read_bytes()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.run_lock import only_run_in
+from engine.run_lock import run_lock
 from tests.integration.runs import Command, Running, alive, errors, metrics
 from util.distributed import World
 
@@ -52,7 +52,7 @@ def test_a_run_that_waited_for_another_goes_on_from_its_last_checkpoint(
     finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:
     command = Command(tmp_path / "run", ("--coco_path", shapes, "--resume", "auto"))
-    with only_run_in(command.folder, World()):  # a run that is about to end
+    with run_lock(command.folder, World()):  # a run that is about to end
         second = command.start()
         second.wait_until(lambda: has_open(second, command.folder / ".lock"))
         shutil.copy(finished_run / "last.pth", command.folder)

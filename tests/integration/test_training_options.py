@@ -106,7 +106,7 @@ def test_the_time_of_each_step_is_told_in_parts(reference: Path) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_trains_as_one_that_is_not(cli: Cli, shapes: Path, tmp_path: Path) -> None:
     small = ("--coco_path", shapes, "--max_steps", "2", "--pad_multiple", "96", "--no_probe",
-             "--num_pictures", "0", "--dec_layers", "1")  # fmt: skip
+             "--num_images", "0", "--dec_layers", "1")  # fmt: skip
     plain, compiled = Command(tmp_path / "plain", small), tmp_path / "compiled"
     plain.run()
     done = cli("train", "--config", TINY, "--output_dir", compiled, *small, "--compile")

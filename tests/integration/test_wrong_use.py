@@ -58,7 +58,7 @@ WRONG_OPTIONS: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = 
         lambda f: ["eval", "--checkpoint", str(f / "none.pth")],
         ("none.pth",),
     ),
-    "no picture": (
+    "no image": (
         lambda f: ["predict", "--checkpoint", "x", "--input", str(f / "none.jpg"),
                    "--output_dir", str(f / "o")],
         ("none.jpg",),
@@ -152,7 +152,7 @@ def test_debug_shows_the_traceback(cli: Cli) -> None:
     assert "Traceback" in done.stderr
 
 
-def test_training_goes_on_without_an_unreadable_picture(
+def test_training_goes_on_without_an_unreadable_image(
     cli: Cli, copied: Path, tmp_path: Path
 ) -> None:
     spoiled = sorted((copied / "train2017").iterdir())[3]

@@ -27,8 +27,8 @@ from torch import Tensor
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model
 from models.deformable_detr import DeformableDETR, DetectorOutput
-from models.hugging_face import to_official
-from models.transfer import load_strict
+from models.weights.hugging_face import to_official
+from models.weights.transfer import load_strict
 from tests.unit.models.definitions import Target, random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
 from util.batch import PaddedBatch, pad_images
@@ -38,7 +38,7 @@ transformers = pytest.importorskip("transformers")
 CLASSES = 5
 COUNTS = {
     "unequal": [3, 1],
-    "one picture without": [0, 4],
+    "one image without": [0, 4],
     "none at all": [0, 0],
     "more than queries": [9, 2],
 }
@@ -47,7 +47,7 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 
 @dataclass(frozen=True)
 class Pair:
-    """Two models with the same weights and an input with padding on both pictures."""
+    """Two models with the same weights and an input with padding on both images."""
 
     theirs: Any
     ours: DeformableDETR

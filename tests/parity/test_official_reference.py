@@ -109,8 +109,8 @@ def test_matches_of_every_layer(recorded: Recorded) -> None:
     output = recorded.output
     (matches,) = HungarianMatcher()([(output["layer_logits"], output["layer_boxes"], targets)])
     for layer, name in enumerate(["aux0", "aux1", "aux2", "aux3", "aux4", "final"]):
-        for picture, (queries, chosen) in enumerate(recorded.json["match"][name]):
-            kept = matches.picture == picture
+        for image, (queries, chosen) in enumerate(recorded.json["match"][name]):
+            kept = matches.image == image
             found = zip(matches.query[layer, kept], matches.target[layer, kept], strict=True)
             expected = set(zip(queries, chosen, strict=True))
             assert {(int(q), int(t)) for q, t in found} == expected
@@ -149,10 +149,10 @@ def test_gradients(recorded: Recorded) -> None:
 
 def test_detections(recorded: Recorded) -> None:
     found = PostProcess()(recorded.output, torch.tensor(recorded.fill.ORIG_SIZES))
-    for picture, result in enumerate(found):
-        assert_near(result["scores"], recorded.arrays["scores"][picture], 1e-5)
-        assert result["labels"].tolist() == recorded.arrays["labels"][picture].tolist()
-        assert_near(result["boxes"], recorded.arrays["det_boxes"][picture], 1e-5)
+    for image, result in enumerate(found):
+        assert_near(result["scores"], recorded.arrays["scores"][image], 1e-5)
+        assert result["labels"].tolist() == recorded.arrays["labels"][image].tolist()
+        assert_near(result["boxes"], recorded.arrays["det_boxes"][image], 1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -67,7 +67,7 @@ def compute(variant: str) -> dict[str, Any]:
     images, targets = images_and_targets()
     outputs = model(pad_images(images))
     losses = build_criterion(LossConfig())(outputs, targets)
-    losses["loss"].backward()
+    torch.autograd.backward(losses["loss"])
     gradients = {
         name: [
             float(parameter.grad.abs().sum()),

@@ -1,86 +1,80 @@
-"""Who may import whom, and how long files and functions may be."""
+"""Imports run downwards, from the commands to the tools, and never in a circle."""
 
 import ast
+import graphlib
 import subprocess
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
-ROOMS = ("configs", "datasets", "engine", "models", "ops", "util")
-MAY_IMPORT = {
-    "util": {"util"},
-    "ops": {"ops"},
-    "configs": {"configs", "util"},
-    "models": {"models", "ops", "util"},
-    "datasets": {"datasets", "util"},
-    "engine": {"engine", "util"},
-    "engine/commands": set(ROOMS),  # where models, data and loops meet
+MAY_IMPORT = {  # besides the room itself
+    "main": {"configs", "engine", "ops", "util"},
+    "engine": {"configs", "models", "datasets", "ops", "util"},
+    "models": {"configs", "ops", "util"},
+    "datasets": {"configs", "util"},
+    "configs": {"util"},
+    "ops": set(),
+    "util": set(),
 }
-# Options become constructors and loops here alone.
-READ_THE_SCHEMA = {"main.py", "models/build.py", "datasets/build.py", "engine/optim.py"}
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 50
 
 
-def source_files() -> list[str]:
-    """Return every Python file of the tree that git does not ignore."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return sorted(name for name in listed.stdout.splitlines() if (ROOT / name).exists())
+def product_files() -> list[str]:
+    """Return every Python file of the seven rooms that git does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    names = sorted(name for name in listed.stdout.splitlines() if (ROOT / name).exists())
+    return [name for name in names if room_of(name) in MAY_IMPORT]
 
 
-def parse(name: str) -> ast.Module:
-    """Return the syntax tree of a file."""
-    return ast.parse((ROOT / name).read_text(encoding="utf-8"), filename=name)
+def room_of(name: str) -> str:
+    """Return the room of a file or module."""
+    return name.removesuffix(".py").replace("/", ".").split(".")[0]
 
 
-def imported_modules(tree: ast.Module, room: str) -> list[str]:
-    """Return the full name of every module imported anywhere, inside functions too."""
-    names: list[str] = []
-    for node in ast.walk(tree):
+def module_of(name: str) -> str:
+    """Return the module that a file is."""
+    return name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def is_module(name: str) -> bool:
+    """Tell a module or package of ours from a name inside one."""
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def imported(name: str) -> set[str]:
+    """Return the full name of all that a file imports, inside functions too."""
+    package = name.removesuffix(".py").split("/")[:-1]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"), filename=name)):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            if node.level:  # `ops` is also a package of its own, under another name
-                assert (room, node.level) == ("ops", 1), "relative imports hide the room"
-                continue
-            assert node.module is not None
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            parts = {f"{module}.{alias.name}" for alias in node.names}
+            submodules = {part for part in parts if is_module(part)}
+            names |= submodules if parts == submodules else {module, *submodules}
     return names
 
 
-@pytest.mark.parametrize("name", source_files())
-def test_imports_stay_within_the_table(name: str) -> None:
-    room = "engine/commands" if name.startswith("engine/commands/") else name.split("/")[0]
-    modules = imported_modules(parse(name), room)
-    if name not in READ_THE_SCHEMA and room not in ("configs", "tests", "engine/commands"):
-        assert not [m for m in modules if m.startswith("configs")]
-    if room in MAY_IMPORT:
-        ours = {m.split(".")[0] for m in modules} & {*ROOMS, "main", "tests"}
-        allowed = MAY_IMPORT[room] | ({"configs"} if name in READ_THE_SCHEMA else set())
-        assert ours <= allowed
+def test_imports_never_run_up() -> None:
+    for name in product_files():
+        room = room_of(name)
+        rooms = {room_of(module) for module in imported(name)} & {*MAY_IMPORT, "tests"}
+        assert rooms - {room} <= MAY_IMPORT[room], name
 
 
-@pytest.mark.parametrize("name", source_files())
-def test_files_and_functions_stay_short(name: str) -> None:
-    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
-    for node in ast.walk(parse(name)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno is not None
-            length = node.end_lineno - node.lineno + 1
-            assert length <= MAX_FUNCTION_LINES, f"{name}: {node.name} has {length} lines"
+def test_options_stop_at_the_builders() -> None:
+    """Below the files that build, nothing sees an option."""
+    for name in product_files():
+        if room_of(name) in ("models", "datasets") and not name.endswith("/build.py"):
+            assert not any(room_of(module) == "configs" for module in imported(name)), name
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "ops" / "csrc").iterdir()), ids=lambda p: p.name)
-def test_kernel_sources_stay_short(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
-
-
-def test_every_room_is_in_the_table() -> None:
-    rooms = {name.split("/")[0] for name in source_files() if "/" in name}
-    assert rooms - {"tests", "docs", ".ci"} == {room.split("/")[0] for room in MAY_IMPORT}
+def test_no_imports_run_in_a_circle() -> None:
+    modules = {module_of(name): name for name in product_files()}
+    graph = {
+        module: {other for other in imported(name) if other in modules and other != module}
+        for module, name in modules.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the circle

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from configs.options import Values, add_options, parse_flags, to_yaml
 from configs.schema import (
     SECTIONS,
     Config,
@@ -21,7 +22,6 @@ from configs.schema import (
     load_layers,
     merge_options,
 )
-from util.config import Values, add_options, parse_flags, to_yaml
 from util.errors import ConfigError
 
 PRESETS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))

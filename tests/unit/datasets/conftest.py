@@ -15,7 +15,7 @@ Written = tuple[Path, Path]
 
 @pytest.fixture
 def content() -> Content:
-    """Return three pictures of 40x30 with a box each, under categories 7 and 3."""
+    """Return three images of 40x30 with a box each, under categories 7 and 3."""
     return {
         "images": [
             {"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in (5, 9, 2)
@@ -34,10 +34,10 @@ def content() -> Content:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[Content], Written]:
-    """Return a function that writes a set and its pictures: (JSON file, picture folder)."""
+    """Return a function that writes a set and its images: (JSON file, image folder)."""
 
     def write_set(content: Content) -> Written:
-        folder = tmp_path / "pictures"
+        folder = tmp_path / "images"
         folder.mkdir(exist_ok=True)
         rng = np.random.default_rng(0)
         for entry in content["images"]:

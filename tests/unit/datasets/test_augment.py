@@ -1,6 +1,6 @@
 """Augmentation of every kind: boxes stay on what they enclose.
 
-The oracle is the picture itself: each object is a rectangle of its label's colour on black.
+The oracle is the image itself: each object is a rectangle of its label's colour on black.
 """
 
 from dataclasses import replace
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets.augment import color_jitter
-from datasets.coco import seeded_generator
+from datasets.dataset import seeded_generator
 from datasets.mixing import Mixing, mixup, mosaic
 from datasets.sample import Prepared, Sample, Size
 from datasets.transforms import TrainTransform
@@ -39,7 +39,7 @@ RECIPES = {
 
 
 def scene(seed: int) -> Sample:
-    """Return a picture of up to four rectangles of unlike colours, one in each quarter."""
+    """Return an image of up to four rectangles of unlike colours, one in each quarter."""
     generator = seeded_generator(seed)
 
     def draw(low: int, high: int) -> int:
@@ -95,7 +95,7 @@ def test_boxes_follow_their_objects(recipe: str, seed: int) -> None:
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None)
-def test_mosaics_hold_the_objects_of_four_pictures(seed: int) -> None:
+def test_mosaics_hold_the_objects_of_four_images(seed: int) -> None:
     scenes = [scene(seed + k) for k in range(4)]
     mixed = mosaic(scenes, seeded_generator(seed))
     assert mixed.size == scenes[0].size == tuple(mixed.image.shape[-2:])
@@ -105,7 +105,7 @@ def test_mosaics_hold_the_objects_of_four_pictures(seed: int) -> None:
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
-def test_mosaics_of_pictures_decoded_at_half_size_are_labelled_in_the_whole(seed: int) -> None:
+def test_mosaics_of_images_decoded_at_half_size_are_labelled_in_the_whole(seed: int) -> None:
     scenes = [scene(seed + k) for k in range(4)]
     halves = [
         Sample(s.image, s.boxes * 2, s.labels, (s.size[0] * 2, s.size[1] * 2)) for s in scenes
@@ -119,7 +119,7 @@ def test_mosaics_of_pictures_decoded_at_half_size_are_labelled_in_the_whole(seed
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=30, deadline=None)
-def test_mixup_shows_both_pictures(seed: int) -> None:
+def test_mixup_shows_both_images(seed: int) -> None:
     own, other = scene(seed), scene(seed + 1)
     red = replace(
         own, image=own.image.amax(0, keepdim=True) * torch.tensor([1, 0, 0])[:, None, None]
@@ -157,7 +157,7 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def white(size: Size) -> Sample:
-    """Return a white picture with a box around it."""
+    """Return a white image with a box around it."""
     image = torch.full((*size, 3), 255, dtype=torch.uint8).permute(2, 0, 1)
     return Sample(image, torch.tensor([[0.0, 0, size[1], size[0]]]), torch.zeros(1), size)
 

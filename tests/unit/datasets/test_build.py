@@ -8,8 +8,8 @@ import pytest
 
 from configs.schema import DataConfig
 from datasets.build import build_dataset, build_transform, data_paths, load_index, read_split
-from datasets.convert import convert
-from datasets.sources import read_source
+from datasets.formats.convert import convert
+from datasets.formats.sources import read_source
 from util.errors import DataError
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from datasets import index_cache
-from datasets.coco import CocoIndex
-from datasets.coco_json import CocoContent
+from datasets.checks.coco_json import CocoContent
+from datasets.index import CocoIndex
 from datasets.index_cache import cache_folder, read_content
 from util.errors import DataError
 
@@ -57,7 +57,7 @@ def test_kept_content_is_what_was_read(json_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(index_cache, "check_content", None)  # calling it would fail
     assert plain(read(json_path)) == anew
     assert len(list(cache_folder().iterdir())) == 1
-    index = CocoIndex.load(json_path, json_path.parent / "pictures", need_boxes=True, cache=True)
+    index = CocoIndex.load(json_path, json_path.parent / "images", need_boxes=True, cache=True)
     assert index.findings[0].kind == "flat_bbox"
 
 
@@ -82,7 +82,7 @@ def test_what_evaluation_kept_without_boxes_is_refused_in_training(
 ) -> None:
     content = json.loads(json_path.read_text())
     json_path.write_text(json.dumps({**content, "annotations": annotations}))
-    folder = json_path.parent / "pictures"
+    folder = json_path.parent / "images"
     for _ in range(2):
         index = CocoIndex.load(json_path, folder, need_boxes=False, cache=True)
         assert len(index.annotations.ids) == 0

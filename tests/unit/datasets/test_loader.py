@@ -1,4 +1,4 @@
-"""Batches: collation, reproducible order, and evaluation that sees every picture once."""
+"""Batches: collation, reproducible order, and evaluation that sees every image once."""
 
 import multiprocessing
 import sys
@@ -14,15 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from datasets.coco import CocoDetection, CocoIndex
+from datasets.dataset import CocoDetection
+from datasets.index import CocoIndex
 from datasets.loader import (
     AspectRatioBatchSampler,
+    BatchSplit,
     SameSizeBatchSampler,
-    Share,
     ShuffledBatchSampler,
     collate,
     eval_loader,
-    share_out,
+    split_batch,
     train_loader,
 )
 from datasets.transforms import EvalTransform, TrainTransform
@@ -48,11 +49,11 @@ sizes = st.lists(st.sampled_from([(30, 40), (40, 30), (20, 20), (0, 0)]), min_si
 
 
 def item(image_id: int, height: int, width: int) -> tuple[Tensor, Target]:
-    """Return a picture of ones with an empty target."""
+    """Return an image of ones with an empty target."""
     return torch.ones(3, height, width), {"image_id": torch.tensor(image_id)}
 
 
-def test_collate_pads_and_sets_unreadable_pictures_apart() -> None:
+def test_collate_pads_and_sets_unreadable_images_apart() -> None:
     bad = UnreadableImage(7, "x.png", "gone")
     batch = collate([item(1, 4, 6), bad, item(2, 5, 3)])
     assert batch.images is not None
@@ -65,28 +66,28 @@ def test_collate_pads_and_sets_unreadable_pictures_apart() -> None:
     assert collate([bad]) == Batch(None, [], [bad])
 
 
-Order = Callable[[Share], ShuffledBatchSampler]
+Order = Callable[[BatchSplit], ShuffledBatchSampler]
 
 
 def plain(count: int, *, seed: int = 3) -> Order:
-    """Return what makes a sampler of `count` pictures for a process's share."""
+    """Return what makes a sampler of `count` images for a process's share."""
     return lambda share: ShuffledBatchSampler(count, share, seed=seed)
 
 
 def grouped(sizes: list[tuple[int, int]]) -> Order:
-    """Return what makes a sampler of pictures of these sizes for a process's share."""
+    """Return what makes a sampler of images of these sizes for a process's share."""
     return lambda share: AspectRatioBatchSampler(sizes, share, seed=3)
 
 
 def epoch_of(order: Order, effective: int, most: int, world_size: int) -> list[list[list[int]]]:
-    """Return the pictures of epoch 2 as [steps][processes][pictures].
+    """Return the images of epoch 2 as [steps][processes][images].
 
     Checks what holds for every order: equally many micro-batches in all processes, of at most the
     size asked.
     """
     ranks = []
     for rank in range(world_size):
-        sampler = order(share_out(effective, most=most, rank=rank, world_size=world_size))
+        sampler = order(split_batch(effective, most=most, rank=rank, world_size=world_size))
         sampler.set_epoch(2)
         batches = list(sampler)
         assert len(batches) == len(sampler) == sampler.steps * sampler.accumulation
@@ -98,12 +99,12 @@ def epoch_of(order: Order, effective: int, most: int, world_size: int) -> list[l
 
 
 def together(step: list[list[int]]) -> list[int]:
-    """Return the pictures of a step on all processes, sorted."""
+    """Return the images of a step on all processes, sorted."""
     return sorted(i for own in step for i in own)
 
 
 @given(st.integers(1, 90), st.integers(1, 6), st.integers(1, 9), st.integers(1, 4))
-def test_a_step_has_the_same_pictures_however_it_is_shared_out(
+def test_a_step_has_the_same_images_however_it_is_shared_out(
     count: int, per_process: int, most: int, world_size: int
 ) -> None:
     effective = per_process * world_size
@@ -122,7 +123,7 @@ def test_a_step_has_the_same_pictures_however_it_is_shared_out(
 
 
 @given(sizes, st.integers(1, 6), st.integers(1, 4), st.integers(1, 3))
-def test_pictures_of_both_orientations_are_not_in_one_step(
+def test_images_of_both_orientations_are_not_in_one_step(
     sizes: list[tuple[int, int]], per_process: int, most: int, world_size: int
 ) -> None:
     effective = per_process * world_size
@@ -145,7 +146,7 @@ def test_pictures_of_both_orientations_are_not_in_one_step(
 def test_an_epoch_resumed_after_any_step_gives_exactly_the_rest(
     sizes: list[tuple[int, int]], own: int, most: int, first_step: int, by_aspect: bool
 ) -> None:
-    share = share_out(own * 2, most=most, rank=1, world_size=2)
+    share = split_batch(own * 2, most=most, rank=1, world_size=2)
     sampler = (grouped(sizes) if by_aspect else plain(len(sizes)))(share)
     sampler.set_epoch(5)
     whole = list(sampler)
@@ -156,7 +157,7 @@ def test_an_epoch_resumed_after_any_step_gives_exactly_the_rest(
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
-        sampler = plain(40, seed=seed)(Share(4))
+        sampler = plain(40, seed=seed)(BatchSplit(4))
         sampler.set_epoch(epoch)
         return list(sampler)
 
@@ -164,8 +165,8 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert len({str(order(*key)) for key in [(1, 2), (1, 3), (2, 2)]}) == 3
 
 
-def test_the_few_pictures_of_the_other_orientation_are_seen_too() -> None:
-    sampler = grouped([(1, 2)] * 20 + [(2, 1)] * 3)(Share(4))
+def test_the_few_images_of_the_other_orientation_are_seen_too() -> None:
+    sampler = grouped([(1, 2)] * 20 + [(2, 1)] * 3)(BatchSplit(4))
     seen: set[int] = set()
     for epoch in range(20):
         sampler.set_epoch(epoch)
@@ -178,7 +179,7 @@ def test_shares_make_up_the_effective_batch_in_the_largest_micro_batches(
     per_process: int, most: int, world_size: int
 ) -> None:
     effective = per_process * world_size
-    share = share_out(effective, most=most, rank=world_size - 1, world_size=world_size)
+    share = split_batch(effective, most=most, rank=world_size - 1, world_size=world_size)
     assert share.effective == share.batch_size * share.accumulation * world_size == effective
     larger = range(share.batch_size + 1, most + 1)
     assert share.batch_size <= most
@@ -186,8 +187,8 @@ def test_shares_make_up_the_effective_batch_in_the_largest_micro_batches(
 
 
 def test_no_effective_batch_means_one_micro_batch_a_process() -> None:
-    share = share_out(0, most=3, rank=1, world_size=2)
-    assert share == Share(batch_size=3, accumulation=1, rank=1, world_size=2)
+    share = split_batch(0, most=3, rank=1, world_size=2)
+    assert share == BatchSplit(batch_size=3, accumulation=1, rank=1, world_size=2)
     assert share.effective == 6
 
 
@@ -196,11 +197,11 @@ def test_an_effective_batch_that_the_processes_cannot_share_is_refused(
     effective: int, advice: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"^--effective_batch_size {effective}: .* {advice}"):
-        share_out(effective, most=2, world_size=4)
+        split_batch(effective, most=2, world_size=4)
 
 
 @given(sizes, st.integers(1, 7), st.integers(1, 3))
-def test_same_size_batches_hold_every_picture_once(
+def test_same_size_batches_hold_every_image_once(
     sizes: list[tuple[int, int]], batch_size: int, world_size: int
 ) -> None:
     batches = [
@@ -215,19 +216,19 @@ def test_same_size_batches_hold_every_picture_once(
     assert all(len(batch) <= batch_size for batch in batches)
 
 
-def test_large_pictures_are_evaluated_first() -> None:
+def test_large_images_are_evaluated_first() -> None:
     sampler = SameSizeBatchSampler([(10, 10), (30, 40), (20, 20)], batch_size=2)
     assert list(sampler) == [[1], [2], [0]]
 
 
 @pytest.fixture
 def index(content: Content, write: Write) -> CocoIndex:
-    """Return twelve pictures, the last one unreadable."""
+    """Return twelve images, the last one unreadable."""
     content["images"] += [
         {"id": 100 + i, "file_name": f"{100 + i}.png", "width": 40, "height": 30} for i in range(9)
     ]
     json_path, folder = write(content)
-    (folder / "108.png").write_text("no picture")
+    (folder / "108.png").write_text("no image")
     return CocoIndex.load(json_path, folder, need_boxes=True)
 
 
@@ -241,7 +242,7 @@ def test_training_is_the_same_with_and_without_workers(index: CocoIndex) -> None
     epochs = {}
     for num_workers in (0, 2):
         loader = train_loader(
-            CocoDetection(index, RANDOM, seed=5), Share(5), num_workers=num_workers, seed=5
+            CocoDetection(index, RANDOM, seed=5), BatchSplit(5), num_workers=num_workers, seed=5
         )
         assert len(loader) == 2
         runs = []
@@ -261,7 +262,7 @@ def test_workers_share_the_index_whatever_python_starts_processes_with(index: Co
     usual = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        train = train_loader(dataset, Share(5), num_workers=1, seed=5)
+        train = train_loader(dataset, BatchSplit(5), num_workers=1, seed=5)
         val = eval_loader(dataset, batch_size=5, num_workers=1)
         assert len(list(train)) == 2
         assert sum(len(batch.targets) for batch in val) == 11
@@ -273,7 +274,7 @@ def test_one_scale_for_a_batch_pads_nothing(index: CocoIndex) -> None:
     (index.image_dir / "108.png").write_bytes((index.image_dir / "107.png").read_bytes())
     shared = replace(RANDOM, random_crop=False, one_scale_per_batch=True)
     dataset = CocoDetection(index, shared, seed=2)
-    loader = train_loader(dataset, Share(3), num_workers=0, seed=2)
+    loader = train_loader(dataset, BatchSplit(3), num_workers=0, seed=2)
     by_epoch = []
     for epoch in range(6):
         loader.set_epoch(epoch)
@@ -291,7 +292,7 @@ def test_one_scale_for_a_batch_pads_nothing(index: CocoIndex) -> None:
 
 
 def test_resumed_epoch_goes_on_where_it_stopped(index: CocoIndex) -> None:
-    loader = train_loader(CocoDetection(index, RANDOM), Share(3), num_workers=0, seed=0)
+    loader = train_loader(CocoDetection(index, RANDOM), BatchSplit(3), num_workers=0, seed=0)
     loader.set_epoch(4)
     whole = [digest(batch) for batch in loader]
     loader.set_epoch(4, first_step=3)
@@ -300,13 +301,13 @@ def test_resumed_epoch_goes_on_where_it_stopped(index: CocoIndex) -> None:
     assert [digest(batch) for batch in loader] == whole
 
 
-def test_pictures_are_augmented_alike_however_a_step_is_shared_out(index: CocoIndex) -> None:
+def test_images_are_augmented_alike_however_a_step_is_shared_out(index: CocoIndex) -> None:
     shared = replace(RANDOM, one_scale_per_batch=True)
     seen = []
     for shares in (
-        [Share(6)],
-        [Share(2, accumulation=3)],
-        [Share(1, accumulation=2, rank=rank, world_size=3) for rank in range(3)],
+        [BatchSplit(6)],
+        [BatchSplit(2, accumulation=3)],
+        [BatchSplit(1, accumulation=2, rank=rank, world_size=3) for rank in range(3)],
     ):
         sums: dict[int, float] = {}
         for share in shares:
@@ -317,14 +318,14 @@ def test_pictures_are_augmented_alike_however_a_step_is_shared_out(index: CocoIn
                     assert batch.images is not None
                     sums[int(target["image_id"])] = float(batch.images.images[i].double().sum())
         seen.append(sums)
-    assert len(seen[0]) >= 5  # of six, one picture cannot be read
+    assert len(seen[0]) >= 5  # of six, one image cannot be read
     assert seen[0].keys() == seen[1].keys() == seen[2].keys()
     for other in seen[1:]:
         assert other == pytest.approx(seen[0], rel=1e-12)
 
 
 def test_loading_leaves_the_global_random_numbers_alone(index: CocoIndex) -> None:
-    loader = train_loader(CocoDetection(index, RANDOM), Share(4), num_workers=0, seed=0)
+    loader = train_loader(CocoDetection(index, RANDOM), BatchSplit(4), num_workers=0, seed=0)
     before = torch.get_rng_state()
     list(loader)
     assert torch.equal(before, torch.get_rng_state())
@@ -333,7 +334,7 @@ def test_loading_leaves_the_global_random_numbers_alone(index: CocoIndex) -> Non
 def test_data_smaller_than_a_batch_is_one_batch(index: CocoIndex) -> None:
     loader = train_loader(
         CocoDetection(index, RANDOM),
-        Share(50),
+        BatchSplit(50),
         num_workers=0,
         seed=0,
         aspect_ratio_grouping=True,
@@ -343,7 +344,7 @@ def test_data_smaller_than_a_batch_is_one_batch(index: CocoIndex) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_evaluation_sees_every_picture_once_without_padding(
+def test_evaluation_sees_every_image_once_without_padding(
     index: CocoIndex, batch_size: int
 ) -> None:
     dataset = CocoDetection(

@@ -1,4 +1,4 @@
-"""The generated set: exact boxes, reproducible pictures, and care with existing folders."""
+"""The generated set: exact boxes, reproducible images, and care with existing folders."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets.coco import CocoIndex
-from datasets.shape_drawing import CATEGORY_IDS, MAX_OBJECTS, _background, draw_picture
+from datasets.index import CocoIndex
+from datasets.shape_drawing import CATEGORY_IDS, MAX_OBJECTS, _background, draw_image
 from datasets.shapes import generate_shapes
 from util.errors import DataError
 
@@ -38,7 +38,7 @@ def test_set_reads_without_notices_and_covers_all_classes_and_sizes(folder: Path
     assert 1 <= np.diff(train.first).min() <= np.diff(train.first).max() <= MAX_OBJECTS
 
 
-def test_pictures_depend_on_seed_and_position_alone(folder: Path, tmp_path: Path) -> None:
+def test_images_depend_on_seed_and_position_alone(folder: Path, tmp_path: Path) -> None:
     generate_shapes(tmp_path / "fewer", num_train=3, num_val=1, seed=0)
     generate_shapes(tmp_path / "other", num_train=3, num_val=1, seed=1)
     first, same, other = (
@@ -52,15 +52,15 @@ def test_pictures_depend_on_seed_and_position_alone(folder: Path, tmp_path: Path
 
 
 def test_boxes_bound_exactly_what_is_painted() -> None:
-    """A lone object is where the picture differs from its background by more than the grain."""
+    """A lone object is where the image differs from its background by more than the grain."""
     errors = []
     for seed in range(120):
-        picture, objects = draw_picture(np.random.default_rng(seed))
+        image, objects = draw_image(np.random.default_rng(seed))
         if len(objects) != 1:
             continue
         rng = np.random.default_rng(seed)
-        background = _background(rng, picture.width, picture.height).clip(0, 255)
-        painted = np.abs(np.asarray(picture) - background).sum(-1) > 3 * 13
+        background = _background(rng, image.width, image.height).clip(0, 255)
+        painted = np.abs(np.asarray(image) - background).sum(-1) > 3 * 13
         rows, columns = np.flatnonzero(painted.any(1)), np.flatnonzero(painted.any(0))
         measured = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
         x, y, w, h = objects[0].box_xywh

@@ -1,4 +1,4 @@
-"""Strong augmentation of a data set: drawn from seed, epoch and picture; mixed but at the end."""
+"""Strong augmentation of a data set: drawn from seed, epoch and image; mixed but at the end."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 
 from configs.schema import build_config
 from datasets.build import build_dataset, load_index
-from datasets.coco import CocoDetection
-from datasets.loader import Share, loader_processes, train_loader
+from datasets.dataset import CocoDetection
+from datasets.loader import BatchSplit, loader_processes, train_loader
 
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 Write = Callable[[dict[str, Any]], tuple[Path, Path]]
@@ -24,13 +24,13 @@ def strong(content: dict[str, Any], write: Write, **options: Any) -> CocoDetecti
     return build_dataset(data, index, train=True, mean=MEAN, std=STD, seed=3, epochs=20)
 
 
-def test_mixed_pictures_do_not_depend_on_loader_processes(
+def test_mixed_images_do_not_depend_on_loader_processes(
     content: dict[str, Any], write: Write
 ) -> None:
     epochs = []
     for num_workers in (0, 2):
         dataset = strong(content, write, mosaic=0.5, mixup=1.0)
-        loader = train_loader(dataset, Share(3), num_workers=num_workers, seed=0)
+        loader = train_loader(dataset, BatchSplit(3), num_workers=num_workers, seed=0)
         loader.set_epoch(4)
         epochs.append(next(iter(loader)))
     first, second = (batch.images for batch in epochs)
@@ -50,7 +50,7 @@ def test_the_last_epochs_mix_nothing(content: dict[str, Any], write: Write) -> N
         items = [dataset[i] for i in range(len(dataset))]
         return [len(item[1]["boxes"]) for item in items if isinstance(item, tuple)]
 
-    assert boxes(14) == [2, 2, 2]  # each picture has one box, and so has its partner
+    assert boxes(14) == [2, 2, 2]  # each image has one box, and so has its partner
     assert boxes(15) == [1, 1, 1]
 
 

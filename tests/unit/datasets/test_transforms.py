@@ -1,4 +1,4 @@
-"""Preparation of pictures: the published resize rule, and boxes that follow their pixels."""
+"""Preparation of images: the published resize rule, and boxes that follow their pixels."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets.coco import make_target, seeded_generator
+from datasets.dataset import make_target, seeded_generator
 from datasets.sample import (
     Sample,
     crop,
@@ -16,7 +16,7 @@ from datasets.sample import (
     random_crop,
     resize,
     resized_size,
-    to_picture,
+    to_image,
     to_pixels,
 )
 from datasets.transforms import EvalTransform, TrainTransform
@@ -24,7 +24,7 @@ from datasets.transforms import EvalTransform, TrainTransform
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def picture(width: int, height: int) -> Image.Image:
+def random_image(width: int, height: int) -> Image.Image:
     rng = np.random.default_rng(width * 1000 + height)
     return Image.fromarray(rng.integers(0, 256, size=(height, width, 3), dtype=np.uint8))
 
@@ -41,7 +41,7 @@ def samples(draw: st.DrawFn) -> Sample:
     low, high = corners.min(1).values, corners.max(1).values
     scale = torch.tensor([width, height] * 2)
     boxes = torch.cat([low, high], dim=1) * scale
-    return sample_of(picture(width, height), boxes, torch.arange(count))
+    return sample_of(random_image(width, height), boxes, torch.arange(count))
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,8 @@ def test_resized_size_follows_the_published_rule(
     assert resized_size(height, width, size, max_size) == expected[::-1]
 
 
-def test_picture_of_the_right_size_is_returned_as_it_is() -> None:
-    sample = sample_of(picture(40, 30), torch.tensor([[1.0, 2, 3, 4]]), torch.zeros(1))
+def test_image_of_the_right_size_is_returned_as_it_is() -> None:
+    sample = sample_of(random_image(40, 30), torch.tensor([[1.0, 2, 3, 4]]), torch.zeros(1))
     assert resize(sample, (30, 40)).image is sample.image
 
 
@@ -93,7 +93,7 @@ def test_flipping_twice_changes_nothing(sample: Sample) -> None:
 
 
 def test_flip_mirrors_boxes() -> None:
-    sample = sample_of(picture(40, 30), torch.tensor([[1.0, 2, 11, 12]]), torch.zeros(1))
+    sample = sample_of(random_image(40, 30), torch.tensor([[1.0, 2, 11, 12]]), torch.zeros(1))
     assert flip(sample).boxes.tolist() == [[29.0, 2, 39, 12]]
 
 
@@ -132,25 +132,25 @@ def test_random_crop_stays_within_its_bounds(sample: Sample, seed: int) -> None:
 
 
 def test_random_crop_reaches_both_bounds_and_all_corners() -> None:
-    sample = sample_of(picture(12, 12), torch.zeros(0, 4), torch.zeros(0))
+    sample = sample_of(random_image(12, 12), torch.zeros(0, 4), torch.zeros(0))
     widths = {random_crop(sample, (9, 11), seeded_generator(i)).size[1] for i in range(60)}
     assert widths == {9, 10, 11}
 
 
 def test_crop_clips_boxes_and_drops_those_outside() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 10], [5, 5, 30, 25], [12, 0, 20, 4.5], [2, 2, 4, 8]])
-    cut = crop(sample_of(picture(40, 30), boxes, torch.arange(4)), 4, 5, 16, 15)
+    cut = crop(sample_of(random_image(40, 30), boxes, torch.arange(4)), 4, 5, 16, 15)
     assert cut.size == (15, 16)
     assert cut.labels.tolist() == [0, 1]
     assert cut.boxes.tolist() == [[0, 0, 6, 5], [1, 0, 16, 15]]
-    original = np.asarray(picture(40, 30))[5:20, 4:20]
-    np.testing.assert_array_equal(np.asarray(to_picture(cut.image)), original)
+    original = np.asarray(random_image(40, 30))[5:20, 4:20]
+    np.testing.assert_array_equal(np.asarray(to_image(cut.image)), original)
 
 
 def test_normalise_matches_its_definition() -> None:
-    sample = sample_of(picture(7, 5), torch.zeros(0, 4), torch.zeros(0))
+    sample = sample_of(random_image(7, 5), torch.zeros(0, 4), torch.zeros(0))
     image = normalise(sample, MEAN, STD).image
-    pixels = np.asarray(picture(7, 5)) / 255
+    pixels = np.asarray(random_image(7, 5)) / 255
     expected = (pixels[2, 3] - np.array(MEAN)) / np.array(STD)
     np.testing.assert_allclose(image[:, 2, 3].numpy(), expected, rtol=1e-5)
 
@@ -158,7 +158,7 @@ def test_normalise_matches_its_definition() -> None:
 def test_eval_transform_tells_its_output_size() -> None:
     transform = EvalTransform(eval_scale=50, max_size=70, mean=MEAN, std=STD)
     for width, height in [(30, 20), (20, 90), (70, 50), (33, 33)]:
-        sample = sample_of(picture(width, height), torch.zeros(0, 4), torch.zeros(0))
+        sample = sample_of(random_image(width, height), torch.zeros(0, 4), torch.zeros(0))
         image = transform(sample, torch.Generator(), torch.Generator()).image
         assert tuple(image.shape[-2:]) == transform.output_size(height, width)
 
@@ -176,7 +176,7 @@ def as_officially(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
 def test_evaluation_has_the_official_bits_and_training_is_a_step_apart(
     width: int, height: int, scale: int
 ) -> None:
-    image, none = picture(width, height), torch.Generator()
+    image, none = random_image(width, height), torch.Generator()
     sample = sample_of(image, torch.zeros(0, 4), torch.zeros(0))
     expected = as_officially(image, resized_size(height, width, scale, 150))
     evaluated = EvalTransform(eval_scale=scale, max_size=150, mean=MEAN, std=STD)
@@ -198,9 +198,9 @@ def test_evaluation_has_the_official_bits_and_training_is_a_step_apart(
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=20)
-def test_pictures_decoded_at_less_have_the_same_boxes_and_size(seed: int) -> None:
-    whole = sample_of(picture(401, 303), torch.tensor([[20.0, 30, 200, 150]]), torch.ones(1))
-    half = Sample(to_pixels(picture(201, 152)), whole.boxes, whole.labels, whole.size)
+def test_images_decoded_at_less_have_the_same_boxes_and_size(seed: int) -> None:
+    whole = sample_of(random_image(401, 303), torch.tensor([[20.0, 30, 200, 150]]), torch.ones(1))
+    half = Sample(to_pixels(random_image(201, 152)), whole.boxes, whole.labels, whole.size)
     transform = TrainTransform(
         train_scales=(40, 60),
         max_size=90,

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from configs.schema import Config, OptimConfig, RunConfig
-from datasets.loader import Share
+from datasets.loader import BatchSplit
 from engine.commands.train import Place, build_runner
+from engine.run_log import RunLog
 from models.build import build_model
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, small_config
 from util.batch import Batch, UnreadableImage, pad_images
-from util.distributed import World, join_world, leave_world
-from util.run_log import RunLog
+from util.distributed import World, destroy_process_group, init_process_group
 
-PICTURES, STEPS, CLASSES = 12, 2, 5
+IMAGES, STEPS, CLASSES = 12, 2, 5
 BOXES = (0, 9, 2, 0, 1, 0, 0, 5, 3, 0, 0, 4)  # none for the first of three processes
-BROKEN = (1, 4, 7, 10)  # all pictures of the second of three
+BROKEN = (1, 4, 7, 10)  # all images of the second of three
 SHARES = {1: (1, 4), 2: (2,), 3: (1, 4)}  # processes: micro-batches of each
 CASES: dict[str, dict[str, Any]] = {
     **{variant: {"variant": variant} for variant in VARIANTS},
@@ -44,8 +44,8 @@ def in_float64() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def pictures() -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Return the effective batch: pictures of one size, with very uneven numbers of boxes."""
+def effective_batch() -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Return the effective batch: images of one size, with very uneven numbers of boxes."""
     torch.manual_seed(1)
     targets = random_targets(BOXES, CLASSES)
     return [
@@ -54,16 +54,16 @@ def pictures() -> list[tuple[Tensor, dict[str, Tensor]]]:
     ]
 
 
-def micro_batches(share: Share, *, broken: tuple[int, ...], poisoned: int) -> list[Batch]:
+def micro_batches(share: BatchSplit, *, broken: tuple[int, ...], poisoned: int) -> list[Batch]:
     """Return what the loader of one process gives: an epoch of equal steps."""
-    all_pictures = pictures()
+    all_images = effective_batch()
     if poisoned >= 0:
-        all_pictures[poisoned][0][0, 5, 5] = math.nan
-    own = list(range(PICTURES))[share.rank :: share.world_size]
+        all_images[poisoned][0][0, 5, 5] = math.nan
+    own = list(range(IMAGES))[share.rank :: share.world_size]
     batches = []
     for start in range(0, len(own), share.batch_size):
         chosen = own[start : start + share.batch_size]
-        good = [all_pictures[i] for i in chosen if i not in broken]
+        good = [all_images[i] for i in chosen if i not in broken]
         bad = [UnreadableImage(i, f"{i}.png", "broken") for i in chosen if i in broken]
         images = pad_images([image for image, _ in good]) if good else None
         batches.append(Batch(images, [target for _, target in good], bad))
@@ -81,7 +81,7 @@ def run_steps(
 ) -> Result:
     """Train two steps; return the gradients of each before the update, and what was logged."""
     small = {"dropout": 0.0, "num_queries": 10, "enc_layers": 1, "dec_layers": 2}
-    share = Share(PICTURES // accumulation // world.size, accumulation, world.rank, world.size)
+    share = BatchSplit(IMAGES // accumulation // world.size, accumulation, world.rank, world.size)
     config = Config(
         model=small_config(**VARIANTS[variant], **small),
         optim=OptimConfig(clip_max_norm=0, lr=1e-3, lr_backbone=1e-3, frozen_stages=0),
@@ -137,11 +137,11 @@ def work(rank: int, ports: Mapping[int, int], folder: Path) -> None:
             "RANK": str(own_rank), "WORLD_SIZE": str(size),
             "MASTER_ADDR": "localhost", "MASTER_PORT": str(ports[size]),
         }  # fmt: skip
-        world = join_world("cpu")
+        world = init_process_group("cpu")
         try:
             torch.save(all_cases(folder / str(size), world), folder / f"{size}_{own_rank}.pth")
         finally:
-            leave_world()
+            destroy_process_group()
 
 
 def logged(folder: Path) -> list[dict[str, float]]:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from configs.schema import Config, ModelConfig, OptimConfig, RunConfig
-from engine.commands.detector import load_detector, saved_data_options
 from engine.commands.first_weights import Start, build_training_model
-from engine.evaluate import detect
+from engine.detector import load_detector, saved_data_options
+from engine.evaluation.evaluate import detect
 from models.build import build_model
 from models.postprocess import PostProcess
-from models.pretrained import load_pretrained
+from models.weights.load import load_pretrained
 from util.batch import Batch, pad_images
 from util.classes import Classes
 from util.errors import CheckpointError, ConfigError, UserError

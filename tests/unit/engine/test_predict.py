@@ -1,4 +1,4 @@
-"""Predictions on pictures: what is written, where, and that no picture is ever overwritten."""
+"""Predictions on images: what is written, where, and that no image is ever overwritten."""
 
 import json
 import os
@@ -27,7 +27,7 @@ class RedFinder(nn.Module):
     """Finds the smallest box around red pixels: a detector whose answers a test knows."""
 
     def forward(self, batch: PaddedBatch) -> list[Tensor]:
-        """Return a box per picture, normalised xyxy."""
+        """Return a box per image, normalised xyxy."""
         assert not torch.is_grad_enabled()
         assert not self.training
         found = []
@@ -59,19 +59,19 @@ def read(path: Path) -> Image.Image:
 
 
 def make_batches(paths: list[Path]) -> Iterator[Batch]:
-    """Load two pictures a batch at half their size."""
+    """Load two images a batch at half their size."""
     for start in range(0, len(paths), 2):
         images, targets, unreadable = [], [], []
         for i in range(start, min(start + 2, len(paths))):
             try:
-                picture = read(paths[i])
+                image = read(paths[i])
             except OSError as error:
                 unreadable.append(UnreadableImage(i, str(paths[i]), str(error)))
                 continue
-            size = (picture.height // 2, picture.width // 2)
-            red = torch.tensor([p[0] > 128 for p in pixels(picture.resize(size[::-1], 0))])
+            size = (image.height // 2, image.width // 2)
+            red = torch.tensor([p[0] > 128 for p in pixels(image.resize(size[::-1], 0))])
             images.append(red.reshape(1, *size).float().expand(3, -1, -1))
-            orig_size = torch.tensor([picture.height, picture.width])
+            orig_size = torch.tensor([image.height, image.width])
             targets.append({"image_id": torch.tensor(i), "orig_size": orig_size})
         yield Batch(pad_images(images) if images else None, targets, unreadable)
 
@@ -81,10 +81,10 @@ def pixels(image: Image.Image) -> list[tuple[int, int, int]]:
     return [(data[i], data[i + 1], data[i + 2]) for i in range(0, len(data), 3)]
 
 
-def save_picture(
+def save_image(
     path: Path, *, orientation: int = 1, red: tuple[int, ...] = (20, 10, 60, 50)
 ) -> None:
-    """Write a black picture of 160 x 120 with a red rectangle (x0, y0, x1, y1)."""
+    """Write a black image of 160 x 120 with a red rectangle (x0, y0, x1, y1)."""
     image = Image.new("RGB", (160, 120))
     image.paste((255, 0, 0), (red[0], red[1], red[2], red[3]))
     exif = image.getexif()
@@ -99,7 +99,7 @@ def run(paths: list[Path], output_dir: Path, *, threshold: float = 0.5) -> list[
         postprocess,
         make_batches(paths),
         paths=paths,
-        read_picture=read,
+        read_image=read,
         classes=CLASSES,
         output_dir=output_dir,
         device=torch.device("cpu"),
@@ -114,11 +114,11 @@ def changes(path: Path, drawn: Path) -> tuple[int, int, int, int] | None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a folder with pictures of three formats in two places, one of them turned."""
-    save_picture(tmp_path / "in" / "a" / "one.png")
-    save_picture(tmp_path / "in" / "b" / "one.png", red=(100, 80, 150, 110))
-    save_picture(tmp_path / "in" / "b" / "turned.JPG", orientation=6)
-    save_picture(tmp_path / "in" / "b" / "one.bmp")
+    """Return a folder with images of three formats in two places, one of them turned."""
+    save_image(tmp_path / "in" / "a" / "one.png")
+    save_image(tmp_path / "in" / "b" / "one.png", red=(100, 80, 150, 110))
+    save_image(tmp_path / "in" / "b" / "turned.JPG", orientation=6)
+    save_image(tmp_path / "in" / "b" / "one.bmp")
     return tmp_path / "in"
 
 
@@ -126,7 +126,7 @@ def files(folder: Path) -> Mapping[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
 
 
-def test_writes_each_picture_and_one_json(folder: Path, tmp_path: Path) -> None:
+def test_writes_each_image_and_one_json(folder: Path, tmp_path: Path) -> None:
     before, paths = files(folder), sorted(folder.rglob("*.*"))
     returned = run(paths, tmp_path / "out")
     assert files(folder) == before
@@ -146,7 +146,7 @@ def test_writes_each_picture_and_one_json(folder: Path, tmp_path: Path) -> None:
     assert predictions[4]["bbox"] == [100.0, 80.0, 50.0, 30.0]
 
 
-def test_turned_picture_is_drawn_upright(folder: Path, tmp_path: Path) -> None:
+def test_turned_image_is_drawn_upright(folder: Path, tmp_path: Path) -> None:
     predictions = run([folder / "b" / "turned.JPG"], tmp_path / "out")
     drawn = read(tmp_path / "out" / "turned.JPG")
     assert drawn.size == (120, 160)
@@ -162,7 +162,7 @@ def test_threshold_decides_what_is_drawn_not_what_is_stored(
 ) -> None:
     path = folder / "a" / "one.png"
     assert len(run([path], tmp_path / "out", threshold=threshold)) == 2
-    assert f"1 pictures with {drawn} boxes" in capsys.readouterr().out
+    assert f"1 images with {drawn} boxes" in capsys.readouterr().out
     changed = changes(path, tmp_path / "out" / "one.png")
     assert (changed is None) == (drawn == 0)
     if changed is not None:
@@ -170,7 +170,7 @@ def test_threshold_decides_what_is_drawn_not_what_is_stored(
         assert changed[2] >= 60
 
 
-def test_unreadable_picture_is_named_and_the_rest_goes_on(
+def test_unreadable_image_is_named_and_the_rest_goes_on(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = folder / "a" / "broken.png"
@@ -180,8 +180,8 @@ def test_unreadable_picture_is_named_and_the_rest_goes_on(
     assert {p["image_id"] for p in predictions} == {1}
     output = capsys.readouterr().out
     assert "broken.png" in output
-    assert "2 pictures could not be read" in output
-    with pytest.raises(DataError, match="--input: expected pictures, got 1 that cannot be read"):
+    assert "2 images could not be read" in output
+    with pytest.raises(DataError, match="--input: expected images, got 1 that cannot be read"):
         run([broken], tmp_path / "nothing")
 
 

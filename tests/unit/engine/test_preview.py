@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from configs.options import Values
 from datasets.shapes import generate_shapes
-from engine.commands.preview import preview, to_picture
-from util.config import Values
+from engine.commands.preview import preview, to_image
 from util.errors import ConfigError
 
 TINY = str(Path(__file__).parents[2] / "integration" / "tiny.yaml")
@@ -21,11 +21,11 @@ def test_normalisation_is_undone_to_the_step() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 4, 1)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     image = (pixels.float() / 255 - mean) / std
-    back = np.asarray(to_picture(image, MEAN, STD))
+    back = np.asarray(to_image(image, MEAN, STD))
     np.testing.assert_array_equal(back.transpose(2, 0, 1), pixels.numpy())
 
 
-def test_pictures_of_an_epoch_are_written_with_an_overview(tmp_path: Path) -> None:
+def test_images_of_an_epoch_are_written_with_an_overview(tmp_path: Path) -> None:
     generate_shapes(tmp_path / "data", num_train=5, num_val=1, seed=0)
     plain = {"augment": "none", "coco_path": str(tmp_path / "data"), "eval_scale": 128}
     given: Values = {

@@ -10,15 +10,16 @@ from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
 from configs.schema import Config, OptimConfig, RunConfig
-from datasets.loader import Share
+from datasets.loader import BatchSplit
 from engine.commands.train import Place, build_runner
+from engine.run_log import RunLog
 from engine.train import StepRunner, UnreadableImages, grouped, inputs_of, without_boxes
 from models.build import build_model
 from tests.unit.engine.shared_steps import (
     BROKEN,
     CASES,
     CLASSES,
-    PICTURES,
+    IMAGES,
     SHARES,
     STEPS,
     Result,
@@ -30,7 +31,6 @@ from tests.unit.models.small import small_config
 from util.batch import Batch, UnreadableImage
 from util.distributed import World
 from util.errors import UserError
-from util.run_log import RunLog
 
 WAYS = [(size, micro) for size, micros in SHARES.items() for micro in micros]
 FINITE = [name for name in CASES if name != "poisoned"]
@@ -90,7 +90,7 @@ def test_logged_losses_are_those_of_one_big_batch(
 
 
 @pytest.mark.parametrize(("size", "micro"), WAYS)
-def test_one_picture_that_is_not_finite_skips_the_step_of_all_processes(
+def test_one_image_that_is_not_finite_skips_the_step_of_all_processes(
     results: Results, size: int, micro: int
 ) -> None:
     folder, found = results
@@ -101,8 +101,8 @@ def test_one_picture_that_is_not_finite_skips_the_step_of_all_processes(
         assert result["averages"] == {}
     reports = sorted((folder / str(size) / f"poisoned {micro}" / "nonfinite").iterdir())
     assert len(reports) == STEPS * size
-    blamed = [path for path in reports if "picture" in path.read_text().split("first_nonfinite")[1]]
-    assert len(blamed) == STEPS  # by the process that had the picture
+    blamed = [path for path in reports if "image" in path.read_text().split("first_nonfinite")[1]]
+    assert len(blamed) == STEPS  # by the process that had the image
     assert {path.stem.rsplit("_")[-1] for path in blamed} == {f"rank{2 % size}"}
 
 
@@ -114,7 +114,7 @@ def small_runner(folder: Path, log: RunLog, **options: float) -> StepRunner:
         run=RunConfig(output_dir=str(folder), max_nonfinite=2),
     )
     model = build_model(config.model, num_classes=CLASSES)
-    place = Place(World(), torch.device("cpu"), Share(PICTURES))
+    place = Place(World(), torch.device("cpu"), BatchSplit(IMAGES))
     return build_runner(model, config, place, log, steps_per_epoch=4)
 
 
@@ -126,7 +126,7 @@ def same(before: list[torch.Tensor], model: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_step_without_a_readable_picture_counts_and_changes_nothing(
+def test_a_step_without_a_readable_image_counts_and_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = Batch(None, [], [UnreadableImage(7, "seven.png", "gone")])
@@ -147,7 +147,7 @@ def test_a_step_without_a_readable_picture_counts_and_changes_nothing(
 
 
 def test_training_ends_before_a_step_or_after_it(tmp_path: Path) -> None:
-    (batch, _) = micro_batches(Share(PICTURES), broken=BROKEN, poisoned=-1)
+    (batch, _) = micro_batches(BatchSplit(IMAGES), broken=BROKEN, poisoned=-1)
     latest: list[Mapping[str, float] | None] = []
     with RunLog(tmp_path, tensorboard=False) as log:
         runner = small_runner(tmp_path, log)
@@ -169,11 +169,11 @@ def test_training_ends_before_a_step_or_after_it(tmp_path: Path) -> None:
 
 
 def test_too_many_skipped_steps_end_the_run_and_leave_the_weights(tmp_path: Path) -> None:
-    (batch, _) = micro_batches(Share(PICTURES), broken=(), poisoned=2)
+    (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=2)
     with RunLog(tmp_path, tensorboard=False) as log:
         runner = small_runner(tmp_path, log, ema_decay=0.5)
         before = weights(runner.model)
-        with pytest.raises(UserError, match=r"got none in 2 steps in a row \(picture 3 of 12"):
+        with pytest.raises(UserError, match=r"got none in 2 steps in a row \(image 3 of 12"):
             runner.run([batch] * 5, epoch=0, stopping=lambda: False, on_step=lambda latest: False)
         assert same(before, runner.model)
         assert runner.ema is not None
@@ -182,7 +182,7 @@ def test_too_many_skipped_steps_end_the_run_and_leave_the_weights(tmp_path: Path
 
 
 def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:
-    (batch, _) = micro_batches(Share(PICTURES), broken=(), poisoned=-1)
+    (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=-1)
     assert batch.images is not None
     with RunLog(tmp_path, tensorboard=False) as log:
         runner = small_runner(tmp_path, log)
@@ -199,7 +199,7 @@ def test_groups_are_whole_but_for_the_last() -> None:
     assert list(grouped([], 3)) == []
 
 
-def test_a_blank_picture_stands_in_where_none_could_be_read() -> None:
+def test_a_blank_image_stands_in_where_none_could_be_read() -> None:
     images, targets = inputs_of(Batch(None, [], []))
     assert images.images.shape[:2] == (1, 3)
     assert not images.images.any()
@@ -218,7 +218,7 @@ def test_a_target_without_boxes_keeps_the_rest() -> None:
     assert target["labels"].shape == (3,)
 
 
-def test_each_unreadable_picture_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_unreadable_image_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
     unreadable = UnreadableImages()
     for name in ("a", "b", "a"):
         unreadable.report(Batch(None, [], [UnreadableImage(1, name, "torn")]))

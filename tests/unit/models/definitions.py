@@ -1,4 +1,4 @@
-"""The training loss as the papers define it: loops over pictures, pairs and classes.
+"""The training loss as the papers define it: loops over images, pairs and classes.
 
 It shares no code with the package, and autograd works through it.
 """
@@ -54,7 +54,7 @@ def focal(logit: Tensor, positive: bool, alpha: float) -> Tensor:
 
 
 def match(logits: Tensor, boxes: Tensor, target: Target, c: Coefficients) -> list[tuple[int, int]]:
-    """Return the cheapest (query, target) pairs of one picture. Shape: [Q,classes], [Q,4]."""
+    """Return the cheapest (query, target) pairs of one image. Shape: [Q,classes], [Q,4]."""
     cost = np.zeros((len(logits), len(target["labels"])))
     for q, t in itertools.product(*map(range, cost.shape)):
         p = 1 / (1 + math.exp(-float(logits[q, target["labels"][t]])))
@@ -71,14 +71,14 @@ def layer_losses(
 ) -> dict[str, Tensor]:
     """Return the losses of one layer. Shape: logits [N,Q,classes]; boxes [N,Q,4]."""
     ce, l1, overlap = (logits.new_zeros(()) for _ in range(3))
-    for picture, target in enumerate(targets):
-        pairs = match(logits[picture].detach(), boxes[picture].detach(), target, c)
+    for image, target in enumerate(targets):
+        pairs = match(logits[image].detach(), boxes[image].detach(), target, c)
         positive = {(q, int(target["labels"][t])) for q, t in pairs}
         for q, k in itertools.product(range(logits.shape[1]), range(logits.shape[2])):
-            ce = ce + focal(logits[picture, q, k], (q, k) in positive, c.alpha)
+            ce = ce + focal(logits[image, q, k], (q, k) in positive, c.alpha)
         for q, t in pairs:
-            l1 = l1 + (boxes[picture, q] - target["boxes"][t]).abs().sum()
-            overlap = overlap + 1 - giou(boxes[picture, q], target["boxes"][t])
+            l1 = l1 + (boxes[image, q] - target["boxes"][t]).abs().sum()
+            overlap = overlap + 1 - giou(boxes[image, q], target["boxes"][t])
     count = max(sum(len(t["labels"]) for t in targets), 1)
     return {"loss_ce": ce / count, "loss_bbox": l1 / count, "loss_giou": overlap / count}
 
@@ -107,7 +107,7 @@ def total_loss(
 
 
 def random_targets(counts: Sequence[int], classes: int) -> list[Target]:
-    """Return float64 targets with boxes inside the picture."""
+    """Return float64 targets with boxes inside the image."""
     targets = []
     for count in counts:
         size = torch.rand(count, 2, dtype=torch.float64) * 0.5 + 0.05

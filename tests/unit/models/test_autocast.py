@@ -23,7 +23,7 @@ def small(variant: str) -> DeformableDETR:
 
 
 def padded_batch() -> PaddedBatch:
-    """Return pictures with padding on both."""
+    """Return images with padding on both."""
     return pad_images([image.float() for image in random_images((96, 64), (64, 128))])
 
 

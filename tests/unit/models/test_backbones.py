@@ -155,7 +155,7 @@ def test_resnet_equals_the_one_of_timm_with_the_same_weights() -> None:
         ("timm/tf_efficientnet_lite", {}, "timm has no such model. Did you mean 'tf_efficientnet"),
         ("resnet18", {"dilation": True}, "resnet18 and resnet34 have none. Use resnet50."),
         (CONVOLUTIONAL, {"dilation": True}, "--dilation: not for timm/"),
-        ("timm/vit_tiny_patch16_224", {}, "expected a network for pictures of any size"),
+        ("timm/vit_tiny_patch16_224", {}, "expected a network for images of any size"),
     ],
 )
 def test_what_cannot_be_built_is_told_in_one_line(

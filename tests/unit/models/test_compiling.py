@@ -10,9 +10,8 @@ from torch._dynamo.testing import CompileCounter
 
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model
-from models.checkpointing import PARTS, set_checkpointing
-from models.compiling import compile_model
 from models.deformable_detr import DeformableDETR
+from models.switches import PARTS, compile_model, set_checkpointing
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
 from util.batch import pad_images

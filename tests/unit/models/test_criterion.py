@@ -14,7 +14,7 @@ from tests.unit.models.definitions import Coefficients, Target, random_targets, 
 CLASSES = 3
 COUNTS = {
     "unequal": [3, 1, 2],
-    "one picture without": [2, 0, 1],
+    "one image without": [2, 0, 1],
     "none at all": [0, 0, 0],
     "more than queries": [6, 1, 5],
 }
@@ -87,7 +87,7 @@ def test_losses_and_gradients_follow_the_papers(
 
 @settings(max_examples=20)
 @given(st.permutations(range(3)), st.lists(st.integers(0, 4), min_size=3, max_size=3))
-def test_order_of_targets_and_of_pictures_does_not_matter(
+def test_order_of_targets_and_of_images_does_not_matter(
     order: list[int], counts: list[int]
 ) -> None:
     outputs, targets = random_outputs(3, tokens=6), random_targets(counts, CLASSES)

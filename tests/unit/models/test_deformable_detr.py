@@ -1,4 +1,4 @@
-"""The whole detector: shapes, heads, gradients, and what a picture's neighbours may change."""
+"""The whole detector: shapes, heads, gradients, and what an image's neighbours may change."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ SIZES = [(60, 90), (75, 64)]
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def assert_same(a: DetectorOutput, b: DetectorOutput, picture: int = 0) -> None:
-    """Compare the predictions for one picture of `a` with those of the only one of `b`."""
+def assert_same(a: DetectorOutput, b: DetectorOutput, image: int = 0) -> None:
+    """Compare the predictions for one image of `a` with those of the only one of `b`."""
     torch.testing.assert_close(
-        a["layer_logits"][:, picture], b["layer_logits"][:, 0], rtol=1e-8, atol=1e-8
+        a["layer_logits"][:, image], b["layer_logits"][:, 0], rtol=1e-8, atol=1e-8
     )
     torch.testing.assert_close(
-        a["layer_boxes"][:, picture], b["layer_boxes"][:, 0], rtol=1e-8, atol=1e-8
+        a["layer_boxes"][:, image], b["layer_boxes"][:, 0], rtol=1e-8, atol=1e-8
     )
 
 
@@ -96,7 +96,7 @@ def test_a_neighbour_that_adds_no_padding_changes_nothing(variant: str) -> None:
     with torch.no_grad():
         alone = model(pad_images([first]))
         assert_same(model(pad_images([first, second])), alone)
-        assert_same(model(pad_images([second, first])), alone, picture=1)
+        assert_same(model(pad_images([second, first])), alone, image=1)
 
 
 def test_padding_changes_a_prediction_through_the_group_norm_as_in_the_official_model() -> None:

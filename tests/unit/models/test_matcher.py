@@ -24,9 +24,9 @@ def random_predictions(layers: int, n: int, q: int) -> tuple[Tensor, Tensor]:
     return logits, torch.rand(layers, n, q, 4, dtype=torch.float64) * 0.5 + 0.2
 
 
-def pairs_of(matches: Matches, layer: int, picture: int) -> set[tuple[int, int]]:
-    """Return the (query, target) pairs of one picture in one layer."""
-    kept = matches.picture == picture
+def pairs_of(matches: Matches, layer: int, image: int) -> set[tuple[int, int]]:
+    """Return the (query, target) pairs of one image in one layer."""
+    kept = matches.image == image
     return set(
         zip(matches.query[layer, kept].tolist(), matches.target[layer, kept].tolist(), strict=True)
     )
@@ -44,12 +44,12 @@ def test_total_cost_is_the_least_of_all_assignments(
     logits, boxes = random_predictions(2, len(counts), q)
     cost = matcher.cost(logits, boxes, padded)
     (matches,) = matcher([(logits, boxes, padded)])
-    for layer, (picture, count) in itertools.product(range(2), enumerate(counts)):
-        pairs = pairs_of(matches, layer, picture)
+    for layer, (image, count) in itertools.product(range(2), enumerate(counts)):
+        pairs = pairs_of(matches, layer, image)
         size = min(count, q)
         queries, chosen = {a for a, _ in pairs}, {b for _, b in pairs}
         assert len(pairs) == len(queries) == len(chosen) == size
-        block = cost[layer, picture, :, :count]
+        block = cost[layer, image, :, :count]
         least = min(
             sum(float(block[i, j]) for i, j in zip(rows, columns, strict=True))
             for rows in itertools.permutations(range(q), size)
@@ -73,11 +73,9 @@ def test_pairs_equal_the_definition(coefficients: Coefficients) -> None:
         focal_alpha=coefficients.alpha,
     )
     (matches,) = matcher([(logits, boxes, pad_targets(targets, CPU))])
-    for layer, picture in itertools.product(range(3), range(4)):
-        expected = match(
-            logits[layer, picture], boxes[layer, picture], targets[picture], coefficients
-        )
-        assert pairs_of(matches, layer, picture) == set(expected)
+    for layer, image in itertools.product(range(3), range(4)):
+        expected = match(logits[layer, image], boxes[layer, image], targets[image], coefficients)
+        assert pairs_of(matches, layer, image) == set(expected)
 
 
 def test_groups_of_unequal_query_counts_are_matched_apart() -> None:
@@ -88,14 +86,14 @@ def test_groups_of_unequal_query_counts_are_matched_apart() -> None:
     for alone, found in zip((matcher([g])[0] for g in groups), together, strict=True):
         assert torch.equal(alone.query, found.query)
         assert torch.equal(alone.target, found.target)
-        assert torch.equal(alone.picture, found.picture)
+        assert torch.equal(alone.image, found.image)
 
 
 def test_no_target_anywhere_gives_no_pair() -> None:
     (matches,) = HungarianMatcher()(
         [(*random_predictions(2, 3, 4), pad_targets(random_targets([0, 0, 0], CLASSES), CPU))]
     )
-    assert matches.picture.shape == (0,)
+    assert matches.image.shape == (0,)
     assert matches.query.shape == matches.target.shape == (2, 0)
 
 
@@ -124,7 +122,7 @@ def test_half_precision_predictions_are_matched_in_float32() -> None:
 def test_predictions_that_are_not_finite_are_named() -> None:
     logits, boxes = random_predictions(1, 2, 3)
     boxes[0, 1, 2, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="picture 1 of the batch is not finite"):
+    with pytest.raises(FloatingPointError, match="image 1 of the batch is not finite"):
         HungarianMatcher()([(logits, boxes, pad_targets(random_targets([1, 1], CLASSES), CPU))])
 
 

@@ -13,18 +13,18 @@ from torch import Tensor
 from models.build import build_transformer
 from models.decoder import apply_delta
 from models.deformable_detr import DetectionHeads
-from models.encoder import FeatureLevels, cell_centres
 from models.layers import inverse_sigmoid
+from models.levels import FeatureLevels, cell_centres, valid_ratio
 from models.position_encoding import PositionEmbeddingSine
-from models.transformer import DeformableTransformer, TransformerOutput, valid_ratio
-from models.two_stage import proposal_embedding, select_proposals, token_proposals
+from models.queries import proposal_embedding, select_proposals, token_proposals
+from models.transformer import DeformableTransformer, TransformerOutput
 from ops import MSDeformAttn
 from tests.unit.models.small import VARIANTS, perturb, small_config
 from tests.unit.ops.oracle import loop_oracle
 
 SHAPES = [(4, 6), (2, 3)]
 TOKENS = sum(h * w for h, w in SHAPES)
-# unpadded (height, width) of each picture on each level
+# unpadded (height, width) of each image on each level
 VALID = [[(4, 4), (2, 2)], [(3, 6), (2, 3)]]
 SHAPES_3, VALID_3 = [(4, 6), (2, 3), (1, 2)], [(4, 4), (2, 2), (1, 1)]
 Maps = tuple[list[Tensor], list[Tensor], list[Tensor]]
@@ -35,14 +35,14 @@ def make_masks(shapes: list[tuple[int, int]], valid: list[list[tuple[int, int]]]
     masks = []
     for level, (height, width) in enumerate(shapes):
         mask = torch.ones(len(valid), height, width, dtype=torch.bool)
-        for picture, sizes in enumerate(valid):
-            mask[picture, : sizes[level][0], : sizes[level][1]] = False
+        for image, sizes in enumerate(valid):
+            mask[image, : sizes[level][0], : sizes[level][1]] = False
         masks.append(mask)
     return masks
 
 
 def make_levels(shapes: list[tuple[int, int]] = SHAPES, width: int = 16) -> FeatureLevels:
-    """Return random features of two padded pictures."""
+    """Return random features of two padded images."""
     masks = make_masks(shapes, VALID)
     tokens = sum(h * w for h, w in shapes)
     return FeatureLevels(
@@ -94,28 +94,28 @@ def test_attention_starts_uniform_along_one_direction_per_head() -> None:
 
 def test_cell_centres_are_the_same_place_on_every_level() -> None:
     centres = cell_centres(make_levels())
-    for picture in range(2):
+    for image in range(2):
         token = 0
         for level, (height, width) in enumerate(SHAPES):
-            valid_h, valid_w = VALID[picture][level]
+            valid_h, valid_w = VALID[image][level]
             for row, column in itertools.product(range(height), range(width)):
-                x, y = (column + 0.5) / valid_w, (row + 0.5) / valid_h  # of the picture
+                x, y = (column + 0.5) / valid_w, (row + 0.5) / valid_h  # of the image
                 for other, (h, w) in enumerate(SHAPES):
-                    there_h, there_w = VALID[picture][other]
+                    there_h, there_w = VALID[image][other]
                     expected = [x * there_w / w, y * there_h / h]
-                    assert centres[picture, token, other].tolist() == pytest.approx(expected)
+                    assert centres[image, token, other].tolist() == pytest.approx(expected)
                 token += 1
 
 
 def test_token_proposals_are_boxes_around_usable_tokens() -> None:
     shapes = [(4, 6), (2, 3)]
     proposals = token_proposals(make_levels(shapes))
-    for picture in range(2):
+    for image in range(2):
         token = 0
         for level, (height, width) in enumerate(shapes):
-            valid_h, valid_w = VALID[picture][level]
+            valid_h, valid_w = VALID[image][level]
             for row, column in itertools.product(range(height), range(width)):
-                found = proposals[picture, token].tolist()
+                found = proposals[image, token].tolist()
                 if row < valid_h and column < valid_w:
                     size = 0.05 * 2**level
                     box = [(column + 0.5) / valid_w, (row + 0.5) / valid_h, size, size]
@@ -135,7 +135,7 @@ def test_tokens_at_the_very_border_or_on_too_coarse_levels_propose_nothing() -> 
         spatial_shapes=[(1, 60), (1, 1), (1, 1), (1, 1), (1, 1), (1, 1)],
     )
     infinite = token_proposals(levels).isinf().all(-1)[0]
-    # the first and last of 60 columns are centred at 0.8 %; level 5 would be 1.6 pictures wide
+    # the first and last of 60 columns are centred at 0.8 %; level 5 would be 1.6 images wide
     assert infinite.nonzero().flatten().tolist() == [0, 59, 64]
 
 
@@ -191,7 +191,7 @@ def build_small_transformer(variant: str) -> DeformableTransformer:
 
 
 def make_maps(valid: list[tuple[int, int]], shapes: list[tuple[int, int]], seed: int) -> Maps:
-    """Return features, masks and encodings of one picture; padding is filled with noise."""
+    """Return features, masks and encodings of one image; padding is filled with noise."""
     masks = make_masks(shapes, [valid])
     features = []
     for (height, width), (h, w) in zip(shapes, valid, strict=True):

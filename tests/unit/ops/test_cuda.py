@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ops.call import Call, Gradients
+from ops.call import BackendError, Call, Gradients
 from ops.compiler import compiler
 from ops.cuda import CudaBackend, Kind
-from ops.errors import BackendError
 from ops.reference import ReferenceBackend
 from tests.unit.ops.emulated import EmulatedBackend
 from tests.unit.ops.oracle import SHAPES, fused_oracle, loop_oracle, make_inputs

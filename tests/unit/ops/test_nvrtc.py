@@ -11,8 +11,8 @@ import torch
 
 from ops import nvrtc
 from ops.cache import SOURCES
+from ops.call import BackendError
 from ops.cuda import Kind
-from ops.errors import BackendError
 
 KERNELS = ("msda_forward", "msda_backward")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

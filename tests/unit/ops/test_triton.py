@@ -18,8 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ops.call import Call, Gradients
-from ops.errors import BackendError
+from ops.call import BackendError, Call, Gradients
 from ops.reference import ReferenceBackend
 from ops.triton_backend import Launch, TritonBackend, backward_launch, forward_launch
 from tests.unit.ops.oracle import SHAPES, Shapes, fused_oracle, loop_oracle, make_inputs

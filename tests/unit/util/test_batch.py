@@ -48,7 +48,7 @@ def test_dtype_and_device_follow() -> None:
     assert moved.sizes == ((2, 2),)
 
 
-def test_batch_may_hold_no_picture() -> None:
+def test_batch_may_hold_no_image() -> None:
     batch = Batch(None, [], [UnreadableImage(7, "a.jpg", "truncated")])
     assert batch.images is None
     assert batch.unreadable[0].image_id == 7

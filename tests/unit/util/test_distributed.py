@@ -11,8 +11,8 @@ from torch.multiprocessing.spawn import start_processes
 
 from util.distributed import (
     World,
-    join_world,
-    leave_world,
+    destroy_process_group,
+    init_process_group,
     lost_contact,
     started_by_launcher,
     take_slurm_variables,
@@ -92,7 +92,7 @@ def test_a_job_of_one_task_is_one_process(monkeypatch: pytest.MonkeyPatch) -> No
     set_all(monkeypatch, {**SLURM, "SLURM_STEP_NUM_TASKS": "1"})
     take_slurm_variables()
     assert not started_by_launcher()
-    assert join_world("cpu") == World()
+    assert init_process_group("cpu") == World()
 
 
 @pytest.mark.parametrize("script", ["exit 1", None])
@@ -111,7 +111,7 @@ def test_hosts_that_cannot_be_listed_are_told_in_one_line(
 def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, {"WORLD_SIZE": "2", "RANK": "0"})
     with pytest.raises(ConfigError, match="^WORLD_SIZE 2: expected MASTER_ADDR, MASTER_PORT with"):
-        join_world("cpu")
+        init_process_group("cpu")
 
 
 def test_alone_every_exchange_gives_back_what_is_put_in() -> None:
@@ -120,7 +120,7 @@ def test_alone_every_exchange_gives_back_what_is_put_in() -> None:
     assert world.sum([1.5, 2]) == [1.5, 2]
     assert world.gather("x") == ["x"]
     assert world.broadcast({"a": 1}) == {"a": 1}
-    leave_world()  # nothing to leave
+    destroy_process_group()  # nothing to leave
 
 
 def exchange(rank: int, port: int, folder: Path) -> None:
@@ -128,7 +128,7 @@ def exchange(rank: int, port: int, folder: Path) -> None:
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)
     }  # fmt: skip
-    world = join_world("cpu")
+    world = init_process_group("cpu")
     assert (world.rank, world.size, world.main) == (rank, 3, rank == 0)
     big = 2.0**53 - 3  # float32 would lose it
     assert world.sum([rank, big * (rank == 1), 0.1]) == [3.0, big, pytest.approx(0.3)]
@@ -142,7 +142,7 @@ def exchange(rank: int, port: int, folder: Path) -> None:
             world.sum([1.0])
     except RuntimeError as error:
         (folder / f"{rank}").write_text(str(lost_contact(error)))
-    leave_world()
+    destroy_process_group()
     assert not dist.is_initialized()
 
 

@@ -1,4 +1,4 @@
-"""Drawn boxes: where they are, that tags are readable and inside the picture."""
+"""Drawn boxes: where they are, that tags are readable and inside the image."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_outline_lies_on_the_box(size: tuple[int, int]) -> None:
     for point in ((20, 30), (140, 100), (20, 65), (80, 30)):
         assert drawn.getpixel(point) == label_colour(4)
     assert drawn.getpixel((80, 65)) == GREY, "the object stays visible"
-    assert image.getextrema() == ((128, 128),) * 3, "the picture given is not drawn on"
+    assert image.getextrema() == ((128, 128),) * 3, "the image given is not drawn on"
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
@@ -78,7 +78,7 @@ def test_line_breaks_in_names_are_drawn_as_spaces(gap: str) -> None:
     side_by_side(image, image, (f"a{gap}b", "c"))
 
 
-def test_box_outside_the_picture_leaves_no_trace() -> None:
+def test_box_outside_the_image_leaves_no_trace() -> None:
     image = Image.new("RGB", (200, 100), GREY)
     outside = torch.tensor([[210.0, 10, 250, 50], [-50, -50, -1, -1], [10, 120, 50, 150]])
     assert changed(image, draw_boxes(image, outside, [0, 1, 2], ["a", "b", "c"])) is None
@@ -102,7 +102,7 @@ def tag_pixels(image: Image.Image) -> int:
     return sum(count for count, colour in image.getcolors(1 << 20) or [] if colour == ink)
 
 
-def test_tag_grows_with_the_picture() -> None:
+def test_tag_grows_with_the_image() -> None:
     heights = []
     for scale in (1, 4):
         image = Image.new("RGB", (640 * scale, 480 * scale), GREY)
@@ -117,7 +117,7 @@ def _height(box: tuple[int, int, int, int] | None) -> int:
     return box[3] - box[1]
 
 
-def test_long_name_is_shortened_to_the_picture() -> None:
+def test_long_name_is_shortened_to_the_image() -> None:
     image = Image.new("RGB", (160, 120), GREY)
     drawn = draw_boxes(image, torch.tensor([[50.0, 50, 90, 90]]), [0], ["w" * 300])
     tag = changed(draw_boxes(image, torch.tensor([[50.0, 50, 90, 90]]), [0], [""]), drawn)
@@ -157,9 +157,9 @@ def test_colours_of_coco_all_differ() -> None:
     assert len({label_colour(label) for label in range(91)}) == 91
 
 
-def test_pictures_stand_side_by_side_unchanged() -> None:
+def test_images_stand_side_by_side_unchanged() -> None:
     left, right = Image.new("RGB", (100, 80), (255, 0, 0)), Image.new("L", (60, 90), 7)
-    joined = side_by_side(left, right, ("prediction", "a title far longer than its picture"))
+    joined = side_by_side(left, right, ("prediction", "a title far longer than its image"))
     pixels = {colour: count for count, colour in joined.getcolors(1 << 20) or []}
     assert pixels[(255, 0, 0)] == 100 * 80
     assert pixels[(7, 7, 7)] >= 60 * 90

@@ -1,4 +1,4 @@
-"""Training curves: any log that a run can leave makes a picture that shows what is in it."""
+"""Training curves: any log that a run can leave makes an image that shows what is in it."""
 
 import json
 import sys
@@ -16,10 +16,10 @@ def plot(folder: Path, lines: Sequence[Any]) -> Image.Image:
     log = folder / "log.txt"
     log.write_text("".join(f"{s if isinstance(s, str) else json.dumps(s)}\n" for s in lines))
     plot_curves(log, folder / "out" / "curves.png")
-    with Image.open(folder / "out" / "curves.png") as image:
-        assert image.format == "PNG"
-        picture: Image.Image = image.convert("RGB")
-    return picture
+    with Image.open(folder / "out" / "curves.png") as file:
+        assert file.format == "PNG"
+        image: Image.Image = file.convert("RGB")
+    return image
 
 
 def epoch(number: int, **more: Any) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def epoch(number: int, **more: Any) -> dict[str, Any]:
 
 
 def differs(a: Image.Image, b: Image.Image) -> tuple[bool, bool]:
-    """Tell for the left and the right half of two pictures whether they differ."""
+    """Tell for the left and the right half of two images whether they differ."""
     assert a.size == b.size
     half = a.width // 2
     left, right = (0, 0, half, a.height), (half, 0, a.width, a.height)
@@ -64,7 +64,7 @@ def test_only_ap_ap50_ap75_count(tmp_path: Path) -> None:
     ],
     ids=["empty", "bare", "one", "many", "null and no ground truth", "null metrics"],
 )
-def test_thin_logs_make_a_picture(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
+def test_thin_logs_make_a_image(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
     image = plot(tmp_path, lines)
     assert image.width > 800
 

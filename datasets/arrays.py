@@ -1,0 +1,71 @@
+"""Images, annotations and names as flat arrays, which loader processes share without copies."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import SupportsIndex
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Names:
+    """N strings as UTF-8 `data` [B] uint8; string i ends before `ends[i]` [N].
+
+    A list would hold an object for each, whose reference count every reading process writes to:
+    pages that a fork shares become its own one by one.
+    """
+
+    data: NDArray[np.uint8]
+    ends: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> "Names":
+        """Pack strings; lone surrogates, which JSON can hold, are kept."""
+        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
+        ends = np.cumsum([len(part) for part in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: SupportsIndex) -> str:
+        i = range(len(self))[index]
+        start = self.ends[i - 1] if i else 0
+        return self.data[start : self.ends[i]].tobytes().decode("utf-8", "surrogatepass")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images in the file's order. Shape: ids [N]; sizes [N,2] (height, width), 0 = not stated."""
+
+    ids: IntArray
+    file_names: Names
+    sizes: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Annotations:
+    """Boxes in the file's order.
+
+    Shape: ids [A]; image [A], positions in `Images`; labels [A] in 0..K-1; xywh [A,4] in pixels,
+    as in the file; area [A] in square pixels; crowd [A].
+    """
+
+    ids: IntArray
+    image: IntArray
+    labels: IntArray
+    xywh: FloatArray
+    area: FloatArray
+    crowd: BoolArray
+
+    def select(self, keep: BoolArray) -> "Annotations":
+        """Return those where `keep` [A] is true."""
+        return Annotations(*(getattr(self, f.name)[keep] for f in fields(self)))

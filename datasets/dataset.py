@@ -1,0 +1,233 @@
+"""Detection data of any format: the index of a checked split, and the data set that reads it."""
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from datasets.class_mapping import map_used_classes
+from datasets.image_cache import ImageCache
+from datasets.images import READ_ERRORS, SUFFIXES, is_image, read_reduced, read_rgb, read_size
+from datasets.index import CocoIndex
+from datasets.mixing import Mixing
+from datasets.sample import Prepared, Sample, clip_boxes, draw_integer, to_pixels
+from datasets.transforms import Transform
+from util.batch import Target, UnreadableImage
+from util.box_ops import xyxy_to_cxcywh
+from util.classes import Classes
+from util.errors import DataError
+
+
+class SampleKey(NamedTuple):
+    """An image in the training order: its position in the index, and its batch in the epoch."""
+
+    position: int
+    batch: int
+
+
+class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
+    """Images of an index, prepared by `transform`, with targets as in `util.batch.Batch`.
+
+    What the transform draws depends on (seed, epoch, position) alone, or for what a batch shares on
+    (seed, epoch, batch); not on worker processes.
+    """
+
+    def __init__(
+        self,
+        index: CocoIndex,
+        transform: Transform,
+        *,
+        seed: int = 0,
+        classes: Classes | None = None,
+        mixing: Mixing | None = None,
+        cache: ImageCache | None = None,
+    ) -> None:
+        """Take labels from the index, or from `classes`, the label space of a checkpoint.
+
+        Raises:
+            DataError: `classes` lacks a class that annotations of the data have, or all classes.
+        """
+        self.index = index
+        self.classes = index.classes if classes is None else classes
+        annotated = np.unique(index.annotations.labels).tolist()
+        used = {index.classes.ids[label] for label in annotated}
+        mapping = map_used_classes(index.classes, self.classes, used)
+        self._label_of = np.array([mapping.get(i, -1) for i in index.classes.ids], dtype=np.int64)
+        self.label_to_category = {label: category for category, label in mapping.items()}
+        self.unknown_classes = [
+            name
+            for i, name in zip(index.classes.ids, index.classes.names, strict=True)
+            if i not in mapping
+        ]
+        self._transform = transform
+        self._mixing = mixing
+        self._cache = cache
+        self._seed = seed
+        # Shared memory: worker processes that outlive an epoch see the next one.
+        self._epoch: Tensor = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, turn: "int | SampleKey") -> tuple[Tensor, Target] | UnreadableImage:
+        position, batch = turn if isinstance(turn, SampleKey) else (turn, 0)
+        image_id = int(self.index.images.ids[position])
+        try:
+            sample = self._read_sample(position)
+        except READ_ERRORS as error:
+            path = str(self._path(position))
+            return UnreadableImage(image_id, path, f"{type(error).__name__}: {error}")
+        epoch = int(self._epoch)
+        generator = seeded_generator(self._seed, epoch, position)
+        batch_generator = seeded_generator(self._seed, epoch, batch, 1)
+        mixed = sample
+        if self._mixing is not None:
+            mixed = self._mixing(sample, epoch, self._draw_sample, generator)
+        prepared = self._transform(mixed, generator, batch_generator)
+        return prepared.image, make_target(prepared, image_id, sample.size)
+
+    def read_image(self, image_id: int) -> Image.Image | None:
+        """Return an image as it is stored, None if it cannot be read."""
+        position = int(np.flatnonzero(self.index.images.ids == image_id)[0])
+        height, width = self.index.images.sizes[position].tolist()
+        try:
+            return read_rgb(self._path(position), (height, width))
+        except READ_ERRORS:
+            return None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw augmentation anew; call it before the loader is iterated."""
+        self._epoch.fill_(epoch)
+
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """Return the (height, width) of each image, (0, 0) where it is unknown."""
+        return [(int(h), int(w)) for h, w in self.index.images.sizes]
+
+    def output_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """Return the size after the transform, None where it is random."""
+        return self._transform.output_size(height, width)
+
+    def largest_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """Return the most that an image of this size may get to be, None where it is unknown."""
+        return self._transform.largest_size(height, width) if height and width else None
+
+    def _path(self, position: int) -> Path:
+        return self.index.image_dir / self.index.images.file_names[position]
+
+    def _read_sample(self, position: int) -> Sample:
+        """Decode an image, at no more than the transform needs, with its boxes."""
+        pixels, size = self._decode(position)
+        part = slice(self.index.first[position], self.index.first[position + 1])
+        boxes = torch.from_numpy(self.index.boxes[part].copy())
+        labels = torch.from_numpy(self._label_of[self.index.labels[part]])
+        # The file may be smaller than it was said to be.
+        return clip_boxes(Sample(pixels, boxes, labels, size))
+
+    def _decode(self, position: int) -> tuple[Tensor, tuple[int, int]]:
+        """Return pixels as `read_reduced` decodes them, or from the cache."""
+        cached = None if self._cache is None else self._cache.get(position)
+        if cached is not None:
+            return cached
+        height, width = self.index.images.sizes[position].tolist()
+        image, size = read_reduced(
+            self._path(position), (height, width), self._transform.decoded_size
+        )
+        pixels = to_pixels(image)
+        if self._cache is not None:
+            self._cache.put(position, pixels, size)
+        return pixels, size
+
+    def _draw_sample(self, generator: torch.Generator) -> Sample | None:
+        """Return any image of the set, None if the one drawn cannot be read."""
+        try:
+            return self._read_sample(draw_integer(0, len(self) - 1, generator))
+        except READ_ERRORS:
+            return None
+
+
+def make_target(prepared: Prepared, image_id: int, orig_size: tuple[int, int]) -> Target:
+    """Return the target of a prepared image; see `util.batch.Batch` for its entries."""
+    height, width = prepared.image.shape[-2:]
+    scale = torch.tensor([width, height, width, height], dtype=torch.float32)
+    return {
+        "image_id": torch.tensor(image_id, dtype=torch.int64),
+        "labels": prepared.labels,
+        "boxes": xyxy_to_cxcywh(prepared.boxes / scale),
+        "orig_size": torch.tensor(orig_size, dtype=torch.int64),
+        "size": torch.tensor([height, width], dtype=torch.int64),
+    }
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """Return a generator whose stream depends on all numbers of `key` (non-negative)."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def find_images(inputs: Sequence[str]) -> list[Path]:
+    """Return the images that files, folders (searched throughout) and glob patterns name.
+
+    A file named outright is taken whatever its suffix; each image comes once, in the order of
+    `inputs` and sorted within each.
+
+    Raises:
+        DataError: an input does not exist or holds no image.
+    """
+    found: dict[Path, None] = {}
+    for text in inputs:
+        path = Path(text)
+        if path.is_file():
+            images = [path]
+        elif path.is_dir():
+            images = sorted(p for p in path.rglob("*") if is_image(p))
+        else:
+            matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
+            images = [p for p in matches if is_image(p)]
+            if not matches:
+                raise DataError(
+                    f"--input {text}: expected an image, a folder or a pattern, found nothing "
+                    "there. Check the path."
+                )
+        if not images:
+            raise DataError(f"--input {text}: expected images ({', '.join(SUFFIXES)}), found none.")
+        found.update(dict.fromkeys(images))
+    return list(found)
+
+
+class ImageFolder(Dataset[tuple[Tensor, Target] | UnreadableImage]):
+    """Images turned upright, with targets that hold no boxes; `image_id` is the position."""
+
+    def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
+        self.paths = list(paths)
+        self._transform = transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, Target] | UnreadableImage:
+        path = self.paths[position]
+        try:
+            image = read_rgb(path, None)
+        except READ_ERRORS as error:
+            return UnreadableImage(position, str(path), f"{type(error).__name__}: {error}")
+        size = (image.height, image.width)
+        labels = torch.zeros(0, dtype=torch.int64)
+        sample = Sample(to_pixels(image), torch.zeros(0, 4), labels, size)
+        generator = torch.Generator().manual_seed(position)
+        prepared = self._transform(sample, generator, generator)
+        return prepared.image, make_target(prepared, position, size)
+
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """Return the (height, width) of each image, (0, 0) where its header cannot be read."""
+        return [read_size(path, upright=True) or (0, 0) for path in self.paths]
+
+    def output_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """Return the size after the transform, None where it is random."""
+        return self._transform.output_size(height, width)

@@ -1,0 +1,196 @@
+"""Decode image files of any mode into RGB, and read their sizes without decoding."""
+
+import contextlib
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+# What reading raises of files that are missing, damaged, truncated, huge or no images.
+READ_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_ORIENTATION = 0x0112  # EXIF tag
+TURNED = (5, 6, 7, 8)  # orientations that swap width and height
+# What brings the stored pixels upright. Pillow's own function writes all of the EXIF data anew, and
+# fails where any of it is odd.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+# What some of Pillow's readers raise of damage, as if it were a mistake in the program.
+_STUMBLES = (
+    RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _as_read_error() -> Iterator[None]:
+    """Make one of READ_ERRORS of whatever Pillow raises; nothing else may run within."""
+    try:
+        yield
+    except _STUMBLES as error:
+        raise OSError(f"damaged image: {str(error) or type(error).__name__}") from error
+
+
+@contextlib.contextmanager
+def open_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
+    """Open an image to read its header.
+
+    Raises:
+        READ_ERRORS: there is none, or more pixels than Pillow's limit.
+    """
+    with _as_read_error():
+        image = Image.open(file)
+    with image:
+        refuse_bomb(image)
+        yield image
+
+
+def decode(image: Image.Image) -> None:
+    """Decode the pixels of an open image.
+
+    Raises:
+        READ_ERRORS: the file cannot be decoded to its end.
+    """
+    with _as_read_error():
+        image.load()
+
+
+def read_header(path: Path) -> tuple[tuple[int, int], int] | None:
+    """Return the stored (height, width) in pixels and the EXIF orientation, None without header."""
+    try:
+        with open_image(path) as image:
+            return (image.height, image.width), orientation_of(image)
+    except READ_ERRORS:
+        return None
+
+
+def read_size(path: Path, *, upright: bool) -> tuple[int, int] | None:
+    """Return (height, width) in pixels from a file's header, None if it has none.
+
+    `upright` gives the size after the EXIF orientation is applied.
+    """
+    header = read_header(path)
+    if header is None:
+        return None
+    size, orientation = header
+    return size[::-1] if upright and orientation in TURNED else size
+
+
+def upright_point(x: float, y: float, orientation: int) -> tuple[float, float]:
+    """Return where a point of the stored pixels is upright; both as fractions of the sides."""
+    places = {
+        1: (x, y), 2: (1 - x, y), 3: (1 - x, 1 - y), 4: (x, 1 - y),
+        5: (y, x), 6: (1 - y, x), 7: (1 - y, 1 - x), 8: (y, 1 - x),
+    }  # fmt: skip
+    return places[orientation]
+
+
+def stored_point(x: float, y: float, orientation: int) -> tuple[float, float]:
+    """Undo `upright_point`: a quarter turn is undone by the other one, the rest by itself."""
+    return upright_point(x, y, {6: 8, 8: 6}.get(orientation, orientation))
+
+
+def read_rgb(path: Path, stated_size: tuple[int, int] | None) -> Image.Image:
+    """Decode an image to 8-bit RGB; see `read_reduced`, of which this is the whole image."""
+    return read_reduced(path, stated_size, lambda height, width: (height, width))[0]
+
+
+def read_reduced(
+    path: Path,
+    stated_size: tuple[int, int] | None,
+    decoded_size: Callable[[int, int], tuple[int, int]],
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode an image to 8-bit RGB, and return with it the (height, width) of the whole.
+
+    Annotations are drawn on the stored pixels or on the upright image; `stated_size`, their
+    (height, width), tells which. Without it the EXIF orientation is applied. A JPEG is decoded at
+    a half, a quarter or an eighth, where that is at least what `decoded_size` asks for of a
+    (height, width): the other frequencies are never computed.
+
+    Raises:
+        READ_ERRORS: the file cannot be decoded to its end.
+    """
+    with open_image(path) as image:
+        if not isinstance(image, JpegImageFile):
+            decode(image)  # the orientation may stand behind the pixels
+        stored_size, orientation = (image.height, image.width), orientation_of(image)
+        if stated_size is None:
+            upright = orientation != 1
+        else:
+            upright = orientation in TURNED and stated_size == stored_size[::-1] != stored_size
+        size = stored_size[::-1] if upright and orientation in TURNED else stored_size
+        factor = _reduction(size, decoded_size(*size))
+        if factor > 1:
+            with _as_read_error():
+                image.draft(None, (image.width // factor, image.height // factor))
+        decode(image)
+        rgb = _to_rgb(image)
+        return rgb.transpose(_UPRIGHT[orientation]) if upright else rgb, size
+
+
+def refuse_bomb(image: Image.Image) -> None:
+    """Raise beyond the number of pixels at which Pillow only warns: a small file can claim any."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise Image.DecompressionBombError(
+            f"{image.width}x{image.height} pixels are more than the {limit} of Pillow's limit"
+        )
+
+
+def _reduction(size: tuple[int, int], least: tuple[int, int]) -> int:
+    """Return the greatest divisor of `size` that leaves `least`.
+
+    A side is rounded up by a quarter of a pixel at most: boxes stay on what they enclose.
+    """
+    for factor in (8, 4, 2):
+        pairs = list(zip(size, least, strict=True))
+        if all(s // factor >= few and -s % factor <= factor // 4 for s, few in pairs):
+            return factor
+    return 1
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (as stored) where the tag is missing or makes no sense."""
+    try:
+        with _as_read_error():
+            found = int(image.getexif().get(_ORIENTATION, 1))
+    except READ_ERRORS:
+        return 1
+    return found if found in _UPRIGHT else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit greys, which `convert` would cut at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
+        image = Image.fromarray(grey.astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def is_image(path: Path) -> bool:
+    """Tell whether a file's name says that it is an image."""
+    return path.suffix.lower() in SUFFIXES and path.is_file()

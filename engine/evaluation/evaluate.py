@@ -1,0 +1,139 @@
+"""Inference over a data set, and its COCO evaluation."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from engine.evaluation.evaluator import CocoEvaluator, EvalResult
+from engine.metrics import Averages, official_log_values
+from engine.train import Criterion, UnreadableImages
+from util.batch import Batch, PaddedBatch, Target, pad_images
+from util.distributed import World
+from util.errors import UserError
+
+PostProcessor = Callable[[Any, Tensor], list[dict[str, Tensor]]]
+
+
+@torch.inference_mode()
+def detect(
+    model: nn.Module,
+    postprocess: PostProcessor,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    description: str,
+    on_outputs: Callable[[Any, Sequence[Target]], None] | None = None,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[tuple[Batch, list[dict[str, Tensor]]]]:
+    """Yield every batch with its detections (pixels of the original images, on the host).
+
+    Unreadable images are named; a batch of nothing else has no detections. Images that turn
+    out to differ in size go through the model one by one, so that none sees padding. `on_outputs`
+    sees the raw outputs.
+
+    Raises:
+        UserError: a score or box is not finite.
+    """
+    model.eval()
+    unreadable = UnreadableImages()
+    rank = int(os.environ.get("RANK", "0"))
+    for batch in tqdm(
+        batches, desc=description, unit="batch", dynamic_ncols=True, leave=False, disable=rank > 0
+    ):
+        unreadable.report(batch)
+        if batch.images is None:
+            yield batch, []
+            continue
+        found: list[dict[str, Tensor]] = []
+        for images, targets in unpadded_parts(batch.images, batch.targets):
+            with autocast():
+                outputs = model(images.to(device))
+            if on_outputs is not None:
+                on_outputs(outputs, targets)
+            sizes = torch.stack([t["orig_size"] for t in targets])
+            found += postprocess(outputs, sizes.to(device))
+        on_host = [{k: v.cpu() for k, v in d.items()} for d in found]
+        _check_finite(on_host, batch.targets)
+        yield batch, on_host
+
+
+def _check_finite(found: Sequence[dict[str, Tensor]], targets: Sequence[Target]) -> None:
+    for detection, target in zip(found, targets, strict=True):
+        if not (detection["scores"].isfinite().all() and detection["boxes"].isfinite().all()):
+            raise UserError(
+                f"image {int(target['image_id'])}: expected finite scores and boxes of the model, "
+                "got others: its weights are broken, or half precision is too little for them. "
+                "Use another checkpoint or precision."
+            )
+
+
+def unpadded_parts(
+    images: PaddedBatch, targets: Sequence[Target]
+) -> Iterator[tuple[PaddedBatch, Sequence[Target]]]:
+    """Yield a batch whole where nothing is padded, else image by image without padding."""
+    if len(set(images.sizes)) == 1:
+        yield images, targets
+        return
+    for i, (height, width) in enumerate(images.sizes):
+        yield pad_images([images.images[i, :, :height, :width]]), targets[i : i + 1]
+
+
+class Interrupted(Exception):
+    """An evaluation was asked to end early."""
+
+
+def evaluate(
+    model: nn.Module,
+    postprocess: PostProcessor,
+    batches: Iterable[Batch],
+    evaluator: CocoEvaluator,
+    *,
+    device: torch.device,
+    criterion: Criterion | None = None,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    world: World | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> tuple[EvalResult, dict[str, float]]:
+    """Evaluate on a data set; return COCO's numbers and the mean losses.
+
+    Each process of `world` gives its own `batches`; all get the result, while the detections of
+    all come together in the main process's evaluator alone.
+
+    Raises:
+        Interrupted: `stopping()` held between two batches.
+    """
+    world, averages = world or World(), Averages()
+
+    def add_losses(outputs: Any, targets: Sequence[Target]) -> None:
+        assert criterion is not None
+        found = criterion(outputs, targets)
+        averages.add(list(found), torch.stack([v.float() for v in found.values()]).tolist())
+
+    results = detect(
+        model,
+        postprocess,
+        batches,
+        device=device,
+        description="evaluate",
+        on_outputs=add_losses if criterion is not None else None,
+        autocast=autocast,
+    )
+    for batch, detections in results:
+        evaluator.update([int(t["image_id"]) for t in batch.targets], detections)
+        if stopping():
+            raise Interrupted
+    parts = world.gather((evaluator.found(), averages))
+    for found, means in parts[1:]:
+        evaluator.take(found)
+        averages.merge([means])
+    result, averages = world.broadcast(
+        (evaluator.evaluate(), averages) if world.main else (None, averages)
+    )
+    assert result is not None
+    losses = averages.means()
+    return result, official_log_values(losses, criterion) if criterion else losses

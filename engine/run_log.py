@@ -1,0 +1,131 @@
+"""Logs of a run: one JSON line per step and per epoch, TensorBoard, the console."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import numpy as np
+from PIL import Image
+
+from util.files import make_output_dir, write_atomic
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with non-finite floats, which JSON does not know, as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _keep_until(path: Path, key: str, last: int) -> None:
+    """Rewrite a log without the lines whose `key` lies past `last` and without a torn one."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a kill in the middle of a write leaves half a line
+        if isinstance(entry, dict) and entry.get(key, math.inf) <= last:
+            kept.append(line + "\n")
+    write_atomic(path, "".join(kept))
+
+
+class RunLog:
+    """Append-only logs in a run's folder; a context manager.
+
+    `metrics.jsonl` has a line per step, `log.txt` a line per epoch, `tensorboard/` the same as
+    curves. Non-finite numbers are null in the JSON files. Where `enabled` is false, nothing is
+    written: another process of the run does it.
+    """
+
+    def __init__(self, output_dir: Path, *, tensorboard: bool, enabled: bool = True) -> None:
+        if enabled:
+            make_output_dir(output_dir)
+        self._enabled = enabled
+        self._metrics_path = output_dir / "metrics.jsonl"
+        self._log_path = output_dir / "log.txt"
+        self._tensorboard_dir = output_dir / "tensorboard" if tensorboard and enabled else None
+        self._purge_step: int | None = None
+        self._files: dict[Path, TextIO] = {}
+        self._writer: Any = None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def truncate_after(self, step: int, epoch: int) -> None:
+        """Remove what was logged past the checkpoint that a run continues from.
+
+        Lines of `metrics.jsonl` with a greater `step`, lines of `log.txt` with a greater `epoch`
+        and TensorBoard values of later steps go.
+        """
+        self.close()
+        if not self._enabled:
+            return
+        _keep_until(self._metrics_path, "step", step)
+        _keep_until(self._log_path, "epoch", epoch)
+        self._purge_step = step + 1
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the values of a training step."""
+        self._append(self._metrics_path, {"step": step, **values})
+        self.scalars(step, values)
+
+    def epoch(self, values: Mapping[str, Any]) -> None:
+        """Log the values of an epoch; `epoch` is one of them."""
+        if "epoch" not in values:
+            raise ValueError("an epoch's values need the key 'epoch'")
+        self._append(self._log_path, values)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add points to TensorBoard's curves."""
+        writer = self._tensorboard()
+        if writer is not None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+    def image(self, name: str, image: Image.Image, step: int) -> None:
+        """Add an image to TensorBoard."""
+        writer = self._tensorboard()
+        if writer is not None:
+            writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def _append(self, path: Path, values: Mapping[str, Any]) -> None:
+        if not self._enabled:
+            return
+        if path not in self._files:
+            self._files[path] = path.open("a", encoding="utf-8", buffering=1)
+        self._files[path].write(json.dumps(_finite(values), allow_nan=False) + "\n")
+
+    def _tensorboard(self) -> Any:
+        if self._writer is None and self._tensorboard_dir is not None:
+            # Imported on use: it takes a second, and runs without TensorBoard do not need it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
+        return self._writer

@@ -1,0 +1,93 @@
+"""Parts of a detector that training leaves as they are."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import nn
+from torch._dynamo import config as dynamo
+
+from models.deformable_detr import DeformableDETR
+from util.errors import ConfigError, nearest_hint
+
+
+def frozen_parts(model: DeformableDETR, part: str) -> list[nn.Module]:
+    """Return the modules that a choice of `--freeze` keeps as they are, heads aside.
+
+    "encoder" has all that comes before the decoder, "all_but_heads" what comes before the heads.
+    As nothing that learns comes before what is frozen, autograd records nothing of it.
+    """
+    if part == "none":
+        return []
+    if part == "backbone":
+        return [model.backbone[0]]
+    before_decoder = [model.backbone, model.input_proj]
+    if part == "encoder":
+        return [*before_decoder, model.transformer.encoder]
+    queries = [] if model.query_embed is None else [model.query_embed]
+    return [*before_decoder, *queries, model.transformer]
+
+
+def freeze(model: DeformableDETR, part: str, *, fresh: Collection[str] = ()) -> None:
+    """Let a part of the model need no gradient, and stay in evaluation mode: no dropout.
+
+    `part`: "none", "backbone", "encoder" or "all_but_heads", see `frozen_parts`. `fresh`: names of
+    the parameters that have random values.
+
+    Raises:
+        ConfigError: one of these would stay random.
+    """
+    parts = frozen_parts(model, part)
+    # a refining decoder holds the box heads too
+    heads = {id(p) for m in (model.class_embed, model.bbox_embed) for p in m.parameters()}
+    frozen = {id(p) for module in parts for p in module.parameters()} - heads
+    if part == "encoder":
+        frozen.add(id(model.transformer.level_embed))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in frozen:
+            if name in fresh:
+                raise ConfigError(
+                    f"--freeze {part}: expected trained weights in what is frozen, but '{name}' "
+                    "would stay random. Give --finetune weights of the same model, or freeze less."
+                )
+            parameter.requires_grad_(False)
+    model.stay_in_evaluation(parts)
+
+
+_SHAPES = 512  # sizes of batches, once for training and once for evaluation; PyTorch's limit is 8
+
+
+def compile_model(model: DeformableDETR, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile the whole forward pass in place; state-dict keys stay as they are.
+
+    It is one graph without breaks: what cannot be compiled is an error, never a silent fallback.
+    Level sizes are constants of the graph, so that each size of batch is compiled once, for
+    training and for evaluation (a minute or more for ResNet-50): let `util.batch.pad_images`
+    round sizes up, to a multiple of 128 for instance. PyTorch's limit on the number of graphs,
+    past which it would stop compiling, is raised for the process; past ours it raises an error.
+    """
+    dynamo.cache_size_limit = max(dynamo.cache_size_limit, _SHAPES)
+    dynamo.accumulated_cache_size_limit = max(dynamo.accumulated_cache_size_limit, _SHAPES)
+    model.compile(fullgraph=True, dynamic=False, backend=backend)
+
+
+PARTS = ("backbone", "encoder", "decoder")
+
+
+def set_checkpointing(model: "DeformableDETR", parts: Collection[str]) -> None:
+    """Let the named parts forget their activations and compute them again in the backward pass.
+
+    Gradients are the same to the last bit, dropout included. `parts` are of "backbone", "encoder"
+    and "decoder"; the others keep their activations.
+
+    Raises:
+        ConfigError: there is no such part.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise ConfigError(
+                f"--activation_checkpointing: expected parts of the model, got '{part}'. "
+                f"{nearest_hint(part, PARTS)}"
+            )
+    model.backbone.backbone.checkpointing = "backbone" in parts
+    model.transformer.encoder.checkpointing = "encoder" in parts
+    model.transformer.decoder.checkpointing = "decoder" in parts

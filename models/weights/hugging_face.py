@@ -1,0 +1,251 @@
+"""Deformable DETR of Hugging Face transformers (4.x and 5.x): its config and its key names."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.weights.class_names import NUM_COCO_LOGITS, coco_logit_classes
+from models.weights.official import complete_heads
+from util.classes import Classes
+from util.errors import CheckpointError
+
+_ENCODER = {"self_attn": "self_attn", "norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"}
+_DECODER = {
+    "cross_attn": "encoder_attn",
+    "self_attn.out_proj": "self_attn.out_proj",
+    "norm1": "encoder_attn_layer_norm",
+    "norm2": "self_attn_layer_norm",
+    "norm3": "final_layer_norm",
+}
+_FEED_FORWARD = {"linear1": "fc1", "linear2": "fc2"}
+_BODY, _HF_BODY = "backbone.0.body", "model.backbone.conv_encoder.model"
+# Official module -> theirs, as 4.x names it and every version reads it; # is any number.
+_MODULES = {
+    **{f"transformer.encoder.layers.#.{a}": f"model.encoder.layers.#.{b}"
+       for a, b in (_ENCODER | _FEED_FORWARD).items()},
+    **{f"transformer.decoder.layers.#.{a}": f"model.decoder.layers.#.{b}"
+       for a, b in (_DECODER | _FEED_FORWARD).items()},
+    **{f"transformer.{name}": f"model.{name}" for name in (
+        "level_embed", "reference_points", "enc_output", "enc_output_norm", "pos_trans",
+        "pos_trans_norm", "decoder.bbox_embed", "decoder.class_embed")},
+    "class_embed": "class_embed",
+    "bbox_embed": "bbox_embed",
+    "query_embed": "model.query_position_embeddings",
+    "input_proj": "model.input_proj",
+    "backbone.1.row_embed": "model.backbone.position_embedding.row_embeddings",
+    "backbone.1.col_embed": "model.backbone.position_embedding.column_embeddings",
+}  # fmt: skip
+_TIMM_BODY = {_BODY: _HF_BODY}
+_OWN_BODY = {  # transformers' own ResNet
+    f"{_BODY}.conv1": f"{_HF_BODY}.embedder.embedder.convolution",
+    f"{_BODY}.bn1": f"{_HF_BODY}.embedder.embedder.normalization",
+    **{
+        f"{_BODY}.layer{s + 1}.#.{ours}": f"{_HF_BODY}.encoder.stages.{s}.layers.#.{theirs}"
+        for s in range(4)
+        for ours, theirs in {
+            **{f"conv{c + 1}": f"layer.{c}.convolution" for c in range(3)},
+            **{f"bn{c + 1}": f"layer.{c}.normalization" for c in range(3)},
+            "downsample.0": "shortcut.convolution",
+            "downsample.1": "shortcut.normalization",
+        }.items()
+    },
+}
+# What 5.x calls modules inside, and in files saved with its own names.
+_NAMES_OF_5 = (
+    (r"^model\.backbone\.model\.", f"{_HF_BODY}."),
+    (r"^model\.position_embedding\.", "model.backbone.position_embedding."),
+    (r"\.self_attn\.o_proj\.", ".self_attn.out_proj."),
+    (r"(\.layers\.\d+)\.mlp\.(fc[12])\.", r"\1.\2."),
+)
+_FUSED = re.compile(r"(transformer\.decoder\.layers\.\d+\.self_attn)\.in_proj_(weight|bias)")
+_SPLIT = re.compile(r"(model\.decoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)")
+_RESNET_DEPTHS = {
+    ("basic", (2, 2, 2, 2)): "resnet18",
+    ("basic", (3, 4, 6, 3)): "resnet34",
+    ("bottleneck", (3, 4, 6, 3)): "resnet50",
+    ("bottleneck", (3, 4, 23, 3)): "resnet101",
+}
+_HIDDEN_SIZES = {"basic": [64, 128, 256, 512], "bottleneck": [256, 512, 1024, 2048]}
+_OPTIONS = {
+    "position_embedding_type": "position_embedding",
+    "num_feature_levels": "num_feature_levels",
+    "encoder_layers": "enc_layers",
+    "decoder_layers": "dec_layers",
+    "encoder_ffn_dim": "dim_feedforward",
+    "d_model": "hidden_dim",
+    "dropout": "dropout",
+    "encoder_attention_heads": "nheads",
+    "num_queries": "num_queries",
+    "encoder_n_points": "enc_n_points",
+    "decoder_n_points": "dec_n_points",
+    "with_box_refine": "with_box_refine",
+    "two_stage": "two_stage",
+    "dilation": "dilation",
+}
+
+
+def _renamer(modules: Mapping[str, str]) -> Callable[[str], str | None]:
+    """Return a function that renames a key by the first module it lies in, or gives None."""
+    rules = []
+    for old, new in modules.items():
+        numbers = iter(range(1, 10))
+        replacement = re.sub("#", lambda _, n=numbers: rf"\{next(n)}", new)  # type: ignore[misc]
+        pattern = re.escape(old).replace(r"\#", r"(\d+)")
+        rules.append((re.compile(rf"{pattern}(?=\.|$)"), replacement))
+
+    def rename(key: str) -> str | None:
+        for pattern, replacement in rules:
+            if pattern.match(key):
+                return pattern.sub(replacement, key, count=1)
+        return None
+
+    return rename
+
+
+def to_official(
+    state_dict: Mapping[str, Tensor], options: Mapping[str, Any], source: str
+) -> dict[str, Tensor]:
+    """Rename the weights of `DeformableDetrForObjectDetection` to the official keys.
+
+    Raises:
+        CheckpointError: a key belongs to no part of the model.
+    """
+    names = {key: _name_of_4(key) for key in state_dict}
+    own = any(name.startswith(f"{_HF_BODY}.embedder.") for name in names.values())
+    body = _OWN_BODY if own else _TIMM_BODY
+    rename = _renamer({theirs: ours for ours, theirs in (_MODULES | body).items()})
+    converted: dict[str, Tensor] = {}
+    projections: dict[str, dict[str, Tensor]] = {}
+    for key, name in names.items():
+        split = _SPLIT.fullmatch(name)
+        if split:
+            layer = split[1].replace("model.", "transformer.", 1)
+            projections.setdefault(f"{layer}.in_proj_{split[3]}", {})[split[2]] = state_dict[key]
+            continue
+        renamed = rename(name)
+        if renamed is None:
+            raise CheckpointError(
+                f"{source}: expected the weights of DeformableDetrForObjectDetection, got the key "
+                f"'{key}'. Save that model with save_pretrained()."
+            )
+        converted[renamed] = state_dict[key]
+    for fused, parts in projections.items():
+        if set(parts) != {"q", "k", "v"}:
+            raise CheckpointError(f"{source}: '{fused}' lacks a projection. Download it again.")
+        converted[fused] = torch.cat([parts[part] for part in "qkv"])
+    return complete_heads(converted, options)
+
+
+def to_hugging_face(state_dict: Mapping[str, Tensor], *, timm_backbone: bool) -> dict[str, Tensor]:
+    """Rename official weights to the keys `from_pretrained` reads, 4.x and 5.x alike.
+
+    `timm_backbone`: the config says `use_timm_backbone`; else transformers' own ResNet.
+    """
+    rename = _renamer(_MODULES | (_TIMM_BODY if timm_backbone else _OWN_BODY))
+    converted: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        fused = _FUSED.fullmatch(key)
+        if fused:
+            layer = fused[1].replace("transformer.", "model.", 1)
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                converted[f"{layer}.{part}_proj.{fused[2]}"] = piece.clone()
+            continue
+        renamed = rename(key)
+        if renamed is None:
+            raise ValueError(f"'{key}' is no official key")
+        converted[renamed] = tensor
+    return converted
+
+
+def _name_of_4(key: str) -> str:
+    for pattern, name in _NAMES_OF_5:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file cannot be read or is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def config_options(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Turn a `config.json` into model options, by `ModelConfig` name.
+
+    Raises:
+        CheckpointError: the config describes another model, or one we cannot build.
+    """
+    _require(config, "model_type", "deformable_detr", source)
+    _require(config, "activation_function", "relu", source)
+    for encoder, decoder in (
+        ("encoder_ffn_dim", "decoder_ffn_dim"),
+        ("encoder_attention_heads", "decoder_attention_heads"),
+    ):
+        if encoder in config:
+            _require(config, decoder, config[encoder], source)
+    options = {ours: config[theirs] for theirs, ours in _OPTIONS.items() if theirs in config}
+    options.setdefault("dec_layers", 6)
+    for name in ("with_box_refine", "two_stage"):
+        options.setdefault(name, False)
+    if options["two_stage"]:
+        options["num_queries"] = config.get("two_stage_num_proposals", 300)
+    options["backbone"] = _backbone(config, source)
+    return options
+
+
+def _require(config: Mapping[str, Any], key: str, wanted: Any, source: str) -> None:
+    if config.get(key, wanted) != wanted:
+        raise CheckpointError(
+            f"{source}: expected {key} {wanted}, got {config[key]}. "
+            "Such a Hugging Face model is not supported."
+        )
+
+
+def _backbone(config: Mapping[str, Any], source: str) -> str:
+    own = config.get("backbone_config")
+    if not own or own.get("model_type") == "timm_backbone":
+        name = str((own or config).get("backbone") or "resnet50")
+        resnet = re.fullmatch(r"(?:microsoft/)?resnet-?(18|34|50|101)(?:\..*)?", name)
+        return f"resnet{resnet[1]}" if resnet else f"timm/{name.removeprefix('timm/')}"
+    kind = own.get("layer_type", "bottleneck")
+    depths = tuple(own.get("depths", (3, 4, 6, 3)))
+    regular = (
+        own.get("model_type") == "resnet"
+        and own.get("embedding_size", 64) == 64
+        and own.get("hidden_sizes", _HIDDEN_SIZES["bottleneck"]) == _HIDDEN_SIZES.get(kind)
+        and not own.get("downsample_in_bottleneck")
+        and not own.get("downsample_in_first_stage")
+    )
+    if not regular or (kind, depths) not in _RESNET_DEPTHS:
+        raise CheckpointError(
+            f"{source}: expected a ResNet 18, 34, 50 or 101 or a timm backbone, got "
+            f"{own.get('model_type')} with depths {list(depths)}. Such a model is not supported."
+        )
+    return _RESNET_DEPTHS[kind, depths]
+
+
+def config_classes(config: Mapping[str, Any], num_logits: int) -> Classes:
+    """Return the label space; the published 91-label COCO models use category ids."""
+    names = {int(label): str(name) for label, name in (config.get("id2label") or {}).items()}
+    coco = coco_logit_classes()
+    if num_logits == NUM_COCO_LOGITS and all(
+        names.get(i, name) == name for i, name in zip(coco.ids, coco.names, strict=True) if name
+    ):
+        return coco
+    ids = tuple(range(num_logits))
+    known = (names.get(i, "") for i in ids)
+    return Classes(ids, tuple("" if name == "N/A" else name for name in known))

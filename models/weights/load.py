@@ -1,0 +1,246 @@
+"""Weights from anywhere: our checkpoints, official files, Hugging Face folders and the hub."""
+
+import argparse
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from models.weights import hugging_face
+from models.weights.official import (
+    complete_heads,
+    is_deformable_detr,
+    official_classes,
+    official_options,
+)
+from util.classes import Classes
+from util.errors import CheckpointError
+from util.tensor_files import load_safely
+
+Triple = tuple[float, float, float]
+_WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights with all that is needed to use them.
+
+    `state_dict` has official keys. `model_options` holds `ModelConfig` values as far as the
+    source tells them. `config` is the saved configuration of our own files. `image_mean` and
+    `image_std` are per channel, in 0..1; `image_size` is (short side, longest long side) in
+    pixels; None where the source does not say. `thresholds`, of our own files, has the best score
+    threshold by class name, of classes that have one.
+    """
+
+    state_dict: dict[str, Tensor]
+    model_options: dict[str, Any]
+    classes: Classes
+    config: dict[str, Any] | None
+    image_mean: Triple | None
+    image_std: Triple | None
+    image_size: tuple[int, int] | None
+    kind: Literal["ours", "official", "hugging_face"]
+    source: str
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+
+
+def load_pretrained(source: str, *, ema: bool = True) -> Pretrained:
+    """Read weights from a file, a Hugging Face folder, or `hf:NAME` on its hub.
+
+    Of a run that averaged its weights, `ema` takes the averages.
+
+    Raises:
+        CheckpointError: the source is missing, cannot be reached, is damaged, or holds no
+            Deformable DETR.
+    """
+    path = Path(source)
+    if source.startswith("hf:"):
+        return _from_folder(_download(source.removeprefix("hf:"), source), source)
+    if path.is_dir():
+        return _from_folder(path, source)
+    is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
+    if not path.exists() and is_hub_name and path.suffix not in _WEIGHT_SUFFIXES:
+        return _from_folder(_download(source, source), source)
+    return _from_file(path, ema=ema)
+
+
+def _from_file(path: Path, *, ema: bool = True) -> Pretrained:
+    content = load_safely(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: expected a checkpoint, got a {type(content).__name__}. "
+            "Pass our checkpoint, an official file or a state dict."
+        )
+    if "model" in content and _is_ours(content):
+        with _parts_of(path, "a checkpoint of a run"):
+            return _ours(content, str(path), ema=ema)
+    weights = content.get("model", content)
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise CheckpointError(
+            f"{path}: expected weights under 'model', got the keys {_few(content)}. "
+            "Pass our checkpoint, an official file or a state dict."
+        )
+    if "model.level_embed" in weights:
+        if (path.parent / "config.json").is_file():
+            return _from_folder(path.parent, str(path))
+        raise CheckpointError(
+            f"{path}: expected a config.json beside Hugging Face weights, got none. "
+            "Pass the folder that save_pretrained() wrote."
+        )
+    return _official(weights, content.get("args"), str(path))
+
+
+def _is_ours(content: Mapping[str, Any]) -> bool:
+    """Tell our checkpoints from others that hold a `config`, which may be of any kind."""
+    config = content.get("config")
+    by_section = isinstance(config, Mapping) and isinstance(config.get("model"), Mapping)
+    return by_section or ("config" in content and "classes" in content)
+
+
+@contextlib.contextmanager
+def _parts_of(path: Path, expected: str) -> Iterator[None]:
+    """Tell in one line of parts that are not what they should be."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: expected {expected}, got one with other content "
+            f"({type(error).__name__}: {error}). Use another, or weights alone."
+        ) from error
+
+
+def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
+    preprocessing = content.get("preprocessing") or {}
+    config = {title: dict(options) for title, options in content["config"].items()}
+    averages = content.get("ema")
+    weights = dict(averages["model"] if ema and averages else content["model"])
+    classes = content.get("classes")
+    return Pretrained(
+        state_dict=weights,
+        model_options=config["model"],
+        classes=Classes.from_json(classes) if classes else official_classes(weights),
+        config=config,
+        image_mean=_triple(preprocessing.get("mean")),
+        image_std=_triple(preprocessing.get("std")),
+        image_size=None,
+        kind="ours",
+        source=source,
+        thresholds=dict(content.get("thresholds") or {}),
+    )
+
+
+def _official(weights: Mapping[str, Tensor], args: Any, source: str) -> Pretrained:
+    # Some files were saved from the distributed wrapper.
+    plain = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    if not is_deformable_detr(plain):
+        raise CheckpointError(
+            f"{source}: expected Deformable DETR weights, got the keys {_few(plain)}. "
+            "Other models cannot be loaded."
+        )
+    namespace = args if isinstance(args, argparse.Namespace) else None
+    options = official_options(plain, namespace, source)
+    complete = complete_heads(plain, options)
+    return Pretrained(
+        state_dict=complete,
+        model_options=options,
+        classes=official_classes(complete),
+        config=None,
+        image_mean=None,
+        image_std=None,
+        image_size=None,
+        kind="official",
+        source=source,
+    )
+
+
+def _from_folder(folder: Path, source: str) -> Pretrained:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{source}: expected a Hugging Face folder with config.json, got none. "
+            "For a run of ours, name its best.pth or last.pth."
+        )
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:
+        raise CheckpointError(
+            f"{source}: expected model.safetensors or pytorch_model.bin, got neither. "
+            "Save the model again with save_pretrained()."
+        )
+    config = hugging_face.read_json(folder / "config.json")
+    with _parts_of(folder / "config.json", "Hugging Face's description of a model"):
+        options = hugging_face.config_options(config, source)
+    weights = hugging_face.to_official(load_safely(file), options, source)
+    if not is_deformable_detr(weights):
+        raise CheckpointError(
+            f"{source}: expected a detector with its heads, got the bare model. "
+            "Save DeformableDetrForObjectDetection instead."
+        )
+    with _parts_of(folder / "config.json", "Hugging Face's description of a model"):
+        classes = hugging_face.config_classes(config, len(weights["class_embed.0.bias"]))
+    processor = folder / "preprocessor_config.json"
+    preprocessing = hugging_face.read_json(processor) if processor.is_file() else {}
+    with _parts_of(processor, "Hugging Face's description of preprocessing"):
+        mean, std = (_triple(preprocessing.get(f"image_{name}")) for name in ("mean", "std"))
+        size = _image_size(preprocessing)
+    return Pretrained(
+        state_dict=weights,
+        model_options=options,
+        classes=classes,
+        config=None,
+        image_mean=mean,
+        image_std=std,
+        image_size=size,
+        kind="hugging_face",
+        source=source,
+    )
+
+
+def _download(name: str, source: str) -> Path:
+    advice = (
+        "Check the name and the network, or download the repository elsewhere and pass its folder."
+    )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(
+            f"{source}: downloading needs huggingface_hub. Run `pip install huggingface_hub`, "
+            "or pass a local folder."
+        ) from error
+    described = ["config.json", "preprocessor_config.json"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*described, "model.safetensors"]))
+        if not (folder / "model.safetensors").is_file():
+            folder = Path(snapshot_download(name, allow_patterns=[*described, "pytorch_model.bin"]))
+    except Exception as error:  # the client and its transports share no base class
+        local = "" if source.startswith("hf:") else "no such file or folder here, and "
+        reason = " ".join(str(error).split()).split(". ")[0][:120]
+        raise CheckpointError(
+            f"{source}: {local}the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {reason}). {advice}"
+        ) from error
+    return folder
+
+
+def _triple(values: Any) -> Triple | None:
+    if not values:
+        return None
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def _image_size(preprocessing: Mapping[str, Any]) -> tuple[int, int] | None:
+    size = preprocessing.get("size")
+    if isinstance(size, Mapping):
+        short, long = size.get("shortest_edge"), size.get("longest_edge")
+    else:
+        short, long = size, preprocessing.get("max_size", 1333)
+    return (int(short), int(long)) if short and long else None
+
+
+def _few(keys: Mapping[str, Any]) -> str:
+    shown = ", ".join(f"'{key}'" for key in list(keys)[:3])
+    return f"{shown}, ..." if len(keys) > 3 else shown or "(none)"

@@ -1,0 +1,178 @@
+"""Checkpoints of the official implementation: which model they hold, and writing them.
+
+Our state-dict keys are the official ones, so weights need no conversion; what the file does not
+say about the model is read off the shapes of its tensors.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from models.weights.class_names import NUM_COCO_LOGITS, coco_logit_classes
+from util.classes import Classes
+from util.errors import CheckpointError
+from util.tensor_files import save_whole
+
+# (has three convolutions per block, blocks per stage) -> torchvision's name
+_RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
+    (False, (2, 2, 2, 2)): "resnet18",
+    (False, (3, 4, 6, 3)): "resnet34",
+    (True, (3, 4, 6, 3)): "resnet50",
+    (True, (3, 4, 23, 3)): "resnet101",
+}
+# Options that shapes do not show; the names are the official ones.
+_ONLY_IN_ARGS = ("backbone", "dilation", "dropout", "nheads", "num_queries", "aux_loss")
+_POSITION_EMBEDDINGS = {"sine": "sine", "v2": "sine", "learned": "learned", "v3": "learned"}
+_DEFAULT_HEADS = 8
+
+
+def is_deformable_detr(state_dict: Mapping[str, Any]) -> bool:
+    """Tell whether the keys are those of a Deformable DETR in official naming."""
+    heads = ("class_embed.0.bias", "transformer.decoder.class_embed.0.bias")
+    return "transformer.level_embed" in state_dict and any(key in state_dict for key in heads)
+
+
+def official_options(
+    state_dict: Mapping[str, Tensor], args: argparse.Namespace | None, source: str
+) -> dict[str, Any]:
+    """Return the model options (by `ModelConfig` name) that these weights need.
+
+    Shapes decide wherever they show an option; `args`, the command line stored in the file,
+    gives the others. What neither tells (dilation without `args`, for one) is left out.
+
+    Raises:
+        CheckpointError: the weights need something this model does not have.
+    """
+    stored = vars(args) if args is not None else {}
+    scale = stored.get("position_embedding_scale", 2 * math.pi)
+    if not math.isclose(scale, 2 * math.pi, rel_tol=1e-6):
+        raise CheckpointError(
+            f"{source}: expected position_embedding_scale 2 pi, got {scale}. "
+            "Models with another scale are not supported."
+        )
+    options = {name: stored[name] for name in _ONLY_IN_ARGS if name in stored}
+    embedding = stored.get("position_embedding", "sine")
+    if embedding not in _POSITION_EMBEDDINGS:
+        raise CheckpointError(
+            f"{source}: expected position_embedding sine or learned, got '{embedding}'. "
+            "This model cannot be rebuilt."
+        )
+    options["position_embedding"] = _POSITION_EMBEDDINGS[embedding]
+    return options | _options_from_shapes(state_dict, int(options.get("nheads", _DEFAULT_HEADS)))
+
+
+def count_layers(state_dict: Mapping[str, Any], prefix: str) -> int:
+    """Return how many numbered modules lie under `prefix`."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    return 1 + max((int(m[1]) for m in map(pattern.match, state_dict) if m), default=-1)
+
+
+def _options_from_shapes(state_dict: Mapping[str, Tensor], nheads: int) -> dict[str, Any]:
+    levels, width = state_dict["transformer.level_embed"].shape
+    options: dict[str, Any] = {
+        "num_feature_levels": levels,
+        "hidden_dim": width,
+        "two_stage": "transformer.enc_output.weight" in state_dict,
+        "with_box_refine": _refines(state_dict),
+    }
+    for name, side, attention in (
+        ("enc", "encoder", "self_attn"),
+        ("dec", "decoder", "cross_attn"),
+    ):
+        options[f"{name}_layers"] = count_layers(state_dict, f"transformer.{side}.layers")
+        weights = state_dict.get(f"transformer.{side}.layers.0.{attention}.attention_weights.bias")
+        if weights is not None:
+            options[f"{name}_n_points"] = len(weights) // (nheads * levels)
+    hidden = state_dict.get("transformer.encoder.layers.0.linear1.bias")
+    if hidden is not None:
+        options["dim_feedforward"] = len(hidden)
+    if "query_embed.weight" in state_dict:
+        options["num_queries"] = len(state_dict["query_embed.weight"])
+    if "backbone.1.row_embed.weight" in state_dict:
+        options["position_embedding"] = "learned"
+    resnet = resnet_name(state_dict)
+    return options | ({"backbone": resnet} if resnet else {})
+
+
+def resnet_name(state_dict: Mapping[str, Any]) -> str | None:
+    """Return the torchvision name of the ResNet among the keys, or None."""
+    body = "backbone.0.body.layer"
+    blocks = tuple(count_layers(state_dict, f"{body}{stage}") for stage in range(1, 5))
+    return _RESNETS.get((f"{body}1.0.conv3.weight" in state_dict, blocks))
+
+
+def _refines(state_dict: Mapping[str, Tensor]) -> bool:
+    if "transformer.decoder.bbox_embed.0.layers.0.weight" in state_dict:
+        return True
+    # The decoder's copy may have been stripped: refining heads are distinct all the same.
+    first = state_dict.get("bbox_embed.0.layers.2.bias")
+    second = state_dict.get("bbox_embed.1.layers.2.bias")
+    return first is not None and second is not None and not first.equal(second)
+
+
+def complete_heads(
+    state_dict: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Return the weights with prediction heads under every name the official model gives them.
+
+    Without refinement all layers share one head, with it the decoder holds the box heads (and
+    in two-stage the class heads) too; files that store shared tensors once lack the other names.
+    """
+    complete = dict(state_dict)
+    in_decoder = {"bbox_embed": options["with_box_refine"], "class_embed": options["two_stage"]}
+    count = options["dec_layers"] + int(options["two_stage"])
+    for head, repeated in in_decoder.items():
+        pattern = re.compile(rf"(transformer\.decoder\.)?{head}\.(\d+)\.(.+)")
+        found = [m for m in map(pattern.fullmatch, state_dict) if m]
+        for match in found:
+            complete.setdefault(f"{head}.{match[2]}.{match[3]}", state_dict[match[0]])
+        shared = {int(match[2]) for match in found} == {0}
+        for tail in {match[3] for match in found}:
+            for index in range(count):
+                name = f"{head}.{index}.{tail}"
+                if shared:
+                    complete.setdefault(name, complete[f"{head}.0.{tail}"])
+                if repeated and name in complete:
+                    complete.setdefault(f"transformer.decoder.{name}", complete[name])
+    return complete
+
+
+def official_classes(state_dict: Mapping[str, Tensor]) -> Classes:
+    """Return the label space of a file that names no classes, from the size of its head.
+
+    91 logits are COCO's category ids; of any other number each goes by its index,
+    which stands for that category id.
+    """
+    count = len(state_dict["class_embed.0.bias"])
+    if count == NUM_COCO_LOGITS:
+        return coco_logit_classes()
+    return Classes(tuple(range(count)), ("",) * count)
+
+
+def save_official(
+    path: Path, state_dict: Mapping[str, Tensor], *, options: Mapping[str, Any], epoch: int
+) -> None:
+    """Write weights as the official code loads them: `model`, `args` and `epoch`.
+
+    Raises:
+        CheckpointError: the official code has no such backbone, or the file cannot be written.
+    """
+    backbone = str(options.get("backbone", ""))
+    if not re.fullmatch(r"resnet\d+", backbone):
+        raise CheckpointError(
+            f"{path}: expected a torchvision ResNet, got backbone '{backbone}'. "
+            "The official code has no other; keep our own checkpoint."
+        )
+    weights = {
+        name: tensor.detach().cpu()
+        for name, tensor in state_dict.items()
+        if not name.endswith("num_batches_tracked")  # its batch norms are frozen
+    }
+    save_whole(
+        path, {"model": weights, "args": argparse.Namespace(**dict(options)), "epoch": epoch}
+    )

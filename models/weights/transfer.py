@@ -1,0 +1,326 @@
+"""Weights into a model: all of them, strictly, or for fine-tuning as far as they fit."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.weights.class_names import matching_names, of_same_meaning
+from models.weights.official import count_layers, official_options
+from util.classes import Classes
+from util.errors import CheckpointError
+
+_CLASS_HEAD = re.compile(r"(?:transformer\.decoder\.)?class_embed\.(\d+)\.(?:weight|bias)")
+_HEAD = re.compile(r"((?:transformer\.decoder\.)?(?:class|bbox)_embed)\.(\d+)\.(.+)")
+_QUERIES = "query_embed.weight"
+_COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none
+BACKBONE = "backbone.0."
+_RANKING_ROW = [(0, 0)]  # of the encoder's class head
+_LEAST_COPIED = 1 / 3
+_QUERY_NOISE = 0.1
+
+
+def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Load every tensor; names and shapes must agree exactly.
+
+    Raises:
+        CheckpointError: some do not; the first few are named.
+    """
+    target = {k: v for k, v in model.state_dict().items() if not k.endswith(_COUNTER)}
+    given = {k: v for k, v in state_dict.items() if not k.endswith(_COUNTER)}
+    wrong = [f"'{k}' is missing" for k in target if k not in given]
+    wrong += [f"'{k}' is not in the model" for k in given if k not in target]
+    wrong += [
+        f"'{k}' is {tuple(given[k].shape)}, the model's {tuple(tensor.shape)}"
+        for k, tensor in target.items()
+        if k in given and given[k].shape != tensor.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(
+            f"{source}: expected the weights of this model, but {', '.join(wrong[:3])}{more}. "
+            "Build the model with the checkpoint's options, or start from it with --finetune."
+        )
+    model.load_state_dict(dict(state_dict), strict=False)
+
+
+@dataclass
+class TransferReport:
+    """What became of every tensor of a checkpoint and of a model.
+
+    `copied`: names copied whole. `by_name`: class-head tensors filled row by row.
+    `reinitialised`: names of the model that keep fresh weights -> why. `ignored`: names of the
+    checkpoint without use -> why. `adapted`: tensors changed to fit -> how. `renamed`: classes
+    of the model -> what the checkpoint calls them, where more than upper and lower case differs.
+    `contested`: fresh classes -> the class of the checkpoint that they and another could be.
+    `nameless`: the checkpoint does not say what its classes are called.
+    """
+
+    copied: list[str] = field(default_factory=list)
+    by_name: list[str] = field(default_factory=list)
+    adapted: dict[str, str] = field(default_factory=dict)
+    reinitialised: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+    matched_classes: tuple[str, ...] = ()
+    fresh_classes: tuple[str, ...] = ()
+    renamed: dict[str, str] = field(default_factory=dict)
+    contested: dict[str, str] = field(default_factory=dict)
+    nameless: bool = False
+
+    def table(self) -> str:
+        """Return a few lines: counts, and modules with what happened to them."""
+        known = len(self.matched_classes)
+        by_name = f"{known} of {known + len(self.fresh_classes)} classes known"
+        if self.nameless:
+            by_name += ", as the checkpoint names no classes"
+        if self.renamed:
+            other = _some(f"{ours} from {theirs}" for ours, theirs in self.renamed.items())
+            by_name += f" ({other})"
+        if self.fresh_classes:
+            by_name += f", fresh: {_some(map(self._fresh, self.fresh_classes))}"
+        rows = [
+            ("copied", len(self.copied), ""),
+            ("rows by class name", len(self.by_name), by_name),
+        ]
+        ours = {*self.copied, *self.by_name, *self.adapted, *self.reinitialised}
+        for title, entries, others in (
+            ("adapted", self.adapted, ours - self.adapted.keys()),
+            ("re-initialised", self.reinitialised, ours - self.reinitialised.keys()),
+            ("ignored", self.ignored, ours),
+        ):
+            rows.append((title, len(entries), _groups(entries, others)))
+        return "\n".join(f"{a:<18} {n:>4} tensors  {text}".rstrip() for a, n, text in rows)
+
+    def _fresh(self, name: str) -> str:
+        if name not in self.contested:
+            return name
+        return f"{name} (not the only one for {self.contested[name]})"
+
+
+def transfer(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    *,
+    source_classes: Classes,
+    target_classes: Classes,
+    backbone: bool = True,
+) -> TransferReport:
+    """Start `model` from the weights of another training, as far as they fit.
+
+    Tensors of equal name and shape are copied. Rows of the class heads follow the class name, see
+    `class_names.matching_names`, so labels may have another order or number. A two-stage model
+    ranks proposals by row 0 of the encoder's class head: that row is kept. Missing queries are
+    noisy copies of the first ones (equal queries would never part); of too many, those stay whose
+    reference points lie farthest apart. Everything else keeps its fresh weights and is reported.
+    Without `backbone`, that of `model`, which is another one, stays as it is and is left out.
+
+    Raises:
+        CheckpointError: of the parameters behind the backbone, less than a third could be copied.
+    """
+    pairs = matching_names(source_classes.names, target_classes.names)
+    matched = {target for _, target in pairs}
+    report = TransferReport(
+        matched_classes=tuple(target_classes.names[i] for i in sorted(matched)),
+        fresh_classes=tuple(n for i, n in enumerate(target_classes.names) if i not in matched),
+        renamed={
+            target_classes.names[ours]: source_classes.names[theirs]
+            for theirs, ours in pairs
+            if target_classes.names[ours].casefold() != source_classes.names[theirs].casefold()
+        },
+        nameless=not any(source_classes.names),
+    )
+    for name in report.fresh_classes:
+        if other := of_same_meaning(name, source_classes.names):
+            report.contested[name] = other
+    source, target = (_compared(t, backbone) for t in (state_dict, model.state_dict()))
+    origin = _origins(source, target)
+    used = set(origin.values())
+    with torch.no_grad():
+        for name, tensor in target.items():
+            if name not in origin:
+                report.reinitialised[name] = "not in the checkpoint"
+            elif name == _QUERIES:
+                _fill_queries(tensor, source, report)
+            else:
+                _fill(name, tensor, source[origin[name]], _rows_for(name, target, pairs), report)
+    _drop_aliases(report, target)
+    report.ignored.update({k: "not in the model" for k in source if k not in used})
+    _check_enough(report, source, target)
+    return report
+
+
+def _compared(tensors: Mapping[str, Tensor], backbone: bool) -> dict[str, Tensor]:
+    """Return the tensors that a transfer is about."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(_COUNTER) and (backbone or not name.startswith(BACKBONE))
+    }
+
+
+def _proposal_index(state_dict: Mapping[str, Tensor]) -> int | None:
+    """Return the number of the encoder's head in a two-stage model."""
+    if "transformer.enc_output.weight" not in state_dict:
+        return None
+    return count_layers(state_dict, "transformer.decoder.layers")
+
+
+def _origins(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the source name for every target name that has one.
+
+    Heads are found under any of their aliases; the encoder's comes after the decoder's, so its
+    number follows the number of layers, and it never serves as a decoder's head.
+    """
+    theirs, ours = _proposal_index(source), _proposal_index(target)
+    origins = {}
+    for name in target:
+        candidates = [name]
+        head = _HEAD.fullmatch(name)
+        if head:
+            index = int(head[2])
+            if (index == ours and theirs is None) or (index != ours and index == theirs):
+                continue
+            number = theirs if index == ours else index
+            stem = head[1].removeprefix("transformer.decoder.")
+            candidates = [f"{head[1]}.{number}.{head[3]}"]
+            candidates += [f"{p}{stem}.{number}.{head[3]}" for p in ("", "transformer.decoder.")]
+        found = next((c for c in candidates if c in source), None)
+        if found is not None:
+            origins[name] = found
+    return origins
+
+
+def _rows_for(
+    name: str, target: Mapping[str, Tensor], pairs: list[tuple[int, int]]
+) -> list[tuple[int, int]] | None:
+    """Return which rows to copy, None to copy the tensor whole."""
+    head = _CLASS_HEAD.fullmatch(name)
+    if head is None:
+        return None
+    return _RANKING_ROW if int(head[1]) == _proposal_index(target) else pairs
+
+
+def _fill(
+    name: str,
+    tensor: Tensor,
+    given: Tensor,
+    rows: list[tuple[int, int]] | None,
+    report: TransferReport,
+) -> None:
+    if rows == []:
+        report.reinitialised[name] = "no class of a known name"
+    elif rows is not None and tensor.shape[1:] == given.shape[1:]:
+        for theirs, ours in rows:
+            tensor[ours].copy_(given[theirs])
+        if rows is _RANKING_ROW:
+            report.adapted[name] = "row 0, which ranks proposals"
+        else:
+            report.by_name.append(name)
+    elif rows is None and tensor.shape == given.shape:
+        tensor.copy_(given)
+        report.copied.append(name)
+    else:
+        report.reinitialised[name] = f"shape {tuple(tensor.shape)}, checkpoint {tuple(given.shape)}"
+
+
+def _fill_queries(tensor: Tensor, source: Mapping[str, Tensor], report: TransferReport) -> None:
+    given = source[_QUERIES]
+    if tensor.shape[1:] != given.shape[1:] or len(tensor) == len(given):
+        _fill(_QUERIES, tensor, given, None, report)
+        return
+    count = len(given)
+    report.adapted[_QUERIES] = f"{count} queries to {len(tensor)}"
+    if len(tensor) < count:
+        tensor.copy_(given[_farthest_apart(_reference_points(source), len(tensor))])
+        return
+    tensor.copy_(given[torch.arange(len(tensor), device=given.device) % count])
+    extra = tensor[count:]
+    extra += torch.randn_like(extra) * (_QUERY_NOISE * float(given.float().std()))
+
+
+def _reference_points(source: Mapping[str, Tensor]) -> Tensor:
+    """Return where each query looks first, in fractions of the image. Shape: [Q,2]."""
+    query_pos = source[_QUERIES].chunk(2, dim=1)[0]
+    weight, bias = (source[f"transformer.reference_points.{part}"] for part in ("weight", "bias"))
+    return F.linear(query_pos.float(), weight.float(), bias.float()).sigmoid()
+
+
+def _farthest_apart(points: Tensor, count: int) -> Tensor:
+    """Return, in order, which points to keep so that they cover the image most evenly.
+
+    Beginning in the middle, each is the one farthest from those before. Shape: [Q,2] -> [count].
+    """
+    chosen = [int((points - 0.5).norm(dim=1).argmin())]
+    distance = (points - points[chosen[0]]).norm(dim=1)
+    while len(chosen) < count:
+        distance[chosen[-1]] = -1.0  # points may coincide, but none is taken twice
+        chosen.append(int(distance.argmax()))
+        distance = distance.minimum((points - points[chosen[-1]]).norm(dim=1))
+    return torch.tensor(sorted(chosen), device=points.device)
+
+
+def _drop_aliases(report: TransferReport, target: Mapping[str, Tensor]) -> None:
+    """A tensor filled under one name is not fresh under another."""
+    filled = {target[n].data_ptr() for n in [*report.copied, *report.by_name, *report.adapted]}
+    for name in list(report.reinitialised):
+        if target[name].data_ptr() in filled:
+            del report.reinitialised[name]
+            report.copied.append(name)
+
+
+def _check_enough(
+    report: TransferReport, source: Mapping[str, Tensor], target: Mapping[str, Tensor]
+) -> None:
+    sizes = {t.data_ptr(): t.numel() for k, t in target.items() if not k.startswith(BACKBONE)}
+    filled = {target[n].data_ptr() for n in [*report.copied, *report.by_name, *report.adapted]}
+    share = sum(sizes.get(pointer, 0) for pointer in filled) / max(sum(sizes.values()), 1)
+    if share >= _LEAST_COPIED:
+        return
+    ours, theirs = official_options(target, None, "model"), {}
+    if "transformer.level_embed" in source:
+        theirs = official_options(source, None, "checkpoint")
+    differing = [
+        f"{name}: checkpoint {value}, run {ours.get(name, 'other')}"
+        for name, value in theirs.items()
+        if value != ours.get(name)
+    ]
+    raise CheckpointError(
+        "--finetune: expected weights of a similar model, got one of which, but for the backbone, "
+        f"only {share:.0%} fits ({'; '.join(differing) or 'other tensors'}). "
+        "Set the model options to the checkpoint's."
+    )
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    listed = list(names)
+    shown = ", ".join(name or "(unnamed)" for name in listed[:limit])
+    return f"{shown}, ... ({len(listed)})" if len(listed) > limit else shown
+
+
+def _groups(entries: Mapping[str, str], others: Iterable[str]) -> str:
+    """Join entries by what became of them; a module in which that differs is told in parts.
+
+    `others` are the names to which something else happened.
+    """
+    fates: dict[str, set[str]] = defaultdict(set)
+    for name, why in [*entries.items(), *((name, "") for name in others)]:
+        for prefix in _prefixes(name):
+            fates[prefix].add(why)
+    members: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, why in entries.items():
+        module = next((p for p in _prefixes(name) if len(fates[p]) == 1), name)
+        members[why, re.sub(r"\.\d+(?=\.)", ".*", module)].append(name)
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for (why, module), names in members.items():
+        by_reason[why].append(names[0] if len(names) == 1 else module)
+    return "; ".join(f"{_some(modules)} ({why})" for why, modules in by_reason.items())
+
+
+def _prefixes(name: str) -> list[str]:
+    """Return the modules that a tensor is in, from the outermost, and the tensor."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

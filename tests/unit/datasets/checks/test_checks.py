@@ -1,0 +1,367 @@
+"""Known numbers of every flaw are counted to the one, sound images never named, copies clean."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from datasets.checks.boxes import find_layout
+from datasets.checks.diagnosis import Diagnosis, examine
+from datasets.checks.fix import corrected
+from datasets.checks.kinds import KINDS
+from datasets.checks.report import page
+from datasets.checks.scan import examine_file, scan
+from datasets.checks.summary import summary
+from datasets.dataset import CocoDetection
+from datasets.formats.sources import Source, read_source
+from datasets.index import CocoIndex
+from datasets.transforms import EvalTransform
+from tests.unit.datasets.checks.flawed import (
+    BOXES,
+    FLAWS,
+    LAYOUTS,
+    LIMITS,
+    FlawedSet,
+    change_all,
+)
+from tests.unit.datasets.formats.flawed_formats import FLAWS as FLAWS_BY_FORMAT
+from tests.unit.datasets.formats.flawed_formats import FORMATS, write_sound
+from util.errors import DataError
+
+SLOW_FOLDERS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+_NOTES = {kind for kind in KINDS if KINDS[kind].note}
+PLAIN = EvalTransform(eval_scale=16, max_size=32, mean=(0.0,) * 3, std=(1.0,) * 3)
+Boxes = dict[str, list[tuple[str, tuple[float, ...]]]]
+
+
+def check(**sources: Source) -> Diagnosis:
+    return examine(sources, LIMITS, processes=1)
+
+
+def counts(diagnosis: Diagnosis) -> dict[str, int]:
+    return {kind: len(found) for kind, found in diagnosis.offenders.items()}
+
+
+def boxes_of(source: Source) -> Boxes:
+    """Return the boxes that training gets, by file name."""
+    index = CocoIndex.from_source(source, need_boxes=True)
+    found: Boxes = {}
+    for i, name in enumerate(index.images.file_names):
+        part = slice(index.first[i], index.first[i + 1])
+        labels = [index.classes.names[k] for k in index.labels[part]]
+        rounded = [tuple(np.round(box, 3).tolist()) for box in index.boxes[part]]
+        found[name] = sorted(zip(labels, rounded, strict=True))
+    return found
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=SLOW_FOLDERS)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    flaws=st.dictionaries(st.sampled_from(sorted(FLAWS)), st.integers(1, 2), max_size=12),
+    leaks=st.integers(0, 2),
+)
+def test_counts_are_exact_and_a_corrected_copy_is_clean(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, flaws: dict[str, int], leaks: int
+) -> None:
+    root = tmp_path_factory.mktemp("set")
+    data = FlawedSet(root / "train", 28, seed)
+    val = FlawedSet(root / "val", 3, seed + 1, first_id=7)
+    for name in FLAWS:  # in their order there
+        for _ in range(flaws.get(name, 0)):
+            FLAWS[name](data)
+    for k in range(leaks):
+        source = data.folder / data.take()["file_name"]
+        (val.folder / val.content["images"][k]["file_name"]).write_bytes(source.read_bytes())
+        data.expected["leak"] += 1
+    train, other = data.source(), val.source()
+
+    diagnosis = check(train=train, val=other)
+    assert counts(diagnosis) == dict(data.expected)
+    named = {o.image_id for found in diagnosis.offenders.values() for o in found}
+    assert named <= data.flawed | {None, 99999}
+
+    content, changes = corrected(diagnosis.ledgers[0])
+    mended = Source(json.loads(json.dumps(content)), train.image_dir, train.place)
+    again = check(train=mended, val=other)
+    assert {k for k in again.offenders if not KINDS[k].note} <= {"too_many_boxes"}
+    assert changes or not set(data.expected) - {"too_many_boxes"} - _NOTES
+    sound = boxes_of(Source(data.sound, train.image_dir, train.place))
+    trained = boxes_of(mended)
+    for image in data.sound["images"]:
+        if image["id"] not in data.flawed:
+            assert trained[image["file_name"]] == sound[image["file_name"]]
+
+
+@pytest.mark.parametrize("flaw", sorted(FLAWS))
+def test_each_flaw_alone_is_the_only_one_found(flaw: str, tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 4, seed=1)
+    FLAWS[flaw](data)
+    diagnosis = check(train=data.source())
+    assert counts(diagnosis) == dict(data.expected)
+    assert diagnosis.healthy == (set(data.expected) <= _NOTES)
+
+
+def test_a_sound_set_is_healthy(tmp_path: Path) -> None:
+    diagnosis = check(train=FlawedSet(tmp_path / "train", 6, seed=3).source())
+    assert diagnosis.healthy
+    assert not diagnosis.offenders
+    assert "Nothing is wrong." in summary(diagnosis)
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("seed", range(3))
+def test_boxes_written_another_way_are_told_and_mended(
+    layout: str, seed: int, tmp_path: Path
+) -> None:
+    data = FlawedSet(tmp_path / "train", 8, seed)
+    expected = boxes_of(data.source())
+    kind, change = LAYOUTS[layout]
+    change_all(data, change)
+    diagnosis = check(train=data.source())
+    assert counts(diagnosis) == {kind: 24}
+    content, changes = corrected(diagnosis.ledgers[0])
+    assert len(changes) == 24
+    mended = Source(content, data.folder, data.folder)
+    assert check(train=mended).healthy
+    assert boxes_of(mended) == expected
+
+
+@given(
+    seed=st.integers(0, 1000),
+    count=st.integers(1, 60),
+    outside=st.floats(0, 0.15),
+)
+def test_sound_boxes_are_never_taken_for_another_layout(
+    seed: int, count: int, outside: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    low, high = np.sort(rng.uniform(0, 100, (2, count, 2)), axis=0)
+    boxes = np.concatenate([low, high - low], axis=1)
+    boxes[: int(outside * count), :2] += 50
+    assert find_layout(boxes, np.full((count, 2), 100.0), slack=1) == "xywh"
+
+
+def test_parallel_decoding_finds_what_one_process_finds(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 70, seed=0)
+    for name in ("missing", "no image", "cut", "turned"):
+        FLAWS[name](data)
+    files = [data.folder / f"p{100 + i}.png" for i in range(70)]
+    found = scan(files, processes=2)
+    assert found == {path: examine_file(path) for path in files}
+    states = Counter(facts.state for facts in found.values())
+    assert states == {"sound": 67, "missing": 1, "unreadable": 1, "truncated": 1}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_decoding_processes_end_with_the_one_that_began_them(tmp_path: Path) -> None:
+    names = [tmp_path / f"{i}.png" for i in range(70)]  # enough for several processes
+    os.mkfifo(names[0])
+    code = (
+        "import sys; from pathlib import Path; from datasets.checks.scan import scan\n"
+        "scan(map(Path, sys.argv[1:]), processes=2)"
+    )
+    command = [sys.executable, "-c", code, *map(str, names)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as main:
+        pipe = None
+        while pipe is None and main.poll() is None:  # until a process reads, and waits for bytes
+            with contextlib.suppress(OSError):
+                pipe = os.open(names[0], os.O_WRONLY | os.O_NONBLOCK)
+        assert pipe is not None
+        main.kill()
+        main.communicate(timeout=20)  # ends when no process has the pipe any more
+        os.close(pipe)
+
+
+def test_boxes_of_images_that_cannot_be_decoded_are_not_usable(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 3, seed=0)
+    FLAWS["missing"](data)
+    FLAWS["cut"](data)
+    told = check(train=data.source()).to_json()["splits"]["train"]
+    assert told["usable_boxes"] == BOXES
+    assert told["boxes_by_class"] == {"cat": 2, "dog": 1}
+
+
+def test_classes_of_splits_are_paired_as_training_pairs_them(tmp_path: Path) -> None:
+    train = FlawedSet(tmp_path / "train", 2, seed=0)
+    val = FlawedSet(tmp_path / "val", 2, seed=1)
+    # The same names under each other's ids.
+    val.content["categories"] = [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}]
+    assert not check(train=train.source(), val=val.source()).offenders
+
+    for annotation in train.content["annotations"]:
+        annotation["category_id"] = 3
+    found = check(train=train.source(), val=val.source()).offenders
+    assert [(o.place, o.detail) for o in found["unseen_class"]] == [("dog", "id 3")]
+    assert "unknown_class" not in found
+
+    val.content["categories"].append({"id": 9, "name": "wolf"})
+    assert "unknown_class" not in check(train=train.source(), val=val.source()).offenders
+    val.add_box(val.content["images"][0]["id"], 9, [1, 2, 20, 20])
+    found = check(train=train.source(), val=val.source()).offenders
+    assert [(o.split, o.place) for o in found["unknown_class"]] == [("val", "wolf")]
+    indices = [CocoIndex.from_source(s.source(), need_boxes=True) for s in (train, val)]
+    with pytest.raises(DataError, match="wolf"):  # as training would
+        CocoDetection(indices[1], PLAIN, classes=indices[0].classes)
+
+
+def test_fractions_with_a_few_past_the_image_are_all_mended(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 8, seed=0)
+    expected = boxes_of(data.source())
+    change_all(data, LAYOUTS["fractions of corners"][1])
+    last = data.content["annotations"][-1]["bbox"]
+    last[2] = 1.02  # a pixel and a bit past the right edge
+    diagnosis = check(train=data.source())
+    assert counts(diagnosis)["normalised_bbox"] == 24
+    mended = boxes_of(Source(corrected(diagnosis.ledgers[0])[0], data.folder, data.folder))
+    assert mended == expected
+
+
+def test_names_that_no_terminal_can_show_do_not_end_it(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 2, seed=0)
+    name = os.fsdecode(b"caf\xe9.png")  # as an archive of another system leaves it
+    for image in data.content["images"]:
+        shutil.copy(data.folder / "p100.png", data.folder / f"x{image['id']}{name}")
+        image["file_name"] = f"x{image['id']}{name}"
+    diagnosis = check(train=data.source(), val=data.source())
+    assert {"duplicate_image", "leak"} <= set(diagnosis.offenders)
+    summary(diagnosis).encode()
+    page(diagnosis, title="names").encode()
+
+
+def test_every_kind_is_documented_as_it_is() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "data.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    documented = {row[0].split("`")[1]: row[1:] for row in rows}
+    assert list(documented) == list(KINDS)
+    for kind, (what, training, fix) in documented.items():
+        told = KINDS[kind]
+        assert what == f"{told.title}: {told.meaning}"
+        assert training == told.training
+        assert fix.removesuffix(" |") == (told.fix or "as it is")
+        assert (f"`{kind}` (note)" in text) == told.note
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "bmp", "gif", "avif"])
+def test_damaged_files_are_told_apart_from_sound_ones(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{suffix}"
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    try:
+        Image.fromarray(pixels).save(path)
+    except (KeyError, ValueError):
+        pytest.skip(f"this Pillow writes no {suffix}")
+    whole = path.read_bytes()
+    facts = examine_file(path)
+    assert (facts.state, facts.size) == ("sound", (24, 32))
+    for length in range(0, len(whole) - 2, max(1, len(whole) // 40)):
+        path.write_bytes(whole[:length])
+        assert examine_file(path).state in ("unreadable", "truncated"), length
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), 5):
+            damaged[place] = rng.integers(0, 256)
+        path.write_bytes(damaged)
+        assert examine_file(path).state in ("unreadable", "truncated", "sound")
+
+
+def test_the_original_content_is_not_touched(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 10, seed=0)
+    for name in ("size", "past", "annotation id", "iscrowd", "repeated id"):
+        FLAWS[name](data)
+    before = json.dumps(data.content)
+    corrected(check(train=data.source()).ledgers[0])
+    assert json.dumps(data.content) == before
+
+
+@pytest.mark.parametrize("target", FORMATS)
+def test_each_flaw_of_each_format_is_found_and_mended(target: str, tmp_path: Path) -> None:
+    sound = write_sound(tmp_path, target)
+    assert check(train=read_source(target, sound, "train")).healthy
+    for number, flaw in enumerate(FLAWS_BY_FORMAT[target]):
+        place = tmp_path / str(number)
+        shutil.copytree(sound, place)
+        told = flaw(target, place, 1)
+        source = read_source(target, place, "train")
+        diagnosis = check(train=source)
+        wrong = {kind: n for kind, n in counts(diagnosis).items() if not KINDS[kind].note}
+        assert wrong == told.check
+        assert diagnosis.healthy == (not told.check)
+        page(diagnosis, title=target)
+        mended, _ = corrected(diagnosis.ledgers[0])
+        assert check(train=Source(mended, source.image_dir, place)).healthy, told
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=SLOW_FOLDERS)
+@given(draw=st.data(), value=JSON)
+def test_any_value_anywhere_is_told(
+    tmp_path_factory: pytest.TempPathFactory, draw: st.DataObject, value: object
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any"
+    if not folder.exists():
+        FlawedSet(folder, 3, seed=0).save(folder / "set.json")
+    content = json.loads((folder / "set.json").read_text())
+    section = draw.draw(st.sampled_from(["images", "annotations", "categories", None]))
+    if section is None:
+        content[draw.draw(st.sampled_from(sorted(content)))] = value
+    else:
+        entry = draw.draw(st.integers(0, len(content[section]) - 1))
+        key = draw.draw(st.sampled_from([None, *content[section][entry]]))
+        if key is None:
+            content[section][entry] = value
+        else:
+            content[section][entry][key] = value
+    diagnosis = check(train=Source(content, folder, folder))
+    (summary(diagnosis) + page(diagnosis, title="any")).encode()
+    json.dumps(diagnosis.to_json())
+    mended, _ = corrected(diagnosis.ledgers[0])
+    wrong = {k for k in check(train=Source(mended, folder, folder)).offenders if not KINDS[k].note}
+    assert wrong <= {"missing_section"}
+
+
+def test_page_and_summary_escape_and_name_everything(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 40, seed=2)
+    for flaw in FLAWS.values():
+        flaw(data)
+    data.content["categories"][0]["name"] = "<script>alert(1)</script>"
+    diagnosis = check(train=data.source(), val=data.source())
+    html = page(diagnosis, title="a & b")
+    assert "<script>" not in html
+    assert "a &amp; b" in html
+    assert html.count("<img ") == html.count('alt="') > 20
+    text = summary(diagnosis)
+    for kind, found in diagnosis.offenders.items():
+        assert f'id="{kind}"' in html
+        assert f"{len(found)}  {KINDS[kind].title}" in text
+    written: dict[str, Any] = json.loads(json.dumps(diagnosis.to_json(), allow_nan=False))
+    assert {f["kind"]: f["count"] for f in written["findings"]} == counts(diagnosis)
+
+
+def test_lines_that_are_no_boxes_are_found_in_yolo_data(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "images" / "train", 2, seed=0)
+    labels = tmp_path / "labels" / "train"
+    labels.mkdir(parents=True)
+    (labels / "p100.txt").write_text("0 0.5 0.5 0.4 0.4\n0 0.5\n1 0.5 0.5 nan 0.2\n")
+    (labels / "p101.txt").write_text("1 0.5 0.5 0.4 0.4\n")
+    (tmp_path / "data.yaml").write_text("train: images/train\nnames: [cat, dog]\n")
+    diagnosis = check(train=read_source("yolo", tmp_path, "train"))
+    assert counts(diagnosis)["unreadable_annotation"] == 1
+    assert counts(diagnosis)["broken_bbox"] == 1
+    assert data.folder.is_dir()

@@ -1,0 +1,242 @@
+"""A sound set of two splits in COCO, VOC or YOLO layout, and flaws to put into its images.
+
+Each flaw is put into an image of its own, named by its number; it returns what training and
+`check` are to tell of it. Notes of `check` (no harm in them) are not counted.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from datasets.formats.convert import convert
+from datasets.formats.sources import Source
+
+Content = dict[str, Any]
+Kinds = Counter[str]
+WIDTH, HEIGHT, NUM_IMAGES = 40, 30, 5  # images of a split
+SPLITS = ("train", "val")
+FORMATS = ("coco", "voc", "yolo")
+
+
+class Told(NamedTuple):
+    """Counts by kind: findings of training, flaws of `check`; images that cannot be read."""
+
+    training: Kinds
+    check: Kinds
+    unreadable: int = 0
+
+    def __add__(self, other: "Told") -> "Told":  # type: ignore[override]
+        return Told(
+            self.training + other.training,
+            self.check + other.check,
+            self.unreadable + other.unreadable,
+        )
+
+
+NOTHING = Told(Counter(), Counter())
+Flaw = Callable[[str, Path, int], Told]
+
+
+def split_of(number: int) -> str:
+    """Return the split that image `number` belongs to."""
+    return SPLITS[number // NUM_IMAGES]
+
+
+def content_of(split: str) -> Content:
+    """Return the content of a split as a COCO file: two boxes an image, a cat and a dog."""
+    first = NUM_IMAGES * SPLITS.index(split)
+    numbers = range(first, first + NUM_IMAGES)
+    return {
+        "images": [
+            {"id": 10 * i, "file_name": f"p{i}.png", "width": WIDTH, "height": HEIGHT}
+            for i in numbers
+        ],
+        "annotations": [
+            {"id": 2 * i + k, "image_id": 10 * i, "category_id": 3 + 4 * k, "iscrowd": 0,
+             "area": 10 * (5 + i), "bbox": [2 + i, 3 + k, 10, 5 + i]}
+            for i in numbers for k in range(2)
+        ],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+    }  # fmt: skip
+
+
+def write_sound(folder: Path, target: str) -> Path:
+    """Write the set without flaws under `folder`; return its place."""
+    images = folder / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(NUM_IMAGES * len(SPLITS)):
+        pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"p{number}.png")
+    sources = {split: Source(content_of(split), images, folder) for split in SPLITS}
+    convert(sources, target, folder / "set", copy=True)
+    return folder / "set"
+
+
+def add_flaws(target: str, place: Path, split: str, chosen: Sequence[int]) -> Told:
+    """Put flaws, by their positions in FLAWS, into images of a split, all but its first."""
+    told = NOTHING
+    first = NUM_IMAGES * SPLITS.index(split)
+    for number, flaw in enumerate(chosen, first + 1):
+        told += FLAWS[target][flaw](target, place, number)
+    return told
+
+
+def sound_images(split: str, flaws: int) -> list[str]:
+    """Return the names, without suffix, of the images that the first `flaws` flaws leave."""
+    first = NUM_IMAGES * SPLITS.index(split)
+    return [f"p{n}" for n in (first, *range(first + 1 + flaws, first + NUM_IMAGES))]
+
+
+def image_file(target: str, place: Path, number: int) -> Path:
+    """Return where an image is."""
+    split = split_of(number)
+    folder = {"coco": f"{split}2017", "voc": "JPEGImages", "yolo": f"images/{split}"}[target]
+    return place / folder / f"p{number}.png"
+
+
+def label_file(target: str, place: Path, number: int) -> Path:
+    """Return where the annotations of an image are, in VOC or YOLO layout."""
+    folder, suffix = (
+        ("Annotations", ".xml") if target == "voc" else (f"labels/{split_of(number)}", ".txt")
+    )
+    return place / folder / f"p{number}{suffix}"
+
+
+def remove_image(target: str, place: Path, number: int) -> Told:
+    """Delete the file; in YOLO layout only its labels remain."""
+    image_file(target, place, number).unlink()
+    if target == "yolo":
+        return telling("label_without_image")
+    return telling("missing_image")._replace(unreadable=1)
+
+
+def cut_image(target: str, place: Path, number: int) -> Told:
+    """Cut the file off after its header."""
+    file = image_file(target, place, number)
+    file.write_bytes(file.read_bytes()[:60])
+    return Told(Counter(), Counter(truncated_image=1), unreadable=1)
+
+
+def replace_image(target: str, place: Path, number: int) -> Told:
+    """Write text in place of the image."""
+    image_file(target, place, number).write_text("no image")
+    check = Counter(unreadable_image=1)
+    if target == "yolo":  # sizes come from the files, and boxes in pixels from sizes
+        training = Counter(size_unknown=1, unreadable_image=1)
+        return Told(training, check + Counter(unreadable_annotation=1), unreadable=1)
+    return Told(Counter(), check, unreadable=1)
+
+
+def telling(kind: str, check: str | None = None, **more: int) -> Told:
+    """Return one of `kind` in training with `more`, and one of `check` (the same) in the check."""
+    return Told(Counter({kind: 1, **more}), Counter({check or kind: 1}))
+
+
+def in_json(told: Told, change: Callable[[Content, Content, Content], object]) -> Flaw:
+    """Return a flaw that changes (content, image, its first annotation) of a COCO file."""
+
+    def flaw(target: str, place: Path, number: int) -> Told:
+        file = place / "annotations" / f"instances_{split_of(number)}2017.json"
+        content = json.loads(file.read_bytes())
+        image = next(i for i in content["images"] if i.get("file_name") == f"p{number}.png")
+        own = (a for a in content["annotations"] if isinstance(a, dict))
+        annotation = next(a for a in own if a["image_id"] == image["id"])
+        change(content, image, annotation)
+        file.write_text(json.dumps(content))
+        return told
+
+    return flaw
+
+
+def in_text(told: Told, old: str, new: str) -> Flaw:
+    """Return a flaw that replaces text in an image's annotation file, once."""
+
+    def flaw(target: str, place: Path, number: int) -> Told:
+        file = label_file(target, place, number)
+        text = file.read_text()
+        start = old.format(x=2 + number + 1)
+        assert start in text
+        file.write_text(text.replace(start, new.format(old=start), 1))
+        return told
+
+    return flaw
+
+
+def drop_labels(told: Told) -> Flaw:
+    """Return a flaw that deletes an image's annotation file."""
+
+    def flaw(target: str, place: Path, number: int) -> Told:
+        label_file(target, place, number).unlink()
+        return told
+
+    return flaw
+
+
+def set_bbox(box: object, content: Content, image: Content, annotation: Content) -> None:
+    """Change the box of an annotation."""
+    annotation["bbox"] = box
+
+
+def yolo(told: Told, line: str) -> Flaw:
+    """Return a flaw that puts a line before the first."""
+    return in_text(told, "0 ", line + "\n{old}")
+
+
+BROKEN: list[object] = [None, [1, 2, 3], [1, 2, float("nan"), 4], [1, 2, "3", 4], {}, 7]
+_COMMON: list[Flaw] = [remove_image, cut_image, replace_image]
+FLAWS: dict[str, list[Flaw]] = {
+    "coco": [
+        *_COMMON,
+        *(in_json(telling("broken_bbox"), partial(set_bbox, box)) for box in BROKEN),
+        *(in_json(told, partial(set_bbox, box)) for told, box in (
+            (telling("flat_bbox", "zero_bbox"), [5, 5, 0, 3]),
+            (telling("flat_bbox", "negative_bbox"), [5, 5, 4, -3]),
+            (telling("outside_bbox"), [50, 5, 4, 3]),
+            (telling("clipped_bbox", "past_edge"), [30, 5, 40, 3]),
+        )),
+        in_json(telling("unknown_image_id"), lambda c, i, a: a.update(image_id=777)),
+        in_json(telling("unknown_category_id"), lambda c, i, a: a.update(category_id="3")),
+        in_json(telling("not_an_object"), lambda c, i, a: c["annotations"].append([1])),
+        in_json(telling("repeated_image"), lambda c, i, a: c["images"].append(i)),
+        in_json(telling("outside_folder", unknown_image_id=2),
+                lambda c, i, a: i.update(file_name="../x")),
+        in_json(telling("no_file_name", unknown_image_id=2), lambda c, i, a: i.pop("file_name")),
+        in_json(Told(Counter(no_image_id=1, unknown_image_id=2),
+                     Counter(no_image_id=1, unknown_image_id=2)),
+                lambda c, i, a: i.update(id=None)),
+        in_json(telling("filled_in", "missing_key"), lambda c, i, a: a.pop("area")),
+        in_json(telling("filled_in", "missing_key"), lambda c, i, a: a.update(iscrowd="no")),
+        in_json(telling("size_not_stated"), lambda c, i, a: i.pop("width")),
+        in_json(telling("other_size", "wrong_size"), lambda c, i, a: i.update(width=WIDTH + 9)),
+    ],
+    "voc": [
+        *_COMMON,
+        in_text(telling("damaged_xml", "unreadable_annotation"), "</size>", "</sise>"),
+        *(in_text(Told(Counter(broken_bbox=1, filled_in=1), Counter(broken_bbox=1, missing_key=1)),
+                  "<xmin>{x}</xmin>", new) for new in ("<xmin>left</xmin>", "")),
+        in_text(Told(Counter(flat_bbox=1, filled_in=1), Counter(negative_bbox=1, missing_key=1)),
+                "<xmin>{x}</xmin>", "<xmin>39</xmin>"),
+        in_text(telling("outside_bbox"), "<xmin>{x}</xmin>", "<xmin>45</xmin><xmax>49</xmax>"),
+        in_text(telling("unknown_category_id"), "<name>cat</name>", "<name> </name>"),
+        in_text(telling("size_not_stated"), "<width>40</width>", "<width>wide</width>"),
+        in_text(telling("other_size", "wrong_size"), "<width>40</width>", "<width>49</width>"),
+        drop_labels(telling("missing_xml", "unreadable_annotation")),
+    ],
+    "yolo": [
+        *_COMMON,
+        *(yolo(telling("malformed_line", "unreadable_annotation"), line)
+          for line in ("cat 1 2 3 4", "0 0.5", "0.5 0 0 1 1", "inf")),
+        yolo(telling("broken_bbox"), "0 nan 0.5 0.1 0.1"),
+        yolo(telling("flat_bbox", "zero_bbox"), "0 0.5 0.5 0 0.1"),
+        yolo(telling("outside_bbox"), "0 5 0.5 0.1 0.1"),
+        yolo(telling("unknown_category_id"), "9 0.5 0.5 0.1 0.1"),
+        drop_labels(Told(Counter(no_boxes=1), Counter())),
+    ],
+}  # fmt: skip

@@ -1,0 +1,189 @@
+"""Our matching and accumulation against pycocotools, to the last digit."""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+
+from engine.evaluation.evaluator import CocoEvaluator, EvalResult, Found
+
+CATEGORIES = (3, 7, 90)
+
+
+def make_coco(content: dict[str, Any]) -> COCO:
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def random_boxes(draw: np.random.Generator, count: int) -> list[list[float]]:
+    """Return boxes of all COCO sizes, on whole pixels half of the time so that IoUs tie."""
+    corner, size = draw.uniform(0, 150, (count, 2)), 4 + 200 * draw.random((count, 2)) ** 3
+    boxes = np.concatenate([corner, size], axis=1)
+    return (np.ceil(boxes / 8) * 8 if draw.random() < 0.5 else boxes).tolist()  # type: ignore[no-any-return]
+
+
+def random_ground_truth(draw: np.random.Generator, most_boxes: int = 8) -> COCO:
+    """Return images with and without boxes, crowds, and annotation ids from 0."""
+    images = [{"id": 5 + 3 * i} for i in range(int(draw.integers(1, 7)))]
+    annotations = [
+        {"image_id": image["id"], "category_id": int(draw.choice(CATEGORIES)), "bbox": box,
+         "area": box[2] * box[3] * draw.choice([0.6, 1.0]), "iscrowd": int(draw.random() < 0.15)}
+        for image in images
+        for box in random_boxes(draw, int(draw.integers(0, most_boxes)))
+    ]  # fmt: skip
+    return make_coco(
+        {
+            "images": images,
+            "categories": [{"id": c, "name": f"c{c}"} for c in CATEGORIES],
+            "annotations": [{"id": i, **a} for i, a in enumerate(annotations)],
+        }
+    )
+
+
+def random_detections(draw: np.random.Generator, coco: COCO, most_alarms: int) -> Found:
+    """Return moved truth, duplicates, wrong classes and false alarms; many scores are equal."""
+    rows: list[tuple[int, int, list[float]]] = []
+    for image in coco.imgs:
+        for annotation in coco.imgToAnns[image]:
+            for _ in range(int(draw.integers(0, 4))):
+                wrong = draw.random() < 0.2
+                category = int(draw.choice(CATEGORIES)) if wrong else annotation["category_id"]
+                spread = draw.choice([0.0, 0.1, 0.3])
+                moved = np.array(annotation["bbox"]) * draw.normal(1, spread, 4)
+                rows.append((image, category, np.maximum(moved, 0.0).tolist()))
+        for box in random_boxes(draw, int(draw.integers(0, most_alarms))):
+            rows.append((image, int(draw.choice(CATEGORIES)), box))
+    draw.shuffle(rows)
+    steps = draw.choice([3, 20, 10**6])
+    score = draw.integers(0, steps, len(rows)) / steps
+    return Found(
+        images=np.array(sorted(coco.imgs)),
+        image=np.array([r[0] for r in rows], dtype=np.int64),
+        category=np.array([r[1] for r in rows], dtype=np.int64),
+        box=np.array([r[2] for r in rows], dtype=np.float64).reshape(-1, 4),
+        score=score.astype(np.float64),
+    )
+
+
+def both(coco: COCO, found: Found, max_dets: int = 0) -> tuple[EvalResult, EvalResult]:
+    """Return our result and pycocotools'."""
+    labels = {c: c for c in coco.cats}
+    ours = CocoEvaluator(coco, labels, max_dets=max_dets)
+    theirs = CocoEvaluator(coco, labels, backend="pycocotools", max_dets=max_dets)
+    for evaluator in (ours, theirs):
+        evaluator.take(found)
+    return ours.evaluate(), theirs.evaluate()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_equal_to_the_last_digit_on_random_data(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    coco = random_ground_truth(draw)
+    crowded = seed % 4 == 0  # more than COCO's 100 detections of an image and class
+    ours, theirs = both(coco, random_detections(draw, coco, 500 if crowded else 12))
+    assert ours == theirs
+    assert seed or ours.stats["AP"] > 0
+
+
+@pytest.mark.parametrize("max_dets", [0, 150])
+def test_equal_beyond_100_boxes_of_a_class(max_dets: int) -> None:
+    draw = np.random.default_rng(3)
+    boxes = [[12.0 * (i % 20), 12.0 * (i // 20), 10.0, 10.0] for i in range(130)]
+    coco = make_coco(
+        {
+            "images": [{"id": 1}],
+            "categories": [{"id": 3, "name": "cell"}],
+            "annotations": [
+                {"id": i, "image_id": 1, "category_id": 3, "bbox": b} for i, b in enumerate(boxes)
+            ],
+        }
+    )
+    found = Found(
+        images=np.array([1]),
+        image=np.ones(130, dtype=np.int64),
+        category=np.full(130, 3),
+        box=np.array(boxes),
+        score=draw.random(130),
+    )
+    ours, theirs = both(coco, found, max_dets)
+    assert ours == theirs
+    assert ours.stats["AR_100"] == pytest.approx(100 / 130)
+    assert ours.beyond_100 is not None
+    assert ours.beyond_100["max_dets"] == (max_dets or 130)
+    assert ours.beyond_100["AP"] == ours.beyond_100["AR"] == pytest.approx(1.0)
+    assert f"with {max_dets or 130}: AP 1.000" in ours.table()
+
+
+@pytest.mark.parametrize("boxes", [True, False])
+def test_equal_without_detections_or_without_ground_truth(boxes: bool) -> None:
+    draw = np.random.default_rng(1)
+    coco = random_ground_truth(draw)
+    found = random_detections(draw, coco, 9)
+    if boxes:
+        found = Found(found.images, found.image[:0], found.category[:0], found.box[:0],
+                      found.score[:0])  # fmt: skip
+    else:
+        coco = make_coco({**coco.dataset, "annotations": []})
+    ours, theirs = both(coco, found)
+    assert ours == theirs
+    assert ours.stats["AP"] == (0.0 if boxes else -1.0)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "coco_by/annotations/instances_val2017.json",
+        "coco_by/annotations/instances_train2017.json",
+        "bccd/annotations/instances_test.json",
+        "bccd/annotations/instances_val.json",
+    ],
+)
+def test_equal_on_real_data(file: str, shared: Callable[[str], Path]) -> None:
+    coco = make_coco(json.loads(shared(f"datasets/{file}").read_text()))
+    draw = np.random.default_rng(0)
+    truth = list(coco.anns.values())
+    box = np.array([a["bbox"] for a in truth]).repeat(3, axis=0)
+    found = Found(
+        images=np.array(sorted(coco.imgs)),
+        image=np.array([a["image_id"] for a in truth]).repeat(3),
+        category=np.array([a["category_id"] for a in truth]).repeat(3),
+        box=np.maximum(box * draw.normal(1, 0.08, box.shape), 0.0),
+        score=draw.random(len(box)).round(3),
+    )
+    ours, theirs = both(coco, found)
+    assert ours == theirs
+    assert 0 < ours.stats["AP"] < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "least"),
+    [
+        ("bccd_val", "bccd/annotations/instances_val.json", 0.4),
+        ("coco_by_val", "coco_by/annotations/instances_val2017.json", 0.2),
+    ],
+)
+def test_equal_on_what_trained_models_found_in_real_images(
+    name: str, file: str, least: float, shared: Callable[[str], Path]
+) -> None:
+    """The detections, of scores from 0.05 on, are of models that were trained for minutes."""
+    coco = make_coco(json.loads(shared(f"datasets/{file}").read_text()))
+    with np.load(Path(__file__).with_name("real_detections.npz")) as saved:
+        found = Found(
+            images=np.array(sorted(coco.imgs)),
+            image=saved[f"{name}_image"].astype(np.int64),
+            category=saved[f"{name}_category"].astype(np.int64),
+            box=saved[f"{name}_box"].astype(np.float64),
+            score=saved[f"{name}_score"].astype(np.float64),
+        )
+    ours, theirs = both(coco, found)
+    assert ours == theirs
+    assert ours.stats["AP"] > least

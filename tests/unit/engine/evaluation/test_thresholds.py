@@ -1,0 +1,23 @@
+"""The best thresholds alone are those of the whole analysis."""
+
+import numpy as np
+import pytest
+
+from engine.evaluation.analysis import analyse, best_thresholds
+from engine.evaluation.evaluator import CocoEvaluator
+from engine.evaluation.outcomes import thresholds_by_name
+from tests.unit.engine.evaluation.test_matching import random_detections, random_ground_truth
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_they_are_those_of_the_analysis(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    coco = random_ground_truth(draw, most_boxes=(1, 8)[seed % 2])
+    evaluator = CocoEvaluator(coco, {c: c for c in coco.cats})
+    if seed % 4:  # else nothing was found
+        evaluator.take(random_detections(draw, coco, 6))
+    found = thresholds_by_name(evaluator)
+    assert found == best_thresholds(analyse(evaluator, evaluator.evaluate()))
+    assert found or seed % 2 == 0
+    assert not found or seed % 4
+    assert all(type(score) is float for score in found.values())  # loads with weights_only

@@ -1,0 +1,100 @@
+"""The warning for a flat loss: when it comes, when it does not, and what it says."""
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.guards.flat_loss import FlatLossWatchdog
+
+
+def watchdog(**options: float) -> FlatLossWatchdog:
+    return FlatLossWatchdog(effective_batch=4, lr=2e-4, **options)  # type: ignore[arg-type]
+
+
+def warnings(dog: FlatLossWatchdog, losses: Iterable[float], first: int = 0) -> list[int]:
+    """Return the steps at which the watchdog warns."""
+    return [step for step, loss in enumerate(losses, first) if dog.add(step, loss)]
+
+
+def noisy(curve: Callable[[int], float], steps: int, noise: float, seed: int) -> list[float]:
+    """Return a curve times noise that is never negative, as losses of small batches have."""
+    source = random.Random(seed)
+    spread = math.sqrt(math.log(1 + noise**2))
+    return [curve(step) * source.lognormvariate(-(spread**2) / 2, spread) for step in range(steps)]
+
+
+@given(st.integers(0, 10**6), st.floats(0.0, 0.4), st.floats(0.1, 50.0))
+def test_a_flat_loss_is_told_once(seed: int, noise: float, level: float) -> None:
+    steps = warnings(watchdog(), noisy(lambda _: level, 2500, noise, seed))
+    assert len(steps) == 1
+    assert 499 <= steps[0] <= 1500
+
+
+@given(st.integers(0, 10**6), st.floats(0.0, 0.25), st.floats(1.0, 50.0), st.floats(0.5, 1.0))
+def test_a_loss_that_falls_and_converges_is_never_told(
+    seed: int, noise: float, level: float, fall: float
+) -> None:
+    def curve(step: int) -> float:
+        return level * (1 - fall + fall * math.exp(-step / 300))
+
+    assert warnings(watchdog(), noisy(curve, 3000, noise, seed)) == []
+
+
+def test_a_loss_that_rises_is_told() -> None:
+    assert warnings(watchdog(), noisy(lambda step: 5 + step / 100, 1000, 0.2, 0)) == [499]
+
+
+def test_a_tiny_but_steady_fall_is_flat() -> None:
+    assert warnings(watchdog(), (10 - step * 1e-4 for step in range(700))) == [499]
+
+
+def test_a_low_loss_of_trained_weights_is_not_told() -> None:
+    assert warnings(watchdog(low=18.0), noisy(lambda _: 7.0, 2000, 0.3, 1)) == []
+    assert warnings(watchdog(low=18.0), noisy(lambda _: 30.0, 2000, 0.3, 1)) != []
+
+
+def test_a_run_that_falls_back_to_its_start_is_told_again() -> None:
+    dog = watchdog(window=50)
+    assert warnings(dog, [10.0] * 200) == [49]
+    assert warnings(dog, [10.0 - step / 50 for step in range(200)], 200) == []
+    assert len(warnings(dog, [10.0] * 200, 400)) == 1
+
+
+def test_losses_that_are_not_finite_are_passed_over() -> None:
+    losses = noisy(lambda _: 3.0, 500, 0.2, 2)
+    mixed = [x for loss in losses for x in (loss, math.nan, math.inf, -math.inf)]
+    assert warnings(watchdog(), mixed) == [step * 4 for step in warnings(watchdog(), losses)]
+
+
+@given(st.integers(0, 99))
+def test_a_resumed_watchdog_equals_an_uninterrupted_one(cut: int) -> None:
+    losses = noisy(lambda _: 3.0, 100, 0.2, 3)
+    whole, part, resumed = watchdog(window=40), watchdog(window=40), watchdog(window=40)
+    expected = warnings(whole, losses)
+    found = warnings(part, losses[:cut])
+    resumed.restore(json.loads(json.dumps(part.state())))
+    found += warnings(resumed, losses[cut:], cut)
+    assert found == expected != []
+    assert resumed.state() == whole.state()
+
+
+def test_the_warning_says_what_was_seen_and_what_to_try() -> None:
+    dog = watchdog(window=20)
+    told = [text for step in range(100, 120) if (text := dog.add(step, 31.5))]
+    (text,) = told
+    for words in (
+        "from step 100 to 119", "31.5", "effective batch of 4", "--lr 0.0002", "pictures/",
+        "--effective_batch_size 32", "--warmup_steps", "main.py doctor",
+    ):  # fmt: skip
+        assert words in text
+    assert "\n" not in text
+
+
+def test_a_window_too_short_to_judge_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 10"):
+        watchdog(window=9)

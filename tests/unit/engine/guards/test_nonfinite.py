@@ -1,0 +1,165 @@
+"""Records of skipped steps, and the search for where numbers stopped being finite."""
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.guards.nonfinite import NonfiniteRecorder, first_nonfinite, random_state_kept
+from tests.unit.models.small import random_images, small_model
+from util.batch import PaddedBatch, pad_images
+from util.errors import UserError
+
+
+def record(recorder: NonfiniteRecorder, step: int, **values: Any) -> Path:
+    known: dict[str, Any] = {
+        "epoch": 1, "image_ids": [7, 9], "losses": {"loss": math.nan, "loss_ce": 0.5},
+        "grad_norm": math.inf, "scale": -math.inf, "rates": {"transformer": 2e-4},
+        "module": "module a.b",
+    }  # fmt: skip
+    return recorder.record(step, **(known | values))
+
+
+def test_a_record_is_json_that_any_reader_takes(tmp_path: Path) -> None:
+    path = record(NonfiniteRecorder(tmp_path, rank=1, limit=5), 12)
+    assert path == tmp_path / "nonfinite" / "step_00000012_rank1.json"
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    assert json.loads(path.read_text(), parse_constant=refuse) == {
+        "step": 12, "epoch": 1, "rank": 1, "image_ids": [7, 9],
+        "losses": {"loss": "nan", "loss_ce": 0.5}, "grad_norm": "inf", "scale": "-inf",
+        "learning_rates": {"transformer": 2e-4}, "first_nonfinite": "module a.b",
+        "in_a_row": 1, "total": 1,
+    }  # fmt: skip
+
+
+def test_only_a_whole_row_ends_the_run(tmp_path: Path) -> None:
+    recorder = NonfiniteRecorder(tmp_path, rank=0, limit=3)
+    for step in (0, 1):
+        record(recorder, step)
+    recorder.finite()
+    for step in (3, 4):
+        record(recorder, step)
+    assert (recorder.total, recorder.in_a_row) == (4, 2)
+    with pytest.raises(UserError) as caught:
+        record(recorder, 5)
+    message = str(caught.value)
+    path = tmp_path / "nonfinite" / "step_00000005_rank0.json"
+    assert path.exists()
+    for words in ("step 5", "3 steps in a row", "module a.b", str(path), "7, 9", "--resume auto",
+                  "--lr", "--precision bf16"):  # fmt: skip
+        assert words in message
+    assert "\n" not in message
+    resumed = NonfiniteRecorder(tmp_path, rank=0, limit=3)
+    resumed.restore(recorder.state())
+    record(resumed, 3)  # a new row, else it could never go on
+    assert (resumed.total, resumed.in_a_row) == (6, 1)
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "nonfinite").write_text("in the way")
+    with pytest.raises(UserError, match=r"step_00000000_rank0.json: cannot be written: .*Free"):
+        record(NonfiniteRecorder(tmp_path, rank=0, limit=3), 0)
+
+
+def detector_and_batch(**options: Any) -> tuple[nn.Module, PaddedBatch]:
+    return small_model(**options), pad_images(random_images((64, 96), (80, 64)))
+
+
+@pytest.mark.parametrize("options", [{}, {"with_box_refine": True, "two_stage": True}])
+def test_a_healthy_model_is_called_finite(options: dict[str, Any]) -> None:
+    model, batch = detector_and_batch(**options)
+    assert first_nonfinite(model, batch).startswith("weights, pixels and the forward pass were")
+
+
+def test_weights_come_first_then_pixels_then_buffers() -> None:
+    model, batch = detector_and_batch()
+    buffer = next(name for name, _ in model.named_buffers() if name.endswith("running_var"))
+    model.get_buffer(buffer)[0] = math.nan
+    assert first_nonfinite(model, batch) == f"buffer {buffer} is not finite"
+    batch.images[1, 0, 3, 4] = math.inf
+    assert first_nonfinite(model, batch) == "image 2 of 2 has pixels that are not finite"
+    name = "transformer.encoder.layers.1.linear1.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[2, 3] = -math.inf
+    assert first_nonfinite(model, batch) == f"parameter {name} is not finite"
+
+
+class Overflow(nn.Module):
+    """Finite weights and input, infinite output, wrapped as models wrap what they return."""
+
+    def forward(self, x: Tensor) -> Any:
+        """Return nested containers, as models do."""
+        return {"layers": [x, (x.exp() * 1e300 * 1e300,)]}
+
+
+def test_the_first_module_is_named() -> None:
+    model, batch = detector_and_batch()
+    norm = "transformer.encoder.layers.1.norm1"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(norm):
+                parameter.fill_(1e308)
+    found = first_nonfinite(model, batch)
+    assert found == f"module {norm} (ExactLayerNorm) has the first output that is not finite"
+
+
+def test_outputs_in_containers_are_looked_into() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Overflow()
+
+        def forward(self, batch: PaddedBatch) -> Any:
+            """Return nested containers, as models do."""
+            return self.part(batch.images)
+
+    batch = pad_images([torch.ones(3, 4, 4, dtype=torch.float64)])
+    assert first_nonfinite(Model(), batch).startswith("module part (Overflow)")
+
+
+class Noisy(nn.Module):
+    """Draws from every generator, keeps statistics, and can fail."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.fails = fails
+
+    def forward(self, batch: PaddedBatch) -> Tensor:
+        """Change everything that a forward pass can change."""
+        random.random()
+        np.random.rand()
+        out: Tensor = self.norm(batch.images + torch.rand(1))
+        if self.fails:
+            raise RuntimeError("inside")
+        return out
+
+
+def draws() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_and_the_generators_are_left_alone(fails: bool) -> None:
+    model, batch = Noisy(fails=fails).train(), pad_images([torch.rand(3, 8, 8)])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with random_state_kept():
+        expected = [draws(), draws()]
+    if fails:
+        with pytest.raises(RuntimeError, match="inside"):
+            first_nonfinite(model, batch)
+    else:
+        assert "were finite" in first_nonfinite(model, batch)
+    assert [draws(), draws()] == expected
+    assert all(v.equal(before[k]) for k, v in model.state_dict().items())
+    assert model.training
+    assert not [m for m in model.modules() if m._forward_hooks]

@@ -1,0 +1,82 @@
+"""Times of the parts of a step: they add up, wait for nothing, and are told once."""
+
+import time
+
+import pytest
+import torch
+
+from engine.guards.timer import StepTimer, shares
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def test_parts_last_as_long_as_they_did_and_add_up() -> None:
+    timer = StepTimer(torch.device("cpu"))
+    started = time.perf_counter()
+    for part, seconds in (
+        ("data", 0.01), ("forward", 0.03), ("backward", 0.02), ("forward", 0.03), ("update", 0.0),
+    ):  # fmt: skip
+        time.sleep(seconds)
+        timer.mark(part)
+    timer.finish_step()
+    elapsed = time.perf_counter() - started
+    (step,) = timer.collect()
+    assert list(step) == ["data", "forward", "backward", "update"]
+    assert step["forward"] >= 0.06
+    assert step["backward"] >= 0.02
+    assert sum(step.values()) == pytest.approx(elapsed, abs=2e-3)
+    assert timer.collect() == []
+
+
+def test_a_step_starts_where_the_last_one_ended() -> None:
+    timer = StepTimer(torch.device("cpu"))
+    timer.mark("forward")
+    timer.finish_step()
+    time.sleep(0.02)  # before the first mark of the second step
+    timer.mark("data")
+    timer.finish_step()
+    timer.mark("data")  # of a step that is not finished
+    first, second = timer.collect()
+    assert list(first) == ["forward"]
+    assert second["data"] >= 0.02
+    assert timer.collect() == []
+
+
+def test_restart_forgets_what_ran_in_between() -> None:
+    timer = StepTimer(torch.device("cpu"))
+    timer.mark("forward")
+    time.sleep(0.05)
+    timer.restart()
+    timer.mark("data")
+    timer.finish_step()
+    (step,) = timer.collect()
+    assert list(step) == ["data"]
+    assert step["data"] < 0.04
+
+
+def test_shares_are_of_all_steps_together() -> None:
+    steps = [{"data": 0.1, "forward": 0.3}, {"data": 0.1, "forward": 0.9, "update": 0.6}]
+    assert shares(steps) == "data 10 %, forward 60 %, update 30 %"
+    assert shares([]) == shares([{"data": 0.0}]) == ""
+
+
+@pytest.mark.gpu
+@NEEDS_CUDA
+def test_cuda_is_timed_on_the_device_without_waiting() -> None:
+    device = torch.device("cuda")
+    matrix = torch.randn(4096, 4096, device=device)
+    torch.cuda.synchronize()
+    timer = StepTimer(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(200):
+            matrix = matrix @ matrix
+        timer.mark("forward")
+        timer.finish_step()
+        assert timer.collect() == []  # the device is still at it
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    started = time.perf_counter()
+    torch.cuda.synchronize()
+    (step,) = timer.collect()
+    assert step["forward"] >= time.perf_counter() - started > 0

@@ -1,0 +1,173 @@
+"""Steps' values on their way to logs and means: delayed, named, and judged."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.guards.flat_loss import FlatLossWatchdog
+from engine.guards.nonfinite import NonfiniteRecorder
+from engine.guards.timer import StepTimer
+from engine.metrics import Averages, StepLog, StepRecord, official_log_values
+from engine.precision import Precision
+from engine.run_log import RunLog
+from util.distributed import World
+from util.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+class Weights:
+    """Doubles `loss_ce` and reports the rest as it is."""
+
+    def weight(self, name: str) -> float | None:
+        """Return a coefficient, None for what is only reported."""
+        return 2.0 if name.startswith("loss_ce") else None
+
+
+def step_log(folder: Path, log: RunLog, *, limit: int = 3, watch_from: int = 0) -> StepLog:
+    return StepLog(
+        log=log,
+        weights=Weights(),
+        world=World(),
+        timer=StepTimer(CPU),
+        precision=Precision("fp32", CPU),
+        recorder=NonfiniteRecorder(folder, 0, limit),
+        watchdog=FlatLossWatchdog(effective_batch=4, lr=0.1, window=10),
+        watch_from=watch_from,
+    )
+
+
+def add(steps: StepLog, step: int, loss: float, *, norm: float = 1.0, module: str = "") -> None:
+    """Take in a step as the runner does."""
+    steps.timer.mark("forward")
+    steps.timer.finish_step()
+    steps.add(
+        StepRecord(
+            step=step,
+            epoch=0,
+            names=["loss", "loss_ce", "grad_norm"],
+            values=torch.tensor([loss, loss / 4, norm]),
+            image_ids=[10 + step],
+            rates={"lr_transformer": 0.5},
+            module=module,
+        )
+    )
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_the_last_steps_wait_until_asked_for(tmp_path: Path) -> None:
+    with RunLog(tmp_path, tensorboard=False) as log:
+        steps = step_log(tmp_path, log)
+        assert steps.flush() is None
+        for step in range(3):
+            add(steps, step, loss=4.0 - step)
+        latest = steps.flush(keep=1)
+        assert [line["step"] for line in lines(tmp_path)] == [0, 1]
+        assert latest == {"loss": 3.0, "loss_ce": 1.5, "loss_ce_unscaled": 0.75, "grad_norm": 1.0}
+        assert steps.flush(keep=1) is None
+        assert steps.flush() is not None
+    written = lines(tmp_path)
+    assert [line["loss"] for line in written] == [4.0, 3.0, 2.0]
+    assert all(line["lr_transformer"] == 0.5 for line in written)
+    assert all(line["time"] == line["time_forward"] >= 0 for line in written)
+    assert steps.averages.means() == {"loss": 3.0, "loss_ce": 0.75, "grad_norm": 1.0}
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (2.0, math.inf), (math.inf, 1.0)])
+def test_what_is_not_finite_is_recorded_and_no_part_of_the_means(
+    tmp_path: Path, loss: float, norm: float
+) -> None:
+    with RunLog(tmp_path, tensorboard=False) as log:
+        steps = step_log(tmp_path, log)
+        add(steps, 0, 2.0)
+        add(steps, 1, loss, norm=norm, module="module m is bad")
+        add(steps, 2, 4.0)
+        steps.flush()
+    assert steps.averages.means()["loss"] == 3.0
+    assert steps.recorder.total == 1
+    (report,) = (tmp_path / "nonfinite").iterdir()
+    content = json.loads(report.read_text())
+    assert (content["step"], content["image_ids"]) == (1, [11])
+    assert content["first_nonfinite"] == "module m is bad"
+    assert content["learning_rates"] == {"lr_transformer": 0.5}
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+
+
+def test_a_finite_step_breaks_the_row(tmp_path: Path) -> None:
+    with RunLog(tmp_path, tensorboard=False) as log:
+        steps = step_log(tmp_path, log, limit=2)
+        for step, loss in enumerate([math.nan, 1.0, math.nan, 1.0, math.nan]):
+            add(steps, step, loss)
+        steps.flush()
+        add(steps, 5, math.nan)
+        with pytest.raises(UserError, match="step 5: .* 2 steps in a row"):
+            steps.flush()
+    assert steps.recorder.total == 4
+    assert len(lines(tmp_path)) == 6
+
+
+def test_a_flat_loss_is_told_once_the_warm_up_is_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for watch_from, warned in ((0, True), (40, False)):
+        with RunLog(tmp_path, tensorboard=False) as log:
+            steps = step_log(tmp_path, log, watch_from=watch_from)
+            for step in range(45):
+                add(steps, step, 9.0 + step % 2)
+            steps.flush()
+        assert ("the loss has not fallen" in capsys.readouterr().out) == warned
+
+
+def test_a_restored_log_goes_on_as_the_one_before(tmp_path: Path) -> None:
+    ends = []
+    for stop in (False, True):
+        folder = tmp_path / str(stop)
+        with RunLog(folder, tensorboard=False) as log:
+            steps = step_log(folder, log)
+            for step in range(4):
+                if stop and step == 2:
+                    steps.flush()
+                    state = json.loads(json.dumps(steps.state()))
+                    steps = step_log(folder, log)
+                    steps.restore(state)
+                add(steps, step, math.nan if step == 1 else 5.0 - step)
+            steps.flush()
+        ends.append((steps.averages.means(), steps.recorder.total, steps.watchdog.state()))
+    assert ends[0] == ends[1]
+    steps.begin_epoch()
+    assert steps.averages.means() == {}
+
+
+values = st.lists(st.floats(-100, 100), min_size=2, max_size=2)
+
+
+@given(st.lists(st.lists(values, max_size=4), min_size=1, max_size=4))
+def test_merged_means_are_those_of_all_values(processes: list[list[list[float]]]) -> None:
+    parts = []
+    for rows in processes:
+        part = Averages()
+        for row in rows:
+            part.add(["a", "b"], row)
+        parts.append(part)
+    parts[0].merge(parts[1:])
+    every = [row for rows in processes for row in rows]
+    assert parts[0].count == len(every)
+    means = parts[0].means()
+    assert set(means) == ({"a", "b"} if every else set())
+    for i, name in enumerate(means):
+        assert means[name] == pytest.approx(sum(r[i] for r in every) / len(every), abs=1e-9)
+
+
+def test_losses_are_named_as_in_official_logs() -> None:
+    named = official_log_values({"loss": 3.0, "loss_ce_0": 0.5, "class_error": 70.0}, Weights())
+    assert named == {"loss": 3.0, "loss_ce_0": 1.0, "loss_ce_0_unscaled": 0.5, "class_error": 70.0}
