@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from configs.options import Values, check_values_by_section
-from configs.schema import SECTIONS, ModelConfig
+from configs.load import Given
+from configs.schema import ModelConfig
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.weights.load import Pretrained, load_pretrained
@@ -34,23 +34,22 @@ def load_detector(
             f"{source}: expected weights that tell their backbone, got some without options whose "
             "backbone is no torchvision ResNet. Use the whole checkpoint they come from."
         )
-    options = saved_options({"model": pretrained.model_options}, source)
-    model_config = ModelConfig(**options["model"])
-    model = build_model(model_config, num_classes=len(pretrained.classes))
+    options = saved_options(Given(), {"model": pretrained.model_options}, source)
+    model = build_model(options.section("model", ModelConfig), num_classes=len(pretrained.classes))
     load_strict(model, pretrained.state_dict, source)
     mean = pretrained.image_mean or model.backbone.mean
     std = pretrained.image_std or model.backbone.std
     return model.to(device).eval(), pretrained, mean, std
 
 
-def saved_options(values: Mapping[str, Any], source: str) -> Values:
-    """Return options by section as a checkpoint holds them.
+def saved_options(given: Given, values: Mapping[str, Any], source: str) -> Given:
+    """Return options as a checkpoint holds them, for others that are given on top.
 
     Raises:
         CheckpointError: one is unknown here, or of another type.
     """
     try:
-        return check_values_by_section(values, SECTIONS, source)
+        return given.saved(values, source)
     except ConfigError as error:
         what = str(error).partition(" Known: ")[0]
         raise CheckpointError(f"{what} If a later version has saved it, use that one.") from error
@@ -60,7 +59,7 @@ def saved_data_options(pretrained: Pretrained) -> dict[str, Any]:
     """Return the data options that a checkpoint carries."""
     if pretrained.config is not None:
         section = {"data": pretrained.config.get("data", {})}  # others may be of a later version
-        return saved_options(section, pretrained.source)["data"]
+        return dict(saved_options(Given(), section, pretrained.source).values["data"])
     if pretrained.image_size is not None:
         return dict(zip(("eval_scale", "max_size"), pretrained.image_size, strict=True))
     return {}

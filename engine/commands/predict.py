@@ -1,13 +1,13 @@
 """`main.py predict`: what a checkpoint finds in images."""
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from configs.options import Values
-from configs.schema import DataConfig, PredictConfig
+from configs.options import Checked, option
+from configs.schema import DataConfig
 from datasets.build import build_transform
 from datasets.dataset import ImageFolder, find_images
 from datasets.images import read_rgb
@@ -22,21 +22,54 @@ from util.errors import ConfigError
 from util.files import write_atomic
 
 _MOST_TOLD = 10
+_THRESHOLD = 0.3  # minimum score drawn of a class without a best one
 
 
-def predict_images(args: argparse.Namespace, given: Values) -> int:
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(Checked):
+    """What `predict` needs; everything else is in the checkpoint."""
+
+    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    input: tuple[str, ...] = option((), "images, folders or globs")
+    output_dir: str = option("", "folder for images and predictions.json")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    batch_size: int = option(1, "images per step", low=1)
+    score_threshold: float | None = option(
+        None, "minimum score to draw (default: per-class thresholds from the checkpoint, else 0.3)",
+        low=0, high=1,
+    )  # fmt: skip
+    eval_scale: int | None = option(
+        None, "short side, pixels (default: the checkpoint's)", low=16, unset=0
+    )
+    max_size: int | None = option(
+        None, "maximum long side, pixels (default: the checkpoint's)", low=16, unset=0
+    )
+    nms_iou: float | None = option(
+        None, "NMS IoU threshold; 1 disables NMS (default: the checkpoint's)",
+        above=0, high=1, unset=0,
+    )  # fmt: skip
+    num_workers: int = option(-1, "data-loading workers; -1: one per core, at most 8", low=-1)
+
+
+SECTIONS = {"predict": PredictOptions}
+
+
+def main(options: PredictOptions) -> int:
     """Draw what a checkpoint finds in images, and write it as JSON."""
-    options = PredictConfig(**given.get("predict", {}))
     if not options.input or not options.output_dir:
-        raise ConfigError("predict: expected --input IMAGES ... and --output_dir DIR.")
+        raise ConfigError("predict: needs `input IMAGES ...` and `output_dir DIR`.")
     paths = find_images(options.input)
     device = pick_device(options.device)
     model, pretrained, mean, std = load_detector(options.checkpoint, device)
-    chosen = {n: v for n in ("eval_scale", "max_size", "nms_iou") if (v := getattr(options, n))}
-    data = DataConfig(**{**saved_data_options(pretrained), **chosen})
+    chosen = {name: getattr(options, name) for name in ("eval_scale", "max_size", "nms_iou")}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    data = DataConfig(**{**saved_data_options(pretrained), **given})
     dataset = ImageFolder(paths, build_transform(data, train=False, mean=mean, std=std))
-    best = {} if "score_threshold" in given["predict"] else pretrained.thresholds
-    thresholds = thresholds_by_label(pretrained.classes, best, options.score_threshold)
+    threshold = options.score_threshold
+    best = pretrained.thresholds if threshold is None else {}
+    thresholds = thresholds_by_label(
+        pretrained.classes, best, _THRESHOLD if threshold is None else threshold
+    )
     output_dir = Path(options.output_dir)
     predict(
         model,

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -126,7 +126,10 @@ def test_numbers_that_are_not_finite_are_no_detections(
 
 @pytest.mark.parametrize("freeze", ["none", "backbone"])
 def test_another_backbone_keeps_its_own_weights(
-    content: dict[str, Any], tmp_path: Path, freeze: str, capsys: pytest.CaptureFixture[str]
+    content: dict[str, Any],
+    tmp_path: Path,
+    freeze: Literal["none", "backbone"],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # many tensors of torchvision's resnet34 have the names and shapes of its resnet18
     pretrained = load_pretrained(save(content, tmp_path))
