@@ -68,8 +68,9 @@ def parse_command_line(argv: Sequence[str]) -> tuple[str, argparse.Namespace, Va
     return argv[0], args, given
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's error is one line and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):  # names may have letters that a terminal or file lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -109,4 +110,4 @@ def in_one_line(error: Exception) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

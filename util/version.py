@@ -1,3 +1,3 @@
-"""The version of this project."""
+"""The version of this package."""
 
 __version__ = "0.1.0"
