@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from datasets.dataset import CocoDetection, ImageFolder, SampleKey, seeded_generator
+from datasets.dataset import CocoDetection, ImageList, SampleKey, seeded_generator
 from util.batch import Batch, Target, UnreadableImage, pad_images
 from util.cores import available_cores
 from util.errors import ConfigError
@@ -301,7 +301,7 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: CocoDetection | ImageFolder,
+    dataset: CocoDetection | ImageList,
     *,
     batch_size: int,
     num_workers: int,

@@ -1,7 +1,7 @@
 """`main.py eval`: COCO's numbers and an analysis, for a checkpoint or for saved detections."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from configs.schema import Precision as PrecisionName
 from datasets.build import build_dataset, load_index
 from datasets.loader import eval_loader
 from engine.commands.ground_truth import validation_truth
-from engine.detector import beside, load_detector, saved_data_options
+from engine.detector import Detector, beside
 from engine.evaluation.analysis import analyse, save_analysis
 from engine.evaluation.detections import read_detections
 from engine.evaluation.evaluate import evaluate
@@ -123,27 +123,25 @@ def _keep_inputs(output_dir: Path, *inputs: Path) -> None:
 def evaluate_in_world(options: EvalOptions, given: Given, world: World) -> int:
     """Evaluate this process's share; the main one writes the results of all."""
     device = own_device(pick_device(options.device), world)
-    model, pretrained, mean, std = load_detector(options.checkpoint, device, ema=options.ema)
+    detector = Detector.load(options.checkpoint, device=device, ema=options.ema)
     output_dir = Path(options.output_dir) if options.output_dir else beside(options.checkpoint)
-    data = given.on(Given({"data": saved_data_options(pretrained)})).config().data
+    data = given.on(Given({"data": asdict(detector.data)})).config().data
     index = load_index(data, "val", need_boxes=False)
     dataset = build_dataset(
-        data, index, train=False, mean=mean, std=std, classes=pretrained.classes
+        data, index, train=False, mean=detector.mean, std=detector.std, classes=detector.classes
     )
     make_output_dir(output_dir / "eval")
-    console(index.report(model.transformer.num_queries))
-    optim = (pretrained.config or {}).get("optim", {})
-    batch_size = options.batch_size or optim.get("eval_batch_size") or optim.get("batch_size", 1)
+    console(index.report(detector.model.transformer.num_queries))
     batches = eval_loader(
         dataset,
-        batch_size=batch_size,
+        batch_size=options.batch_size or detector.batch_size,
         num_workers=data.num_workers,
         rank=world.rank,
         world_size=world.size,
     )
     evaluator = _evaluator(options, index.coco_gt, dataset.label_to_category)
     result, _ = evaluate(
-        model,
+        detector.model,
         PostProcess(nms_iou=data.nms_iou),
         batches,
         evaluator,

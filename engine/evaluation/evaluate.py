@@ -26,7 +26,7 @@ def detect(
     batches: Iterable[Batch],
     *,
     device: torch.device,
-    description: str,
+    description: str | None,
     on_outputs: Callable[[Any, Sequence[Target]], None] | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[tuple[Batch, list[dict[str, Tensor]]]]:
@@ -34,7 +34,7 @@ def detect(
 
     Unreadable images are named; a batch of nothing else has no detections. Images that turn
     out to differ in size go through the model one by one, so that none sees padding. `on_outputs`
-    sees the raw outputs.
+    sees the raw outputs. With a `description`, a progress bar is shown.
 
     Raises:
         UserError: a score or box is not finite.
@@ -42,8 +42,9 @@ def detect(
     model.eval()
     unreadable = UnreadableImages()
     rank = int(os.environ.get("RANK", "0"))
+    hidden = rank > 0 or description is None
     for batch in tqdm(
-        batches, desc=description, unit="batch", dynamic_ncols=True, leave=False, disable=rank > 0
+        batches, desc=description, unit="batch", dynamic_ncols=True, leave=False, disable=hidden
     ):
         unreadable.report(batch)
         if batch.images is None:

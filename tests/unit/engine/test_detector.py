@@ -10,7 +10,7 @@ import torch
 
 from configs.schema import Config, ModelConfig, OptimConfig, RunConfig
 from engine.commands.first_weights import Start, build_training_model
-from engine.detector import load_detector, saved_data_options
+from engine.detector import Detector
 from engine.evaluation.evaluate import detect
 from models.build import build_model
 from models.postprocess import PostProcess
@@ -50,12 +50,12 @@ def test_a_checkpoint_without_class_names_goes_by_numbers(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
     source = save(content, tmp_path, classes=None, thresholds=None, preprocessing=None)
-    model, pretrained, mean, _ = load_detector(source, CPU)
-    assert pretrained.classes == Classes((0, 1, 2), ("", "", ""))
-    assert [pretrained.classes.shown(k) for k in range(3)] == ["0", "1", "2"]
-    assert all(t.equal(content["model"][k]) for k, t in model.state_dict().items())
-    assert mean == model.backbone.mean
-    assert not pretrained.thresholds
+    detector = Detector.load(source, device="cpu")
+    assert detector.classes == Classes((0, 1, 2), ("", "", ""))
+    assert detector.names == ("0", "1", "2")
+    assert all(t.equal(content["model"][k]) for k, t in detector.model.state_dict().items())
+    assert detector.mean == detector.model.backbone.mean
+    assert not detector.thresholds
 
 
 @pytest.mark.parametrize("section", ["model", "data"])
@@ -65,8 +65,8 @@ def test_an_option_of_a_later_version_is_told(
     config = copy.deepcopy(content["config"])
     config[section]["twist"] = 1
     source = save(content, tmp_path, config=config)
-    with pytest.raises(CheckpointError, match=rf"a\.pth: unknown option '{section}\.twist'.*later"):
-        saved_data_options(load_detector(source, CPU)[1])
+    with pytest.raises(CheckpointError, match=rf"a\.pth: unknown option '{section}\.twist'.*newer"):
+        Detector.load(source, device="cpu")
 
 
 def test_options_that_evaluation_does_not_read_may_be_of_a_later_version(
@@ -74,9 +74,9 @@ def test_options_that_evaluation_does_not_read_may_be_of_a_later_version(
 ) -> None:
     config = copy.deepcopy(content["config"])
     config["optim"]["twist"] = 1
-    expected = saved_data_options(load_detector(save(content, tmp_path), CPU)[1])
+    expected = Detector.load(save(content, tmp_path), device="cpu").data
     source = save(content, tmp_path, config=config)
-    assert saved_data_options(load_detector(source, CPU)[1]) == expected
+    assert Detector.load(source, device="cpu").data == expected
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,8 @@ def test_weights_that_do_not_tell_their_backbone(content: dict[str, Any], tmp_pa
     missing = "backbone.0.body.layer1."
     kept = {k: v for k, v in content["model"].items() if not k.startswith(missing)}
     torch.save(kept, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"a\.pth: expected weights that tell their backbone"):
-        load_detector(str(tmp_path / "a.pth"), CPU)
+    with pytest.raises(CheckpointError, match=r"a\.pth: these weights come without options"):
+        Detector.load(tmp_path / "a.pth", device="cpu")
     # for a start the user may say it; what is not said right would stay random
     start = Start(Config(model=TINY), load_pretrained(str(tmp_path / "a.pth")))
     with pytest.raises(CheckpointError, match="--backbone resnet18: expected the backbone of"):
@@ -117,7 +117,7 @@ def test_numbers_that_are_not_finite_are_no_detections(
 ) -> None:
     weights = {key: tensor.clone() for key, tensor in content["model"].items()}
     weights["transformer.decoder.layers.1.linear1.bias"][3] = float("nan")
-    model = load_detector(save(content, tmp_path, model=weights), CPU)[0]
+    model = Detector.load(save(content, tmp_path, model=weights), device="cpu").model
     target = {"image_id": torch.tensor(5), "orig_size": torch.tensor([128, 128])}
     batch = Batch(pad_images([torch.rand(3, 128, 128)]), [target], [])
     with pytest.raises(UserError, match="image 5: expected finite scores and boxes"):
