@@ -1,9 +1,7 @@
-"""Choice of device, and seeds."""
+"""Choice of device."""
 
 import os
-import random
 
-import numpy as np
 import torch
 
 from util.distributed import World
@@ -44,10 +42,3 @@ def set_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
