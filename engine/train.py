@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +14,13 @@ from engine.guards.memory import memory_advice, out_of_memory
 from engine.guards.nonfinite import first_nonfinite
 from engine.metrics import StepLog, StepRecord
 from engine.precision import Precision
+from models.criterion import SetCriterion
 from util.batch import Batch, PaddedBatch, Target, UnreadableImage, pad_images
 from util.console import console
 from util.distributed import World
 from util.errors import UserError
 
 _BLANK_SIDE = 64  # pixels of the image that stands in where a process has none
-
-
-class Criterion(Protocol):
-    """Outputs and targets to unweighted losses and `loss`, their weighted sum."""
-
-    def __call__(self, outputs: Any, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Return the losses by name, divided by the batch's own number of boxes."""
-
-    def match(self, outputs: Any, targets: Sequence[Target]) -> Any:
-        """Assign targets to predictions; FloatingPointError if these are not finite."""
-
-    def losses(self, matched: Any, num_boxes: float | None = None) -> dict[str, Tensor]:
-        """Return the losses by name, divided by `num_boxes`."""
-
-    def weight(self, name: str) -> float | None:
-        """Return a loss's coefficient, None for what is only reported."""
 
 
 class UnreadableImages:
@@ -98,7 +83,7 @@ class StepRunner:
 
     model: nn.Module
     trained: nn.Module
-    criterion: Criterion
+    criterion: SetCriterion
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
     device: torch.device
@@ -227,25 +212,19 @@ class StepRunner:
     ) -> tuple[dict[str, Tensor], str]:
         """Add a micro-batch's gradients; return its losses and the module that was not finite.
 
-        Outputs that are not finite make the loss NaN, so that every process skips the step.
+        Outputs that are not finite make the loss NaN, and the exchanged gradients with it, so that
+        every process skips the step.
         """
         timer, where = self.steps.timer, ""
         statistics = [(b, b.clone()) for m in self._norms for b in m.buffers()]
         with self.precision.autocast():
-            outputs = (model or self.trained)(images)
+            outputs = (model or self.trained)(images, targets)
         timer.mark("forward")
-        try:
-            matched = self.criterion.match(outputs, targets)
-        except FloatingPointError:
+        losses = self.criterion(outputs, targets, num_boxes)
+        timer.mark("match")
+        if not losses["loss"].isfinite():
             with self.precision.autocast():
                 where = first_nonfinite(self.model, images)
-            matched = self.criterion.match(outputs, [without_boxes(t) for t in targets])
-        timer.mark("match")
-        losses = self.criterion.losses(matched, num_boxes)
-        if "class_error" in losses:  # a mean over boxes: its part of the whole step's
-            losses["class_error"] *= sum(len(t["labels"]) for t in targets) / num_boxes
-        if where:
-            losses["loss"] = losses["loss"] * float("nan")
         self.precision.scale(losses["loss"]).backward()  # type: ignore[no-untyped-call]
         if where:  # the batch has spoilt them; the backward pass needed them as they were
             with torch.no_grad():
@@ -282,11 +261,6 @@ def inputs_of(batch: Batch) -> tuple[PaddedBatch, Sequence[Target]]:
         return batch.images, batch.targets
     empty = {"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
     return pad_images([torch.zeros(3, _BLANK_SIDE, _BLANK_SIDE)]), [empty]
-
-
-def without_boxes(target: Target) -> Target:
-    """Return a target of the same image with no box."""
-    return {**target, "labels": target["labels"][:0], "boxes": target["boxes"][:0]}
 
 
 def diverged(place: str, reason: str) -> UserError:

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from engine.evaluation.evaluator import CocoEvaluator, EvalResult
 from engine.metrics import Averages, official_log_values
-from engine.train import Criterion, UnreadableImages
+from engine.train import UnreadableImages
+from models.criterion import SetCriterion
 from util.batch import Batch, PaddedBatch, Target, pad_images
 from util.distributed import World
 from util.errors import UserError
@@ -94,7 +95,7 @@ def evaluate(
     evaluator: CocoEvaluator,
     *,
     device: torch.device,
-    criterion: Criterion | None = None,
+    criterion: SetCriterion | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     world: World | None = None,
     stopping: Callable[[], bool] = lambda: False,
@@ -106,13 +107,18 @@ def evaluate(
 
     Raises:
         Interrupted: `stopping()` held between two batches.
+        FloatingPointError: a loss is not finite.
     """
     world, averages = world or World(), Averages()
 
     def add_losses(outputs: Any, targets: Sequence[Target]) -> None:
         assert criterion is not None
-        found = criterion(outputs, targets)
-        averages.add(list(found), torch.stack([v.float() for v in found.values()]).tolist())
+        losses = criterion(outputs, targets)
+        values = torch.stack([v.float() for v in losses.values()])
+        if not values.isfinite().all():
+            images = ", ".join(str(int(t["image_id"])) for t in targets)
+            raise FloatingPointError(f"the loss of image {images} is not finite")
+        averages.add(list(losses), values.tolist())
 
     results = detect(
         model,
