@@ -25,10 +25,15 @@ from engine.commands.eval import evaluate_checkpoint
 from engine.commands.predict import predict_images
 from engine.commands.preview import preview
 from engine.commands.train import train
-from engine.processes import EXIT_USER_ERROR, exit_with_parent, report_failure
-from engine.trainer import EXIT_INTERRUPTED
+from engine.processes import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    exit_with_parent,
+    report_failure,
+)
 from ops import BackendError
-from util.distributed import take_slurm_variables
+from util.console import show_messages
+from util.distributed import rank_at_start, take_slurm_variables
 from util.errors import ConfigError, UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM,
@@ -77,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         exit_with_parent()
         take_slurm_variables()
+        show_messages(rank_at_start())
         command, args, given = parse_command_line(argv)
         return COMMANDS[command][0](args, given)
     except KeyboardInterrupt:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.guards.guard import Guards, LoggedStep
+from engine.guards import Guards
+from engine.guards.guard import LoggedStep
 from engine.guards.timer import StepTimer
 from engine.run_log import RunLog
 from models.criterion import SetCriterion

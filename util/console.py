@@ -1,6 +1,7 @@
 """Messages of the program: one logger for all rooms, and what shows it beside progress bars."""
 
 import logging
+import sys
 
 from tqdm import tqdm
 
@@ -17,6 +18,7 @@ class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         warning = "warning: " if record.levelno >= logging.WARNING else ""
         tqdm.write(f"{self._rank}{warning}{record.getMessage()}")
+        sys.stdout.flush()  # into a file, it would wait for many lines
 
 
 def show_messages(rank: int = 0) -> None:

@@ -1,18 +1,18 @@
 """`main.py eval`: COCO's numbers and an analysis, for a checkpoint or for saved detections."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
 from configs.options import Values
 from configs.schema import DataConfig, EvalConfig, merge_options
 from datasets.build import build_dataset, load_index
-from datasets.loader import eval_loader
+from datasets.loader import eval_loader, loader_processes
 from engine.commands.ground_truth import validation_truth
 from engine.detector import beside, load_detector, saved_data_options
 from engine.evaluation.analysis import analyse, save_analysis
@@ -22,11 +22,10 @@ from engine.evaluation.evaluator import Backend, CocoEvaluator, EvalResult, save
 from engine.evaluation.gallery import draw_gallery
 from engine.evaluation.report import save_report
 from engine.precision import Precision
-from engine.processes import launch
+from engine.processes import launch_if_asked, process_group
 from models.postprocess import PostProcess
 from util.console import console
-from util.device import own_device, pick_device
-from util.distributed import World, destroy_process_group, init_process_group, started_by_launcher
+from util.distributed import World
 from util.errors import ConfigError
 from util.files import make_output_dir
 
@@ -40,16 +39,11 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
     options = EvalConfig(**given.get("eval", {}))
     if options.detections:
         return evaluate_detections(options, DataConfig(**given.get("data", {})))
-    if options.gpus > 1 and not started_by_launcher():
-        return launch(
-            Path(sys.argv[0]), sys.argv[1:],
-            processes=options.gpus, device=options.device, restarts=0,
-        )  # fmt: skip
-    world = init_process_group(pick_device(options.device).type)
-    try:
-        return evaluate_in_world(options, given, world)
-    finally:
-        destroy_process_group()
+    code = launch_if_asked(gpus=options.gpus, device=options.device)
+    if code is not None:
+        return code
+    with process_group(options.device) as (world, device):
+        return evaluate_in_world(options, given, world, device)
 
 
 def evaluate_detections(options: EvalConfig, data: DataConfig) -> int:
@@ -89,9 +83,10 @@ def _keep_inputs(output_dir: Path, *inputs: Path) -> None:
                 )
 
 
-def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
+def evaluate_in_world(
+    options: EvalConfig, given: Values, world: World, device: torch.device
+) -> int:
     """Evaluate this process's share; the main one writes the results of all."""
-    device = own_device(pick_device(options.device), world)
     model, pretrained, mean, std = load_detector(options.checkpoint, device, ema=options.ema)
     output_dir = Path(options.output_dir) if options.output_dir else beside(options.checkpoint)
     saved = {"data": saved_data_options(pretrained)}
@@ -107,7 +102,7 @@ def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
     batches = eval_loader(
         dataset,
         batch_size=batch_size,
-        num_workers=data.num_workers,
+        num_workers=loader_processes(data.num_workers, local_size=world.local_size),
         rank=world.rank,
         world_size=world.size,
     )

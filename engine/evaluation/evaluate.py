@@ -1,6 +1,5 @@
 """Inference over a data set, and its COCO evaluation."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.evaluation.evaluator import CocoEvaluator, EvalResult
+from engine.guards.unreadable import UnreadableImages
 from engine.metrics import Averages, official_log_values
-from engine.train import UnreadableImages
 from models.criterion import SetCriterion
 from util.batch import Batch, PaddedBatch, Target, pad_images
 from util.distributed import World
@@ -30,21 +29,21 @@ def detect(
     description: str,
     on_outputs: Callable[[Any, Sequence[Target]], None] | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    quiet: bool = False,
 ) -> Iterator[tuple[Batch, list[dict[str, Tensor]]]]:
     """Yield every batch with its detections (pixels of the original images, on the host).
 
     Unreadable images are named; a batch of nothing else has no detections. Images that turn
     out to differ in size go through the model one by one, so that none sees padding. `on_outputs`
-    sees the raw outputs.
+    sees the raw outputs; `quiet` shows no progress bar.
 
     Raises:
         UserError: a score or box is not finite.
     """
     model.eval()
     unreadable = UnreadableImages()
-    rank = int(os.environ.get("RANK", "0"))
     for batch in tqdm(
-        batches, desc=description, unit="batch", dynamic_ncols=True, leave=False, disable=rank > 0
+        batches, desc=description, unit="batch", dynamic_ncols=True, leave=False, disable=quiet
     ):
         unreadable.report(batch)
         if batch.images is None:
@@ -128,6 +127,7 @@ def evaluate(
         description="evaluate",
         on_outputs=add_losses if criterion is not None else None,
         autocast=autocast,
+        quiet=not world.main,
     )
     for batch, detections in results:
         evaluator.update([int(t["image_id"]) for t in batch.targets], detections)

@@ -1,8 +1,7 @@
 """What a guard is: something that watches the steps of a run from outside the step."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,42 +61,3 @@ class Guard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-
-
-class Guards(Guard):
-    """Several guards as one."""
-
-    def __init__(self, guards: Sequence[Guard]) -> None:
-        self._guards = guards
-
-    @contextmanager
-    def watch(self, step: int, micro_batches: Sequence[Batch]) -> Iterator[None]:
-        """Run a step inside: guards see its batches, and turn its errors into advice."""
-        for guard in self._guards:
-            guard.before_step(step, micro_batches)
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            for guard in self._guards:
-                advice = guard.on_error(error, micro_batches)
-                if advice is not None:
-                    raise advice from error
-            raise
-
-    def after_step(
-        self, step: int, micro_batches: Sequence[Batch], metrics: Mapping[str, Tensor]
-    ) -> None:
-        for guard in self._guards:
-            guard.after_step(step, micro_batches, metrics)
-
-    def on_log(self, step: LoggedStep) -> None:
-        for guard in self._guards:
-            guard.on_log(step)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {guard.name: guard.state_dict() for guard in self._guards if guard.name}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for guard in self._guards:
-            if guard.name:
-                guard.load_state_dict(state[guard.name])

@@ -81,7 +81,7 @@ def memory_advice(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak of bytes held so far, by tensors on a GPU, else by this process; 0: unknown."""
+    """Return the peak of bytes held by tensors on a GPU, else by this process; 0: unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")

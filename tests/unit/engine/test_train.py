@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.train import StepRunner, UnreadableImages, grouped, inputs_of
 from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
@@ -13,7 +14,6 @@ from configs.schema import Config, OptimConfig, RunConfig
 from datasets.loader import BatchSplit
 from engine.commands.train import Place, build_runner
 from engine.run_log import RunLog
-from engine.train import StepRunner, UnreadableImages, grouped, inputs_of
 from models.build import build_model
 from tests.unit.engine.shared_steps import (
     BROKEN,
