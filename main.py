@@ -8,7 +8,6 @@ import sys
 import typing
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from configs.load import Given, read_command_line
@@ -52,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """Run a command of the table in as many processes as its options say."""
-    from engine.processes import exit_with_parent, launch, report_failure  # PyTorch, only now
-    from util.distributed import started_by_launcher, take_slurm_variables
+    from engine.processes import exit_with_parent, launch_if_asked, report_failure  # PyTorch
+    from util.console import show_messages
+    from util.distributed import rank_at_start, take_slurm_variables
 
     logging.getLogger("timm").setLevel(logging.ERROR)  # it lists heads it leaves out on purpose
     parser = OptionParser(
@@ -64,15 +64,16 @@ def run(argv: Sequence[str]) -> int:
     try:
         exit_with_parent()
         take_slurm_variables()
+        show_messages(rank_at_start())
         command = import_module(f"{ROOT}engine.commands.{argv[0]}")
         given = parse(parser, command, argv[1:])
-        if hasattr(command, "processes") and not started_by_launcher():
+        if hasattr(command, "processes"):
             wanted = command.processes(given)
-            if wanted.gpus > 1:
-                return launch(
-                    Path(sys.argv[0]), argv, processes=wanted.gpus, device=wanted.device,
-                    restarts=wanted.max_restarts,
-                )  # fmt: skip
+            code = launch_if_asked(
+                gpus=wanted.gpus, device=wanted.device, restarts=wanted.max_restarts
+            )
+            if code is not None:
+                return code
         return int(command.main(**arguments(command, given)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
@@ -13,7 +14,7 @@ from configs.options import option
 from configs.schema import DataConfig, EvalDataConfig, ProcessOptions
 from configs.schema import Precision as PrecisionName
 from datasets.build import build_dataset, load_index
-from datasets.loader import eval_loader
+from datasets.loader import eval_loader, loader_processes
 from engine.commands.ground_truth import validation_truth
 from engine.detector import Detector, beside
 from engine.evaluation.analysis import analyse, save_analysis
@@ -23,10 +24,10 @@ from engine.evaluation.evaluator import CocoEvaluator, EvalResult, save_results
 from engine.evaluation.gallery import draw_gallery
 from engine.evaluation.report import save_report
 from engine.precision import Precision
+from engine.processes import process_group
 from models.postprocess import PostProcess
 from util.console import console
-from util.device import own_device, pick_device
-from util.distributed import World, destroy_process_group, init_process_group
+from util.distributed import World
 from util.errors import ConfigError
 from util.files import make_output_dir
 
@@ -78,11 +79,8 @@ def main(options: EvalOptions, given: Given) -> int:
     """Evaluate a checkpoint, or saved detections, on COCO-format data."""
     if options.detections:
         return evaluate_detections(options, given.config().data)
-    world = init_process_group(pick_device(options.device).type)
-    try:
-        return evaluate_in_world(options, given, world)
-    finally:
-        destroy_process_group()
+    with process_group(options.device) as (world, device):
+        return evaluate_in_world(options, given, world, device)
 
 
 def evaluate_detections(options: EvalOptions, data: DataConfig) -> int:
@@ -120,9 +118,10 @@ def _keep_inputs(output_dir: Path, *inputs: Path) -> None:
                 )
 
 
-def evaluate_in_world(options: EvalOptions, given: Given, world: World) -> int:
+def evaluate_in_world(
+    options: EvalOptions, given: Given, world: World, device: torch.device
+) -> int:
     """Evaluate this process's share; the main one writes the results of all."""
-    device = own_device(pick_device(options.device), world)
     detector = Detector.load(options.checkpoint, device=device, ema=options.ema)
     output_dir = Path(options.output_dir) if options.output_dir else beside(options.checkpoint)
     data = given.on(Given({"data": asdict(detector.data)})).config().data
@@ -135,7 +134,7 @@ def evaluate_in_world(options: EvalOptions, given: Given, world: World) -> int:
     batches = eval_loader(
         dataset,
         batch_size=options.batch_size or detector.batch_size,
-        num_workers=data.num_workers,
+        num_workers=loader_processes(data.num_workers, local_size=world.local_size),
         rank=world.rank,
         world_size=world.size,
     )

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from engine.commands.first_weights import Start, build_training_model
 
 from configs.schema import Config, ModelConfig, OptimConfig, RunConfig
-from engine.commands.first_weights import Start, build_training_model
 from engine.detector import Detector
 from engine.evaluation.evaluate import detect
 from models.build import build_model

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine.train import StepRunner, UnreadableImages, grouped, inputs_of
 from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
@@ -13,7 +14,6 @@ from configs.schema import Config, OptimConfig, RunConfig
 from datasets.loader import BatchSplit
 from engine.commands.train import Place, build_runner
 from engine.run_log import RunLog
-from engine.train import StepRunner, UnreadableImages, grouped, inputs_of, without_boxes
 from models.build import build_model
 from tests.unit.engine.shared_steps import (
     BROKEN,
@@ -205,17 +205,6 @@ def test_a_blank_image_stands_in_where_none_could_be_read() -> None:
     assert not images.images.any()
     assert not images.mask.any()
     assert [len(t["labels"]) for t in targets] == [0]
-
-
-def test_a_target_without_boxes_keeps_the_rest() -> None:
-    target = {
-        "labels": torch.ones(3), "boxes": torch.ones(3, 4), "image_id": torch.tensor(4)
-    }  # fmt: skip
-    empty = without_boxes(target)
-    assert empty["labels"].shape == (0,)
-    assert empty["boxes"].shape == (0, 4)
-    assert int(empty["image_id"]) == 4
-    assert target["labels"].shape == (3,)
 
 
 def test_each_unreadable_image_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
