@@ -4,11 +4,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from configs.schema import RunConfig, build_config
 from engine.checkpoint import KEYS
 from engine.commands.train import run_options
+from util.errors import ConfigError
 
 
 def test_device_processes_and_determinism_are_those_of_the_checkpoint(tmp_path: Path) -> None:
@@ -23,4 +25,9 @@ def test_device_processes_and_determinism_are_those_of_the_checkpoint(tmp_path: 
 
 
 def test_without_a_checkpoint_they_are_those_given() -> None:
-    assert run_options({"run": {"resume": "auto", "gpus": 3}}) == RunConfig(resume="auto", gpus=3)
+    assert run_options({"run": {"seed": 4, "gpus": 3}}) == RunConfig(seed=4, gpus=3)
+
+
+def test_auto_needs_a_folder() -> None:
+    with pytest.raises(ConfigError, match="--resume auto needs --output_dir"):
+        run_options({"run": {"resume": "auto"}})
