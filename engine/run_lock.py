@@ -41,7 +41,8 @@ def run_lock(folder: Path, world: World) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            (folder / _HOLDER).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that has become unwritable
+                (folder / _HOLDER).unlink()
             lock.release()
 
 
