@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,20 +89,30 @@ def build_trainer(
         data, train_index, train=True, mean=mean, std=std, seed=options.seed, epochs=optim.epochs
     )
     val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
+    num_workers = loader_processes(data.num_workers, local_size=world.local_size)
     loader = train_loader(
         train_set,
         share,
-        num_workers=loader_processes(data.num_workers, local_size=world.local_size),
+        num_workers=num_workers,
         seed=options.seed,
         aspect_ratio_grouping=data.aspect_ratio_grouping,
         pin_memory=device.type == "cuda",
         pad_multiple=optim.pad_multiple,
+    )
+    val_batches = eval_loader(
+        val_set,
+        batch_size=optim.eval_batch_size or optim.batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        rank=world.rank,
+        world_size=world.size,
     )
     trainer = assemble_trainer(
         config,
         model,
         loader,
         val_set,
+        val_batches,
         world=world,
         device=device,
         run_log=run_log,
@@ -121,7 +131,7 @@ def build_trainer(
     log.info(
         f"a step: {share.effective} images = {share.batch_size} at once x "
         f"{loader.accumulation} micro-batches x {world.size} processes, "
-        f"each with {loader.num_workers} loader processes"
+        f"each with {num_workers} loader processes"
     )
     if options.probe:
         try_largest_step(trainer, train_set, share.batch_size)
@@ -236,6 +246,7 @@ def assemble_trainer(
     model: DeformableDETR,
     loader: TrainLoader,
     val_set: CocoDetection,
+    val_batches: Iterable[Batch],
     *,
     world: World,
     device: torch.device,
@@ -264,14 +275,7 @@ def assemble_trainer(
         device=device,
         loader=loader,
         val_set=val_set,
-        val_batches=eval_loader(
-            val_set,
-            batch_size=optim.eval_batch_size or optim.batch_size,
-            num_workers=loader_processes(config.data.num_workers, local_size=world.local_size),
-            pin_memory=device.type == "cuda",
-            rank=world.rank,
-            world_size=world.size,
-        ),
+        val_batches=val_batches,
         postprocess=PostProcess(nms_iou=config.data.nms_iou),
         num_images=options.num_images,
         guards=Guards(

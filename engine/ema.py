@@ -26,7 +26,6 @@ class Ema:
         self.count = 0
         self._averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
         self._averaged.n_averaged.fill_(1)  # at 0 it would only copy the model
-        self._averaged.requires_grad_(False)
 
     @property
     def model(self) -> nn.Module:

@@ -41,7 +41,8 @@ def run_lock(folder: Path, world: World) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            (folder / _HOLDER).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that has become unwritable
+                (folder / _HOLDER).unlink()
             lock.release()
 
 
@@ -58,13 +59,15 @@ def _acquire(folder: Path) -> tuple[FileLock | None, str]:
             with contextlib.suppress(OSError):
                 other = holder.read_text(encoding="utf-8").strip() or other
             far = " on " in other and not other.endswith(f" on {socket.gethostname()}")
-            if time.monotonic() > begun + (_FAR_PATIENCE if far else _PATIENCE):
+            patience = _FAR_PATIENCE if far else _PATIENCE
+            if time.monotonic() > begun + patience:
                 return None, other
-            if far and not reported:
+            if not reported:
                 reported = True
+                expiry = ", or for its lock to expire if that host is dead" if far else ""
                 log.info(
-                    f"--output_dir {folder}: waiting up to {_FAR_PATIENCE:.0f} s for {other} to "
-                    "end, or for its lock to expire if that host is dead"
+                    f"--output_dir {folder}: waiting up to {patience:.0f} s for {other} to end"
+                    f"{expiry}"
                 )
             time.sleep(0.2)
             continue

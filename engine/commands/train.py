@@ -86,7 +86,7 @@ def processes(given: Given) -> RunConfig:
         moved = Given({"run": {"output_dir": str(checkpoint.parent)}})  # it may have been moved
         options = given.on(moved.on(saved)).section("run", RunConfig)
     if (options.resume == "auto" or restarted()) and not options.output_dir:
-        raise ConfigError("--resume auto needs --output_dir. Give both.")
+        raise ConfigError("`resume auto` needs `output_dir`. Give both.")
     return options
 
 
@@ -112,7 +112,7 @@ def plan_run(options: RunConfig, given: Given, world: World) -> RunPlan:
     if options.resume not in ("", "auto"):
         checkpoint = Path(options.resume)
         if run.finetune:
-            raise ConfigError("--resume and --finetune are mutually exclusive.")
+            raise ConfigError("`resume` and `finetune` are mutually exclusive.")
     if options.resume == "auto" or restarted():
         folder = CheckpointFolder(Path(options.output_dir), keep=options.keep_checkpoints)
         newest = world.broadcast(folder.newest_sound() if world.main else None)
@@ -125,7 +125,7 @@ def plan_run(options: RunConfig, given: Given, world: World) -> RunPlan:
             given = given.on(saved_options(given, model, run.finetune))
         config = given.config()
         if not config.run.output_dir:
-            raise ConfigError("--output_dir: a run needs a folder. Give one.")
+            raise ConfigError("output_dir: a run needs a folder. Give one.")
         return RunPlan(replace(config, run=replace(config.run, resume="")), pretrained)
     content = load_checkpoint(checkpoint)
     saved = saved_options(given, content["config"], str(checkpoint))

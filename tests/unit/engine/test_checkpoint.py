@@ -17,11 +17,10 @@ from engine.checkpoint import (
     CheckpointFolder,
     check_same,
     load_checkpoint,
-    rng_state,
     save_checkpoint,
-    set_rng_state,
 )
 from util.errors import CheckpointError
+from util.random_state import rng_state, set_rng_state
 
 ROOT = Path(__file__).parents[3]
 
@@ -104,6 +103,7 @@ import resource, sys, torch
 from pathlib import Path
 from engine.checkpoint import save_checkpoint
 from util.errors import CheckpointError
+from util.random_state import rng_state, set_rng_state
 path = Path(sys.argv[1])
 save_checkpoint(path, {"epoch": 1})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from engine.commands.first_weights import Start, build_training_model
 
 from configs.schema import Config, ModelConfig, OptimConfig, RunConfig
+from engine.build import RunPlan, build_training_model
 from engine.detector import Detector
 from engine.evaluation.evaluate import detect
 from models.build import build_model
@@ -107,9 +107,9 @@ def test_weights_that_do_not_tell_their_backbone(content: dict[str, Any], tmp_pa
     with pytest.raises(CheckpointError, match=r"a\.pth: these weights come without options"):
         Detector.load(tmp_path / "a.pth", device="cpu")
     # for a start the user may say it; what is not said right would stay random
-    start = Start(Config(model=TINY), load_pretrained(str(tmp_path / "a.pth")))
-    with pytest.raises(CheckpointError, match="--backbone resnet18: expected the backbone of"):
-        build_training_model(start, CLASSES)
+    plan = RunPlan(Config(model=TINY), load_pretrained(str(tmp_path / "a.pth")))
+    with pytest.raises(CheckpointError, match="--backbone resnet18: it does not match the"):
+        build_training_model(plan, CLASSES)
 
 
 def test_numbers_that_are_not_finite_are_no_detections(
@@ -141,13 +141,13 @@ def test_another_backbone_keeps_its_own_weights(
     torch.manual_seed(1)
     if freeze == "backbone":
         with pytest.raises(ConfigError, match=r"'backbone\.0\..*' would stay random"):
-            build_training_model(Start(config, pretrained), CLASSES)
+            build_training_model(RunPlan(config, pretrained), CLASSES)
         return
-    model, mean, _ = build_training_model(Start(config, pretrained), CLASSES)
+    model, mean, _ = build_training_model(RunPlan(config, pretrained), CLASSES)
     torch.manual_seed(1)
     untouched = build_model(config.model, num_classes=3).state_dict()
     for name, tensor in model.state_dict().items():
         own = name.startswith("backbone.0.")
         assert tensor.equal(untouched[name] if own else content["model"][name]), name
     assert mean == model.backbone.mean
-    assert "that of --finetune is resnet18 and is not taken" in capsys.readouterr().out
+    assert "--finetune has resnet18, which is not used" in capsys.readouterr().out
