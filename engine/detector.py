@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ from util.errors import CheckpointError, ConfigError, DataError
 DEFAULT_THRESHOLD = 0.3  # of classes for which the checkpoint has none
 
 AnyImage = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
-OneImage = TypeVar("OneImage", bound=AnyImage)
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ class Detector:
     @overload
     def predict(
         self,
-        images: list[OneImage] | tuple[OneImage, ...],
+        images: list[Any] | tuple[Any, ...],
         threshold: float | None = None,
         *,
         batch_size: int = 1,
