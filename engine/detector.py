@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from configs.options import Values, check_values_by_section
-from configs.schema import SECTIONS, DataConfig, ModelConfig
+from configs.load import Given
+from configs.schema import DataConfig
 from datasets.build import build_dataset, build_transform, load_index
 from datasets.dataset import ImageList, ImageSource
 from datasets.loader import eval_loader
@@ -24,7 +24,7 @@ from engine.precision import Precision
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
-from models.weights.load import Pretrained, load_pretrained
+from models.weights.load import load_pretrained
 from models.weights.transfer import load_strict
 from util.batch import Batch
 from util.classes import Classes
@@ -112,16 +112,22 @@ class Detector:
                 "torchvision ResNet, so it is not known which. Use the whole checkpoint they come "
                 "from."
             )
-        model_options = saved_options({"model": pretrained.model_options}, source)["model"]
-        model = build_model(ModelConfig(**model_options), num_classes=len(pretrained.classes))
-        load_strict(model, pretrained.state_dict, source)
+        data: Mapping[str, Any] = {}
+        if pretrained.config is not None:  # other sections may be of a newer version
+            data = pretrained.config.get("data", {})
+        elif pretrained.image_size is not None:
+            data = dict(zip(("eval_scale", "max_size"), pretrained.image_size, strict=True))
+        content = {"model": pretrained.model_options, "data": data}
         given = {"eval_scale": eval_scale, "max_size": max_size, "nms_iou": nms_iou}
-        given = {name: value for name, value in given.items() if value is not None}
+        options = Given({"data": {k: v for k, v in given.items() if v is not None}})
+        config = options.on(saved_options(options, content, source)).config()
+        model = build_model(config.model, num_classes=len(pretrained.classes))
+        load_strict(model, pretrained.state_dict, source)
         optim = (pretrained.config or {}).get("optim", {})
         return cls(
             model,
             pretrained.classes,
-            data=DataConfig(**{**saved_data_options(pretrained), **given}),
+            data=config.data,
             mean=pretrained.image_mean or model.backbone.mean,
             std=pretrained.image_std or model.backbone.std,
             device=chosen_device,
@@ -299,27 +305,17 @@ def _all_readable(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
 
 
-def saved_options(values: Mapping[str, Any], source: str) -> Values:
-    """Return options by section as a checkpoint holds them.
+def saved_options(given: Given, values: Mapping[str, Any], source: str) -> Given:
+    """Return options as a checkpoint holds them, for others that are given on top.
 
     Raises:
         CheckpointError: one is unknown here, or of another type.
     """
     try:
-        return check_values_by_section(values, SECTIONS, source)
+        return given.saved(values, source)
     except ConfigError as error:
         what = str(error).partition(" Known: ")[0]
         raise CheckpointError(f"{what} The checkpoint may come from a newer version.") from error
-
-
-def saved_data_options(pretrained: Pretrained) -> dict[str, Any]:
-    """Return the data options that a checkpoint carries."""
-    if pretrained.config is not None:
-        section = {"data": pretrained.config.get("data", {})}  # others may be of a later version
-        return saved_options(section, pretrained.source)["data"]
-    if pretrained.image_size is not None:
-        return dict(zip(("eval_scale", "max_size"), pretrained.image_size, strict=True))
-    return {}
 
 
 def beside(source: str) -> Path:
@@ -330,5 +326,5 @@ def beside(source: str) -> Path:
     """
     path = Path(source)
     if not path.exists():
-        raise ConfigError(f"--output_dir: {source} has no folder here. Say where its results go.")
+        raise ConfigError(f"output_dir: {source} has no folder here. Say where its results go.")
     return path if path.is_dir() else path.parent

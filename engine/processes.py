@@ -18,13 +18,13 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from util.cores import available_cores
 from util.distributed import lost_contact, started_by_launcher
-from util.errors import ConfigError, UserError
+from util.errors import EXIT_USER_ERROR, ConfigError, UserError
 
 # What a run is asked to stop by; Windows lacks the last.
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )
-EXIT_USER_ERROR, EXIT_LOST_CONTACT = 2, 3
+EXIT_LOST_CONTACT = 3
 _LAUNCHED = "DEFORMABLE_DETR_LAUNCHED"
 _LOOK_EVERY = 1.0  # seconds, for a launcher that is gone
 _PATIENCE = 15.0  # seconds; the launcher looks ten times in one

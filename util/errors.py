@@ -1,13 +1,17 @@
-"""Errors that are the user's to mend, told in one line."""
+"""User errors: printed as one line, exit code 2."""
 
 import difflib
 from collections.abc import Collection
 
+EXIT_USER_ERROR = 2
+
 
 class UserError(Exception):
-    """A mistake of the user, told as `place: expected X, got Y. What to do.`.
+    """A mistake of the user: the message says where it is, what is wrong and what to do.
 
-    The command line prints the message alone and exits with code 2.
+    It names an option without dashes, as `name:` or `name value:` at its beginning, or in backticks
+    as in `name` or `name value`; the command line turns these into flags and prints the message
+    alone.
     """
 
 

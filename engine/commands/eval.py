@@ -1,17 +1,17 @@
 """`main.py eval`: COCO's numbers and an analysis, for a checkpoint or for saved detections."""
 
-import argparse
-import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Literal
 
 from PIL import Image
 from pycocotools.coco import COCO
 
-from configs.options import Values
-from configs.schema import DataConfig, EvalConfig, merge_options
+from configs.load import Given
+from configs.options import option
+from configs.schema import DataConfig, EvalDataConfig, ProcessOptions
+from configs.schema import Precision as PrecisionName
 from datasets.build import build_dataset, load_index
 from datasets.loader import eval_loader
 from engine.commands.ground_truth import validation_truth
@@ -19,15 +19,14 @@ from engine.detector import Detector, beside
 from engine.evaluation.analysis import analyse, save_analysis
 from engine.evaluation.detections import read_detections
 from engine.evaluation.evaluate import evaluate
-from engine.evaluation.evaluator import Backend, CocoEvaluator, EvalResult, save_results
+from engine.evaluation.evaluator import CocoEvaluator, EvalResult, save_results
 from engine.evaluation.gallery import draw_gallery
 from engine.evaluation.report import save_report
 from engine.precision import Precision
-from engine.processes import launch
 from models.postprocess import PostProcess
 from util.console import console
 from util.device import own_device, pick_device
-from util.distributed import World, destroy_process_group, init_process_group, started_by_launcher
+from util.distributed import World, destroy_process_group, init_process_group
 from util.errors import ConfigError
 from util.files import make_output_dir
 
@@ -36,16 +35,49 @@ ReadImage = Callable[[int], Image.Image | None]
 _IMAGES_SHOWN = 12
 
 
-def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(ProcessOptions):
+    """What `eval` needs in addition to the data; everything else is in the checkpoint."""
+
+    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    output_dir: str = option("", "folder for eval/ (default: that of the checkpoint)")
+    batch_size: int | None = option(
+        None, "images per step (default: that of the run, else 1)", low=1, unset=0
+    )
+    precision: PrecisionName = option("fp32", "arithmetic of the model")
+    ema: bool = option(True, "use a checkpoint's averaged weights, if it has them")
+    detections: str = option("", "evaluate this COCO results file instead of a checkpoint")
+    evaluator: Literal["fast", "pycocotools"] = option(
+        "fast", "what computes COCO's numbers, which are equal to the last digit"
+    )
+    max_dets: int = option(
+        0, "detections per image and class that count, in addition to COCO's 100: 101 or more; "
+        "0: as many as an image has boxes of a class", low=0,
+    )  # fmt: skip
+    analysis: bool = option(True, "write eval/analysis.json and eval/report.html")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.max_dets <= 100:
+            raise ConfigError(
+                f"max_dets: must be 0 or more than COCO's 100, which always count, not "
+                f"{self.max_dets}. Raise it, or leave it out."
+            )
+
+
+SECTIONS = {"eval": EvalOptions, "data": EvalDataConfig}
+
+
+def processes(given: Given) -> ProcessOptions:
+    """Return what a launcher needs; saved detections are evaluated in one process."""
+    options = given.section("eval", EvalOptions)
+    return replace(options, gpus=1) if options.detections else options
+
+
+def main(options: EvalOptions, given: Given) -> int:
     """Evaluate a checkpoint, or saved detections, on COCO-format data."""
-    options = EvalConfig(**given.get("eval", {}))
     if options.detections:
-        return evaluate_detections(options, DataConfig(**given.get("data", {})))
-    if options.gpus > 1 and not started_by_launcher():
-        return launch(
-            Path(sys.argv[0]), sys.argv[1:],
-            processes=options.gpus, device=options.device, restarts=0,
-        )  # fmt: skip
+        return evaluate_detections(options, given.config().data)
     world = init_process_group(pick_device(options.device).type)
     try:
         return evaluate_in_world(options, given, world)
@@ -53,12 +85,10 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
         destroy_process_group()
 
 
-def evaluate_detections(options: EvalConfig, data: DataConfig) -> int:
+def evaluate_detections(options: EvalOptions, data: DataConfig) -> int:
     """Evaluate a file in the COCO results format; no model is needed, nor the images."""
     if options.checkpoint:
-        raise ConfigError(
-            "--detections: expected no --checkpoint with it, got both. Evaluate one of the two."
-        )
+        raise ConfigError("`detections` and `checkpoint` are mutually exclusive.")
     path = Path(options.detections)
     output_dir = Path(options.output_dir) if options.output_dir else _folder_above(path)
     _keep_inputs(output_dir, path, Path(data.val_annotations))
@@ -90,13 +120,12 @@ def _keep_inputs(output_dir: Path, *inputs: Path) -> None:
                 )
 
 
-def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
+def evaluate_in_world(options: EvalOptions, given: Given, world: World) -> int:
     """Evaluate this process's share; the main one writes the results of all."""
     device = own_device(pick_device(options.device), world)
     detector = Detector.load(options.checkpoint, device=device, ema=options.ema)
     output_dir = Path(options.output_dir) if options.output_dir else beside(options.checkpoint)
-    saved = {"data": asdict(detector.data)}
-    data = DataConfig(**merge_options(saved, {"data": given.get("data", {})})["data"])
+    data = given.on(Given({"data": asdict(detector.data)})).config().data
     index = load_index(data, "val", need_boxes=False)
     dataset = build_dataset(
         data, index, train=False, mean=detector.mean, std=detector.std, classes=detector.classes
@@ -128,13 +157,12 @@ def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
     return 0
 
 
-def _evaluator(options: EvalConfig, coco_gt: COCO, labels: dict[int, int]) -> CocoEvaluator:
-    backend = cast(Backend, options.evaluator)  # the option's choices are the same
-    return CocoEvaluator(coco_gt, labels, backend=backend, max_dets=options.max_dets)
+def _evaluator(options: EvalOptions, coco_gt: COCO, labels: dict[int, int]) -> CocoEvaluator:
+    return CocoEvaluator(coco_gt, labels, backend=options.evaluator, max_dets=options.max_dets)
 
 
 def _tell(
-    options: EvalConfig,
+    options: EvalOptions,
     output_dir: Path,
     evaluator: CocoEvaluator,
     result: EvalResult,

@@ -1,17 +1,16 @@
 """`main.py predict`: drawn copies of images with what a checkpoint finds in them, and one JSON."""
 
-import argparse
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from configs.options import Values
-from configs.schema import PredictConfig
+from configs.options import Checked, option
 from datasets.dataset import find_images
 from datasets.images import read_rgb
 from engine.detector import Box, Detector
@@ -24,25 +23,52 @@ _KEPT_SUFFIXES = (".jpg", ".jpeg", ".png")
 _MAX_SHOWN = 10
 
 
-def predict_images(args: argparse.Namespace, given: Values) -> int:
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(Checked):
+    """What `predict` needs; everything else is in the checkpoint."""
+
+    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    input: tuple[str, ...] = option((), "images, folders or globs")
+    output_dir: str = option("", "folder for images and predictions.json")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    batch_size: int = option(1, "images per step", low=1)
+    score_threshold: float | None = option(
+        None, "minimum score to draw (default: per-class thresholds from the checkpoint, else 0.3)",
+        low=0, high=1,
+    )  # fmt: skip
+    eval_scale: int | None = option(
+        None, "short side, pixels (default: the checkpoint's)", low=16, unset=0
+    )
+    max_size: int | None = option(
+        None, "maximum long side, pixels (default: the checkpoint's)", low=16, unset=0
+    )
+    nms_iou: float | None = option(
+        None, "NMS IoU threshold; 1 disables NMS (default: the checkpoint's)",
+        above=0, high=1, unset=0,
+    )  # fmt: skip
+    num_workers: int = option(-1, "data-loading workers; -1: one per core, at most 8", low=-1)
+
+
+SECTIONS = {"predict": PredictOptions}
+
+
+def main(options: PredictOptions) -> int:
     """Draw what a checkpoint finds in images, and write it as JSON."""
-    options = PredictConfig(**given.get("predict", {}))
     if not options.input or not options.output_dir:
-        raise ConfigError("predict: give --input IMAGES ... and --output_dir DIR.")
+        raise ConfigError("predict: needs `input IMAGES ...` and `output_dir DIR`.")
     paths = find_images(options.input)
     detector = Detector.load(
         options.checkpoint,
         device=options.device,
-        eval_scale=options.eval_scale or None,
-        max_size=options.max_size or None,
-        nms_iou=options.nms_iou or None,
+        eval_scale=options.eval_scale,
+        max_size=options.max_size,
+        nms_iou=options.nms_iou,
     )
-    if "score_threshold" in given["predict"]:
-        thresholds = dict.fromkeys(detector.names, options.score_threshold)
-        known: Mapping[str, float] = {}
-    else:
+    threshold, known = options.score_threshold, detector.thresholds
+    if threshold is None:
         thresholds = {name: detector.threshold_of(name) for name in detector.names}
-        known = detector.thresholds
+    else:
+        thresholds, known = dict.fromkeys(detector.names, threshold), {}
     output_dir = Path(options.output_dir)
     write_predictions(
         detector,
@@ -93,7 +119,7 @@ def write_predictions(
             text = json.dumps(_to_json(i, names[i], boxes), indent=1)
             places[i] = entries.tell(), entries.write(text[2:-2])
         if not places:
-            raise DataError(f"--input: none of the {len(paths)} images can be read.")
+            raise DataError(f"input: none of the {len(paths)} images can be read.")
         ordered = []
         for _, (start, length) in sorted(places.items()):
             entries.seek(start)
@@ -142,7 +168,7 @@ def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
     for output in outputs:
         if output.exists() and _identity(output) in files:
             raise ConfigError(
-                f"--output_dir: '{output}' is one of the input images and would be overwritten. "
+                f"output_dir: '{output}' is one of the input images and would be overwritten. "
                 "Choose another folder."
             )
 

@@ -1,10 +1,8 @@
 """`main.py train`: a new run, or one continued."""
 
-import argparse
 import inspect
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from configs.options import Values, changed_options, merge, to_yaml
-from configs.schema import Config, RunConfig, build_config, load_layers, merge_options
+from configs.load import Given, changed_options, to_yaml
+from configs.schema import SECTIONS, Config, RunConfig
 from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection
 from datasets.index import CocoIndex
@@ -33,7 +31,6 @@ from engine.guards.timer import StepTimer
 from engine.metrics import StepLog
 from engine.optim import build_optimizer, build_scheduler
 from engine.precision import Precision
-from engine.processes import launch
 from engine.run_lock import run_lock
 from engine.run_log import RunLog
 from engine.train import StepRunner
@@ -46,7 +43,7 @@ from models.switches import compile_model, set_checkpointing
 from models.weights.load import load_pretrained
 from util.console import console
 from util.device import own_device, pick_device, seed_everything, set_deterministic
-from util.distributed import World, destroy_process_group, init_process_group, started_by_launcher
+from util.distributed import World, destroy_process_group, init_process_group
 from util.errors import ConfigError
 from util.files import write_atomic
 
@@ -68,37 +65,34 @@ class Place:
         )
 
 
-def train(args: argparse.Namespace, given: Values) -> int:
+__all__ = ["SECTIONS", "main", "processes"]
+
+
+def main(given: Given) -> int:
     """Train on COCO-format data, or continue a run."""
-    layers = load_layers(args.config, given)
-    options = run_options(layers)
-    if options.gpus > 1 and not started_by_launcher():
-        return launch(
-            Path(sys.argv[0]), sys.argv[1:],
-            processes=options.gpus, device=options.device, restarts=options.max_restarts,
-        )  # fmt: skip
+    options = processes(given)
     if options.deterministic:
         set_deterministic()
     device = pick_device(options.device)
     world = init_process_group(device.type)
     try:
-        return begin(options, layers, world, own_device(device, world))
+        return begin(options, given, world, own_device(device, world))
     finally:
         destroy_process_group()
 
 
-def run_options(layers: Values) -> RunConfig:
+def processes(given: Given) -> RunConfig:
     """Return the options of the run itself, on top of those of the checkpoint it resumes."""
-    given = layers.get("run", {})
-    saved: dict[str, Any] = {}
-    if given.get("resume", "") not in ("", "auto"):
-        config = load_checkpoint(Path(given["resume"]))["config"]
-        saved = saved_options(config, given["resume"])["run"]
-        saved["output_dir"] = str(Path(given["resume"]).parent)  # it may have been moved
-    return RunConfig(**{**saved, **given})
+    options = given.section("run", RunConfig)
+    if options.resume in ("", "auto"):
+        return options
+    config = load_checkpoint(Path(options.resume))["config"]
+    # the run may have been moved
+    moved = Given({"run": {"output_dir": str(Path(options.resume).parent)}})
+    return given.on(moved.on(saved_options(given, config, options.resume))).config().run
 
 
-def begin(options: RunConfig, layers: Values, world: World, device: torch.device) -> int:
+def begin(options: RunConfig, layers: Given, world: World, device: torch.device) -> int:
     """Start a run or go on with one, alone in its folder; return the exit code.
 
     Raises:
@@ -154,31 +148,30 @@ def continues_in_place(start: Start) -> bool:
     return start.checkpoint is not None and folder == start.checkpoint.parent.resolve()
 
 
-def fresh(layers: Values) -> Start:
+def fresh(layers: Given) -> Start:
     """Begin a new run; the model follows the weights of --finetune where no option says else."""
-    source, pretrained = layers.get("run", {}).get("finetune", ""), None
+    source, pretrained = layers.section("run", RunConfig).finetune, None
     if source:
         pretrained = load_pretrained(source)
-        layers = merge(saved_options({"model": pretrained.model_options}, source), layers)
-    config = build_config(layers)
+        layers = layers.on(saved_options(layers, {"model": pretrained.model_options}, source))
+    config = layers.config()
     if not config.run.output_dir:
-        raise ConfigError("--output_dir: expected a folder for the run, got none. Give one.")
+        raise ConfigError("output_dir: is missing. Name a folder for the run.")
     return Start(replace(config, run=replace(config.run, resume="")), pretrained)
 
 
-def resumed(checkpoint: Path, layers: Values) -> Start:
+def resumed(checkpoint: Path, layers: Given) -> Start:
     """Continue a run with the options of its checkpoint, and those given now on top."""
     content = load_checkpoint(checkpoint)
-    options = saved_options(content["config"], str(checkpoint))
-    saved = build_config(options)
-    given = layers.get("run", {})
-    if "finetune" in given and given.get("resume", "") not in ("", "auto"):
-        raise ConfigError("--resume and --finetune: expected one of them. Resuming needs no other.")
-    config = build_config(merge_options(options, layers))
+    options = saved_options(layers, content["config"], str(checkpoint))
+    saved, config = options.config(), layers.on(options).config()
+    given = layers.section("run", RunConfig)
+    if given.finetune and given.resume not in ("", "auto"):
+        raise ConfigError("`resume` and `finetune` are mutually exclusive.")
     check_same("model", asdict(saved.model), asdict(config.model), checkpoint)
     before, now = fixed_on_resume(saved), fixed_on_resume(config)
     check_same("batches and frozen parts", before, now, checkpoint)
-    output_dir = given.get("output_dir", str(checkpoint.parent))
+    output_dir = given.output_dir or str(checkpoint.parent)
     return Start(
         replace(config, run=replace(config.run, output_dir=output_dir, resume="")),
         checkpoint=checkpoint,

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from configs.schema import build_config, load_layers
+from configs.load import read_options
 from datasets.loader import split_batch
 from engine.commands.train import Place, build_runner
 from engine.guards.memory import peak_memory
@@ -65,7 +65,7 @@ def run_setting(options: argparse.Namespace) -> None:
     world = init_process_group(device.type)
     seed_everything(0)
     given = {"model": {"num_queries": options.queries}, "run": {"output_dir": options.folder}}
-    config = build_config(load_layers(options.config, given))
+    config = read_options(options.config, given).config()
     model = build_model(config.model, num_classes=91).to(device)
     share = split_batch(0, most=options.images, rank=world.rank, world_size=world.size)
     place = Place(world, device, share)

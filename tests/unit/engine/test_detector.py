@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -131,7 +131,10 @@ def test_numbers_that_are_not_finite_are_no_detections(
 
 @pytest.mark.parametrize("freeze", ["none", "backbone"])
 def test_another_backbone_keeps_its_own_weights(
-    content: dict[str, Any], tmp_path: Path, freeze: str, capsys: pytest.CaptureFixture[str]
+    content: dict[str, Any],
+    tmp_path: Path,
+    freeze: Literal["none", "backbone"],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # many tensors of torchvision's resnet34 have the names and shapes of its resnet18
     pretrained = load_pretrained(save(content, tmp_path))
@@ -180,7 +183,8 @@ def upright(path: Path) -> Image.Image:
 
 def backwards(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return the same values in a view with a negative stride, as of OpenCV's BGR turned to RGB."""
-    return array[..., ::-1].copy()[..., ::-1]
+    flipped: NDArray[np.uint8] = array[..., ::-1].copy()
+    return flipped[..., ::-1]
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -233,7 +237,8 @@ def test_boxes_are_named_ordered_and_in_pixels_of_the_upright_image(
 def test_a_list_gives_a_list_for_each_and_batches_change_nothing(
     detector: Detector, photo: Path
 ) -> None:
-    images = [photo, Image.new("RGB", (40, 30)), upright(photo), Image.new("RGB", (60, 45), "red")]
+    wide, red = Image.new("RGB", (40, 30)), Image.new("RGB", (60, 45), "red")
+    images: list[Path | Image.Image] = [photo, wide, upright(photo), red]
     single = [detector.predict(image, threshold=0) for image in images]
     assert detector.predict(images, threshold=0) == single
     assert detector.predict(tuple(images), 0) == single

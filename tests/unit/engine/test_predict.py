@@ -158,13 +158,13 @@ def test_unreadable_image_is_named_and_the_rest_goes_on(
     output = capsys.readouterr().out
     assert "broken.png" in output
     assert "2 images could not be read" in output
-    with pytest.raises(DataError, match="--input: none of the 1 images can be read"):
+    with pytest.raises(DataError, match="input: none of the 1 images can be read"):
         run([broken], tmp_path / "nothing")
 
 
 def test_inputs_are_never_overwritten(folder: Path, tmp_path: Path) -> None:
     before, paths = files(folder), sorted(folder.rglob("*.*"))
-    with pytest.raises(ConfigError, match="--output_dir: .* is one of the input images"):
+    with pytest.raises(ConfigError, match="output_dir: .* is one of the input images"):
         run(paths, folder)
     os.symlink(folder, tmp_path / "link")
     with pytest.raises(ConfigError, match="Choose another folder"):
