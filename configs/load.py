@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -198,9 +199,30 @@ def check_sections(content: Mapping[str, Any], known: Known, source: str) -> dic
             if name not in section:
                 hint = nearest_hint(str(name), list(section))
                 raise ConfigError(f"{source}: unknown recipe '{name}'. {hint}")
-            prefix = f"{title}.{name}."
-            values[title][name] = check_names(options or {}, section[name], f"{source}: ", prefix)
+            prefix = f"{title}.{name}"
+            if not isinstance(options, Mapping | None):
+                raise ConfigError(f"{source}: {prefix}: needs options below it.")
+            values[title][name] = check_names(
+                options or {}, section[name], f"{source}: ", f"{prefix}."
+            )
     return {title: entries for title, entries in values.items() if entries}
+
+
+def by_section(options: Mapping[str, Any]) -> Values:
+    """Return a run's options, given by their names alone, by section; a path counts as text.
+
+    Raises:
+        ConfigError: a name is unknown or a value has another type.
+    """
+    values: dict[str, dict[str, Any]] = {}
+    owners = {f.name: t for t, kind in SECTIONS.items() for f in dataclasses.fields(kind)}
+    for name, value in options.items():
+        if name not in owners:
+            raise ConfigError(f"unknown option '{name}'. {nearest_hint(name, owners)}")
+        text = os.fspath(value) if isinstance(value, os.PathLike) else value
+        given = check_names({name: text}, SECTIONS[owners[name]], "", "")
+        values.setdefault(owners[name], {}).update(given)
+    return values
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -186,7 +186,7 @@ class OptionParser(argparse.ArgumentParser):
         """
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            hint = nearest_hint(unknown[0], self.flags)
+            hint = nearest_hint(unknown[0], self.flags, "--help_all lists the options.")
             for recipe, section in (recipes or {}).items():
                 if unknown[0] in [f"--{f.name}" for f in dataclasses.fields(section)]:
                     hint = f"It is an option of a recipe: add --recipes {recipe}."

@@ -1,6 +1,5 @@
 """`train` and `evaluate` in one call each, as the commands do it."""
 
-import dataclasses
 import os
 import signal
 import tempfile
@@ -9,13 +8,12 @@ from typing import Any
 
 import yaml
 
-from configs.load import Given, check_sections, read_options
-from configs.schema import SECTIONS
+from configs.load import Given, by_section, read_options
 from engine.commands import train as command
 from engine.detector import Detector
 from engine.processes import launch
 from util.distributed import started_by_launcher
-from util.errors import ConfigError, UserError, nearest_hint
+from util.errors import UserError
 
 
 def train(config: str | os.PathLike[str] | None = None, **options: Any) -> Path:
@@ -58,27 +56,6 @@ def evaluate(
     """
     detector = Detector.load(source, **load)
     return detector.evaluate(images, annotations, batch_size=batch_size, precision=precision)
-
-
-def by_section(options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Check the names and types of a run's options, and sort them into their sections.
-
-    Raises:
-        ConfigError: a name is unknown, or a value is of another type.
-    """
-    titles = {
-        name: title
-        for title, section in SECTIONS.items()
-        for f in dataclasses.fields(section)
-        for name in (f.name, (f.metadata["alias"] or f.name).lstrip("-"))
-    }
-    values: dict[str, dict[str, Any]] = {}
-    for name, value in options.items():
-        if name not in titles:
-            raise ConfigError(f"train: unknown option '{name}'. {nearest_hint(name, titles)}")
-        plain = os.fspath(value) if isinstance(value, os.PathLike) else value
-        values.setdefault(titles[name], {})[name] = plain
-    return check_sections(values, SECTIONS, "train")
 
 
 def _launch(given: Given, **how: Any) -> int:

@@ -27,7 +27,9 @@ class CheckpointError(UserError):
     """A checkpoint is damaged, foreign, or does not fit the model."""
 
 
-def nearest_hint(name: str, known: Collection[str]) -> str:
-    """Return a sentence naming the known word closest to `name`, or all of them."""
+def nearest_hint(name: str, known: Collection[str], otherwise: str | None = None) -> str:
+    """Return a sentence with the known word closest to `name`, else `otherwise` or all words."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(sorted(known))}."
+    if close:
+        return f"Did you mean '{close[0]}'?"
+    return otherwise or f"Known: {', '.join(sorted(known))}."

@@ -55,7 +55,7 @@ SECTIONS = {"predict": PredictOptions}
 def main(options: PredictOptions) -> int:
     """Draw what a checkpoint finds in images, and write it as JSON."""
     if not options.input or not options.output_dir:
-        raise ConfigError("predict: needs `input IMAGES ...` and `output_dir DIR`.")
+        raise ConfigError("predict: give `input IMAGES ...` and `output_dir DIR`.")
     paths = find_images(options.input)
     detector = Detector.load(
         options.checkpoint,

@@ -87,9 +87,9 @@ def test_training_in_several_processes(shapes: Path, tmp_path: Path) -> None:
 def test_wrong_options_are_errors_that_name_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown option 'learning_rate'"):
         train("finetune_small", learning_rate=1e-4)
-    with pytest.raises(ConfigError, match=r"train: unknown option 'epoch'\. Did you mean 'epochs'"):
+    with pytest.raises(ConfigError, match=r"unknown option 'epoch'\. Did you mean 'epochs'"):
         train("finetune_small", epoch=3)
-    with pytest.raises(ConfigError, match=r"optim\.lr.*'fast'"):
+    with pytest.raises(ConfigError, match=r"lr: must be a number, not 'fast'"):
         train("finetune_small", lr="fast")
     with pytest.raises(ConfigError, match="Did you mean 'finetune_small'"):
         train("finetune_smal")

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from configs.load import Values, changed_options, file_or_preset, load_file, merge, to_yaml
-from configs.options import Checked, OptionParser, Section, coerce, option
+from configs.options import Checked, OptionParser, Section, coerce, option, with_dashes
 from util.errors import ConfigError
 
 
@@ -295,3 +295,18 @@ def test_changed_options_are_named() -> None:
     assert changed_options(config) == ["depth=3", "sizes=(16,)"]
     assert changed_options(Both()) == []
     assert yaml.safe_load(to_yaml(config))["net"]["sizes"] == [16]
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("depth: must be 1.", "--depth: must be 1."),
+        ("device cuda:9: is not here.", "--device cuda:9: is not here."),
+        ("device cuda 9: is not here.", "device cuda 9: is not here."),
+        ("use `depth` or `depth 3 4`; `base` stays", "use --depth or --depth 3 4; `base` stays"),
+        ("c.yaml: depth: must be 1.", "c.yaml: depth: must be 1."),
+        ("wide: unknown, as is `wide 2`", "wide: unknown, as is `wide 2`"),
+    ],
+)
+def test_options_that_an_error_names_become_flags(message: str, shown: str) -> None:
+    assert with_dashes(message, {"depth", "device"}) == shown

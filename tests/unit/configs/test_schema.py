@@ -78,10 +78,15 @@ def test_contradictions_and_bounds_are_told_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_official_spellings_are_understood() -> None:
+def parser_of_train() -> OptionParser:
+    """Return a parser of a run's options."""
     parser = OptionParser()
     for title, section in SECTIONS.items():
         parser.add_section(title, section)
+    return parser
+
+
+def test_official_spellings_are_understood() -> None:
     command = (
         "--lr 2e-4 --lr_backbone 2e-5 --lr_linear_proj_mult 0.1 --lr_drop 40 --batch_size 2 "
         "--epochs 50 --clip_max_norm 0.1 --with_box_refine --two_stage --backbone resnet50 "
@@ -92,11 +97,30 @@ def test_official_spellings_are_understood() -> None:
         "--focal_alpha 0.25 --coco_path data --output_dir out --device cuda --seed 42 "
         "--num_workers 2 --weight_decay 1e-4 --lr_drop_epochs 30 40"
     )
-    config = read_command_line(parser, command.split(), {})[1].config()
+    config = read_command_line(parser_of_train(), command.split(), {})[1].config()
     assert config.model.two_stage
     assert not config.model.aux_loss
     assert config.optim.lr_drop_epochs == (30, 40)
     assert config.run.output_dir == "out"
+
+
+@pytest.mark.parametrize(
+    ("script", "preset"),
+    [
+        ("", "deformable_detr_r50"),
+        ("--with_box_refine", "deformable_detr_r50_refine"),
+        ("--with_box_refine --two_stage", "deformable_detr_r50_refine_two_stage"),
+        ("--num_feature_levels 1", "deformable_detr_r50_single_scale"),
+        ("--num_feature_levels 1 --dilation", "deformable_detr_r50_single_scale_dc5"),
+    ],
+)
+def test_official_scripts_give_the_models_and_losses_of_the_presets(
+    script: str, preset: str
+) -> None:
+    config = read_command_line(parser_of_train(), script.split(), {})[1].config()
+    expected = read_options(preset, {}).config()
+    assert (config.model, config.loss) == (expected.model, expected.loss)
+    assert dataclasses.replace(config.optim, effective_batch_size=32) == expected.optim
 
 
 def test_a_resolved_config_is_a_config_file(tmp_path: Path) -> None:
