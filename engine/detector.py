@@ -16,10 +16,11 @@ from torch import Tensor
 from configs.load import Given
 from configs.schema import DataConfig
 from datasets.build import build_dataset, build_transform, load_index
-from datasets.dataset import ImageList, ImageSource
+from datasets.dataset import CocoDetection, ImageList, ImageSource
 from datasets.loader import eval_loader
 from engine.evaluation.evaluate import detect, evaluate
-from engine.evaluation.evaluator import CocoEvaluator
+from engine.evaluation.evaluator import Backend, EvalResult, Evaluator
+from engine.evaluation.matching import Truth
 from engine.precision import Precision
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
@@ -30,6 +31,7 @@ from util.batch import Batch
 from util.classes import Classes
 from util.console import console
 from util.device import pick_device
+from util.distributed import World
 from util.errors import CheckpointError, ConfigError, DataError
 
 DEFAULT_THRESHOLD = 0.3  # of classes for which the checkpoint has none
@@ -78,7 +80,6 @@ class Detector:
         self.device = device
         self.thresholds = dict(thresholds or {})
         self.batch_size = batch_size
-        self.postprocess = PostProcess(nms_iou=data.nms_iou)
 
     @classmethod
     def load(
@@ -140,6 +141,11 @@ class Detector:
         """The names of the classes it detects; a class without a name goes by its id."""
         labels = range(len(self.classes))
         return tuple(self.classes.shown(k) for k in labels if self.classes.in_use(k))
+
+    @property
+    def postprocess(self) -> PostProcess:
+        """What turns the model's outputs into boxes."""
+        return PostProcess(nms_iou=self.data.nms_iou)
 
     def threshold_of(self, name: str) -> float:
         """Return the score from which on a class's boxes count, by default."""
@@ -250,23 +256,64 @@ class Detector:
             )  # fmt: skip
         elif images is not None or annotations is not None:
             raise DataError("images and annotations: give both of them, or neither.")
+        dataset = self.validation_set(data)
+        result, _ = self.measure(dataset, batch_size=batch_size, precision=precision)
+        numbers = result.to_json()["stats"]
+        return {name: math.nan if v is None else float(v) for name, v in numbers.items()}
+
+    def validation_set(self, data: DataConfig) -> CocoDetection:
+        """Return the validation images that data options name, with the labels of the model.
+
+        Raises:
+            DataError: they cannot be used, or have a class that the model lacks.
+        """
         index = load_index(data, "val", need_boxes=False)
         dataset = build_dataset(
             data, index, train=False, mean=self.mean, std=self.std, classes=self.classes
         )
         console(index.report(self.model.transformer.num_queries))
+        return dataset
+
+    def measure(
+        self,
+        dataset: CocoDetection,
+        *,
+        batch_size: int | None = None,
+        precision: str = "fp32",
+        world: World | None = None,
+        backend: Backend = "fast",
+        max_dets: int = 0,
+    ) -> tuple[EvalResult, Evaluator]:
+        """Evaluate on a data set, each process of `world` on its part of the images.
+
+        Returns the result, and the evaluator that has collected the detections: of all processes
+        in the main one.
+        """
+        world = world or World()
+        index = dataset.index
+        evaluator = Evaluator(
+            Truth.of(index.classes, index.images, index.annotations),
+            dataset.label_to_category,
+            backend=backend,
+            max_dets=max_dets,
+        )
+        batches = eval_loader(
+            dataset,
+            batch_size=batch_size or self.batch_size,
+            num_workers=self.data.num_workers,
+            rank=world.rank,
+            world_size=world.size,
+        )
         result, _ = evaluate(
             self.model,
             self.postprocess,
-            eval_loader(
-                dataset, batch_size=batch_size or self.batch_size, num_workers=data.num_workers
-            ),
-            CocoEvaluator(index.coco_gt, dataset.label_to_category),
+            batches,
+            evaluator,
             device=self.device,
             autocast=Precision(precision, self.device).autocast,
+            world=world,
         )
-        numbers = result.to_json()["stats"]
-        return {name: math.nan if v is None else float(v) for name, v in numbers.items()}
+        return result, evaluator
 
 
 def _image_source(image: Any) -> ImageSource:

@@ -1,7 +1,6 @@
 """Training curves as an image."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from util.files import atomic_path
 
 _LOSSES = {
     "train_loss": "total",
@@ -44,10 +45,8 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
     last = epochs[-1]["epoch"] + 1 if epochs else 1
     _finish(losses, "training loss", last)
     _finish(metrics, "COCO box AP, validation", last)
-    out_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out_path.with_name(f".{out_path.name}.tmp")  # no one sees half an image
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, out_path)
+    with atomic_path(out_path) as temporary:  # no one sees half an image
+        figure.savefig(temporary, format="png")
 
 
 def _read(log_path: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from engine.detector import Box, Detector
 from util.console import console
 from util.draw import draw_boxes
 from util.errors import ConfigError, DataError
-from util.files import make_output_dir, write_atomic
+from util.files import atomic_path, make_output_dir, write_atomic
 
 _KEPT_SUFFIXES = (".jpg", ".jpeg", ".png")
 _MAX_SHOWN = 10
@@ -120,12 +120,17 @@ def write_predictions(
             places[i] = entries.tell(), entries.write(text[2:-2])
         if not places:
             raise DataError(f"input: none of the {len(paths)} images can be read.")
-        ordered = []
-        for _, (start, length) in sorted(places.items()):
-            entries.seek(start)
-            ordered += [entries.read(length)] if length else []
-    text = "[\n" + ",\n".join(ordered) + "\n]\n" if ordered else "[]\n"
-    write_atomic(output_dir / "predictions.json", text)
+        with (
+            atomic_path(output_dir / "predictions.json") as part,
+            part.open("w", encoding="ascii") as file,
+        ):
+            separator = "[\n"
+            for _, (start, length) in sorted(places.items()):
+                entries.seek(start)
+                if length:
+                    file.write(separator + entries.read(length))
+                    separator = ",\n"
+            file.write("\n]\n" if separator == ",\n" else "[]\n")
     levels = sorted(set(thresholds.values()))
     reached = f"score {levels[0]}" if len(levels) == 1 else "their class's score threshold"
     unreadable = len(paths) - len(places)
