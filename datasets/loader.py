@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from datasets.dataset import CocoDetection, ImageFolder, SampleKey, seeded_generator
+from datasets.dataset import CocoDetection, ImageList, SampleKey, seeded_generator
 from util.batch import Batch, Target, UnreadableImage, pad_images
 from util.cores import available_cores
 from util.errors import ConfigError
@@ -342,7 +342,7 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: CocoDetection | ImageFolder,
+    dataset: CocoDetection | ImageList,
     *,
     batch_size: int,
     num_workers: int,

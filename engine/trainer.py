@@ -22,8 +22,9 @@ from datasets.loader import TrainLoader
 from engine.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
 from engine.ema import Ema
 from engine.evaluation.evaluate import Interrupted, evaluate
-from engine.evaluation.evaluator import CocoEvaluator, EvalResult, save_results
+from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
 from engine.evaluation.gallery import draw_gallery, evenly_spaced
+from engine.evaluation.matching import Truth
 from engine.evaluation.outcomes import thresholds_by_name
 from engine.guards import Guards
 from engine.guards.timer import StepTimer, shares
@@ -269,8 +270,9 @@ class Trainer:
         self, model: nn.Module, label: str, prefix: str
     ) -> tuple[EvalResult, dict[str, Any]]:
         share_statistics(model, self.world)
-        started, truth = time.perf_counter(), self.val_set.index.coco_gt
-        evaluator = CocoEvaluator(truth, self.val_set.label_to_category)
+        started, index = time.perf_counter(), self.val_set.index
+        truth = Truth.of(index.classes, index.images, index.annotations)
+        evaluator = Evaluator(truth, self.val_set.label_to_category)
         try:
             # images of many sizes, not worth compiling for
             with torch.compiler.set_stance("force_eager"):
@@ -288,8 +290,8 @@ class Trainer:
         except FloatingPointError as error:
             raise UserError(
                 f"evaluation after step {self.step}: {error}. The run diverged or the data is not "
-                "finite: resume from last.pth with a lower --lr, or start a new run with "
-                "--warmup_steps."
+                "finite: resume from last.pth with a lower `lr`, or start a new run with "
+                "`warmup_steps`."
             ) from error
         stats = result.stats
         log.info(
@@ -298,17 +300,18 @@ class Trainer:
         )
         if self.world.main:
             self.thresholds = thresholds_by_name(evaluator)
-            save_results(self.output_dir, result, evaluator.detections)
+            detections = evaluator.detections()
+            save_results(self.output_dir, result, detections.to_coco(truth))
             last, curve = self.step - 1, f"{prefix}val"
             shown = {**stats, **{n: losses[n] for n in ("loss",) if n in losses}}
             self.log.scalars(last, {f"{curve}/{name}": value for name, value in shown.items()})
-            ids = evenly_spaced(sorted(truth.getImgIds()), self.num_images)
-            drawn = draw_gallery(evaluator.detections_on(ids), truth, ids, self.val_set.read_image)
-            for name, image in drawn.items():
-                path = self.output_dir / "pictures" / f"{name}.png"
+            ids = evenly_spaced(truth.image_ids.tolist(), self.num_images)
+            drawn = draw_gallery(detections, truth, ids, self.val_set.read_image)
+            for image_id, image in drawn.items():
+                path = self.output_dir / "pictures" / f"image_{image_id}.png"
                 path.parent.mkdir(exist_ok=True)
                 image.save(path)
-                self.log.image(f"{curve}/{name}", image, last)
+                self.log.image(f"{curve}/image_{image_id}", image, last)
         return result, {
             **{f"{prefix}test_{name}": value for name, value in losses.items()},
             f"{prefix}test_coco_eval_bbox": list(stats.values()),
@@ -350,7 +353,7 @@ class Trainer:
             raise CheckpointError(
                 f"{path}: its {len(content['classes']['ids'])} classes are not those of the data, "
                 f"which has {len(self.identity['classes']['ids'])}. Start a new run from it with "
-                "--finetune."
+                "`finetune`."
             )
         self.detector.load_state_dict(content["model"])
         restore_optimizer(self.optimizer, self.scheduler, content)

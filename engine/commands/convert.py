@@ -1,22 +1,46 @@
 """`main.py convert`: a data set in another format."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-from configs.options import Values
-from configs.schema import ConvertConfig
+from configs.options import option
+from configs.schema import DataFormat, VocOptions
 from datasets.formats.convert import convert
 from datasets.formats.sources import read_source
 from util.console import console
 from util.errors import ConfigError
 
 
-def convert_dataset(args: argparse.Namespace, given: Values) -> int:
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(VocOptions):
+    """What `convert` reads and writes."""
+
+    data_format: DataFormat = option("coco", "format of --data_path", alias="--from")
+    to: DataFormat = option("coco", "format to write")
+    data_path: str = option(
+        "", "folder of the data set; for yolo also data.yaml, for coco a JSON file with --images"
+    )
+    images: str = option("", "folder of the images of a COCO-format JSON file")
+    splits: tuple[str, ...] = option(("train", "val"), "splits to write")
+    output_dir: str = option("", "a new or empty folder")
+    copy_images: bool = option(
+        False, "copy the images instead of linking to them", alias="--copy_pictures"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images and len(self.splits) != 1:
+            raise ConfigError("images: needs exactly one split with it, as in `splits train`.")
+
+
+SECTIONS = {"convert": ConvertOptions}
+
+
+def main(options: ConvertOptions) -> int:
     """Write a data set as COCO, VOC or YOLO."""
-    options = ConvertConfig(**given.get("convert", {}))
     for name in ("data_path", "output_dir"):
         if not getattr(options, name):
-            raise ConfigError(f"--{name}: expected a value, got none. Give one.")
+            raise ConfigError(f"{name}: is missing. Add it.")
     sources = {
         split: read_source(
             options.data_format,

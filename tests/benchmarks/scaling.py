@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.schema import build_config, load_layers
+from configs.load import read_options
 from datasets.dataset import CocoDetection
 from datasets.loader import TrainLoader, split_batch
 from engine.build import assemble_trainer
@@ -86,7 +86,7 @@ def run_setting(options: argparse.Namespace) -> None:
     world = init_process_group(device.type)
     seed_everything(0)
     given = {"model": {"num_queries": options.queries}, "run": {"output_dir": options.folder}}
-    config = build_config(load_layers(options.config, given))
+    config = read_options(options.config, given).config()
     model = build_model(config.model, num_classes=91).to(device)
     share = split_batch(0, most=options.images, rank=world.rank, world_size=world.size)
     optim = replace(config.optim, effective_batch_size=share.effective, precision=options.precision)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema import DataConfig
+from configs.schema import DataConfig, DataFormat
 from datasets.build import build_dataset, build_transform, data_paths, load_index, read_split
 from datasets.formats.convert import convert
 from datasets.formats.sources import read_source
@@ -65,7 +65,7 @@ def test_a_data_path_in_any_format(
     content: dict[str, Any],
     write: Callable[[dict[str, Any]], tuple[Path, Path]],
     tmp_path: Path,
-    target: str,
+    target: DataFormat,
 ) -> None:
     json_path, folder = write(content)
     source = read_source("coco", json_path, "", image_dir=folder)

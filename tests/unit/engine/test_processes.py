@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from engine import processes as module
-from engine.processes import EXIT_USER_ERROR, launch, report_failure
-from util.errors import ConfigError
+from engine.processes import launch, report_failure
+from util.errors import EXIT_USER_ERROR, ConfigError
 
 Write = Callable[[str], Path]
 LAUNCHED = "DEFORMABLE_DETR_LAUNCHED"
