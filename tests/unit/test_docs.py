@@ -63,7 +63,7 @@ def options_of_module(module: str) -> frozenset[str]:
 
 def unknown_options(code: str, elsewhere: frozenset[str]) -> set[str]:
     """Return the options of a snippet that its program lacks; `elsewhere`: where it names none."""
-    ours = re.search(rf"main\.py ({'|'.join(COMMANDS)})\b(.*)", code)
+    ours = re.search(rf"(?:main\.py|deformable-detr) +({'|'.join(COMMANDS)})\b(.*)", code)
     if ours:
         return set(OPTION.findall(ours[2])) - options_of(ours[1])
     module = re.search(r"python -m ([\w.]+)(.*)", code)
@@ -99,7 +99,7 @@ def test_every_option_belongs_to_the_program_it_is_given_to(page: Path) -> None:
 def test_a_wrong_option_is_noticed() -> None:
     assert unknown_options("python main.py eval --lr 1 --checkpoint F", frozenset()) == {"--lr"}
     assert unknown_options("torchrun --x 2 main.py train --lrr 1", frozenset()) == {"--lrr"}
-    assert unknown_options("python -m ops.benchmark --cases a --casess", frozenset()) == {"--casess"}
+    assert unknown_options("python -m ops.benchmark --cases a --cas", frozenset()) == {"--cas"}
     assert unknown_options("--no_probe", options_of("eval")) == {"--no_probe"}
 
 
