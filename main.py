@@ -8,6 +8,7 @@ import sys
 import typing
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from configs.load import Given, read_command_line
@@ -51,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """Run a command of the table in as many processes as its options say."""
-    from engine.processes import exit_with_parent, launch_if_asked, report_failure  # PyTorch
+    from engine.processes import exit_with_parent, launch, report_failure  # PyTorch, only now
     from util.console import show_messages
-    from util.distributed import rank_at_start, take_slurm_variables
+    from util.distributed import rank_at_start, started_by_launcher, take_slurm_variables
 
     logging.getLogger("timm").setLevel(logging.ERROR)  # it lists heads it leaves out on purpose
     parser = OptionParser(
@@ -67,13 +68,13 @@ def run(argv: Sequence[str]) -> int:
         show_messages(rank_at_start())
         command = import_module(f"{ROOT}engine.commands.{argv[0]}")
         given = parse(parser, command, argv[1:])
-        if hasattr(command, "processes"):
+        if hasattr(command, "processes") and not started_by_launcher():
             wanted = command.processes(given)
-            code = launch_if_asked(
-                gpus=wanted.gpus, device=wanted.device, restarts=wanted.max_restarts
-            )
-            if code is not None:
-                return code
+            if wanted.gpus > 1:
+                return launch(
+                    Path(sys.argv[0]), argv, processes=wanted.gpus, device=wanted.device,
+                    restarts=wanted.max_restarts,
+                )  # fmt: skip
         return int(command.main(**arguments(command, given)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

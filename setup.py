@@ -30,6 +30,10 @@ MAIN = '''\
 """`python -m deformable_detr`: the command line."""
 
 import sys
+from pathlib import Path
+
+if not __package__:  # run by its path, as a launcher does: this folder must not be searched
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from deformable_detr.main import main
 

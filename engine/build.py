@@ -218,7 +218,9 @@ def load_pretrained_weights(
     """
     nheads = pretrained.model_options.get("nheads", config.model.nheads)
     if nheads != config.model.nheads:  # the one difference that shapes do not show
-        raise ConfigError(f"--nheads {config.model.nheads}: --finetune has {nheads}. Use that.")
+        raise ConfigError(
+            f"nheads {config.model.nheads}: the weights of `finetune` have {nheads}. Use that."
+        )
     report = transfer(
         model,
         pretrained.state_dict,
@@ -230,13 +232,13 @@ def load_pretrained_weights(
     random = [name for name in report.reinitialised if name.startswith(BACKBONE)]
     if random:
         raise CheckpointError(
-            f"--backbone {config.model.backbone}: it does not match the checkpoint of --finetune "
-            f"({len(random)} tensors missing, e.g. '{random[0]}'). Use the checkpoint's backbone."
+            f"backbone {config.model.backbone}: does not match the weights of `finetune` "
+            f"({len(random)} tensors missing, e.g. '{random[0]}'). Use the backbone of the weights."
         )
     if not backbone:
         log.info(
             f"backbone: {config.model.backbone} with weights '{config.run.backbone_weights}'; "
-            f"--finetune has {pretrained.model_options['backbone']}, which is not used"
+            f"that of --finetune is {pretrained.model_options['backbone']} and is not used"
         )
     return set(report.reinitialised)
 

@@ -67,12 +67,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return dict(content)
     if isinstance(content, dict) and "args" in content and "model" in content:
         raise CheckpointError(
-            f"{path}: expected a checkpoint of a run, got an official checkpoint, which cannot be "
-            "resumed. Use it with --finetune, or in eval and predict."
+            f"{path}: is an official checkpoint, which cannot be resumed. Use it with `finetune`, "
+            "or in eval and predict."
         )
     raise CheckpointError(
-        f"{path}: expected a checkpoint of a run, got a file without {', '.join(missing)}. "
-        "Use weights alone with --finetune."
+        f"{path}: is no checkpoint of a run: it lacks {', '.join(missing)}. "
+        "Use weights alone with `finetune`."
     )
 
 
@@ -141,8 +141,8 @@ class CheckpointFolder:
             return path
         if candidates:
             raise CheckpointError(
-                f"{self._folder}: expected a sound checkpoint, found {len(candidates)} damaged. "
-                "Choose another --output_dir to start anew."
+                f"{self._folder}: all {len(candidates)} checkpoints are damaged. "
+                "Choose another `output_dir` for a new run."
             )
         return None
 
@@ -162,6 +162,6 @@ def check_same(
     ]
     if differing:
         raise CheckpointError(
-            f"{path}: expected the {what} of this run, got other ({'; '.join(differing)}). "
-            "Resume with the checkpoint's options, or start anew with --finetune."
+            f"{path}: has other {what} ({'; '.join(differing)}). Resume with the checkpoint's "
+            "options, or start a new run with `finetune`."
         )

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -14,28 +14,29 @@ from PIL import Image
 from torch import Tensor
 
 from configs.load import Given
-from configs.schema import DataConfig, ModelConfig
+from configs.schema import DataConfig
 from datasets.build import build_dataset, build_transform, load_index
-from datasets.dataset import ImageList, ImageSource
-from datasets.loader import eval_loader
+from datasets.dataset import CocoDetection, ImageList, ImageSource
+from datasets.loader import eval_loader, loader_processes
 from engine.evaluation.evaluate import detect, evaluate
-from engine.evaluation.evaluator import CocoEvaluator
+from engine.evaluation.evaluator import Backend, EvalResult, Evaluator
+from engine.evaluation.matching import Truth
 from engine.precision import Precision
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
-from models.weights.load import Pretrained, load_pretrained
+from models.weights.load import load_pretrained
 from models.weights.transfer import load_strict
 from util.batch import Batch
 from util.classes import Classes
 from util.console import console
 from util.device import pick_device
+from util.distributed import World
 from util.errors import CheckpointError, ConfigError, DataError
 
 DEFAULT_THRESHOLD = 0.3  # of classes for which the checkpoint has none
 
 AnyImage = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
-OneImage = TypeVar("OneImage", bound=AnyImage)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,6 @@ class Detector:
         self.device = device
         self.thresholds = dict(thresholds or {})
         self.batch_size = batch_size
-        self.postprocess = PostProcess(nms_iou=data.nms_iou)
 
     @classmethod
     def load(
@@ -113,18 +113,22 @@ class Detector:
                 "torchvision ResNet, so it is not known which. Use the whole checkpoint they come "
                 "from."
             )
-        options = saved_options(Given(), {"model": pretrained.model_options}, source)
-        model = build_model(
-            options.section("model", ModelConfig), num_classes=len(pretrained.classes)
-        )
-        load_strict(model, pretrained.state_dict, source)
+        data: Mapping[str, Any] = {}
+        if pretrained.config is not None:  # other sections may be of a newer version
+            data = pretrained.config.get("data", {})
+        elif pretrained.image_size is not None:
+            data = dict(zip(("eval_scale", "max_size"), pretrained.image_size, strict=True))
+        content = {"model": pretrained.model_options, "data": data}
         given = {"eval_scale": eval_scale, "max_size": max_size, "nms_iou": nms_iou}
-        given = {name: value for name, value in given.items() if value is not None}
+        options = Given({"data": {k: v for k, v in given.items() if v is not None}})
+        config = options.on(saved_options(options, content, source)).config()
+        model = build_model(config.model, num_classes=len(pretrained.classes))
+        load_strict(model, pretrained.state_dict, source)
         optim = (pretrained.config or {}).get("optim", {})
         return cls(
             model,
             pretrained.classes,
-            data=DataConfig(**{**saved_data_options(pretrained), **given}),
+            data=config.data,
             mean=pretrained.image_mean or model.backbone.mean,
             std=pretrained.image_std or model.backbone.std,
             device=chosen_device,
@@ -138,6 +142,11 @@ class Detector:
         labels = range(len(self.classes))
         return tuple(self.classes.shown(k) for k in labels if self.classes.in_use(k))
 
+    @property
+    def postprocess(self) -> PostProcess:
+        """What turns the model's outputs into boxes."""
+        return PostProcess(nms_iou=self.data.nms_iou)
+
     def threshold_of(self, name: str) -> float:
         """Return the score from which on a class's boxes count, by default."""
         return self.thresholds.get(name, DEFAULT_THRESHOLD)
@@ -150,7 +159,7 @@ class Detector:
     @overload
     def predict(
         self,
-        images: list[OneImage] | tuple[OneImage, ...],
+        images: list[Any] | tuple[Any, ...],
         threshold: float | None = None,
         *,
         batch_size: int = 1,
@@ -247,23 +256,64 @@ class Detector:
             )  # fmt: skip
         elif images is not None or annotations is not None:
             raise DataError("images and annotations: give both of them, or neither.")
+        dataset = self.validation_set(data)
+        result, _ = self.measure(dataset, batch_size=batch_size, precision=precision)
+        numbers = result.to_json()["stats"]
+        return {name: math.nan if v is None else float(v) for name, v in numbers.items()}
+
+    def validation_set(self, data: DataConfig) -> CocoDetection:
+        """Return the validation images that data options name, with the labels of the model.
+
+        Raises:
+            DataError: they cannot be used, or have a class that the model lacks.
+        """
         index = load_index(data, "val", need_boxes=False)
         dataset = build_dataset(
             data, index, train=False, mean=self.mean, std=self.std, classes=self.classes
         )
         console(index.report(self.model.transformer.num_queries))
+        return dataset
+
+    def measure(
+        self,
+        dataset: CocoDetection,
+        *,
+        batch_size: int | None = None,
+        precision: str = "fp32",
+        world: World | None = None,
+        backend: Backend = "fast",
+        max_dets: int = 0,
+    ) -> tuple[EvalResult, Evaluator]:
+        """Evaluate on a data set, each process of `world` on its part of the images.
+
+        Returns the result, and the evaluator that has collected the detections: of all processes
+        in the main one.
+        """
+        world = world or World()
+        index = dataset.index
+        evaluator = Evaluator(
+            Truth.of(index.classes, index.images, index.annotations),
+            dataset.label_to_category,
+            backend=backend,
+            max_dets=max_dets,
+        )
+        batches = eval_loader(
+            dataset,
+            batch_size=batch_size or self.batch_size,
+            num_workers=loader_processes(self.data.num_workers, local_size=world.local_size),
+            rank=world.rank,
+            world_size=world.size,
+        )
         result, _ = evaluate(
             self.model,
             self.postprocess,
-            eval_loader(
-                dataset, batch_size=batch_size or self.batch_size, num_workers=data.num_workers
-            ),
-            CocoEvaluator(index.coco_gt, dataset.label_to_category),
+            batches,
+            evaluator,
             device=self.device,
             autocast=Precision(precision, self.device).autocast,
+            world=world,
         )
-        numbers = result.to_json()["stats"]
-        return {name: math.nan if v is None else float(v) for name, v in numbers.items()}
+        return result, evaluator
 
 
 def _image_source(image: Any) -> ImageSource:
@@ -315,16 +365,6 @@ def saved_options(given: Given, values: Mapping[str, Any], source: str) -> Given
         raise CheckpointError(f"{what} The checkpoint may come from a newer version.") from error
 
 
-def saved_data_options(pretrained: Pretrained) -> dict[str, Any]:
-    """Return the data options that a checkpoint carries."""
-    if pretrained.config is not None:
-        section = {"data": pretrained.config.get("data", {})}  # others may be of a later version
-        return dict(saved_options(Given(), section, pretrained.source).values.get("data", {}))
-    if pretrained.image_size is not None:
-        return dict(zip(("eval_scale", "max_size"), pretrained.image_size, strict=True))
-    return {}
-
-
 def beside(source: str) -> Path:
     """Return the folder of a checkpoint.
 
@@ -333,5 +373,5 @@ def beside(source: str) -> Path:
     """
     path = Path(source)
     if not path.exists():
-        raise ConfigError(f"--output_dir: {source} has no folder here. Say where its results go.")
+        raise ConfigError(f"output_dir: {source} has no folder here. Say where its results go.")
     return path if path.is_dir() else path.parent

@@ -36,23 +36,11 @@ STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )
 EXIT_LOST_CONTACT = 3
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 _LAUNCHED = "DEFORMABLE_DETR_LAUNCHED"
 _LOOK_EVERY = 1.0  # seconds, for a launcher that is gone
 _PATIENCE = 15.0  # seconds; the launcher looks ten times in one
 _SAME_REQUEST = 2.0  # seconds in which a launcher or terminal may send its signal again
 SHUTDOWN_SECONDS = 120  # what the others get to end in when one process has failed
-
-
-def launch_if_asked(*, gpus: int, device: str, restarts: int = 0) -> int | None:
-    """Run this command line in `gpus` processes; return the exit code.
-
-    Returns None where this process computes itself: alone, or as one of those processes.
-    """
-    if gpus == 1 or started_by_launcher():
-        return None
-    program, *argv = sys.argv
-    return launch(Path(program), argv, processes=gpus, device=device, restarts=restarts)
 
 
 @contextlib.contextmanager
@@ -76,9 +64,6 @@ class StopSignals:
         self.number = 0
         self._since = 0.0
         self._handlers: dict[int, Any] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self.number)
 
     def __enter__(self) -> "StopSignals":
         self._handlers = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
@@ -112,8 +97,8 @@ def launch(
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu and torch.cuda.device_count() < processes:
         raise ConfigError(
-            f"--gpus {processes}: this machine has {torch.cuda.device_count()} GPUs. "
-            "Use as many, or --device cpu."
+            f"gpus {processes}: this machine has {torch.cuda.device_count()} GPUs. "
+            "Use as many, or `device cpu`."
         )
     if "OMP_NUM_THREADS" not in os.environ:  # else each process takes every core
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // processes))

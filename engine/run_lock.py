@@ -35,7 +35,7 @@ def run_lock(folder: Path, world: World) -> Iterator[None]:
         other = world.broadcast(other)
         if other:
             raise ConfigError(
-                f"--output_dir {folder}: {other} is training there. Wait for its end, or choose "
+                f"output_dir {folder}: {other} is training there. Wait for its end, or choose "
                 "another folder."
             )
         yield
@@ -66,7 +66,7 @@ def _acquire(folder: Path) -> tuple[FileLock | None, str]:
                 reported = True
                 expiry = ", or for its lock to expire if that host is dead" if far else ""
                 log.info(
-                    f"--output_dir {folder}: waiting up to {patience:.0f} s for {other} to end"
+                    f"output_dir {folder}: waiting up to {patience:.0f} s for {other} to end"
                     f"{expiry}"
                 )
             time.sleep(0.2)

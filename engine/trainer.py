@@ -22,8 +22,9 @@ from datasets.loader import TrainLoader
 from engine.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
 from engine.ema import Ema
 from engine.evaluation.evaluate import Interrupted, evaluate
-from engine.evaluation.evaluator import CocoEvaluator, EvalResult, save_results
+from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
 from engine.evaluation.gallery import draw_gallery, evenly_spaced
+from engine.evaluation.matching import Truth
 from engine.evaluation.outcomes import thresholds_by_name
 from engine.guards import Guards
 from engine.guards.timer import StepTimer, shares
@@ -109,11 +110,11 @@ class Trainer:
             return 0
         self.log.truncate_after(self.step - 1, self.epoch - 1)
         with self.stop, self.progress_bar() as bar:
-            while self.unfinished() and not self.stop:
+            while self.unfinished() and not self.stop.number:
                 if not self.unevaluated:
                     self.train_epoch(bar)
                 self.end_epoch()
-        if not self.stop:
+        if not self.stop.number:
             return 0
         last = self.checkpoints.last
         log.info(f"{Signals(self.stop.number).name}: stopped at step {self.step}; saved {last}")
@@ -129,7 +130,7 @@ class Trainer:
         self.timer.restart()
         for micro_batches in self.loader.effective_batches():
             own = sum(len(b.targets) for b in micro_batches if not b.blank)
-            images, stop = self.world.sum([own, bool(self.stop)])
+            images, stop = self.world.sum([own, self.stop.number])
             if stop:
                 break
             self.timer.mark("data")
@@ -139,6 +140,8 @@ class Trainer:
                     metrics = self.train_step(micro_batches)
                     self.steps.add(self.step, self.epoch, micro_batches, metrics, rates)
                     self.guards.after_step(self.step, micro_batches, metrics)
+                    if self.ema is not None:  # after the guards: they restore norms that saw a NaN
+                        self.ema.update(self.detector)
             self.step, self.epoch_step = self.step + 1, self.epoch_step + 1
             now = time.perf_counter()
             self.seconds, clock = self.seconds + now - clock, now
@@ -187,8 +190,6 @@ class Trainer:
         grad_norm = nn.utils.clip_grad_norm_(parameters, self.clip_max_norm or math.inf)
         self.precision.step(self.optimizer, grad_norm)
         self.scheduler.step()
-        if self.ema is not None:
-            self.ema.update(self.detector)
         return grad_norm.detach()
 
     def sync_gradients(self, *, last: bool) -> AbstractContextManager[None]:
@@ -269,8 +270,9 @@ class Trainer:
         self, model: nn.Module, label: str, prefix: str
     ) -> tuple[EvalResult, dict[str, Any]]:
         share_statistics(model, self.world)
-        started, truth = time.perf_counter(), self.val_set.index.coco_gt
-        evaluator = CocoEvaluator(truth, self.val_set.label_to_category)
+        started, index = time.perf_counter(), self.val_set.index
+        truth = Truth.of(index.classes, index.images, index.annotations)
+        evaluator = Evaluator(truth, self.val_set.label_to_category)
         try:
             # images of many sizes, not worth compiling for
             with torch.compiler.set_stance("force_eager"):
@@ -283,13 +285,13 @@ class Trainer:
                     criterion=self.criterion,
                     autocast=self.precision.autocast,
                     world=self.world,
-                    stopping=lambda: bool(self.stop),
+                    stopping=lambda: bool(self.stop.number),
                 )
         except FloatingPointError as error:
             raise UserError(
                 f"evaluation after step {self.step}: {error}. The run diverged or the data is not "
-                "finite: resume from last.pth with a lower --lr, or start a new run with "
-                "--warmup_steps."
+                "finite: resume from last.pth with a lower `lr`, or start a new run with "
+                "`warmup_steps`."
             ) from error
         stats = result.stats
         log.info(
@@ -298,17 +300,18 @@ class Trainer:
         )
         if self.world.main:
             self.thresholds = thresholds_by_name(evaluator)
-            save_results(self.output_dir, result, evaluator.detections)
+            detections = evaluator.detections()
+            save_results(self.output_dir, result, detections.to_coco(truth))
             last, curve = self.step - 1, f"{prefix}val"
             shown = {**stats, **{n: losses[n] for n in ("loss",) if n in losses}}
             self.log.scalars(last, {f"{curve}/{name}": value for name, value in shown.items()})
-            ids = evenly_spaced(sorted(truth.getImgIds()), self.num_images)
-            drawn = draw_gallery(evaluator.detections_on(ids), truth, ids, self.val_set.read_image)
-            for name, image in drawn.items():
-                path = self.output_dir / "pictures" / f"{name}.png"
+            ids = evenly_spaced(truth.image_ids.tolist(), self.num_images)
+            drawn = draw_gallery(detections, truth, ids, self.val_set.read_image)
+            for image_id, image in drawn.items():
+                path = self.output_dir / "pictures" / f"image_{image_id}.png"
                 path.parent.mkdir(exist_ok=True)
                 image.save(path)
-                self.log.image(f"{curve}/{name}", image, last)
+                self.log.image(f"{curve}/image_{image_id}", image, last)
         return result, {
             **{f"{prefix}test_{name}": value for name, value in losses.items()},
             f"{prefix}test_coco_eval_bbox": list(stats.values()),
@@ -350,7 +353,7 @@ class Trainer:
             raise CheckpointError(
                 f"{path}: its {len(content['classes']['ids'])} classes are not those of the data, "
                 f"which has {len(self.identity['classes']['ids'])}. Start a new run from it with "
-                "--finetune."
+                "`finetune`."
             )
         self.detector.load_state_dict(content["model"])
         restore_optimizer(self.optimizer, self.scheduler, content)

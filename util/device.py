@@ -25,7 +25,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"--device {name}: cannot be used here: {reason} "
+            f"device {name}: cannot be used here: {reason} "
             "`python main.py doctor` lists what is there."
         ) from error
     return device

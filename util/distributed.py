@@ -115,8 +115,8 @@ def init_process_group(device_type: str) -> World:
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise ConfigError(
-            f"WORLD_SIZE {os.environ['WORLD_SIZE']}: expected {', '.join(missing)} with it, got "
-            "none. Start the run with --gpus N, torchrun or srun."
+            f"WORLD_SIZE {os.environ['WORLD_SIZE']}: {', '.join(missing)} must be set, too. "
+            "Start the run with `gpus`, torchrun or srun."
         )
     meeting = dist.rendezvous("env://", timeout=TIMEOUT)  # type: ignore[attr-defined]
     store, rank, size = next(meeting)

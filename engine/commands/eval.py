@@ -7,25 +7,23 @@ from typing import Literal
 
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
 
 from configs.load import Given
 from configs.options import option
 from configs.schema import DataConfig, EvalDataConfig, ProcessOptions
 from configs.schema import Precision as PrecisionName
-from datasets.build import build_dataset, load_index
-from datasets.loader import eval_loader, loader_processes
-from engine.commands.ground_truth import validation_truth
+from datasets.build import build_dataset, read_split
+from datasets.checks.coco_json import check_content, load_json
+from datasets.formats.sources import coco_layout
+from datasets.index import CocoIndex
 from engine.detector import Detector, beside
 from engine.evaluation.analysis import analyse, save_analysis
 from engine.evaluation.detections import read_detections
-from engine.evaluation.evaluate import evaluate
-from engine.evaluation.evaluator import CocoEvaluator, EvalResult, save_results
+from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
 from engine.evaluation.gallery import draw_gallery
+from engine.evaluation.matching import Truth
 from engine.evaluation.report import save_report
-from engine.precision import Precision
 from engine.processes import process_group
-from models.postprocess import PostProcess
 from util.console import console
 from util.distributed import World
 from util.errors import ConfigError
@@ -88,106 +86,97 @@ def evaluate_detections(options: EvalOptions, data: DataConfig) -> int:
     if options.checkpoint:
         raise ConfigError("`detections` and `checkpoint` are mutually exclusive.")
     path = Path(options.detections)
-    output_dir = Path(options.output_dir) if options.output_dir else _folder_above(path)
-    _keep_inputs(output_dir, path, Path(data.val_annotations))
-    coco_gt, read_image, notices = validation_truth(data)
-    found, more = read_detections(path, coco_gt.imgs, coco_gt.cats)
+    # results go to the run's folder if the file is in its eval/, else beside the file
+    above = path.parent.parent if path.parent.name == "eval" else path.parent
+    output_dir = Path(options.output_dir) if options.output_dir else above
+    for name in ("results.json", "analysis.json", "report.html"):
+        result = output_dir / "eval" / name
+        for file in (path, Path(data.val_annotations)):
+            if result.is_file() and file.is_file() and result.samefile(file):
+                raise ConfigError(
+                    f"output_dir {output_dir}: {file}, which is an input, would be overwritten. "
+                    "Choose another folder."
+                )
+    truth, read_image, notices = read_truth(data)
+    detections, more = read_detections(path, truth)
     make_output_dir(output_dir / "eval")
     for notice in (*notices, *more):
         console(f"  notice: {notice}")
-    evaluator = _evaluator(options, coco_gt, {c: c for c in coco_gt.cats})
-    evaluator.take(found)
-    _tell(options, output_dir, evaluator, evaluator.evaluate(), coco_gt, read_image, path.name)
+    evaluator = Evaluator(truth, backend=options.evaluator, max_dets=options.max_dets)
+    evaluator.add(detections)
+    _report(options, output_dir, evaluator, evaluator.evaluate(), read_image, path.name)
     return 0
 
 
-def _folder_above(path: Path) -> Path:
-    """Return the run's folder if the file is in its `eval/`, else the file's folder."""
-    return path.parent.parent if path.parent.name == "eval" else path.parent
+def read_truth(data: DataConfig) -> tuple[Truth, ReadImage | None, list[str]]:
+    """Return validation annotations, a reader of images if they are at hand, and notices.
 
-
-def _keep_inputs(output_dir: Path, *inputs: Path) -> None:
-    """Refuse to write results over what is read."""
-    for name in ("results.json", "analysis.json", "report.html"):
-        result = output_dir / "eval" / name
-        for path in inputs:
-            if result.is_file() and path.is_file() and result.samefile(path):
-                raise ConfigError(
-                    f"--output_dir {output_dir}: expected another folder, as {path}, which is "
-                    "read, would be overwritten. Choose one."
-                )
+    Raises:
+        DataError: no option says where the data lies, or they cannot be read.
+    """
+    annotations = Path(data.val_annotations) if data.val_annotations else None
+    images_exist = bool(data.val_images)
+    if annotations is None and data.coco_path and not data.data_path:
+        folder, annotations = coco_layout(Path(data.coco_path), "val")
+        images_exist = folder.is_dir()
+    if annotations is not None and not images_exist:
+        content = check_content(load_json(annotations), annotations, need_boxes=False)
+        truth = Truth.of(content.classes, content.images, content.annotations)
+        return truth, None, [finding.text for finding in content.findings]
+    index = CocoIndex.from_source(read_split(data, "val"), need_boxes=False)
+    dataset = build_dataset(data, index, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
+    truth = Truth.of(index.classes, index.images, index.annotations)
+    return truth, dataset.read_image, index.notices
 
 
 def evaluate_in_world(
     options: EvalOptions, given: Given, world: World, device: torch.device
 ) -> int:
-    """Evaluate this process's share; the main one writes the results of all."""
+    """Evaluate this process's part; the main one writes the results of all."""
     detector = Detector.load(options.checkpoint, device=device, ema=options.ema)
     output_dir = Path(options.output_dir) if options.output_dir else beside(options.checkpoint)
-    data = given.on(Given({"data": asdict(detector.data)})).config().data
-    index = load_index(data, "val", need_boxes=False)
-    dataset = build_dataset(
-        data, index, train=False, mean=detector.mean, std=detector.std, classes=detector.classes
-    )
+    detector.data = given.on(Given({"data": asdict(detector.data)})).config().data
+    dataset = detector.validation_set(detector.data)
     make_output_dir(output_dir / "eval")
-    console(index.report(detector.model.transformer.num_queries))
-    batches = eval_loader(
+    result, evaluator = detector.measure(
         dataset,
-        batch_size=options.batch_size or detector.batch_size,
-        num_workers=loader_processes(data.num_workers, local_size=world.local_size),
-        rank=world.rank,
-        world_size=world.size,
-    )
-    evaluator = _evaluator(options, index.coco_gt, dataset.label_to_category)
-    result, _ = evaluate(
-        detector.model,
-        PostProcess(nms_iou=data.nms_iou),
-        batches,
-        evaluator,
-        device=device,
-        autocast=Precision(options.precision, device).autocast,
+        batch_size=options.batch_size,
+        precision=options.precision,
         world=world,
+        backend=options.evaluator,
+        max_dets=options.max_dets,
     )
     if world.main:
         name = Path(options.checkpoint).name
-        _tell(
-            options, output_dir, evaluator, result, index.coco_gt, dataset.read_image, name
-        )  # fmt: skip
+        _report(options, output_dir, evaluator, result, dataset.read_image, name)
     return 0
 
 
-def _evaluator(options: EvalOptions, coco_gt: COCO, labels: dict[int, int]) -> CocoEvaluator:
-    return CocoEvaluator(coco_gt, labels, backend=options.evaluator, max_dets=options.max_dets)
-
-
-def _tell(
+def _report(
     options: EvalOptions,
     output_dir: Path,
-    evaluator: CocoEvaluator,
+    evaluator: Evaluator,
     result: EvalResult,
-    coco_gt: COCO,
     read_image: ReadImage | None,
     title: str,
 ) -> None:
     """Print the numbers, and write them with the detections and what the analysis finds."""
     console(result.table())
+    detections, truth = evaluator.detections(), evaluator.truth
     # detections that were read from a file are never written over it
-    save_results(output_dir, result, None if options.detections else evaluator.detections)
+    save_results(output_dir, result, None if options.detections else detections.to_coco(truth))
     written = f"written: {output_dir / 'eval' / 'results.json'}"
     written += "" if options.detections else ", detections.json"
     if options.analysis:
-        names = {i: str(image.get("file_name", "")) for i, image in coco_gt.imgs.items()}
-        analysis = analyse(evaluator, result, file_names=names)
+        analysis = analyse(evaluator, result)
         console(f"\n{analysis.summary()}")
         images = {}
         if read_image is not None:
+            above = detections.select(
+                detections.score >= analysis.min_scores()[detections.category]
+            )
             shown = [w.image_id for w in analysis.worst[:_IMAGES_SHOWN]]
-            least = analysis.least_scores()
-            above = [
-                d for d in evaluator.detections_on(shown) if d["score"] >= least[d["category_id"]]
-            ]
-            drawn = draw_gallery(above, coco_gt, shown, read_image, score_threshold=None)
-            images = {i: drawn[f"image_{i}"] for i in shown if f"image_{i}" in drawn}
+            images = draw_gallery(above, truth, shown, read_image, score_threshold=None)
         save_analysis(output_dir, analysis)
         save_report(output_dir, analysis, images, title=title)
         written += ", analysis.json, report.html"

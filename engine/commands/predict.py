@@ -17,7 +17,7 @@ from engine.detector import Box, Detector
 from util.console import console
 from util.draw import draw_boxes
 from util.errors import ConfigError, DataError
-from util.files import make_output_dir, write_atomic
+from util.files import atomic_path, make_output_dir, write_atomic
 
 _KEPT_SUFFIXES = (".jpg", ".jpeg", ".png")
 _MAX_SHOWN = 10
@@ -64,11 +64,11 @@ def main(options: PredictOptions) -> int:
         max_size=options.max_size,
         nms_iou=options.nms_iou,
     )
-    if options.score_threshold is None:
+    threshold, known = options.score_threshold, detector.thresholds
+    if threshold is None:
         thresholds = {name: detector.threshold_of(name) for name in detector.names}
-        known: Mapping[str, float] = detector.thresholds
     else:
-        thresholds, known = dict.fromkeys(detector.names, options.score_threshold), {}
+        thresholds, known = dict.fromkeys(detector.names, threshold), {}
     output_dir = Path(options.output_dir)
     write_predictions(
         detector,
@@ -119,13 +119,18 @@ def write_predictions(
             text = json.dumps(_to_json(i, names[i], boxes), indent=1)
             places[i] = entries.tell(), entries.write(text[2:-2])
         if not places:
-            raise DataError(f"--input: none of the {len(paths)} images can be read.")
-        ordered = []
-        for _, (start, length) in sorted(places.items()):
-            entries.seek(start)
-            ordered += [entries.read(length)] if length else []
-    text = "[\n" + ",\n".join(ordered) + "\n]\n" if ordered else "[]\n"
-    write_atomic(output_dir / "predictions.json", text)
+            raise DataError(f"input: none of the {len(paths)} images can be read.")
+        with (
+            atomic_path(output_dir / "predictions.json") as part,
+            part.open("w", encoding="ascii") as file,
+        ):
+            separator = "[\n"
+            for _, (start, length) in sorted(places.items()):
+                entries.seek(start)
+                if length:
+                    file.write(separator + entries.read(length))
+                    separator = ",\n"
+            file.write("\n]\n" if separator == ",\n" else "[]\n")
     levels = sorted(set(thresholds.values()))
     reached = f"score {levels[0]}" if len(levels) == 1 else "their class's score threshold"
     unreadable = len(paths) - len(places)
@@ -168,7 +173,7 @@ def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
     for output in outputs:
         if output.exists() and _identity(output) in files:
             raise ConfigError(
-                f"--output_dir: '{output}' is one of the input images and would be overwritten. "
+                f"output_dir: '{output}' is one of the input images and would be overwritten. "
                 "Choose another folder."
             )
 

@@ -34,15 +34,17 @@ def main(given: Given) -> int:
     with process_group(options.device) as (world, device), ExitStack() as stack:
         searching = options.resume == "auto" or restarted()
         if searching:  # a run that is ending saves once more
+            if not options.output_dir:
+                raise ConfigError("`resume auto` needs `output_dir`. Give both.")
             stack.enter_context(run_lock(Path(options.output_dir), world))
-        plan = plan_run(options, given, world)
+        plan = plan_run(given, options, world)
         if not searching:
             stack.enter_context(run_lock(plan.output_dir, world))
         folder = CheckpointFolder(plan.output_dir, keep=plan.config.run.keep_checkpoints)
         if not plan.in_place and world.broadcast(folder.last.exists()):
             raise ConfigError(
-                f"--output_dir {plan.output_dir}: there is a run in it. Continue it with "
-                "--resume auto, or choose another folder."
+                f"output_dir {plan.output_dir}: there is a run in it. Continue it with "
+                "`resume auto`, or choose another folder."
             )
         changed = ", ".join(changed_options(plan.config))
         log.info(f"options that differ from the defaults: {changed}")
@@ -74,68 +76,59 @@ def restarted() -> bool:
 
 
 def processes(given: Given) -> RunConfig:
-    """Return the options of the run itself, on top of those of the checkpoint it resumes.
-
-    Raises:
-        ConfigError: `--resume auto` without a folder.
-    """
+    """Return the options of the run itself, on top of those of the checkpoint it resumes."""
     options = given.section("run", RunConfig)
-    if options.resume not in ("", "auto"):
-        checkpoint = Path(options.resume)
-        saved = saved_options(given, load_checkpoint(checkpoint)["config"], options.resume)
-        moved = Given({"run": {"output_dir": str(checkpoint.parent)}})  # it may have been moved
-        options = given.on(moved.on(saved)).section("run", RunConfig)
-    if (options.resume == "auto" or restarted()) and not options.output_dir:
-        raise ConfigError("`resume auto` needs `output_dir`. Give both.")
-    return options
+    if options.resume in ("", "auto"):
+        return options
+    config = load_checkpoint(Path(options.resume))["config"]
+    # the run may have been moved
+    moved = Given({"run": {"output_dir": str(Path(options.resume).parent)}})
+    return given.on(moved.on(saved_options(given, config, options.resume))).config().run
 
 
-def plan_run(options: RunConfig, given: Given, world: World) -> RunPlan:
+def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
     """Decide what a run starts from, and with which options.
 
-    | --resume     | the launcher started it again: no | yes                                    |
-    |--------------|-----------------------------------|----------------------------------------|
-    | not given    | fresh                             | newest checkpoint of --output_dir,     |
-    |              |                                   | else fresh                             |
-    | a checkpoint | that checkpoint                   | newest of --output_dir, else that one  |
-    | auto         | newest of --output_dir, else fresh                                         |
+    | `resume`     | started                     | started again after a failure               |
+    |--------------|-----------------------------|---------------------------------------------|
+    | not given    | fresh                       | newest in `output_dir`, else fresh          |
+    | a checkpoint | from that one               | newest in `output_dir`, else from that one  |
+    | auto         | newest in `output_dir`, else fresh                                        |
 
-    A fresh run has the options given (a preset's or file's below the command line's), on top of
-    the model options of --finetune. A run from a checkpoint has the checkpoint's options, with
-    those given on top; the model, batches and frozen parts must stay.
+    A fresh run has the options given, on top of the model options of `finetune`. A run from a
+    checkpoint has those given on top of the checkpoint's; the model, batches and frozen parts must
+    be the same.
 
     Raises:
-        ConfigError: options that exclude each other, or no --output_dir.
+        ConfigError: options exclude each other, or a fresh run has no `output_dir`.
         CheckpointError: no checkpoint of the folder is sound, or it is of another model.
     """
-    run, checkpoint = given.section("run", RunConfig), None
+    asked, checkpoint = given.section("run", RunConfig), None
     if options.resume not in ("", "auto"):
         checkpoint = Path(options.resume)
-        if run.finetune:
+        if asked.finetune:
             raise ConfigError("`resume` and `finetune` are mutually exclusive.")
     if options.resume == "auto" or restarted():
         folder = CheckpointFolder(Path(options.output_dir), keep=options.keep_checkpoints)
-        newest = world.broadcast(folder.newest_sound() if world.main else None)
-        checkpoint = newest or checkpoint
+        checkpoint = world.broadcast(folder.newest_sound() if world.main else None) or checkpoint
     if checkpoint is None:
         pretrained = None
-        if run.finetune:
-            pretrained = load_pretrained(run.finetune)
+        if asked.finetune:
+            pretrained = load_pretrained(asked.finetune)
             model = {"model": pretrained.model_options}
-            given = given.on(saved_options(given, model, run.finetune))
+            given = given.on(saved_options(given, model, asked.finetune))
         config = given.config()
         if not config.run.output_dir:
-            raise ConfigError("output_dir: a run needs a folder. Give one.")
+            raise ConfigError("output_dir: is missing. Name a folder for the run.")
         return RunPlan(replace(config, run=replace(config.run, resume="")), pretrained)
     content = load_checkpoint(checkpoint)
     saved = saved_options(given, content["config"], str(checkpoint))
     before, config = saved.config(), given.on(saved).config()
     check_same("model", asdict(before.model), asdict(config.model), checkpoint)
     check_same("recipes", asdict(before)["recipes"], asdict(config)["recipes"], checkpoint)
-    check_same(
-        "batches and frozen parts", fixed_on_resume(before), fixed_on_resume(config), checkpoint
-    )
-    output_dir = run.output_dir or str(checkpoint.parent)
+    fixed = fixed_on_resume(before), fixed_on_resume(config)
+    check_same("batches and frozen parts", *fixed, checkpoint)
+    output_dir = asked.output_dir or str(checkpoint.parent)
     run = replace(config.run, output_dir=output_dir, resume="")
     return RunPlan(
         replace(config, run=run), checkpoint=checkpoint, preprocessing=content["preprocessing"]

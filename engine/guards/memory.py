@@ -67,16 +67,16 @@ def memory_advice(
         size, unit = asked.groups()
         more = f" ({float(size) / _GIB:.1f} GiB" if unit == "bytes" else f" ({size} {unit}"
         more += " more were needed)"
-    smaller = "--activation_checkpointing, --precision bf16"
+    smaller = "`activation_checkpointing`, `precision bf16`"
     if micro_batch > 1:
         smaller = (
-            f"--batch_size {micro_batch // 2} with the same --effective_batch_size (now "
+            f"`batch_size {micro_batch // 2}` with the same `effective_batch_size` (now "
             f"{micro_batch} x {accumulation} in a process; the result is the same), {smaller}"
         )
     images = " x ".join(str(n) for n in (images_shape[0], *images_shape[-2:]))
     return UserError(
         f"training step: out of memory on {images} pixels with up to {boxes} boxes an image"
-        f"{more}. Try {smaller}, or smaller images (--train_scales, --max_size)."
+        f"{more}. Try {smaller}, or smaller images (`train_scales`, `max_size`)."
     )
 
 

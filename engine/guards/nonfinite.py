@@ -118,15 +118,15 @@ class NonFiniteSteps(Guard):
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written: {error.strerror or error}. "
-                "Free space, then continue with --resume auto."
+                "Free space, then continue with `resume auto`."
             ) from error
         if self.in_a_row >= self._limit:
             images = ", ".join(str(i) for i in step.image_ids)
             raise UserError(
                 f"step {step.step}: the loss or gradient was not finite in {self.in_a_row} steps "
                 f"in a row ({cause}; report: {path}). Look at the images ({images}), or continue "
-                "from the last good state with --resume auto and a lower --lr, --precision bf16 "
-                "or --precision fp32."
+                "from the last good state with `resume auto` and a lower `lr`, `precision bf16` "
+                "or `precision fp32`."
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Predictions on images: what is written, where, and that no image is ever overwritten."""
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -82,7 +83,9 @@ def run(paths: list[Path], output_dir: Path, *, threshold: float = 0.5) -> list[
     write_predictions(
         RED_FINDER, paths, output_dir, thresholds={"cat": threshold, "dög": threshold}, batch_size=2
     )
-    predictions: list[dict[str, Any]] = json.loads((output_dir / "predictions.json").read_bytes())
+    text = (output_dir / "predictions.json").read_text("ascii")
+    predictions: list[dict[str, Any]] = json.loads(text)
+    assert text == json.dumps(predictions, indent=1) + "\n"  # as if written at once
     return predictions
 
 
@@ -158,13 +161,13 @@ def test_unreadable_image_is_named_and_the_rest_goes_on(
     output = capsys.readouterr().out
     assert "broken.png" in output
     assert "2 images could not be read" in output
-    with pytest.raises(DataError, match="--input: none of the 1 images can be read"):
+    with pytest.raises(DataError, match="input: none of the 1 images can be read"):
         run([broken], tmp_path / "nothing")
 
 
 def test_inputs_are_never_overwritten(folder: Path, tmp_path: Path) -> None:
     before, paths = files(folder), sorted(folder.rglob("*.*"))
-    with pytest.raises(ConfigError, match="--output_dir: .* is one of the input images"):
+    with pytest.raises(ConfigError, match="output_dir: .* is one of the input images"):
         run(paths, folder)
     os.symlink(folder, tmp_path / "link")
     with pytest.raises(ConfigError, match="Choose another folder"):
@@ -182,6 +185,17 @@ def test_second_run_replaces_the_first(folder: Path, tmp_path: Path) -> None:
     for _ in range(2):
         run([folder / "a" / "one.png"], tmp_path / "out")
     assert set(files(tmp_path / "out")) == {"one.png", "predictions.json"}
+
+
+def test_images_without_a_box_leave_an_empty_list(folder: Path, tmp_path: Path) -> None:
+    nameless = copy.copy(RED_FINDER)
+    nameless.classes = Classes((0, 1, 2), ("", "", "dög"))  # two labels stand for no class
+    one = folder / "a" / "one.png"
+    write_predictions(nameless, [one], tmp_path / "some", thresholds={"dög": 0.5})
+    assert len(json.loads((tmp_path / "some" / "predictions.json").read_text())) == 1
+    nameless.classes = Classes((0, 1, 2, 3), ("", "", "", "dög"))
+    write_predictions(nameless, [one], tmp_path / "none", thresholds={"dög": 0.5})
+    assert (tmp_path / "none" / "predictions.json").read_text() == "[]\n"
 
 
 NAMES = st.sampled_from(["a.png", "A.PNG", "a.bmp", "a.jpg", "a_2.png", "a", "a.b.tif", "a_2.bmp"])

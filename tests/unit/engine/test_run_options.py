@@ -4,14 +4,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from configs.load import Given, build_config
 from configs.schema import RunConfig
 from engine.checkpoint import KEYS
 from engine.commands.train import processes
-from util.errors import ConfigError
 
 
 def test_device_processes_and_determinism_are_those_of_the_checkpoint(tmp_path: Path) -> None:
@@ -26,10 +24,5 @@ def test_device_processes_and_determinism_are_those_of_the_checkpoint(tmp_path: 
 
 
 def test_without_a_checkpoint_they_are_those_given() -> None:
-    given = Given({"run": {"seed": 4, "gpus": 3}})
-    assert processes(given) == RunConfig(seed=4, gpus=3)
-
-
-def test_auto_needs_a_folder() -> None:
-    with pytest.raises(ConfigError, match="`resume auto` needs `output_dir`"):
-        processes(Given({"run": {"resume": "auto"}}))
+    given = Given({"run": {"resume": "auto", "gpus": 3}})
+    assert processes(given) == RunConfig(resume="auto", gpus=3)

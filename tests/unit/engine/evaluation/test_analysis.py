@@ -14,14 +14,10 @@ from pycocotools.coco import COCO
 
 from engine.evaluation.analysis import Analysis, analyse, best_thresholds, save_analysis
 from engine.evaluation.errors import KINDS
-from engine.evaluation.evaluator import CocoEvaluator, Found
 from engine.evaluation.outcomes import best_threshold
 from engine.evaluation.report import report, save_report
-from tests.unit.engine.evaluation.test_matching import (
-    make_coco,
-    random_detections,
-    random_ground_truth,
-)
+from tests.unit.engine.evaluation.shared import detections_of, evaluator_with, make_coco
+from tests.unit.engine.evaluation.test_matching import random_detections, random_ground_truth
 
 Row = tuple[int, int, list[float], float]  # image, category, (x, y, w, h), score
 
@@ -45,18 +41,9 @@ def scene(num_images: int = 1) -> COCO:
 
 
 def analysed(coco: COCO, rows: list[Row]) -> Analysis:
-    evaluator = CocoEvaluator(coco, {c: c for c in coco.cats})
-    evaluator.take(
-        Found(
-            images=np.array(sorted(coco.imgs)),
-            image=np.array([r[0] for r in rows], dtype=np.int64),
-            category=np.array([r[1] for r in rows], dtype=np.int64),
-            box=np.array([r[2] for r in rows], dtype=np.float64).reshape(-1, 4),
-            score=np.array([r[3] for r in rows], dtype=np.float64),
-        )
-    )
-    names = {i: image["file_name"] for i, image in coco.imgs.items()}
-    return analyse(evaluator, evaluator.evaluate(), file_names=names)
+    images, categories, boxes, scores = zip(*rows, strict=True) if rows else ((), (), (), ())
+    evaluator = evaluator_with(coco, detections_of(coco, images, categories, boxes, scores))
+    return analyse(evaluator, evaluator.evaluate())
 
 
 def moved(box: list[float], by: float) -> list[float]:
@@ -161,14 +148,12 @@ def test_finding_nothing_costs_everything() -> None:
 
 def test_without_objects_nothing_can_be_measured() -> None:
     coco = make_coco({**scene().dataset, "annotations": []})
-    evaluator = CocoEvaluator(coco, {3: 3, 7: 7}, max_dets=300)
-    row = (np.array([v]) for v in (1, 1, 3, BOX_A, 0.9))
-    evaluator.take(Found(*row))
+    evaluator = evaluator_with(coco, detections_of(coco, [1], [3], BOX_A, [0.9]), max_dets=300)
     found = analyse(evaluator, evaluator.evaluate())
     assert {e.delta_AP50 for e in found.errors.values()} == {None}
     assert found.errors["background"].count == 1
     assert found.summary().count("n/a") == len(KINDS)
-    assert found.least_scores() == {3: 0.5, 7: 0.5}
+    assert found.min_scores().tolist() == [0.5, 0.5]
     page = report(found, {}, title="t")
     assert "with 300: AP n/a, AP50 n/a" in page
     assert page.count("No objects to find: n/a.") == 2
@@ -178,8 +163,8 @@ def test_without_objects_nothing_can_be_measured() -> None:
 def test_boxes_are_drawn_from_the_threshold_of_their_class_on() -> None:
     rows: list[Row] = [(1, 3, BOX_A, 0.9), (1, 7, BOX_A, 0.8), (2, 3, BOX_A, 0.4)]
     coco = make_coco({**scene(2).dataset, "annotations": scene(2).dataset["annotations"][::2]})
-    assert analysed(coco, rows).least_scores() == {3: 0.4, 7: 0.4}  # no dog is ever right
-    assert analysed(scene(2), [*rows, (1, 7, BOX_B, 0.3)]).least_scores() == {3: 0.4, 7: 0.3}
+    assert analysed(coco, rows).min_scores().tolist() == [0.4, 0.4]  # no dog is ever right
+    assert analysed(scene(2), [*rows, (1, 7, BOX_B, 0.3)]).min_scores().tolist() == [0.4, 0.3]
 
 
 class Checker(HTMLParser):
@@ -215,9 +200,7 @@ class Checker(HTMLParser):
 def test_the_page_is_whole_on_random_data(seed: int) -> None:
     draw = np.random.default_rng(seed)
     coco = random_ground_truth(draw, most_boxes=(1, 8)[seed % 2])
-    evaluator = CocoEvaluator(coco, {c: c for c in coco.cats})
-    if seed % 4:
-        evaluator.take(random_detections(draw, coco, 6))
+    evaluator = evaluator_with(coco, random_detections(draw, coco, 6) if seed % 4 else None)
     found = analyse(evaluator, evaluator.evaluate())
     image = {i: Image.new("RGB", (40, 30)) for i in coco.imgs}
     page = report(found, image, title="a & <b>")

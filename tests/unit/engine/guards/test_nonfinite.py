@@ -64,7 +64,7 @@ def test_only_a_whole_row_ends_the_run(tmp_path: Path) -> None:
     path = tmp_path / "nonfinite" / "step_00000005_rank0.json"
     assert path.exists()
     for words in ("step 5", "3 steps in a row", "the gradient was not", str(path), "7, 9",
-                  "--resume auto", "--lr", "--precision bf16"):  # fmt: skip
+                  "`resume auto`", "`lr`", "`precision bf16`"):  # fmt: skip
         assert words in message
     assert "\n" not in message
     resumed = make_guard(tmp_path)
