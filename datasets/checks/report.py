@@ -3,19 +3,22 @@
 import re
 from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from datasets.checks.diagnosis import Diagnosis, boxes_by_class, names_by_class
+from datasets.checks.diagnosis import Diagnosis
+from datasets.checks.findings import Finding
 from datasets.checks.kinds import GROUPS, KINDS
-from datasets.checks.ledger import Ledger, Offender
+from datasets.checks.split_report import SplitReport
 from datasets.checks.summary import verdict
 from datasets.checks.thumbnails import Thumbnails
 from util.html import STYLE, bar, column_chart, table
 
-_LISTED = 200  # offenders of a kind; all are in check.json
+_LISTED = 200  # findings of a kind; all are in check.json
 _CLASSES = 20  # in sight; the others unfold
-_UNFOLDED = 8  # offenders that are listed in sight where there are no images
+_UNFOLDED = 8  # findings that are listed in sight if there are no images
 _SIDES = (0, 4, 8, 16, 32, 64, 128, 256, 512)
 _SHORT = (0, 240, 320, 480, 640, 800, 1080, 1600, 2400)
 _COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
@@ -37,11 +40,11 @@ code { white-space: nowrap; }
 def page(diagnosis: Diagnosis, *, title: str) -> str:
     """Return the page: HTML with its styles, charts and thumbnails inside."""
     sections = [_overview(diagnosis), _numbers(diagnosis)]
-    thumbnails = Thumbnails(diagnosis.ledgers)
+    thumbnails = Thumbnails(diagnosis.splits)
     for group in GROUPS:
-        kinds = [kind for kind in diagnosis.offenders if KINDS[kind].group == group]
+        kinds = [kind for kind in diagnosis.findings if KINDS[kind].group == group]
         if kinds:
-            told = [_of_kind(kind, diagnosis.offenders[kind], thumbnails) for kind in kinds]
+            told = [_of_kind(kind, diagnosis.findings[kind], thumbnails) for kind in kinds]
             sections.append(f"<h2>{group}</h2>" + "".join(told))
     html = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -60,7 +63,7 @@ def _overview(diagnosis: Diagnosis) -> str:
          "note" if KINDS[kind].note else "wrong",
          f'<td class="text">{_prose(KINDS[kind].training, 0)}</td>',
          f'<td class="text">{_prose(KINDS[kind].fix or "–", 0)}</td>']
-        for kind, found in diagnosis.offenders.items()
+        for kind, found in diagnosis.findings.items()
     ]  # fmt: skip
     if not rows:
         return ""
@@ -73,10 +76,10 @@ def _overview(diagnosis: Diagnosis) -> str:
 
 def _numbers(diagnosis: Diagnosis) -> str:
     rows = [
-        [escape(ledger.split), str(len(ledger.section("images"))),
-         str(len(ledger.section("annotations"))), str(sum(boxes_by_class(ledger).values())),
-         str(len(ledger.class_names)), f'<td class="text">{escape(str(ledger.source.place))}</td>']
-        for ledger in diagnosis.ledgers
+        [escape(report.split), str(len(report.section("images"))),
+         str(len(report.section("annotations"))), str(sum(report.boxes_by_class().values())),
+         str(len(report.classes)), f'<td class="text">{escape(str(report.source.place))}</td>']
+        for report in diagnosis.splits
     ]  # fmt: skip
     header = ["split", "images", "annotations", "usable boxes", "classes", "from"]
     charts = [
@@ -92,9 +95,9 @@ def _numbers(diagnosis: Diagnosis) -> str:
 
 def _classes(diagnosis: Diagnosis) -> str:
     counts = []  # by name, as ids of splits may differ
-    for ledger in diagnosis.ledgers:
-        names = names_by_class(ledger)
-        counts.append({names[i]: count for i, count in boxes_by_class(ledger).items()})
+    for report in diagnosis.splits:
+        names = report.unique_class_names()
+        counts.append({names[i]: count for i, count in report.boxes_by_class().items()})
     most = max((n for found in counts for n in found.values()), default=0)
     rows = []
     for name in dict.fromkeys(name for found in counts for name in found):
@@ -102,7 +105,7 @@ def _classes(diagnosis: Diagnosis) -> str:
         for found in counts:
             cells += [str(found.get(name, 0)), bar(found.get(name, 0), most)]
         rows.append(cells)
-    header = ["class", *(cell for ledger in diagnosis.ledgers for cell in (ledger.split, ""))]
+    header = ["class", *(cell for report in diagnosis.splits for cell in (report.split, ""))]
     shown = "<h3>Classes</h3>" + table("Usable boxes of each class", header, rows[:_CLASSES])
     if len(rows) <= _CLASSES:
         return shown
@@ -113,15 +116,15 @@ def _classes(diagnosis: Diagnosis) -> str:
 def _histogram(
     diagnosis: Diagnosis,
     edges: Sequence[int],
-    values_of: Callable[[Ledger], list[float]],
+    values_of: Callable[[SplitReport], NDArray[Any]],
     title: str,
     across: str,
 ) -> str:
     """Return a chart of how many values are from each edge up to the next."""
     series = {}
-    for ledger in diagnosis.ledgers:
-        bins = np.digitize(values_of(ledger), edges[1:])
-        series[ledger.split] = np.bincount(bins.astype(np.int64), minlength=len(edges)).tolist()
+    for report in diagnosis.splits:
+        bins = np.digitize(values_of(report), edges[1:])
+        series[report.split] = np.bincount(bins.astype(np.int64), minlength=len(edges)).tolist()
     labels = [f"{edge}+" if edge == edges[-1] else str(edge) for edge in edges]
     across += ", from the number up to the next"
     told = "; ".join(
@@ -132,20 +135,21 @@ def _histogram(
     return f"<figure><h3>{title}</h3>{chart}</figure>"
 
 
-def _sides(ledger: Ledger) -> list[float]:
-    return [float(max(0.0, box.xywh[2] * box.xywh[3]) ** 0.5)
-            for image in ledger.images for box in image.usable_boxes]  # fmt: skip
+def _sides(report: SplitReport) -> NDArray[Any]:
+    areas = report.xywh[report.usable, 2:].prod(axis=1)
+    return np.asarray(np.sqrt(areas.clip(0)))
 
 
-def _counts(ledger: Ledger) -> list[float]:
-    return [float(len(image.usable_boxes)) for image in ledger.images]
+def _counts(report: SplitReport) -> NDArray[Any]:
+    return report.boxes_per_image()
 
 
-def _short_sides(ledger: Ledger) -> list[float]:
-    return [float(min(image.size)) for image in ledger.images if image.size]
+def _short_sides(report: SplitReport) -> NDArray[Any]:
+    sides = report.images.sizes.min(axis=1)
+    return np.asarray(sides[sides > 0])
 
 
-def _of_kind(kind: str, found: Sequence[Offender], thumbnails: Thumbnails) -> str:
+def _of_kind(kind: str, found: Sequence[Finding], thumbnails: Thumbnails) -> str:
     told = KINDS[kind]
     fix = f" A corrected copy: {told.fix}." if told.fix else ""
     figures = "".join(thumbnails.figures(kind, found))

@@ -8,9 +8,8 @@ from pycocotools.coco import COCO
 
 from configs.schema import DataConfig
 from datasets.build import build_dataset, read_split
-from datasets.checks.coco_json import check_content, load_json
-from datasets.formats.sources import coco_layout
-from datasets.index import CocoIndex, to_pycocotools
+from datasets.formats.coco import coco_layout
+from datasets.index import CocoIndex
 
 
 def validation_truth(
@@ -28,8 +27,8 @@ def validation_truth(
     else:
         alone = annotations is not None and not data.val_images
     if alone and annotations is not None:
-        content = check_content(load_json(annotations), annotations, need_boxes=False)
-        return to_pycocotools(content), None, [finding.text for finding in content.findings]
+        index = CocoIndex.load(annotations, None, need_boxes=False)
+        return index.coco_gt, None, index.notices
     index = CocoIndex.from_source(read_split(data, "val"), need_boxes=False)
     dataset = build_dataset(data, index, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
-    return index.coco_gt, dataset.read_image, list(index.notices)
+    return index.coco_gt, dataset.read_image, index.notices
