@@ -1,14 +1,16 @@
 """Read the entries of a COCO-format file into flat arrays, and report what cannot be used."""
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, TypeGuard
 
 import numpy as np
 
-from datasets.arrays import Annotations, BoolArray, Images, IntArray, Names
+from datasets.arrays import Annotations, BoolArray, FloatArray, Images, IntArray, Names
 from datasets.checks.findings import Finding, Findings, Notice
 from datasets.checks.split_report import SECTIONS, SplitReport
 from datasets.formats.source import Source
@@ -16,6 +18,7 @@ from util.classes import Classes
 from util.errors import DataError
 
 _NO_BOX = [float("nan")] * 4
+_LIMIT = 1e9  # of numbers that can be pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,9 +190,7 @@ def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
     crowds = [entry.get("iscrowd") for entry in entries]
     crowd = np.array([value == 1 for value in crowds], dtype=np.bool_)
     no_crowd = np.array([value not in (0, 1) for value in crowds], dtype=np.bool_)
-    boxes = [entry.get("bbox") for entry in entries]
-    xywh = np.array([box if is_box(box) else _NO_BOX for box in boxes], dtype=np.float64)
-    xywh = xywh.reshape(-1, 4)
+    xywh = _boxes([entry.get("bbox") for entry in entries])
 
     def report_some(
         kind: str, chosen: BoolArray, detail: Callable[[Mapping[str, Any]], str]
@@ -263,9 +264,24 @@ def _look_up(table: IntArray, values: IntArray, valid: BoolArray) -> IntArray:
 
 def _whole_numbers(values: Sequence[object]) -> tuple[IntArray, BoolArray]:
     """Return JSON values as numbers [A], 0 for others, and which are whole numbers [A]."""
+    if set(map(type, values)) == {int}:
+        with contextlib.suppress(OverflowError):
+            return np.array(values, dtype=np.int64), np.ones(len(values), dtype=np.bool_)
     valid = [is_whole(value) for value in values]
     numbers = [value if ok else 0 for value, ok in zip(values, valid, strict=True)]
     return np.array(numbers, dtype=np.int64), np.array(valid, dtype=np.bool_)
+
+
+def _boxes(values: Sequence[object]) -> FloatArray:
+    """Return JSON values as boxes [A,4], NaN for what is not a list of four finite numbers."""
+    boxes = [box if isinstance(box, list) and len(box) == 4 else _NO_BOX for box in values]
+    if set(map(type, chain.from_iterable(boxes))) <= {int, float}:
+        with contextlib.suppress(OverflowError):
+            xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+            xywh[~(np.abs(xywh) < _LIMIT).all(axis=1)] = np.nan
+            return xywh
+    sound = [box if all(map(is_number, box)) else _NO_BOX for box in boxes]
+    return np.array(sound, dtype=np.float64).reshape(-1, 4)
 
 
 def is_inside(file_name: str) -> bool:
@@ -285,11 +301,6 @@ def is_side(value: Any) -> TypeGuard[float]:
     return is_number(value) and value >= 1
 
 
-def is_box(box: Any) -> bool:
-    """Return whether a JSON value is a list of four finite numbers."""
-    return isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)
-
-
 def is_area(value: Any) -> TypeGuard[float]:
     """Return whether a JSON value can be an area."""
     return is_number(value) and value >= 0
@@ -297,7 +308,7 @@ def is_area(value: Any) -> TypeGuard[float]:
 
 def is_number(value: Any) -> bool:
     """Return whether a JSON value is a finite number (NaN and Infinity fail the comparison)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LIMIT
 
 
 def _refuse_fractions(annotations: Annotations, place: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 
@@ -75,10 +75,10 @@ def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared
 
 def find_missing(report: SplitReport) -> list[int]:
     """Return the positions of images without a file, listing each folder once."""
-    by_folder: dict[PurePath, list[tuple[int, str]]] = defaultdict(list)
-    for i, name in enumerate(report.images.file_names):
-        path = PurePath(name)
-        by_folder[path.parent].append((i, path.name))
+    by_folder: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for i, file_name in enumerate(report.images.file_names):
+        folder, name = os.path.split(file_name)
+        by_folder[folder].append((i, name))
     missing = []
     for folder, images in by_folder.items():
         there = _files(report.source.image_dir / folder)
