@@ -1,8 +1,7 @@
 """Small images of offenders with their boxes, for the page."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from html import escape
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -12,7 +11,7 @@ from datasets.checks.kinds import BOXES, KINDS
 from datasets.checks.ledger import Box, CheckedImage, Ledger, Offender
 from datasets.images import READ_ERRORS, read_rgb
 from util.draw import draw_boxes
-from util.html import image as embedded
+from util.html import InlineImage, inline_image
 
 _SHOWN = 6  # images of a kind
 _SIDE = 300  # pixels, the longer one
@@ -24,26 +23,35 @@ _GREY = (128, 128, 128)
 _AS_GIVEN, _MENDED = 0, 1  # colours
 
 
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small image, what it shows in full, and the line below it."""
+
+    image: InlineImage
+    alt: str
+    caption: str
+
+
 class Thumbnails:
-    """Draws offenders of any split, each with the boxes that are meant."""
+    """Draws offenders of any split, each with the boxes in question."""
 
     def __init__(self, ledgers: Sequence[Ledger]) -> None:
         self._images = {(ledger.split, p.id): p for ledger in ledgers for p in ledger.images}
         self._names = {ledger.split: ledger.class_names for ledger in ledgers}
 
-    def figures(self, kind: str, found: Sequence[Offender]) -> Iterator[str]:
-        """Yield figures of the first images that have a flaw and can be read."""
+    def of_kind(self, kind: str, found: Sequence[Offender]) -> Iterator[Thumbnail]:
+        """Yield the first images that have a flaw and can be read."""
         shown: set[tuple[str, int]] = set()
         for offender in found[:2000]:
             key = (offender.split, -1 if offender.image_id is None else offender.image_id)
             if key in shown or key not in self._images or len(shown) == _SHOWN:
                 continue
-            figure = self._figure(kind, offender, self._images[key])
-            if figure:
+            thumbnail = self._thumbnail(kind, offender, self._images[key])
+            if thumbnail:
                 shown.add(key)
-                yield figure
+                yield thumbnail
 
-    def _figure(self, kind: str, offender: Offender, image: CheckedImage) -> str | None:
+    def _thumbnail(self, kind: str, offender: Offender, image: CheckedImage) -> Thumbnail | None:
         if image.facts.state != "sound":
             return None
         try:
@@ -55,14 +63,11 @@ class Thumbnails:
         boxes = [b for b in image.boxes if not about_box or b.id == box_id]
         if kind in _CLOSE_UP and boxes:
             pixels, boxes = _close_up(pixels, boxes[0])
-        thumbnail = self._draw(pixels, boxes, offender.split, given=about_box)
-        place = f"{offender.split} {offender.place}"
-        text = f"{place}: {offender.detail}" if offender.detail else place
-        told = f"{KINDS[kind].title}: {text}; {len(boxes)} boxes drawn"
-        return (
-            f"<figure>{embedded(thumbnail, told, width=_SIDE)}"
-            f"<figcaption>{escape(text)}</figcaption></figure>"
-        )
+        drawn = self._draw(pixels, boxes, offender.split, given=about_box)
+        caption = f"{offender.split} {offender.place}"
+        caption += f": {offender.detail}" if offender.detail else ""
+        alt = f"{KINDS[kind].title}: {caption}; {len(boxes)} boxes drawn"
+        return Thumbnail(inline_image(drawn, max_width=_SIDE), alt, caption)
 
     def _draw(
         self, pixels: Image.Image, boxes: Sequence[Box], split: str, *, given: bool
