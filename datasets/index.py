@@ -1,15 +1,11 @@
 """A checked split of a data set of any format, in flat arrays."""
 
-import contextlib
-import io
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
 
 from datasets.arrays import Annotations, Images
 from datasets.checks.boxes import check_boxes, clip, has_area
@@ -136,11 +132,6 @@ class CocoIndex:
         """Usable boxes of each image."""
         return np.diff(self.first)
 
-    @cached_property
-    def coco_gt(self) -> COCO:
-        """The ground truth for pycocotools."""
-        return to_pycocotools(self)
-
     def report(self, num_queries: int) -> str:
         """Return the summary and a line on everything that was fixed or cannot be detected."""
         notices = self.notices
@@ -175,34 +166,3 @@ class CocoIndex:
             f"{int(self.annotations.crowd.sum())} crowd boxes, {len(self.classes)} classes\n"
             f"  boxes by class: {', '.join([*shown, *more])}"
         )
-
-
-def to_pycocotools(data: CocoIndex) -> COCO:
-    """Return checked annotations for pycocotools, with areas and crowd flags filled in.
-
-    They are numbered from 1: pycocotools takes an id of 0 for "no match".
-    """
-    found, ids = data.annotations, data.classes.ids
-    annotations: list[dict[str, Any]] = [
-        {
-            "id": number + 1,
-            "image_id": int(data.images.ids[found.image[number]]),
-            "category_id": ids[found.labels[number]],
-            "bbox": found.xywh[number].tolist(),
-            "area": float(found.area[number]),
-            "iscrowd": int(found.crowd[number]),
-        }
-        for number in range(len(found.ids))
-    ]
-    images = [
-        {"id": int(i), "file_name": name, "height": int(height), "width": int(width)}
-        for i, name, (height, width) in zip(
-            data.images.ids, data.images.file_names, data.images.sizes, strict=True
-        )
-    ]
-    categories = [{"id": i, "name": name} for i, name in zip(ids, data.classes.names, strict=True)]
-    coco = COCO()
-    coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco

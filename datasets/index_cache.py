@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from datasets.checks.findings import Notice
 from datasets.formats.coco import parse_json, read_bytes
 from datasets.formats.source import Source
 from util.classes import Classes
+from util.files import atomic_path
 
 _VERSION = 3  # of the arrays and of the checks that fill them
 _MIN_BYTES = 4_000_000  # smaller files are read again in a moment
@@ -76,16 +76,9 @@ def _save(file: Path, content: CocoContent) -> None:
         sizes=content.images.sizes,
         **{f"box_{f.name}": getattr(content.annotations, f.name) for f in fields(Annotations)},
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-        try:
-            temporary.write(hashlib.sha256(buffer.getbuffer()).digest())
-            temporary.write(buffer.getbuffer())
-            temporary.close()
-            os.replace(temporary.name, file)
-        except OSError:
-            os.unlink(temporary.name)
-            raise
+    with atomic_path(file) as temporary, temporary.open("wb") as opened:
+        opened.write(hashlib.sha256(buffer.getbuffer()).digest())
+        opened.write(buffer.getbuffer())
     by_age = sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)
     for old in by_age[:-_KEPT]:
         old.unlink(missing_ok=True)

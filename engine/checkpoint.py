@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from util.console import console
 from util.errors import CheckpointError
-from util.tensor_files import check_content, load_safely, save_whole, written_whole
+from util.tensor_files import check_content, load_safely, save_whole
 
 KEYS = (
     "model",
@@ -99,14 +99,17 @@ class CheckpointFolder:
             CheckpointError: it cannot be written; nothing has changed then.
         """
         _check_plain(dict(content), "checkpoint")
-        with written_whole(self.last, dict(content)) as replace_last:
-            if self._keep > 1 and self.last.exists():
-                self._set_aside(content["progress"]["step"])
-            replace_last()
+        save_whole(
+            self.last,
+            dict(content),
+            before_replacing=lambda: self._set_aside(content["progress"]["step"]),
+        )
         for path in self._earlier()[self._keep - 1 :]:
             path.unlink(missing_ok=True)
 
     def _set_aside(self, next_step: int) -> None:
+        if self._keep == 1 or not self.last.exists():
+            return
         try:
             step = load_checkpoint(self.last)["progress"]["step"]
         except CheckpointError:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from engine.evaluation.evaluate import PostProcessor, evaluate
-from engine.evaluation.evaluator import CocoEvaluator, EvalResult, save_results
+from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
 from engine.evaluation.outcomes import thresholds_by_name
 from engine.run_log import RunLog
 from engine.train import StepRunner, diverged
@@ -25,14 +25,14 @@ from util.distributed import World
 class Validation:
     """What evaluating a run needs.
 
-    `draw` makes images from the evaluator and names them; they go to TensorBoard and to
-    `pictures/`. `thresholds` are the last evaluation's best, by class name, in the main process.
+    `draw` makes images from the evaluator, by image id; they go to TensorBoard and to `pictures/`.
+    `thresholds` are the last evaluation's best, by class name, in the main process.
     """
 
     batches: Iterable[Batch]
-    make_evaluator: Callable[[], CocoEvaluator]
+    make_evaluator: Callable[[], Evaluator]
     postprocess: PostProcessor
-    draw: Callable[[CocoEvaluator], Mapping[str, Image.Image]]
+    draw: Callable[[Evaluator], Mapping[int, Image.Image]]
     output_dir: Path
     log: RunLog
     thresholds: dict[str, float] = field(default_factory=dict)
@@ -84,7 +84,8 @@ class Validation:
         )
         if runner.world.main:
             self.thresholds = thresholds_by_name(evaluator)
-            save_results(self.output_dir, result, evaluator.detections)
+            detections = evaluator.detections().to_coco(evaluator.truth)
+            save_results(self.output_dir, result, detections)
             self._show(runner.step - 1, f"{prefix}val", result, losses, evaluator)
         return result, {
             **{f"{prefix}test_{name}": value for name, value in losses.items()},
@@ -97,15 +98,15 @@ class Validation:
         curve: str,
         result: EvalResult,
         losses: Mapping[str, float],
-        evaluator: CocoEvaluator,
+        evaluator: Evaluator,
     ) -> None:
         self.log.scalars(step, {f"{curve}/{name}": v for name, v in result.stats.items()})
         self.log.scalars(step, {f"{curve}/{n}": losses[n] for n in ("loss",) if n in losses})
         folder = self.output_dir / "pictures"
-        for name, image in self.draw(evaluator).items():
+        for image_id, image in self.draw(evaluator).items():
             folder.mkdir(exist_ok=True)
-            image.save(folder / f"{name}.png")
-            self.log.image(f"{curve}/{name}", image, step)
+            image.save(folder / f"image_{image_id}.png")
+            self.log.image(f"{curve}/image_{image_id}", image, step)
 
 
 @torch.no_grad()

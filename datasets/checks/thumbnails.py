@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
 import torch
 from PIL import Image
@@ -13,7 +12,7 @@ from datasets.checks.kinds import BOXES, KINDS
 from datasets.checks.split_report import SplitReport
 from datasets.images import READ_ERRORS, read_rgb
 from util.draw import draw_boxes
-from util.html import image as embedded
+from util.html import InlineImage, inline_image
 
 _SHOWN = 6  # images of a kind
 _SIDE = 300  # pixels, the longer one
@@ -34,6 +33,15 @@ class _Box:
     given: list[float] | None = None
 
 
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small image, what it shows in full, and the line below it."""
+
+    image: InlineImage
+    alt: str
+    caption: str
+
+
 class Thumbnails:
     """Draws findings of any split, each with the boxes that are meant."""
 
@@ -44,19 +52,21 @@ class Thumbnails:
             for i, image_id in enumerate(report.images.ids.tolist())
         }
 
-    def figures(self, kind: str, found: Sequence[Finding]) -> Iterator[str]:
-        """Yield figures of the first images that have a flaw and can be read."""
+    def of_kind(self, kind: str, found: Sequence[Finding]) -> Iterator[Thumbnail]:
+        """Yield the first images that have a flaw and can be read."""
         shown: set[tuple[str, int]] = set()
         for finding in found[:2000]:
             key = (finding.split, -1 if finding.image_id is None else finding.image_id)
             if key in shown or key not in self._images or len(shown) == _SHOWN:
                 continue
-            figure = self._figure(kind, finding, *self._images[key])
-            if figure:
+            thumbnail = self._thumbnail(kind, finding, *self._images[key])
+            if thumbnail:
                 shown.add(key)
-                yield figure
+                yield thumbnail
 
-    def _figure(self, kind: str, finding: Finding, report: SplitReport, image: int) -> str | None:
+    def _thumbnail(
+        self, kind: str, finding: Finding, report: SplitReport, image: int
+    ) -> Thumbnail | None:
         if report.facts[image].state != "sound":
             return None
         try:
@@ -71,14 +81,11 @@ class Thumbnails:
         ]
         if kind in _CLOSE_UP and boxes:
             pixels, boxes = _close_up(pixels, boxes[0])
-        thumbnail = _draw(pixels, boxes, given=about_box)
-        place = f"{finding.split} {finding.place}"
-        text = f"{place}: {finding.detail}" if finding.detail else place
-        described = f"{KINDS[kind].title}: {text}; {len(boxes)} boxes drawn"
-        return (
-            f"<figure>{embedded(thumbnail, described, width=_SIDE)}"
-            f"<figcaption>{escape(text)}</figcaption></figure>"
-        )
+        drawn = _draw(pixels, boxes, given=about_box)
+        caption = f"{finding.split} {finding.place}"
+        caption += f": {finding.detail}" if finding.detail else ""
+        alt = f"{KINDS[kind].title}: {caption}; {len(boxes)} boxes drawn"
+        return Thumbnail(inline_image(drawn, max_width=_SIDE), alt, caption)
 
 
 def _box(report: SplitReport, row: int) -> _Box:

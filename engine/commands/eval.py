@@ -7,19 +7,20 @@ from pathlib import Path
 from typing import cast
 
 from PIL import Image
-from pycocotools.coco import COCO
 
 from configs.options import Values
 from configs.schema import DataConfig, EvalConfig, merge_options
-from datasets.build import build_dataset, load_index
+from datasets.build import build_dataset, load_index, read_split
+from datasets.formats.coco import coco_layout
+from datasets.index import CocoIndex
 from datasets.loader import eval_loader
-from engine.commands.ground_truth import validation_truth
 from engine.detector import beside, load_detector, saved_data_options
 from engine.evaluation.analysis import analyse, save_analysis
 from engine.evaluation.detections import read_detections
 from engine.evaluation.evaluate import evaluate
-from engine.evaluation.evaluator import Backend, CocoEvaluator, EvalResult, save_results
+from engine.evaluation.evaluator import Backend, EvalResult, Evaluator, save_results
 from engine.evaluation.gallery import draw_gallery
+from engine.evaluation.matching import Truth
 from engine.evaluation.report import save_report
 from engine.precision import Precision
 from engine.processes import launch
@@ -55,42 +56,52 @@ def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
 def evaluate_detections(options: EvalConfig, data: DataConfig) -> int:
     """Evaluate a file in the COCO results format; no model is needed, nor the images."""
     if options.checkpoint:
-        raise ConfigError(
-            "--detections: expected no --checkpoint with it, got both. Evaluate one of the two."
-        )
+        raise ConfigError("--detections and --checkpoint are mutually exclusive. Use one of them.")
     path = Path(options.detections)
-    output_dir = Path(options.output_dir) if options.output_dir else _folder_above(path)
-    _keep_inputs(output_dir, path, Path(data.val_annotations))
-    coco_gt, read_image, notices = validation_truth(data)
-    found, more = read_detections(path, coco_gt.imgs, coco_gt.cats)
+    # results go to the run's folder if the file is in its eval/, else beside the file
+    above = path.parent.parent if path.parent.name == "eval" else path.parent
+    output_dir = Path(options.output_dir) if options.output_dir else above
+    for name in ("results.json", "analysis.json", "report.html"):
+        result = output_dir / "eval" / name
+        for file in (path, Path(data.val_annotations)):
+            if result.is_file() and file.is_file() and result.samefile(file):
+                raise ConfigError(
+                    f"--output_dir {output_dir}: {file}, which is an input, would be overwritten. "
+                    "Choose another folder."
+                )
+    truth, read_image, notices = read_truth(data)
+    detections, more = read_detections(path, truth)
     make_output_dir(output_dir / "eval")
     for notice in (*notices, *more):
         console(f"  notice: {notice}")
-    evaluator = _evaluator(options, coco_gt, {c: c for c in coco_gt.cats})
-    evaluator.take(found)
-    _tell(options, output_dir, evaluator, evaluator.evaluate(), coco_gt, read_image, path.name)
+    evaluator = _evaluator(options, truth)
+    evaluator.add(detections)
+    _report(options, output_dir, evaluator, evaluator.evaluate(), read_image, path.name)
     return 0
 
 
-def _folder_above(path: Path) -> Path:
-    """Return the run's folder if the file is in its `eval/`, else the file's folder."""
-    return path.parent.parent if path.parent.name == "eval" else path.parent
+def read_truth(data: DataConfig) -> tuple[Truth, ReadImage | None, list[str]]:
+    """Return validation annotations, a reader of images if they are at hand, and notices.
 
-
-def _keep_inputs(output_dir: Path, *inputs: Path) -> None:
-    """Refuse to write results over what is read."""
-    for name in ("results.json", "analysis.json", "report.html"):
-        result = output_dir / "eval" / name
-        for path in inputs:
-            if result.is_file() and path.is_file() and result.samefile(path):
-                raise ConfigError(
-                    f"--output_dir {output_dir}: expected another folder, as {path}, which is "
-                    "read, would be overwritten. Choose one."
-                )
+    Raises:
+        DataError: no option says where the data lies, or they cannot be read.
+    """
+    annotations = Path(data.val_annotations) if data.val_annotations else None
+    images_exist = bool(data.val_images)
+    if annotations is None and data.coco_path and not data.data_path:
+        folder, annotations = coco_layout(Path(data.coco_path), "val")
+        images_exist = folder.is_dir()
+    if annotations is not None and not images_exist:
+        index = CocoIndex.load(annotations, None, need_boxes=False)
+        return Truth.of(index.classes, index.images, index.annotations), None, index.notices
+    index = CocoIndex.from_source(read_split(data, "val"), need_boxes=False)
+    dataset = build_dataset(data, index, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
+    truth = Truth.of(index.classes, index.images, index.annotations)
+    return truth, dataset.read_image, index.notices
 
 
 def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
-    """Evaluate this process's share; the main one writes the results of all."""
+    """Evaluate this process's part; the main one writes the results of all."""
     device = own_device(pick_device(options.device), world)
     model, pretrained, mean, std = load_detector(options.checkpoint, device, ema=options.ema)
     output_dir = Path(options.output_dir) if options.output_dir else beside(options.checkpoint)
@@ -111,7 +122,8 @@ def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
         rank=world.rank,
         world_size=world.size,
     )
-    evaluator = _evaluator(options, index.coco_gt, dataset.label_to_category)
+    truth = Truth.of(index.classes, index.images, index.annotations)
+    evaluator = _evaluator(options, truth, dataset.label_to_category)
     result, _ = evaluate(
         model,
         PostProcess(nms_iou=data.nms_iou),
@@ -123,45 +135,42 @@ def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
     )
     if world.main:
         name = Path(options.checkpoint).name
-        _tell(
-            options, output_dir, evaluator, result, index.coco_gt, dataset.read_image, name
-        )  # fmt: skip
+        _report(options, output_dir, evaluator, result, dataset.read_image, name)
     return 0
 
 
-def _evaluator(options: EvalConfig, coco_gt: COCO, labels: dict[int, int]) -> CocoEvaluator:
+def _evaluator(
+    options: EvalConfig, truth: Truth, label_to_category: dict[int, int] | None = None
+) -> Evaluator:
     backend = cast(Backend, options.evaluator)  # the option's choices are the same
-    return CocoEvaluator(coco_gt, labels, backend=backend, max_dets=options.max_dets)
+    return Evaluator(truth, label_to_category, backend=backend, max_dets=options.max_dets)
 
 
-def _tell(
+def _report(
     options: EvalConfig,
     output_dir: Path,
-    evaluator: CocoEvaluator,
+    evaluator: Evaluator,
     result: EvalResult,
-    coco_gt: COCO,
     read_image: ReadImage | None,
     title: str,
 ) -> None:
     """Print the numbers, and write them with the detections and what the analysis finds."""
     console(result.table())
+    detections, truth = evaluator.detections(), evaluator.truth
     # detections that were read from a file are never written over it
-    save_results(output_dir, result, None if options.detections else evaluator.detections)
+    save_results(output_dir, result, None if options.detections else detections.to_coco(truth))
     written = f"written: {output_dir / 'eval' / 'results.json'}"
     written += "" if options.detections else ", detections.json"
     if options.analysis:
-        names = {i: str(image.get("file_name", "")) for i, image in coco_gt.imgs.items()}
-        analysis = analyse(evaluator, result, file_names=names)
+        analysis = analyse(evaluator, result)
         console(f"\n{analysis.summary()}")
         images = {}
         if read_image is not None:
+            above = detections.select(
+                detections.score >= analysis.min_scores()[detections.category]
+            )
             shown = [w.image_id for w in analysis.worst[:_IMAGES_SHOWN]]
-            least = analysis.least_scores()
-            above = [
-                d for d in evaluator.detections_on(shown) if d["score"] >= least[d["category_id"]]
-            ]
-            drawn = draw_gallery(above, coco_gt, shown, read_image, score_threshold=None)
-            images = {i: drawn[f"image_{i}"] for i in shown if f"image_{i}" in drawn}
+            images = draw_gallery(above, truth, shown, read_image, score_threshold=None)
         save_analysis(output_dir, analysis)
         save_report(output_dir, analysis, images, title=title)
         written += ", analysis.json, report.html"

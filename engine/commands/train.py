@@ -24,8 +24,9 @@ from engine.checkpoint import CheckpointFolder, check_same, load_checkpoint
 from engine.commands.first_weights import Start, build_training_model
 from engine.detector import saved_options
 from engine.ema import Ema
-from engine.evaluation.evaluator import CocoEvaluator
+from engine.evaluation.evaluator import Evaluator
 from engine.evaluation.gallery import draw_gallery, evenly_spaced
+from engine.evaluation.matching import Truth
 from engine.guards.flat_loss import FlatLossWatchdog
 from engine.guards.memory import probe
 from engine.guards.nonfinite import NonfiniteRecorder
@@ -356,7 +357,8 @@ def build_validation(
     dataset: CocoDetection, config: Config, place: Place, log: RunLog
 ) -> Validation:
     """Return what the run evaluates with."""
-    coco_gt = dataset.index.coco_gt
+    index = dataset.index
+    truth = Truth.of(index.classes, index.images, index.annotations)
     batches = eval_loader(
         dataset,
         batch_size=config.optim.eval_batch_size or config.optim.batch_size,
@@ -365,13 +367,13 @@ def build_validation(
         rank=place.world.rank,
         world_size=place.world.size,
     )
-    shown = evenly_spaced(sorted(coco_gt.getImgIds()), config.run.num_images)
+    shown = evenly_spaced(truth.image_ids.tolist(), config.run.num_images)
     return Validation(
         batches=batches,
-        make_evaluator=partial(CocoEvaluator, coco_gt, dataset.label_to_category),
+        make_evaluator=partial(Evaluator, truth, dataset.label_to_category),
         postprocess=PostProcess(nms_iou=config.data.nms_iou),
         draw=lambda evaluator: draw_gallery(
-            evaluator.detections_on(shown), coco_gt, shown, dataset.read_image
+            evaluator.detections(), truth, shown, dataset.read_image
         ),
         output_dir=Path(config.run.output_dir),
         log=log,

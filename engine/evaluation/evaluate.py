@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine.evaluation.evaluator import CocoEvaluator, EvalResult
+from engine.evaluation.evaluator import EvalResult, Evaluator
 from engine.metrics import Averages, official_log_values
 from engine.train import Criterion, UnreadableImages
 from util.batch import Batch, PaddedBatch, Target, pad_images
@@ -32,9 +32,9 @@ def detect(
 ) -> Iterator[tuple[Batch, list[dict[str, Tensor]]]]:
     """Yield every batch with its detections (pixels of the original images, on the host).
 
-    Unreadable images are named; a batch of nothing else has no detections. Images that turn
-    out to differ in size go through the model one by one, so that none sees padding. `on_outputs`
-    sees the raw outputs.
+    Unreadable images are reported; a batch of nothing else has no detections. Images of different
+    sizes go through the model one by one, so that none sees padding. `on_outputs` sees the raw
+    outputs.
 
     Raises:
         UserError: a score or box is not finite.
@@ -58,18 +58,14 @@ def detect(
             sizes = torch.stack([t["orig_size"] for t in targets])
             found += postprocess(outputs, sizes.to(device))
         on_host = [{k: v.cpu() for k, v in d.items()} for d in found]
-        _check_finite(on_host, batch.targets)
+        for output, target in zip(on_host, batch.targets, strict=True):
+            if not (output["scores"].isfinite().all() and output["boxes"].isfinite().all()):
+                raise UserError(
+                    f"image {int(target['image_id'])}: the model produced NaN or infinite scores "
+                    "or boxes: its weights are corrupt, or the precision is too low. Use another "
+                    "checkpoint or precision."
+                )
         yield batch, on_host
-
-
-def _check_finite(found: Sequence[dict[str, Tensor]], targets: Sequence[Target]) -> None:
-    for detection, target in zip(found, targets, strict=True):
-        if not (detection["scores"].isfinite().all() and detection["boxes"].isfinite().all()):
-            raise UserError(
-                f"image {int(target['image_id'])}: expected finite scores and boxes of the model, "
-                "got others: its weights are broken, or half precision is too little for them. "
-                "Use another checkpoint or precision."
-            )
 
 
 def unpadded_parts(
@@ -91,7 +87,7 @@ def evaluate(
     model: nn.Module,
     postprocess: PostProcessor,
     batches: Iterable[Batch],
-    evaluator: CocoEvaluator,
+    evaluator: Evaluator,
     *,
     device: torch.device,
     criterion: Criterion | None = None,
@@ -101,8 +97,8 @@ def evaluate(
 ) -> tuple[EvalResult, dict[str, float]]:
     """Evaluate on a data set; return COCO's numbers and the mean losses.
 
-    Each process of `world` gives its own `batches`; all get the result, while the detections of
-    all come together in the main process's evaluator alone.
+    Each process of `world` passes its own `batches` and gets the result; the detections of all
+    are collected in the main process's evaluator alone.
 
     Raises:
         Interrupted: `stopping()` held between two batches.
@@ -127,9 +123,9 @@ def evaluate(
         evaluator.update([int(t["image_id"]) for t in batch.targets], detections)
         if stopping():
             raise Interrupted
-    parts = world.gather((evaluator.found(), averages))
+    parts = world.gather((evaluator.detections(), averages))
     for found, means in parts[1:]:
-        evaluator.take(found)
+        evaluator.add(found)
         averages.merge([means])
     result, averages = world.broadcast(
         (evaluator.evaluate(), averages) if world.main else (None, averages)

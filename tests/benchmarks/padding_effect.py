@@ -19,7 +19,8 @@ from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection
 from datasets.loader import collate, eval_loader
 from engine.detector import load_detector, saved_data_options
-from engine.evaluation.evaluator import CocoEvaluator, EvalResult
+from engine.evaluation.evaluator import EvalResult, Evaluator
+from engine.evaluation.matching import Truth
 from models.postprocess import PostProcess
 from util.batch import Batch
 
@@ -29,7 +30,9 @@ def measure(
     model: torch.nn.Module, dataset: CocoDetection, batches: Iterable[Batch]
 ) -> tuple[EvalResult, dict[int, float]]:
     """Return COCO's numbers and each image's best score, with batches taken as they are."""
-    evaluator = CocoEvaluator(dataset.index.coco_gt, dataset.label_to_category)
+    index = dataset.index
+    truth = Truth.of(index.classes, index.images, index.annotations)
+    evaluator = Evaluator(truth, dataset.label_to_category)
     postprocess = PostProcess()
     for batch in batches:
         if batch.images is not None:
@@ -37,9 +40,9 @@ def measure(
             ids = [int(t["image_id"]) for t in batch.targets]
             evaluator.update(ids, postprocess(model(batch.images), sizes))
     best: dict[int, float] = {}
-    for detection in evaluator.detections:
-        image_id = detection["image_id"]
-        best[image_id] = max(best.get(image_id, 0.0), detection["score"])
+    found = evaluator.detections()
+    for image_id, score in zip(truth.image_ids[found.image].tolist(), found.score, strict=True):
+        best[image_id] = max(best.get(image_id, 0.0), float(score))
     return evaluator.evaluate(), best
 
 

@@ -19,7 +19,8 @@ from datasets.build import build_dataset, load_index
 from datasets.loader import eval_loader
 from engine.detector import load_detector, saved_data_options
 from engine.evaluation.evaluate import evaluate
-from engine.evaluation.evaluator import CocoEvaluator
+from engine.evaluation.evaluator import Evaluator
+from engine.evaluation.matching import Truth
 from models.postprocess import PostProcess
 from util.batch import UnreadableImage
 
@@ -44,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
         scale_jitter=(1.0, 1.0), zoom_out=0.0, color_jitter=0.0, mosaic=0.0, mixup=0.0,
     )  # fmt: skip
     index = load_index(data, "val")
+    truth = Truth.of(index.classes, index.images, index.annotations)
     ways = {
         name: build_dataset(
             options, index, train=name == "fast", mean=mean, std=std, classes=pretrained.classes
@@ -55,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             model,
             PostProcess(nms_iou=data.nms_iou),
             eval_loader(dataset, batch_size=1, num_workers=0),
-            CocoEvaluator(index.coco_gt, dataset.label_to_category),
+            Evaluator(truth, dataset.label_to_category),
             device=cpu,
         )
         print(f"{name}: AP {result.stats['AP']:.4f}, AP50 {result.stats['AP50']:.4f}")

@@ -120,7 +120,7 @@ def test_numbers_that_are_not_finite_are_no_detections(
     model = load_detector(save(content, tmp_path, model=weights), CPU)[0]
     target = {"image_id": torch.tensor(5), "orig_size": torch.tensor([128, 128])}
     batch = Batch(pad_images([torch.rand(3, 128, 128)]), [target], [])
-    with pytest.raises(UserError, match="image 5: expected finite scores and boxes"):
+    with pytest.raises(UserError, match="image 5: the model produced NaN or infinite scores"):
         list(detect(model, PostProcess(), [batch], device=CPU, description=""))
 
 

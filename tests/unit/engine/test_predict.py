@@ -197,7 +197,7 @@ def test_inputs_are_never_overwritten(folder: Path, tmp_path: Path) -> None:
 
 def test_file_in_place_of_the_folder_is_told(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(ConfigError, match="--output_dir .*out: expected a folder"):
+    with pytest.raises(ConfigError, match="output_dir .*out: the folder cannot be made"):
         run([folder / "a" / "one.png"], tmp_path / "out")
 
 

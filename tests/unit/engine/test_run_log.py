@@ -114,7 +114,7 @@ def test_epoch_needs_its_number(tmp_path: Path) -> None:
 
 def test_file_in_the_way_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(ConfigError, match=r"--output_dir .*run: expected a folder") as caught:
+    with pytest.raises(ConfigError, match="output_dir .*run: the folder cannot be made") as caught:
         RunLog(tmp_path / "run", tensorboard=False)
     assert "\n" not in str(caught.value)
 
