@@ -237,9 +237,13 @@ def with_dashes(message: str, names: Collection[str]) -> str:
     """Write the options that an error names as flags; see `util.errors.UserError`."""
 
     def flag(match: "re.Match[str]") -> str:
-        name = match[1] or match[2]
-        if name not in names:
-            return match[0]
-        return f"--{name}" if match[1] else f"--{name}{match[3]}"
+        name, value = match["name"] or match["quoted"] or match["word"], match["value"] or ""
+        return f"--{name}{value}" if name in names else match[0]
 
-    return re.sub(r"^(\w+)(?=:| \S+: )|`(\w+)((?: [^`]*)?)`", flag, message)
+    return re.sub(
+        r"^(?P<name>\w+)(?=:| \S+: )"
+        r"|`(?P<quoted>\w+)(?P<value>(?: [^`]*)?)`"
+        r"|(?<![\w./'`-])(?P<word>\w+_\w+)(?![\w/'`]|\.\w)",
+        flag,
+        message,
+    )
