@@ -148,7 +148,7 @@ class Trainer:
             self.seconds, clock = self.seconds + now - clock, now
             bar.update(1)
             if self.step % self.flush_every == 0 and (latest := self.steps.flush(keep=1)):
-                shown = {k: f"{latest[k]:.3f}" for k in ("loss", "class_error")}
+                shown = {k: f"{latest[k]:.3f}" for k in ("loss", "class_error") if k in latest}
                 bar.set_postfix(shown, refresh=False)
             if self.save_every and self.step % self.save_every == 0:
                 self.steps.flush()
