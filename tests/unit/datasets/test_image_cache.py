@@ -12,7 +12,8 @@ from PIL import Image
 from configs.schema import DataConfig
 from datasets.build import build_dataset, load_index
 from datasets.image_cache import ImageCache
-from datasets.loader import BatchSplit, train_loader
+from datasets.loader import train_loader
+from datasets.samplers import BatchSplit
 from util.errors import ConfigError
 
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

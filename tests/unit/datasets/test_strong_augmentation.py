@@ -10,7 +10,8 @@ import torch
 from configs.load import build_config
 from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection
-from datasets.loader import BatchSplit, loader_processes, train_loader
+from datasets.loader import loader_processes, train_loader
+from datasets.samplers import BatchSplit
 
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 Write = Callable[[dict[str, Any]], tuple[Path, Path]]
