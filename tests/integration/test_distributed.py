@@ -163,8 +163,8 @@ def test_a_mistake_that_all_processes_find_is_told_once(shapes: Path, tmp_path: 
     assert line == printed[-1]
     assert line.startswith("error: rank ")
     assert line.endswith(
-        ": --effective_batch_size 6: expected a multiple of the 4 processes. Take 4, or other "
-        "processes."
+        ": --effective_batch_size 6: not a multiple of the 4 processes. Use 4, or another "
+        "number of processes."
     )
 
 

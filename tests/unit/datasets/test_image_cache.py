@@ -34,7 +34,7 @@ def test_images_come_back_until_the_memory_is_full() -> None:
 
 
 def test_more_than_the_machine_has_is_one_line() -> None:
-    with pytest.raises(ConfigError, match="--cache_images: expected .* GB"):
+    with pytest.raises(ConfigError, match="^cache_images: there are not .* GB"):
         ImageCache(1, 10**15)
 
 

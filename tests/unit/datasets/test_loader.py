@@ -190,11 +190,11 @@ def test_no_effective_batch_means_one_micro_batch_a_process() -> None:
     assert share.effective == 6
 
 
-@pytest.mark.parametrize(("effective", "advice"), [(6, "Take 4,"), (3, "Take 4,"), (9, "Take 8,")])
+@pytest.mark.parametrize(("effective", "advice"), [(6, "Use 4,"), (3, "Use 4,"), (9, "Use 8,")])
 def test_an_effective_batch_that_the_processes_cannot_share_is_refused(
     effective: int, advice: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"^--effective_batch_size {effective}: .* {advice}"):
+    with pytest.raises(ConfigError, match=f"^effective_batch_size {effective}: .* {advice}"):
         split_batch(effective, max_size=2, world_size=4)
 
 

@@ -61,9 +61,9 @@ def test_options_without_effect_are_told(
     strong(content, write, close_augment_epochs=19)
     assert "notice" not in capsys.readouterr().out
     strong(content, write, close_augment_epochs=20)
-    assert "--close_augment_epochs 20 covers all 20 epochs" in capsys.readouterr().out
+    assert "notice: close_augment_epochs 20 covers all 20 epochs" in capsys.readouterr().out
     strong(content, write, augment="none", train_scales=(24, 36))
-    assert "--train_scales has no effect" in capsys.readouterr().out
+    assert "`train_scales` has no effect" in capsys.readouterr().out
 
 
 def test_processes_follow_the_cores() -> None:
