@@ -45,13 +45,14 @@ def main(options: ConvertOptions) -> int:
     """Write a data set as COCO, VOC or YOLO."""
     for name in ("data_path", "output_dir"):
         if not getattr(options, name):
-            raise ConfigError(f"`{name}` is required.")
+            raise ConfigError(f"{name}: is missing. Add it.")
+    writing = format_options(options, options.to)
     lines = convert(
         {split: _read(options, split) for split in options.splits},
         options.to,
         Path(options.output_dir),
         copy=options.copy_images,
-        **format_options(options, options.to),
+        **writing,
     )
     console("\n".join(lines))
     console(f"written: {options.output_dir}")

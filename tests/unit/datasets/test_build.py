@@ -27,9 +27,12 @@ def test_coco_layout_and_explicit_paths() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "train data: no option says where it is. Set coco_path, or train_images"),
-        ({"train_images": "x"}, "train_images needs train_annotations too"),
-        ({"train_annotations": "x", "coco_path": "y"}, "train_annotations needs train_images too"),
+        ({}, "train data: no option says where it is. Set `coco_path`, or `train_images`"),
+        ({"train_images": "x"}, "train_images: needs `train_annotations` too"),
+        (
+            {"train_annotations": "x", "coco_path": "y"},
+            "train_annotations: needs `train_images` too",
+        ),
     ],
 )
 def test_incomplete_options_are_refused(options: dict[str, Any], message: str) -> None:
