@@ -26,6 +26,8 @@ class ModelConfig(_Checked):
     train_backbone_norm: bool = option(
         False, "train the backbone's batch norms instead of freezing them (training from scratch)"
     )
+    neck: str = option("none", "what mixes the feature levels before the encoder")
+    encoder: str = option("deformable", "encoder")
     position_embedding: str = option("sine", "positional encoding", choices=("sine", "learned"))
     num_feature_levels: int = option(
         4, "feature levels; 1 is the last stage alone, 3 the last three, more adds stride-2 levels",
@@ -77,6 +79,9 @@ class LossConfig(_Checked):
     bbox_loss_coef: float = option(5.0, "weight of the box L1 loss", low=0)
     giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0)
     focal_alpha: float = option(0.25, "alpha of the focal loss and cost", low=0, high=1)
+    extra_losses: tuple[str, ...] = option(
+        (), "further registered losses, as NAME or NAME=COEFFICIENT"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
