@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from configs.options import check_values, option
+from configs.options import Checked, option
 from models.matcher import PaddedTargets
 from models.queries import Proposals, QueryGroup
 from models.recipes import RECIPES
@@ -21,15 +21,12 @@ from util.batch import Target
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     """Options of hybrid matching, under their official names."""
 
     num_queries_one2many: int = option(1500, "further queries in training", low=1)
     k_one2many: int = option(6, "of them, how many learn each object", low=1)
     lambda_one2many: float = option(1.0, "weight of their losses", above=0)
-
-    def __post_init__(self) -> None:
-        check_values(self)
 
 
 @RECIPES.register("one_to_many")

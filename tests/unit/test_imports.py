@@ -73,6 +73,13 @@ def test_options_stop_at_the_builders() -> None:
             assert options <= allowed, name
 
 
+def test_pycocotools_is_imported_only_where_it_is_asked_for() -> None:
+    for name in product_files():
+        for node in ast.parse((ROOT / name).read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert "pycocotools" not in ast.unparse(node), name
+
+
 def test_no_imports_run_in_a_circle() -> None:
     modules = {module_of(name): name for name in product_files()}
     graph = {
