@@ -65,9 +65,6 @@ class StopSignals:
         self._since = 0.0
         self._handlers: dict[int, Any] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self.number)
-
     def __enter__(self) -> "StopSignals":
         self._handlers = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
         return self

@@ -110,11 +110,11 @@ class Trainer:
             return 0
         self.log.truncate_after(self.step - 1, self.epoch - 1)
         with self.stop, self.progress_bar() as bar:
-            while self.unfinished() and not self.stop:
+            while self.unfinished() and not self.stop.number:
                 if not self.unevaluated:
                     self.train_epoch(bar)
                 self.end_epoch()
-        if not self.stop:
+        if not self.stop.number:
             return 0
         last = self.checkpoints.last
         log.info(f"{Signals(self.stop.number).name}: stopped at step {self.step}; saved {last}")
@@ -130,7 +130,7 @@ class Trainer:
         self.timer.restart()
         for micro_batches in self.loader.effective_batches():
             own = sum(len(b.targets) for b in micro_batches if not b.blank)
-            images, stop = self.world.sum([own, bool(self.stop)])
+            images, stop = self.world.sum([own, self.stop.number])
             if stop:
                 break
             self.timer.mark("data")
@@ -139,13 +139,16 @@ class Trainer:
                     rates = {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
                     metrics = self.train_step(micro_batches)
                     self.steps.add(self.step, self.epoch, micro_batches, metrics, rates)
-                    self.guards.after_step(self.step, micro_batches, metrics)
+                    for guard in self.guards:
+                        guard.after_step(self.step, micro_batches, metrics)
+                    if self.ema is not None:  # after the guards: they restore norms that saw a NaN
+                        self.ema.update(self.detector)
             self.step, self.epoch_step = self.step + 1, self.epoch_step + 1
             now = time.perf_counter()
             self.seconds, clock = self.seconds + now - clock, now
             bar.update(1)
             if self.step % self.flush_every == 0 and (latest := self.steps.flush(keep=1)):
-                shown = {k: f"{latest[k]:.3f}" for k in ("loss", "class_error")}
+                shown = {k: f"{latest[k]:.3f}" for k in ("loss", "class_error") if k in latest}
                 bar.set_postfix(shown, refresh=False)
             if self.save_every and self.step % self.save_every == 0:
                 self.steps.flush()
@@ -188,8 +191,6 @@ class Trainer:
         grad_norm = nn.utils.clip_grad_norm_(parameters, self.clip_max_norm or math.inf)
         self.precision.step(self.optimizer, grad_norm)
         self.scheduler.step()
-        if self.ema is not None:
-            self.ema.update(self.detector)
         return grad_norm.detach()
 
     def sync_gradients(self, *, last: bool) -> AbstractContextManager[None]:
@@ -285,7 +286,7 @@ class Trainer:
                     criterion=self.criterion,
                     autocast=self.precision.autocast,
                     world=self.world,
-                    stopping=lambda: bool(self.stop),
+                    stopping=lambda: bool(self.stop.number),
                 )
         except FloatingPointError as error:
             raise UserError(
