@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-from configs.load import Given, by_section, read_options
+from configs.load import Given, read_options
+from configs.options import by_section
+from configs.schema import SECTIONS
 from engine.commands import train as command
 from engine.detector import Detector
 from engine.processes import launch
@@ -29,7 +31,8 @@ def train(config: str | os.PathLike[str] | None = None, **options: Any) -> Path:
             command would end with such an error.
         KeyboardInterrupt: Ctrl-C stopped the run, after it was saved.
     """
-    given = read_options(os.fspath(config) if config is not None else None, by_section(options))
+    values = by_section(options, SECTIONS)
+    given = read_options(os.fspath(config) if config is not None else None, values)
     show_messages(rank_at_start())
     run = command.processes(given)
     if run.gpus > 1 and not started_by_launcher():

@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.load import Given, changed_options, to_yaml
 from configs.schema import SECTIONS, Config, RunConfig
-from datasets.loader import split_batch
+from datasets.samplers import split_batch
 from engine.build import RunPlan, build_trainer
 from engine.checkpoint import CheckpointFolder, check_same, load_checkpoint
 from engine.detector import saved_options
@@ -51,7 +51,7 @@ def main(given: Given) -> int:
         optim = plan.config.optim
         share = split_batch(
             optim.effective_batch_size,
-            most=optim.batch_size,
+            max_size=optim.batch_size,
             rank=world.rank,
             world_size=world.size,
         )
@@ -125,6 +125,7 @@ def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
     saved = saved_options(given, content["config"], str(checkpoint))
     before, config = saved.config(), given.on(saved).config()
     check_same("model", asdict(before.model), asdict(config.model), checkpoint)
+    check_same("recipes", asdict(before)["recipes"], asdict(config)["recipes"], checkpoint)
     fixed = fixed_on_resume(before), fixed_on_resume(config)
     check_same("batches and frozen parts", *fixed, checkpoint)
     output_dir = asked.output_dir or str(checkpoint.parent)
