@@ -27,6 +27,8 @@ class ModelConfig(Checked):
     num_feature_levels: Literal[1, 3, 4, 5, 6] = option(
         4, "feature levels: 1 is the last stage, 3 the last three; more adds stride-2 levels"
     )
+    neck: str = option("none", "what mixes the feature levels before the encoder", rare=True)
+    encoder: str = option("deformable", "kind of encoder", rare=True)
     enc_layers: int = option(6, "encoder layers", low=1)
     dec_layers: int = option(6, "decoder layers", low=1)
     dim_feedforward: int = option(1024, "hidden width of the feed-forward blocks", low=1)
@@ -72,6 +74,9 @@ class LossConfig(Checked):
     bbox_loss_coef: float = option(5.0, "weight of the box L1 loss", low=0, rare=True)
     giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0, rare=True)
     focal_alpha: float = option(0.25, "alpha of the focal loss and cost", low=0, high=1, rare=True)
+    extra_losses: tuple[str, ...] = option(
+        (), "further registered losses, as NAME or NAME=COEFFICIENT", rare=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """`train` and `evaluate` in one call each, as the commands do it."""
 
+import json
 import os
 import signal
 import tempfile
@@ -8,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from configs.load import Given, read_options
+from configs.load import Given, check_sections, read_options
 from configs.options import by_section
 from configs.schema import SECTIONS
 from engine.commands import train as command
+from engine.commands.train import RECIPES
 from engine.detector import Detector
 from engine.processes import launch
 from util.console import show_messages
@@ -24,15 +26,17 @@ def train(config: str | os.PathLike[str] | None = None, **options: Any) -> Path:
 
     `config` is the name of a preset or a YAML file. `options` are those of the command line
     without dashes (`lr=1e-4, train_images="train/", output_dir="runs/mine"`), a list for several
-    values. With `gpus`, the run computes in processes of its own.
+    values; `recipes` is a mapping from a recipe's name to its options. With `gpus`, the run
+    computes in processes of its own.
 
     Raises:
         UserError: an option is unknown (the nearest one is named) or of another type, or the
             command would end with such an error.
         KeyboardInterrupt: Ctrl-C stopped the run, after it was saved.
     """
-    values = by_section(options, SECTIONS)
-    given = read_options(os.fspath(config) if config is not None else None, values)
+    recipes = check_sections({"recipes": options.pop("recipes", {})}, {"recipes": RECIPES}, "train")
+    values = {**by_section(options, SECTIONS), **recipes}
+    given = read_options(os.fspath(config) if config is not None else None, values, RECIPES)
     show_messages(rank_at_start())
     run = command.processes(given)
     if run.gpus > 1 and not started_by_launcher():
@@ -67,10 +71,7 @@ def _launch(given: Given, **how: Any) -> int:
     """Run the command line in several processes, with the options in a file."""
     root = Path(__file__).parents[1]
     program = root / "__main__.py"  # of the installed package
-    plain = {
-        title: {k: list(v) if isinstance(v, tuple) else v for k, v in section.items()}
-        for title, section in given.values.items()
-    }
+    plain = json.loads(json.dumps(given.values))  # lists in place of tuples
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "options.yaml"
         file.write_text(yaml.safe_dump(plain), encoding="utf-8")

@@ -16,6 +16,7 @@ from engine.processes import process_group
 from engine.run_lock import run_lock
 from engine.run_log import RunLog
 from models.build import ALL_STAGES
+from models.recipes import RecipeOptions
 from models.weights.load import load_pretrained
 from util.console import log
 from util.device import set_deterministic
@@ -23,7 +24,9 @@ from util.distributed import World
 from util.errors import ConfigError
 from util.files import write_atomic
 
-__all__ = ["SECTIONS", "main", "processes"]
+__all__ = ["RECIPES", "SECTIONS", "main", "processes"]
+
+RECIPES = RecipeOptions()
 
 
 def main(given: Given) -> int:
