@@ -3,13 +3,15 @@
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
+from numpy.typing import NDArray
 
-from datasets.checks.diagnosis import Diagnosis, boxes_by_class, names_by_class
+from datasets.checks.diagnosis import Diagnosis
 from datasets.checks.kinds import GROUPS, KINDS
-from datasets.checks.ledger import Ledger
+from datasets.checks.split_report import SplitReport
 from datasets.checks.summary import verdict
 from datasets.checks.thumbnails import Thumbnails
 from util.html import render, svg
@@ -23,7 +25,7 @@ _CODE = re.compile(r"`[^`]*`|--\w+")
 
 def page(diagnosis: Diagnosis, *, title: str) -> str:
     """Return the page: HTML with its styles, charts and thumbnails inside."""
-    thumbnails = Thumbnails(diagnosis.ledgers)
+    thumbnails = Thumbnails(diagnosis.splits)
     kinds = [
         {
             "name": name,
@@ -32,13 +34,13 @@ def page(diagnosis: Diagnosis, *, title: str) -> str:
             "thumbnails": list(thumbnails.of_kind(name, found)),
         }
         for group in GROUPS
-        for name, found in diagnosis.offenders.items()
+        for name, found in diagnosis.findings.items()
         if KINDS[name].group == group
     ]
     counts = []  # by name, as ids of splits may differ
-    for ledger in diagnosis.ledgers:
-        names = names_by_class(ledger)
-        counts.append({names[i]: count for i, count in boxes_by_class(ledger).items()})
+    for report in diagnosis.splits:
+        names = report.unique_class_names()
+        counts.append({names[i]: count for i, count in report.boxes_by_class().items()})
     html = render(
         Path(__file__).with_name("report.html.j2"),
         prose=_prose,
@@ -47,18 +49,18 @@ def page(diagnosis: Diagnosis, *, title: str) -> str:
         kinds=kinds,
         splits=[
             {
-                "name": ledger.split,
-                "images": len(ledger.section("images")),
-                "annotations": len(ledger.section("annotations")),
-                "boxes": sum(boxes_by_class(ledger).values()),
-                "classes": len(ledger.class_names),
-                "place": ledger.source.place,
+                "name": report.split,
+                "images": len(report.section("images")),
+                "annotations": len(report.section("annotations")),
+                "boxes": sum(report.boxes_by_class().values()),
+                "classes": len(report.classes),
+                "place": report.source.place,
             }
-            for ledger in diagnosis.ledgers
+            for report in diagnosis.splits
         ],
         class_header=[
             "class",
-            *(cell for ledger in diagnosis.ledgers for cell in (ledger.split, "")),
+            *(cell for report in diagnosis.splits for cell in (report.split, "")),
         ],
         class_rows=[
             (name, [by_name.get(name, 0) for by_name in counts])
@@ -79,13 +81,13 @@ def _histogram(
     title: str,
     xlabel: str,
     edges: Sequence[int],
-    values_of: Callable[[Ledger], list[float]],
+    values_of: Callable[[SplitReport], NDArray[Any]],
 ) -> tuple[str, Markup]:
     """Return a title, and a chart of how many values are from each edge up to the next."""
     series = {}
-    for ledger in diagnosis.ledgers:
-        bins = np.digitize(values_of(ledger), edges[1:])
-        series[ledger.split] = np.bincount(bins.astype(np.int64), minlength=len(edges)).tolist()
+    for report in diagnosis.splits:
+        bins = np.digitize(values_of(report), edges[1:])
+        series[report.split] = np.bincount(bins.astype(np.int64), minlength=len(edges)).tolist()
     labels = [f"{edge}+" if edge == edges[-1] else str(edge) for edge in edges]
     text = "; ".join(
         f"{split}: " + ", ".join(f"{label} {n}" for label, n in zip(labels, counts, strict=True))
@@ -95,20 +97,18 @@ def _histogram(
     return title, svg(chart, f"{title}. {text}")
 
 
-def _sides(ledger: Ledger) -> list[float]:
-    return [
-        float(max(0.0, box.xywh[2] * box.xywh[3]) ** 0.5)
-        for image in ledger.images
-        for box in image.usable_boxes
-    ]
+def _sides(report: SplitReport) -> NDArray[Any]:
+    areas = report.xywh[report.usable, 2:].prod(axis=1)
+    return np.asarray(np.sqrt(areas.clip(0)))
 
 
-def _counts(ledger: Ledger) -> list[float]:
-    return [float(len(image.usable_boxes)) for image in ledger.images]
+def _counts(report: SplitReport) -> NDArray[Any]:
+    return report.boxes_per_image()
 
 
-def _short_sides(ledger: Ledger) -> list[float]:
-    return [float(min(image.size)) for image in ledger.images if image.size]
+def _short_sides(report: SplitReport) -> NDArray[Any]:
+    sides = report.images.sizes.min(axis=1)
+    return np.asarray(sides[sides > 0])
 
 
 def _prose(text: str, *, capital: bool = False) -> Markup:

@@ -11,8 +11,7 @@ from PIL import Image
 from configs.options import Values
 from configs.schema import DataConfig, EvalConfig, merge_options
 from datasets.build import build_dataset, load_index, read_split
-from datasets.checks.coco_json import check_content, load_json
-from datasets.formats.sources import coco_layout
+from datasets.formats.coco import coco_layout
 from datasets.index import CocoIndex
 from datasets.loader import eval_loader
 from engine.detector import beside, load_detector, saved_data_options
@@ -93,9 +92,8 @@ def read_truth(data: DataConfig) -> tuple[Truth, ReadImage | None, list[str]]:
         folder, annotations = coco_layout(Path(data.coco_path), "val")
         images_exist = folder.is_dir()
     if annotations is not None and not images_exist:
-        content = check_content(load_json(annotations), annotations, need_boxes=False)
-        truth = Truth.of(content.classes, content.images, content.annotations)
-        return truth, None, [finding.text for finding in content.findings]
+        index = CocoIndex.load(annotations, None, need_boxes=False)
+        return Truth.of(index.classes, index.images, index.annotations), None, index.notices
     index = CocoIndex.from_source(read_split(data, "val"), need_boxes=False)
     dataset = build_dataset(data, index, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
     truth = Truth.of(index.classes, index.images, index.annotations)
