@@ -78,7 +78,7 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
     images, annotations = _explicit_paths(cfg, split)
     if bool(images) != bool(annotations):
         given, lacking = ("images", "annotations") if images else ("annotations", "images")
-        raise DataError(f"{split}_{given} needs {split}_{lacking} too. Set both.")
+        raise DataError(f"`{split}_{given}` needs `{split}_{lacking}` too. Set both.")
     if images:
         return Path(images), Path(annotations)
     if cfg.data_path:
@@ -86,8 +86,8 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
     if cfg.coco_path:
         return coco_layout(Path(cfg.coco_path), split)
     raise DataError(
-        f"{split} data: no option says where it is. Set coco_path, or {split}_images and "
-        f"{split}_annotations, or data_path and data_format."
+        f"{split} data: no option says where it is. Set `coco_path`, or `{split}_images` and "
+        f"`{split}_annotations`, or `data_path` and `data_format`."
     )
 
 

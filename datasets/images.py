@@ -148,6 +148,17 @@ def read_reduced(
         return rgb.transpose(_UPRIGHT[orientation]) if upright else rgb, size
 
 
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode an open image to 8-bit RGB and apply its EXIF orientation.
+
+    Raises:
+        READ_ERRORS: its file cannot be decoded to its end.
+    """
+    decode(image)
+    rgb, orientation = _to_rgb(image), orientation_of(image)
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation != 1 else rgb
+
+
 def refuse_bomb(image: Image.Image) -> None:
     """Raise beyond the number of pixels at which Pillow only warns: a small file can claim any."""
     limit = Image.MAX_IMAGE_PIXELS

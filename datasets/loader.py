@@ -1,10 +1,9 @@
 """Batches from data sets: collation, the order of images, and the two kinds of loader."""
 
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from datasets.dataset import CocoDetection, ImageFolder, SampleKey, seeded_generator
+from datasets.dataset import CocoDetection, ImageList, SampleKey, seeded_generator
 from util.batch import Batch, Target, UnreadableImage, pad_images
 from util.cores import available_cores
 from util.errors import ConfigError
 
 _MOST_WORKERS = 8  # by default: each holds batches in memory
+_BLANK_SIDE = 64  # pixels of the image that stands in where a process has none
 
 Item = tuple[Tensor, Target] | UnreadableImage
 
@@ -39,6 +39,32 @@ def ignore_sigint(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+
+
+def with_images(micro_batches: Sequence[Batch], *, alone: bool) -> list[Batch]:
+    """Replace micro-batches of which no image could be read by blank ones, which count nothing.
+
+    A process of several must train on each, as the others wait for its gradients. A process that
+    is `alone` drops them, unless nothing is left.
+    """
+    kept = [b for b in micro_batches if b.images is not None]
+    if alone and kept:
+        unreadable = [image for batch in micro_batches for image in batch.unreadable]
+        return [replace(kept[0], unreadable=unreadable), *kept[1:]]
+    return [b if b.images is not None else _blank(b.unreadable) for b in micro_batches]
+
+
+def _blank(unreadable: list[UnreadableImage]) -> Batch:
+    size = torch.tensor([_BLANK_SIDE, _BLANK_SIDE])
+    target = {
+        "image_id": torch.tensor(-1),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "boxes": torch.zeros(0, 4),
+        "orig_size": size,
+        "size": size,
+    }
+    images = pad_images([torch.zeros(3, _BLANK_SIDE, _BLANK_SIDE)])
+    return Batch(images, [target], unreadable, blank=True)
 
 
 @dataclass(frozen=True)
@@ -79,12 +105,14 @@ def split_batch(effective: int, *, most: int, rank: int = 0, world_size: int = 1
     return BatchSplit(size, own // size, rank, world_size)
 
 
-def loader_processes(num_workers: int) -> int:
-    """Return how many processes load data for each of a run's; see `--num_workers`."""
+def loader_processes(num_workers: int, *, local_size: int = 1) -> int:
+    """Return how many processes load data for each of the `local_size` of a run on this machine.
+
+    See the option `num_workers`.
+    """
     if num_workers >= 0:
         return num_workers
-    cores = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MOST_WORKERS, cores))
+    return max(1, min(_MOST_WORKERS, available_cores() // local_size))
 
 
 def _start_method(num_workers: int) -> str | None:
@@ -109,6 +137,11 @@ class ShuffledBatchSampler(Sampler[list[int]]):
         self._seed = seed
         self._epoch = 0
         self._first_step = 0
+
+    @property
+    def world_size(self) -> int:
+        """Return the number of processes that share the data."""
+        return self._share.world_size
 
     @property
     def steps(self) -> int:
@@ -236,7 +269,8 @@ class NumberedBatches(Sampler[list[SampleKey]]):
 class TrainLoader(DataLoader[Item]):
     """A loader whose `set_epoch` sets the order and the augmentation together.
 
-    It gives micro-batches, `accumulation` of them for each of `steps` steps an epoch.
+    Iteration gives micro-batches as they are, `accumulation` of them for each of `steps` steps an
+    epoch; `effective_batches` gives a step's together, none without an image.
     """
 
     def __init__(
@@ -250,6 +284,7 @@ class TrainLoader(DataLoader[Item]):
         pad_multiple: int,
     ) -> None:
         self._augmentation, self._order = dataset, NumberedBatches(batch_sampler)
+        self._world_size = batch_sampler.world_size
         self.steps, self.accumulation = batch_sampler.steps, batch_sampler.accumulation
         num_workers = loader_processes(num_workers)
         super().__init__(
@@ -272,6 +307,12 @@ class TrainLoader(DataLoader[Item]):
         """
         self._augmentation.set_epoch(epoch)
         self._order.set_epoch(epoch, first_step)
+
+    def effective_batches(self) -> Iterator[list[Batch]]:
+        """Yield this process's micro-batches of every step; see `with_images`."""
+        batches: Iterator[Batch] = iter(self)
+        while group := list(islice(batches, self.accumulation)):
+            yield with_images(group, alone=self._world_size == 1)
 
 
 def train_loader(
@@ -301,7 +342,7 @@ def train_loader(
 
 
 def eval_loader(
-    dataset: CocoDetection | ImageFolder,
+    dataset: CocoDetection | ImageList,
     *,
     batch_size: int,
     num_workers: int,

@@ -1,7 +1,7 @@
 """The set-prediction loss of all decoder layers at once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,20 +13,6 @@ from util.batch import Target
 from util.box_ops import cxcywh_to_xyxy, generalized_iou
 
 # G prediction layers, N batch, Q predictions, P matched pairs.
-
-
-@dataclass(frozen=True)
-class Matched:
-    """Predictions of a batch with their assigned targets.
-
-    `groups` holds logits [G,N,Q,classes], boxes [G,N,Q,4] and targets of the decoder's layers,
-    and then of a two-stage encoder; `matches` the pairs of each group; `num_boxes` how many
-    targets the batch has.
-    """
-
-    groups: tuple[tuple[Tensor, Tensor, PaddedTargets], ...]
-    matches: tuple[Matches, ...]
-    num_boxes: int
 
 
 class SetCriterion:
@@ -42,19 +28,22 @@ class SetCriterion:
         self.weights = weights
         self.focal_alpha = focal_alpha
 
-    def __call__(self, outputs: DetectorOutput, targets: Sequence[Target]) -> dict[str, Tensor]:
-        """Return the losses of a batch by itself, normalised by its own number of boxes.
+    def __call__(
+        self,
+        outputs: DetectorOutput,
+        targets: Sequence[Target],
+        num_boxes: float | None = None,
+    ) -> dict[str, Tensor]:
+        """Return unweighted losses under the official names, and `loss`, their weighted sum.
 
-        Raises:
-            FloatingPointError: a prediction is not finite.
-        """
-        return self.losses(self.match(outputs, targets))
+        Every loss is a sum over the batch divided by `num_boxes`, by default the batch's own
+        count and at least 1; a batch that is part of a larger one is given the larger one's.
+        The last decoder layer has bare names, earlier ones end in `_0`, `_1`, ..., a two-stage
+        encoder in `_enc`. `class_error` is the percentage of matched queries of the last layer
+        whose best class is wrong, times the batch's share of `num_boxes`: the values of the parts
+        of a larger batch add up to the mean over its boxes. It carries no gradient.
 
-    def match(self, outputs: DetectorOutput, targets: Sequence[Target]) -> Matched:
-        """Assign targets to the predictions of every layer, with one transfer to the host.
-
-        Raises:
-            FloatingPointError: a prediction is not finite.
+        A prediction that is not finite makes the loss NaN or infinite; nothing is raised.
         """
         logits, boxes = outputs["layer_logits"], outputs["layer_boxes"]
         padded = pad_targets(targets, logits.device)
@@ -63,27 +52,17 @@ class SetCriterion:
             # proposals only tell objects from background: every target is class 0
             binary = replace(padded, labels=torch.zeros_like(padded.labels))
             groups.append((outputs["enc_logits"][None], outputs["enc_boxes"][None], binary))
-        return Matched(tuple(groups), tuple(self.matcher(groups)), sum(padded.counts))
-
-    def losses(self, matched: Matched, num_boxes: float | None = None) -> dict[str, Tensor]:
-        """Return unweighted losses under the official names, and `loss`, their weighted sum.
-
-        Every loss is a sum over the batch divided by `num_boxes`, by default the batch's own
-        count and at least 1; a batch that is part of a larger one is given the larger one's.
-        The last decoder layer has bare names, earlier ones end in `_0`, `_1`, ..., a two-stage
-        encoder in `_enc`. `class_error` is the percentage of matched queries of the last layer
-        whose best class is wrong; it carries no gradient.
-        """
-        divisor = max(matched.num_boxes, 1) if num_boxes is None else num_boxes
-        logits, _, padded = matched.groups[0]
+        matches = self.matcher(groups)
+        own_boxes = sum(padded.counts)
+        divisor = max(own_boxes, 1) if num_boxes is None else num_boxes
         suffixes = [[*(f"_{i}" for i in range(len(logits) - 1)), ""], ["_enc"]]
         losses: dict[str, Tensor] = {}
-        for group, found, names in zip(matched.groups, matched.matches, suffixes, strict=False):
-            for name, sums in self._layer_sums(*group, found).items():
+        for group, matched, names in zip(groups, matches, suffixes, strict=False):
+            for name, sums in self._layer_sums(*group, matched).items():
                 values = sums / divisor
                 losses |= {name + s: value for s, value in zip(names, values, strict=True)}
         total = torch.stack([self.weights[_base(name)] * v for name, v in losses.items()]).sum()
-        error = class_error(logits[-1], padded, matched.matches[0])
+        error = class_error(logits[-1], padded, matches[0]) * (own_boxes / divisor)
         return {"loss": total, **losses, "class_error": error}
 
     def weight(self, name: str) -> float | None:

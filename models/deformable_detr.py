@@ -11,7 +11,7 @@ from models.backbones import Joiner
 from models.decoder import apply_delta
 from models.layers import MLP, ExactLinear, focal_prior_bias
 from models.transformer import DeformableTransformer, TransformerOutput
-from util.batch import PaddedBatch
+from util.batch import PaddedBatch, Target
 
 # N batch, Q queries, S tokens, L feature levels, C width.
 
@@ -112,8 +112,13 @@ class DeformableDETR(nn.Module):
             part.eval()
         return self
 
-    def forward(self, batch: PaddedBatch) -> DetectorOutput:
-        """Detect objects in a padded batch of normalised images."""
+    def forward(
+        self, batch: PaddedBatch, targets: Sequence[Target] | None = None
+    ) -> DetectorOutput:
+        """Detect objects in a padded batch of normalised images.
+
+        In training, `targets` are for what learns from more queries than those that detect.
+        """
         features, masks, pos = self.feature_levels(batch)
         query_embed = None if self.query_embed is None else self.query_embed.weight
         return self.predict(self.transformer(features, masks, pos, query_embed))

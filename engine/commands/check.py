@@ -1,14 +1,15 @@
 """`main.py check`: look for flaws in a data set before training on it."""
 
-import argparse
 import errno
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.options import Values
-from configs.schema import CheckConfig, DataConfig, build_config, load_layers
+from configs.options import Checked, option
+from configs.schema import SECTIONS as RUN
+from configs.schema import Config, DataConfig
 from datasets.build import Split, read_split
 from datasets.checks.boxes import Limits
 from datasets.checks.diagnosis import Diagnosis, examine
@@ -24,16 +25,26 @@ _FOUND = 1  # exit code
 _SPLITS: tuple[Split, ...] = ("train", "val")
 
 
-def check(args: argparse.Namespace, given: Values) -> int:
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(Checked):
+    """What `check` does in addition to looking at the data of a training run."""
+
+    fix: str = option(
+        "", "new .json file: a corrected COCO-format copy, with .changes.json beside it"
+    )
+    splits: tuple[Split, ...] = option((), "splits to check (default: those that are given)")
+
+
+SECTIONS = {**RUN, "check": CheckOptions}
+
+
+def main(config: Config, options: CheckOptions) -> int:
     """Look for flaws in images and annotations."""
-    wanted = CheckConfig(**given.get("check", {}))
-    options = {name: values for name, values in given.items() if name != "check"}
-    config = build_config(load_layers(args.config, options))
-    splits = [split for split in _SPLITS if split in (wanted.splits or _located(config.data))]
+    splits = [split for split in _SPLITS if split in (options.splits or _located(config.data))]
     output_dir = Path(config.run.output_dir) if config.run.output_dir else None
     if output_dir:
         _claim(output_dir)
-    copies = _copies(wanted.fix, splits, output_dir)
+    copies = _copies(options.fix, splits, output_dir)
     sources = {str(split): read_split(config.data, split) for split in splits}
     limits = Limits(config.model.num_queries, min(config.data.train_scales), config.data.max_size)
     processes = loader_processes(config.data.num_workers)

@@ -1,10 +1,10 @@
 """`main.py convert`: a data set in another format."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-from configs.options import Values
-from configs.schema import ConvertConfig
+from configs.options import option
+from configs.schema import DataFormat, VocOptions
 from datasets.build import format_options
 from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
@@ -14,12 +14,36 @@ from util.console import console
 from util.errors import ConfigError
 
 
-def convert_dataset(args: argparse.Namespace, given: Values) -> int:
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(VocOptions):
+    """What `convert` reads and writes."""
+
+    data_format: DataFormat = option("coco", "format of --data_path", alias="--from")
+    to: DataFormat = option("coco", "format to write")
+    data_path: str = option(
+        "", "folder of the data set; for yolo also data.yaml, for coco a JSON file with --images"
+    )
+    images: str = option("", "folder of the images of a COCO-format JSON file")
+    splits: tuple[str, ...] = option(("train", "val"), "splits to write")
+    output_dir: str = option("", "a new or empty folder")
+    copy_images: bool = option(
+        False, "copy the images instead of linking to them", alias="--copy_pictures"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images and len(self.splits) != 1:
+            raise ConfigError("images: needs exactly one split with it, as in `splits train`.")
+
+
+SECTIONS = {"convert": ConvertOptions}
+
+
+def main(options: ConvertOptions) -> int:
     """Write a data set as COCO, VOC or YOLO."""
-    options = ConvertConfig(**given.get("convert", {}))
     for name in ("data_path", "output_dir"):
         if not getattr(options, name):
-            raise ConfigError(f"--{name} is required.")
+            raise ConfigError(f"{name}: is missing. Add it.")
     lines = convert(
         {split: _read(options, split) for split in options.splits},
         options.to,
@@ -32,7 +56,7 @@ def convert_dataset(args: argparse.Namespace, given: Values) -> int:
     return 0
 
 
-def _read(options: ConvertConfig, split: str) -> Source:
+def _read(options: ConvertOptions, split: str) -> Source:
     place = Path(options.data_path)
     if options.images and options.data_format == "coco":
         return read_coco_file(place, Path(options.images))

@@ -1,33 +1,30 @@
 """`main.py eval`: COCO's numbers and an analysis, for a checkpoint or for saved detections."""
 
-import argparse
-import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Literal
 
+import torch
 from PIL import Image
 
-from configs.options import Values
-from configs.schema import DataConfig, EvalConfig, merge_options
-from datasets.build import build_dataset, load_index, read_split
+from configs.load import Given
+from configs.options import option
+from configs.schema import DataConfig, EvalDataConfig, ProcessOptions
+from configs.schema import Precision as PrecisionName
+from datasets.build import build_dataset, read_split
 from datasets.formats.coco import coco_layout
 from datasets.index import CocoIndex
-from datasets.loader import eval_loader
-from engine.detector import beside, load_detector, saved_data_options
+from engine.detector import Detector, beside
 from engine.evaluation.analysis import analyse, save_analysis
 from engine.evaluation.detections import read_detections
-from engine.evaluation.evaluate import evaluate
-from engine.evaluation.evaluator import Backend, EvalResult, Evaluator, save_results
+from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
 from engine.evaluation.gallery import draw_gallery
 from engine.evaluation.matching import Truth
 from engine.evaluation.report import save_report
-from engine.precision import Precision
-from engine.processes import launch
-from models.postprocess import PostProcess
+from engine.processes import process_group
 from util.console import console
-from util.device import own_device, pick_device
-from util.distributed import World, destroy_process_group, init_process_group, started_by_launcher
+from util.distributed import World
 from util.errors import ConfigError
 from util.files import make_output_dir
 
@@ -36,27 +33,57 @@ ReadImage = Callable[[int], Image.Image | None]
 _IMAGES_SHOWN = 12
 
 
-def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(ProcessOptions):
+    """What `eval` needs in addition to the data; everything else is in the checkpoint."""
+
+    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    output_dir: str = option("", "folder for eval/ (default: that of the checkpoint)")
+    batch_size: int | None = option(
+        None, "images per step (default: that of the run, else 1)", low=1, unset=0
+    )
+    precision: PrecisionName = option("fp32", "arithmetic of the model")
+    ema: bool = option(True, "use a checkpoint's averaged weights, if it has them")
+    detections: str = option("", "evaluate this COCO results file instead of a checkpoint")
+    evaluator: Literal["fast", "pycocotools"] = option(
+        "fast", "what computes COCO's numbers, which are equal to the last digit"
+    )
+    max_dets: int = option(
+        0, "detections per image and class that count, in addition to COCO's 100: 101 or more; "
+        "0: as many as an image has boxes of a class", low=0,
+    )  # fmt: skip
+    analysis: bool = option(True, "write eval/analysis.json and eval/report.html")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.max_dets <= 100:
+            raise ConfigError(
+                f"max_dets: must be 0 or more than COCO's 100, which always count, not "
+                f"{self.max_dets}. Raise it, or leave it out."
+            )
+
+
+SECTIONS = {"eval": EvalOptions, "data": EvalDataConfig}
+
+
+def processes(given: Given) -> ProcessOptions:
+    """Return what a launcher needs; saved detections are evaluated in one process."""
+    options = given.section("eval", EvalOptions)
+    return replace(options, gpus=1) if options.detections else options
+
+
+def main(options: EvalOptions, given: Given) -> int:
     """Evaluate a checkpoint, or saved detections, on COCO-format data."""
-    options = EvalConfig(**given.get("eval", {}))
     if options.detections:
-        return evaluate_detections(options, DataConfig(**given.get("data", {})))
-    if options.gpus > 1 and not started_by_launcher():
-        return launch(
-            Path(sys.argv[0]), sys.argv[1:],
-            processes=options.gpus, device=options.device, restarts=0,
-        )  # fmt: skip
-    world = init_process_group(pick_device(options.device).type)
-    try:
-        return evaluate_in_world(options, given, world)
-    finally:
-        destroy_process_group()
+        return evaluate_detections(options, given.config().data)
+    with process_group(options.device) as (world, device):
+        return evaluate_in_world(options, given, world, device)
 
 
-def evaluate_detections(options: EvalConfig, data: DataConfig) -> int:
+def evaluate_detections(options: EvalOptions, data: DataConfig) -> int:
     """Evaluate a file in the COCO results format; no model is needed, nor the images."""
     if options.checkpoint:
-        raise ConfigError("--detections and --checkpoint are mutually exclusive. Use one of them.")
+        raise ConfigError("`detections` and `checkpoint` are mutually exclusive.")
     path = Path(options.detections)
     # results go to the run's folder if the file is in its eval/, else beside the file
     above = path.parent.parent if path.parent.name == "eval" else path.parent
@@ -66,7 +93,7 @@ def evaluate_detections(options: EvalConfig, data: DataConfig) -> int:
         for file in (path, Path(data.val_annotations)):
             if result.is_file() and file.is_file() and result.samefile(file):
                 raise ConfigError(
-                    f"--output_dir {output_dir}: {file}, which is an input, would be overwritten. "
+                    f"output_dir {output_dir}: {file}, which is an input, would be overwritten. "
                     "Choose another folder."
                 )
     truth, read_image, notices = read_truth(data)
@@ -74,7 +101,7 @@ def evaluate_detections(options: EvalConfig, data: DataConfig) -> int:
     make_output_dir(output_dir / "eval")
     for notice in (*notices, *more):
         console(f"  notice: {notice}")
-    evaluator = _evaluator(options, truth)
+    evaluator = Evaluator(truth, backend=options.evaluator, max_dets=options.max_dets)
     evaluator.add(detections)
     _report(options, output_dir, evaluator, evaluator.evaluate(), read_image, path.name)
     return 0
@@ -100,38 +127,22 @@ def read_truth(data: DataConfig) -> tuple[Truth, ReadImage | None, list[str]]:
     return truth, dataset.read_image, index.notices
 
 
-def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
+def evaluate_in_world(
+    options: EvalOptions, given: Given, world: World, device: torch.device
+) -> int:
     """Evaluate this process's part; the main one writes the results of all."""
-    device = own_device(pick_device(options.device), world)
-    model, pretrained, mean, std = load_detector(options.checkpoint, device, ema=options.ema)
+    detector = Detector.load(options.checkpoint, device=device, ema=options.ema)
     output_dir = Path(options.output_dir) if options.output_dir else beside(options.checkpoint)
-    saved = {"data": saved_data_options(pretrained)}
-    data = DataConfig(**merge_options(saved, {"data": given.get("data", {})})["data"])
-    index = load_index(data, "val", need_boxes=False)
-    dataset = build_dataset(
-        data, index, train=False, mean=mean, std=std, classes=pretrained.classes
-    )
+    detector.data = given.on(Given({"data": asdict(detector.data)})).config().data
+    dataset = detector.validation_set(detector.data)
     make_output_dir(output_dir / "eval")
-    console(index.report(model.transformer.num_queries))
-    optim = (pretrained.config or {}).get("optim", {})
-    batch_size = options.batch_size or optim.get("eval_batch_size") or optim.get("batch_size", 1)
-    batches = eval_loader(
+    result, evaluator = detector.measure(
         dataset,
-        batch_size=batch_size,
-        num_workers=data.num_workers,
-        rank=world.rank,
-        world_size=world.size,
-    )
-    truth = Truth.of(index.classes, index.images, index.annotations)
-    evaluator = _evaluator(options, truth, dataset.label_to_category)
-    result, _ = evaluate(
-        model,
-        PostProcess(nms_iou=data.nms_iou),
-        batches,
-        evaluator,
-        device=device,
-        autocast=Precision(options.precision, device).autocast,
+        batch_size=options.batch_size,
+        precision=options.precision,
         world=world,
+        backend=options.evaluator,
+        max_dets=options.max_dets,
     )
     if world.main:
         name = Path(options.checkpoint).name
@@ -139,15 +150,8 @@ def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
     return 0
 
 
-def _evaluator(
-    options: EvalConfig, truth: Truth, label_to_category: dict[int, int] | None = None
-) -> Evaluator:
-    backend = cast(Backend, options.evaluator)  # the option's choices are the same
-    return Evaluator(truth, label_to_category, backend=backend, max_dets=options.max_dets)
-
-
 def _report(
-    options: EvalConfig,
+    options: EvalOptions,
     output_dir: Path,
     evaluator: Evaluator,
     result: EvalResult,

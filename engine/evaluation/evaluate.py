@@ -1,6 +1,5 @@
 """Inference over a data set, and its COCO evaluation."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,8 +9,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.evaluation.evaluator import EvalResult, Evaluator
+from engine.guards.unreadable import UnreadableImages
 from engine.metrics import Averages, official_log_values
-from engine.train import Criterion, UnreadableImages
+from models.criterion import SetCriterion
 from util.batch import Batch, PaddedBatch, Target, pad_images
 from util.distributed import World
 from util.errors import UserError
@@ -26,7 +26,7 @@ def detect(
     batches: Iterable[Batch],
     *,
     device: torch.device,
-    description: str,
+    description: str | None,
     on_outputs: Callable[[Any, Sequence[Target]], None] | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[tuple[Batch, list[dict[str, Tensor]]]]:
@@ -34,16 +34,16 @@ def detect(
 
     Unreadable images are reported; a batch of nothing else has no detections. Images of different
     sizes go through the model one by one, so that none sees padding. `on_outputs` sees the raw
-    outputs.
+    outputs. With a `description`, a progress bar is shown.
 
     Raises:
         UserError: a score or box is not finite.
     """
     model.eval()
     unreadable = UnreadableImages()
-    rank = int(os.environ.get("RANK", "0"))
+    hidden = description is None
     for batch in tqdm(
-        batches, desc=description, unit="batch", dynamic_ncols=True, leave=False, disable=rank > 0
+        batches, desc=description, unit="batch", dynamic_ncols=True, leave=False, disable=hidden
     ):
         unreadable.report(batch)
         if batch.images is None:
@@ -90,7 +90,7 @@ def evaluate(
     evaluator: Evaluator,
     *,
     device: torch.device,
-    criterion: Criterion | None = None,
+    criterion: SetCriterion | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     world: World | None = None,
     stopping: Callable[[], bool] = lambda: False,
@@ -102,20 +102,25 @@ def evaluate(
 
     Raises:
         Interrupted: `stopping()` held between two batches.
+        FloatingPointError: a loss is not finite.
     """
     world, averages = world or World(), Averages()
 
     def add_losses(outputs: Any, targets: Sequence[Target]) -> None:
         assert criterion is not None
-        found = criterion(outputs, targets)
-        averages.add(list(found), torch.stack([v.float() for v in found.values()]).tolist())
+        losses = criterion(outputs, targets)
+        values = torch.stack([v.float() for v in losses.values()])
+        if not values.isfinite().all():
+            images = ", ".join(str(int(t["image_id"])) for t in targets)
+            raise FloatingPointError(f"the loss of image {images} is not finite")
+        averages.add(list(losses), values.tolist())
 
     results = detect(
         model,
         postprocess,
         batches,
         device=device,
-        description="evaluate",
+        description="evaluate" if world.main else None,
         on_outputs=add_losses if criterion is not None else None,
         autocast=autocast,
     )

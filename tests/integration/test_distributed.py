@@ -190,7 +190,7 @@ def test_a_killed_rank_ends_the_run_or_starts_it_again(shapes: Path, tmp_path: P
     killed = time.monotonic()
     assert end(process) == 128 + signal.SIGKILL, lines(output)
     assert time.monotonic() - killed < 60
-    assert lines(output)[-1].startswith("error: rank 1: was ended by SIGKILL")
+    assert lines(output)[-1].startswith("error: rank 1: killed by SIGKILL")
 
     process = start(output, *options, "--max_restarts", "1")
     kill_rank(process, 0, folder / "last.pth")

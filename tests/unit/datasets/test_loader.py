@@ -25,9 +25,10 @@ from datasets.loader import (
     eval_loader,
     split_batch,
     train_loader,
+    with_images,
 )
 from datasets.transforms import EvalTransform, TrainTransform
-from util.batch import Batch, Target, UnreadableImage
+from util.batch import Batch, Target, UnreadableImage, pad_images
 from util.errors import ConfigError
 
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -356,3 +357,34 @@ def test_evaluation_sees_every_image_once_without_padding(
         ids += [bad.image_id for bad in batch.unreadable]
         assert batch.images is None or not batch.images.mask.any()
     assert sorted(ids) == sorted(index.images.ids.tolist())
+
+
+def a_batch(name: str, *, readable: bool) -> Batch:
+    """Return a micro-batch of one image."""
+    if not readable:
+        return Batch(None, [], [UnreadableImage(0, name, "torn")])
+    return Batch(pad_images([torch.ones(3, 4, 4)]), [{"image_id": torch.tensor(1)}], [])
+
+
+def test_a_blank_image_stands_in_where_a_process_of_several_has_none() -> None:
+    good, bad = a_batch("a", readable=True), a_batch("b", readable=False)
+    first, blank = with_images([good, bad], alone=False)
+    assert first is good
+    assert blank.blank
+    assert not good.blank
+    assert blank.images is not None
+    assert blank.images.images.shape[:2] == (1, 3)
+    assert not blank.images.images.any()
+    assert not blank.images.mask.any()
+    assert [len(t["labels"]) for t in blank.targets] == [0]
+    assert blank.unreadable == bad.unreadable
+
+
+def test_alone_a_batch_without_an_image_is_dropped_but_its_images_are_named() -> None:
+    good = [a_batch("", readable=True) for _ in range(2)]
+    bad = [a_batch(name, readable=False) for name in "ab"]
+    kept = with_images([bad[0], good[0], bad[1], good[1]], alone=True)
+    assert [batch.images for batch in kept] == [batch.images for batch in good]
+    assert [image.path for batch in kept for image in batch.unreadable] == ["a", "b"]
+    assert not any(batch.blank for batch in kept)
+    assert [batch.blank for batch in with_images(bad, alone=True)] == [True, True]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.schema import build_config
+from configs.load import build_config
 from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection
 from datasets.loader import BatchSplit, loader_processes, train_loader

@@ -162,10 +162,23 @@ def test_parts_of_a_batch_that_share_its_count_add_up_to_it(
             enc_logits=outputs["enc_logits"][part],
             enc_boxes=outputs["enc_boxes"][part],
         )
-        matched = criterion.match(predictions, targets[part])
-        assert matched.num_boxes == sum(counts[part])
-        parts.append(criterion.losses(matched, max(sum(counts), 1)))
-    for name in whole.keys() - {"class_error"}:
+        parts.append(criterion(predictions, targets[part], max(sum(counts), 1)))
+    for name in whole:
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name], msg=name)
     found = torch.autograd.grad(parts[0]["loss"] + parts[1]["loss"], leaves_of(outputs))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("counts", [[2, 1], [0, 0]])
+def test_predictions_that_are_not_finite_show_in_the_loss(counts: list[int]) -> None:
+    targets = random_targets(counts, CLASSES)
+    for bad in (float("nan"), float("inf")):
+        outputs = random_outputs(2)
+        outputs["layer_logits"].data[0, 1, 2, 0] = bad
+        losses = build_criterion(LossConfig())(outputs, targets)
+        assert not losses["loss"].isfinite()
+        assert losses["loss_ce"].isfinite()  # of the last layer
+    outputs = random_outputs(2)
+    outputs["layer_boxes"].data[-1] = float("nan")
+    losses = build_criterion(LossConfig())(outputs, targets)
+    assert bool(losses["loss"].isnan()) == any(counts)

@@ -181,8 +181,11 @@ def test_images_at_hand_are_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--detections", "d.json"], "coco_path, or"),
-        (["--detections", "d.json", "--checkpoint", "c.pth"], "mutually exclusive"),
+        (["--detections", "d.json"], "--coco_path"),
+        (
+            ["--detections", "d.json", "--checkpoint", "c.pth"],
+            "--detections and --checkpoint are mutually exclusive",
+        ),
         (["--detections", "d.json", "--evaluator", "slow"], "--evaluator"),
         (["--detections", "d.json", "--max_dets", "100"], "more than COCO's 100"),
         (["--detections", "none.json", "--val_annotations", "instances.json"], "none.json"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.dataset import ImageFolder, find_images
+from datasets.dataset import ImageList, find_images
 from datasets.loader import eval_loader
 from datasets.transforms import EvalTransform
 from util.batch import UnreadableImage
@@ -48,7 +48,7 @@ def test_images_are_upright_and_damaged_ones_reported(folder: Path) -> None:
     Image.fromarray(pixels).save(folder / "turned.jpg", exif=exif, quality=95)
     (folder / "broken.png").write_text("none")
     paths = find_images([str(folder)])
-    dataset = ImageFolder(paths, PLAIN)
+    dataset = ImageList(paths, PLAIN)
     by_name = {path.name: dataset[i] for i, path in enumerate(paths)}
     broken, turned = by_name["broken.png"], by_name["turned.jpg"]
     assert isinstance(broken, UnreadableImage)
