@@ -29,7 +29,7 @@ def test_coco_layout_and_explicit_paths() -> None:
     [
         ({}, "train data: no option says where it is. Set `coco_path`, or `train_images`"),
         ({"train_images": "x"}, "`train_images` needs `train_annotations` too"),
-        ({"train_annotations": "x", "coco_path": "y"}, "`train_annotations` needs `train_images` too"),
+        ({"train_annotations": "x", "coco_path": "y"}, "`train_annotations` needs `train_images`"),
     ],
 )
 def test_incomplete_options_are_refused(options: dict[str, Any], message: str) -> None:
