@@ -7,7 +7,6 @@ from typing import Any, Literal
 from configs.options import Checked, Section, option
 from util.errors import ConfigError
 
-DataFormat = Literal["coco", "voc", "yolo"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
@@ -93,7 +92,7 @@ class EvalDataConfig(VocOptions):
     val_images: str = option("", "folder of validation images (any COCO-format set)")
     val_annotations: str = option("", "COCO-format JSON file of the validation set")
     data_path: str = option("", "folder of a data set in --data_format; for yolo also data.yaml")
-    data_format: DataFormat = option("coco", "layout of --data_path: COCO, PASCAL VOC or YOLO")
+    data_format: str = option("coco", "layout of --data_path: COCO, PASCAL VOC or YOLO")
     val_split: str = option(
         "val", "validation split of --data_path: a VOC list, a key of data.yaml"
     )

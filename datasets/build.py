@@ -78,7 +78,7 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
     images, annotations = _explicit_paths(cfg, split)
     if bool(images) != bool(annotations):
         given, lacking = ("images", "annotations") if images else ("annotations", "images")
-        raise DataError(f"`{split}_{given}` needs `{split}_{lacking}` too. Set both.")
+        raise DataError(f"{split}_{given}: needs `{split}_{lacking}` too. Set both.")
     if images:
         return Path(images), Path(annotations)
     if cfg.data_path:
@@ -175,8 +175,8 @@ def _unused(cfg: DataConfig, epochs: int) -> Iterator[str]:
         (cfg.eval_scale,),
     ):
         yield (
-            f"augment none: images have a short side of eval_scale {cfg.eval_scale}; "
-            "train_scales has no effect."
+            f"augment none: images have a short side of `eval_scale {cfg.eval_scale}`; "
+            "`train_scales` has no effect."
         )
     if (cfg.mosaic or cfg.mixup) and epochs <= cfg.close_augment_epochs:
         yield (

@@ -140,7 +140,7 @@ class CocoIndex:
             notices.append(
                 f"{int(crowded.sum())} images have more boxes (up to "
                 f"{int(self.boxes_per_image.max())}) than the model has queries "
-                f"({num_queries}): the rest can never be found. Raise num_queries."
+                f"({num_queries}): the rest can never be found. Raise `num_queries`."
             )
         return "\n".join([self.summary(), *(f"  notice: {notice}" for notice in notices)])
 

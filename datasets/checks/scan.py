@@ -92,7 +92,7 @@ def scan(paths: Iterable[Path], *, processes: int) -> dict[Path, FileFacts]:
             return _collect(files, pool.map(examine_file, files, chunksize=_CHUNK))
     except BrokenProcessPool as error:
         raise DataError(
-            "a decoding process was killed, probably out of memory. Lower num_workers."
+            "a decoding process was killed, probably out of memory. Lower `num_workers`."
         ) from error
 
 

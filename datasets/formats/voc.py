@@ -43,7 +43,7 @@ def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
         if not needed.is_dir():
             raise DataError(
                 f"{root}: not a VOC folder with Annotations/ and JPEGImages/: there is no "
-                f"{needed.name}/. Check data_path."
+                f"{needed.name}/. Check `data_path`."
             )
     files = {path.stem: path for path in sorted(folder.glob("*.xml"))}
     stems = _listed(root, split, files)
@@ -110,7 +110,7 @@ def _listed(root: Path, split: str, files: dict[str, Path]) -> set[str]:
         known = ", ".join(sorted(p.stem for p in lists.glob("*.txt"))) or "none"
         raise DataError(
             f"{path}: the split '{split}' has no list. Lists there: {known}. "
-            "Choose with train_split and val_split."
+            "Choose with `train_split` and `val_split`."
         )
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()

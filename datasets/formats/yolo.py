@@ -81,16 +81,16 @@ def _load_yaml(place: Path) -> tuple[Path, Mapping[str, Any]]:
         if len(there) != 1 and there[:1] != usual[:1]:
             names = ", ".join(path.name for path in there)
             raise DataError(
-                f"{place}: which file describes the data, {names}? Set data_path to it."
+                f"{place}: which file describes the data, {names}? Set `data_path` to it."
                 if there
-                else f"{place}: there is no data.yaml. Check data_path."
+                else f"{place}: there is no data.yaml. Check `data_path`."
             )
         file = there[0]
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
-            f"{file}: not a YOLO folder or its data.yaml ({error.strerror}). Check data_path."
+            f"{file}: not a YOLO folder or its data.yaml ({error.strerror}). Check `data_path`."
         ) from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -125,7 +125,7 @@ def _images(options: Mapping[str, Any], file: Path, split: str) -> list[Path]:
         known = ", ".join(k for k in ("train", "val", "test") if options.get(k)) or "none"
         raise DataError(
             f"{file}: `{split}` must name a folder or a list of images, not {entries!r}. "
-            f"Splits there: {known}. Choose with train_split and val_split."
+            f"Splits there: {known}. Choose with `train_split` and `val_split`."
         )
     here = Path(os.path.abspath(file.parent))
     base = here / str(options.get("path") or "")

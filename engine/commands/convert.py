@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.options import option
-from configs.schema import DataFormat, VocOptions
+from configs.schema import VocOptions
 from datasets.build import format_options
 from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
@@ -18,8 +18,8 @@ from util.errors import ConfigError
 class ConvertOptions(VocOptions):
     """What `convert` reads and writes."""
 
-    data_format: DataFormat = option("coco", "format of --data_path", alias="--from")
-    to: DataFormat = option("coco", "format to write")
+    data_format: str = option("coco", "format of --data_path: coco, voc or yolo", alias="--from")
+    to: str = option("coco", "format to write: coco, voc or yolo")
     data_path: str = option(
         "", "folder of the data set; for yolo also data.yaml, for coco a JSON file with --images"
     )
@@ -44,12 +44,13 @@ def main(options: ConvertOptions) -> int:
     for name in ("data_path", "output_dir"):
         if not getattr(options, name):
             raise ConfigError(f"{name}: is missing. Add it.")
+    writing = format_options(options, options.to)
     lines = convert(
         {split: _read(options, split) for split in options.splits},
         options.to,
         Path(options.output_dir),
         copy=options.copy_images,
-        **format_options(options, options.to),
+        **writing,
     )
     console("\n".join(lines))
     console(f"written: {options.output_dir}")

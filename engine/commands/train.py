@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.load import Given, changed_options, to_yaml
 from configs.schema import SECTIONS, Config, RunConfig
-from datasets.loader import split_batch
+from datasets.samplers import split_batch
 from engine.build import RunPlan, build_trainer
 from engine.checkpoint import CheckpointFolder, check_same, load_checkpoint
 from engine.detector import saved_options
@@ -51,7 +51,7 @@ def main(given: Given) -> int:
         optim = plan.config.optim
         share = split_batch(
             optim.effective_batch_size,
-            most=optim.batch_size,
+            max_size=optim.batch_size,
             rank=world.rank,
             world_size=world.size,
         )

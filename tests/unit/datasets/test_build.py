@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema import DataConfig, DataFormat
+from configs.schema import DataConfig
 from datasets.build import build_dataset, build_transform, data_paths, load_index, read_split
 from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
@@ -28,8 +28,11 @@ def test_coco_layout_and_explicit_paths() -> None:
     ("options", "message"),
     [
         ({}, "train data: no option says where it is. Set `coco_path`, or `train_images`"),
-        ({"train_images": "x"}, "`train_images` needs `train_annotations` too"),
-        ({"train_annotations": "x", "coco_path": "y"}, "`train_annotations` needs `train_images`"),
+        ({"train_images": "x"}, "train_images: needs `train_annotations` too"),
+        (
+            {"train_annotations": "x", "coco_path": "y"},
+            "train_annotations: needs `train_images` too",
+        ),
     ],
 )
 def test_incomplete_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -65,7 +68,7 @@ def test_a_data_path_in_any_format(
     content: dict[str, Any],
     write: Callable[[dict[str, Any]], tuple[Path, Path]],
     tmp_path: Path,
-    target: DataFormat,
+    target: str,
 ) -> None:
     json_path, folder = write(content)
     source = read_coco_file(json_path, folder)

@@ -305,10 +305,10 @@ def test_command_line(
     command = ["convert", "--from", "coco", "--data_path", str(json_path), "--images", str(folder),
                "--to", "yolo", "--output_dir", out]  # fmt: skip
     assert main(command) == 2
-    assert "--images: expected one split with it" in capsys.readouterr().err
+    assert "--images: needs exactly one split with it" in capsys.readouterr().err
     assert main([*command, "--splits", "train"]) == 0
     assert "train: 3 images, 3 boxes" in capsys.readouterr().out
     assert main([*command, "--splits", "train"]) == 2
     assert "not a new or empty folder" in capsys.readouterr().err
     assert main(["convert", "--to", "yolo"]) == 2
-    assert capsys.readouterr().err == "error: --data_path is required.\n"
+    assert capsys.readouterr().err == "error: --data_path: is missing. Add it.\n"
