@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,18 +57,6 @@ def official_log_values(values: Mapping[str, float], criterion: SetCriterion) ->
     return named
 
 
-@dataclass(frozen=True)
-class _Pending:
-    """One step's values, on their way from the device."""
-
-    step: int
-    epoch: int
-    names: list[str]
-    values: Tensor
-    image_ids: list[int]
-    rates: dict[str, float]
-
-
 @dataclass
 class StepLog:
     """Writes steps to the run's logs, shows them to the guards, and keeps means."""
@@ -81,7 +69,7 @@ class StepLog:
     device: torch.device
     averages: Averages = field(default_factory=Averages)
     times: list[dict[str, float]] = field(default_factory=list)  # of the epoch's steps
-    _pending: list[_Pending] = field(default_factory=list)
+    _pending: list[tuple[LoggedStep, list[str], Tensor]] = field(default_factory=list)
     _timed: deque[int] = field(default_factory=deque)
     _times: dict[int, dict[str, float]] = field(default_factory=dict)
 
@@ -96,18 +84,9 @@ class StepLog:
         """Take a step's metrics, which a later `flush` writes, and end the timing of the step."""
         self.timer.finish_step()
         values = torch.stack([value.float() for value in metrics.values()])
-        self._pending.append(
-            _Pending(
-                step=step,
-                epoch=epoch,
-                names=list(metrics),
-                values=values.to("cpu", non_blocking=True),
-                image_ids=[
-                    int(t["image_id"]) for b in micro_batches if not b.blank for t in b.targets
-                ],
-                rates=rates,
-            )
-        )
+        ids = [int(t["image_id"]) for b in micro_batches if not b.blank for t in b.targets]
+        logged = LoggedStep(step, epoch, ids, {}, rates)
+        self._pending.append((logged, list(metrics), values.to("cpu", non_blocking=True)))
         self._timed.append(step)
 
     def flush(self, *, keep: int = 0) -> dict[str, float] | None:
@@ -124,7 +103,7 @@ class StepLog:
             return None
         if not keep and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the last step's values are on their way
-        rows = torch.stack([r.values for r in records]).double()
+        rows = torch.stack([values for *_, values in records]).double()
         if self.world.size > 1:
             total = self.world.sum(rows.flatten().tolist())
             rows = torch.tensor(total, dtype=torch.float64).view_as(rows) / self.world.size
@@ -132,17 +111,17 @@ class StepLog:
         self.times += times.values()
         self._times |= times  # of those that are kept back, too
         latest: dict[str, float] = {}
-        for record, row in zip(records, rows.tolist(), strict=True):
-            named = dict(zip(record.names, row, strict=True))
-            latest = official_log_values(named, self.criterion)
-            parts = self._times.pop(record.step, {})
+        for (step, names, _), row in zip(records, rows.tolist(), strict=True):
+            latest = official_log_values(dict(zip(names, row, strict=True)), self.criterion)
+            parts = self._times.pop(step.step, {})
             timed = {f"time_{part}": seconds for part, seconds in parts.items()}
             timed["time"] = sum(parts.values())
-            self.log.step(record.step, {**latest, **record.rates, **timed})
-            step = LoggedStep(record.step, record.epoch, record.image_ids, latest, record.rates)
+            self.log.step(step.step, {**latest, **step.rates, **timed})
+            step = replace(step, values=latest)
             if step.finite:
-                self.averages.add(record.names, row)
-            self.guards.on_log(step)
+                self.averages.add(names, row)
+            for guard in self.guards:
+                guard.on_log(step)
         return latest
 
     def begin_epoch(self) -> None:

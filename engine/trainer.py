@@ -139,7 +139,8 @@ class Trainer:
                     rates = {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
                     metrics = self.train_step(micro_batches)
                     self.steps.add(self.step, self.epoch, micro_batches, metrics, rates)
-                    self.guards.after_step(self.step, micro_batches, metrics)
+                    for guard in self.guards:
+                        guard.after_step(self.step, micro_batches, metrics)
                     if self.ema is not None:  # after the guards: they restore norms that saw a NaN
                         self.ema.update(self.detector)
             self.step, self.epoch_step = self.step + 1, self.epoch_step + 1
@@ -147,7 +148,7 @@ class Trainer:
             self.seconds, clock = self.seconds + now - clock, now
             bar.update(1)
             if self.step % self.flush_every == 0 and (latest := self.steps.flush(keep=1)):
-                shown = {k: f"{latest[k]:.3f}" for k in ("loss", "class_error")}
+                shown = {k: f"{latest[k]:.3f}" for k in ("loss", "class_error") if k in latest}
                 bar.set_postfix(shown, refresh=False)
             if self.save_every and self.step % self.save_every == 0:
                 self.steps.flush()

@@ -5,10 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from engine.guards.flat_loss import FlatLoss
-from engine.guards.guard import Guard, LoggedStep
+from engine.guards.guard import Guard
 from engine.guards.memory import MemoryGuard
 from engine.guards.nonfinite import NonFiniteSteps
 from engine.guards.unreadable import UnreadableImages
@@ -42,18 +40,6 @@ class Guards:
                 if advice is not None:
                     raise advice from error
             raise
-
-    def after_step(
-        self, step: int, micro_batches: Sequence[Batch], metrics: Mapping[str, Tensor]
-    ) -> None:
-        """Show a step's metrics to the guards, right after it."""
-        for guard in self:
-            guard.after_step(step, micro_batches, metrics)
-
-    def on_log(self, step: LoggedStep) -> None:
-        """Show a step to the guards when it is logged."""
-        for guard in self:
-            guard.on_log(step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the guards' states by name, for a checkpoint."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -47,8 +48,9 @@ class NonFiniteSteps(Guard):
             if isinstance(module, nn.BatchNorm2d) and module.affine and module.weight.requires_grad
             for buffer in module.buffers()
         ]
+        self._delay = int(precision.device.type == "cuda")  # steps until values have arrived
         self._before: list[Tensor] = []
-        self._unchecked: list[tuple[int, Sequence[Batch], Tensor]] = []
+        self._unchecked: deque[tuple[int, Sequence[Batch], Tensor]] = deque()
         self._causes: dict[int, str] = {}  # of steps that are not logged yet
 
     def before_step(self, step: int, micro_batches: Sequence[Batch]) -> None:
@@ -60,14 +62,13 @@ class NonFiniteSteps(Guard):
         finite = metrics["loss"].isfinite()
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(torch.where(finite, buffer, before))
-        # the matcher of this step waited for the device: the values before it have arrived
-        waits = 1 if finite.is_cuda else 0
         self._unchecked.append((step, micro_batches, finite.to("cpu", non_blocking=True)))
-        self._check(self._unchecked[: len(self._unchecked) - waits])
-        self._unchecked = self._unchecked[len(self._unchecked) - waits :]
+        self._check(keep=self._delay)  # this step's matcher waited for all that came before it
 
-    def _check(self, steps: Sequence[tuple[int, Sequence[Batch], Tensor]]) -> None:
-        for step, micro_batches, finite in steps:
+    def _check(self, *, keep: int) -> None:
+        """Look for the causes of all steps but the last `keep`, whose values are still to come."""
+        while len(self._unchecked) > keep:
+            step, micro_batches, finite = self._unchecked.popleft()
             if not finite:
                 self._causes[step] = self._find_cause(micro_batches)
 
@@ -87,9 +88,8 @@ class NonFiniteSteps(Guard):
         Raises:
             UserError: it was the last of `limit` in a row, or the file cannot be written.
         """
-        if any(number == step.step for number, *_ in self._unchecked):  # the last one: it is done
-            self._check(self._unchecked)
-            self._unchecked = []
+        if any(number == step.step for number, *_ in self._unchecked):
+            self._check(keep=0)  # the last step, which is done
         cause = self._causes.pop(step.step, _FINITE_FORWARD)
         if step.finite:
             self.in_a_row = 0

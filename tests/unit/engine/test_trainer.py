@@ -216,3 +216,21 @@ def test_each_unreadable_image_is_named_once(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.splitlines() == [
         f"warning: image 1 '{name}' cannot be read (torn) and is skipped." for name in "ab"
     ]
+
+
+def test_averages_never_see_a_pixel_that_is_not_finite(tmp_path: Path) -> None:
+    """Norms that are trained have seen it, until the guard restores them."""
+    (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=2)
+    config = Config(
+        model=small_config(enc_layers=1, dec_layers=1, train_backbone_norm=True),
+        optim=OptimConfig(ema_decay=0.5, frozen_stages=0),
+        run=RunConfig(output_dir=str(tmp_path)),
+    )
+    model = build_model(config.model, num_classes=CLASSES, frozen_stages=0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with RunLog(tmp_path, tensorboard=False) as log:
+        trainer = make_trainer(config, model, [batch], BatchSplit(IMAGES), World(), log)
+        train_epoch(trainer)
+    assert trainer.ema is not None
+    for state in (model.state_dict(), trainer.ema.state_dict()["model"]):
+        assert all(value.equal(before[key]) for key, value in state.items())

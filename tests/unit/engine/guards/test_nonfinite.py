@@ -124,6 +124,20 @@ def test_the_cause_is_found_after_the_step_and_stands_in_the_report(tmp_path: Pa
     assert content["first_nonfinite"] == "the forward pass was finite here, the gradient was not"
 
 
+def test_where_values_come_late_the_search_waits_for_them(tmp_path: Path) -> None:
+    guard = make_guard(tmp_path, Normed(trained=True), limit=9)
+    guard._delay = 1  # as on a GPU
+    broken = torch.full((1, 3, 4, 4), math.nan)
+    for step, images in enumerate((broken, torch.rand(1, 3, 4, 4), broken)):
+        step_with(guard, step, images, math.nan if images is broken else 1.0)
+        assert list(guard._causes) == ([0] if step else [])
+        assert [number for number, *_ in guard._unchecked] == [step]
+    causes = [json.loads(log_step(guard, step).read_text())["first_nonfinite"] for step in range(3)]
+    assert ["pixels" in cause for cause in causes] == [True, False, True]
+    assert not guard._unchecked
+    assert not guard._causes
+
+
 def test_trained_norms_forget_a_step_that_was_not_finite(tmp_path: Path) -> None:
     model = Normed(trained=True).train()
     guard = make_guard(tmp_path, model)
