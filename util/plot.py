@@ -50,7 +50,7 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
 
 
 def _read(log_path: Path) -> list[dict[str, Any]]:
-    """Return a line per epoch, skipping a torn one; an epoch told twice counts as last told."""
+    """Return a line per epoch, skipping a torn one; the last of an epoch counts."""
     epochs: dict[int, dict[str, Any]] = {}
     for line in log_path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
