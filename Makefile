@@ -1,10 +1,15 @@
-# `make demo`: from nothing to a trained detector. `make test`: every check that CI runs.
+# make demo      from nothing to a trained detector
+# make format    rewrite the code as the linter wants it
+# make quick     unit tests, without the slow ones
+# make test      what CI runs: lint, and every test but the slow ones
+# make test_all  lint and every test; before a release
+# make wheel     the installable package, in dist/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test lint env env-test sanitize clean-demo
+.PHONY: demo format lint quick test test_all wheel env env-test sanitize clean-demo
 
 env: $(VENV)/.installed
 env-test: $(VENV)/.installed-test
@@ -40,8 +45,21 @@ lint: env-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy .
 
+format: env-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quick: env-test
+	$(BIN)/python -m pytest tests/unit -m "not slow"
+
 test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test_all: lint
 	$(BIN)/python -m pytest
+
+wheel: env
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 # The CPU kernel under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer.
 SANITIZE := $(CXX) -std=c++17 -O1 -g -pthread -mavx2 -mfma tests/sanitizers/cpu_kernel.cpp

@@ -1,82 +1,87 @@
-"""Options declared once as dataclass fields: flags, YAML files and precedence follow from them.
-
-Precedence: default < `base` file < file < command line.
-"""
+"""An option: a dataclass field with a default, a help text, the values it may take, and a flag."""
 
 import argparse
 import contextlib
 import dataclasses
+import os
+import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, field
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-
-import yaml
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import field
+from decimal import Decimal
+from functools import partial
+from typing import Any, Literal, NoReturn, cast
 
 from util.errors import ConfigError, nearest_hint
 
-T = TypeVar("T")
-Section = type[Any]
-Values = dict[str, dict[str, Any]]
+Section = type[Any]  # a dataclass of options
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 def option(
     default: Any,
     help: str,
     *,
-    choices: Sequence[Any] | None = None,
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
     alias: str | None = None,
+    unset: Any = None,
+    rare: bool = False,
 ) -> Any:
-    """Declare an option: its default, help, and the values it may take.
+    """Declare an option: its default, help, and bounds; a `Literal` type lists its choices.
 
     `low` and `high` are inclusive bounds, `above` an exclusive lower bound; for a tuple they hold
-    for each element. `alias` is a second name for it, as a flag and in files.
+    for each element. `alias` is a second flag, and without its dashes a second name in files.
+    `unset` is a value that files of earlier versions have where None is meant now. A `rare` option
+    is only listed by --help_all.
     """
-    return field(
-        default=default,
-        metadata={
-            "help": help, "choices": choices, "low": low, "high": high, "above": above,
-            "alias": alias,
-        },
-    )  # fmt: skip
+    metadata = {"help": help, "low": low, "high": high, "above": above, "alias": alias}
+    return field(default=default, metadata={**metadata, "unset": unset, "rare": rare})
 
 
-def check_values(section: Any) -> None:
-    """Raise ConfigError if a field lies outside its declared choices or bounds."""
-    for f in dataclasses.fields(section):
-        value = getattr(section, f.name)
-        choices = f.metadata["choices"]
-        for item in value if isinstance(value, tuple) else (value,):
-            if choices is not None and item not in choices:
-                wanted = ", ".join(map(str, choices))
-                raise ConfigError(
-                    f"--{f.name}: expected one of {wanted}, got '{item}'. "
-                    f"{nearest_hint(str(item), [str(c) for c in choices])}"
-                )
-            _check_bounds(f.name, item, f.metadata)
+class Checked:
+    """A dataclass of options that checks choices and bounds when an instance is made."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(cast(Any, self)):
+            value, choices = getattr(self, f.name), _parts(hints[f.name])[1]
+            for item in value if isinstance(value, tuple) else (value,):
+                if item is None:
+                    continue
+                if choices and item not in choices:
+                    words = [str(choice) for choice in choices]
+                    raise ConfigError(
+                        f"{f.name}: must be one of {', '.join(words)}, not '{item}'. "
+                        f"{nearest_hint(str(item), words)}"
+                    )
+                _check_bounds(f.name, item, f.metadata)
 
 
 def _check_bounds(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
     low, high, above = metadata["low"], metadata["high"], metadata["above"]
-    too_low = low is not None and not value >= low
-    too_high = high is not None and not value <= high
-    if too_low or too_high or (above is not None and not value > above):
-        parts = [
-            *([f"at least {low}"] if low is not None else []),
-            *([f"more than {above}"] if above is not None else []),
-            *([f"at most {high}"] if high is not None else []),
-        ]
-        raise ConfigError(f"--{name}: expected {' and '.join(parts)}, got {value}.")
+    bounds = {
+        f"at least {low}": low is None or value >= low,
+        f"more than {above}": above is None or value > above,
+        f"at most {high}": high is None or value <= high,
+    }
+    if not all(bounds.values()):
+        stated = " and ".join(bound for bound in bounds if "None" not in bound)
+        raise ConfigError(f"{name}: must be {stated}, not {value}.")
 
 
-def _element_type(annotation: Any) -> Any | None:
-    """Return X for tuple[X, ...], None for a scalar."""
-    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is tuple else None
+def _parts(annotation: Any) -> tuple[Any, tuple[Any, ...], bool, bool]:
+    """Return a plain type, its choices, whether there may be several, and whether None is one."""
+    optional = isinstance(annotation, types.UnionType)
+    if optional:
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    several = typing.get_origin(annotation) is tuple
+    kind = typing.get_args(annotation)[0] if several else annotation
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    return type(choices[0]) if choices else kind, choices, several, optional
 
 
 def coerce(value: Any, annotation: Any, source: str) -> Any:
@@ -85,205 +90,151 @@ def coerce(value: Any, annotation: Any, source: str) -> Any:
     Raises:
         ConfigError: the value has another type.
     """
-    if isinstance(annotation, types.UnionType):
-        if value is None:
-            return None
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    element = _element_type(annotation)
-    if element is not None:
+    kind, _, several, optional = _parts(annotation)
+    if optional and (value is None or value == "none"):
+        return None
+    if several:
         items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(coerce(item, element, source) for item in items)
-    try:
-        if annotation is bool and isinstance(value, bool):
-            return value
-        if annotation in (int, float) and not isinstance(value, bool) and value is not None:
-            return _to_number(value, annotation)
-        plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
-        if annotation is str and plain:  # YAML reads yes and off as truth values
-            return str(value)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ConfigError(f"{source}: expected {annotation.__name__}, got {value!r}.")
-
-
-def _to_number(value: Any, annotation: type[int] | type[float]) -> int | float:
-    if annotation is int and not isinstance(value, float):
-        with contextlib.suppress(ValueError):
-            return int(value)  # a float would round beyond 2**53
-    number = float(value)  # YAML reads 1e-4 as a string
-    if annotation is int and number != int(number):
-        raise ValueError(f"{value} is not whole")
-    return annotation(number)
+        return tuple(coerce(item, kind, source) for item in items)
+    if isinstance(value, bool) == (kind is bool):  # YAML reads yes and off as truth values
+        with contextlib.suppress(TypeError, ValueError, ArithmeticError):
+            if kind is float:
+                return float(value)  # YAML reads 1e-4 as a string
+            if kind is int and (number := Decimal(str(value))) == int(number):
+                return int(number)
+            if kind is bool or (kind is str and isinstance(value, (str, int, float, os.PathLike))):
+                return kind(value)
+    raise ConfigError(f"{source}: must be {_NAMES[kind]}, not {value!r}.")
 
 
 class OptionParser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, without the usage of sixty options."""
+    """A parser of flags that are derived from fields; it reports an error in one line."""
+
+    def __init__(self, *, all_help: bool = False, **kwargs: Any) -> None:
+        super().__init__(
+            usage="%(prog)s [options]",
+            allow_abbrev=False,
+            formatter_class=partial(argparse.HelpFormatter, max_help_position=32),
+            **kwargs,
+        )
+        self.all_help, self.hidden = all_help, 0
+        self.sections: dict[str, Section] = {}
+        self.add_argument("--help_all", action="help", help="list every option, rare ones too")
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse found wrong as ConfigError."""
         raise ConfigError(f"command line: {message}. --help lists the options.")
 
-
-def add_options(parser: argparse.ArgumentParser, sections: Mapping[str, Section]) -> None:
-    """Add one flag per field, grouped by section; only flags given are set."""
-    for title, section in sections.items():
-        group = parser.add_argument_group(title)
+    def add_section(self, title: str, section: Section) -> None:
+        """Add one flag for each field of a section; only flags that are given are set."""
+        self.sections[title] = section
+        group = self.add_argument_group(title)
         hints = typing.get_type_hints(section)
         for f in dataclasses.fields(section):
-            _add_flag(group, f, hints[f.name])
+            self._add_flag(group, f, hints[f.name])
+
+    def _add_flag(self, group: Any, f: "dataclasses.Field[Any]", annotation: Any) -> None:
+        default, metadata = f.default, f.metadata
+        flags = [f"--{f.name}", *([metadata["alias"]] if metadata["alias"] else [])]
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text = metadata["help"]
+        if shown not in (None, "") and annotation is not bool:
+            text += f" (default: {shown})"
+        hidden = metadata["rare"] and not self.all_help
+        self.hidden += hidden
+        common = {"dest": f.name, "default": argparse.SUPPRESS}
+        help = argparse.SUPPRESS if hidden else text.replace("%", "%%")
+        if annotation is not bool:
+            kind, choices, several, _ = _parts(annotation)
+            common["metavar"] = "|".join(map(str, choices)) or _METAVARS[kind]
+            group.add_argument(*flags, nargs="*" if several else None, help=help, **common)
+            return
+        # the help lists the flag that changes something
+        off = argparse.SUPPRESS if hidden else f"turn off: {metadata['help']}".replace("%", "%%")
+        on_help, off_help = (argparse.SUPPRESS, off) if default else (help, argparse.SUPPRESS)
+        group.add_argument(*flags, action="store_true", help=on_help, **common)
+        group.add_argument(f"--no_{f.name}", action="store_false", help=off_help, **common)
+
+    def parse_options(
+        self, argv: Sequence[str], recipes: Mapping[str, Section] | None = None
+    ) -> tuple[argparse.Namespace, dict[str, Any]]:
+        """Parse a command line into the parser's own arguments and the given options by section.
+
+        Raises:
+            ConfigError: an unknown flag (the nearest one is named, or the recipe it belongs to) or
+                a value of another type.
+        """
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            hint = nearest_hint(unknown[0], self.flags, "--help_all lists the options.")
+            for recipe, section in (recipes or {}).items():
+                if unknown[0] in [f"--{f.name}" for f in dataclasses.fields(section)]:
+                    hint = f"It is an option of a recipe: add --recipes {recipe}."
+            raise ConfigError(f"command line: unknown option '{unknown[0]}'. {hint}")
+        names = [f.name for kind in self.sections.values() for f in dataclasses.fields(kind)]
+        given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        return args, by_section(given, self.sections, "--")
+
+    @property
+    def flags(self) -> list[str]:
+        """Return every flag, hidden ones too."""
+        return [flag for action in self._actions for flag in action.option_strings]
+
+    def format_help(self) -> str:
+        """Return the help, which names the way to the options that it leaves out."""
+        if self.hidden:
+            self.epilog = f"--help_all lists {self.hidden} more options, which are rarely used."
+        return super().format_help()
 
 
-def _add_flag(group: Any, f: "dataclasses.Field[Any]", annotation: Any) -> None:
-    flag, default = f"--{f.name}", f.default
-    shown = "" if default in (None, "", ()) else f" (default: {default})"
-    common: dict[str, Any] = {
-        "dest": f.name,
-        "default": argparse.SUPPRESS,
-        "help": (f.metadata["help"] + shown).replace("%", "%%"),
-    }
-    aliases = [f.metadata["alias"]] if f.metadata["alias"] else []
-    if annotation is bool:
-        group.add_argument(flag, *aliases, action="store_true", **common)
-        group.add_argument(
-            f"--no_{f.name}",
-            dest=f.name,
-            action="store_false",
-            default=argparse.SUPPRESS,
-            help=argparse.SUPPRESS if not default else f"turn --{f.name} off",
-        )
-        return
-    many = {"nargs": "*"} if _element_type(annotation) is not None else {}
-    metavar = "|".join(map(str, f.metadata["choices"])) if f.metadata["choices"] else f.name.upper()
-    group.add_argument(flag, *aliases, metavar=metavar, **many, **common)
-
-
-def parse_flags(
-    parser: argparse.ArgumentParser, argv: Sequence[str], sections: Mapping[str, Section]
-) -> tuple[argparse.Namespace, Values]:
-    """Parse a command line into the parser's own arguments and values by section.
-
-    Raises:
-        ConfigError: an unknown flag (the nearest one is named) or a value of another type.
-    """
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [s for a in parser._actions for s in a.option_strings]
-        raise ConfigError(
-            f"command line: unknown option '{unknown[0]}'. {nearest_hint(unknown[0], known)}"
-        )
-    values: Values = {}
-    for title, section in sections.items():
-        for name, annotation in typing.get_type_hints(section).items():
-            if hasattr(args, name):
-                value = coerce(getattr(args, name), annotation, f"--{name}")
-                values.setdefault(title, {})[name] = value
-    return args, values
-
-
-def load_file(
-    path: Path,
-    sections: Mapping[str, Section],
-    presets: Path | None = None,
-    _seen: tuple[Path, ...] = (),
-) -> Values:
-    """Read a YAML file and the files its `base` names, nearest last.
-
-    Where the file of a `base` is not there, `NAME`, `NAME.yaml` and `configs/NAME.yaml` mean the
-    one in the folder `presets`; `NAME` is NAME.yaml beside the file first.
-
-    Raises:
-        ConfigError: the file is missing, is not YAML, or has an unknown section, key or type.
-    """
-    if not path.is_file():
-        known = sorted(p.stem for p in presets.glob("*.yaml")) if presets else []
-        named = f"{nearest_hint(path.stem, known)} Presets" if known else "Presets"
-        raise ConfigError(f"{path}: no such config file. {named} lie in configs/.")
-    if path.resolve() in _seen:
-        raise ConfigError(f"{path}: its `base` leads back to itself.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        what = "cannot be read" if isinstance(error, OSError) else "not a YAML file"
-        raise ConfigError(f"{path}: {what}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected sections ({', '.join(sections)}), got {content!r}.")
-    base = content.pop("base", None)
-    values: Values = {}
-    if base is not None:
-        file = file_or_preset(path.parent, str(base), presets)
-        values = load_file(file, sections, presets, (*_seen, path.resolve()))
-    return merge(values, check_values_by_section(content, sections, str(path)))
-
-
-def file_or_preset(folder: Path, name: str, presets: Path | None) -> Path:
-    """Return the file that a name means, seen from a folder; see `load_file`."""
-    file = folder / name
-    if presets is None or file.is_file() or Path(name).parent.as_posix() not in (".", "configs"):
-        return file
-    own = folder / f"{name}.yaml"
-    preset = presets / f"{Path(name).name.removesuffix('.yaml')}.yaml"
-    return next((path for path in (own, preset) if path.is_file()), file)
-
-
-def check_values_by_section(
-    content: Mapping[str, Any], sections: Mapping[str, Section], source: str
-) -> Values:
-    """Check section and key names and coerce the values of a nested mapping.
+def check_names(
+    values: Mapping[Any, Any], section: Section, source: str, title: str
+) -> dict[str, Any]:
+    """Check the names of options and coerce their values; aliases become names.
 
     Raises:
         ConfigError: a name is unknown or a value has another type; `source` is named.
     """
-    values: Values = {}
-    for title, entries in content.items():
-        if title not in sections:
-            raise ConfigError(
-                f"{source}: unknown section '{title}'. {nearest_hint(str(title), list(sections))}"
-            )
-        if not isinstance(entries, Mapping):
-            raise ConfigError(f"{source}: section '{title}' needs options below it.")
-        hints = typing.get_type_hints(sections[title])
-        former = {
-            f.metadata["alias"].lstrip("-"): f.name
-            for f in dataclasses.fields(sections[title])
-            if f.metadata["alias"]
-        }
-        for given_name, value in entries.items():
-            name = former.get(given_name, given_name)
-            if name not in hints:
-                raise ConfigError(
-                    f"{source}: unknown option '{title}.{name}'. "
-                    f"{nearest_hint(str(name), list(hints))}"
-                )
-            coerced = coerce(value, hints[name], f"{source}: {title}.{name}")
-            values.setdefault(title, {})[name] = coerced
+    hints = typing.get_type_hints(section)
+    fields = {f.name: f for f in dataclasses.fields(section)}
+    aliases = {f.metadata["alias"].lstrip("-"): f for f in fields.values() if f.metadata["alias"]}
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        f = fields.get(name) or aliases.get(name)
+        if f is None:
+            hint = nearest_hint(str(name), list(hints))
+            raise ConfigError(f"{source}unknown option '{title}{name}'. {hint}")
+        coerced = coerce(value, hints[f.name], f"{source}{title}{f.name}")
+        unset = f.metadata["unset"]
+        checked[f.name] = None if unset is not None and coerced == unset else coerced
+    return checked
+
+
+def by_section(
+    options: Mapping[str, Any], sections: Mapping[str, Section], source: str = ""
+) -> dict[str, dict[str, Any]]:
+    """Return options that are given by their names alone, by section; see `check_names`."""
+    owners = {f.name: title for title, kind in sections.items() for f in dataclasses.fields(kind)}
+    values: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        if name not in owners:
+            raise ConfigError(f"{source}unknown option '{name}'. {nearest_hint(name, owners)}")
+        given = check_names({name: value}, sections[owners[name]], source, "")
+        values.setdefault(owners[name], {}).update(given)
     return values
 
 
-def merge(*layers: Mapping[str, Mapping[str, Any]]) -> Values:
-    """Merge values by section; later layers win."""
-    merged: Values = {}
-    for layer in layers:
-        for title, entries in layer.items():
-            merged.setdefault(title, {}).update(entries)
-    return merged
+def with_dashes(message: str, names: Collection[str]) -> str:
+    """Write the options that an error names as flags; see `util.errors.UserError`."""
 
+    def flag(match: "re.Match[str]") -> str:
+        name, value = match["name"] or match["quoted"] or match["word"], match["value"] or ""
+        return f"--{name}{value}" if name in names else match[0]
 
-def to_yaml(config: Any) -> str:
-    """Write a dataclass of sections as YAML that `load_file` reads back."""
-    plain = {
-        title: {k: list(v) if isinstance(v, tuple) else v for k, v in section.items()}
-        for title, section in dataclasses.asdict(config).items()
-    }
-    return str(yaml.safe_dump(plain, sort_keys=False))
-
-
-def changed_options(config: Any) -> list[str]:
-    """Return `name=value` for every option that differs from its default."""
-    changed = []
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        for f in dataclasses.fields(values):
-            value = getattr(values, f.name)
-            if f.default is not MISSING and value != f.default:
-                changed.append(f"{f.name}={value}")
-    return changed
+    return re.sub(
+        r"^(?P<name>\w+)(?=:| \S+: )"
+        r"|`(?P<quoted>\w+)(?P<value>(?: [^`]*)?)`"
+        r"|(?<![\w./'`-])(?P<word>\w+_\w+)(?![\w/'`]|\.\w)",
+        flag,
+        message,
+    )

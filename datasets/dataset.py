@@ -1,4 +1,4 @@
-"""Detection data of any format: the index of a checked split, and the data set that reads it."""
+"""Data sets: images of an index, with targets, and images alone."""
 
 import glob
 from collections.abc import Sequence
@@ -13,7 +13,17 @@ from torch.utils.data import Dataset
 
 from datasets.class_mapping import map_used_classes
 from datasets.image_cache import ImageCache
-from datasets.images import READ_ERRORS, SUFFIXES, is_image, read_reduced, read_rgb, read_size
+from datasets.images import (
+    READ_ERRORS,
+    SUFFIXES,
+    TURNED,
+    is_image,
+    orientation_of,
+    read_reduced,
+    read_rgb,
+    read_size,
+    upright_rgb,
+)
 from datasets.index import CocoIndex
 from datasets.mixing import Mixing
 from datasets.sample import Prepared, Sample, clip_boxes, draw_integer, to_pixels
@@ -22,6 +32,8 @@ from util.batch import Target, UnreadableImage
 from util.box_ops import xyxy_to_cxcywh
 from util.classes import Classes
 from util.errors import DataError
+
+ImageSource = Path | Image.Image | Tensor
 
 
 class SampleKey(NamedTuple):
@@ -76,8 +88,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, turn: "int | SampleKey") -> tuple[Tensor, Target] | UnreadableImage:
-        position, batch = turn if isinstance(turn, SampleKey) else (turn, 0)
+    def __getitem__(self, key: "int | SampleKey") -> tuple[Tensor, Target] | UnreadableImage:
+        position, batch = key if isinstance(key, SampleKey) else (key, 0)
         image_id = int(self.index.images.ids[position])
         try:
             sample = self._read_sample(position)
@@ -115,7 +127,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         return self._transform.output_size(height, width)
 
     def largest_size(self, height: int, width: int) -> tuple[int, int] | None:
-        """Return the most that an image of this size may get to be, None where it is unknown."""
+        """Return the largest size an image of this size may get, None if it is unknown."""
         return self._transform.largest_size(height, width) if height and width else None
 
     def _path(self, position: int) -> Path:
@@ -127,7 +139,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         part = slice(self.index.first[position], self.index.first[position + 1])
         boxes = torch.from_numpy(self.index.boxes[part].copy())
         labels = torch.from_numpy(self._label_of[self.index.labels[part]])
-        # The file may be smaller than it was said to be.
+        # The file may be smaller than stated.
         return clip_boxes(Sample(pixels, boxes, labels, size))
 
     def _decode(self, position: int) -> tuple[Tensor, tuple[int, int]]:
@@ -172,7 +184,7 @@ def seeded_generator(*key: int) -> torch.Generator:
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Return the images that files, folders (searched throughout) and glob patterns name.
+    """Return the images that files, folders (with all in them) and glob patterns name.
 
     A file named outright is taken whatever its suffix; each image comes once, in the order of
     `inputs` and sorted within each.
@@ -192,42 +204,60 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             images = [p for p in matches if is_image(p)]
             if not matches:
                 raise DataError(
-                    f"--input {text}: expected an image, a folder or a pattern, found nothing "
-                    "there. Check the path."
+                    f"input {text}: no image, folder or pattern leads to a file. Check the path."
                 )
         if not images:
-            raise DataError(f"--input {text}: expected images ({', '.join(SUFFIXES)}), found none.")
+            raise DataError(f"input {text}: there are no images ({', '.join(SUFFIXES)}) there.")
         found.update(dict.fromkeys(images))
     return list(found)
 
 
-class ImageFolder(Dataset[tuple[Tensor, Target] | UnreadableImage]):
-    """Images turned upright, with targets that hold no boxes; `image_id` is the position."""
+class ImageList(Dataset[tuple[Tensor, Target] | UnreadableImage]):
+    """Images to predict on, with targets that hold no boxes; `image_id` is the position.
 
-    def __init__(self, paths: Sequence[Path], transform: Transform) -> None:
-        self.paths = list(paths)
+    Files and Pillow images are turned upright; a tensor is uint8 [3,H,W] RGB as it is.
+    """
+
+    def __init__(self, images: Sequence[ImageSource], transform: Transform) -> None:
+        self._images = list(images)
         self._transform = transform
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._images)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Target] | UnreadableImage:
-        path = self.paths[position]
+        source = self._images[position]
         try:
-            image = read_rgb(path, None)
+            pixels = _upright_pixels(source)
         except READ_ERRORS as error:
+            path = source if isinstance(source, Path) else getattr(source, "filename", "")
             return UnreadableImage(position, str(path), f"{type(error).__name__}: {error}")
-        size = (image.height, image.width)
+        size = (pixels.shape[1], pixels.shape[2])
         labels = torch.zeros(0, dtype=torch.int64)
-        sample = Sample(to_pixels(image), torch.zeros(0, 4), labels, size)
+        sample = Sample(pixels, torch.zeros(0, 4), labels, size)
         generator = torch.Generator().manual_seed(position)
         prepared = self._transform(sample, generator, generator)
         return prepared.image, make_target(prepared, position, size)
 
     def image_sizes(self) -> list[tuple[int, int]]:
         """Return the (height, width) of each image, (0, 0) where its header cannot be read."""
-        return [read_size(path, upright=True) or (0, 0) for path in self.paths]
+        return [_upright_size(source) for source in self._images]
 
     def output_size(self, height: int, width: int) -> tuple[int, int] | None:
         """Return the size after the transform, None where it is random."""
         return self._transform.output_size(height, width)
+
+
+def _upright_pixels(source: ImageSource) -> Tensor:
+    if isinstance(source, Tensor):
+        return source
+    return to_pixels(read_rgb(source, None) if isinstance(source, Path) else upright_rgb(source))
+
+
+def _upright_size(source: ImageSource) -> tuple[int, int]:
+    if isinstance(source, Tensor):
+        return source.shape[1], source.shape[2]
+    if isinstance(source, Path):
+        return read_size(source, upright=True) or (0, 0)
+    width, height = source.size
+    return (width, height) if orientation_of(source) in TURNED else (height, width)

@@ -123,9 +123,9 @@ def read_reduced(
     """Decode an image to 8-bit RGB, and return with it the (height, width) of the whole.
 
     Annotations are drawn on the stored pixels or on the upright image; `stated_size`, their
-    (height, width), tells which. Without it the EXIF orientation is applied. A JPEG is decoded at
-    a half, a quarter or an eighth, where that is at least what `decoded_size` asks for of a
-    (height, width): the other frequencies are never computed.
+    (height, width), decides. Without it the EXIF orientation is applied. A JPEG is decoded at a
+    half, a quarter or an eighth if that is at least what `decoded_size` asks for of a (height,
+    width): the other frequencies are never computed.
 
     Raises:
         READ_ERRORS: the file cannot be decoded to its end.
@@ -148,6 +148,17 @@ def read_reduced(
         return rgb.transpose(_UPRIGHT[orientation]) if upright else rgb, size
 
 
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode an open image to 8-bit RGB and apply its EXIF orientation.
+
+    Raises:
+        READ_ERRORS: its file cannot be decoded to its end.
+    """
+    decode(image)
+    rgb, orientation = _to_rgb(image), orientation_of(image)
+    return rgb.transpose(_UPRIGHT[orientation]) if orientation != 1 else rgb
+
+
 def refuse_bomb(image: Image.Image) -> None:
     """Raise beyond the number of pixels at which Pillow only warns: a small file can claim any."""
     limit = Image.MAX_IMAGE_PIXELS
@@ -157,14 +168,14 @@ def refuse_bomb(image: Image.Image) -> None:
         )
 
 
-def _reduction(size: tuple[int, int], least: tuple[int, int]) -> int:
-    """Return the greatest divisor of `size` that leaves `least`.
+def _reduction(size: tuple[int, int], min_size: tuple[int, int]) -> int:
+    """Return the largest divisor of `size` that leaves at least `min_size`.
 
     A side is rounded up by a quarter of a pixel at most: boxes stay on what they enclose.
     """
     for factor in (8, 4, 2):
-        pairs = list(zip(size, least, strict=True))
-        if all(s // factor >= few and -s % factor <= factor // 4 for s, few in pairs):
+        pairs = list(zip(size, min_size, strict=True))
+        if all(s // factor >= low and -s % factor <= factor // 4 for s, low in pairs):
             return factor
     return 1
 
@@ -192,5 +203,5 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def is_image(path: Path) -> bool:
-    """Tell whether a file's name says that it is an image."""
+    """Return whether a file has the name of an image."""
     return path.suffix.lower() in SUFFIXES and path.is_file()

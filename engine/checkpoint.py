@@ -2,19 +2,16 @@
 
 import contextlib
 import os
-import random
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from util.console import console
+from util.console import log
 from util.errors import CheckpointError
-from util.tensor_files import check_content, load_safely, save_whole, written_whole
+from util.tensor_files import check_content, load_safely, save_whole
 
 KEYS = (
     "model",
@@ -70,12 +67,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         return dict(content)
     if isinstance(content, dict) and "args" in content and "model" in content:
         raise CheckpointError(
-            f"{path}: expected a checkpoint of a run, got an official checkpoint, which cannot be "
-            "resumed. Use it with --finetune, or in eval and predict."
+            f"{path}: is an official checkpoint, which cannot be resumed. Use it with `finetune`, "
+            "or in eval and predict."
         )
     raise CheckpointError(
-        f"{path}: expected a checkpoint of a run, got a file without {', '.join(missing)}. "
-        "Use weights alone with --finetune."
+        f"{path}: is no checkpoint of a run: it lacks {', '.join(missing)}. "
+        "Use weights alone with `finetune`."
     )
 
 
@@ -99,14 +96,17 @@ class CheckpointFolder:
             CheckpointError: it cannot be written; nothing has changed then.
         """
         _check_plain(dict(content), "checkpoint")
-        with written_whole(self.last, dict(content)) as replace_last:
-            if self._keep > 1 and self.last.exists():
-                self._set_aside(content["progress"]["step"])
-            replace_last()
+        save_whole(
+            self.last,
+            dict(content),
+            before_replacing=lambda: self._set_aside(content["progress"]["step"]),
+        )
         for path in self._earlier()[self._keep - 1 :]:
             path.unlink(missing_ok=True)
 
     def _set_aside(self, next_step: int) -> None:
+        if self._keep == 1 or not self.last.exists():
+            return
         try:
             step = load_checkpoint(self.last)["progress"]["step"]
         except CheckpointError:
@@ -136,13 +136,13 @@ class CheckpointFolder:
                 load_checkpoint(path)
                 check_content(path)
             except CheckpointError as error:
-                console(f"warning: {error}")
+                log.warning(error)
                 continue
             return path
         if candidates:
             raise CheckpointError(
-                f"{self._folder}: expected a sound checkpoint, found {len(candidates)} damaged. "
-                "Choose another --output_dir to start anew."
+                f"{self._folder}: all {len(candidates)} checkpoints are damaged. "
+                "Choose another `output_dir` for a new run."
             )
         return None
 
@@ -162,29 +162,6 @@ def check_same(
     ]
     if differing:
         raise CheckpointError(
-            f"{path}: expected the {what} of this run, got other ({'; '.join(differing)}). "
-            "Resume with the checkpoint's options, or start anew with --finetune."
+            f"{path}: has other {what} ({'; '.join(differing)}). Resume with the checkpoint's "
+            "options, or start a new run with `finetune`."
         )
-
-
-def rng_state() -> dict[str, Any]:
-    """Return the state of every random generator as tensors and JSON values."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else [],
-        "python": [version, list(words), gauss],
-        "numpy": [str(kind), [int(k) for k in keys], int(position), int(has_gauss), float(cached)],
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore what `rng_state` returned; GPUs beyond those saved or present are left alone."""
-    torch.set_rng_state(state["torch"])
-    for device, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
-        torch.cuda.set_rng_state(cuda_state, device)
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))

@@ -1,69 +1,368 @@
-"""A detector from a checkpoint of any kind, and the options that came with it."""
+"""A detector that is loaded, used and measured in a line each; `predict` and `eval` use it too."""
 
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
-from configs.options import Values, check_values_by_section
-from configs.schema import SECTIONS, ModelConfig
+from configs.load import Given
+from configs.schema import DataConfig
+from datasets.build import build_dataset, build_transform, load_index
+from datasets.dataset import CocoDetection, ImageList, ImageSource
+from datasets.loader import eval_loader, loader_processes
+from engine.evaluation.evaluate import detect, evaluate
+from engine.evaluation.evaluator import Backend, EvalResult, Evaluator
+from engine.evaluation.matching import Truth
+from engine.precision import Precision
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
-from models.weights.load import Pretrained, load_pretrained
+from models.postprocess import PostProcess
+from models.weights.load import load_pretrained
 from models.weights.transfer import load_strict
-from util.errors import CheckpointError, ConfigError
+from util.batch import Batch
+from util.classes import Classes
+from util.console import console
+from util.device import pick_device
+from util.distributed import World
+from util.errors import CheckpointError, ConfigError, DataError
+
+DEFAULT_THRESHOLD = 0.3  # of classes for which the checkpoint has none
+
+AnyImage = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 
 
-def load_detector(
-    source: str, device: torch.device, *, ema: bool = True
-) -> tuple[DeformableDETR, Pretrained, Sequence[float], Sequence[float]]:
-    """Load a checkpoint of any kind; return the model, its origin, and mean and deviation.
+@dataclass(frozen=True)
+class Box:
+    """A detected object.
 
-    `ema`: averaged weights, where it has them.
+    `score` is in 0..1; `xyxy` are the left, top, right and bottom edges in pixels of the upright
+    original image, not clipped to it.
+    """
+
+    name: str
+    category_id: int
+    score: float
+    xyxy: tuple[float, float, float, float]
+
+
+class Detector:
+    """A model with what it needs to turn images into named boxes.
+
+    `thresholds` has the best score threshold by class name, of classes for which one is known.
+    `data` holds the data options of the model's training run: the image size, the NMS threshold,
+    and where the run's validation data is. `mean` and `std` are per channel, in 0..1.
+    """
+
+    def __init__(
+        self,
+        model: DeformableDETR,
+        classes: Classes,
+        *,
+        data: DataConfig,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        thresholds: Mapping[str, float] | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.classes = classes
+        self.data = data
+        self.mean, self.std = mean, std
+        self.device = device
+        self.thresholds = dict(thresholds or {})
+        self.batch_size = batch_size
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "auto",
+        ema: bool = True,
+        eval_scale: int | None = None,
+        max_size: int | None = None,
+        nms_iou: float | None = None,
+    ) -> "Detector":
+        """Load a checkpoint of ours, an official file, a Hugging Face folder, or `hf:NAME`.
+
+        `ema` takes the averaged weights, where there are any. The last three replace what the
+        checkpoint says: the short side and the longest long side of an image in pixels, and the
+        greatest IoU of two boxes of a class (1 keeps all).
+
+        Raises:
+            CheckpointError: the source cannot be read, or does not say what model it is of.
+            ConfigError: the device cannot be used, or a value is out of range.
+        """
+        if not os.fspath(source):
+            raise ConfigError("checkpoint: give a file, a Hugging Face folder or hf:NAME.")
+        chosen_device = pick_device(str(device))
+        source = os.fspath(source)
+        pretrained = load_pretrained(source, ema=ema)
+        if "backbone" not in pretrained.model_options:
+            raise CheckpointError(
+                f"{source}: these weights come without options, and their backbone is no "
+                "torchvision ResNet, so it is not known which. Use the whole checkpoint they come "
+                "from."
+            )
+        data: Mapping[str, Any] = {}
+        if pretrained.config is not None:  # other sections may be of a newer version
+            data = pretrained.config.get("data", {})
+        elif pretrained.image_size is not None:
+            data = dict(zip(("eval_scale", "max_size"), pretrained.image_size, strict=True))
+        content = {"model": pretrained.model_options, "data": data}
+        given = {"eval_scale": eval_scale, "max_size": max_size, "nms_iou": nms_iou}
+        options = Given({"data": {k: v for k, v in given.items() if v is not None}})
+        config = options.on(saved_options(options, content, source)).config()
+        model = build_model(config.model, num_classes=len(pretrained.classes))
+        load_strict(model, pretrained.state_dict, source)
+        optim = (pretrained.config or {}).get("optim", {})
+        return cls(
+            model,
+            pretrained.classes,
+            data=config.data,
+            mean=pretrained.image_mean or model.backbone.mean,
+            std=pretrained.image_std or model.backbone.std,
+            device=chosen_device,
+            thresholds=pretrained.thresholds,
+            batch_size=optim.get("eval_batch_size") or optim.get("batch_size", 1),
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes it detects; a class without a name goes by its id."""
+        labels = range(len(self.classes))
+        return tuple(self.classes.shown(k) for k in labels if self.classes.in_use(k))
+
+    @property
+    def postprocess(self) -> PostProcess:
+        """What turns the model's outputs into boxes."""
+        return PostProcess(nms_iou=self.data.nms_iou)
+
+    def threshold_of(self, name: str) -> float:
+        """Return the score from which on a class's boxes count, by default."""
+        return self.thresholds.get(name, DEFAULT_THRESHOLD)
+
+    @overload
+    def predict(
+        self, images: AnyImage, threshold: float | None = None, *, batch_size: int = 1
+    ) -> list[Box]: ...
+
+    @overload
+    def predict(
+        self,
+        images: list[Any] | tuple[Any, ...],
+        threshold: float | None = None,
+        *,
+        batch_size: int = 1,
+    ) -> list[list[Box]]: ...
+
+    def predict(
+        self, images: Any, threshold: float | None = None, *, batch_size: int = 1
+    ) -> list[Box] | list[list[Box]]:
+        """Return the boxes of an image, best first, or a list of them for a list of images.
+
+        An image is a path, a Pillow image, an RGB array [H,W,3] uint8, or an RGB tensor [3,H,W],
+        uint8 or float in 0..1. Files and Pillow images are turned upright. `threshold` is the
+        minimum score; by default that of each class in the checkpoint, else 0.3. Images of one
+        size are computed `batch_size` at once.
+
+        Raises:
+            DataError: an image cannot be read.
+            TypeError: something is no image.
+        """
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ConfigError(f"threshold: must be in 0..1, got {threshold}.")
+        many = isinstance(images, (list, tuple))
+        sources = [_image_source(image) for image in (images if many else [images])]
+        found: dict[int, list[Box]] = {}
+        for i, boxes in self.detect(sources, batch_size=batch_size, skip_unreadable=False):
+            found[i] = [
+                box
+                for box in boxes
+                if box.score >= (self.threshold_of(box.name) if threshold is None else threshold)
+            ]
+        return [found[i] for i in range(len(sources))] if many else found[0]
+
+    def detect(
+        self,
+        images: Sequence[ImageSource],
+        *,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        skip_unreadable: bool = True,
+        description: str | None = None,
+    ) -> Iterator[tuple[int, list[Box]]]:
+        """Yield the position of each image and its boxes of every score, best first.
+
+        Images of one size come together, large ones first. With a `description`, a progress bar
+        is shown.
+
+        Raises:
+            DataError: an image cannot be read, unless those are skipped.
+        """
+        transform = build_transform(self.data, train=False, mean=self.mean, std=self.std)
+        batches: Iterable[Batch] = eval_loader(
+            ImageList(images, transform), batch_size=batch_size, num_workers=num_workers
+        )
+        for batch, found in detect(
+            self.model,
+            self.postprocess,
+            batches if skip_unreadable else _all_readable(batches),
+            device=self.device,
+            description=description,
+        ):
+            for target, detection in zip(batch.targets, found, strict=True):
+                yield int(target["image_id"]), self._boxes(detection)
+
+    def _boxes(self, detection: Mapping[str, Tensor]) -> list[Box]:
+        """Name the boxes; leave out those of labels that stand for no class."""
+        columns = (detection[key].tolist() for key in ("labels", "scores", "boxes"))
+        return [
+            Box(self.classes.shown(label), self.classes.ids[label], score, tuple(corners))
+            for label, score, corners in zip(*columns, strict=True)
+            if self.classes.in_use(label)
+        ]
+
+    def evaluate(
+        self,
+        images: str | os.PathLike[str] | None = None,
+        annotations: str | os.PathLike[str] | None = None,
+        *,
+        batch_size: int | None = None,
+        precision: str = "fp32",
+    ) -> dict[str, float]:
+        """Return COCO's 12 numbers by name; NaN where there is nothing to measure on.
+
+        `images` is a folder and `annotations` its COCO-format file; without them the validation
+        data of the model's training run is taken.
+
+        Raises:
+            DataError: the data cannot be used, or only one of the two is given.
+        """
+        data = self.data
+        if images is not None and annotations is not None:
+            data = replace(
+                data, coco_path="", data_path="",
+                val_images=os.fspath(images), val_annotations=os.fspath(annotations),
+            )  # fmt: skip
+        elif images is not None or annotations is not None:
+            raise DataError("images and annotations: give both of them, or neither.")
+        dataset = self.validation_set(data)
+        result, _ = self.measure(dataset, batch_size=batch_size, precision=precision)
+        numbers = result.to_json()["stats"]
+        return {name: math.nan if v is None else float(v) for name, v in numbers.items()}
+
+    def validation_set(self, data: DataConfig) -> CocoDetection:
+        """Return the validation images that data options name, with the labels of the model.
+
+        Raises:
+            DataError: they cannot be used, or have a class that the model lacks.
+        """
+        index = load_index(data, "val", need_boxes=False)
+        dataset = build_dataset(
+            data, index, train=False, mean=self.mean, std=self.std, classes=self.classes
+        )
+        console(index.report(self.model.transformer.num_queries))
+        return dataset
+
+    def measure(
+        self,
+        dataset: CocoDetection,
+        *,
+        batch_size: int | None = None,
+        precision: str = "fp32",
+        world: World | None = None,
+        backend: Backend = "fast",
+        max_dets: int = 0,
+    ) -> tuple[EvalResult, Evaluator]:
+        """Evaluate on a data set, each process of `world` on its part of the images.
+
+        Returns the result, and the evaluator that has collected the detections: of all processes
+        in the main one.
+        """
+        world = world or World()
+        index = dataset.index
+        evaluator = Evaluator(
+            Truth.of(index.classes, index.images, index.annotations),
+            dataset.label_to_category,
+            backend=backend,
+            max_dets=max_dets,
+        )
+        batches = eval_loader(
+            dataset,
+            batch_size=batch_size or self.batch_size,
+            num_workers=loader_processes(self.data.num_workers, local_size=world.local_size),
+            rank=world.rank,
+            world_size=world.size,
+        )
+        result, _ = evaluate(
+            self.model,
+            self.postprocess,
+            batches,
+            evaluator,
+            device=self.device,
+            autocast=Precision(precision, self.device).autocast,
+            world=world,
+        )
+        return result, evaluator
+
+
+def _image_source(image: Any) -> ImageSource:
+    """Check that something is an image, and return a tensor for an array or tensor.
 
     Raises:
-        ConfigError: no source is given.
-        CheckpointError: it cannot be read, or does not tell what model it is of.
+        TypeError: it is not.
     """
-    if not source:
-        raise ConfigError("--checkpoint: expected a file, a Hugging Face folder or hf:NAME.")
-    pretrained = load_pretrained(source, ema=ema)
-    if "backbone" not in pretrained.model_options:
-        raise CheckpointError(
-            f"{source}: expected weights that tell their backbone, got some without options whose "
-            "backbone is no torchvision ResNet. Use the whole checkpoint they come from."
-        )
-    options = saved_options({"model": pretrained.model_options}, source)
-    model_config = ModelConfig(**options["model"])
-    model = build_model(model_config, num_classes=len(pretrained.classes))
-    load_strict(model, pretrained.state_dict, source)
-    mean = pretrained.image_mean or model.backbone.mean
-    std = pretrained.image_std or model.backbone.std
-    return model.to(device).eval(), pretrained, mean, std
+    if isinstance(image, (str, os.PathLike)):
+        return Path(image)
+    if isinstance(image, Image.Image):
+        return image
+    got = type(image).__name__
+    if isinstance(image, (np.ndarray, Tensor)):
+        got += f" of {image.dtype} with shape {tuple(image.shape)}"
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
+            image = torch.from_numpy(image.copy()).permute(2, 0, 1)  # a view may run backwards
+        if isinstance(image, Tensor) and image.ndim == 3 and len(image) == 3 and image.numel():
+            pixels = image.detach().cpu()
+            if pixels.dtype == torch.uint8:
+                return pixels
+            if pixels.is_floating_point() and pixels.min() >= 0 and pixels.max() <= 1:
+                return (pixels.float() * 255).round().to(torch.uint8)
+            got += f" and values in {pixels.min():.3g}..{pixels.max():.3g}"
+    raise TypeError(
+        f"cannot predict on a {got}. Give a path, a Pillow image, an RGB array [H,W,3] of uint8, "
+        "an RGB tensor [3,H,W] of uint8 or of floats in 0..1, or a list of these."
+    )
 
 
-def saved_options(values: Mapping[str, Any], source: str) -> Values:
-    """Return options by section as a checkpoint holds them.
+def _all_readable(batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        for image in batch.unreadable:
+            name = image.path or f"image {image.image_id}"
+            raise DataError(f"{name}: cannot be read ({image.reason}). Check the file.")
+        yield batch
+
+
+def saved_options(given: Given, values: Mapping[str, Any], source: str) -> Given:
+    """Return options as a checkpoint holds them, for others that are given on top.
 
     Raises:
         CheckpointError: one is unknown here, or of another type.
     """
     try:
-        return check_values_by_section(values, SECTIONS, source)
+        return given.saved(values, source)
     except ConfigError as error:
         what = str(error).partition(" Known: ")[0]
-        raise CheckpointError(f"{what} If a later version has saved it, use that one.") from error
-
-
-def saved_data_options(pretrained: Pretrained) -> dict[str, Any]:
-    """Return the data options that a checkpoint carries."""
-    if pretrained.config is not None:
-        section = {"data": pretrained.config.get("data", {})}  # others may be of a later version
-        return saved_options(section, pretrained.source)["data"]
-    if pretrained.image_size is not None:
-        return dict(zip(("eval_scale", "max_size"), pretrained.image_size, strict=True))
-    return {}
+        raise CheckpointError(f"{what} The checkpoint may come from a newer version.") from error
 
 
 def beside(source: str) -> Path:
@@ -74,5 +373,5 @@ def beside(source: str) -> Path:
     """
     path = Path(source)
     if not path.exists():
-        raise ConfigError(f"--output_dir: expected a folder for the results of {source}.")
+        raise ConfigError(f"output_dir: {source} has no folder here. Say where its results go.")
     return path if path.is_dir() else path.parent

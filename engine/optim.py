@@ -1,7 +1,8 @@
 """Optimiser, its parameter groups, and the learning-rate schedule."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +41,23 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     groups = parameter_groups(model, config)
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LambdaLR,
+    content: Mapping[str, Any],
+) -> None:
+    """Load the state of both, but keep the rates and the weight decay they were built with."""
+    built = [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    base_lrs = list(scheduler.base_lrs)
+    optimizer.load_state_dict(content["optimizer"])
+    scheduler.load_state_dict({**content["lr_scheduler"], "base_lrs": base_lrs})
+    for group, (rate, decay), factor in zip(
+        optimizer.param_groups, built, scheduler.lr_lambdas, strict=True
+    ):
+        now = rate * factor(scheduler.last_epoch)
+        group.update(initial_lr=rate, weight_decay=decay, lr=now)
 
 
 def learning_rate_factor(config: OptimConfig, steps_per_epoch: int) -> Callable[[int], float]:

@@ -21,7 +21,7 @@ class Precision:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        """Refuse what the device cannot do; on CUDA, say how float32 products are made.
+        """Refuse what the device cannot do; on CUDA, set how float32 products are made.
 
         Raises:
             ConfigError: the device has no such precision.
@@ -65,7 +65,7 @@ class Precision:
         self.scaler.update()
 
     def _step_on_device(self, optimizer: torch.optim.Optimizer) -> None:
-        """Hand the flag to the fused kernel, by the attributes that torch's scaler uses."""
+        """Pass the flag to the fused kernel, by the attributes that torch's scaler uses."""
         optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
         try:
             optimizer.step()
@@ -81,7 +81,7 @@ class Precision:
         return dict(self.scaler.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a loss scale; a run that had none, or needs none, changes nothing."""
+        """Restore a loss scale; nothing changes for a run that had none, or needs none."""
         if state:
             self.scaler.load_state_dict(dict(state))
 
@@ -90,19 +90,18 @@ def _check_available(name: str, device: torch.device) -> None:
     kind = device.type
     if name == "tf32" and (kind != "cuda" or torch.version.hip):
         raise ConfigError(
-            f"--precision tf32: expected a CUDA device, got {kind}, which has no TensorFloat-32. "
-            "Use --precision fp32."
+            f"precision tf32: needs a CUDA device; {kind} has no TensorFloat-32. "
+            "Use `precision fp32`."
         )
     if name == "fp16" and kind != "cuda":
         raise ConfigError(
-            f"--precision fp16: expected a CUDA device, got {kind}. Use --precision bf16, which "
-            "has the range of float32, or fp32."
+            f"precision fp16: needs a CUDA device, not {kind}. Use `precision bf16`, which has the "
+            "range of float32, or fp32."
         )
     if name == "bf16" and not _has_bfloat16(device):
         other = "fp16" if kind == "cuda" else "fp32"
         raise ConfigError(
-            f"--precision bf16: expected a device with bfloat16, got {kind} without. "
-            f"Use --precision {other}."
+            f"precision bf16: this {kind} device has no bfloat16. Use `precision {other}`."
         )
 
 

@@ -1,5 +1,6 @@
-"""`--gpus N`: the same command in N processes, through torch's elastic launcher."""
+"""The processes of a run: `--gpus N` through torch's elastic launcher, and how they end."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -7,28 +8,79 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, get_error_handler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from util.console import log
 from util.cores import available_cores
-from util.distributed import lost_contact, started_by_launcher
-from util.errors import ConfigError, UserError
+from util.device import own_device, pick_device
+from util.distributed import (
+    World,
+    destroy_process_group,
+    init_process_group,
+    lost_contact,
+    rank_at_start,
+    started_by_launcher,
+)
+from util.errors import EXIT_USER_ERROR, ConfigError, UserError
 
 # What a run is asked to stop by; Windows lacks the last.
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )
-EXIT_USER_ERROR, EXIT_LOST_CONTACT = 2, 3
+EXIT_LOST_CONTACT = 3
 _LAUNCHED = "DEFORMABLE_DETR_LAUNCHED"
 _LOOK_EVERY = 1.0  # seconds, for a launcher that is gone
 _PATIENCE = 15.0  # seconds; the launcher looks ten times in one
+_SAME_REQUEST = 2.0  # seconds in which a launcher or terminal may send its signal again
 SHUTDOWN_SECONDS = 120  # what the others get to end in when one process has failed
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[tuple[World, torch.device]]:
+    """Join the processes of a run; yield them and this process's device."""
+    picked = pick_device(device)
+    world = init_process_group(picked.type)
+    try:
+        yield world, own_device(picked, world)
+    finally:
+        destroy_process_group()
+
+
+class StopSignals:
+    """Catches Ctrl-C, SIGTERM and SIGUSR1 inside a `with` block: the first asks to stop.
+
+    `number` is that of the signal, 0 before. A second signal raises KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._since = 0.0
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._handlers = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.number:
+            if now - self._since > _SAME_REQUEST:
+                raise KeyboardInterrupt
+            return
+        self.number, self._since = number, now
+        log.info("stopping after this step; press Ctrl-C again to quit without saving")
 
 
 def launch(
@@ -40,13 +92,13 @@ def launch(
     own; with `restarts` all start again that often.
 
     Raises:
-        ConfigError: fewer GPUs are here.
+        ConfigError: this machine has fewer GPUs.
     """
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu and torch.cuda.device_count() < processes:
         raise ConfigError(
-            f"--gpus {processes}: expected so many GPUs, got {torch.cuda.device_count()}. "
-            "Lower it, or add --device cpu."
+            f"gpus {processes}: this machine has {torch.cuda.device_count()} GPUs. "
+            "Use as many, or `device cpu`."
         )
     if "OMP_NUM_THREADS" not in os.environ:  # else each process takes every core
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // processes))
@@ -95,22 +147,22 @@ def _report(error: ChildFailedError) -> int:
     rank, failure = error.get_first_failure()
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        hint = "; the system ends processes so when memory runs out" if name == "SIGKILL" else ""
-        message = f"was ended by {name}{hint}"
+        hint = ", probably out of memory" if name == "SIGKILL" else ""
+        message = f"killed by {name}{hint}"
     elif isinstance(failure.message, dict):  # what the process recorded; torch says str
         message = str(failure.message["message"]).removeprefix(f"{UserError.__name__}: ")
         message = message.strip().partition("\n")[0]
     elif failure.exitcode - 128 in STOP_SIGNALS:
         name = signal.Signals(failure.exitcode - 128).name
-        message = f"was asked to stop by {name}, and all with it; go on with --resume auto"
+        message = f"was asked to stop by {name}, so all stopped; continue with --resume auto"
     else:
-        message = f"ended with exit code {failure.exitcode}; its message stands above"
+        message = f"ended with exit code {failure.exitcode}; see its message above"
     print(f"error: rank {rank}: {message}", file=sys.stderr)
     return 128 - failure.exitcode if failure.exitcode < 0 else failure.exitcode
 
 
 def report_failure(error: Exception, line: str | None) -> int | None:
-    """Tell why this process of a run fails; return its exit code, None where Python shows the rest.
+    """Report why this process of a run fails; return its exit code, None if Python shows the rest.
 
     Under `launch` the line is left to the launcher, which shows one of all processes' lines. A
     process that has only lost another one waits for the launcher to end it, so that the other's
@@ -119,13 +171,13 @@ def report_failure(error: Exception, line: str | None) -> int | None:
     if started_by_launcher() and line is None and lost_contact(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_PATIENCE)
-        print(f"rank {os.environ['RANK']}: lost another process: {error}", file=sys.stderr)
+        print(f"rank {rank_at_start()}: lost another process: {error}", file=sys.stderr)
         return EXIT_LOST_CONTACT
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         get_error_handler().record_exception(error if line is None else UserError(line))
     if line is None:
         return None
     if _LAUNCHED not in os.environ:
-        rank = f"rank {os.environ['RANK']}: " if started_by_launcher() else ""
+        rank = f"rank {rank_at_start()}: " if started_by_launcher() else ""
         print(f"error: {rank}{line}", file=sys.stderr)
     return EXIT_USER_ERROR

@@ -1,88 +1,78 @@
 """One run at a time in an output folder."""
 
 import contextlib
-import errno
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
-from util.console import console
+from filelock import FileLock, Timeout
+
+from util.console import log
 from util.distributed import World
 from util.errors import ConfigError
 from util.files import make_output_dir
 
-if sys.platform != "win32":
-    import fcntl
-
-_NAME = ".lock"
-_PATIENCE = 5.0  # seconds that the processes of a killed run may take to be gone
+_LOCK, _HOLDER = ".lock", ".lock_holder"
+_PATIENCE = 15.0  # seconds that the processes of a killed run may take to end
 _FAR_PATIENCE = 100.0  # NFSv4 servers keep the locks of a host that died for some 90 s
-_HELD = (errno.EACCES, errno.EAGAIN)
 
 
 @contextlib.contextmanager
 def run_lock(folder: Path, world: World) -> Iterator[None]:
-    """Make a run's folder, and keep the runs of other processes out of it.
+    """Make a run's folder, and keep other runs out of it.
 
-    The main process holds it. The system lets go of it when that process ends, however it does,
-    so a killed run leaves nothing behind that blocks. Where the system has no such locks (Windows,
-    some network drives) nothing is held. On a network drive a dead host may hold it for a while, so
-    that what another host holds is waited for longer.
+    The main process holds the lock. The system releases it when that process ends, however it
+    ends, so a killed run blocks nothing. On a network drive the lock of a dead host may stay for a
+    while, so the lock of another host is waited for longer.
 
     Raises:
-        ConfigError: another run goes on in the folder, or it cannot be made.
+        ConfigError: another run uses the folder, or it cannot be made.
     """
-    file, other = _hold(folder) if world.main else (None, "")
+    lock, other = _acquire(folder) if world.main else (None, "")
     try:
         other = world.broadcast(other)
         if other:
             raise ConfigError(
-                f"--output_dir {folder}: expected a folder that no other run writes to, but "
-                f"{other} does. Wait for its end, or choose another folder."
+                f"output_dir {folder}: {other} is training there. Wait for its end, or choose "
+                "another folder."
             )
         yield
     finally:
-        if file is not None:
-            file.truncate(0)
-            file.close()
+        if lock is not None:
+            with contextlib.suppress(OSError):  # a folder that has become unwritable
+                (folder / _HOLDER).unlink()
+            lock.release()
 
 
-def _hold(folder: Path) -> tuple[TextIO | None, str]:
-    """Return the open file that holds the folder, or the name of the process that does."""
+def _acquire(folder: Path) -> tuple[FileLock | None, str]:
+    """Return the lock of the folder, or the name of the process that holds it."""
     make_output_dir(folder)
-    if sys.platform == "win32":
-        return None, ""
-    file = (folder / _NAME).open("a+", encoding="utf-8")
-    begun, told = time.monotonic(), False
+    lock, holder = FileLock(folder / _LOCK), folder / _HOLDER
+    begun, reported = time.monotonic(), False
     while True:
         try:
-            # not flock: loader processes, which outlive a killed run a little, would hold it too
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _HELD:
-                file.close()
-                return None, ""
-            file.seek(0)
-            other = file.read().strip() or "another process"
+            lock.acquire(timeout=0)
+        except Timeout:
+            other = "another process"
+            with contextlib.suppress(OSError):
+                other = holder.read_text(encoding="utf-8").strip() or other
             far = " on " in other and not other.endswith(f" on {socket.gethostname()}")
-            if time.monotonic() > begun + (_FAR_PATIENCE if far else _PATIENCE):
-                file.close()
+            patience = _FAR_PATIENCE if far else _PATIENCE
+            if time.monotonic() > begun + patience:
                 return None, other
-            if far and not told:
-                told = True
-                console(
-                    f"--output_dir {folder}: waiting up to {_FAR_PATIENCE:.0f} s for {other} to "
-                    "end, or for its lock to run out if that host is dead"
+            if not reported:
+                reported = True
+                expiry = ", or for its lock to expire if that host is dead" if far else ""
+                log.info(
+                    f"output_dir {folder}: waiting up to {patience:.0f} s for {other} to end"
+                    f"{expiry}"
                 )
-                sys.stdout.flush()
             time.sleep(0.2)
             continue
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        os.fsync(file.fileno())  # other hosts read it
-        return file, ""
+        with holder.open("w", encoding="utf-8") as file:
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            os.fsync(file.fileno())  # other hosts read it
+        return lock, ""

@@ -1,122 +1,347 @@
-"""A training run: epochs, evaluation, checkpoints, logs."""
+"""A training run: the step, the epochs around it, evaluation and checkpoints."""
 
-import json
-import signal
+import math
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from signal import SIGTERM, Signals
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from engine.checkpoint import (
-    CheckpointFolder,
-    load_checkpoint,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-)
-from engine.evaluation.evaluate import Interrupted
-from engine.guards.timer import shares
-from engine.metrics import official_log_values
-from engine.processes import STOP_SIGNALS
+from datasets.dataset import CocoDetection
+from datasets.loader import TrainLoader
+from engine.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
+from engine.ema import Ema
+from engine.evaluation.evaluate import Interrupted, evaluate
+from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
+from engine.evaluation.gallery import draw_gallery, evenly_spaced
+from engine.evaluation.matching import Truth
+from engine.evaluation.outcomes import thresholds_by_name
+from engine.guards import Guards
+from engine.guards.timer import StepTimer, shares
+from engine.guards.unreadable import list_unreadable
+from engine.metrics import StepLog, official_log_values
+from engine.optim import restore_optimizer
+from engine.precision import Precision
+from engine.processes import StopSignals
 from engine.run_log import RunLog
-from engine.train import StepRunner
-from engine.validation import Validation
-from util.console import console
-from util.errors import CheckpointError
-from util.files import write_atomic
+from models.criterion import SetCriterion
+from models.deformable_detr import DeformableDETR
+from models.postprocess import PostProcess
+from util.batch import Batch
+from util.console import log
+from util.device import Uploads
+from util.distributed import World
+from util.errors import CheckpointError, UserError
 from util.plot import plot_curves
-
-EXIT_INTERRUPTED = 128 + signal.SIGINT
-_SAME_REQUEST = 2.0  # seconds in which a launcher or terminal may send its signal again
+from util.random_state import rng_state, set_rng_state
 
 
-class Loader(Protocol):
-    """Training micro-batches whose order and augmentation depend on the epoch."""
-
-    steps: int  # of a whole epoch
-
-    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the order of an epoch and how many of its steps to pass over."""
-
-    def __iter__(self) -> Any:
-        """Iterate over micro-batches."""
-
-
-@dataclass
+@dataclass(kw_only=True)
 class Trainer:
-    """Runs training from its present position to the end.
+    """Trains from its present position, `epoch` and `epoch_step` within it, to the end.
 
-    `identity` is what every checkpoint carries besides the state: classes, config, versions,
-    preprocessing. The position is `epoch` (the one under way) and `epoch_step` within it.
+    `detector` is what is saved, `model` the same or its distributed wrapper. `identity` is what
+    every checkpoint carries besides the state: classes, config, versions, preprocessing.
     """
 
-    runner: StepRunner
+    detector: DeformableDETR
+    model: nn.Module
+    criterion: SetCriterion
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    precision: Precision
+    ema: Ema | None
+    clip_max_norm: float  # 0: no limit
+    world: World
+    device: torch.device
+    loader: TrainLoader
+    val_set: CocoDetection
+    val_batches: Iterable[Batch]
+    postprocess: PostProcess
+    num_images: int  # drawn after each evaluation
+    guards: Guards
+    timer: StepTimer
     log: RunLog
-    train_loader: Loader
-    validation: Validation
     output_dir: Path
     checkpoints: CheckpointFolder
     identity: Mapping[str, Any]
     epochs: int
-    eval_every: int
-    save_every: int
-    max_steps: int
+    eval_every: int = 1  # epochs
+    save_every: int = 0  # steps; 0: at the end of epochs alone
+    max_steps: int = 0  # 0: all epochs
+    flush_every: int = 10  # steps
+    step: int = 0
     epoch: int = 0
     epoch_step: int = 0
     seconds: float = 0.0  # of training in the epoch so far
+    unevaluated: bool = False  # the epoch's steps are done, their evaluation is not
     best: dict[str, float] = field(default_factory=dict)
-    unevaluated: bool = False  # the steps are done, their evaluation is not
-    interrupted: int = 0  # the signal
-    _interrupted_at: float = 0.0
+    thresholds: dict[str, float] = field(default_factory=dict)  # by class, of the last evaluation
+
+    def __post_init__(self) -> None:
+        self.stop = StopSignals()
+        self.upload = Uploads(self.device)
+        self.steps = StepLog(
+            self.log, self.criterion, self.world, self.timer, self.guards, self.device
+        )
 
     def fit(self) -> int:
         """Train, evaluate and save until the last epoch; return the exit code.
 
-        Ctrl-C, SIGTERM and SIGUSR1 end the step under way, save `last.pth` and return 128 + the
-        signal's number.
+        Ctrl-C, SIGTERM and SIGUSR1 end the run after the step: it saves `last.pth` and returns
+        128 + the signal's number.
         """
-        if not self._open():
+        if not self.unfinished():
             limit = f" of --max_steps {self.max_steps}" if self.max_steps else ""
-            console(
-                f"this run is finished: {self.epoch} of {self.epochs} epochs, "
-                f"step {self.runner.step}{limit}. Raise --epochs or --max_steps to go on."
+            log.info(
+                f"this run is finished: {self.epoch} of {self.epochs} epochs, step {self.step}"
+                f"{limit}. Raise --epochs or --max_steps to continue."
             )
             return 0
-        self.log.truncate_after(self.runner.step - 1, self.epoch - 1)
-        total = self.epochs * self.train_loader.steps
-        total = min(total, self.max_steps) if self.max_steps else total
-        handlers = {s: signal.signal(s, self._interrupt) for s in STOP_SIGNALS}
-        interval = 0.1 if sys.stderr.isatty() else 30.0
+        self.log.truncate_after(self.step - 1, self.epoch - 1)
+        with self.stop, self.progress_bar() as bar:
+            while self.unfinished() and not self.stop.number:
+                if not self.unevaluated:
+                    self.train_epoch(bar)
+                self.end_epoch()
+        if not self.stop.number:
+            return 0
+        last = self.checkpoints.last
+        log.info(f"{Signals(self.stop.number).name}: stopped at step {self.step}; saved {last}")
+        log.info(f"continue with: python main.py train --resume {last}")
+        return 128 + self.stop.number
+
+    def train_epoch(self, bar: "tqdm[Any]") -> None:
+        """Train the rest of the epoch, until a signal in any process or the last step."""
+        self.model.train()
+        self.loader.set_epoch(self.epoch, self.epoch_step)
+        bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}", refresh=False)
+        clock = time.perf_counter()
+        self.timer.restart()
+        for micro_batches in self.loader.effective_batches():
+            own = sum(len(b.targets) for b in micro_batches if not b.blank)
+            images, stop = self.world.sum([own, self.stop.number])
+            if stop:
+                break
+            self.timer.mark("data")
+            with self.guards.watch(self.step, micro_batches):
+                if images:
+                    rates = {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
+                    metrics = self.train_step(micro_batches)
+                    self.steps.add(self.step, self.epoch, micro_batches, metrics, rates)
+                    for guard in self.guards:
+                        guard.after_step(self.step, micro_batches, metrics)
+                    if self.ema is not None:  # after the guards: they restore norms that saw a NaN
+                        self.ema.update(self.detector)
+            self.step, self.epoch_step = self.step + 1, self.epoch_step + 1
+            now = time.perf_counter()
+            self.seconds, clock = self.seconds + now - clock, now
+            bar.update(1)
+            if self.step % self.flush_every == 0 and (latest := self.steps.flush(keep=1)):
+                shown = {k: f"{latest[k]:.3f}" for k in ("loss", "class_error") if k in latest}
+                bar.set_postfix(shown, refresh=False)
+            if self.save_every and self.step % self.save_every == 0:
+                self.steps.flush()
+                self.save()
+            if self.all_steps_done():
+                break
+            self.timer.restart()  # logging and saving are no part of a step
+        self.steps.flush()
+
+    # ---------------------------------------------------------------------------------------------
+    def train_step(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Update the weights once, with the gradient of one effective batch however it is split.
+
+        Returns the losses of this process, whose mean over the processes is that of the batch,
+        and the norm of the gradient.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        (boxes,) = self.world.sum([sum(len(t["labels"]) for b in micro_batches for t in b.targets)])
+        num_boxes = max(boxes, 1.0) / self.world.size  # every loss is a sum over boxes
+        total = torch.zeros((), device=self.device)
+        for i, batch in enumerate(self.upload(micro_batches)):
+            with self.sync_gradients(last=i + 1 == len(micro_batches)):
+                with self.precision.autocast():
+                    outputs = self.model(batch.images, batch.targets)
+                self.timer.mark("forward")
+                divisor = math.inf if batch.blank else num_boxes
+                losses = self.criterion(outputs, batch.targets, divisor)
+                self.timer.mark("match")
+                torch.autograd.backward(self.precision.scale(losses["loss"]))
+                self.timer.mark("backward")
+            total = total + torch.stack([value.detach() for value in losses.values()])
+        grad_norm = self.update()
+        self.timer.mark("optimiser")
+        return {**dict(zip(losses, total, strict=True)), "grad_norm": grad_norm}
+
+    def update(self) -> Tensor:
+        """Clip and step; a gradient that is not finite changes no weights."""
+        self.precision.unscale_(self.optimizer)
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        grad_norm = nn.utils.clip_grad_norm_(parameters, self.clip_max_norm or math.inf)
+        self.precision.step(self.optimizer, grad_norm)
+        self.scheduler.step()
+        return grad_norm.detach()
+
+    def sync_gradients(self, *, last: bool) -> AbstractContextManager[None]:
+        """Exchange gradients between processes in the last micro-batch's backward only."""
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
+
+    # ---------------------------------------------------------------------------------------------
+
+    def end_epoch(self) -> None:
+        """Evaluate, log and save; after an interruption in the middle of an epoch save alone."""
+        whole = self.epoch_step >= self.loader.steps
+        if not whole and not self.all_steps_done():  # interrupted, here or in another process
+            self.stop.number = self.stop.number or SIGTERM
+            self.save()
+            self.world.broadcast(None)  # who ends first takes the others along
+            return
+        epoch = self.epoch
+        last = self.all_steps_done() or epoch + 1 >= self.epochs
+        evaluating = last or (epoch + 1) % self.eval_every == 0
+        if evaluating:  # whatever happens in the evaluation, the epoch is not lost
+            self.unevaluated = True
+            self.save()
+        values = self.training_values()
+        if whole:
+            self.epoch, self.epoch_step, self.seconds = epoch + 1, 0, 0.0
+            self.steps.begin_epoch()
+        improved = False
+        if evaluating:
+            try:
+                result, more = self.validate(f"epoch {epoch + 1}/{self.epochs}")
+            except Interrupted:
+                return  # it was saved before
+            values |= more
+            self.unevaluated = False
+            improved = result.stats["AP"] > self.best.get("AP", -2.0)
+            if improved:
+                self.best = {**result.stats, "epoch": float(epoch)}
+        self.log.epoch({**values, "epoch": epoch})
+        self.save(best=improved)
+        if self.world.main:
+            plot_curves(self.output_dir / "log.txt", self.output_dir / "curves.png")
+
+    def training_values(self) -> dict[str, Any]:
+        """Return what the log says of an epoch's training."""
+        means = official_log_values(self.steps.averages.means(), self.criterion)
+        if self.steps.times:
+            log.info(f"epoch {self.epoch + 1}/{self.epochs}: {shares(self.steps.times)}")
+        report = self.output_dir / "data_report.json"
+        return {
+            "train_lr": self.optimizer.param_groups[0]["lr"],
+            **{f"train_{name}": value for name, value in means.items()},
+            "train_steps": self.epoch_step,
+            "train_seconds": self.seconds,
+            "train_unreadable_images": list_unreadable(report, self.guards.unreadable, self.world),
+            "train_skipped_steps": self.guards.nonfinite.total,
+            "n_parameters": count_parameters(self.detector),
+        }
+
+    def validate(self, label: str) -> tuple[EvalResult, dict[str, Any]]:
+        """Evaluate; return the numbers by which checkpoints are compared, and all for the log.
+
+        Averaged weights, where there are some, are the ones compared: `eval` and `predict` use
+        them too.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+            UserError: the model's outputs are not finite.
+        """
+        result, values = self._validate(self.detector, label, "")
+        if self.ema is not None:
+            result, more = self._validate(self.ema.model, f"{label}: averaged weights", "ema_")
+            values |= more
+        return result, values
+
+    def _validate(
+        self, model: nn.Module, label: str, prefix: str
+    ) -> tuple[EvalResult, dict[str, Any]]:
+        share_statistics(model, self.world)
+        started, index = time.perf_counter(), self.val_set.index
+        truth = Truth.of(index.classes, index.images, index.annotations)
+        evaluator = Evaluator(truth, self.val_set.label_to_category)
         try:
-            with tqdm(
-                total=total, initial=self.runner.step, unit="step", dynamic_ncols=True,
-                mininterval=interval, maxinterval=max(interval, 10.0),
-                disable=not self.runner.world.main,
-            ) as bar:  # fmt: skip
-                while self._open() and not self.interrupted:
-                    self._run_epoch(bar)
-        except Interrupted:
-            pass  # saved before the evaluation
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        if self.interrupted:
-            name = signal.Signals(self.interrupted).name
-            console(f"{name}: stopped at step {self.runner.step}; saved {self.checkpoints.last}")
-            console(f"continue with: python main.py train --resume {self.checkpoints.last}")
-            return 128 + self.interrupted
-        return 0
+            # images of many sizes, not worth compiling for
+            with torch.compiler.set_stance("force_eager"):
+                result, losses = evaluate(
+                    model,
+                    self.postprocess,
+                    self.val_batches,
+                    evaluator,
+                    device=self.device,
+                    criterion=self.criterion,
+                    autocast=self.precision.autocast,
+                    world=self.world,
+                    stopping=lambda: bool(self.stop.number),
+                )
+        except FloatingPointError as error:
+            raise UserError(
+                f"evaluation after step {self.step}: {error}. The run diverged or the data is not "
+                "finite: resume from last.pth with a lower `lr`, or start a new run with "
+                "`warmup_steps`."
+            ) from error
+        stats = result.stats
+        log.info(
+            f"{label}: AP {stats['AP']:.4f}, AP50 {stats['AP50']:.4f}, step {self.step}, "
+            f"evaluated in {time.perf_counter() - started:.0f} s"
+        )
+        if self.world.main:
+            self.thresholds = thresholds_by_name(evaluator)
+            detections = evaluator.detections()
+            save_results(self.output_dir, result, detections.to_coco(truth))
+            last, curve = self.step - 1, f"{prefix}val"
+            shown = {**stats, **{n: losses[n] for n in ("loss",) if n in losses}}
+            self.log.scalars(last, {f"{curve}/{name}": value for name, value in shown.items()})
+            ids = evenly_spaced(truth.image_ids.tolist(), self.num_images)
+            drawn = draw_gallery(detections, truth, ids, self.val_set.read_image)
+            for image_id, image in drawn.items():
+                path = self.output_dir / "pictures" / f"image_{image_id}.png"
+                path.parent.mkdir(exist_ok=True)
+                image.save(path)
+                self.log.image(f"{curve}/image_{image_id}", image, last)
+        return result, {
+            **{f"{prefix}test_{name}": value for name, value in losses.items()},
+            f"{prefix}test_coco_eval_bbox": list(stats.values()),
+        }
+
+    def unfinished(self) -> bool:
+        """Return whether something is left to do."""
+        return self.unevaluated or (self.epoch < self.epochs and not self.all_steps_done())
+
+    def all_steps_done(self) -> bool:
+        """Return whether `max_steps` is reached."""
+        return bool(self.max_steps) and self.step >= self.max_steps
+
+    def progress_bar(self) -> "tqdm[Any]":
+        """Return a bar over the steps of the run."""
+        total = self.epochs * self.loader.steps
+        interval = 0.1 if sys.stderr.isatty() else 30.0
+        return tqdm(
+            total=min(total, self.max_steps) if self.max_steps else total,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=interval,
+            maxinterval=max(interval, 10.0),
+            disable=not self.world.main,
+        )
 
     def resume(self, path: Path) -> None:
-        """Take over the state and the position of a checkpoint of this run.
+        """Restore the state and the position of a checkpoint of this run.
 
         Rates and weight decay are those of the present options, at the checkpoint's place in the
         schedule.
@@ -127,192 +352,78 @@ class Trainer:
         content = load_checkpoint(path)
         if content["classes"] != self.identity["classes"]:
             raise CheckpointError(
-                f"{path}: expected the classes of its run ({len(content['classes']['ids'])}), got "
-                f"data with others ({len(self.identity['classes']['ids'])}). Start a new run from "
-                "it with --finetune."
+                f"{path}: its {len(content['classes']['ids'])} classes are not those of the data, "
+                f"which has {len(self.identity['classes']['ids'])}. Start a new run from it with "
+                "`finetune`."
             )
-        runner = self.runner
-        runner.model.load_state_dict(content["model"])
-        restore_optimizer(runner.optimizer, runner.scheduler, content)
-        runner.precision.load_state_dict(content["scaler"])
-        if runner.ema is not None and content["ema"]:
-            runner.ema.load_state_dict(content["ema"])
+        self.detector.load_state_dict(content["model"])
+        restore_optimizer(self.optimizer, self.scheduler, content)
+        self.precision.load_state_dict(content["scaler"])
+        if self.ema is not None and content["ema"]:
+            self.ema.load_state_dict(content["ema"])
         progress = content["progress"]
-        runner.step = progress["step"]
-        runner.steps.restore(progress["steps"])
+        self.steps.load_state_dict(progress["steps"])
+        self.step = progress["step"]
         self.epoch, self.epoch_step = progress["next_epoch"], progress["next_step"]
         self.seconds, self.unevaluated = progress["seconds"], progress["unevaluated"]
         self.best = dict(content["best"])
-        self.validation.thresholds = dict(content.get("thresholds", {}))  # older files have none
+        self.thresholds = dict(content.get("thresholds", {}))  # older files have none
         states = progress["rng"]
-        if runner.world.size == len(states):
-            set_rng_state(states[runner.world.rank])
+        if self.world.size == len(states):
+            set_rng_state(states[self.world.rank])
         else:
-            console(
-                f"{path}: was saved by {len(states)} processes, now there are "
-                f"{runner.world.size}: dropout draws other numbers from here on"
+            log.info(
+                f"{path}: was saved by {len(states)} processes, now there are {self.world.size}: "
+                "dropout draws other numbers from here on"
             )
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.interrupted:
-            if now - self._interrupted_at > _SAME_REQUEST:
-                raise KeyboardInterrupt
-            return
-        self.interrupted, self._interrupted_at = number, now
-        console("stopping after the step under way; once more to stop at once without saving")
-
-    def _stopping(self) -> bool:
-        return bool(self.interrupted)
-
-    def _open(self) -> bool:
-        """Tell whether something is left to do."""
-        return self.unevaluated or (self.epoch < self.epochs and not self._finished())
-
-    def _finished(self) -> bool:
-        return bool(self.max_steps) and self.runner.step >= self.max_steps
-
-    def _run_epoch(self, bar: "tqdm[Any]") -> None:
-        self._train(bar)
-        whole = self.epoch_step >= self.train_loader.steps
-        if not whole and not self._finished():  # interrupted, here or in another process
-            self.interrupted = self.interrupted or signal.SIGTERM
-            self._save()
-            self.runner.world.broadcast(None)  # who ends first takes the others along
-            return
-        epoch = self.epoch
-        ending = self._finished() or epoch + 1 >= self.epochs
-        evaluating = ending or (epoch + 1) % self.eval_every == 0
-        if evaluating:  # whatever happens in the evaluation, the epoch is not lost
-            self.unevaluated = True
-            self._save()
-        values = self._training_values()
-        if whole:
-            self.epoch, self.epoch_step, self.seconds = epoch + 1, 0, 0.0
-            self.runner.steps.begin_epoch()
-        improved = False
-        if evaluating:
-            label = f"epoch {epoch + 1}/{self.epochs}"
-            result, more = self.validation.run(self.runner, label, self._stopping)
-            values |= more
-            self.unevaluated = False
-            improved = result.stats["AP"] > self.best.get("AP", -2.0)
-            if improved:
-                self.best = {**result.stats, "epoch": float(epoch)}
-        self.log.epoch({**values, "epoch": epoch})
-        self._save(best=improved)
-        if self.runner.world.main:
-            plot_curves(self.output_dir / "log.txt", self.output_dir / "curves.png")
-
-    def _training_values(self) -> dict[str, Any]:
-        """Return what the log says of an epoch's training."""
-        runner = self.runner
-        means = official_log_values(runner.steps.averages.means(), runner.criterion)
-        if runner.steps.shares:
-            console(f"epoch {self.epoch + 1}/{self.epochs}: {shares(runner.steps.shares)}")
-        return {
-            "train_lr": runner.optimizer.param_groups[0]["lr"],
-            **{f"train_{name}": value for name, value in means.items()},
-            "train_steps": self.epoch_step,
-            "train_seconds": self.seconds,
-            "train_unreadable_images": self._list_unreadable(),
-            "train_skipped_steps": runner.steps.recorder.total,
-            "n_parameters": count_parameters(runner.model),
-        }
-
-    def _list_unreadable(self) -> int:
-        """Count the training images that any process could not read; list them in the report."""
-        runner = self.runner
-        gathered = runner.world.gather(runner.unreadable.images)
-        found = {image.path: asdict(image) for images in gathered for image in images.values()}
-        path = self.output_dir / "data_report.json"
-        if runner.world.main and path.is_file():
-            report = json.loads(path.read_text(encoding="utf-8"))
-            before = report["train"].get("unreadable_in_training", [])  # found before a resume
-            found = {image["path"]: image for image in before} | found
-            if found:
-                listed = sorted(found.values(), key=lambda image: image["image_id"])
-                report["train"]["unreadable_in_training"] = listed
-                write_atomic(path, json.dumps(report, indent=1))
-        return len(found)
-
-    def _train(self, bar: "tqdm[Any]") -> None:
-        """Run what is left of the epoch, or until a signal or the last step."""
-        bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}", refresh=False)
-        clock = time.perf_counter()
-
-        def on_step(latest: Mapping[str, float] | None) -> bool:
-            nonlocal clock
-            bar.update(1)
-            self.epoch_step += 1
-            now = time.perf_counter()
-            self.seconds, clock = self.seconds + now - clock, now
-            if latest is not None:
-                shown = {k: f"{latest[k]:.3f}" for k in ("loss", "class_error") if k in latest}
-                bar.set_postfix(shown, refresh=False)
-            if self.save_every and self.runner.step % self.save_every == 0:
-                self.runner.steps.flush()
-                self._save()
-            return self._finished()
-
-        if not self.unevaluated:
-            self.train_loader.set_epoch(self.epoch, self.epoch_step)
-            self.runner.run(
-                self.train_loader, epoch=self.epoch, stopping=self._stopping, on_step=on_step
-            )
-
-    def _content(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the checkpoint of the present position in the main process; all must call it."""
-        runner = self.runner
         progress = {
-            "step": runner.step,
+            "step": self.step,
             "next_epoch": self.epoch,
             "next_step": self.epoch_step,
             "seconds": self.seconds,
             "unevaluated": self.unevaluated,
-            "steps": runner.steps.state(),
-            "rng": runner.world.gather(rng_state()),
+            "steps": self.steps.state_dict(),
+            "rng": self.world.gather(rng_state()),
         }
         return {
             # plain strides, for readers that know no channels-last tensors
-            "model": {k: v.contiguous() for k, v in runner.model.state_dict().items()},
-            "ema": runner.ema.state_dict() if runner.ema is not None else {},
-            "optimizer": runner.optimizer.state_dict(),
-            "lr_scheduler": runner.scheduler.state_dict(),
-            "scaler": runner.precision.state_dict(),
+            "model": {k: v.contiguous() for k, v in self.detector.state_dict().items()},
+            "ema": self.ema.state_dict() if self.ema is not None else {},
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.scheduler.state_dict(),
+            "scaler": self.precision.state_dict(),
             "epoch": self.epoch - 1 if self.epoch_step == 0 else self.epoch,
             "progress": progress,
             "best": self.best,
-            "thresholds": self.validation.thresholds,
+            "thresholds": self.thresholds,
             **self.identity,
         }
 
-    def _save(self, *, best: bool = False) -> None:
-        content = self._content()
-        if self.runner.world.main:
+    def save(self, *, best: bool = False) -> None:
+        """Write `last.pth`, and `best.pth` if it is the best so far; all processes must call it."""
+        content = self.state_dict()
+        if self.world.main:
             if best:
                 save_checkpoint(self.output_dir / "best.pth", content)
             self.checkpoints.save(content)
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, scheduler: LambdaLR, content: Mapping[str, Any]
-) -> None:
-    """Load the state of both, but keep the rates and the weight decay they were built with."""
-    built = [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    base_lrs = list(scheduler.base_lrs)
-    optimizer.load_state_dict(content["optimizer"])
-    scheduler.load_state_dict({**content["lr_scheduler"], "base_lrs": base_lrs})
-    for group, (rate, decay), factor in zip(
-        optimizer.param_groups, built, scheduler.lr_lambdas, strict=True
-    ):
-        now = rate * factor(scheduler.last_epoch)
-        group.update(initial_lr=rate, weight_decay=decay, lr=now)
+@torch.no_grad()
+def share_statistics(model: nn.Module, world: World) -> None:
+    """Give all processes the main one's batch-norm statistics, which are those that are saved.
 
-
-def versions() -> dict[str, str]:
-    """Return the versions that a checkpoint records."""
-    return {"python": sys.version.split()[0], "torch": str(torch.__version__)}
+    In training each takes in its own images, until the next step begins with the main one's.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    if world.size == 1 or not norms:
+        return
+    buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    values = world.broadcast([b.cpu() for b in buffers] if world.main else [])
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.copy_(value)
 
 
 def count_parameters(model: nn.Module) -> int:

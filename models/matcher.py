@@ -13,6 +13,8 @@ from torch import Tensor
 from util.batch import Target
 from util.box_ops import cxcywh_to_xyxy, generalized_iou
 
+_NOT_FINITE = 1e6  # the cost of what has none: far above any other
+
 # G prediction layers, N batch, Q predictions, T targets of an image (padded to the most).
 
 
@@ -98,13 +100,12 @@ class HungarianMatcher:
         """Assign every target of every layer of every group, with one transfer to the host.
 
         Shape: each group is logits [G,N,Q,classes], boxes [G,N,Q,4] and its targets; an image
-            with more targets than predictions keeps its Q cheapest.
-
-        Raises:
-            FloatingPointError: a cost is not finite.
+            with more targets than predictions keeps its Q cheapest. A cost that is not finite
+            counts as a very high one: it is for the loss to show it.
         """
         costs = [self.cost(*group) for group in groups]
         flat = torch.cat([c.flatten() for c in costs]).cpu().numpy()
+        flat[~np.isfinite(flat)] = _NOT_FINITE
         matches, start = [], 0
         for cost, (_, _, targets) in zip(costs, groups, strict=True):
             block = flat[start : start + cost.numel()].reshape(cost.shape)
@@ -123,10 +124,6 @@ def _assign(cost: "np.ndarray[Any, Any]", counts: Sequence[int], device: torch.d
         start = 0
         for image, count in enumerate(counts):
             block = cost[layer, image, :, :count]
-            if not np.isfinite(block).all():
-                raise FloatingPointError(
-                    f"the matching cost of image {image} of the batch is not finite"
-                )
             end = start + kept[image]
             query[layer, start:end], target[layer, start:end] = linear_sum_assignment(block)
             start = end

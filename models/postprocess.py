@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from models.deformable_detr import DetectorOutput
+from models.outputs import DetectorOutput
 from util.box_ops import cxcywh_to_xyxy
 
 _CANDIDATES = 3  # for each detection, where some are suppressed
@@ -18,7 +18,7 @@ class PostProcess:
     the better one stays.
     """
 
-    def __init__(self, *, max_detections: int = 100, nms_iou: float = 1.0) -> None:
+    def __init__(self, *, max_detections: int = 100, nms_iou: float | None = None) -> None:
         self.max_detections, self.nms_iou = max_detections, nms_iou
 
     @torch.no_grad()
@@ -33,7 +33,7 @@ class PostProcess:
         exact = torch.promote_types(outputs["pred_logits"].dtype, torch.float32)
         probability = outputs["pred_logits"].to(exact).sigmoid()
         n, q, classes = probability.shape
-        suppress = self.nms_iou < 1
+        suppress = self.nms_iou is not None and self.nms_iou < 1
         count = min(self.max_detections * (_CANDIDATES if suppress else 1), q * classes)
         scores, index = probability.view(n, -1).topk(count, dim=1)
         query, labels = index // classes, index % classes

@@ -9,6 +9,8 @@ import torch
 from hypothesis import register_random, settings
 from torch import Tensor
 
+from util.console import show_messages
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Timing says nothing on a loaded machine; the same examples on every run make failures repeat.
@@ -35,10 +37,11 @@ register_random(_TORCH_RANDOM)
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
-    """Seed before each test and undo a changed default dtype after it."""
+    """Seed and print messages in each test; undo a changed default dtype after it."""
     dtype = torch.get_default_dtype()
     torch.manual_seed(0)
     np.random.seed(0)
+    show_messages()
     yield
     torch.set_default_dtype(dtype)
 

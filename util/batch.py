@@ -1,7 +1,7 @@
 """Padded batches: what the loader hands to the engine and the model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,18 +49,20 @@ class Batch:
 
     `images` is None when no image of the batch could be read. Each target holds
     `image_id` [], `labels` [K] int64 in 0..num_classes-1, `boxes` [K,4] normalised cxcywh
-    relative to the unpadded image, `orig_size` [2] and `size` [2] as (height, width).
+    relative to the unpadded image, `orig_size` [2] and `size` [2] as (height, width). A `blank`
+    batch stands in where a process of several has no image, and counts nothing.
     """
 
     images: PaddedBatch | None
     targets: list[Target]
     unreadable: list[UnreadableImage]
+    blank: bool = False
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory (called by the data loader)."""
         images = None if self.images is None else self.images.pin_memory()
         targets = [{key: value.pin_memory() for key, value in t.items()} for t in self.targets]
-        return Batch(images, targets, self.unreadable)
+        return replace(self, images=images, targets=targets)
 
 
 def pad_images(images: Sequence[Tensor], multiple: int = 1) -> PaddedBatch:

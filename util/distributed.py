@@ -28,11 +28,12 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1  # processes on this machine
     group: Any = None  # gloo's
 
     @property
     def main(self) -> bool:
-        """Tell whether this process writes the logs and files."""
+        """Return whether this process writes the logs and files."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -93,13 +94,18 @@ def _first_host(hosts: str) -> str:
     return listed.stdout.split()[0]
 
 
+def rank_at_start() -> int:
+    """Return this process's rank as its launcher set it, before the processes have met."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def started_by_launcher() -> bool:
-    """Tell whether torchrun, `--gpus` or srun started this process as one of several."""
+    """Return whether torchrun, `--gpus` or srun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def init_process_group(device_type: str) -> World:
-    """Meet the other processes, if there are any.
+    """Join the process group, if this process is one of several.
 
     Raises:
         ConfigError: the variables of the launcher are not whole.
@@ -109,8 +115,8 @@ def init_process_group(device_type: str) -> World:
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise ConfigError(
-            f"WORLD_SIZE {os.environ['WORLD_SIZE']}: expected {', '.join(missing)} with it, got "
-            "none. Start the run with --gpus N, torchrun or srun."
+            f"WORLD_SIZE {os.environ['WORLD_SIZE']}: {', '.join(missing)} must be set, too. "
+            "Start the run with `gpus`, torchrun or srun."
         )
     meeting = dist.rendezvous("env://", timeout=TIMEOUT)  # type: ignore[attr-defined]
     store, rank, size = next(meeting)
@@ -125,18 +131,22 @@ def init_process_group(device_type: str) -> World:
     )
     group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return World(
-        dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")), group
+        dist.get_rank(),
+        dist.get_world_size(),
+        int(os.environ.get("LOCAL_RANK", "0")),
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        group,
     )
 
 
 def destroy_process_group() -> None:
-    """Part from the other processes."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Tell whether an error says that another process is gone."""
+    """Return whether an error says that another process is gone."""
     kinds = (dist.DistBackendError, dist.DistNetworkError)
     text = str(error).lower()
     return isinstance(error, kinds) or (

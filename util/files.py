@@ -1,6 +1,8 @@
-"""Output folders, and files of which a crash leaves the old content or the new, never half."""
+"""Output folders, and files that a crash leaves with their old content or the new, never half."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from util.errors import ConfigError
@@ -16,11 +18,38 @@ def make_output_dir(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"--output_dir {path}: expected a folder or a place to make one "
-            f"({error.strerror}). Choose another."
+            f"output_dir {path}: the folder cannot be made ({error.strerror}). Choose another."
         ) from error
     if not os.access(path, os.W_OK):
-        raise ConfigError(f"--output_dir {path}: expected a folder to write to. Choose another.")
+        raise ConfigError(f"output_dir {path}: the folder is not writable. Choose another.")
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a file name beside `path`, whose file replaces `path` when the block succeeds.
+
+    The folder is made if needed. After an error, or a crash at any moment, `path` is as before;
+    what has been written and renamed survives a power cut.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary, os.O_RDWR)
+        os.replace(temporary, path)
+        if os.name == "posix":  # folders cannot be opened elsewhere
+            _sync(path.parent, os.O_RDONLY)
+    finally:
+        with contextlib.suppress(OSError):  # gone after a success; unreachable without its folder
+            temporary.unlink()
+
+
+def _sync(path: Path, mode: int) -> None:
+    handle = os.open(path, mode)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_atomic(path: Path, text: str, *, errors: str = "strict") -> None:
@@ -29,13 +58,5 @@ def write_atomic(path: Path, text: str, *, errors: str = "strict") -> None:
     `errors`: what becomes of characters that UTF-8 lacks, as in `str.encode`; for JSON and HTML
     "backslashreplace" loses nothing.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", errors=errors) as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors=errors)

@@ -1,19 +1,19 @@
 """Files of tensors: read without running anything they hold, written whole or not at all."""
 
 import argparse
-import contextlib
 import os
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 from util.errors import CheckpointError
+from util.files import atomic_path
 
 # Official checkpoints pickle their command line; forks put paths in it.
 _ALLOWED: list[Any] = [
@@ -53,39 +53,25 @@ def load_safely(path: Path) -> Any:
         raise CheckpointError(f"{path}: {_what_is_wrong(error)}") from error
 
 
-def save_whole(path: Path, content: Any) -> None:
+def save_whole(
+    path: Path, content: Any, *, before_replacing: Callable[[], None] = lambda: None
+) -> None:
     """Replace `path` by `torch.save(content)` in one step, making its folder if needed.
 
-    A crash at any moment leaves the previous file or the new one.
+    A crash at any moment leaves the previous file or the new one. `before_replacing` is called
+    once the new one is written.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; the previous file is
             untouched.
     """
-    with written_whole(path, content) as replace:
-        replace()
-
-
-@contextlib.contextmanager
-def written_whole(path: Path, content: Any) -> Iterator[Callable[[], None]]:
-    """Write `torch.save(content)` beside `path`; the function given puts it in its place.
-
-    Raises:
-        CheckpointError: see `save_whole`.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-    def replace() -> None:
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        yield replace
+        with atomic_path(path) as temporary:
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())  # a full disk may show only now
+            before_replacing()
     except (OSError, RuntimeError) as error:
         # torch's writer reports a failed write as a RuntimeError, raised on top of the cause
         cause = error if isinstance(error, OSError) else error.__context__
@@ -95,9 +81,6 @@ def written_whole(path: Path, content: Any) -> Iterator[Callable[[], None]]:
             f"{path}: cannot be written: {cause.strerror or cause}. "
             "Free space or choose another folder; a previous file there is untouched."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # gone after a success; unreachable without a folder
-            temporary.unlink()
 
 
 def check_content(path: Path) -> None:
@@ -116,17 +99,6 @@ def check_content(path: Path) -> None:
             f"{path}: expected a whole checkpoint, got one with damaged bytes in '{broken}'. "
             "Take an earlier one."
         )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    if os.name != "posix":  # folders cannot be opened elsewhere
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _check_file(path: Path) -> None:

@@ -1,39 +1,67 @@
 """`main.py convert`: a data set in another format."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-from configs.options import Values
-from configs.schema import ConvertConfig
+from configs.options import option
+from configs.schema import VocOptions
+from datasets.build import format_options
+from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
-from datasets.formats.sources import read_source
+from datasets.formats.registry import FORMATS, read_source
+from datasets.formats.source import Source
 from util.console import console
 from util.errors import ConfigError
 
+_NAMES = ", ".join(FORMATS)
 
-def convert_dataset(args: argparse.Namespace, given: Values) -> int:
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(VocOptions):
+    """What `convert` reads and writes."""
+
+    data_format: str = option("coco", f"format of --data_path: {_NAMES}", alias="--from")
+    to: str = option("coco", f"format to write: {_NAMES}")
+    data_path: str = option(
+        "", "folder of the data set; for yolo also data.yaml, for coco a JSON file with --images"
+    )
+    images: str = option("", "folder of the images of a COCO-format JSON file")
+    splits: tuple[str, ...] = option(("train", "val"), "splits to write")
+    output_dir: str = option("", "a new or empty folder")
+    copy_images: bool = option(
+        False, "copy the images instead of linking to them", alias="--copy_pictures"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images and len(self.splits) != 1:
+            raise ConfigError("images: needs exactly one split with it, as in `splits train`.")
+
+
+SECTIONS = {"convert": ConvertOptions}
+
+
+def main(options: ConvertOptions) -> int:
     """Write a data set as COCO, VOC or YOLO."""
-    options = ConvertConfig(**given.get("convert", {}))
     for name in ("data_path", "output_dir"):
         if not getattr(options, name):
-            raise ConfigError(f"--{name}: expected a value, got none. Give one.")
-    sources = {
-        split: read_source(
-            options.data_format,
-            Path(options.data_path),
-            split,
-            image_dir=Path(options.images) if options.images else None,
-            voc_corners=options.voc_corners,
-        )
-        for split in options.splits
-    }
+            raise ConfigError(f"{name}: is missing. Add it.")
+    writing = format_options(options, options.to)
     lines = convert(
-        sources,
+        {split: _read(options, split) for split in options.splits},
         options.to,
         Path(options.output_dir),
         copy=options.copy_images,
-        voc_corners=options.voc_corners,
+        **writing,
     )
     console("\n".join(lines))
     console(f"written: {options.output_dir}")
     return 0
+
+
+def _read(options: ConvertOptions, split: str) -> Source:
+    place = Path(options.data_path)
+    if options.images and options.data_format == "coco":
+        return read_coco_file(place, Path(options.images))
+    reading = format_options(options, options.data_format)
+    return read_source(options.data_format, place, split, **reading)

@@ -1,17 +1,17 @@
-"""`main.py doctor`: what this machine offers."""
+"""`main.py doctor`: hardware and op backends."""
 
-import argparse
 import platform
 
 import torch
 
-from configs.options import Values
 from ops.self_test import check_backends
 from util.console import console
 
+SECTIONS: dict[str, type] = {}
 
-def doctor(args: argparse.Namespace, given: Values) -> int:
-    """Say what this machine offers, and check the attention op."""
+
+def main() -> int:
+    """Report hardware and op backends, and test them."""
     console(f"python {platform.python_version()} on {platform.platform()}")
     console(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
     healthy = True

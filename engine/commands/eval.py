@@ -1,32 +1,30 @@
 """`main.py eval`: COCO's numbers and an analysis, for a checkpoint or for saved detections."""
 
-import argparse
-import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Literal
 
+import torch
 from PIL import Image
-from pycocotools.coco import COCO
 
-from configs.options import Values
-from configs.schema import DataConfig, EvalConfig, merge_options
-from datasets.build import build_dataset, load_index
-from datasets.loader import eval_loader
-from engine.commands.ground_truth import validation_truth
-from engine.detector import beside, load_detector, saved_data_options
+from configs.load import Given
+from configs.options import option
+from configs.schema import DataConfig, EvalDataConfig, ProcessOptions
+from configs.schema import Precision as PrecisionName
+from datasets.build import build_dataset, read_split
+from datasets.formats.coco import coco_layout
+from datasets.index import CocoIndex
+from engine.detector import Detector, beside
 from engine.evaluation.analysis import analyse, save_analysis
 from engine.evaluation.detections import read_detections
-from engine.evaluation.evaluate import evaluate
-from engine.evaluation.evaluator import Backend, CocoEvaluator, EvalResult, save_results
+from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
 from engine.evaluation.gallery import draw_gallery
+from engine.evaluation.matching import Truth
 from engine.evaluation.report import save_report
-from engine.precision import Precision
-from engine.processes import launch
-from models.postprocess import PostProcess
+from engine.processes import process_group
 from util.console import console
-from util.device import own_device, pick_device
-from util.distributed import World, destroy_process_group, init_process_group, started_by_launcher
+from util.distributed import World
 from util.errors import ConfigError
 from util.files import make_output_dir
 
@@ -35,133 +33,148 @@ ReadImage = Callable[[int], Image.Image | None]
 _IMAGES_SHOWN = 12
 
 
-def evaluate_checkpoint(args: argparse.Namespace, given: Values) -> int:
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(ProcessOptions):
+    """What `eval` needs in addition to the data; everything else is in the checkpoint."""
+
+    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    output_dir: str = option("", "folder for eval/ (default: that of the checkpoint)")
+    batch_size: int | None = option(
+        None, "images per step (default: that of the run, else 1)", low=1, unset=0
+    )
+    precision: PrecisionName = option("fp32", "arithmetic of the model")
+    ema: bool = option(True, "use a checkpoint's averaged weights, if it has them")
+    detections: str = option("", "evaluate this COCO results file instead of a checkpoint")
+    evaluator: Literal["fast", "pycocotools"] = option(
+        "fast", "what computes COCO's numbers, which are equal to the last digit"
+    )
+    max_dets: int = option(
+        0, "detections per image and class that count, in addition to COCO's 100: 101 or more; "
+        "0: as many as an image has boxes of a class", low=0,
+    )  # fmt: skip
+    analysis: bool = option(True, "write eval/analysis.json and eval/report.html")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.max_dets <= 100:
+            raise ConfigError(
+                f"max_dets: must be 0 or more than COCO's 100, which always count, not "
+                f"{self.max_dets}. Raise it, or leave it out."
+            )
+
+
+SECTIONS = {"eval": EvalOptions, "data": EvalDataConfig}
+
+
+def processes(given: Given) -> ProcessOptions:
+    """Return what a launcher needs; saved detections are evaluated in one process."""
+    options = given.section("eval", EvalOptions)
+    return replace(options, gpus=1) if options.detections else options
+
+
+def main(options: EvalOptions, given: Given) -> int:
     """Evaluate a checkpoint, or saved detections, on COCO-format data."""
-    options = EvalConfig(**given.get("eval", {}))
     if options.detections:
-        return evaluate_detections(options, DataConfig(**given.get("data", {})))
-    if options.gpus > 1 and not started_by_launcher():
-        return launch(
-            Path(sys.argv[0]), sys.argv[1:],
-            processes=options.gpus, device=options.device, restarts=0,
-        )  # fmt: skip
-    world = init_process_group(pick_device(options.device).type)
-    try:
-        return evaluate_in_world(options, given, world)
-    finally:
-        destroy_process_group()
+        return evaluate_detections(options, given.config().data)
+    with process_group(options.device) as (world, device):
+        return evaluate_in_world(options, given, world, device)
 
 
-def evaluate_detections(options: EvalConfig, data: DataConfig) -> int:
+def evaluate_detections(options: EvalOptions, data: DataConfig) -> int:
     """Evaluate a file in the COCO results format; no model is needed, nor the images."""
     if options.checkpoint:
-        raise ConfigError(
-            "--detections: expected no --checkpoint with it, got both. Evaluate one of the two."
-        )
+        raise ConfigError("`detections` and `checkpoint` are mutually exclusive.")
     path = Path(options.detections)
-    output_dir = Path(options.output_dir) if options.output_dir else _folder_above(path)
-    _keep_inputs(output_dir, path, Path(data.val_annotations))
-    coco_gt, read_image, notices = validation_truth(data)
-    found, more = read_detections(path, coco_gt.imgs, coco_gt.cats)
+    # results go to the run's folder if the file is in its eval/, else beside the file
+    above = path.parent.parent if path.parent.name == "eval" else path.parent
+    output_dir = Path(options.output_dir) if options.output_dir else above
+    for name in ("results.json", "analysis.json", "report.html"):
+        result = output_dir / "eval" / name
+        for file in (path, Path(data.val_annotations)):
+            if result.is_file() and file.is_file() and result.samefile(file):
+                raise ConfigError(
+                    f"output_dir {output_dir}: {file}, which is an input, would be overwritten. "
+                    "Choose another folder."
+                )
+    truth, read_image, notices = read_truth(data)
+    detections, more = read_detections(path, truth)
     make_output_dir(output_dir / "eval")
     for notice in (*notices, *more):
         console(f"  notice: {notice}")
-    evaluator = _evaluator(options, coco_gt, {c: c for c in coco_gt.cats})
-    evaluator.take(found)
-    _tell(options, output_dir, evaluator, evaluator.evaluate(), coco_gt, read_image, path.name)
+    evaluator = Evaluator(truth, backend=options.evaluator, max_dets=options.max_dets)
+    evaluator.add(detections)
+    _report(options, output_dir, evaluator, evaluator.evaluate(), read_image, path.name)
     return 0
 
 
-def _folder_above(path: Path) -> Path:
-    """Return the run's folder if the file is in its `eval/`, else the file's folder."""
-    return path.parent.parent if path.parent.name == "eval" else path.parent
+def read_truth(data: DataConfig) -> tuple[Truth, ReadImage | None, list[str]]:
+    """Return validation annotations, a reader of images if they are at hand, and notices.
+
+    Raises:
+        DataError: no option says where the data lies, or they cannot be read.
+    """
+    annotations = Path(data.val_annotations) if data.val_annotations else None
+    images_exist = bool(data.val_images)
+    if annotations is None and data.coco_path and not data.data_path:
+        folder, annotations = coco_layout(Path(data.coco_path), "val")
+        images_exist = folder.is_dir()
+    if annotations is not None and not images_exist:
+        index = CocoIndex.load(annotations, None, need_boxes=False)
+        return Truth.of(index.classes, index.images, index.annotations), None, index.notices
+    index = CocoIndex.from_source(read_split(data, "val"), need_boxes=False)
+    dataset = build_dataset(data, index, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
+    truth = Truth.of(index.classes, index.images, index.annotations)
+    return truth, dataset.read_image, index.notices
 
 
-def _keep_inputs(output_dir: Path, *inputs: Path) -> None:
-    """Refuse to write results over what is read."""
-    for name in ("results.json", "analysis.json", "report.html"):
-        result = output_dir / "eval" / name
-        for path in inputs:
-            if result.is_file() and path.is_file() and result.samefile(path):
-                raise ConfigError(
-                    f"--output_dir {output_dir}: expected another folder, as {path}, which is "
-                    "read, would be overwritten. Choose one."
-                )
-
-
-def evaluate_in_world(options: EvalConfig, given: Values, world: World) -> int:
-    """Evaluate this process's share; the main one writes the results of all."""
-    device = own_device(pick_device(options.device), world)
-    model, pretrained, mean, std = load_detector(options.checkpoint, device, ema=options.ema)
+def evaluate_in_world(
+    options: EvalOptions, given: Given, world: World, device: torch.device
+) -> int:
+    """Evaluate this process's part; the main one writes the results of all."""
+    detector = Detector.load(options.checkpoint, device=device, ema=options.ema)
     output_dir = Path(options.output_dir) if options.output_dir else beside(options.checkpoint)
-    saved = {"data": saved_data_options(pretrained)}
-    data = DataConfig(**merge_options(saved, {"data": given.get("data", {})})["data"])
-    index = load_index(data, "val", need_boxes=False)
-    dataset = build_dataset(
-        data, index, train=False, mean=mean, std=std, classes=pretrained.classes
-    )
+    detector.data = given.on(Given({"data": asdict(detector.data)})).config().data
+    dataset = detector.validation_set(detector.data)
     make_output_dir(output_dir / "eval")
-    console(index.report(model.transformer.num_queries))
-    optim = (pretrained.config or {}).get("optim", {})
-    batch_size = options.batch_size or optim.get("eval_batch_size") or optim.get("batch_size", 1)
-    batches = eval_loader(
+    result, evaluator = detector.measure(
         dataset,
-        batch_size=batch_size,
-        num_workers=data.num_workers,
-        rank=world.rank,
-        world_size=world.size,
-    )
-    evaluator = _evaluator(options, index.coco_gt, dataset.label_to_category)
-    result, _ = evaluate(
-        model,
-        PostProcess(nms_iou=data.nms_iou),
-        batches,
-        evaluator,
-        device=device,
-        autocast=Precision(options.precision, device).autocast,
+        batch_size=options.batch_size,
+        precision=options.precision,
         world=world,
+        backend=options.evaluator,
+        max_dets=options.max_dets,
     )
     if world.main:
         name = Path(options.checkpoint).name
-        _tell(
-            options, output_dir, evaluator, result, index.coco_gt, dataset.read_image, name
-        )  # fmt: skip
+        _report(options, output_dir, evaluator, result, dataset.read_image, name)
     return 0
 
 
-def _evaluator(options: EvalConfig, coco_gt: COCO, labels: dict[int, int]) -> CocoEvaluator:
-    backend = cast(Backend, options.evaluator)  # the option's choices are the same
-    return CocoEvaluator(coco_gt, labels, backend=backend, max_dets=options.max_dets)
-
-
-def _tell(
-    options: EvalConfig,
+def _report(
+    options: EvalOptions,
     output_dir: Path,
-    evaluator: CocoEvaluator,
+    evaluator: Evaluator,
     result: EvalResult,
-    coco_gt: COCO,
     read_image: ReadImage | None,
     title: str,
 ) -> None:
     """Print the numbers, and write them with the detections and what the analysis finds."""
     console(result.table())
+    detections, truth = evaluator.detections(), evaluator.truth
     # detections that were read from a file are never written over it
-    save_results(output_dir, result, None if options.detections else evaluator.detections)
+    save_results(output_dir, result, None if options.detections else detections.to_coco(truth))
     written = f"written: {output_dir / 'eval' / 'results.json'}"
     written += "" if options.detections else ", detections.json"
     if options.analysis:
-        names = {i: str(image.get("file_name", "")) for i, image in coco_gt.imgs.items()}
-        analysis = analyse(evaluator, result, file_names=names)
+        analysis = analyse(evaluator, result)
         console(f"\n{analysis.summary()}")
         images = {}
         if read_image is not None:
+            above = detections.select(
+                detections.score >= analysis.min_scores()[detections.category]
+            )
             shown = [w.image_id for w in analysis.worst[:_IMAGES_SHOWN]]
-            least = analysis.least_scores()
-            above = [
-                d for d in evaluator.detections_on(shown) if d["score"] >= least[d["category_id"]]
-            ]
-            drawn = draw_gallery(above, coco_gt, shown, read_image, score_threshold=None)
-            images = {i: drawn[f"image_{i}"] for i in shown if f"image_{i}" in drawn}
+            images = draw_gallery(above, truth, shown, read_image, score_threshold=None)
         save_analysis(output_dir, analysis)
         save_report(output_dir, analysis, images, title=title)
         written += ", analysis.json, report.html"

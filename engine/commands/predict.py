@@ -1,80 +1,233 @@
-"""`main.py predict`: what a checkpoint finds in images."""
+"""`main.py predict`: drawn copies of images with what a checkpoint finds in them, and one JSON."""
 
-import argparse
 import json
-from collections.abc import Mapping, Sequence
-from functools import partial
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from configs.options import Values
-from configs.schema import DataConfig, PredictConfig
-from datasets.build import build_transform
-from datasets.dataset import ImageFolder, find_images
+import torch
+from PIL import Image
+
+from configs.options import Checked, option
+from datasets.dataset import find_images
 from datasets.images import read_rgb
-from datasets.loader import eval_loader
-from engine.detector import load_detector, saved_data_options
-from engine.predict import predict
-from models.postprocess import PostProcess
-from util.classes import Classes
+from engine.detector import Box, Detector
 from util.console import console
-from util.device import pick_device
-from util.errors import ConfigError
-from util.files import write_atomic
+from util.draw import draw_boxes
+from util.errors import ConfigError, DataError
+from util.files import atomic_path, make_output_dir, write_atomic
 
-_MOST_TOLD = 10
+_KEPT_SUFFIXES = (".jpg", ".jpeg", ".png")
+_MAX_SHOWN = 10
 
 
-def predict_images(args: argparse.Namespace, given: Values) -> int:
-    """Draw what a checkpoint finds in images, and write it as JSON."""
-    options = PredictConfig(**given.get("predict", {}))
-    if not options.input or not options.output_dir:
-        raise ConfigError("predict: expected --input IMAGES ... and --output_dir DIR.")
-    paths = find_images(options.input)
-    device = pick_device(options.device)
-    model, pretrained, mean, std = load_detector(options.checkpoint, device)
-    chosen = {n: v for n in ("eval_scale", "max_size", "nms_iou") if (v := getattr(options, n))}
-    data = DataConfig(**{**saved_data_options(pretrained), **chosen})
-    dataset = ImageFolder(paths, build_transform(data, train=False, mean=mean, std=std))
-    best = {} if "score_threshold" in given["predict"] else pretrained.thresholds
-    thresholds = thresholds_by_label(pretrained.classes, best, options.score_threshold)
-    output_dir = Path(options.output_dir)
-    predict(
-        model,
-        PostProcess(nms_iou=data.nms_iou),
-        eval_loader(dataset, batch_size=options.batch_size, num_workers=options.num_workers),
-        paths=paths,
-        read_image=partial(read_rgb, stated_size=None),
-        classes=pretrained.classes,
-        output_dir=output_dir,
-        device=device,
-        score_thresholds=thresholds,
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions(Checked):
+    """What `predict` needs; everything else is in the checkpoint."""
+
+    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    input: tuple[str, ...] = option((), "images, folders or globs")
+    output_dir: str = option("", "folder for images and predictions.json")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    batch_size: int = option(1, "images per step", low=1)
+    score_threshold: float | None = option(
+        None, "minimum score to draw (default: per-class thresholds from the checkpoint, else 0.3)",
+        low=0, high=1,
+    )  # fmt: skip
+    eval_scale: int | None = option(
+        None, "short side, pixels (default: the checkpoint's)", low=16, unset=0
     )
-    tell_thresholds(output_dir, pretrained.classes, thresholds, best)
+    max_size: int | None = option(
+        None, "maximum long side, pixels (default: the checkpoint's)", low=16, unset=0
+    )
+    nms_iou: float | None = option(
+        None, "NMS IoU threshold; 1 disables NMS (default: the checkpoint's)",
+        above=0, high=1, unset=0,
+    )  # fmt: skip
+    num_workers: int = option(-1, "data-loading workers; -1: one per core, at most 8", low=-1)
+
+
+SECTIONS = {"predict": PredictOptions}
+
+
+def main(options: PredictOptions) -> int:
+    """Draw what a checkpoint finds in images, and write it as JSON."""
+    if not options.input or not options.output_dir:
+        raise ConfigError("predict: give `input IMAGES ...` and `output_dir DIR`.")
+    paths = find_images(options.input)
+    detector = Detector.load(
+        options.checkpoint,
+        device=options.device,
+        eval_scale=options.eval_scale,
+        max_size=options.max_size,
+        nms_iou=options.nms_iou,
+    )
+    threshold, known = options.score_threshold, detector.thresholds
+    if threshold is None:
+        thresholds = {name: detector.threshold_of(name) for name in detector.names}
+    else:
+        thresholds, known = dict.fromkeys(detector.names, threshold), {}
+    output_dir = Path(options.output_dir)
+    write_predictions(
+        detector,
+        paths,
+        output_dir,
+        thresholds=thresholds,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+    )
+    report_thresholds(output_dir, thresholds, known)
     return 0
 
 
-def thresholds_by_label(
-    classes: Classes, best: Mapping[str, float], otherwise: float
-) -> list[float]:
-    """Return the least score drawn of each label: the best of its class, where there is one."""
-    return [best.get(classes.shown(label), otherwise) for label in range(len(classes))]
-
-
-def tell_thresholds(
-    output_dir: Path, classes: Classes, thresholds: Sequence[float], best: Mapping[str, float]
+def write_predictions(
+    detector: Detector,
+    paths: Sequence[Path],
+    output_dir: Path,
+    *,
+    thresholds: Mapping[str, float],
+    batch_size: int = 1,
+    num_workers: int = 0,
 ) -> None:
-    """Write `score_thresholds.json`, and print which of them are the checkpoint's best."""
-    by_name = {classes.shown(k): t for k, t in enumerate(thresholds) if classes.in_use(k)}
+    """Write a drawn copy of each image, and `predictions.json`.
+
+    Boxes whose score reaches their class's threshold are drawn. The file has all: COCO results
+    with the names of image and category, ordered by image and score. Unreadable images are named
+    and skipped.
+
+    Raises:
+        ConfigError: a drawn copy would overwrite one of the images.
+        DataError: no image could be read.
+    """
+    names = relative_names(paths)
+    outputs = output_paths(names, output_dir)
+    refuse_overwriting(paths, outputs)
+    make_output_dir(output_dir)
+    found = detector.detect(
+        paths, batch_size=batch_size, num_workers=num_workers, description="predict"
+    )
+    drawn = 0
+    # Images come by size: their entries wait in a file, not in memory, to be put in order.
+    places: dict[int, tuple[int, int]] = {}
+    with tempfile.TemporaryFile("w+", encoding="ascii", dir=output_dir) as entries:
+        for i, boxes in found:
+            shown = [box for box in boxes if box.score >= thresholds[box.name]]
+            drawn += len(shown)
+            _save(_draw(read_rgb(paths[i], None), shown, detector), outputs[i])
+            text = json.dumps(_to_json(i, names[i], boxes), indent=1)
+            places[i] = entries.tell(), entries.write(text[2:-2])
+        if not places:
+            raise DataError(f"input: none of the {len(paths)} images can be read.")
+        with (
+            atomic_path(output_dir / "predictions.json") as part,
+            part.open("w", encoding="ascii") as file,
+        ):
+            separator = "[\n"
+            for _, (start, length) in sorted(places.items()):
+                entries.seek(start)
+                if length:
+                    file.write(separator + entries.read(length))
+                    separator = ",\n"
+            file.write("\n]\n" if separator == ",\n" else "[]\n")
+    levels = sorted(set(thresholds.values()))
+    reached = f"score {levels[0]}" if len(levels) == 1 else "their class's score threshold"
+    unreadable = len(paths) - len(places)
+    console(
+        f"written to {output_dir}: {len(places)} images with {drawn} boxes of {reached} or more, "
+        "predictions.json" + (f"; {unreadable} images could not be read" if unreadable else "")
+    )
+
+
+def relative_names(paths: Sequence[Path]) -> list[Path]:
+    """Return the images' names relative to the deepest folder that holds them all."""
+    absolute = [Path(os.path.abspath(path)) for path in paths]
+    if not absolute:
+        return []
+    root = os.path.commonpath([path.parent for path in absolute])
+    return [path.relative_to(root) for path in absolute]
+
+
+def output_paths(names: Sequence[Path], output_dir: Path) -> list[Path]:
+    """Return where the drawn copies go: PNG and JPEG as the image is, PNG for all others.
+
+    A name that is taken, be it in other case, gets a number.
+    """
+    taken: set[str] = set()
+    outputs = []
+    for name in names:
+        suffix = name.suffix if name.suffix.lower() in _KEPT_SUFFIXES else ".png"
+        candidate, number = name.with_suffix(suffix), 1
+        while str(candidate).casefold() in taken:
+            number += 1
+            candidate = name.with_name(f"{name.stem}_{number}{suffix}")
+        taken.add(str(candidate).casefold())
+        outputs.append(output_dir / candidate)
+    return outputs
+
+
+def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """Raise ConfigError if an output is an input, under whatever name or link."""
+    files = {_identity(path) for path in inputs if path.exists()}
+    for output in outputs:
+        if output.exists() and _identity(output) in files:
+            raise ConfigError(
+                f"output_dir: '{output}' is one of the input images and would be overwritten. "
+                "Choose another folder."
+            )
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _draw(image: Image.Image, boxes: Sequence[Box], detector: Detector) -> Image.Image:
+    corners = torch.tensor([box.xyxy for box in boxes]).reshape(-1, 4)
+    labels = [detector.classes.label_of[box.category_id] for box in boxes]
+    return draw_boxes(
+        image, corners, labels, [box.name for box in boxes], [box.score for box in boxes]
+    )
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == ".png":
+        image.save(path, format="PNG")
+    else:
+        image.save(path, format="JPEG", quality=95)
+
+
+def _to_json(image_id: int, name: Path, boxes: Sequence[Box]) -> list[dict[str, object]]:
+    return [
+        {
+            "image_id": image_id,
+            "file_name": name.as_posix(),
+            "category_id": box.category_id,
+            "category_name": box.name,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "score": box.score,
+        }
+        for box in boxes
+        for x0, y0, x1, y1 in [box.xyxy]
+    ]
+
+
+def report_thresholds(
+    output_dir: Path, thresholds: Mapping[str, float], known: Mapping[str, float]
+) -> None:
+    """Write `score_thresholds.json`, and print those that are `known` from the checkpoint."""
     path = output_dir / "score_thresholds.json"
-    text = json.dumps(by_name, indent=1, ensure_ascii=False)
+    text = json.dumps(dict(thresholds), indent=1, ensure_ascii=False)
     write_atomic(path, text + "\n", errors="backslashreplace")
-    known = [f"{name} {threshold:.2f}" for name, threshold in by_name.items() if name in best]
-    if known:
-        more = f", ... ({len(known)}, all in {path.name})" if len(known) > _MOST_TOLD else ""
-        others = {f"{threshold:.2f}" for name, threshold in by_name.items() if name not in best}
+    shown = [f"{name} {threshold:.2f}" for name, threshold in thresholds.items() if name in known]
+    if shown:
+        more = f", ... ({len(shown)}, all in {path.name})" if len(shown) > _MAX_SHOWN else ""
+        others = {f"{threshold:.2f}" for name, threshold in thresholds.items() if name not in known}
         console(
-            "score thresholds, those of the checkpoint's last evaluation: "
-            f"{', '.join(known[:_MOST_TOLD])}{more}"
-            f"{''.join(f'; of the other classes {threshold}' for threshold in others)}. "
+            "score thresholds from the checkpoint's last evaluation: "
+            f"{', '.join(shown[:_MAX_SHOWN])}{more}"
+            f"{''.join(f'; {threshold} for the other classes' for threshold in others)}. "
             "--score_threshold sets one for all."
         )

@@ -1,8 +1,8 @@
 """`main.py preview`: what a model would see of its training data."""
 
-import argparse
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -10,11 +10,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from configs.options import Values
-from configs.schema import PreviewConfig, build_config, load_layers
+from configs.options import Checked, option
+from configs.schema import SECTIONS as RUN
+from configs.schema import Config
 from datasets.build import build_dataset, load_index
-from datasets.loader import TrainLoader, split_batch, train_loader
+from datasets.loader import TrainLoader, train_loader
+from datasets.samplers import split_batch
 from models.backbones import create_backbone
+from models.recipes import RecipeOptions
 from util.batch import Target
 from util.box_ops import cxcywh_to_xyxy
 from util.classes import Classes
@@ -27,13 +30,22 @@ _CELL = 360  # pixels an image may take of the overview, either way
 _BAR, _GAP, _PAPER, _INK = 20, 8, (255, 255, 255), (40, 40, 40)
 
 
-def preview(args: argparse.Namespace, given: Values) -> int:
+@dataclass(frozen=True, kw_only=True)
+class PreviewOptions(Checked):
+    """What `preview` shows of a training run."""
+
+    count: int = option(16, "images to write", low=1)
+    epoch: int = option(0, "epoch whose images they are, from 0", low=0)
+
+
+SECTIONS = {**RUN, "preview": PreviewOptions}
+RECIPES = RecipeOptions()  # a run's file may name some
+
+
+def main(config: Config, options: PreviewOptions) -> int:
     """Write training images as the model would see them, with boxes."""
-    wanted = PreviewConfig(**given.get("preview", {}))
-    options = {name: values for name, values in given.items() if name != "preview"}
-    config = build_config(load_layers(args.config, options))
     if not config.run.output_dir:
-        raise ConfigError("--output_dir: expected a folder for the images, got none. Give one.")
+        raise ConfigError("output_dir: is missing. Name a folder for the images.")
     index = load_index(config.data, "train")
     console(index.report(config.model.num_queries))
     # any weights: only how images are normalised is asked
@@ -45,25 +57,25 @@ def preview(args: argparse.Namespace, given: Values) -> int:
     )  # fmt: skip
     loader = train_loader(
         dataset,
-        split_batch(config.optim.effective_batch_size, most=config.optim.batch_size),
+        split_batch(config.optim.effective_batch_size, max_size=config.optim.batch_size),
         num_workers=0,
         seed=config.run.seed,
         aspect_ratio_grouping=config.data.aspect_ratio_grouping,
         pad_multiple=config.optim.pad_multiple,
     )
-    loader.set_epoch(wanted.epoch)
+    loader.set_epoch(options.epoch)
     folder = Path(config.run.output_dir) / "preview"
     make_output_dir(folder)
     tiles, titles = [], []
-    for number, (image, target) in enumerate(islice(seen(loader), wanted.count)):
+    for number, (image, target) in enumerate(islice(seen(loader), options.count)):
         shown = to_image(image, mean, std)
-        name = f"epoch{wanted.epoch}_{number:03d}_image_{int(target['image_id'])}"
+        name = f"epoch{options.epoch}_{number:03d}_image_{int(target['image_id'])}"
         draw(shown, target, dataset.classes).save(folder / f"{name}.png")
         height, width = target["size"].tolist()
         tiles.append(thumbnail(shown.crop((0, 0, width, height)), target, dataset.classes))
         titles.append(f"{int(target['image_id'])}: {width}x{height}, {len(target['labels'])} boxes")
-    overview(tiles, titles).save(folder / f"epoch{wanted.epoch}.png")
-    console(f"written: {len(tiles)} images and an overview, {folder / f'epoch{wanted.epoch}.png'}")
+    overview(tiles, titles).save(folder / f"epoch{options.epoch}.png")
+    console(f"written: {len(tiles)} images and an overview, {folder / f'epoch{options.epoch}.png'}")
     return 0
 
 

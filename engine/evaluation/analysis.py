@@ -1,4 +1,4 @@
-"""Everything that is told about an evaluation beyond COCO's numbers."""
+"""Everything reported about an evaluation beyond COCO's numbers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from engine.evaluation.by_image import ByCount, WorstImage, by_number_of_objects, worst_images
 from engine.evaluation.errors import (
     KINDS,
     ErrorKind,
@@ -17,11 +16,21 @@ from engine.evaluation.errors import (
     error_kinds,
     wrong_by_class,
 )
-from engine.evaluation.evaluator import CocoEvaluator, EvalResult
-from engine.evaluation.matching import RECALLS
+from engine.evaluation.evaluator import EvalResult, Evaluator
+from engine.evaluation.matching import (
+    AREA_RANGES,
+    RECALLS,
+    Bools,
+    Detections,
+    Floats,
+    Truth,
+    accumulate,
+    match,
+)
 from engine.evaluation.outcomes import (
     CURVE_IOUS,
     IOU,
+    Outcomes,
     Threshold,
     best_threshold,
     confusion_matrix,
@@ -31,7 +40,8 @@ from engine.evaluation.outcomes import (
 )
 from util.files import write_atomic
 
-_WORST = 24
+_OBJECTS = ((1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, None))
+_WORST_IMAGES = 24
 _NO_THRESHOLD = 0.5  # where nothing is ever right
 
 
@@ -47,6 +57,32 @@ class ClassAnalysis:
     threshold: Threshold | None
     errors: Mapping[str, int]
     precision: Sequence[float] | None  # at IoU 0.5, at recalls 0, 0.01, ... 1
+
+
+@dataclass(frozen=True)
+class ByCount:
+    """AP (0..1, None without ground truth) over the images with a number of objects."""
+
+    objects: str
+    images: int
+    AP: float | None
+    AP50: float | None
+
+
+@dataclass(frozen=True)
+class WorstImage:
+    """What went wrong in an image, at each class's best threshold.
+
+    `lost` is in scores: an object loses 1 minus the score it was found with, whatever that is; a
+    false alarm above the threshold loses its score.
+    """
+
+    image_id: int
+    file_name: str
+    lost: float
+    objects: int
+    missed: int
+    false_alarms: int
 
 
 @dataclass(frozen=True)
@@ -75,55 +111,50 @@ class Analysis:
 
     def summary(self) -> str:
         """Return what matters most in a few lines for a terminal."""
-        costs = [(kind, e.delta_AP50) for kind, e in by_cost(self.errors)]
-        lines = ["AP50 would rise, if only these errors were mended, by"]
-        lines += [
-            f"  {'   n/a' if cost is None else f'{cost:6.3f}'}  {kind:11}{KINDS[kind]}"
-            for kind, cost in costs
-        ]
+        lines = ["AP50 gained by fixing only one kind of error:"]
+        for kind, error in by_cost(self.errors):
+            gain = "   n/a" if error.delta_AP50 is None else f"{error.delta_AP50:6.3f}"
+            lines.append(f"  {gain}  {kind:11}{KINDS[kind]}")
         if self.threshold:
             t = self.threshold
             lines.append(
                 f"best score threshold for all classes: {t.score:.3f} (precision "
-                f"{t.precision:.3f}, recall {t.recall:.3f}, F1 {t.f1:.3f}); each class's is in "
-                "the report"
+                f"{t.precision:.3f}, recall {t.recall:.3f}, F1 {t.f1:.3f}); the report has each "
+                "class's"
             )
-        taken = self.most_confused(3)
-        if taken:
-            shown = (f"{count} {true} as {other}" for true, other, count in taken)
+        confused = self.most_confused(3)
+        if confused:
+            shown = (f"{count} {true} as {other}" for true, other, count in confused)
             lines.append(f"most often confused: {', '.join(shown)}")
         return "\n".join(lines)
 
-    def least_scores(self) -> dict[int, float]:
-        """Return, by category id, the score from which a detection is above the threshold.
+    def min_scores(self) -> Floats:
+        """Return the score from which on each class's detections are above the threshold [K].
 
         Where nothing of a class is ever right, that is the best of all classes together.
         """
-        least = _least_scores([c.threshold for c in self.classes], self.threshold)
-        return {c.category_id: score for c, score in zip(self.classes, least, strict=True)}
+        return _min_scores([c.threshold for c in self.classes], self.threshold)
 
     def most_confused(self, count: int) -> list[tuple[str, str, int]]:
         """Return the true class, the class detected and how often, most frequent first."""
         matrix = np.array(self.confusion)[:-1, :-1]
         np.fill_diagonal(matrix, 0)
         order = np.argsort(-matrix, axis=None, kind="stable")[:count]
-        places = zip(*np.unravel_index(order, matrix.shape), strict=True)
+        cells = zip(*np.unravel_index(order, matrix.shape), strict=True)
         names = [c.name for c in self.classes]
-        return [(names[i], names[j], int(matrix[i, j])) for i, j in places if matrix[i, j]]
+        return [(names[i], names[j], int(matrix[i, j])) for i, j in cells if matrix[i, j]]
 
 
-def analyse(
-    evaluator: CocoEvaluator, result: EvalResult, *, file_names: Mapping[int, str] | None = None
-) -> Analysis:
-    """Analyse what an evaluator was fed; `result` is what it computed, names are by image id."""
-    truth, detected, max_dets = evaluator.truth, evaluator.detected(), evaluator.max_dets
-    by_iou = outcomes(truth, detected, CURVE_IOUS, max_dets=max_dets)
+def analyse(evaluator: Evaluator, result: EvalResult) -> Analysis:
+    """Analyse what an evaluator was fed; `result` is what it computed."""
+    truth, detections, max_dets = evaluator.truth, evaluator.detections(), evaluator.max_dets
+    by_iou = outcomes(truth, detections, CURVE_IOUS, max_dets=max_dets)
     found = by_iou[0]
     errors = classify(truth, found)
     of_class = thresholds(found)
-    overall = best_threshold(found.detected.score, found.hit, int(found.positives.sum()))
-    least = np.array(_least_scores(of_class, overall))
-    above = np.asarray(found.detected.score >= least[found.detected.category])
+    overall = best_threshold(found.detections.score, found.hit, int(found.positives.sum()))
+    min_scores = _min_scores(of_class, overall)
+    above = np.asarray(found.detections.score >= min_scores[found.detections.category])
     precision = {str(iou): curves(o) for iou, o in zip(CURVE_IOUS, by_iou, strict=True)}
     return Analysis(
         result=result,
@@ -150,15 +181,15 @@ def analyse(
         },
         errors=error_kinds(truth, found, errors, above),
         confusion=confusion_matrix(truth, found, above).tolist(),
-        by_objects=by_number_of_objects(truth, detected, max_dets=max_dets),
-        worst=worst_images(truth, found, above, file_names or {}, _WORST),
+        by_objects=_by_number_of_objects(truth, detections, max_dets),
+        worst=_worst_images(truth, found, above),
     )
 
 
 def best_thresholds(analysis: Analysis) -> dict[str, float]:
-    """Return, by class name, the score from which detections are best kept.
+    """Return, by class name, the score threshold with the best F1 at an IoU of 0.5.
 
-    It has the best F1 at an IoU of 0.5. A class of which nothing was ever right is left out.
+    A class of which nothing was ever right is left out.
     """
     return {c.name: c.threshold.score for c in analysis.classes if c.threshold}
 
@@ -171,14 +202,61 @@ def save_analysis(output_dir: Path, analysis: Analysis) -> None:
     write_atomic(file, text + "\n", errors="backslashreplace")
 
 
-def _least_scores(of_class: Sequence[Threshold | None], overall: Threshold | None) -> list[float]:
+def _by_number_of_objects(truth: Truth, detections: Detections, max_dets: int) -> list[ByCount]:
+    """Return AP over images with 1, 2-3, 4-7, ... objects; crowds do not count."""
+    objects = np.bincount(truth.image[~truth.crowd], minlength=len(truth.image_ids))
+    rows = []
+    for low, high in _OBJECTS:
+        chosen = (objects >= low) & (objects <= (high or objects.max(initial=0)))
+        if not chosen.any():
+            continue
+        part, of_part = (
+            truth.select(chosen[truth.image]),
+            detections.select(chosen[detections.image]),
+        )
+        matches = match(part, of_part, area_ranges=AREA_RANGES[:1], max_dets=max_dets)
+        precision = accumulate(part, of_part, matches, area_ranges=AREA_RANGES[:1]).precision
+        valid = precision > -1
+        AP = float(precision[valid].mean()) if valid.any() else None
+        AP50 = float(precision[0][valid[0]].mean()) if valid.any() else None
+        name = str(low) if low == high else f"{low}-{high}" if high else f"{low} or more"
+        rows.append(ByCount(name, int(chosen.sum()), AP, AP50))
+    return rows
+
+
+def _worst_images(truth: Truth, found: Outcomes, above: Bools) -> list[WorstImage]:
+    """Return the images that lose the most score, worst first."""
+    images = len(truth.image_ids)
+    image, score, hit = found.detections.image, found.detections.score, found.hit
+    won = np.bincount(image[hit], weights=np.minimum(score[hit], 1.0), minlength=images)
+    alarm = above & ~hit
+    lost_to_alarms = np.bincount(image[alarm], weights=score[alarm], minlength=images)
+    objects = np.bincount(truth.image[~truth.crowd], minlength=images)
+    right = np.bincount(image[hit & above], minlength=images)
+    alarms = np.bincount(image[alarm], minlength=images)
+    lost = objects - won + lost_to_alarms
+    return [
+        WorstImage(
+            image_id=int(truth.image_ids[i]),
+            file_name=truth.file_names[i],
+            lost=float(lost[i]),
+            objects=int(objects[i]),
+            missed=int(objects[i] - right[i]),
+            false_alarms=int(alarms[i]),
+        )
+        for i in np.argsort(-lost, kind="stable")[:_WORST_IMAGES]
+        if lost[i] > 0
+    ]
+
+
+def _min_scores(of_class: Sequence[Threshold | None], overall: Threshold | None) -> Floats:
     common = overall.score if overall else _NO_THRESHOLD
-    return [t.score if t else common for t in of_class]
+    return np.array([t.score if t else common for t in of_class])
 
 
 def _or_none(value: float) -> float | None:
     return None if value < 0 else value
 
 
-def _rounded(values: "np.ndarray[Any, np.dtype[np.float64]]") -> list[float]:
+def _rounded(values: Floats) -> list[float]:
     return [round(float(v), 4) for v in values]

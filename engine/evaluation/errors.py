@@ -21,14 +21,12 @@ KINDS = {
     "background": "where there is no object",
     "missed": "object found by nothing, not even by a detection of the wrong class or place",
 }
-
-
 _CODE = {kind: code for code, kind in enumerate(KINDS)}
 
 
 @dataclass(frozen=True)
 class ErrorKind:
-    """How often an error occurs, and by how much AP50 would rise if only it were mended (0..1).
+    """How often an error occurs, and by how much AP50 would rise if only it were fixed (0..1).
 
     That is None where there is no object to find.
     """
@@ -52,12 +50,11 @@ class Errors:
 
 
 def classify(truth: Truth, found: Outcomes) -> Errors:
-    """Tell the kind of each wrong detection, and which annotations are missed."""
-    detected = found.detected
-    row, gt, iou = overlaps(truth, detected, BACKGROUND_IOU, any_category=True)
+    """Return the kind of each wrong detection, and which annotations are missed."""
+    row, gt, iou = overlaps(truth, found.detections, BACKGROUND_IOU, any_category=True)
     objects = ~truth.crowd[gt] & ~found.hit[row]
     row, gt, iou = row[objects], gt[objects], iou[objects]
-    same = truth.category[gt] == detected.category[row]
+    same = truth.category[gt] == found.detections.category[row]
     own, own_iou = _best(row[same], gt[same], iou[same], len(found.gt))
     other, other_iou = _best(row[~same], gt[~same], iou[~same], len(found.gt))
     used = np.isin(gt, found.gt[found.hit])
@@ -79,10 +76,10 @@ def classify(truth: Truth, found: Outcomes) -> Errors:
 
 def _best(row: Ints, gt: Ints, iou: Floats, count: int) -> tuple[Ints, Floats]:
     """Return the annotation that each of `count` detections overlaps most, and how much."""
-    best, most = np.full(count, -1), np.zeros(count)
+    best, best_iou = np.full(count, -1), np.zeros(count)
     order = np.lexsort((-gt, iou))  # the last of a row stays: the largest, of equals the first
-    best[row[order]], most[row[order]] = gt[order], iou[order]
-    return best, most
+    best[row[order]], best_iou[row[order]] = gt[order], iou[order]
+    return best, best_iou
 
 
 def error_kinds(
@@ -94,13 +91,14 @@ def error_kinds(
     for kind in KINDS:
         if kind == "missed":
             count = above_threshold = int(errors.missed.sum())
-            mended = _without(truth, found, errors.missed)
+            fewer = np.bincount(truth.category[errors.missed], minlength=len(found.positives))
+            fixed = replace(found, positives=found.positives - fewer)
         else:
             of_kind = errors.kind == _CODE[kind]
             count, above_threshold = int(of_kind.sum()), int((of_kind & above).sum())
-            mended = _mended(truth, found, errors, kind)
-        # mending can cost a little, by the steps of recall at which precision is read
-        rise = max(0.0, mean_ap(mended) - base) if found.positives.any() else None
+            fixed = _fixed(truth, found, errors, kind)
+        # a fix can cost a little, by the steps of recall at which precision is read
+        rise = max(0.0, mean_ap(fixed) - base) if found.positives.any() else None
         rows[kind] = ErrorKind(count, above_threshold, rise)
     return rows
 
@@ -121,33 +119,27 @@ def mean_ap(found: Outcomes) -> float:
     return float(np.mean(values)) if values else 1.0
 
 
-def _mended(truth: Truth, found: Outcomes, errors: Errors, kind: str) -> Outcomes:
-    """Return the outcomes with each error of a kind corrected, or its detection taken out.
+def _fixed(truth: Truth, found: Outcomes, errors: Errors, kind: str) -> Outcomes:
+    """Return the outcomes with each error of a kind corrected, or its detection removed.
 
-    An object that nothing has found is given to the best of all class and location errors about
-    it, so only one of them is corrected.
+    An object that nothing has found goes to the best of all class and location errors about it,
+    so only one of them is corrected.
     """
     wrong = np.flatnonzero(errors.about >= 0)
     gt = found.gt.copy()
-    best_first = wrong[np.argsort(-found.detected.score[wrong], kind="stable")]
+    best_first = wrong[np.argsort(-found.detections.score[wrong], kind="stable")]
     about = errors.about[best_first]
     first = np.unique(about, return_index=True)[1]
     chosen = best_first[first]
     chosen = chosen[errors.kind[chosen] == _CODE[kind]]
     chosen = chosen[~np.isin(errors.about[chosen], found.gt[found.hit])]
     gt[chosen] = errors.about[chosen]
-    category = found.detected.category.copy()
+    category = found.detections.category.copy()
     category[chosen] = truth.category[gt[chosen]]
     keep = (errors.kind != _CODE[kind]) | (gt >= 0)
-    detected = replace(found.detected, category=category).select(keep)
-    order = np.lexsort((-detected.score, detected.category))
-    return Outcomes(detected.select(order), gt[keep][order], found.positives)
-
-
-def _without(truth: Truth, found: Outcomes, missed: Bools) -> Outcomes:
-    """Return the outcomes with some annotations never asked for."""
-    fewer = np.bincount(truth.category[missed], minlength=len(found.positives))
-    return replace(found, positives=found.positives - fewer)
+    kept = replace(found.detections, category=category).select(keep)
+    order = np.lexsort((-kept.score, kept.category))
+    return Outcomes(kept.select(order), gt[keep][order], found.positives)
 
 
 def wrong_by_class(
@@ -156,6 +148,6 @@ def wrong_by_class(
     """Return for each category how many errors of each kind are `above` [N] the threshold."""
     size, wrong = len(found.positives), above & ~found.hit
     counts = np.zeros((size, len(KINDS)), dtype=np.int64)
-    np.add.at(counts, (found.detected.category[wrong], errors.kind[wrong]), 1)
+    np.add.at(counts, (found.detections.category[wrong], errors.kind[wrong]), 1)
     counts[:, _CODE["missed"]] = np.bincount(truth.category[errors.missed], minlength=size)
     return [dict(zip(KINDS, row, strict=True)) for row in counts.tolist()]

@@ -1,6 +1,5 @@
 """Inference over a data set, and its COCO evaluation."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine.evaluation.evaluator import CocoEvaluator, EvalResult
+from engine.evaluation.evaluator import EvalResult, Evaluator
+from engine.guards.unreadable import UnreadableImages
 from engine.metrics import Averages, official_log_values
-from engine.train import Criterion, UnreadableImages
+from models.criterion import SetCriterion
 from util.batch import Batch, PaddedBatch, Target, pad_images
 from util.distributed import World
 from util.errors import UserError
@@ -26,24 +26,24 @@ def detect(
     batches: Iterable[Batch],
     *,
     device: torch.device,
-    description: str,
+    description: str | None,
     on_outputs: Callable[[Any, Sequence[Target]], None] | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[tuple[Batch, list[dict[str, Tensor]]]]:
     """Yield every batch with its detections (pixels of the original images, on the host).
 
-    Unreadable images are named; a batch of nothing else has no detections. Images that turn
-    out to differ in size go through the model one by one, so that none sees padding. `on_outputs`
-    sees the raw outputs.
+    Unreadable images are reported; a batch of nothing else has no detections. Images of different
+    sizes go through the model one by one, so that none sees padding. `on_outputs` sees the raw
+    outputs. With a `description`, a progress bar is shown.
 
     Raises:
         UserError: a score or box is not finite.
     """
     model.eval()
     unreadable = UnreadableImages()
-    rank = int(os.environ.get("RANK", "0"))
+    hidden = description is None
     for batch in tqdm(
-        batches, desc=description, unit="batch", dynamic_ncols=True, leave=False, disable=rank > 0
+        batches, desc=description, unit="batch", dynamic_ncols=True, leave=False, disable=hidden
     ):
         unreadable.report(batch)
         if batch.images is None:
@@ -58,18 +58,14 @@ def detect(
             sizes = torch.stack([t["orig_size"] for t in targets])
             found += postprocess(outputs, sizes.to(device))
         on_host = [{k: v.cpu() for k, v in d.items()} for d in found]
-        _check_finite(on_host, batch.targets)
+        for output, target in zip(on_host, batch.targets, strict=True):
+            if not (output["scores"].isfinite().all() and output["boxes"].isfinite().all()):
+                raise UserError(
+                    f"image {int(target['image_id'])}: the model produced NaN or infinite scores "
+                    "or boxes: its weights are corrupt, or the precision is too low. Use another "
+                    "checkpoint or precision."
+                )
         yield batch, on_host
-
-
-def _check_finite(found: Sequence[dict[str, Tensor]], targets: Sequence[Target]) -> None:
-    for detection, target in zip(found, targets, strict=True):
-        if not (detection["scores"].isfinite().all() and detection["boxes"].isfinite().all()):
-            raise UserError(
-                f"image {int(target['image_id'])}: expected finite scores and boxes of the model, "
-                "got others: its weights are broken, or half precision is too little for them. "
-                "Use another checkpoint or precision."
-            )
 
 
 def unpadded_parts(
@@ -91,35 +87,40 @@ def evaluate(
     model: nn.Module,
     postprocess: PostProcessor,
     batches: Iterable[Batch],
-    evaluator: CocoEvaluator,
+    evaluator: Evaluator,
     *,
     device: torch.device,
-    criterion: Criterion | None = None,
+    criterion: SetCriterion | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     world: World | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[EvalResult, dict[str, float]]:
     """Evaluate on a data set; return COCO's numbers and the mean losses.
 
-    Each process of `world` gives its own `batches`; all get the result, while the detections of
-    all come together in the main process's evaluator alone.
+    Each process of `world` passes its own `batches` and gets the result; the detections of all
+    are collected in the main process's evaluator alone.
 
     Raises:
         Interrupted: `stopping()` held between two batches.
+        FloatingPointError: a loss is not finite.
     """
     world, averages = world or World(), Averages()
 
     def add_losses(outputs: Any, targets: Sequence[Target]) -> None:
         assert criterion is not None
-        found = criterion(outputs, targets)
-        averages.add(list(found), torch.stack([v.float() for v in found.values()]).tolist())
+        losses = criterion(outputs, targets)
+        values = torch.stack([v.float() for v in losses.values()])
+        if not values.isfinite().all():
+            images = ", ".join(str(int(t["image_id"])) for t in targets)
+            raise FloatingPointError(f"the loss of image {images} is not finite")
+        averages.add(list(losses), values.tolist())
 
     results = detect(
         model,
         postprocess,
         batches,
         device=device,
-        description="evaluate",
+        description="evaluate" if world.main else None,
         on_outputs=add_losses if criterion is not None else None,
         autocast=autocast,
     )
@@ -127,9 +128,9 @@ def evaluate(
         evaluator.update([int(t["image_id"]) for t in batch.targets], detections)
         if stopping():
             raise Interrupted
-    parts = world.gather((evaluator.found(), averages))
+    parts = world.gather((evaluator.detections(), averages))
     for found, means in parts[1:]:
-        evaluator.take(found)
+        evaluator.add(found)
         averages.merge([means])
     result, averages = world.broadcast(
         (evaluator.evaluate(), averages) if world.main else (None, averages)

@@ -3,25 +3,26 @@
 import contextlib
 import io
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from engine.evaluation.matching import Accumulated, Detected, Truth, accumulate, match
+from engine.evaluation.matching import (
+    Detections,
+    Floats,
+    PrecisionRecall,
+    Truth,
+    accumulate,
+    match,
+)
 from util.files import write_atomic
 
 Backend = Literal["fast", "pycocotools"]
-Detection = dict[str, Tensor]
-"""`scores` [K], `labels` [K] int64, `boxes` [K,4] xyxy in pixels of the original image."""
 
 STAT_NAMES = (
     "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
@@ -35,8 +36,8 @@ _TABLE_ROWS = (
     ("AR@10", ("AR_10",)),
     ("AR@100", ("AR_100", "AR_small", "AR_medium", "AR_large")),
 )
-_MOST_CLASSES_SHOWN = 100
-_LONGEST_NAME = 24
+_MAX_CLASSES_SHOWN = 100
+_MAX_NAME_LENGTH = 24
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class EvalResult:
         if self.beyond_100:
             shown = ", ".join(f"{k} {_shown(v)}" for k, v in self.beyond_100.items() if k[0] == "A")
             lines.append(
-                "notice: above, 100 detections of an image and class count; with "
+                "notice: the numbers above count 100 detections per image and class; with "
                 f"{self.beyond_100['max_dets']:.0f}: {shown}"
             )
         return "\n".join([*lines, "", *_class_lines(self.per_class)])
@@ -102,10 +103,10 @@ def _shown(value: float) -> str:
 
 def _class_lines(per_class: Sequence[ClassResult]) -> list[str]:
     """Return a table of the classes, in two blocks side by side when there are many."""
-    if len(per_class) > _MOST_CLASSES_SHOWN:
+    if len(per_class) > _MAX_CLASSES_SHOWN:
         return [f"{len(per_class)} classes: too many to show, all are in the result file"]
-    most = _LONGEST_NAME
-    names = [c.name if len(c.name) <= most else c.name[: most - 1] + "…" for c in per_class]
+    limit = _MAX_NAME_LENGTH
+    names = [c.name if len(c.name) <= limit else c.name[: limit - 1] + "…" for c in per_class]
     width = max(map(len, ["class", *names]))
     header = f"{'class':{width}}{'boxes':>8}{'AP':>8}{'AP50':>8}"
     rows = [
@@ -120,202 +121,165 @@ def _class_lines(per_class: Sequence[ClassResult]) -> list[str]:
     return [f"{a}    {b}".rstrip() for a, b in zip(left, right, strict=True)]
 
 
-@dataclass(frozen=True)
-class Found:
-    """Detections in columns: `images` are those fed, the others have one entry a detection."""
-
-    images: NDArray[np.int64]
-    image: NDArray[np.int64]
-    category: NDArray[np.int64]
-    box: NDArray[np.float64]  # [K,4] xywh
-    score: NDArray[np.float64]
-
-
-class CocoEvaluator:
+class Evaluator:
     """Collect detections, then compare them with all images of a data set.
 
     The numbers are those of plain pycocotools, except that a ground-truth annotation of id 0
-    counts as any other (pycocotools takes it for unmatched) and that missing `area` and
-    `iscrowd` are filled in. Unusable boxes are no part of the ground truth that data sets give.
+    counts like any other (pycocotools reads it as "no match").
 
-    `backend`: "fast" is ours and gives the same numbers to the last digit. `max_dets`: detections
-    of an image and class that count in `EvalResult.beyond_100`; 0 means as many as an image has
-    boxes of a class.
+    `label_to_category` maps the model's labels to category ids; without it, labels are category
+    ids. `backend`: "fast" is ours and gives the same numbers to the last digit. `max_dets`:
+    detections of an image and class that count in `EvalResult.beyond_100`; 0 means as many as an
+    image has boxes of a class.
     """
 
     def __init__(
         self,
-        coco_gt: COCO,
-        label_to_category: Mapping[int, int],
+        truth: Truth,
+        label_to_category: Mapping[int, int] | None = None,
         *,
         backend: Backend = "fast",
         max_dets: int = 0,
     ) -> None:
-        categories = set(coco_gt.getCatIds())
-        self._category_of = {k: c for k, c in label_to_category.items() if c in categories}
-        self._ground_truth = _numbered_copy(coco_gt)
+        self.truth = truth
+        category = {c: k for k, c in enumerate(truth.category_ids.tolist())}
+        labels = {c: c for c in category} if label_to_category is None else label_to_category
+        self._category_of = {label: category[c] for label, c in labels.items() if c in category}
+        self._image_of = {i: position for position, i in enumerate(truth.image_ids.tolist())}
         self._backend = backend
-        self._max_dets = max_dets or _most_boxes(self.truth)
-        self._by_image: dict[int, _Columns] = {}
-
-    @cached_property
-    def truth(self) -> Truth:
-        """The ground truth in columns."""
-        return _truth(self._ground_truth)
+        # a class's boxes in an image, at most; crowds do not count
+        pair = (truth.image * len(category) + truth.category)[~truth.crowd]
+        most = np.unique(pair, return_counts=True)[1].max(initial=0)
+        self._max_dets = max_dets or int(most)
+        self._by_image: dict[int, Detections] = {}
 
     @property
     def max_dets(self) -> int:
-        """How many detections of an image and class count, at most: COCO's 100 or more."""
+        """How many detections of an image and class count: COCO's 100 or more."""
         return max(100, self._max_dets)
 
-    @property
-    def class_names(self) -> list[str]:
-        """A name for each category, by ascending id; its id where it has none."""
-        cats = self._ground_truth.cats
-        return [str(cats[c].get("name", c)) for c in self.truth.category_ids.tolist()]
-
-    def update(self, image_ids: Sequence[int], detections: Sequence[Detection]) -> None:
-        """Take the detections of some images; an image fed again replaces its earlier ones.
+    def update(self, image_ids: Sequence[int], outputs: Sequence[Mapping[str, Tensor]]) -> None:
+        """Add what a model found in some images; an image fed again replaces its earlier results.
 
         Labels without a category in the data set are dropped: the official 91-logit head has
         unused ones.
 
+        Shape: `scores` [K], `labels` [K] int64, `boxes` [K,4] xyxy in pixels of the original image.
+
         Raises:
             ValueError: an image is not in the data set, or a number is not finite.
         """
-        for image_id, detection in zip(image_ids, detections, strict=True):
-            if image_id not in self._ground_truth.imgs:
+        for image_id, output in zip(image_ids, outputs, strict=True):
+            if image_id not in self._image_of:
                 raise ValueError(f"image id {image_id} is not in the data set")
-            self._by_image[image_id] = self._to_coco(image_id, detection)
-
-    def _to_coco(self, image_id: int, detection: Detection) -> "_Columns":
-        # float64 holds every float32 exactly, so the written numbers lose nothing.
-        scores = detection["scores"].double().cpu()
-        boxes_xyxy = detection["boxes"].double().cpu()
-        if not (torch.isfinite(scores).all() and torch.isfinite(boxes_xyxy).all()):
-            raise ValueError(f"image id {image_id}: a score or a box is not finite")
-        boxes_xywh = torch.cat([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], dim=1)
-        labels = detection["labels"].tolist()
-        known = [i for i, label in enumerate(labels) if label in self._category_of]
-        category = [self._category_of[labels[i]] for i in known]
-        return _Columns(
-            np.array(category, dtype=np.int64), boxes_xywh.numpy()[known], scores.numpy()[known]
-        )
-
-    def found(self, image_ids: Collection[int] | None = None) -> Found:
-        """Return what was fed so far (of some images) in few arrays, by ascending image id."""
-        fed = self._by_image.keys()
-        images = sorted(fed if image_ids is None else fed & set(image_ids))
-        parts = [self._by_image[i] for i in images]
-        empty = _Columns(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
-        return Found(
-            images=np.array(images, dtype=np.int64),
-            image=np.repeat(np.array(images, dtype=np.int64), [len(p.score) for p in parts]),
-            category=np.concatenate([empty.category, *(p.category for p in parts)]),
-            box=np.concatenate([empty.box, *(p.box for p in parts)]),
-            score=np.concatenate([empty.score, *(p.score for p in parts)]),
-        )
-
-    def take(self, found: Found) -> None:
-        """Take what another evaluator of the data set has found, as `update` does."""
-        order = np.argsort(found.image, kind="stable")
-        starts = np.searchsorted(found.image[order], found.images)
-        ends = np.searchsorted(found.image[order], found.images, side="right")
-        for image, start, end in zip(found.images.tolist(), starts, ends, strict=True):
-            rows = order[start:end]
-            self._by_image[image] = _Columns(
-                found.category[rows], found.box[rows], found.score[rows]
+            # float64 holds every float32 exactly, so the written numbers lose nothing
+            scores, boxes = output["scores"].double().cpu(), output["boxes"].double().cpu()
+            if not (torch.isfinite(scores).all() and torch.isfinite(boxes).all()):
+                raise ValueError(f"image id {image_id}: a score or a box is not finite")
+            category = np.array(
+                [self._category_of.get(label, -1) for label in output["labels"].tolist()],
+                dtype=np.int64,
             )
+            position = self._image_of[image_id]
+            self._by_image[position] = Detections(
+                image=np.full(len(category), position),
+                category=category,
+                box=torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).numpy(),
+                score=scores.numpy(),
+            ).select(category >= 0)
 
-    def detected(self) -> Detected:
-        """Return what was fed so far, with positions in `truth`'s ids."""
-        found, truth = self.found(), self.truth
-        return Detected(
-            image=np.searchsorted(truth.image_ids, found.image),
-            category=np.searchsorted(truth.category_ids, found.category),
-            box=found.box,
-            score=found.score,
-        )
+    def add(self, detections: Detections) -> None:
+        """Add those of another evaluator of the data set, or from a file, as `update` does."""
+        order = np.argsort(detections.image, kind="stable")
+        images, starts = np.unique(detections.image[order], return_index=True)
+        for image, rows in zip(images.tolist(), np.split(order, starts)[1:], strict=True):
+            self._by_image[image] = detections.select(rows)
 
-    @property
-    def detections(self) -> list[dict[str, Any]]:
-        """Everything fed so far in the COCO results format, boxes as (x, y, w, h)."""
-        return self.detections_on(self._by_image)
-
-    def detections_on(self, image_ids: Collection[int]) -> list[dict[str, Any]]:
-        """Return what was fed of some images in the COCO results format."""
-        found = self.found(image_ids)
-        columns = (found.image, found.category, found.box, found.score)
-        return [
-            {"image_id": image, "category_id": category, "bbox": box, "score": score}
-            for image, category, box, score in zip(*(c.tolist() for c in columns), strict=True)
-        ]
+    def detections(self) -> Detections:
+        """Return everything fed so far, by ascending image id."""
+        return Detections.concatenate(part for _, part in sorted(self._by_image.items()))
 
     def evaluate(self) -> EvalResult:
         """Compute the metrics over all images; one never fed counts as missed."""
-        compute = self._by_pycocotools if self._backend == "pycocotools" else self._by_us
-        result, beyond = compute(100), None
+        detections = self.detections()
+        compute = _evaluate_pycocotools if self._backend == "pycocotools" else _evaluate_fast
+        result, beyond = compute(self.truth, detections, 100), None
         if self._max_dets > 100:
-            more = compute(self._max_dets)
-            beyond = {"max_dets": float(self._max_dets), **_summary(more), "AR": _mean_of_valid(
-                more.recall[:, :, 0, -1])}  # fmt: skip
+            more = compute(self.truth, detections, self._max_dets)
+            beyond = {
+                "max_dets": float(self._max_dets),
+                **_summary(more),
+                "AR": _mean_of_valid(more.recall[:, :, 0, -1]),
+            }
+        truth, sizes = self.truth, range(1, 4)
+        stats = [
+            *_summary(result).values(),
+            *(_mean_of_valid(result.precision[..., a]) for a in sizes),
+            *(_mean_of_valid(result.recall[:, :, 0, m]) for m in range(3)),
+            *(_mean_of_valid(result.recall[:, :, a, 2]) for a in sizes),
+        ]
+        boxes = np.bincount(truth.category[~truth.crowd], minlength=len(truth.category_ids))
         return EvalResult(
-            stats=_stats(result),
-            per_class=self._per_class(result),
-            num_images=len(self._ground_truth.imgs),
-            num_detections=sum(len(columns.score) for columns in self._by_image.values()),
+            stats=dict(zip(STAT_NAMES, stats, strict=True)),
+            per_class=[
+                ClassResult(
+                    category_id=category_id,
+                    name=name,
+                    AP=_mean_of_valid(result.precision[:, :, k, 0]),
+                    AP50=_mean_of_valid(result.precision[0, :, k, 0]),
+                    num_boxes=int(boxes[k]),
+                )
+                for k, (category_id, name) in enumerate(
+                    zip(truth.category_ids.tolist(), truth.class_names, strict=True)
+                )
+            ],
+            num_images=len(truth.image_ids),
+            num_detections=len(detections),
             beyond_100=beyond,
         )
 
-    def _by_us(self, max_dets: int) -> Accumulated:
-        detected = self.detected()
-        matches = match(self.truth, detected, max_dets=max_dets)
-        return accumulate(self.truth, detected, matches, max_dets=(1, 10, max_dets))
 
-    def _by_pycocotools(self, max_dets: int) -> Accumulated:
-        with contextlib.redirect_stdout(io.StringIO()):
-            results = COCO()
-            results.dataset = {
-                **{key: self._ground_truth.dataset[key] for key in ("images", "categories")},
-                "annotations": [
-                    {**d, "id": i, "area": d["bbox"][2] * d["bbox"][3]}
-                    for i, d in enumerate(self.detections, start=1)
-                ],
-            }
-            results.createIndex()
-            evaluation = COCOeval(self._ground_truth, results, "bbox")
-            evaluation.params.maxDets = [1, 10, max_dets]
-            evaluation.evaluate()
-            evaluation.accumulate()
-        return Accumulated(evaluation.eval["precision"][..., -1], evaluation.eval["recall"])
-
-    def _per_class(self, result: Accumulated) -> list[ClassResult]:
-        truth = self.truth
-        counts = np.bincount(truth.category[~truth.crowd], minlength=len(truth.category_ids))
-        return [
-            ClassResult(
-                category_id=category_id,
-                name=name,
-                AP=_mean_of_valid(result.precision[:, :, k, 0]),
-                AP50=_mean_of_valid(result.precision[0, :, k, 0]),
-                num_boxes=int(counts[k]),
-            )
-            for k, (category_id, name) in enumerate(
-                zip(truth.category_ids.tolist(), self.class_names, strict=True)
-            )
-        ]
+def _evaluate_fast(truth: Truth, detections: Detections, max_dets: int) -> PrecisionRecall:
+    matches = match(truth, detections, max_dets=max_dets)
+    return accumulate(truth, detections, matches, max_dets=(1, 10, max_dets))
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """The detections of one image."""
+def _evaluate_pycocotools(truth: Truth, detections: Detections, max_dets: int) -> PrecisionRecall:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
-    category: NDArray[np.int64]
-    box: NDArray[np.float64]
-    score: NDArray[np.float64]
+    def indexed(annotations: list[dict[str, Any]]) -> COCO:
+        coco = COCO()
+        coco.dataset = {
+            "images": [{"id": i} for i in truth.image_ids.tolist()],
+            "categories": [{"id": c} for c in truth.category_ids.tolist()],
+            # pycocotools reads id 0 as "no match"
+            "annotations": [{**a, "id": i} for i, a in enumerate(annotations, start=1)],
+        }
+        coco.createIndex()
+        return coco
+
+    annotations = [
+        {"image_id": image, "category_id": category, "bbox": box, "area": area, "iscrowd": crowd}
+        for image, category, box, area, crowd in zip(
+            truth.image_ids[truth.image].tolist(),
+            truth.category_ids[truth.category].tolist(),
+            truth.box.tolist(),
+            truth.area.tolist(),
+            truth.crowd.astype(int).tolist(),
+            strict=True,
+        )
+    ]
+    results = [{**d, "area": d["bbox"][2] * d["bbox"][3]} for d in detections.to_coco(truth)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(indexed(annotations), indexed(results), "bbox")
+        evaluation.params.maxDets = [1, 10, max_dets]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return PrecisionRecall(evaluation.eval["precision"][..., -1], evaluation.eval["recall"])
 
 
-def _summary(result: Accumulated) -> dict[str, float]:
+def _summary(result: PrecisionRecall) -> dict[str, float]:
     """Return AP over all thresholds, at 0.5 and at 0.75."""
     precision = result.precision[..., 0]
     return {
@@ -325,67 +289,9 @@ def _summary(result: Accumulated) -> dict[str, float]:
     }
 
 
-def _stats(result: Accumulated) -> dict[str, float]:
-    """Return the 12 numbers by name."""
-    sizes = range(1, 4)
-    values = [
-        *_summary(result).values(),
-        *(_mean_of_valid(result.precision[..., a]) for a in sizes),
-        *(_mean_of_valid(result.recall[:, :, 0, m]) for m in range(3)),
-        *(_mean_of_valid(result.recall[:, :, a, 2]) for a in sizes),
-    ]
-    return dict(zip(STAT_NAMES, values, strict=True))
-
-
-def _mean_of_valid(precision: "np.ndarray[Any, np.dtype[np.float64]]") -> float:
-    valid = precision[precision > -1]
+def _mean_of_valid(values: Floats) -> float:
+    valid = values[values > -1]
     return float(valid.mean()) if valid.size else -1.0
-
-
-def _most_boxes(truth: Truth) -> int:
-    """Return how many boxes of a class an image has at most; crowds do not count."""
-    pair = (truth.image * len(truth.category_ids) + truth.category)[~truth.crowd]
-    return int(np.unique(pair, return_counts=True)[1].max()) if len(pair) else 0
-
-
-def _truth(coco: COCO) -> Truth:
-    image_ids = np.array(sorted(coco.imgs), dtype=np.int64)
-    category_ids = np.array(sorted(coco.cats), dtype=np.int64)
-    annotations = coco.dataset["annotations"]
-
-    def column(key: str, dtype: type) -> NDArray[Any]:
-        return np.array([a[key] for a in annotations], dtype=dtype)
-
-    return Truth(
-        image_ids=image_ids,
-        category_ids=category_ids,
-        image=np.searchsorted(image_ids, column("image_id", np.int64)),
-        category=np.searchsorted(category_ids, column("category_id", np.int64)),
-        box=column("bbox", np.float64).reshape(-1, 4),
-        area=column("area", np.float64),
-        crowd=column("iscrowd", np.int64) != 0,
-    )
-
-
-def _numbered_copy(coco_gt: COCO) -> COCO:
-    """Return the ground truth with ids from 1 and complete annotations; the given one stays."""
-    copy = COCO()
-    copy.dataset = {
-        "images": coco_gt.dataset["images"],
-        "categories": coco_gt.dataset["categories"],
-        "annotations": [
-            {
-                **annotation,
-                "id": i,
-                "area": annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3]),
-                "iscrowd": annotation.get("iscrowd", 0),
-            }
-            for i, annotation in enumerate(coco_gt.dataset.get("annotations", []), start=1)
-        ],
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        copy.createIndex()
-    return copy
 
 
 def save_results(

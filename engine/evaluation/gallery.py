@@ -1,13 +1,12 @@
 """A fixed set of validation images with predictions beside the ground truth."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
-from torch import Tensor
 
+from engine.evaluation.matching import Detections, Truth
 from util.draw import draw_boxes, side_by_side
 
 
@@ -19,44 +18,41 @@ def evenly_spaced(ids: Sequence[int], count: int) -> list[int]:
 
 
 def draw_gallery(
-    detections: Sequence[Mapping[str, Any]],
-    coco_gt: COCO,
+    detections: Detections,
+    truth: Truth,
     image_ids: Sequence[int],
     read_image: Callable[[int], Image.Image | None],
     *,
     score_threshold: float | None = 0.3,
-) -> dict[str, Image.Image]:
-    """Draw what was found above a score beside what is there, one image per image.
+) -> dict[int, Image.Image]:
+    """Draw, by image id, the detections from a score on beside the ground truth.
 
-    `detections` are COCO results of any images; None for the threshold draws all of them. A
-    image that cannot be read is left out.
+    None for the threshold draws all of them. An image that cannot be read is left out.
     """
-    wanted = set(image_ids)
-    found: dict[int, list[Mapping[str, Any]]] = {image_id: [] for image_id in image_ids}
-    for detection in detections:
-        good = score_threshold is None or detection["score"] >= score_threshold
-        if good and detection["image_id"] in wanted:
-            found[detection["image_id"]].append(detection)
-    title = "predictions" + ("" if score_threshold is None else f", score >= {score_threshold}")
+    title = "predictions"
+    if score_threshold is not None:
+        detections = detections.select(detections.score >= score_threshold)
+        title += f", score >= {score_threshold}"
     drawn = {}
     for image_id in image_ids:
         image = read_image(image_id)
         if image is None:
             continue
-        scores = [float(d["score"]) for d in found[image_id]]
-        left = draw_boxes(image, *_boxes(found[image_id], coco_gt), scores)
-        right = draw_boxes(image, *_boxes(coco_gt.imgToAnns[image_id], coco_gt))
-        drawn[f"image_{image_id}"] = side_by_side(left, right, (title, "ground truth"))
+        position = int(np.searchsorted(truth.image_ids, image_id))
+        found = detections.select(detections.image == position)
+        objects = truth.select(truth.image == position)
+        left = _draw(image, found, truth.class_names, found.score.tolist())
+        right = _draw(image, objects, truth.class_names, None)
+        drawn[image_id] = side_by_side(left, right, (title, "ground truth"))
     return drawn
 
 
-def _boxes(
-    annotations: Sequence[Mapping[str, Any]], coco_gt: COCO
-) -> tuple[Tensor, list[int], list[str]]:
-    """Return corners [K,4], colour labels and names of COCO annotations or results."""
-    xywh = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
-    corners = torch.cat([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], dim=1)
-    order = {category: label for label, category in enumerate(sorted(coco_gt.cats))}
-    categories = [a["category_id"] for a in annotations]
-    names = [str(coco_gt.cats[c]["name"]) for c in categories]
-    return corners, [order[c] for c in categories], names
+def _draw(
+    image: Image.Image,
+    boxes: Detections | Truth,
+    class_names: Sequence[str],
+    scores: list[float] | None,
+) -> Image.Image:
+    corners = torch.from_numpy(np.hstack([boxes.box[:, :2], boxes.box[:, :2] + boxes.box[:, 2:]]))
+    labels = boxes.category.tolist()
+    return draw_boxes(image, corners, labels, [class_names[label] for label in labels], scores)

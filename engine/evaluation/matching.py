@@ -5,12 +5,16 @@ annotations, A area ranges, T IoU thresholds, N detections that count, C of them
 annotation.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from datasets.arrays import Annotations, Images, Names
+from util.classes import Classes
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -21,53 +25,106 @@ RECALLS: Floats = np.linspace(0.0, 1.0, 101)
 AREA_RANGES: Floats = np.array(
     [[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]], dtype=np.float64
 )  # all, small, medium, large; square pixels
-_PAIRS_AT_ONCE = 1 << 20
+_PAIRS_PER_CHUNK = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Truth:
-    """Annotations in columns, in the file's order.
+    """What a data set says is in its images.
 
-    Shape: image_ids [I] and category_ids [K], ascending; image and category [G], positions in
-    those; box [G,4] as (x, y, w, h) in pixels; area [G]; crowd [G].
+    Shape: image_ids [I] and category_ids [K], ascending, with file_names [I], sizes [I,2] (height,
+    width; 0 where unknown) and class_names [K]. Annotations in the file's order: image and category
+    [G], positions in those; box [G,4] as (x, y, w, h) in pixels; area [G]; crowd [G].
     """
 
     image_ids: Ints
+    file_names: Sequence[str] | Names
+    sizes: Ints
     category_ids: Ints
+    class_names: Sequence[str]
     image: Ints
     category: Ints
     box: Floats
     area: Floats
     crowd: Bools
 
+    @classmethod
+    def of(cls, classes: Classes, images: Images, annotations: Annotations) -> "Truth":
+        """Order a checked split by image id."""
+        order = np.argsort(images.ids)
+        position = np.empty_like(order)
+        position[order] = np.arange(len(order))
+        return cls(
+            image_ids=images.ids[order],
+            file_names=Names.of(images.file_names[i] for i in order),
+            sizes=images.sizes[order],
+            category_ids=np.array(classes.ids, dtype=np.int64),
+            class_names=classes.names,
+            image=position[annotations.image],
+            category=annotations.labels,
+            box=annotations.xywh,
+            area=annotations.area,
+            crowd=annotations.crowd,
+        )
 
-@dataclass(frozen=True)
-class Detected:
-    """Detections in columns. Shape: image, category [D], positions in `Truth`'s; box [D,4]."""
+    def select(self, keep: Bools) -> "Truth":
+        """Return the same images and categories with some of the annotations."""
+        columns = ("image", "category", "box", "area", "crowd")
+        return replace(self, **{name: getattr(self, name)[keep] for name in columns})
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """Boxes that a model found.
+
+    Shape: image, category [D], positions in the `image_ids` and `category_ids` of a `Truth`; box
+    [D,4] as (x, y, w, h) in pixels; score [D].
+    """
 
     image: Ints
     category: Ints
-    box: Floats  # (x, y, w, h) in pixels
+    box: Floats
     score: Floats
+
+    def __len__(self) -> int:
+        return len(self.score)
 
     @cached_property
     def area(self) -> Floats:
         """Square pixels [D]."""
         return np.asarray(self.box[:, 2] * self.box[:, 3])
 
-    def select(self, keep: Bools | Ints) -> "Detected":
+    def select(self, keep: Bools | Ints) -> "Detections":
         """Return some of them."""
-        return Detected(*(getattr(self, f.name)[keep] for f in fields(self)))
+        return Detections(*(getattr(self, f.name)[keep] for f in fields(self)))
+
+    @classmethod
+    def concatenate(cls, parts: Iterable["Detections"]) -> "Detections":
+        """Return those of all parts."""
+        empty = cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
+        parts = [empty, *parts]
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+    def to_coco(self, truth: Truth) -> list[dict[str, Any]]:
+        """Return them in the COCO results format."""
+        image, category = truth.image_ids[self.image], truth.category_ids[self.category]
+        return [
+            {"image_id": i, "category_id": c, "bbox": box, "score": score}
+            for i, c, box, score in zip(
+                *(column.tolist() for column in (image, category, self.box, self.score)),
+                strict=True,
+            )
+        ]
 
 
 @dataclass(frozen=True)
-class Matches:
+class MatchedDetections:
     """Which detection found which annotation.
 
-    Shape: order [N], the detections that count, by category and there by falling score; rank [N]
-    in its image and category; candidate [C], positions in `order`; gt [C,A,T], the annotation
-    found or -1; ignored [G,A], annotations that neither count nor harm who finds them. What is no
-    candidate found nothing.
+    Shape: order [N], the detections that count, by category and then by falling score; rank [N]
+    in its image and category; candidate [C], positions in `order` of those that overlap anything;
+    gt [C,A,T], the annotation found or -1; ignored [G,A], annotations that neither count as missed
+    nor make a false alarm of what finds them.
     """
 
     order: Ints
@@ -85,27 +142,27 @@ class Matches:
 
 def match(
     truth: Truth,
-    detected: Detected,
+    detections: Detections,
     *,
     iou_thresholds: Floats = IOU_THRESHOLDS,
     area_ranges: Floats = AREA_RANGES,
     max_dets: int = 100,
-) -> Matches:
+) -> MatchedDetections:
     """Match the best `max_dets` detections of each image and category to its annotations."""
     outside = (truth.area[:, None] < area_ranges[:, 0]) | (truth.area[:, None] > area_ranges[:, 1])
     ignored = truth.crowd[:, None] | outside
-    order, rank = _by_category_and_score(truth, detected, max_dets)
-    row, gt, iou = overlaps(truth, detected.select(order), float(iou_thresholds.min()))
+    order, rank = _by_category_and_score(truth, detections, max_dets)
+    row, gt, iou = overlaps(truth, detections.select(order), float(iou_thresholds.min()))
     candidate, edge_of = np.unique(row, return_inverse=True)
     matched = _match_in_rounds(
-        _pair(truth, detected.image[order], detected.category[order])[candidate],
+        _pair(truth, detections.image[order], detections.category[order])[candidate],
         rank[candidate],
         _Edges(edge_of, gt, iou),
         ignored,
         truth.crowd,
         np.minimum(iou_thresholds, 1 - 1e-10),
     )
-    return Matches(order, rank, candidate, matched, ignored)
+    return MatchedDetections(order, rank, candidate, matched, ignored)
 
 
 def _pair(truth: Truth, image: Ints, category: Ints) -> Ints:
@@ -113,46 +170,50 @@ def _pair(truth: Truth, image: Ints, category: Ints) -> Ints:
     return np.asarray(image * len(truth.category_ids) + category)
 
 
-def _by_category_and_score(truth: Truth, detected: Detected, max_dets: int) -> tuple[Ints, Ints]:
+def _by_category_and_score(
+    truth: Truth, detections: Detections, max_dets: int
+) -> tuple[Ints, Ints]:
     """Return the detections that count in COCO's order, and their rank in image and category."""
-    best_first = np.argsort(-detected.score, kind="stable")
-    pair = _pair(truth, detected.image, detected.category)
+    best_first = np.argsort(-detections.score, kind="stable")
+    pair = _pair(truth, detections.image, detections.category)
     order = best_first[np.argsort(pair[best_first], kind="stable")]
     ordered = pair[order]
     rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
     order, rank = order[rank < max_dets], rank[rank < max_dets]
     # among equal scores: by image, then as they were given
-    again = np.lexsort((detected.image[order], -detected.score[order], detected.category[order]))
+    again = np.lexsort(
+        (detections.image[order], -detections.score[order], detections.category[order])
+    )
     return order[again], rank[again]
 
 
 def overlaps(
-    truth: Truth, detected: Detected, least: float, *, any_category: bool = False
+    truth: Truth, detections: Detections, min_iou: float, *, any_category: bool = False
 ) -> tuple[Ints, Ints, Floats]:
-    """Return detection, annotation and IoU [E] of all that share an image and overlap so much.
+    """Return detection, annotation and IoU [E] of all pairs in an image with an IoU of `min_iou`.
 
-    They also share the category unless `any_category`. The IoU with a crowd is the part of the
+    They share the category too, unless `any_category`. The IoU with a crowd is the part of the
     detection inside it.
     """
     if any_category:
-        gt_key, dt_key = truth.image, detected.image
+        gt_key, dt_key = truth.image, detections.image
     else:
         gt_key = _pair(truth, truth.image, truth.category)
-        dt_key = _pair(truth, detected.image, detected.category)
+        dt_key = _pair(truth, detections.image, detections.category)
     by_key = np.argsort(gt_key, kind="stable")
     first = np.searchsorted(gt_key[by_key], dt_key)
     count = np.searchsorted(gt_key[by_key], dt_key, side="right") - first
     rows = np.flatnonzero(count)
     parts = np.searchsorted(
-        np.cumsum(count[rows]), np.arange(_PAIRS_AT_ONCE, count.sum(), _PAIRS_AT_ONCE)
+        np.cumsum(count[rows]), np.arange(_PAIRS_PER_CHUNK, count.sum(), _PAIRS_PER_CHUNK)
     )
     found: list[tuple[Ints, Ints, Floats]] = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
     for part in np.split(rows, parts):
         row = np.repeat(part, count[part])
         within = np.arange(len(row)) - np.repeat(np.cumsum(count[part]) - count[part], count[part])
         gt = by_key[first[row] + within]
-        iou = box_iou(detected.box[row], truth.box[gt], truth.crowd[gt])
-        keep = iou >= min(least, 1 - 1e-10)
+        iou = box_iou(detections.box[row], truth.box[gt], truth.crowd[gt])
+        keep = iou >= min(min_iou, 1 - 1e-10)
         found.append((row[keep], gt[keep], iou[keep]))
     row, gt, iou = (np.concatenate(column) for column in zip(*found, strict=True))
     return row, gt, iou
@@ -183,46 +244,34 @@ def _match_in_rounds(
 ) -> Ints:
     """Return the annotation found by each candidate [C,A,T], -1 where none.
 
-    Images and categories do not touch each other, so the first candidates of all choose at
-    once, then the second ones, and so on.
+    Images and categories are independent of each other, so the best candidates of all choose at
+    once, then the second-best ones, and so on.
     """
     matched = np.full((len(pair), ignored.shape[1], len(thresholds)), -1, dtype=np.int64)
     taken = np.zeros((len(ignored), ignored.shape[1], len(thresholds)), dtype=np.bool_)
     # of equal overlaps the later annotation wins, so the last edge of a candidate is its best
     best_last = np.lexsort((edges.gt, edges.iou, edges.candidate))
     edges = _Edges(edges.candidate[best_last], edges.gt[best_last], edges.iou[best_last])
-    turn = np.empty(len(pair), dtype=np.int64)
-    turns = np.lexsort((rank, pair))
-    turn[turns] = np.arange(len(pair)) - np.searchsorted(pair[turns], pair[turns])
-    edge_turn = turn[edges.candidate]
-    by_turn = np.argsort(edge_turn, kind="stable")
-    for edge in np.split(by_turn, np.flatnonzero(np.diff(edge_turn[by_turn])) + 1):
-        if len(edge):
-            _choose(edge, edges, matched, taken, ignored, crowd, thresholds)
+    round_of = np.empty(len(pair), dtype=np.int64)
+    by_rank = np.lexsort((rank, pair))
+    round_of[by_rank] = np.arange(len(pair)) - np.searchsorted(pair[by_rank], pair[by_rank])
+    edge_round = round_of[edges.candidate]
+    by_round = np.argsort(edge_round, kind="stable")
+    for edge in np.split(by_round, np.flatnonzero(np.diff(edge_round[by_round])) + 1):
+        if not len(edge):
+            continue  # nothing overlaps at all
+        gt = edges.gt[edge]
+        free = ~taken[gt] | crowd[gt][:, None, None]
+        free &= (edges.iou[edge][:, None] >= thresholds)[:, None]
+        # key: 0 nothing; 1.. an ignored annotation; beyond all of them one that counts
+        key = np.arange(1, len(edge) + 1)[:, None] + np.where(ignored[gt], 0, len(edge))
+        candidate, first = np.unique(edges.candidate[edge], return_index=True)
+        best = np.maximum.reduceat(np.where(free, key[:, :, None], 0), first, axis=0)
+        which, area, threshold = np.nonzero(best)
+        chosen = gt[(best[which, area, threshold] - 1) % len(edge)]
+        matched[candidate[which], area, threshold] = chosen
+        taken[chosen, area, threshold] = True
     return matched
-
-
-def _choose(
-    edge: Ints,
-    edges: _Edges,
-    matched: Ints,
-    taken: Bools,
-    ignored: Bools,
-    crowd: Bools,
-    thresholds: Floats,
-) -> None:
-    """Let the candidates of some edges take their best annotation, one that counts if any."""
-    gt = edges.gt[edge]
-    free = ~taken[gt] | crowd[gt][:, None, None]
-    free &= (edges.iou[edge][:, None] >= thresholds)[:, None]
-    # key: 0 nothing; 1.. an ignored annotation; beyond all of them one that counts
-    place = np.arange(1, len(edge) + 1)[:, None] + np.where(ignored[gt], 0, len(edge))
-    candidate, first = np.unique(edges.candidate[edge], return_index=True)
-    best = np.maximum.reduceat(np.where(free, place[:, :, None], 0), first, axis=0)
-    which, area, threshold = np.nonzero(best)
-    chosen = gt[(best[which, area, threshold] - 1) % len(edge)]
-    matched[candidate[which], area, threshold] = chosen
-    taken[chosen, area, threshold] = True
 
 
 def precision_at_recalls(true: Ints, false: Ints, positives: int) -> Floats:
@@ -237,7 +286,7 @@ def precision_at_recalls(true: Ints, false: Ints, positives: int) -> Floats:
 
 
 @dataclass(frozen=True)
-class Accumulated:
+class PrecisionRecall:
     """Precision [T,R,K,A] and recall [T,K,A,M] as COCOeval gives them; -1: nothing to find."""
 
     precision: Floats
@@ -246,20 +295,20 @@ class Accumulated:
 
 def accumulate(
     truth: Truth,
-    detected: Detected,
-    matches: Matches,
+    detections: Detections,
+    matches: MatchedDetections,
     *,
     area_ranges: Floats = AREA_RANGES,
     max_dets: Sequence[int] = (1, 10, 100),
-) -> Accumulated:
+) -> PrecisionRecall:
     """Return precision with all detections that count, and recall with the best few."""
     num_areas, num_thresholds = matches.gt.shape[1:]
     categories = np.arange(len(truth.category_ids) + 1)
     precision = np.full((num_thresholds, len(RECALLS), len(categories) - 1, num_areas), -1.0)
     recall = np.full((num_thresholds, len(categories) - 1, num_areas, len(max_dets)), -1.0)
-    bounds = np.searchsorted(detected.category[matches.order], categories)
+    bounds = np.searchsorted(detections.category[matches.order], categories)
     candidates = np.searchsorted(matches.candidate, bounds)
-    area = detected.area[matches.order]
+    area = detections.area[matches.order]
     rank = matches.rank[matches.candidate]
     for a, (low, high) in enumerate(area_ranges):
         positives = np.bincount(
@@ -279,4 +328,4 @@ def accumulate(
                     np.cumsum(hit)[hit], false[hit], positives[k]
                 )
                 recall[t, k, a] = [(rank[part][hit] < m).sum() / positives[k] for m in max_dets]
-    return Accumulated(precision, recall)
+    return PrecisionRecall(precision, recall)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.evaluation.evaluator import CocoEvaluator
+from engine.evaluation.evaluator import Evaluator
 from engine.evaluation.matching import (
     AREA_RANGES,
     RECALLS,
     Bools,
-    Detected,
+    Detections,
     Floats,
     Ints,
     Truth,
@@ -30,7 +30,7 @@ class Outcomes:
     Shape: gt [N], the annotation found or -1; positives [K], boxes of each category to be found.
     """
 
-    detected: Detected
+    detections: Detections
     gt: Ints
     positives: Ints
 
@@ -41,18 +41,18 @@ class Outcomes:
 
     def by_category(self) -> list[tuple[Floats, Bools]]:
         """Return the scores of each category's detections, and which are right."""
-        starts = np.searchsorted(self.detected.category, np.arange(1, len(self.positives)))
-        parts = (np.split(self.detected.score, starts), np.split(self.hit, starts))
+        starts = np.searchsorted(self.detections.category, np.arange(1, len(self.positives)))
+        parts = (np.split(self.detections.score, starts), np.split(self.hit, starts))
         return list(zip(*parts, strict=True))
 
 
 def outcomes(
-    truth: Truth, detected: Detected, ious: Sequence[float], *, max_dets: int
+    truth: Truth, detections: Detections, ious: Sequence[float], *, max_dets: int
 ) -> list[Outcomes]:
     """Match as COCO does at each IoU, all sizes together."""
     matches = match(
         truth,
-        detected,
+        detections,
         iou_thresholds=np.array(ious),
         area_ranges=AREA_RANGES[:1],
         max_dets=max_dets,
@@ -63,7 +63,7 @@ def outcomes(
     for t in range(len(ious)):
         found = matches.found(threshold=t)
         keep = ~crowd[found]
-        rows.append(Outcomes(detected.select(matches.order[keep]), found[keep], positives))
+        rows.append(Outcomes(detections.select(matches.order[keep]), found[keep], positives))
     return rows
 
 
@@ -84,7 +84,7 @@ def curves(found: Outcomes) -> Floats:
 
 @dataclass(frozen=True)
 class Threshold:
-    """The score from which detections are best kept, and what is reached there (0..1)."""
+    """The score from which on to keep detections, and what that reaches (0..1)."""
 
     score: float
     f1: float
@@ -122,35 +122,35 @@ def thresholds(found: Outcomes) -> list[Threshold | None]:
 def confusion_matrix(truth: Truth, found: Outcomes, above: Bools) -> Ints:
     """Count detections `above` [N] their threshold by the class of the object they are on.
 
-    Shape: [K+1,K+1]; rows are the true class and last "no object", columns the class detected and
-    last "not found". Right detections take their objects first (as in AP50); the others then take
-    free ones by falling overlap, at least 0.5.
+    Shape: [K+1,K+1]; rows are the true class and finally "no object", columns the detected class
+    and finally "not found". Right detections take their objects first (as in AP50); the others
+    then take free ones by falling overlap, 0.5 or more.
     """
     size = len(truth.category_ids)
     matrix = np.zeros((size + 1, size + 1), dtype=np.int64)
-    detected = found.detected
+    detected = found.detections.category
     free = ~truth.crowd
     hits = found.hit & above
     free[found.gt[hits]] = False
-    np.add.at(matrix, (detected.category[hits], detected.category[hits]), 1)
+    np.add.at(matrix, (detected[hits], detected[hits]), 1)
     wrong = np.flatnonzero(above & ~found.hit)
-    row, gt, iou = overlaps(truth, detected.select(wrong), IOU, any_category=True)
+    row, gt, iou = overlaps(truth, found.detections.select(wrong), IOU, any_category=True)
     waiting = np.ones(len(wrong), dtype=np.bool_)
     for i in np.argsort(-iou, kind="stable"):
         if waiting[row[i]] and free[gt[i]]:
             waiting[row[i]] = free[gt[i]] = False
-            matrix[truth.category[gt[i]], detected.category[wrong[row[i]]]] += 1
-    matrix[size, :size] = np.bincount(detected.category[wrong[waiting]], minlength=size)
+            matrix[truth.category[gt[i]], detected[wrong[row[i]]]] += 1
+    matrix[size, :size] = np.bincount(detected[wrong[waiting]], minlength=size)
     matrix[:size, size] = np.bincount(truth.category[free], minlength=size)
     return matrix
 
 
-def thresholds_by_name(evaluator: CocoEvaluator) -> dict[str, float]:
+def thresholds_by_name(evaluator: Evaluator) -> dict[str, float]:
     """Return what `best_thresholds` of the analysis of the same evaluator does, in less time."""
-    truth, detected = evaluator.truth, evaluator.detected()
-    found = outcomes(truth, detected, (IOU,), max_dets=evaluator.max_dets)[0]
+    truth, max_dets = evaluator.truth, evaluator.max_dets
+    found = outcomes(truth, evaluator.detections(), (IOU,), max_dets=max_dets)[0]
     return {
         name: best.score
-        for name, best in zip(evaluator.class_names, thresholds(found), strict=True)
+        for name, best in zip(truth.class_names, thresholds(found), strict=True)
         if best
     }

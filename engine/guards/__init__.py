@@ -1,0 +1,52 @@
+"""What watches the steps of a run from outside: memory, numbers, the loss, images."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from engine.guards.flat_loss import FlatLoss
+from engine.guards.guard import Guard
+from engine.guards.memory import MemoryGuard
+from engine.guards.nonfinite import NonFiniteSteps
+from engine.guards.unreadable import UnreadableImages
+from util.batch import Batch
+
+__all__ = ["FlatLoss", "Guard", "Guards", "MemoryGuard", "NonFiniteSteps", "UnreadableImages"]
+
+
+@dataclass
+class Guards:
+    """The guards of a run; see `Guard` for what each of them can do."""
+
+    unreadable: UnreadableImages
+    memory: MemoryGuard
+    nonfinite: NonFiniteSteps
+    flat_loss: FlatLoss
+
+    def __iter__(self) -> Iterator[Guard]:
+        return iter((self.unreadable, self.memory, self.nonfinite, self.flat_loss))
+
+    @contextmanager
+    def watch(self, step: int, micro_batches: Sequence[Batch]) -> Iterator[None]:
+        """Run a step inside: guards see its batches, and turn its errors into advice."""
+        for guard in self:
+            guard.before_step(step, micro_batches)
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            for guard in self:
+                advice = guard.on_error(error, micro_batches)
+                if advice is not None:
+                    raise advice from error
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the guards' states by name, for a checkpoint."""
+        return {guard.name: guard.state_dict() for guard in self if guard.name}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for guard in self:
+            if guard.name:
+                guard.load_state_dict(state[guard.name])

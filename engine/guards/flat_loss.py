@@ -4,18 +4,22 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from engine.guards.guard import Guard, LoggedStep
+from util.console import log
+
 _BLOCKS = 5  # of a window: its first and its last fifth are compared
 
 
-class FlatLossWatchdog:
-    """Watches the loss of every step and says once when a run does not learn.
+class FlatLoss(Guard):
+    """Warns once when a run does not learn.
 
     A window is flat when its last fifth has not fallen below its first by more than two standard
     errors of their difference, or 1 %. It is worth a warning only while the loss is within
-    `tolerance` (a fraction) of where the run started and above `low`, the loss under which a flat
-    curve is no reason to worry: a run that has learnt and converged, or that starts from trained
-    weights, is flat, too. A third of the loss weights summed over all layers is a fair `low`.
+    `tolerance` (a fraction) of the first fifth of the first window: a run that has learnt and
+    converged is flat, too.
     """
+
+    name = "watchdog"
 
     def __init__(
         self,
@@ -24,20 +28,32 @@ class FlatLossWatchdog:
         lr: float,
         window: int = 500,
         tolerance: float = 0.1,
-        low: float = 0.0,
+        first_step: int = 0,
+        quiet: bool = False,
     ) -> None:
-        """Watch windows of so many steps; `effective_batch` and `lr` are told in the warning."""
+        """Watch windows of `window` steps from `first_step` on.
+
+        `effective_batch` and `lr` are named in the warning, which a `quiet` process keeps to
+        itself.
+        """
         if window < 2 * _BLOCKS:
-            raise ValueError(f"window: expected at least {2 * _BLOCKS} steps, got {window}")
+            raise ValueError(f"window: {window} steps are too few, use at least {2 * _BLOCKS}")
         self.effective_batch = effective_batch
         self.lr = lr
         self.tolerance = tolerance
-        self.low = low
+        self.first_step = first_step
+        self.quiet = quiet
         self._size = window // _BLOCKS
         self._start: float | None = None
         self._warned = False
         self._blocks: list[list[float]] = []  # first step, mean, squared standard error
         self._block: list[float] = [0.0, 0.0, 0.0, 0.0]  # first step, count, mean, deviations
+
+    def on_log(self, step: LoggedStep) -> None:
+        if step.finite and step.step >= self.first_step:
+            warning = self.add(step.step, step.values["loss"])
+            if warning and not self.quiet:
+                log.warning(warning)
 
     def add(self, step: int, loss: float) -> str | None:
         """Take in a step's loss; return a warning when a flat window has just ended.
@@ -73,19 +89,18 @@ class FlatLossWatchdog:
         needed = max(2 * math.sqrt(error_before + error_now), 0.01 * before)
         flat = len(self._blocks) == _BLOCKS and before - now <= needed
         near_start = level >= 1 - self.tolerance
-        if self._warned or not (flat and near_start) or now <= self.low:
+        if self._warned or not (flat and near_start):
             return None
         self._warned = True
         return (
-            f"warning: the loss has not fallen from step {int(first)} to {step}: it was "
+            f"the loss has not fallen from step {int(first)} to {step}: it was "
             f"{before:.4g} and is {now:.4g}, with an effective batch of {self.effective_batch} and "
             f"--lr {self.lr:g}. Look at the boxes in pictures/: do they fit their objects? Then "
             "try --effective_batch_size 32, a lower --lr, or --warmup_steps 1000; "
             "`python main.py doctor` checks the attention kernel."
         )
 
-    def state(self) -> dict[str, Any]:
-        """Return what has been seen, as plain values."""
+    def state_dict(self) -> dict[str, Any]:
         return {
             "start": self._start,
             "warned": self._warned,
@@ -93,8 +108,7 @@ class FlatLossWatchdog:
             "block": list(self._block),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._start = state["start"]
         self._warned = state["warned"]
         self._blocks = [list(block) for block in state["blocks"]]

@@ -1,25 +1,48 @@
-"""Memory: how much a step takes at most, and what to do when it does not fit."""
+"""Memory: the peak of the largest step, and what to do when a step does not fit."""
 
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from engine.checkpoint import rng_state, set_rng_state
-from util.batch import PaddedBatch, Target, pad_images
+from engine.guards.guard import Guard
+from util.batch import Batch, PaddedBatch, Target, pad_images
 from util.errors import UserError
+from util.random_state import random_state_kept
 
 _GIB = 2**30
 _MESSAGES = ("defaultcpuallocator", "out of memory", "alloc_failed")
 
 
+class MemoryGuard(Guard):
+    """Turns a step that does not fit into memory into advice."""
+
+    def __init__(self, accumulation: int) -> None:
+        """`accumulation`: micro-batches of a step in this process."""
+        self._accumulation = accumulation
+
+    def on_error(
+        self, error: RuntimeError | MemoryError, micro_batches: Sequence[Batch]
+    ) -> UserError | None:
+        if not out_of_memory(error):
+            return None
+        shapes = [tuple(b.images.images.shape) for b in micro_batches if b.images is not None]
+        return memory_advice(
+            error,
+            images_shape=max(shapes, key=lambda s: s[2] * s[3]),
+            boxes=max(len(t["labels"]) for batch in micro_batches for t in batch.targets),
+            micro_batch=max(shape[0] for shape in shapes),
+            accumulation=self._accumulation,
+        )
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, on the host or on a device."""
+    """Return whether an error says that memory ran out, on the host or on a device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
@@ -34,7 +57,7 @@ def memory_advice(
     micro_batch: int,
     accumulation: int,
 ) -> UserError:
-    """Return the error that says what did not fit and which options lower it.
+    """Return the error that says what did not fit and which options help.
 
     `images_shape` is that of the padded micro-batch, [N,3,H,W]; `boxes` the most of an image.
     """
@@ -43,23 +66,22 @@ def memory_advice(
     if asked:
         size, unit = asked.groups()
         more = f" ({float(size) / _GIB:.1f} GiB" if unit == "bytes" else f" ({size} {unit}"
-        more += " more were asked for)"
-    smaller = "--activation_checkpointing, --precision bf16"
+        more += " more were needed)"
+    smaller = "`activation_checkpointing`, `precision bf16`"
     if micro_batch > 1:
         smaller = (
-            f"--batch_size {micro_batch // 2} with the same --effective_batch_size (now "
-            f"{micro_batch} x {accumulation} in a process; the result stays), {smaller}"
+            f"`batch_size {micro_batch // 2}` with the same `effective_batch_size` (now "
+            f"{micro_batch} x {accumulation} in a process; the result is the same), {smaller}"
         )
     images = " x ".join(str(n) for n in (images_shape[0], *images_shape[-2:]))
     return UserError(
-        f"training step: expected {images} pixels with up to {boxes} boxes an image to fit into "
-        f"memory, got none left{more}. Try {smaller}, or smaller images by --train_scales and "
-        "--max_size."
+        f"training step: out of memory on {images} pixels with up to {boxes} boxes an image"
+        f"{more}. Try {smaller}, or smaller images (`train_scales`, `max_size`)."
     )
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes held so far: by tensors on a GPU, else by this process; 0 unknown."""
+    """Return the peak of bytes held by tensors on a GPU, else by this process; 0: unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")
@@ -116,14 +138,13 @@ def probe(
     batch_size: int,
     later: int = 0,
 ) -> Probe:
-    """Run `step`, forward and backward, on random images of `shape` with so many boxes each.
+    """Run `step`, forward and backward, on random images of `shape` with `num_boxes` boxes each.
 
-    `later` are bytes that training will hold besides, as of the optimiser. Images are on the
+    `later` are bytes that training will hold as well, such as the optimiser's. Images are on the
     device, targets on the host. The random generators are restored; `step`
     clears its gradients and restores what else it changes. What it raises passes through.
     """
-    state = rng_state()
-    try:
+    with random_state_kept():
         images, targets = _random_batch(shape, num_boxes, batch_size)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -132,8 +153,6 @@ def probe(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - started
-    finally:
-        set_rng_state(state)
     peak = peak_memory(device)
     whole = peak + later if peak else 0
     return Probe(batch_size, shape, num_boxes, whole, total_memory(device), seconds)

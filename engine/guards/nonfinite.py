@@ -2,9 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,70 +11,105 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint import rng_state, set_rng_state
-from util.batch import PaddedBatch
+from engine.guards.guard import Guard, LoggedStep
+from engine.precision import Precision
+from util.batch import Batch, PaddedBatch, Target
 from util.errors import UserError
 from util.files import write_atomic
+from util.random_state import random_state_kept
+
+_FINITE_FORWARD = "the forward pass was finite here, the gradient was not"
+_ALL_FINITE = (
+    "weights, pixels and the forward pass were finite: look at the targets and the gradient"
+)
 
 
-@dataclass
-class NonfiniteRecorder:
-    """Counts steps that were skipped, and writes a file on each to `output_dir/nonfinite/`.
+class NonFiniteSteps(Guard):
+    """Finds where a step stopped being finite, and writes a file on it to `output_dir/nonfinite/`.
 
-    After `limit` of them in a row the run is given up.
+    Such a step has changed no weights, and this guard restores the statistics of batch norms that
+    are trained. The search runs the step's images again, right after the step; on a GPU, one step
+    later, so that nothing waits for the device. After `limit` such steps in a row the run ends.
     """
 
-    output_dir: Path
-    rank: int
-    limit: int
-    total: int = 0
-    in_a_row: int = 0
+    name = "nonfinite"
 
-    def finite(self) -> None:
-        """Say that a step was finite: the row starts anew."""
+    def __init__(
+        self, model: nn.Module, precision: Precision, output_dir: Path, *, rank: int, limit: int
+    ) -> None:
+        """`model` is the detector itself, without its distributed wrapper."""
+        self.total = 0
         self.in_a_row = 0
+        self._model, self._precision = model, precision
+        self._output_dir, self._rank, self._limit = output_dir, rank, limit
+        self._buffers = [
+            buffer
+            for module in model.modules()
+            if isinstance(module, nn.BatchNorm2d) and module.affine and module.weight.requires_grad
+            for buffer in module.buffers()
+        ]
+        self._delay = int(precision.device.type == "cuda")  # steps until values have arrived
+        self._before: list[Tensor] = []
+        self._unchecked: deque[tuple[int, Sequence[Batch], Tensor]] = deque()
+        self._causes: dict[int, str] = {}  # of steps that are not logged yet
 
-    def state(self) -> dict[str, int]:
-        """Return what to count on from, for a checkpoint."""
-        return {"total": self.total}
+    def before_step(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        self._before = [buffer.clone() for buffer in self._buffers]
 
-    def restore(self, state: Mapping[str, int]) -> None:
-        """Count on from what `state` returned; a resumed run gets a whole row again."""
-        self.total = state["total"]
-        self.in_a_row = 0
+    def after_step(
+        self, step: int, micro_batches: Sequence[Batch], metrics: Mapping[str, Tensor]
+    ) -> None:
+        finite = metrics["loss"].isfinite()
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, before))
+        self._unchecked.append((step, micro_batches, finite.to("cpu", non_blocking=True)))
+        self._check(keep=self._delay)  # this step's matcher waited for all that came before it
 
-    def record(
-        self,
-        step: int,
-        epoch: int,
-        image_ids: Sequence[int],
-        losses: Mapping[str, float],
-        grad_norm: float,
-        scale: float,
-        rates: Mapping[str, float],
-        module: str,
-    ) -> Path:
-        """Write what is known of a skipped step; return the file.
+    def _check(self, *, keep: int) -> None:
+        """Look for the causes of all steps but the last `keep`, whose values are still to come."""
+        while len(self._unchecked) > keep:
+            step, micro_batches, finite = self._unchecked.popleft()
+            if not finite:
+                self._causes[step] = self._find_cause(micro_batches)
 
-        `scale` is the loss scale, `rates` the learning rates by group, `module` what
-        `first_nonfinite` found.
+    def _find_cause(self, micro_batches: Sequence[Batch]) -> str:
+        for batch in micro_batches:
+            assert batch.images is not None
+            with self._precision.autocast():
+                images = batch.images.to(self._precision.device)
+                found = first_nonfinite(self._model, images, batch.targets)
+            if found != _ALL_FINITE:
+                return found
+        return _ALL_FINITE
+
+    def on_log(self, step: LoggedStep) -> None:
+        """Write what is known of a step that was not finite.
 
         Raises:
             UserError: it was the last of `limit` in a row, or the file cannot be written.
         """
+        if any(number == step.step for number, *_ in self._unchecked):
+            self._check(keep=0)  # the last step, which is done
+        cause = self._causes.pop(step.step, _FINITE_FORWARD)
+        if step.finite:
+            self.in_a_row = 0
+            return
+        scale = self._precision.current_scale()
+        if scale > 1 and math.isfinite(step.values["loss"]):
+            return  # float16 looks for the largest scale that fits
         self.total += 1
         self.in_a_row += 1
-        path = self.output_dir / "nonfinite" / f"step_{step:08d}_rank{self.rank}.json"
+        path = self._output_dir / "nonfinite" / f"step_{step.step:08d}_rank{self._rank}.json"
         content = {
-            "step": step,
-            "epoch": epoch,
-            "rank": self.rank,
-            "image_ids": list(image_ids),
-            "losses": losses,
-            "grad_norm": grad_norm,
+            "step": step.step,
+            "epoch": step.epoch,
+            "rank": self._rank,
+            "image_ids": list(step.image_ids),
+            "losses": step.values,
+            "grad_norm": step.values["grad_norm"],
             "scale": scale,
-            "learning_rates": rates,
-            "first_nonfinite": module,
+            "learning_rates": step.rates,
+            "first_nonfinite": cause,
             "in_a_row": self.in_a_row,
             "total": self.total,
         }
@@ -84,20 +118,23 @@ class NonfiniteRecorder:
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written: {error.strerror or error}. "
-                "Free space, then go on with --resume auto."
+                "Free space, then continue with `resume auto`."
             ) from error
-        if self.in_a_row >= self.limit:
-            raise self._given_up(step, path, module, image_ids)
-        return path
+        if self.in_a_row >= self._limit:
+            images = ", ".join(str(i) for i in step.image_ids)
+            raise UserError(
+                f"step {step.step}: the loss or gradient was not finite in {self.in_a_row} steps "
+                f"in a row ({cause}; report: {path}). Look at the images ({images}), or continue "
+                "from the last good state with `resume auto` and a lower `lr`, `precision bf16` "
+                "or `precision fp32`."
+            )
 
-    def _given_up(self, step: int, path: Path, module: str, image_ids: Sequence[int]) -> UserError:
-        images = ", ".join(str(i) for i in image_ids)
-        return UserError(
-            f"step {step}: expected a finite loss and gradient, got none in {self.in_a_row} steps "
-            f"in a row ({module}; report: {path}). Look at the images ({images}), or go on "
-            "from the last good state with --resume auto and a lower --lr, --precision bf16 or "
-            "--precision fp32."
-        )
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Count on from a checkpoint; a resumed run gets a whole row again."""
+        self.total, self.in_a_row = state["total"], 0
 
 
 def _as_json(value: Any) -> Any:
@@ -109,18 +146,10 @@ def _as_json(value: Any) -> Any:
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Restore every random generator after what is done inside."""
-    state = rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(state)
-
-
-def first_nonfinite(model: nn.Module, images: PaddedBatch) -> str:
-    """Say in words what is not finite first: a parameter, a pixel, a buffer or a module's output.
+def first_nonfinite(
+    model: nn.Module, images: PaddedBatch, targets: Sequence[Target] | None = None
+) -> str:
+    """Return in words what is not finite first: a parameter, a pixel, a buffer, a module's output.
 
     Runs an unwrapped model forward in its present mode, so call it under the step's autocast. The
     model and the random generators stay as they were.
@@ -134,18 +163,16 @@ def first_nonfinite(model: nn.Module, images: PaddedBatch) -> str:
         ]
         # after the pixels: running statistics take in what these were
         or [f"buffer {n} is not finite" for n, b in model.named_buffers() if not _is_finite(b)]
-        or _nonfinite_outputs(model, images)
+        or _nonfinite_outputs(model, (images,) if targets is None else (images, targets))
     )
-    if found:
-        return found[0]
-    return "weights, pixels and the forward pass were finite: look at the targets and the gradient"
+    return found[0] if found else _ALL_FINITE
 
 
-def _nonfinite_outputs(model: nn.Module, images: PaddedBatch) -> list[str]:
+def _nonfinite_outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
     """Run the model and name the first module whose output is not finite, if there is one."""
     found: list[str] = []
 
-    def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def look(name: str, module: nn.Module, _: Any, output: Any) -> None:
         if not found and not _is_finite(output):
             kind = type(module).__name__
             found.append(f"module {name} ({kind}) has the first output that is not finite")
@@ -155,10 +182,9 @@ def _nonfinite_outputs(model: nn.Module, images: PaddedBatch) -> list[str]:
         for name, module in model.named_modules()
     ]
     own = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    # the step's graph goes on: what it keeps for its backward pass must not be written to
     try:
         with random_state_kept(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            torch.func.functional_call(model, own, (images,))
+            torch.func.functional_call(model, own, inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -166,7 +192,7 @@ def _nonfinite_outputs(model: nn.Module, images: PaddedBatch) -> list[str]:
 
 
 def _is_finite(value: Any) -> bool:
-    """Tell whether every number in tensors, dataclasses and containers of them is finite."""
+    """Return whether every number in tensors, dataclasses and containers of them is finite."""
     if isinstance(value, Tensor):
         return bool(value.isfinite().all())
     if isinstance(value, Mapping):

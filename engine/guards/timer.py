@@ -26,7 +26,7 @@ class StepTimer:
         self._marks: list[tuple[str, _Moment]] = [("", self._now())]
 
     def mark(self, part: str) -> None:
-        """Say that what ran since the last mark was `part`; equal parts of a step add up."""
+        """Count the time since the last mark as `part`; equal parts of a step add up."""
         self._marks.append((part, self._now()))
 
     def finish_step(self) -> None:

@@ -10,16 +10,17 @@ official implementation does (images of any size padded to their common size).
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader
 
-from configs.schema import DataConfig
 from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection
 from datasets.loader import collate, eval_loader
-from engine.detector import load_detector, saved_data_options
-from engine.evaluation.evaluator import CocoEvaluator, EvalResult
+from engine.detector import Detector
+from engine.evaluation.evaluator import EvalResult, Evaluator
+from engine.evaluation.matching import Truth
 from models.postprocess import PostProcess
 from util.batch import Batch
 
@@ -29,7 +30,9 @@ def measure(
     model: torch.nn.Module, dataset: CocoDetection, batches: Iterable[Batch]
 ) -> tuple[EvalResult, dict[int, float]]:
     """Return COCO's numbers and each image's best score, with batches taken as they are."""
-    evaluator = CocoEvaluator(dataset.index.coco_gt, dataset.label_to_category)
+    index = dataset.index
+    truth = Truth.of(index.classes, index.images, index.annotations)
+    evaluator = Evaluator(truth, dataset.label_to_category)
     postprocess = PostProcess()
     for batch in batches:
         if batch.images is not None:
@@ -37,9 +40,9 @@ def measure(
             ids = [int(t["image_id"]) for t in batch.targets]
             evaluator.update(ids, postprocess(model(batch.images), sizes))
     best: dict[int, float] = {}
-    for detection in evaluator.detections:
-        image_id = detection["image_id"]
-        best[image_id] = max(best.get(image_id, 0.0), detection["score"])
+    found = evaluator.detections()
+    for image_id, score in zip(truth.image_ids[found.image].tolist(), found.score, strict=True):
+        best[image_id] = max(best.get(image_id, 0.0), float(score))
     return evaluator.evaluate(), best
 
 
@@ -60,18 +63,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--coco_path", required=True)
     parser.add_argument("--batch_size", type=int, default=4)
     args = parser.parse_args(argv)
-    model, pretrained, mean, std = load_detector(args.checkpoint, torch.device("cpu"))
-    data = DataConfig(**{**saved_data_options(pretrained), "coco_path": args.coco_path})
+    detector = Detector.load(args.checkpoint, device="cpu")
+    data = replace(detector.data, coco_path=args.coco_path)
     dataset = build_dataset(
-        data, load_index(data, "val"), train=False, mean=mean, std=std, classes=pretrained.classes
-    )
+        data, load_index(data, "val"), train=False,
+        mean=detector.mean, std=detector.std, classes=detector.classes,
+    )  # fmt: skip
     ways = {
         "one size a batch": eval_loader(dataset, batch_size=args.batch_size, num_workers=0),
         "padded batches": DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate),
     }
     alone: dict[int, float] = {}
     for name, batches in ways.items():
-        result, best = measure(model, dataset, batches)
+        result, best = measure(detector.model, dataset, batches)
         alone = alone or best
         change = max(abs(best[i] - alone[i]) for i in alone)
         print(

@@ -13,21 +13,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
-from configs.schema import build_config, load_layers
-from datasets.loader import split_batch
-from engine.commands.train import Place, build_runner
+from configs.load import read_options
+from datasets.dataset import CocoDetection
+from datasets.loader import TrainLoader
+from datasets.samplers import split_batch
+from engine.build import assemble_trainer
+from engine.checkpoint import CheckpointFolder
 from engine.guards.memory import peak_memory
 from engine.run_log import RunLog
 from models.build import build_model
 from util.batch import Batch, Target, pad_images
-from util.device import pick_device, seed_everything
+from util.device import pick_device
 from util.distributed import destroy_process_group, init_process_group
+from util.random_state import seed_everything
 
 SETTINGS: dict[str, list[dict[str, int]]] = {
     "images at once": [{"images": n} for n in (1, 2, 4)],
@@ -58,6 +66,20 @@ def make_batch(images: int, boxes: int, height: int, width: int, classes: int) -
     return Batch(batch, targets, [])
 
 
+class Steps(TrainLoader):
+    """The same batch for every step."""
+
+    def __init__(self, batch: Batch, steps: int) -> None:
+        self._batch, self.steps, self.accumulation = batch, steps, 1
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Do nothing: there is one order."""
+
+    def effective_batches(self) -> Iterator[list[Batch]]:
+        """Yield the batch for each step."""
+        return repeat([self._batch], self.steps)
+
+
 def run_setting(options: argparse.Namespace) -> None:
     """Train a few steps in this process; the main one prints seconds and bytes."""
     torch.set_num_threads(options.threads)
@@ -65,30 +87,40 @@ def run_setting(options: argparse.Namespace) -> None:
     world = init_process_group(device.type)
     seed_everything(0)
     given = {"model": {"num_queries": options.queries}, "run": {"output_dir": options.folder}}
-    config = build_config(load_layers(options.config, given))
+    config = read_options(options.config, given).config()
     model = build_model(config.model, num_classes=91).to(device)
-    share = split_batch(0, most=options.images, rank=world.rank, world_size=world.size)
-    place = Place(world, device, share)
+    share = split_batch(0, max_size=options.images, rank=world.rank, world_size=world.size)
     optim = replace(config.optim, effective_batch_size=share.effective, precision=options.precision)
     config = replace(config, optim=optim)
+    height, width = options.size
+    batch = make_batch(options.images, options.boxes, height, width, 91)
+    seconds: list[float] = []
     with RunLog(Path(options.folder), tensorboard=False, enabled=world.main) as log:
-        runner = build_runner(model, config, place, log, steps_per_epoch=100)
-        height, width = options.size
-        batch = make_batch(options.images, options.boxes, height, width, 91)
-        seconds: list[float] = []
-        started = time.perf_counter()
+        trainer = assemble_trainer(
+            config,
+            model,
+            Steps(batch, options.steps + 1),  # the first one warms up
+            cast(CocoDetection, None),
+            [],
+            world=world,
+            device=device,
+            run_log=log,
+            folder=CheckpointFolder(Path(options.folder), keep=1),
+            identity={},
+        )
+        train_step = trainer.train_step
 
-        def on_step(latest: object) -> bool:
-            nonlocal started
+        def timed(micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+            started = time.perf_counter()
+            metrics = train_step(micro_batches)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            now = time.perf_counter()
-            seconds.append(now - started)
-            started = now
-            return False
+            seconds.append(time.perf_counter() - started)
+            return metrics
 
-        steps = [batch] * (options.steps + 1)  # the first one warms up
-        runner.run(steps, epoch=0, stopping=lambda: False, on_step=on_step)
+        trainer.train_step = timed  # type: ignore[method-assign]
+        with tqdm(disable=True) as bar:
+            trainer.train_epoch(bar)
     if world.main:
         found = {"seconds": statistics.median(seconds[1:]), "bytes": peak_memory(device)}
         print(json.dumps(found))

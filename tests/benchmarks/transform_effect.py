@@ -14,12 +14,12 @@ from dataclasses import replace
 
 import torch
 
-from configs.schema import DataConfig
 from datasets.build import build_dataset, load_index
 from datasets.loader import eval_loader
-from engine.detector import load_detector, saved_data_options
+from engine.detector import Detector
 from engine.evaluation.evaluate import evaluate
-from engine.evaluation.evaluator import CocoEvaluator
+from engine.evaluation.evaluator import Evaluator
+from engine.evaluation.matching import Truth
 from models.postprocess import PostProcess
 from util.batch import UnreadableImage
 
@@ -32,34 +32,38 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--annotations", required=True)
     parser.add_argument("--eval_scale", type=int, default=0, help="0: that of the checkpoint")
     args = parser.parse_args(argv)
-    cpu = torch.device("cpu")
-    model, pretrained, mean, std = load_detector(args.checkpoint, cpu)
-    data = DataConfig(**saved_data_options(pretrained))
+    detector = Detector.load(args.checkpoint, device="cpu")
     data = replace(
-        data, coco_path="", val_images=args.images, val_annotations=args.annotations,
-        eval_scale=args.eval_scale or data.eval_scale,
+        detector.data, coco_path="", val_images=args.images, val_annotations=args.annotations,
+        eval_scale=args.eval_scale or detector.data.eval_scale,
     )  # fmt: skip
     plain = replace(
         data, train_scales=(data.eval_scale,), hflip=0.0, random_crop=False,
         scale_jitter=(1.0, 1.0), zoom_out=0.0, color_jitter=0.0, mosaic=0.0, mixup=0.0,
     )  # fmt: skip
     index = load_index(data, "val")
+    truth = Truth.of(index.classes, index.images, index.annotations)
     ways = {
         name: build_dataset(
-            options, index, train=name == "fast", mean=mean, std=std, classes=pretrained.classes
+            options,
+            index,
+            train=name == "fast",
+            mean=detector.mean,
+            std=detector.std,
+            classes=detector.classes,
         )
         for name, options in (("exact", data), ("fast", plain))
     }
     for name, dataset in ways.items():
         result, _ = evaluate(
-            model,
+            detector.model,
             PostProcess(nms_iou=data.nms_iou),
             eval_loader(dataset, batch_size=1, num_workers=0),
-            CocoEvaluator(index.coco_gt, dataset.label_to_category),
-            device=cpu,
+            Evaluator(truth, dataset.label_to_category),
+            device=detector.device,
         )
         print(f"{name}: AP {result.stats['AP']:.4f}, AP50 {result.stats['AP50']:.4f}")
-    steps = 255 * torch.tensor(std).view(3, 1, 1)
+    steps = 255 * torch.tensor(detector.std).view(3, 1, 1)
     exact, fast = (dataset[0] for dataset in ways.values())
     if not isinstance(exact, UnreadableImage) and not isinstance(fast, UnreadableImage):
         apart = float(((exact[0] - fast[0]).abs() * steps).mean())

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.options import to_yaml
-from configs.schema import build_config, load_layers
+from configs.load import read_options, to_yaml
 from models.build import build_model
 
 PRESETS = sorted(Path("configs").glob("*.yaml"))
@@ -13,12 +12,12 @@ PRESETS = sorted(Path("configs").glob("*.yaml"))
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
 def test_preset_builds_and_its_resolved_form_is_a_config(preset: Path, tmp_path: Path) -> None:
-    config = build_config(load_layers(str(preset), {}))
+    config = read_options(str(preset), {}).config()
     model = build_model(config.model, num_classes=91)
     assert sum(p.numel() for p in model.parameters()) > 10_000
     resolved = tmp_path / "config.yaml"
     resolved.write_text(to_yaml(config))
-    assert build_config(load_layers(str(resolved), {})) == config
+    assert read_options(str(resolved), {}).config() == config
 
 
 @pytest.mark.parametrize(
@@ -32,7 +31,7 @@ def test_preset_builds_and_its_resolved_form_is_a_config(preset: Path, tmp_path:
     ],
 )
 def test_published_presets_have_the_published_size(preset: str, parameters: int) -> None:
-    config = build_config(load_layers(f"configs/{preset}.yaml", {}))
+    config = read_options(f"configs/{preset}.yaml", {}).config()
     model = build_model(config.model, num_classes=91)
     assert sum(p.numel() for p in model.parameters()) == parameters
 

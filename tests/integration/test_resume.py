@@ -81,7 +81,7 @@ def test_nothing_but_damaged_checkpoints_is_one_line(
         cut_in_half(path)
     output = Command(folder, reference_options).run("--resume", "auto", code=2)
     assert len(errors(output)) == 1
-    assert "found 3 damaged" in errors(output)[0]
+    assert "all 3 checkpoints are damaged" in errors(output)[0]
     assert "Traceback" not in output
 
 

@@ -1,11 +1,19 @@
 """The command line itself: what it prints where the terminal lacks letters, and of errors."""
 
+import importlib
 import io
+import subprocess
 import sys
+import typing
+from pathlib import Path
 
 import pytest
 
-from main import in_one_line, main
+from configs.load import Given
+from configs.schema import Config
+from main import COMMANDS, arguments, in_one_line, main
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_letters_that_the_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,3 +33,63 @@ def test_a_dead_loader_is_told_whatever_it_interrupts() -> None:
     line = in_one_line(failure)
     assert line is not None
     assert line.startswith(f"data loading: {death.strip()} The system")
+
+
+def test_help_of_the_program_needs_no_pytorch() -> None:
+    code = (
+        "import sys, main; assert main.main(['--help']) == 0; assert main.main([]) == 2; "
+        "loaded = {'torch', 'numpy', 'engine'} & set(sys.modules); assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    for name, what in COMMANDS.items():
+        assert f"  {name:9}{what}\n" in done.stdout
+
+
+def test_every_command_is_in_the_table_and_has_a_module() -> None:
+    files = {path.stem for path in (ROOT / "engine" / "commands").glob("*.py")}
+    assert set(COMMANDS) <= files
+    for name in COMMANDS:
+        command = importlib.import_module(f"engine.commands.{name}")
+        hints = typing.get_type_hints(command.main)
+        assert hints.pop("return") is int
+        assert set(hints.values()) <= {Config, Given, *command.SECTIONS.values()}, name
+        assert arguments(command, Given()).keys() == hints.keys()
+
+
+def test_help_of_a_command_is_grouped_and_short(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["train", "--help"])
+    assert done.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["usage: main.py train [options]", "", COMMANDS["train"]]
+    groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert groups[:5] == ["options:", "model:", "data:", "optim:", "run:"]  # loss has rare ones
+    assert "--help_all lists" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "command line: unknown command 'trian'. Did you mean 'train'?"),
+        (["train", "--num_queries", "0"], "--num_queries: must be at least 1, not 0."),
+        (
+            ["train", "--two_stage"],
+            "--two_stage: needs --with_box_refine, as in the paper.",
+        ),
+        (
+            ["train", "--hidden_dim", "100"],
+            "--hidden_dim: must be a multiple of --nheads 8, not 100.",
+        ),
+        (["predict", "--batch_size", "0"], "--batch_size: must be at least 1, not 0."),
+        (
+            ["doctor", "--device", "cpu"],
+            "command line: unknown option '--device'. --help_all lists the options.",
+        ),
+    ],
+)
+def test_errors_name_options_as_flags(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")

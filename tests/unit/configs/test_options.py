@@ -1,49 +1,35 @@
 """Options from flags and files: precedence, types, names, and what is refused."""
 
-import argparse
 import dataclasses
 import string
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from configs.options import (
-    Values,
-    add_options,
-    changed_options,
-    check_values,
-    coerce,
-    file_or_preset,
-    load_file,
-    merge,
-    option,
-    parse_flags,
-    to_yaml,
-)
+from configs.load import Values, changed_options, file_or_preset, load_file, merge, to_yaml
+from configs.options import Checked, OptionParser, Section, coerce, option, with_dashes
 from util.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Net:
+class Net(Checked):
     """A section with one option of each kind."""
 
     depth: int = option(6, "layers", low=1, high=9)
     rate: float = option(1e-3, "rate, in % of one", above=0)
-    kind: str = option("sine", "encoding", choices=("sine", "learned"))
+    kind: Literal["sine", "learned"] = option("sine", "encoding")
     aux: bool = option(True, "auxiliary losses")
     refine: bool = option(False, "refinement")
     sizes: tuple[int, ...] = option((480, 512), "short sides", low=16)
     name: str = option("", "free text")
     limit: float | None = option(None, "may be absent")
-    parts: tuple[str, ...] = option((), "parts of a net", choices=("stem", "head"))
-
-    def __post_init__(self) -> None:
-        check_values(self)
+    parts: tuple[Literal["stem", "head"], ...] = option((), "parts of a net")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +50,17 @@ class Both:
 SECTIONS = {"net": Net, "run": Run}
 
 
+def parser_of(sections: Mapping[str, Section], *, all_help: bool = False) -> OptionParser:
+    """Return a parser of sections."""
+    parser = OptionParser(all_help=all_help)
+    for title, section in sections.items():
+        parser.add_section(title, section)
+    return parser
+
+
 def parse(*argv: str) -> Values:
     """Return the values a command line sets."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_options(parser, SECTIONS)
-    return parse_flags(parser, argv, SECTIONS)[1]
+    return parser_of(SECTIONS).parse_options(argv)[1]
 
 
 def build(values: Values) -> Both:
@@ -132,15 +124,15 @@ def test_base_that_leads_back_is_refused(tmp_path: Path) -> None:
         ("nett: {depth: 3}", "unknown section 'nett'. Did you mean 'net'?"),
         ("zzz: {}", "unknown section 'zzz'. Known: net, run."),
         ("net: 3", "section 'net' needs options below it"),
-        ("[1, 2]", "expected sections (net, run), got [1, 2]"),
-        ("net: {depth: six}", "net.depth: expected int, got 'six'"),
-        ("net: {depth: 2.5}", "net.depth: expected int, got 2.5"),
-        ("net: {depth: true}", "net.depth: expected int, got True"),
-        ("net: {depth: }", "net.depth: expected int, got None"),
-        ("net: {aux: 1}", "net.aux: expected bool, got 1"),
-        ("net: {name: yes}", "net.name: expected str, got True"),
-        ("net: {name: [a]}", "net.name: expected str, got ['a']"),
-        ("net: {sizes: [480, x]}", "net.sizes: expected int, got 'x'"),
+        ("[1, 2]", "must hold sections (net, run), not [1, 2]"),
+        ("net: {depth: six}", "net.depth: must be a whole number, not 'six'"),
+        ("net: {depth: 2.5}", "net.depth: must be a whole number, not 2.5"),
+        ("net: {depth: true}", "net.depth: must be a whole number, not True"),
+        ("net: {depth: }", "net.depth: must be a whole number, not None"),
+        ("net: {aux: 1}", "net.aux: must be true or false, not 1"),
+        ("net: {name: yes}", "net.name: must be text, not True"),
+        ("net: {name: [a]}", "net.name: must be text, not ['a']"),
+        ("net: {sizes: [480, x]}", "net.sizes: must be a whole number, not 'x'"),
         ("net: {depth: 1", "not a YAML file"),
         ("base: nowhere.yaml", "nowhere.yaml: no such config file"),
     ],
@@ -209,9 +201,9 @@ def test_optional_values_may_be_absent() -> None:
     [
         (["--dept", "3"], "command line: unknown option '--dept'. Did you mean '--depth'?"),
         (["--no_refin"], "unknown option '--no_refin'. Did you mean '--no_refine'?"),
-        (["--depth", "six"], "--depth: expected int, got 'six'."),
-        (["--rate", "fast"], "--rate: expected float, got 'fast'."),
-        (["--sizes", "480", "big"], "--sizes: expected int, got 'big'."),
+        (["--depth", "six"], "--depth: must be a whole number, not 'six'."),
+        (["--rate", "fast"], "--rate: must be a number, not 'fast'."),
+        (["--sizes", "480", "big"], "--sizes: must be a whole number, not 'big'."),
         (["stray"], "unknown option 'stray'."),
     ],
 )
@@ -225,15 +217,15 @@ def test_a_wrong_flag_is_told_in_one_line(argv: list[str], message: str) -> None
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"depth": 0}, "--depth: expected at least 1 and at most 9, got 0."),
-        ({"depth": 10}, "--depth: expected at least 1 and at most 9, got 10."),
-        ({"rate": 0.0}, "--rate: expected more than 0, got 0.0."),
-        ({"rate": float("nan")}, "--rate: expected more than 0, got nan."),
-        ({"sizes": (480, 8)}, "--sizes: expected at least 16, got 8."),
-        ({"kind": "sin"}, "--kind: expected one of sine, learned, got 'sin'. Did you mean 'sine'?"),
+        ({"depth": 0}, "depth: must be at least 1 and at most 9, not 0."),
+        ({"depth": 10}, "depth: must be at least 1 and at most 9, not 10."),
+        ({"rate": 0.0}, "rate: must be more than 0, not 0.0."),
+        ({"rate": float("nan")}, "rate: must be more than 0, not nan."),
+        ({"sizes": (480, 8)}, "sizes: must be at least 16, not 8."),
+        ({"kind": "sin"}, "kind: must be one of sine, learned, not 'sin'. Did you mean 'sine'?"),
         (
             {"parts": ("stem", "heat")},
-            "--parts: expected one of stem, head, got 'heat'. Did you mean 'head'?",
+            "parts: must be one of stem, head, not 'heat'. Did you mean 'head'?",
         ),
     ],
 )
@@ -250,12 +242,10 @@ def test_bounds_are_inclusive_but_for_above() -> None:
 
 
 def test_help_survives_percent_signs_and_names_defaults() -> None:
-    parser = argparse.ArgumentParser()
-    add_options(parser, SECTIONS)
-    text = " ".join(parser.format_help().split())
+    text = " ".join(parser_of(SECTIONS).format_help().split())
     assert "rate, in % of one (default: 0.001)" in text
     assert "--kind sine|learned" in text
-    assert "turn --aux off" in text
+    assert "--no_aux turn off: auxiliary losses" in text
 
 
 texts = st.text(alphabet=st.characters(codec="utf-8"), max_size=12)
@@ -305,3 +295,22 @@ def test_changed_options_are_named() -> None:
     assert changed_options(config) == ["depth=3", "sizes=(16,)"]
     assert changed_options(Both()) == []
     assert yaml.safe_load(to_yaml(config))["net"]["sizes"] == [16]
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("depth: must be 1.", "--depth: must be 1."),
+        ("device cuda:9: is not here.", "--device cuda:9: is not here."),
+        ("device cuda 9: is not here.", "device cuda 9: is not here."),
+        ("use `depth` or `depth 3 4`; `base` stays", "use --depth or --depth 3 4; `base` stays"),
+        ("c.yaml: depth: must be 1.", "c.yaml: depth: must be 1."),
+        ("wide: unknown, as is `wide 2`", "wide: unknown, as is `wide 2`"),
+        ("set the_name, or a depth. The_name", "set --the_name, or a depth. The_name"),
+        ("no 'the_name' in a.the_name, the_name.yaml, x/the_name", None),
+        ("the_name/a.json", None),
+        ("--the_name: is wrong", None),
+    ],
+)
+def test_options_that_an_error_names_become_flags(message: str, shown: str | None) -> None:
+    assert with_dashes(message, {"depth", "device", "the_name"}) == (shown or message)

@@ -1,7 +1,5 @@
 """The COCO reader: labels, targets, image modes, and ground truth that scores 1.0."""
 
-import contextlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools.cocoeval import COCOeval
 
 from datasets.dataset import CocoDetection
 from datasets.index import CocoIndex
 from datasets.transforms import EvalTransform, TrainTransform
+from engine.evaluation.evaluator import Evaluator
+from engine.evaluation.matching import Detections, Truth
 from util.batch import UnreadableImage
 from util.box_ops import cxcywh_to_xyxy
 from util.classes import Classes
@@ -30,18 +29,12 @@ Write = Callable[[Content], tuple[Path, Path]]
 
 def average_precision(index: CocoIndex) -> float:
     """Score the ground truth itself as detections."""
-    gt = index.coco_gt
-    detections = [
-        {key: annotation[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}
-        for annotation in gt.dataset["annotations"]
-        if not annotation["iscrowd"]
-    ]
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(gt, gt.loadRes(detections), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return float(evaluation.stats[0])
+    truth = Truth.of(index.classes, index.images, index.annotations)
+    evaluator = Evaluator(truth, backend="pycocotools")
+    seen = truth.select(~truth.crowd)
+    score = np.full(len(seen.image), 0.9)
+    evaluator.add(Detections(seen.image, seen.category, seen.box, score))
+    return evaluator.evaluate().stats["AP"]
 
 
 def test_labels_follow_category_ids_and_boxes_their_images(content: Content, write: Write) -> None:

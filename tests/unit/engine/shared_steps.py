@@ -6,16 +6,23 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from configs.schema import Config, OptimConfig, RunConfig
-from datasets.loader import BatchSplit
-from engine.commands.train import Place, build_runner
+from datasets.dataset import CocoDetection
+from datasets.loader import TrainLoader, with_images
+from datasets.samplers import BatchSplit
+from engine.build import assemble_trainer
+from engine.checkpoint import CheckpointFolder
 from engine.run_log import RunLog
+from engine.trainer import Trainer
 from models.build import build_model
+from models.deformable_detr import DeformableDETR
+from models.recipes.one_to_many import Options
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, small_config
 from util.batch import Batch, UnreadableImage, pad_images
@@ -27,6 +34,7 @@ BROKEN = (1, 4, 7, 10)  # all images of the second of three
 SHARES = {1: (1, 4), 2: (2,), 3: (1, 4)}  # processes: micro-batches of each
 CASES: dict[str, dict[str, Any]] = {
     **{variant: {"variant": variant} for variant in VARIANTS},
+    "one_to_many": {"recipe": True},
     "broken": {"broken": BROKEN},
     "poisoned": {"poisoned": 2},
 }
@@ -70,12 +78,60 @@ def micro_batches(share: BatchSplit, *, broken: tuple[int, ...], poisoned: int) 
     return batches * STEPS
 
 
+class Steps(TrainLoader):
+    """An epoch of batches that are given."""
+
+    def __init__(self, micro_batches: list[Batch], share: BatchSplit) -> None:
+        self.accumulation, self._alone = share.accumulation, share.world_size == 1
+        self._groups = list(zip(*[iter(micro_batches)] * share.accumulation, strict=True))
+        self.steps, self._first = len(self._groups), 0
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose where to begin."""
+        self._first = first_step
+
+    def effective_batches(self) -> Iterator[list[Batch]]:
+        """Yield the batches of each step as the real loader does."""
+        for group in self._groups[self._first :]:
+            yield with_images(group, alone=self._alone)
+
+
+def make_trainer(
+    config: Config,
+    model: DeformableDETR,
+    batches: list[Batch],
+    share: BatchSplit,
+    world: World,
+    log: RunLog,
+) -> Trainer:
+    """Return what trains on these batches, without data to evaluate on."""
+    return assemble_trainer(
+        config,
+        model,
+        Steps(batches, share),
+        cast(CocoDetection, None),
+        [],
+        world=world,
+        device=torch.device("cpu"),
+        run_log=log,
+        folder=CheckpointFolder(Path(config.run.output_dir), keep=1),
+        identity={},
+    )
+
+
+def train_epoch(trainer: Trainer) -> None:
+    """Train an epoch without showing a bar."""
+    with tqdm(disable=True) as bar:
+        trainer.train_epoch(bar)
+
+
 def run_steps(
     folder: Path,
     world: World,
     accumulation: int,
     *,
     variant: str = "plain",
+    recipe: bool = False,
     broken: tuple[int, ...] = (),
     poisoned: int = -1,
 ) -> Result:
@@ -88,33 +144,29 @@ def run_steps(
         run=RunConfig(output_dir=str(folder)),
     )
     torch.manual_seed(0)
-    model = build_model(config.model, num_classes=CLASSES, frozen_stages=0)
+    options = Options(num_queries_one2many=20, k_one2many=3)
+    recipes = {"one_to_many": options} if recipe else None
+    model = build_model(config.model, num_classes=CLASSES, frozen_stages=0, recipes=recipes)
     perturb(model)
     before = [p.detach().clone() for p in model.parameters()]
-    place = Place(world, torch.device("cpu"), share)
     gradients: list[dict[str, Tensor]] = []
+    batches = micro_batches(share, broken=broken, poisoned=poisoned)
     with RunLog(folder, tensorboard=False, enabled=world.main) as log:
-        runner = build_runner(model, config, place, log, steps_per_epoch=STEPS)
-        runner.accumulation = accumulation
-        runner.optimizer.register_step_pre_hook(
+        trainer = make_trainer(config, model, batches, share, world, log)
+        trainer.optimizer.register_step_pre_hook(
             lambda *_: gradients.append(
                 {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
             )
         )
-        runner.run(
-            micro_batches(share, broken=broken, poisoned=poisoned),
-            epoch=0,
-            stopping=lambda: False,
-            on_step=lambda latest: False,
-        )
+        train_epoch(trainer)
     return {
         "gradients": gradients,
-        "averages": runner.steps.averages.means(),
+        "averages": trainer.steps.averages.means(),
         "changed": any(
             not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
         ),
-        "skipped": runner.steps.recorder.total,
-        "steps": runner.step,
+        "skipped": trainer.guards.nonfinite.total,
+        "steps": trainer.step,
     }
 
 

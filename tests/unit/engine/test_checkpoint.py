@@ -17,11 +17,10 @@ from engine.checkpoint import (
     CheckpointFolder,
     check_same,
     load_checkpoint,
-    rng_state,
     save_checkpoint,
-    set_rng_state,
 )
 from util.errors import CheckpointError
+from util.random_state import rng_state, set_rng_state
 
 ROOT = Path(__file__).parents[3]
 
@@ -104,6 +103,7 @@ import resource, sys, torch
 from pathlib import Path
 from engine.checkpoint import save_checkpoint
 from util.errors import CheckpointError
+from util.random_state import rng_state, set_rng_state
 path = Path(sys.argv[1])
 save_checkpoint(path, {"epoch": 1})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -136,15 +136,15 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_other_files_cannot_be_resumed(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     torch.save({"model": {}, "args": argparse.Namespace(), "epoch": 49}, path)
-    with pytest.raises(CheckpointError, match=r"official checkpoint.*--finetune"):
+    with pytest.raises(CheckpointError, match="official checkpoint.*`finetune`"):
         load_checkpoint(path)
     content = run_content()
     del content["optimizer"]
     torch.save(content, path)
-    with pytest.raises(CheckpointError, match="without optimizer"):
+    with pytest.raises(CheckpointError, match="lacks optimizer"):
         load_checkpoint(path)
     torch.save([torch.ones(1)], path)
-    with pytest.raises(CheckpointError, match="--finetune"):
+    with pytest.raises(CheckpointError, match="`finetune`"):
         load_checkpoint(path)
 
 
@@ -223,7 +223,7 @@ def test_no_checkpoint_and_none_that_is_sound(tmp_path: Path) -> None:
         folder.save(of_step(step))
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="found 2 damaged") as caught:
+    with pytest.raises(CheckpointError, match="all 2 checkpoints are damaged") as caught:
         folder.newest_sound()
     assert "\n" not in str(caught.value)
 

@@ -1,23 +1,28 @@
 """A detector from a checkpoint, whatever that lacks; the first weights of a run from another's."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torchvision.transforms.functional import pil_to_tensor
 
 from configs.schema import Config, ModelConfig, OptimConfig, RunConfig
-from engine.commands.first_weights import Start, build_training_model
-from engine.detector import load_detector, saved_data_options
+from engine.build import RunPlan, build_training_model
+from engine.detector import Detector
 from engine.evaluation.evaluate import detect
 from models.build import build_model
 from models.postprocess import PostProcess
 from models.weights.load import load_pretrained
 from util.batch import Batch, pad_images
 from util.classes import Classes
-from util.errors import CheckpointError, ConfigError, UserError
+from util.errors import CheckpointError, ConfigError, DataError, UserError
 
 TINY = ModelConfig(
     backbone="resnet18", hidden_dim=32, dim_feedforward=16, enc_layers=1, dec_layers=2,
@@ -50,12 +55,12 @@ def test_a_checkpoint_without_class_names_goes_by_numbers(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
     source = save(content, tmp_path, classes=None, thresholds=None, preprocessing=None)
-    model, pretrained, mean, _ = load_detector(source, CPU)
-    assert pretrained.classes == Classes((0, 1, 2), ("", "", ""))
-    assert [pretrained.classes.shown(k) for k in range(3)] == ["0", "1", "2"]
-    assert all(t.equal(content["model"][k]) for k, t in model.state_dict().items())
-    assert mean == model.backbone.mean
-    assert not pretrained.thresholds
+    detector = Detector.load(source, device="cpu")
+    assert detector.classes == Classes((0, 1, 2), ("", "", ""))
+    assert detector.names == ("0", "1", "2")
+    assert all(t.equal(content["model"][k]) for k, t in detector.model.state_dict().items())
+    assert detector.mean == detector.model.backbone.mean
+    assert not detector.thresholds
 
 
 @pytest.mark.parametrize("section", ["model", "data"])
@@ -65,8 +70,8 @@ def test_an_option_of_a_later_version_is_told(
     config = copy.deepcopy(content["config"])
     config[section]["twist"] = 1
     source = save(content, tmp_path, config=config)
-    with pytest.raises(CheckpointError, match=rf"a\.pth: unknown option '{section}\.twist'.*later"):
-        saved_data_options(load_detector(source, CPU)[1])
+    with pytest.raises(CheckpointError, match=rf"a\.pth: unknown option '{section}\.twist'.*newer"):
+        Detector.load(source, device="cpu")
 
 
 def test_options_that_evaluation_does_not_read_may_be_of_a_later_version(
@@ -74,9 +79,9 @@ def test_options_that_evaluation_does_not_read_may_be_of_a_later_version(
 ) -> None:
     config = copy.deepcopy(content["config"])
     config["optim"]["twist"] = 1
-    expected = saved_data_options(load_detector(save(content, tmp_path), CPU)[1])
+    expected = Detector.load(save(content, tmp_path), device="cpu").data
     source = save(content, tmp_path, config=config)
-    assert saved_data_options(load_detector(source, CPU)[1]) == expected
+    assert Detector.load(source, device="cpu").data == expected
 
 
 @pytest.mark.parametrize(
@@ -104,12 +109,12 @@ def test_weights_that_do_not_tell_their_backbone(content: dict[str, Any], tmp_pa
     missing = "backbone.0.body.layer1."
     kept = {k: v for k, v in content["model"].items() if not k.startswith(missing)}
     torch.save(kept, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"a\.pth: expected weights that tell their backbone"):
-        load_detector(str(tmp_path / "a.pth"), CPU)
+    with pytest.raises(CheckpointError, match=r"a\.pth: these weights come without options"):
+        Detector.load(tmp_path / "a.pth", device="cpu")
     # for a start the user may say it; what is not said right would stay random
-    start = Start(Config(model=TINY), load_pretrained(str(tmp_path / "a.pth")))
-    with pytest.raises(CheckpointError, match="--backbone resnet18: expected the backbone of"):
-        build_training_model(start, CLASSES)
+    plan = RunPlan(Config(model=TINY), load_pretrained(str(tmp_path / "a.pth")))
+    with pytest.raises(CheckpointError, match="^backbone resnet18: does not match the weights"):
+        build_training_model(plan, CLASSES)
 
 
 def test_numbers_that_are_not_finite_are_no_detections(
@@ -117,16 +122,19 @@ def test_numbers_that_are_not_finite_are_no_detections(
 ) -> None:
     weights = {key: tensor.clone() for key, tensor in content["model"].items()}
     weights["transformer.decoder.layers.1.linear1.bias"][3] = float("nan")
-    model = load_detector(save(content, tmp_path, model=weights), CPU)[0]
+    model = Detector.load(save(content, tmp_path, model=weights), device="cpu").model
     target = {"image_id": torch.tensor(5), "orig_size": torch.tensor([128, 128])}
     batch = Batch(pad_images([torch.rand(3, 128, 128)]), [target], [])
-    with pytest.raises(UserError, match="image 5: expected finite scores and boxes"):
+    with pytest.raises(UserError, match="image 5: the model produced NaN or infinite scores"):
         list(detect(model, PostProcess(), [batch], device=CPU, description=""))
 
 
 @pytest.mark.parametrize("freeze", ["none", "backbone"])
 def test_another_backbone_keeps_its_own_weights(
-    content: dict[str, Any], tmp_path: Path, freeze: str, capsys: pytest.CaptureFixture[str]
+    content: dict[str, Any],
+    tmp_path: Path,
+    freeze: Literal["none", "backbone"],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     # many tensors of torchvision's resnet34 have the names and shapes of its resnet18
     pretrained = load_pretrained(save(content, tmp_path))
@@ -138,13 +146,179 @@ def test_another_backbone_keeps_its_own_weights(
     torch.manual_seed(1)
     if freeze == "backbone":
         with pytest.raises(ConfigError, match=r"'backbone\.0\..*' would stay random"):
-            build_training_model(Start(config, pretrained), CLASSES)
+            build_training_model(RunPlan(config, pretrained), CLASSES)
         return
-    model, mean, _ = build_training_model(Start(config, pretrained), CLASSES)
+    model, mean, _ = build_training_model(RunPlan(config, pretrained), CLASSES)
     torch.manual_seed(1)
     untouched = build_model(config.model, num_classes=3).state_dict()
     for name, tensor in model.state_dict().items():
         own = name.startswith("backbone.0.")
         assert tensor.equal(untouched[name] if own else content["model"][name]), name
     assert mean == model.backbone.mean
-    assert "that of --finetune is resnet18 and is not taken" in capsys.readouterr().out
+    assert "that of --finetune is resnet18 and is not used" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def detector(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Detector:
+    source = save(content, tmp_path_factory.mktemp("checkpoint"))
+    return Detector.load(source, device="cpu", eval_scale=64, max_size=96)
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an image that its EXIF data say to turn; stored 90 x 70, upright 70 x 90."""
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((90, 70))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    image.save(path, exif=exif)
+    return path
+
+
+def upright(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def backwards(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the same values in a view with a negative stride, as of OpenCV's BGR turned to RGB."""
+    flipped: NDArray[np.uint8] = array[..., ::-1].copy()
+    return flipped[..., ::-1]
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "text": str,
+    "pillow": Image.open,
+    "pillow, upright": upright,
+    "pillow, palette": lambda path: upright(path).quantize(256),
+    "array": lambda path: np.asarray(upright(path)),
+    "array, a view that runs backwards": lambda p: np.array(upright(p))[..., ::-1].copy()[
+        ..., ::-1
+    ],
+    "tensor": lambda path: pil_to_tensor(upright(path)),
+    "tensor of floats": lambda path: pil_to_tensor(upright(path)) / 255,
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_every_kind_of_image_gives_the_same_boxes(
+    detector: Detector, photo: Path, kind: str
+) -> None:
+    source = photo
+    if "palette" in kind:  # a file of few colours, which the palette keeps
+        source = photo.with_name("few.png")
+        upright(photo).quantize(16).convert("RGB").save(source)
+    expected = detector.predict(source, threshold=0)
+    assert len(expected) == 18  # every query as every class
+    assert detector.predict(READERS[kind](source), threshold=0) == expected
+
+
+def test_boxes_are_named_ordered_and_in_pixels_of_the_upright_image(
+    detector: Detector, photo: Path
+) -> None:
+    image = upright(photo)
+    pixels = pil_to_tensor(image.resize((64, 82), Image.Resampling.BILINEAR)) / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (detector.mean, detector.std))
+    with torch.inference_mode():
+        outputs = detector.model(pad_images([(pixels - mean) / std]))
+    scores = outputs["pred_logits"][0].sigmoid()
+    found = detector.predict(photo, threshold=0)
+    assert [box.score for box in found] == sorted((b.score for b in found), reverse=True)
+    for box in found:
+        label = CLASSES.names.index(box.name)
+        assert box.category_id == CLASSES.ids[label]
+        query = int((scores[:, label] - box.score).abs().argmin())
+        x, y, w, h = outputs["pred_boxes"][0, query].tolist()
+        corners = [70 * (x - w / 2), 90 * (y - h / 2), 70 * (x + w / 2), 90 * (y + h / 2)]
+        assert box.xyxy == pytest.approx(corners, abs=1e-2)
+
+
+def test_a_list_gives_a_list_for_each_and_batches_change_nothing(
+    detector: Detector, photo: Path
+) -> None:
+    wide, red = Image.new("RGB", (40, 30)), Image.new("RGB", (60, 45), "red")
+    images: list[Path | Image.Image] = [photo, wide, upright(photo), red]
+    single = [detector.predict(image, threshold=0) for image in images]
+    assert detector.predict(images, threshold=0) == single
+    assert detector.predict(tuple(images), 0) == single
+    for boxes, expected in zip(detector.predict(images, 0, batch_size=3), single, strict=True):
+        assert [box.score for box in boxes] == pytest.approx([b.score for b in expected], abs=1e-5)
+    assert detector.predict([]) == []
+
+
+def test_thresholds_are_those_of_the_checkpoint_unless_given(
+    detector: Detector, photo: Path
+) -> None:
+    every = detector.predict(photo, threshold=0)
+    assert detector.thresholds == {"dog": 0.25}
+    assert [detector.threshold_of(name) for name in detector.names] == [0.3, 0.25, 0.3]
+    assert detector.predict(photo) == []  # the scores of an untrained model are about 0.01
+    least = min(box.score for box in every if box.name == "dog")
+    detector.thresholds["dog"] = least
+    try:
+        assert detector.predict(photo) == [box for box in every if box.name == "dog"]
+    finally:
+        detector.thresholds["dog"] = 0.25
+    assert detector.predict(photo, every[3].score) == every[:4]
+    with pytest.raises(ConfigError, match=r"threshold: must be in 0\.\.1, got 30"):
+        detector.predict(photo, threshold=30)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (7, "cannot predict on a int"),
+        (None, "cannot predict on a NoneType"),
+        (np.zeros((4, 4), np.uint8), r"ndarray of uint8 with shape \(4, 4\)"),
+        (np.zeros((4, 4, 3)), r"ndarray of float64 with shape \(4, 4, 3\)"),
+        (np.zeros((4, 0, 3), np.uint8), r"shape \(4, 0, 3\)"),
+        (torch.zeros(2, 3, 4, 4), r"Tensor of torch.float32 with shape \(2, 3, 4, 4\)"),
+        (torch.full((3, 4, 4), 2.0), r"values in 2\.\.2\. Give a path"),
+        ((image for image in "ab"), "cannot predict on a generator"),
+        (["photo.png", 7], "cannot predict on a int"),
+    ],
+    ids=str,
+)
+def test_what_is_no_image_is_a_type_error_that_says_what_is(
+    detector: Detector, image: Any, words: str
+) -> None:
+    with pytest.raises(TypeError, match=words) as caught:
+        detector.predict(image)
+    assert "an RGB array [H,W,3] of uint8" in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(detector: Detector, photo: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.jpg: cannot be read .*Check the file"):
+        detector.predict([photo, "none.jpg"])
+    broken = photo.with_name("broken.png")
+    broken.write_bytes(photo.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"broken\.png: cannot be read"):
+        detector.predict(Image.open(broken))
+
+
+def test_predicting_prints_nothing(
+    detector: Detector, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detector.predict([photo, photo])
+    with pytest.raises(DataError):
+        detector.predict("none.jpg")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_options_replace_those_of_the_checkpoint(content: dict[str, Any], tmp_path: Path) -> None:
+    source = Path(save(content, tmp_path))
+    detector = Detector.load(source, device="cpu", eval_scale=96, nms_iou=0.5)
+    assert (detector.data.eval_scale, detector.data.max_size) == (96, 1333)
+    assert detector.postprocess.nms_iou == 0.5
+    with pytest.raises(ConfigError, match="nms_iou"):
+        Detector.load(source, device="cpu", nms_iou=1.5)
+    with pytest.raises(ConfigError, match="checkpoint: give a file"):
+        Detector.load("")
+
+
+def test_evaluation_needs_both_images_and_annotations(detector: Detector, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="images and annotations: give both"):
+        detector.evaluate(images=tmp_path)
+    with pytest.raises(DataError, match="val data"):
+        detector.evaluate()

@@ -1,4 +1,4 @@
-"""Averaged weights against a loop in double precision; swapping and resuming bit for bit."""
+"""Averaged weights against a loop in double precision; evaluating and resuming bit for bit."""
 
 import copy
 from pathlib import Path
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from engine.checkpoint import save_checkpoint
 from engine.ema import Ema
+from tests.unit.models.small import random_images, small_model
+from util.batch import pad_images
 from util.errors import CheckpointError
 
 
@@ -83,55 +85,35 @@ def test_shared_weights_are_one_average() -> None:
     assert averages["first.weight"].data_ptr() == averages["second.weight"].data_ptr()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "kept"),
-    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2],
-)
-def test_averages_are_at_least_float32(dtype: torch.dtype, kept: torch.dtype) -> None:
-    model = nn.Linear(2, 2).to(dtype)
-    ema = Ema(model, 0.5)
-    with torch.no_grad():
-        model.weight += 1
-    ema.update(model)
-    assert ema.state_dict()["model"]["weight"].dtype == kept
-    with ema.swapped(model):
-        assert model.weight.dtype == dtype
-
-
-def test_swapping_shows_the_averages_and_restores_every_bit() -> None:
-    model = Tied()
+def test_the_averaged_model_computes_with_the_averages_alone() -> None:
+    model = Tied().eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ema = Ema(model, 0.9)
     trained(model, optimizer)
     ema.update(model)
-    with torch.no_grad():
-        model.frozen[0] = float("nan")
-        model.frozen[1] = -0.0
-    own = {k: v.clone().view(torch.uint8) for k, v in model.state_dict().items() if v.dim()}
-    pointers = [p.data_ptr() for p in model.parameters()]
-    with ema.swapped(model):
-        assert same(bits(model), ema.state_dict()["model"])
-        assert torch.is_grad_enabled()
-    restored = {k: v.view(torch.uint8) for k, v in model.state_dict().items() if v.dim()}
-    assert same(own, restored)
-    assert pointers == [p.data_ptr() for p in model.parameters()]
-
-
-def test_swapping_restores_after_an_exception() -> None:
-    model = Tied()
-    ema = Ema(model, 0.9)
-    trained(model, torch.optim.SGD(model.parameters(), lr=0.1))
     own = bits(model)
-    ema.update(model)
-
-    def fail_inside() -> None:
-        with ema.swapped(model):
-            model(torch.randn(6, 4))  # moves the batch norm's statistics, too
-            raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"):
-        fail_inside()
+    inputs = torch.randn(6, 4)
+    expected = Tied().eval()
+    expected.load_state_dict(ema.state_dict()["model"])
+    assert ema.model(inputs).equal(expected(inputs))
+    assert not ema.model(inputs).equal(model(inputs))
+    ema.model.train()
+    ema.model(inputs)  # moves the statistics of its own batch norm
     assert same(bits(model), own)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "timm/test_resnet", "timm/test_vit"])
+def test_a_copied_detector_is_one_of_its_own(backbone: str) -> None:
+    model = small_model(backbone=backbone).eval()
+    ema = Ema(model, 0.5)
+    batch = pad_images(random_images((64, 96), (64, 96)))
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.01)
+        changed, kept = model(batch)["pred_logits"], ema.model(batch)["pred_logits"]
+        assert not changed.equal(kept)
+        model.load_state_dict(ema.state_dict()["model"])
+        assert model(batch)["pred_logits"].equal(kept)
 
 
 def test_a_resumed_average_equals_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -153,21 +135,20 @@ def test_a_resumed_average_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert same(other.state_dict()["model"], ema.state_dict()["model"])
     fresh = Tied()
     fresh.load_state_dict(ema.state_dict()["model"])
-    with ema.swapped(model):
-        assert same(bits(model), bits(fresh))
+    assert same(bits(ema.model), bits(fresh))
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (nn.Linear(4, 3), r"'weight': expected \[2, 4\], got \[3, 4\]"),
-        (nn.Linear(4, 2, bias=False), r"'bias': expected \[2\], got nothing"),
-        (nn.Bilinear(2, 2, 2), r"'weight': expected \[2, 4\], got \[2, 2, 2\]"),
+        (nn.Linear(4, 3), r"'weight' is \(3, 4\), the model's \(2, 4\)"),
+        (nn.Linear(4, 2, bias=False), "'bias' is missing"),
+        (nn.Bilinear(2, 2, 2), r"'weight' is \(2, 2, 2\), the model's \(2, 4\)"),
     ],
 )
 def test_averages_of_another_model_are_refused(other: nn.Module, message: str) -> None:
     ema = Ema(nn.Linear(4, 2), 0.9)
     before = {k: v.clone() for k, v in ema.state_dict()["model"].items()}
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=f"^averaged weights: .*{message}"):
         ema.load_state_dict(Ema(other, 0.9).state_dict())
     assert same(ema.state_dict()["model"], before)

@@ -9,54 +9,49 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from engine.guards.flat_loss import FlatLossWatchdog
-from engine.guards.nonfinite import NonfiniteRecorder
+from engine.guards import FlatLoss, Guards, MemoryGuard, NonFiniteSteps, UnreadableImages
 from engine.guards.timer import StepTimer
-from engine.metrics import Averages, StepLog, StepRecord, official_log_values
+from engine.metrics import Averages, StepLog, official_log_values
 from engine.precision import Precision
 from engine.run_log import RunLog
+from models.criterion import SetCriterion
+from models.matcher import HungarianMatcher
+from util.batch import Batch
 from util.distributed import World
 from util.errors import UserError
 
 CPU = torch.device("cpu")
 
 
-class Weights:
-    """Doubles `loss_ce` and reports the rest as it is."""
-
-    def weight(self, name: str) -> float | None:
-        """Return a coefficient, None for what is only reported."""
-        return 2.0 if name.startswith("loss_ce") else None
+def criterion() -> SetCriterion:
+    """Return one that doubles `loss_ce`; other names are only reported."""
+    return SetCriterion(HungarianMatcher(), weights={"loss_ce": 2.0})
 
 
-def step_log(folder: Path, log: RunLog, *, limit: int = 3, watch_from: int = 0) -> StepLog:
-    return StepLog(
-        log=log,
-        weights=Weights(),
-        world=World(),
-        timer=StepTimer(CPU),
-        precision=Precision("fp32", CPU),
-        recorder=NonfiniteRecorder(folder, 0, limit),
-        watchdog=FlatLossWatchdog(effective_batch=4, lr=0.1, window=10),
-        watch_from=watch_from,
+def step_log(folder: Path, log: RunLog, *, limit: int = 3, first_step: int = 0) -> StepLog:
+    precision = Precision("fp32", CPU)
+    guards = Guards(
+        UnreadableImages(),
+        MemoryGuard(1),
+        NonFiniteSteps(nn.Identity(), precision, folder, rank=0, limit=limit),
+        FlatLoss(effective_batch=4, lr=0.1, window=10, first_step=first_step),
     )
+    return StepLog(log, criterion(), World(), StepTimer(CPU), guards, CPU)
 
 
-def add(steps: StepLog, step: int, loss: float, *, norm: float = 1.0, module: str = "") -> None:
-    """Take in a step as the runner does."""
+def add(steps: StepLog, step: int, loss: float, *, norm: float = 1.0) -> None:
+    """Take in a step as the trainer does."""
     steps.timer.mark("forward")
-    steps.timer.finish_step()
+    metrics = {"loss": loss, "loss_ce": loss / 4, "grad_norm": norm}
+    batch = Batch(None, [{"image_id": torch.tensor(10 + step)}], [])
     steps.add(
-        StepRecord(
-            step=step,
-            epoch=0,
-            names=["loss", "loss_ce", "grad_norm"],
-            values=torch.tensor([loss, loss / 4, norm]),
-            image_ids=[10 + step],
-            rates={"lr_transformer": 0.5},
-            module=module,
-        )
+        step,
+        0,
+        [batch, Batch(None, [{"image_id": torch.tensor(-1)}], [], blank=True)],
+        {name: torch.tensor(value) for name, value in metrics.items()},
+        {"lr_transformer": 0.5},
     )
 
 
@@ -90,15 +85,15 @@ def test_what_is_not_finite_is_recorded_and_no_part_of_the_means(
     with RunLog(tmp_path, tensorboard=False) as log:
         steps = step_log(tmp_path, log)
         add(steps, 0, 2.0)
-        add(steps, 1, loss, norm=norm, module="module m is bad")
+        add(steps, 1, loss, norm=norm)
         add(steps, 2, 4.0)
         steps.flush()
     assert steps.averages.means()["loss"] == 3.0
-    assert steps.recorder.total == 1
+    assert steps.guards.nonfinite.total == 1
     (report,) = (tmp_path / "nonfinite").iterdir()
     content = json.loads(report.read_text())
     assert (content["step"], content["image_ids"]) == (1, [11])
-    assert content["first_nonfinite"] == "module m is bad"
+    assert content["first_nonfinite"].startswith("the forward pass was finite here")
     assert content["learning_rates"] == {"lr_transformer": 0.5}
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
 
@@ -112,16 +107,16 @@ def test_a_finite_step_breaks_the_row(tmp_path: Path) -> None:
         add(steps, 5, math.nan)
         with pytest.raises(UserError, match="step 5: .* 2 steps in a row"):
             steps.flush()
-    assert steps.recorder.total == 4
+    assert steps.guards.nonfinite.total == 4
     assert len(lines(tmp_path)) == 6
 
 
 def test_a_flat_loss_is_told_once_the_warm_up_is_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for watch_from, warned in ((0, True), (40, False)):
+    for first_step, warned in ((0, True), (40, False)):
         with RunLog(tmp_path, tensorboard=False) as log:
-            steps = step_log(tmp_path, log, watch_from=watch_from)
+            steps = step_log(tmp_path, log, first_step=first_step)
             for step in range(45):
                 add(steps, step, 9.0 + step % 2)
             steps.flush()
@@ -137,12 +132,12 @@ def test_a_restored_log_goes_on_as_the_one_before(tmp_path: Path) -> None:
             for step in range(4):
                 if stop and step == 2:
                     steps.flush()
-                    state = json.loads(json.dumps(steps.state()))
+                    state = json.loads(json.dumps(steps.state_dict()))
                     steps = step_log(folder, log)
-                    steps.restore(state)
+                    steps.load_state_dict(state)
                 add(steps, step, math.nan if step == 1 else 5.0 - step)
             steps.flush()
-        ends.append((steps.averages.means(), steps.recorder.total, steps.watchdog.state()))
+        ends.append((steps.averages.means(), steps.guards.state_dict()))
     assert ends[0] == ends[1]
     steps.begin_epoch()
     assert steps.averages.means() == {}
@@ -169,5 +164,5 @@ def test_merged_means_are_those_of_all_values(processes: list[list[list[float]]]
 
 
 def test_losses_are_named_as_in_official_logs() -> None:
-    named = official_log_values({"loss": 3.0, "loss_ce_0": 0.5, "class_error": 70.0}, Weights())
+    named = official_log_values({"loss": 3.0, "loss_ce_0": 0.5, "class_error": 70.0}, criterion())
     assert named == {"loss": 3.0, "loss_ce_0": 1.0, "loss_ce_0_unscaled": 0.5, "class_error": 70.0}

@@ -1,21 +1,31 @@
 """Predictions on images: what is written, where, and that no image is ever overwritten."""
 
+import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageOps
-from torch import Tensor, nn
+from torch import nn
 
-from engine.commands.predict import tell_thresholds
-from engine.predict import output_paths, predict, refuse_overwriting, relative_names
-from util.batch import Batch, PaddedBatch, UnreadableImage, pad_images
+from configs.schema import DataConfig
+from engine.commands.predict import (
+    output_paths,
+    refuse_overwriting,
+    relative_names,
+    report_thresholds,
+    write_predictions,
+)
+from engine.detector import Detector
+from models.deformable_detr import DeformableDETR
+from models.outputs import DetectorOutput
+from util.batch import PaddedBatch
 from util.classes import Classes
 from util.errors import ConfigError, DataError
 
@@ -26,59 +36,35 @@ ORIENTATION = 0x0112
 class RedFinder(nn.Module):
     """Finds the smallest box around red pixels: a detector whose answers a test knows."""
 
-    def forward(self, batch: PaddedBatch) -> list[Tensor]:
-        """Return a box per image, normalised xyxy."""
+    def forward(self, batch: PaddedBatch) -> DetectorOutput:
+        """Give each box three times: sure, hidden behind an unused label, and doubtful."""
         assert not torch.is_grad_enabled()
         assert not self.training
-        found = []
+        boxes = []
         for image, (height, width) in zip(batch.images, batch.sizes, strict=True):
             ys, xs = torch.nonzero(image[0, :height, :width] > 0.5, as_tuple=True)
-            corners = [xs.min() / width, ys.min() / height]
-            corners += [(xs.max() + 1) / width, (ys.max() + 1) / height]
-            found.append(torch.stack(corners))
-        return found
+            left, top = xs.min() / width, ys.min() / height
+            right, bottom = (xs.max() + 1) / width, (ys.max() + 1) / height
+            centre = [(left + right) / 2, (top + bottom) / 2]
+            boxes.append(torch.stack([*centre, right - left, bottom - top]))
+        logits = torch.tensor([0.8, 0.9, 0.2]).logit().expand(len(boxes), 1, 3)
+        return {"pred_logits": logits, "pred_boxes": torch.stack(boxes)[:, None]}
 
 
-def postprocess(outputs: list[Tensor], sizes: Tensor) -> list[dict[str, Tensor]]:
-    """Give each box three times: sure, hidden behind an unused label, and doubtful."""
-    scale = sizes.flip(1).repeat(1, 2)
-    return [
-        {
-            "scores": torch.tensor([0.9, 0.8, 0.2]),
-            "labels": torch.tensor([1, 0, 2]),
-            "boxes": (box * size).expand(3, 4),
-        }
-        for box, size in zip(outputs, scale, strict=True)
-    ]
+RED_FINDER = Detector(
+    cast(DeformableDETR, RedFinder()),
+    CLASSES,
+    data=DataConfig(eval_scale=60),  # half the size of the images here
+    mean=(0.0,) * 3,
+    std=(1.0,) * 3,
+    device=torch.device("cpu"),
+)
 
 
 def read(path: Path) -> Image.Image:
     with Image.open(path) as image:
         upright: Image.Image = ImageOps.exif_transpose(image)
         return upright.convert("RGB")
-
-
-def make_batches(paths: list[Path]) -> Iterator[Batch]:
-    """Load two images a batch at half their size."""
-    for start in range(0, len(paths), 2):
-        images, targets, unreadable = [], [], []
-        for i in range(start, min(start + 2, len(paths))):
-            try:
-                image = read(paths[i])
-            except OSError as error:
-                unreadable.append(UnreadableImage(i, str(paths[i]), str(error)))
-                continue
-            size = (image.height // 2, image.width // 2)
-            red = torch.tensor([p[0] > 128 for p in pixels(image.resize(size[::-1], 0))])
-            images.append(red.reshape(1, *size).float().expand(3, -1, -1))
-            orig_size = torch.tensor([image.height, image.width])
-            targets.append({"image_id": torch.tensor(i), "orig_size": orig_size})
-        yield Batch(pad_images(images) if images else None, targets, unreadable)
-
-
-def pixels(image: Image.Image) -> list[tuple[int, int, int]]:
-    data = image.tobytes()
-    return [(data[i], data[i + 1], data[i + 2]) for i in range(0, len(data), 3)]
 
 
 def save_image(
@@ -94,17 +80,14 @@ def save_image(
 
 
 def run(paths: list[Path], output_dir: Path, *, threshold: float = 0.5) -> list[dict[str, Any]]:
-    return predict(
-        RedFinder(),
-        postprocess,
-        make_batches(paths),
-        paths=paths,
-        read_image=read,
-        classes=CLASSES,
-        output_dir=output_dir,
-        device=torch.device("cpu"),
-        score_thresholds=[threshold] * len(CLASSES),
+    """Predict, two images a batch, and return what `predictions.json` holds."""
+    write_predictions(
+        RED_FINDER, paths, output_dir, thresholds={"cat": threshold, "dög": threshold}, batch_size=2
     )
+    text = (output_dir / "predictions.json").read_text("ascii")
+    predictions: list[dict[str, Any]] = json.loads(text)
+    assert text == json.dumps(predictions, indent=1) + "\n"  # as if written at once
+    return predictions
 
 
 def changes(path: Path, drawn: Path) -> tuple[int, int, int, int] | None:
@@ -128,22 +111,20 @@ def files(folder: Path) -> Mapping[str, bytes]:
 
 def test_writes_each_image_and_one_json(folder: Path, tmp_path: Path) -> None:
     before, paths = files(folder), sorted(folder.rglob("*.*"))
-    returned = run(paths, tmp_path / "out")
+    predictions = run(paths, tmp_path / "out")
     assert files(folder) == before
     names = [p.relative_to(folder).as_posix() for p in paths]
     assert names == ["a/one.png", "b/one.bmp", "b/one.png", "b/turned.JPG"]
     written = {"a/one.png", "b/one.png", "b/one_2.png", "b/turned.JPG", "predictions.json"}
     assert set(files(tmp_path / "out")) == written
-    predictions = json.loads((tmp_path / "out" / "predictions.json").read_text("utf-8"))
-    assert predictions == returned
     assert [(p["image_id"], p["file_name"]) for p in predictions[::2]] == list(enumerate(names))
     first, second = predictions[:2]
     assert first == {
         "image_id": 0, "file_name": "a/one.png", "category_id": 3, "category_name": "cat",
-        "bbox": [20.0, 10.0, 40.0, 40.0], "score": pytest.approx(0.9),
+        "bbox": pytest.approx([20.0, 10.0, 40.0, 40.0]), "score": pytest.approx(0.9),
     }  # fmt: skip
     assert (second["category_id"], second["category_name"]) == (7, "dög")
-    assert predictions[4]["bbox"] == [100.0, 80.0, 50.0, 30.0]
+    assert predictions[4]["bbox"] == pytest.approx([100.0, 80.0, 50.0, 30.0])
 
 
 def test_turned_image_is_drawn_upright(folder: Path, tmp_path: Path) -> None:
@@ -181,13 +162,13 @@ def test_unreadable_image_is_named_and_the_rest_goes_on(
     output = capsys.readouterr().out
     assert "broken.png" in output
     assert "2 images could not be read" in output
-    with pytest.raises(DataError, match="--input: expected images, got 1 that cannot be read"):
+    with pytest.raises(DataError, match="input: none of the 1 images can be read"):
         run([broken], tmp_path / "nothing")
 
 
 def test_inputs_are_never_overwritten(folder: Path, tmp_path: Path) -> None:
     before, paths = files(folder), sorted(folder.rglob("*.*"))
-    with pytest.raises(ConfigError, match="--output_dir: expected a folder where no input lies"):
+    with pytest.raises(ConfigError, match="output_dir: .* is one of the input images"):
         run(paths, folder)
     os.symlink(folder, tmp_path / "link")
     with pytest.raises(ConfigError, match="Choose another folder"):
@@ -197,7 +178,7 @@ def test_inputs_are_never_overwritten(folder: Path, tmp_path: Path) -> None:
 
 def test_file_in_place_of_the_folder_is_told(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(ConfigError, match="--output_dir .*out: expected a folder"):
+    with pytest.raises(ConfigError, match="output_dir .*out: the folder cannot be made"):
         run([folder / "a" / "one.png"], tmp_path / "out")
 
 
@@ -205,6 +186,17 @@ def test_second_run_replaces_the_first(folder: Path, tmp_path: Path) -> None:
     for _ in range(2):
         run([folder / "a" / "one.png"], tmp_path / "out")
     assert set(files(tmp_path / "out")) == {"one.png", "predictions.json"}
+
+
+def test_images_without_a_box_leave_an_empty_list(folder: Path, tmp_path: Path) -> None:
+    nameless = copy.copy(RED_FINDER)
+    nameless.classes = Classes((0, 1, 2), ("", "", "dög"))  # two labels stand for no class
+    one = folder / "a" / "one.png"
+    write_predictions(nameless, [one], tmp_path / "some", thresholds={"dög": 0.5})
+    assert len(json.loads((tmp_path / "some" / "predictions.json").read_text())) == 1
+    nameless.classes = Classes((0, 1, 2, 3), ("", "", "", "dög"))
+    write_predictions(nameless, [one], tmp_path / "none", thresholds={"dög": 0.5})
+    assert (tmp_path / "none" / "predictions.json").read_text() == "[]\n"
 
 
 NAMES = st.sampled_from(["a.png", "A.PNG", "a.bmp", "a.jpg", "a_2.png", "a", "a.b.tif", "a_2.bmp"])
@@ -229,6 +221,6 @@ def test_missing_files_do_not_disturb_the_check(tmp_path: Path) -> None:
 
 
 def test_thresholds_of_names_that_utf8_lacks_are_kept(tmp_path: Path) -> None:
-    tell_thresholds(tmp_path, Classes((3,), ("cat\ud800",)), [0.25], {"cat\ud800": 0.25})
+    report_thresholds(tmp_path, {"cat\ud800": 0.25}, {"cat\ud800": 0.25})
     stored = json.loads((tmp_path / "score_thresholds.json").read_text())
     assert stored == {"cat\ud800": 0.25}

@@ -1,6 +1,5 @@
 """The preview holds the loader's own pixels, and boxes where the targets put them."""
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.options import Values
+from configs.load import Values, read_options
 from datasets.shapes import generate_shapes
-from engine.commands.preview import preview, to_image
+from engine.commands.preview import PreviewOptions, main, to_image
 from util.errors import ConfigError
 
 TINY = str(Path(__file__).parents[2] / "integration" / "tiny.yaml")
@@ -31,10 +30,10 @@ def test_images_of_an_epoch_are_written_with_an_overview(tmp_path: Path) -> None
     given: Values = {
         "data": {**plain, "max_size": 400},
         "optim": {"batch_size": 1},
-        "preview": {"count": 4, "epoch": 3},
         "run": {"output_dir": str(tmp_path)},
     }
-    assert preview(argparse.Namespace(config=TINY), given) == 0
+    config = read_options(TINY, given).config()
+    assert main(config, PreviewOptions(count=4, epoch=3)) == 0
     written = sorted((tmp_path / "preview").glob("epoch3_*.png"))
     assert len(written) == 4
     assert (tmp_path / "preview" / "epoch3.png").exists()
@@ -49,5 +48,5 @@ def test_images_of_an_epoch_are_written_with_an_overview(tmp_path: Path) -> None
 
 
 def test_folder_is_asked_for() -> None:
-    with pytest.raises(ConfigError, match="--output_dir: expected a folder"):
-        preview(argparse.Namespace(config=TINY), {})
+    with pytest.raises(ConfigError, match="output_dir: is missing"):
+        main(read_options(TINY, {}).config(), PreviewOptions())

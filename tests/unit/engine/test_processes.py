@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from engine import processes as module
-from engine.processes import EXIT_USER_ERROR, launch, report_failure
-from util.errors import ConfigError
+from engine.processes import launch, report_failure
+from util.errors import EXIT_USER_ERROR, ConfigError
 
 Write = Callable[[str], Path]
 LAUNCHED = "DEFORMABLE_DETR_LAUNCHED"
@@ -63,7 +63,7 @@ def test_a_killed_process_ends_the_others_and_is_named_last(
     assert launch(program, [], processes=2, device="cpu", restarts=0) == 128 + signal.SIGKILL
     assert time.monotonic() - started < 30
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: rank 1: was ended by SIGKILL; the system ends processes so")
+    assert line.startswith("error: rank 1: killed by SIGKILL, probably out of memory")
 
 
 def test_an_exit_code_is_passed_on(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +71,7 @@ def test_an_exit_code_is_passed_on(write: Write, capfd: pytest.CaptureFixture[st
     assert launch(program, [], processes=2, device="cpu", restarts=0) == 1
     first, last = capfd.readouterr().err.splitlines()
     assert first == "a message"
-    assert last == "error: rank 0: ended with exit code 1; its message stands above"
+    assert last == "error: rank 0: ended with exit code 1; see its message above"
 
 
 def test_all_start_again_after_a_failure_as_often_as_asked(
@@ -91,7 +91,7 @@ def test_all_start_again_after_a_failure_as_often_as_asked(
 
 
 def test_more_gpus_than_there_are_is_refused(write: Write) -> None:
-    with pytest.raises(ConfigError, match=r"^--gpus 999: expected so many GPUs, got \d+\. Lower"):
+    with pytest.raises(ConfigError, match=r"^--gpus 999: this machine has \d+ GPUs\. Use"):
         launch(write(""), [], processes=999, device="cuda", restarts=0)
 
 

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from engine.run_log import RunLog
-from util.console import console
+from util.console import console, log, show_messages
 from util.errors import ConfigError
 from util.files import write_atomic
 
@@ -114,7 +114,7 @@ def test_epoch_needs_its_number(tmp_path: Path) -> None:
 
 def test_file_in_the_way_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(ConfigError, match=r"--output_dir .*run: expected a folder") as caught:
+    with pytest.raises(ConfigError, match="output_dir .*run: the folder cannot be made") as caught:
         RunLog(tmp_path / "run", tensorboard=False)
     assert "\n" not in str(caught.value)
 
@@ -139,22 +139,22 @@ def test_console_line_stands_apart_from_a_bar(capsys: pytest.CaptureFixture[str]
 
 def test_where_another_process_writes_nothing_is_written(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with RunLog(folder, tensorboard=True, enabled=False) as log:
-        log.truncate_after(0, 0)
-        log.step(1, {"loss": 1.0})
-        log.epoch({"epoch": 0})
-        log.scalars(1, {"loss": 1.0})
-        log.image("one", Image.new("L", (8, 6)), 1)
+    with RunLog(folder, tensorboard=True, enabled=False) as run_log:
+        run_log.truncate_after(0, 0)
+        run_log.step(1, {"loss": 1.0})
+        run_log.epoch({"epoch": 0})
+        run_log.scalars(1, {"loss": 1.0})
+        run_log.image("one", Image.new("L", (8, 6)), 1)
     assert not folder.exists()
 
 
-def test_only_the_main_process_speaks_unless_all_shall(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_main_process_says_everything_and_the_others_warn(
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        console("of the run")
-        console("of a process", every_rank=True)
+    for rank in (0, 1):
+        show_messages(rank)
+        log.info("of the run")
+        log.warning("of a process")
     assert capsys.readouterr().out.splitlines() == [
-        "of the run", "of a process", "rank 1: of a process"
+        "of the run", "warning: of a process", "rank 1: warning: of a process"
     ]  # fmt: skip

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from configs.schema import RunConfig, build_config
+from configs.load import Given, build_config
+from configs.schema import RunConfig
 from engine.checkpoint import KEYS
-from engine.commands.train import run_options
+from engine.commands.train import processes
 
 
 def test_device_processes_and_determinism_are_those_of_the_checkpoint(tmp_path: Path) -> None:
@@ -16,11 +17,12 @@ def test_device_processes_and_determinism_are_those_of_the_checkpoint(tmp_path: 
     run["output_dir"] = str(tmp_path)
     content = {**dict.fromkeys(KEYS, 0), "config": asdict(build_config({"run": run}))}
     torch.save(content, tmp_path / "last.pth")
-    resumed = run_options({"run": {"resume": str(tmp_path / "last.pth"), "gpus": 1}})
+    resumed = processes(Given({"run": {"resume": str(tmp_path / "last.pth"), "gpus": 1}}))
     assert resumed == RunConfig(**{**run, "gpus": 1, "resume": str(tmp_path / "last.pth")})
     moved = (tmp_path / "last.pth").rename(tmp_path.with_name("moved.pth"))
-    assert run_options({"run": {"resume": str(moved)}}).output_dir == str(moved.parent)
+    assert processes(Given({"run": {"resume": str(moved)}})).output_dir == str(moved.parent)
 
 
 def test_without_a_checkpoint_they_are_those_given() -> None:
-    assert run_options({"run": {"resume": "auto", "gpus": 3}}) == RunConfig(resume="auto", gpus=3)
+    given = Given({"run": {"resume": "auto", "gpus": 3}})
+    assert processes(given) == RunConfig(resume="auto", gpus=3)

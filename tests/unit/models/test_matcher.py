@@ -119,11 +119,18 @@ def test_half_precision_predictions_are_matched_in_float32() -> None:
     )
 
 
-def test_predictions_that_are_not_finite_are_named() -> None:
-    logits, boxes = random_predictions(1, 2, 3)
-    boxes[0, 1, 2, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="image 1 of the batch is not finite"):
-        HungarianMatcher()([(logits, boxes, pad_targets(random_targets([1, 1], CLASSES), CPU))])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_predictions_that_are_not_finite_are_matched_last(bad: float) -> None:
+    logits, boxes = random_predictions(2, 1, 5)
+    targets = pad_targets(random_targets([2], CLASSES), CPU)
+    (alone,) = HungarianMatcher()([(logits[:, :, :3], boxes[:, :, :3], targets)])
+    boxes[0, 0, 3:, 0], logits[1, 0, 3:] = bad, float("nan")
+    (matches,) = HungarianMatcher()([(logits, boxes, targets)])
+    for layer in range(2):
+        assert pairs_of(matches, layer, 0) == pairs_of(alone, layer, 0)
+    boxes[:] = bad
+    (matches,) = HungarianMatcher()([(logits, boxes, targets)])
+    assert matches.query.shape == (2, 2)
 
 
 def test_a_matcher_without_any_cost_is_refused() -> None:

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.dataset import CocoDetection
-from datasets.formats.sources import Source, read_source
+from datasets.formats.registry import read_source
+from datasets.formats.source import Source
 from datasets.index import CocoIndex
 from datasets.transforms import EvalTransform
+from engine.evaluation.matching import Truth
 from tests.unit.datasets.formats.flawed_formats import (
     FLAWS,
     FORMATS,
@@ -43,7 +45,8 @@ def use(index: CocoIndex) -> tuple[Targets, int]:
     assert all("\n" not in line for line in index.notices)
     json.loads(json.dumps(index.data_report()))
     index.report(num_queries=1)
-    assert len(index.coco_gt.getAnnIds()) == len(index.annotations.ids)
+    truth = Truth.of(index.classes, index.images, index.annotations)
+    assert (truth.image_ids[truth.image] == index.images.ids[index.annotations.image]).all()
     dataset = CocoDetection(index, PLAIN)
     found: Targets = {}
     unreadable = 0

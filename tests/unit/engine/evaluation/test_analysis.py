@@ -14,14 +14,10 @@ from pycocotools.coco import COCO
 
 from engine.evaluation.analysis import Analysis, analyse, best_thresholds, save_analysis
 from engine.evaluation.errors import KINDS
-from engine.evaluation.evaluator import CocoEvaluator, Found
 from engine.evaluation.outcomes import best_threshold
 from engine.evaluation.report import report, save_report
-from tests.unit.engine.evaluation.test_matching import (
-    make_coco,
-    random_detections,
-    random_ground_truth,
-)
+from tests.unit.engine.evaluation.shared import detections_of, evaluator_with, make_coco
+from tests.unit.engine.evaluation.test_matching import random_detections, random_ground_truth
 
 Row = tuple[int, int, list[float], float]  # image, category, (x, y, w, h), score
 
@@ -45,18 +41,9 @@ def scene(num_images: int = 1) -> COCO:
 
 
 def analysed(coco: COCO, rows: list[Row]) -> Analysis:
-    evaluator = CocoEvaluator(coco, {c: c for c in coco.cats})
-    evaluator.take(
-        Found(
-            images=np.array(sorted(coco.imgs)),
-            image=np.array([r[0] for r in rows], dtype=np.int64),
-            category=np.array([r[1] for r in rows], dtype=np.int64),
-            box=np.array([r[2] for r in rows], dtype=np.float64).reshape(-1, 4),
-            score=np.array([r[3] for r in rows], dtype=np.float64),
-        )
-    )
-    names = {i: image["file_name"] for i, image in coco.imgs.items()}
-    return analyse(evaluator, evaluator.evaluate(), file_names=names)
+    images, categories, boxes, scores = zip(*rows, strict=True) if rows else ((), (), (), ())
+    evaluator = evaluator_with(coco, detections_of(coco, images, categories, boxes, scores))
+    return analyse(evaluator, evaluator.evaluate())
 
 
 def moved(box: list[float], by: float) -> list[float]:
@@ -161,14 +148,12 @@ def test_finding_nothing_costs_everything() -> None:
 
 def test_without_objects_nothing_can_be_measured() -> None:
     coco = make_coco({**scene().dataset, "annotations": []})
-    evaluator = CocoEvaluator(coco, {3: 3, 7: 7}, max_dets=300)
-    row = (np.array([v]) for v in (1, 1, 3, BOX_A, 0.9))
-    evaluator.take(Found(*row))
+    evaluator = evaluator_with(coco, detections_of(coco, [1], [3], BOX_A, [0.9]), max_dets=300)
     found = analyse(evaluator, evaluator.evaluate())
     assert {e.delta_AP50 for e in found.errors.values()} == {None}
     assert found.errors["background"].count == 1
     assert found.summary().count("n/a") == len(KINDS)
-    assert found.least_scores() == {3: 0.5, 7: 0.5}
+    assert found.min_scores().tolist() == [0.5, 0.5]
     page = report(found, {}, title="t")
     assert "with 300: AP n/a, AP50 n/a" in page
     assert page.count("No objects to find: n/a.") == 2
@@ -178,8 +163,8 @@ def test_without_objects_nothing_can_be_measured() -> None:
 def test_boxes_are_drawn_from_the_threshold_of_their_class_on() -> None:
     rows: list[Row] = [(1, 3, BOX_A, 0.9), (1, 7, BOX_A, 0.8), (2, 3, BOX_A, 0.4)]
     coco = make_coco({**scene(2).dataset, "annotations": scene(2).dataset["annotations"][::2]})
-    assert analysed(coco, rows).least_scores() == {3: 0.4, 7: 0.4}  # no dog is ever right
-    assert analysed(scene(2), [*rows, (1, 7, BOX_B, 0.3)]).least_scores() == {3: 0.4, 7: 0.3}
+    assert analysed(coco, rows).min_scores().tolist() == [0.4, 0.4]  # no dog is ever right
+    assert analysed(scene(2), [*rows, (1, 7, BOX_B, 0.3)]).min_scores().tolist() == [0.4, 0.3]
 
 
 class Checker(HTMLParser):
@@ -189,12 +174,14 @@ class Checker(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.faults: list[str] = []
+        self.attributes: list[list[str]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Look at what an element refers to and is called."""
         values = dict(attrs)
-        source = values.get("src") or values.get("href") or "data:"
-        if not source.startswith("data:") or tag in ("script", "link"):
+        self.attributes.append([name for name, _ in attrs])
+        source = values.get("src") or values.get("href") or values.get("xlink:href") or "data:"
+        if not source.startswith(("data:", "#")) or tag in ("script", "link"):
             self.faults.append(f"{tag} {source[:40]}")
         if (tag == "img" and not values.get("alt")) or (tag == "th" and "scope" not in values):
             self.faults.append(f"{tag} without text for readers")
@@ -215,9 +202,7 @@ class Checker(HTMLParser):
 def test_the_page_is_whole_on_random_data(seed: int) -> None:
     draw = np.random.default_rng(seed)
     coco = random_ground_truth(draw, most_boxes=(1, 8)[seed % 2])
-    evaluator = CocoEvaluator(coco, {c: c for c in coco.cats})
-    if seed % 4:
-        evaluator.take(random_detections(draw, coco, 6))
+    evaluator = evaluator_with(coco, random_detections(draw, coco, 6) if seed % 4 else None)
     found = analyse(evaluator, evaluator.evaluate())
     image = {i: Image.new("RGB", (40, 30)) for i in coco.imgs}
     page = report(found, image, title="a & <b>")
@@ -229,6 +214,25 @@ def test_the_page_is_whole_on_random_data(seed: int) -> None:
     assert not re.search(r"nan|>-1|None", page)
     json.dumps(found.to_json(), allow_nan=False)
     assert found.summary()
+
+
+def test_hostile_names_are_text() -> None:
+    """Class names, file names and titles come from whoever made the data."""
+    hostile = """</style><script>alert("1")</script>'><img src=x onerror=alert(2)>"""
+    coco = scene(2)
+    coco.imgs[1]["file_name"] = coco.imgs[2]["file_name"] = hostile
+    coco.cats[3]["name"] = hostile
+    for more in (0, 40):  # a matrix, or a list of the most frequent confusions
+        extra = [{"id": 100 + i, "name": f"{hostile}{i}"} for i in range(more)]
+        content = {**coco.dataset, "categories": [*coco.cats.values(), *extra]}
+        found = analysed(make_coco(content), [(1, 7, BOX_A, 0.9), (1, 3, BOX_A, 0.8)])
+        page = report(found, {1: Image.new("RGB", (40, 30))}, title=hostile)
+        checker = Checker()
+        checker.feed(page)
+        assert checker.faults == []
+        assert "onerror" not in {name for names in checker.attributes for name in names}
+        assert page.count("&lt;script&gt;") > 8
+        assert "<script" not in page
 
 
 def test_files_hold_thresholds_by_name_and_null_where_nothing_is_measured(tmp_path: Path) -> None:

@@ -1,18 +1,29 @@
 """Saved detections: read, refused in one line, and evaluated without a model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import main
 from engine.evaluation.detections import read_detections
+from tests.unit.engine.evaluation.shared import make_coco, truth_of
 from util.errors import DataError
 
 GOOD = {"image_id": 4, "category_id": 7, "bbox": [10, 10, 50, 40], "score": 0.5}
-IMAGES = {i: {"id": i, "width": 80, "height": 60} for i in (4, 9)}
+TRUTH = truth_of(
+    make_coco(
+        {
+            "images": [{"id": i, "width": 80, "height": 60} for i in (4, 9)],
+            "categories": [{"id": 7}, {"id": 90}],
+            "annotations": [],
+        }
+    )
+)
 
 
 def write(path: Path, content: Any) -> Path:
@@ -36,19 +47,22 @@ def annotations(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "expected JSON"),
-        ({"annotations": []}, "expected a list of detections, got dict"),
-        ([GOOD, {"image_id": 4}], "entry 1: expected an object with image_id, category_id"),
-        ([{**GOOD, "image_id": "4"}], "entry 0: expected a whole number as image_id"),
-        ([{**GOOD, "category_id": True}], "a whole number as category_id"),
-        ([{**GOOD, "bbox": [1, 2, 3]}], "four finite numbers"),
-        ([{**GOOD, "bbox": [60, 50, -10, 5]}], r"bbox as \[x, y, width, height\]"),
-        ([{**GOOD, "score": float("nan")}], "a finite number as score"),
-        ([{**GOOD, "image_id": 5}, GOOD], "image ids of the data, got 1 .* such as 5"),
-        ([{**GOOD, "image_id": 4.5}], "a whole number as image_id"),
-        ([{**GOOD, "bbox": [0, 0, 1e200, 1e200]}], "four finite numbers"),
-        ([{**GOOD, "bbox": [0.1, 0.1, 0.5, 1]}], "in pixels, got values from 0 to 1"),
-        (["two\nlines"], "entry 0: expected an object"),
+        ("{", "not valid JSON"),
+        ({"annotations": []}, "a list of detections is needed"),
+        ([GOOD, {"image_id": 4}], "entry 1: not an object with image_id, category_id"),
+        ([{**GOOD, "image_id": "4"}], "entry 0: image_id is not a whole number"),
+        ([{**GOOD, "category_id": True}], "category_id is not a whole number"),
+        ([{**GOOD, "bbox": [1, 2, 3]}], "bbox is not four finite numbers"),
+        (
+            [{**GOOD, "bbox": [60, 50, -10, 5]}],
+            r"negative .* be \[x, y, width, height\]",
+        ),
+        ([{**GOOD, "score": float("nan")}], "score is not a finite number"),
+        ([{**GOOD, "image_id": 5}, GOOD], "1 image ids are not in the data, such as 5"),
+        ([{**GOOD, "image_id": 4.5}], "image_id is not a whole number"),
+        ([{**GOOD, "bbox": [0, 0, 1e200, 1e200]}], "bbox is not four finite numbers"),
+        ([{**GOOD, "bbox": [0.1, 0.1, 0.5, 1]}], "between 0 and 1, .* must be in pixels"),
+        (["two\nlines"], "entry 0: not an object"),
     ],
 )
 def test_what_is_no_detection_is_refused_in_one_line(
@@ -56,34 +70,36 @@ def test_what_is_no_detection_is_refused_in_one_line(
 ) -> None:
     path = write(tmp_path / "d.json", content)
     with pytest.raises(DataError, match=message) as caught:
-        read_detections(path, IMAGES, {7, 90})
+        read_detections(path, TRUTH)
     assert "\n" not in str(caught.value)
 
 
 def test_other_categories_are_left_out_with_a_notice(tmp_path: Path) -> None:
     path = write(tmp_path / "d.json", [GOOD, {**GOOD, "category_id": 8}])
-    found, notices = read_detections(path, IMAGES, {7, 90})
-    assert found.category.tolist() == [7]
+    found, notices = read_detections(path, TRUTH)
+    assert TRUTH.category_ids[found.category].tolist() == [7]
     assert notices == [
-        "detections of categories that the data lack: 1 of 2 (ids 8), left out",
+        "1 of 2 detections skipped: their categories (ids 8) are not in the data",
     ]
 
 
 def test_whole_numbers_may_be_written_as_fractions(tmp_path: Path) -> None:
     path = write(tmp_path / "d.json", [{**GOOD, "image_id": 4.0, "category_id": 7.0}])
-    found, notices = read_detections(path, IMAGES, {7, 90})
-    assert (found.image.tolist(), found.category.tolist(), notices) == ([4], [7], [])
+    found, notices = read_detections(path, TRUTH)
+    (row,) = found.to_coco(TRUTH)
+    assert (row["image_id"], row["category_id"], notices) == (4, 7, [])
 
 
 def test_corners_in_place_of_sizes_are_noticed(tmp_path: Path) -> None:
     boxes = [[0, 0, 20, 20], [40, 20, 40, 40], [20, 20, 40, 30], [0, 30, 70, 30]]
     corners = [[x, y, x + w, y + h] for x, y, w, h in boxes]
+    unknown_sizes = replace(TRUTH, sizes=np.zeros_like(TRUTH.sizes))
     for bbox, notice in ((boxes, 0), (corners, 1)):
         path = write(tmp_path / "d.json", [{**GOOD, "bbox": b} for b in bbox])
-        found, notices = read_detections(path, IMAGES, {7, 90})
+        found, notices = read_detections(path, TRUTH)
         assert len(notices) == notice
-        assert not read_detections(path, {4: {}, 9: {}}, {7, 90})[1], "no sizes are known"
-    assert notices[0].startswith("boxes that reach far beyond their images: 3 of 4; x, y, width")
+        assert not read_detections(path, unknown_sizes)[1], "no sizes are known"
+    assert notices[0].startswith("3 of 4 boxes reach far beyond their images; they must be x, y")
 
 
 def test_saved_detections_are_evaluated_and_stay_as_they_are(
@@ -166,7 +182,10 @@ def test_images_at_hand_are_shown(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--detections", "d.json"], "--coco_path"),
-        (["--detections", "d.json", "--checkpoint", "c.pth"], "expected no --checkpoint"),
+        (
+            ["--detections", "d.json", "--checkpoint", "c.pth"],
+            "--detections and --checkpoint are mutually exclusive",
+        ),
         (["--detections", "d.json", "--evaluator", "slow"], "--evaluator"),
         (["--detections", "d.json", "--max_dets", "100"], "more than COCO's 100"),
         (["--detections", "none.json", "--val_annotations", "instances.json"], "none.json"),

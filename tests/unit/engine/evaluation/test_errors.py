@@ -9,7 +9,8 @@ import pytest
 from pycocotools.coco import COCO
 
 from engine.evaluation.analysis import analyse
-from engine.evaluation.evaluator import CocoEvaluator, Found
+from engine.evaluation.matching import Detections
+from tests.unit.engine.evaluation.shared import evaluator_with
 from tests.unit.engine.evaluation.test_matching import random_detections, random_ground_truth
 
 Annotation = dict[str, Any]
@@ -69,10 +70,14 @@ def explain(shot: Shot, objects: list[Annotation], taken: set[int]) -> None:
         shot.kind = "background" if max(own, other) <= 0.1 else "both"
 
 
-def shots_of(coco: COCO, found: Found) -> tuple[list[Shot], set[int]]:
+def shots_of(coco: COCO, found: Detections) -> tuple[list[Shot], set[int]]:
     """Return the detections that are not on crowds, and the ids of what they found."""
+    images, categories = sorted(coco.imgs), sorted(coco.cats)
     columns = (found.image, found.category, found.box, found.score)
-    shots = [Shot(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+    shots = [
+        Shot(images[i], categories[c], box, score)
+        for i, c, box, score in zip(*(c.tolist() for c in columns), strict=True)
+    ]
     shots.sort(key=lambda shot: -shot.score)
     objects = {i: [a for a in coco.imgToAnns[i] if not a["iscrowd"]] for i in coco.imgs}
     taken: set[int] = set()
@@ -126,7 +131,7 @@ def mend(shots: list[Shot], taken: set[int], kind: str) -> list[Entry]:
     return entries
 
 
-def by_definition(coco: COCO, found: Found) -> dict[str, tuple[int, float]]:
+def by_definition(coco: COCO, found: Detections) -> dict[str, tuple[int, float]]:
     """Return how often each kind occurs and by how much AP50 rises without it (with objects)."""
     shots, taken = shots_of(coco, found)
     truth = [a for a in coco.dataset["annotations"] if not a["iscrowd"]]
@@ -151,8 +156,7 @@ def test_kinds_and_costs_are_those_of_the_definition(seed: int) -> None:
     found = random_detections(draw, coco, 8)
     found.score[:] = draw.permutation(len(found.score)) / max(1, len(found.score))  # no ties
     found.box[:] += draw.uniform(0, 0.01, found.box.shape)
-    evaluator = CocoEvaluator(coco, {c: c for c in coco.cats})
-    evaluator.take(found)
+    evaluator = evaluator_with(coco, found)
     ours = analyse(evaluator, evaluator.evaluate()).errors
     objects = any(not a["iscrowd"] for a in coco.dataset["annotations"])
     for kind, (count, cost) in by_definition(coco, found).items():

@@ -17,18 +17,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from engine.evaluation.evaluator import STAT_NAMES, CocoEvaluator, save_results
+from datasets.checks.entries import check_content
+from datasets.formats.source import Source
+from datasets.index import CocoIndex
+from engine.evaluation.evaluator import STAT_NAMES, Evaluator, save_results
+from engine.evaluation.matching import Truth
+from tests.unit.engine.evaluation.shared import make_coco, truth_of
 
 CATEGORIES = (3, 7, 90)
 LABELS = {0: 3, 1: 7, 2: 90, 5: 4}  # label 5 names a category that the data lacks
-
-
-def make_coco(content: dict[str, Any]) -> COCO:
-    coco = COCO()
-    coco.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
 
 
 def random_ground_truth(generator: torch.Generator, num_images: int, first_id: int) -> COCO:
@@ -92,6 +89,22 @@ def perfect(coco: COCO, image_id: int) -> dict[str, Tensor]:
     return {"scores": torch.ones(len(labels)), "labels": torch.tensor(labels), "boxes": boxes}
 
 
+def checked(content: dict[str, Any]) -> Truth:
+    """Return the arrays that the product makes of a file's content."""
+    place = Path("instances.json")
+    entries = check_content(Source(content, Path(), place), need_boxes=False)
+    whole = CocoIndex.from_content(entries, place, None, need_boxes=False)
+    return Truth.of(whole.classes, whole.images, whole.annotations)
+
+
+def truth_in(file: Path) -> Truth:
+    return checked(json.loads(file.read_text()))
+
+
+def results_of(evaluator: Evaluator) -> list[dict[str, Any]]:
+    return evaluator.detections().to_coco(evaluator.truth)
+
+
 def empty_detection() -> dict[str, Tensor]:
     return {
         "scores": torch.zeros(0),
@@ -105,18 +118,18 @@ def empty_detection() -> dict[str, Tensor]:
 def test_equals_pycocotools_on_the_written_file(seed: int, num_images: int, fed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     coco = random_ground_truth(generator, num_images, first_id=1)
-    evaluator = CocoEvaluator(coco, LABELS)
+    evaluator = Evaluator(truth_of(coco), LABELS)
     for image_id in sorted(coco.imgs)[:fed]:
         evaluator.update([image_id], [random_detections(generator, coco, image_id)])
     result = evaluator.evaluate()
     with TemporaryDirectory() as folder:
-        save_results(Path(folder), result, evaluator.detections)
+        save_results(Path(folder), result, results_of(evaluator))
         written = Path(folder) / "eval" / "detections.json"
         detections = json.loads(written.read_text())
         stored = json.loads((Path(folder) / "eval" / "results.json").read_text())
         if detections:  # loadRes cannot read an empty list
             assert list(result.stats.values()) == plain_pycocotools(coco, str(written))
-    assert detections == evaluator.detections
+    assert detections == results_of(evaluator)
     assert stored["stats"] == {k: None if v == -1 else v for k, v in result.stats.items()}
     for row, c in zip(stored["per_class"], result.per_class, strict=True):
         assert (row["AP"] is None) == (c.num_boxes == 0)
@@ -128,7 +141,7 @@ def test_equals_pycocotools_on_the_written_file(seed: int, num_images: int, fed:
 def test_class_ap_averages_to_the_whole(seed: int, num_images: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     coco = random_ground_truth(generator, num_images, first_id=1)
-    evaluator = CocoEvaluator(coco, LABELS)
+    evaluator = Evaluator(truth_of(coco), LABELS)
     for image_id in coco.imgs:
         evaluator.update([image_id], [random_detections(generator, coco, image_id)])
     result = evaluator.evaluate()
@@ -148,7 +161,7 @@ def test_class_ap_averages_to_the_whole(seed: int, num_images: int) -> None:
 def test_real_data_equals_pycocotools(shared: Callable[[str], Path], tmp_path: Path) -> None:
     file = shared("datasets/coco_by/annotations/instances_val2017.json")
     coco = make_coco(json.loads(file.read_text()))
-    evaluator = CocoEvaluator(coco, {i: i for i in range(91)})
+    evaluator = Evaluator(truth_in(file), {i: i for i in range(91)})
     generator = torch.Generator().manual_seed(0)
     for image_id, annotations in coco.imgToAnns.items():
         xywh = torch.tensor([a["bbox"] for a in annotations])
@@ -160,7 +173,7 @@ def test_real_data_equals_pycocotools(shared: Callable[[str], Path], tmp_path: P
         }
         evaluator.update([image_id], [detection])
     result = evaluator.evaluate()
-    save_results(tmp_path, result, evaluator.detections)
+    save_results(tmp_path, result, results_of(evaluator))
     expected = plain_pycocotools(coco, str(tmp_path / "eval" / "detections.json"))
     assert list(result.stats.values()) == expected
     assert 0 < result.stats["AP"] < 1
@@ -170,7 +183,7 @@ def test_real_data_equals_pycocotools(shared: Callable[[str], Path], tmp_path: P
 @pytest.mark.parametrize("first_id", [0, 1, 900_000_000_000])
 def test_ground_truth_as_prediction_is_perfect(first_id: int) -> None:
     coco = random_ground_truth(torch.Generator().manual_seed(3), 6, first_id)
-    evaluator = CocoEvaluator(coco, LABELS)
+    evaluator = Evaluator(truth_of(coco), LABELS)
     evaluator.update(list(coco.imgs), [perfect(coco, i) for i in coco.imgs])
     assert evaluator.evaluate().stats["AP"] == pytest.approx(1.0)
 
@@ -178,11 +191,11 @@ def test_ground_truth_as_prediction_is_perfect(first_id: int) -> None:
 @pytest.mark.parametrize("fed", [False, True])
 def test_no_detections_is_zero(fed: bool) -> None:
     coco = random_ground_truth(torch.Generator().manual_seed(3), 6, 1)
-    evaluator = CocoEvaluator(coco, LABELS)
+    evaluator = Evaluator(truth_of(coco), LABELS)
     if fed:
         evaluator.update(list(coco.imgs), [empty_detection() for _ in coco.imgs])
     result = evaluator.evaluate()
-    assert evaluator.detections == []
+    assert results_of(evaluator) == []
     assert result.stats["AP"] == result.stats["AR_100"] == 0
     assert {c.AP for c in result.per_class if c.num_boxes} == {0.0}
 
@@ -190,9 +203,13 @@ def test_no_detections_is_zero(fed: bool) -> None:
 def test_image_never_fed_counts_as_missed() -> None:
     boxes = [{"id": i, "image_id": i, "category_id": 3, "bbox": [5, 5, 40, 40]} for i in (1, 2)]
     coco = make_coco(
-        {"images": [{"id": 1}, {"id": 2}], "categories": [{"id": 3}], "annotations": boxes}
+        {
+            "images": [{"id": i, "file_name": f"{i}.jpg"} for i in (2, 1)],
+            "categories": [{"id": 3}],
+            "annotations": boxes,
+        }
     )  # no area, no iscrowd, no category name
-    evaluator = CocoEvaluator(coco, {0: 3})
+    evaluator = Evaluator(checked(coco.dataset), {0: 3})
     evaluator.update([1], [perfect(coco, 1)])
     result = evaluator.evaluate()
     assert result.stats["AR_100"] == pytest.approx(0.5)
@@ -202,22 +219,22 @@ def test_image_never_fed_counts_as_missed() -> None:
 
 def test_image_fed_again_replaces_its_detections() -> None:
     coco = random_ground_truth(torch.Generator().manual_seed(3), 3, 1)
-    evaluator = CocoEvaluator(coco, LABELS)
+    evaluator = Evaluator(truth_of(coco), LABELS)
     for _ in range(2):
         evaluator.update(list(coco.imgs), [perfect(coco, i) for i in coco.imgs])
-    assert len(evaluator.detections) == len(coco.anns)
+    assert len(evaluator.detections()) == len(coco.anns)
     assert evaluator.evaluate().num_detections == len(coco.anns)
 
 
 def test_detections_keep_every_bit_and_drop_unknown_labels() -> None:
     coco = random_ground_truth(torch.Generator().manual_seed(3), 1, 1)
-    evaluator = CocoEvaluator(coco, LABELS)
+    evaluator = Evaluator(truth_of(coco), LABELS)
     boxes = torch.tensor([[0.1, 0.2, 10.3, 20.7], [1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0]])
     scores = torch.tensor([0.3, 0.2, 0.1])
     evaluator.update([10], [{"scores": scores, "labels": torch.tensor([2, 5, 17]), "boxes": boxes}])
     x0, y0, x1, y1 = (float(v) for v in boxes[0])
     expected = {"image_id": 10, "category_id": 90, "bbox": [x0, y0, x1 - x0, y1 - y0]}
-    assert evaluator.detections == [{**expected, "score": float(scores[0])}]
+    assert results_of(evaluator) == [{**expected, "score": float(scores[0])}]
 
 
 @settings(max_examples=15)
@@ -227,8 +244,8 @@ def test_what_several_evaluators_found_comes_together_as_in_one(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     coco = random_ground_truth(generator, num_images, first_id=1)
-    alone = CocoEvaluator(coco, LABELS)
-    parts = [CocoEvaluator(coco, LABELS) for _ in range(processes)]
+    alone = Evaluator(truth_of(coco), LABELS)
+    parts = [Evaluator(truth_of(coco), LABELS) for _ in range(processes)]
     for number, image_id in enumerate(sorted(coco.imgs)):
         detections = random_detections(generator, coco, image_id)
         if number == 1:
@@ -236,10 +253,9 @@ def test_what_several_evaluators_found_comes_together_as_in_one(
         for evaluator in (alone, parts[number % processes]):
             evaluator.update([image_id], [detections])
     for part in parts[1:]:
-        parts[0].take(pickle.loads(pickle.dumps(part.found())))
-    assert parts[0].detections == alone.detections
+        parts[0].add(pickle.loads(pickle.dumps(part.detections())))
+    assert results_of(parts[0]) == results_of(alone)
     assert parts[0].evaluate() == alone.evaluate()
-    assert parts[0].found().images.tolist() == sorted(coco.imgs)
 
 
 def test_table_says_why_a_number_is_missing() -> None:
@@ -250,7 +266,7 @@ def test_table_says_why_a_number_is_missing() -> None:
         "annotations": [box],
     }
     coco = make_coco(content)
-    evaluator = CocoEvaluator(coco, {0: 3})
+    evaluator = Evaluator(truth_of(coco), {0: 3})
     evaluator.update([1], [perfect(coco, 1)])
     table = evaluator.evaluate().table()
     assert "n/a: no small or medium ground truth" in table
@@ -259,7 +275,7 @@ def test_table_says_why_a_number_is_missing() -> None:
         ["cat", "1", "1.000", "1.000"],
         ["dog", "0", "n/a", "n/a"],
     ]
-    nothing = CocoEvaluator(make_coco({**content, "annotations": []}), {0: 3}).evaluate()
+    nothing = Evaluator(truth_of(make_coco({**content, "annotations": []})), {0: 3}).evaluate()
     assert nothing.stats["AP"] == -1
     assert "n/a: no ground truth" in nothing.table()
 
@@ -268,7 +284,7 @@ def test_table_says_why_a_number_is_missing() -> None:
 def test_table_stays_short_and_aligned(count: int, rows: int) -> None:
     categories = [{"id": i, "name": f"class number {i} " + "x" * (i % 40)} for i in range(count)]
     coco = make_coco({"images": [{"id": 1}], "categories": categories, "annotations": []})
-    lines = CocoEvaluator(coco, {}).evaluate().table().splitlines()
+    lines = Evaluator(truth_of(coco), {}).evaluate().table().splitlines()
     table = [line for line in lines if line.startswith("class number")]
     assert len(table) == rows
     assert max(map(len, lines)) <= 110
@@ -285,10 +301,10 @@ def test_numbers_that_are_not_finite_are_refused(key: str) -> None:
     }
     detection[key] = detection[key] * float("nan")
     with pytest.raises(ValueError, match="image id 10: .* not finite"):
-        CocoEvaluator(coco, LABELS).update([10], [detection])
+        Evaluator(truth_of(coco), LABELS).update([10], [detection])
 
 
 def test_unknown_image_is_refused() -> None:
     coco = random_ground_truth(torch.Generator().manual_seed(3), 1, 1)
     with pytest.raises(ValueError, match="image id 11"):
-        CocoEvaluator(coco, LABELS).update([11], [empty_detection()])
+        Evaluator(truth_of(coco), LABELS).update([11], [empty_detection()])

@@ -1,20 +1,15 @@
 """Predictions beside the ground truth: which are drawn, and on which images."""
 
-from typing import Any
-
 import pytest
 from PIL import Image, ImageChops
 
 from engine.evaluation.gallery import draw_gallery, evenly_spaced
-from tests.unit.engine.evaluation.test_matching import make_coco
+from tests.unit.engine.evaluation.shared import detections_of, make_coco, truth_of
 
-FOUND = [
-    {"image_id": 4, "category_id": 7, "bbox": [10, 10, 50, 30], "score": score}
-    for score in (0.25, 0.75)
-]
+SCORES = [0.25, 0.75]
 
 
-def drawn(detections: list[dict[str, Any]], threshold: float | None = 0.3) -> Image.Image:
+def drawn(scores: list[float], threshold: float | None = 0.3, elsewhere: int = 0) -> Image.Image:
     """Return the prediction half of image 4, without its title."""
     coco = make_coco(
         {
@@ -24,14 +19,20 @@ def drawn(detections: list[dict[str, Any]], threshold: float | None = 0.3) -> Im
         }
     )
     images = draw_gallery(
-        detections,
-        coco,
+        detections_of(
+            coco,
+            [4] * (len(scores) - elsewhere) + [9] * elsewhere,
+            [7] * len(scores),
+            [[10, 10, 50, 30]] * len(scores),
+            scores,
+        ),
+        truth_of(coco),
         [9, 4],
         lambda i: Image.new("RGB", (80, 60), "white") if i == 4 else None,
         score_threshold=threshold,
     )
-    assert list(images) == ["image_4"], "an image that cannot be read is left out"
-    whole = images["image_4"]
+    assert list(images) == [4], "an image that cannot be read is left out"
+    whole = images[4]
     return whole.crop((0, whole.height - 60, 80, whole.height))
 
 
@@ -45,9 +46,9 @@ def same(one: Image.Image, other: Image.Image) -> bool:
 def test_predictions_from_the_threshold_on_are_drawn(
     threshold: float | None, seen: list[int]
 ) -> None:
-    expected = drawn([FOUND[i] for i in seen], None)
-    assert same(drawn(FOUND, threshold), expected)
-    assert same(drawn([*FOUND, {**FOUND[1], "image_id": 9}], threshold), expected)
+    expected = drawn([SCORES[i] for i in seen], None)
+    assert same(drawn(SCORES, threshold), expected)
+    assert same(drawn([*SCORES, SCORES[1]], threshold, elsewhere=1), expected)
     assert same(expected, drawn([], None)) == (not seen)
 
 

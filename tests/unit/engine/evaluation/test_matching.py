@@ -1,27 +1,17 @@
 """Our matching and accumulation against pycocotools, to the last digit."""
 
-import contextlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from engine.evaluation.evaluator import CocoEvaluator, EvalResult, Found
+from engine.evaluation.matching import Detections
+from tests.unit.engine.evaluation.shared import both, detections_of, make_coco
 
 CATEGORIES = (3, 7, 90)
-
-
-def make_coco(content: dict[str, Any]) -> COCO:
-    coco = COCO()
-    coco.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
 
 
 def random_boxes(draw: np.random.Generator, count: int) -> list[list[float]]:
@@ -49,7 +39,7 @@ def random_ground_truth(draw: np.random.Generator, most_boxes: int = 8) -> COCO:
     )
 
 
-def random_detections(draw: np.random.Generator, coco: COCO, most_alarms: int) -> Found:
+def random_detections(draw: np.random.Generator, coco: COCO, most_alarms: int) -> Detections:
     """Return moved truth, duplicates, wrong classes and false alarms; many scores are equal."""
     rows: list[tuple[int, int, list[float]]] = []
     for image in coco.imgs:
@@ -65,23 +55,8 @@ def random_detections(draw: np.random.Generator, coco: COCO, most_alarms: int) -
     draw.shuffle(rows)
     steps = draw.choice([3, 20, 10**6])
     score = draw.integers(0, steps, len(rows)) / steps
-    return Found(
-        images=np.array(sorted(coco.imgs)),
-        image=np.array([r[0] for r in rows], dtype=np.int64),
-        category=np.array([r[1] for r in rows], dtype=np.int64),
-        box=np.array([r[2] for r in rows], dtype=np.float64).reshape(-1, 4),
-        score=score.astype(np.float64),
-    )
-
-
-def both(coco: COCO, found: Found, max_dets: int = 0) -> tuple[EvalResult, EvalResult]:
-    """Return our result and pycocotools'."""
-    labels = {c: c for c in coco.cats}
-    ours = CocoEvaluator(coco, labels, max_dets=max_dets)
-    theirs = CocoEvaluator(coco, labels, backend="pycocotools", max_dets=max_dets)
-    for evaluator in (ours, theirs):
-        evaluator.take(found)
-    return ours.evaluate(), theirs.evaluate()
+    images, categories, boxes = zip(*rows, strict=True) if rows else ((), (), ())
+    return detections_of(coco, images, categories, boxes, score)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -107,13 +82,7 @@ def test_equal_beyond_100_boxes_of_a_class(max_dets: int) -> None:
             ],
         }
     )
-    found = Found(
-        images=np.array([1]),
-        image=np.ones(130, dtype=np.int64),
-        category=np.full(130, 3),
-        box=np.array(boxes),
-        score=draw.random(130),
-    )
+    found = detections_of(coco, [1] * 130, [3] * 130, boxes, draw.random(130))
     ours, theirs = both(coco, found, max_dets)
     assert ours == theirs
     assert ours.stats["AR_100"] == pytest.approx(100 / 130)
@@ -129,8 +98,7 @@ def test_equal_without_detections_or_without_ground_truth(boxes: bool) -> None:
     coco = random_ground_truth(draw)
     found = random_detections(draw, coco, 9)
     if boxes:
-        found = Found(found.images, found.image[:0], found.category[:0], found.box[:0],
-                      found.score[:0])  # fmt: skip
+        found = found.select(np.zeros(0, dtype=np.int64))
     else:
         coco = make_coco({**coco.dataset, "annotations": []})
     ours, theirs = both(coco, found)
@@ -152,12 +120,12 @@ def test_equal_on_real_data(file: str, shared: Callable[[str], Path]) -> None:
     draw = np.random.default_rng(0)
     truth = list(coco.anns.values())
     box = np.array([a["bbox"] for a in truth]).repeat(3, axis=0)
-    found = Found(
-        images=np.array(sorted(coco.imgs)),
-        image=np.array([a["image_id"] for a in truth]).repeat(3),
-        category=np.array([a["category_id"] for a in truth]).repeat(3),
-        box=np.maximum(box * draw.normal(1, 0.08, box.shape), 0.0),
-        score=draw.random(len(box)).round(3),
+    found = detections_of(
+        coco,
+        np.array([a["image_id"] for a in truth]).repeat(3).tolist(),
+        np.array([a["category_id"] for a in truth]).repeat(3).tolist(),
+        np.maximum(box * draw.normal(1, 0.08, box.shape), 0.0),
+        draw.random(len(box)).round(3),
     )
     ours, theirs = both(coco, found)
     assert ours == theirs
@@ -165,25 +133,25 @@ def test_equal_on_real_data(file: str, shared: Callable[[str], Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "least"),
+    ("name", "file", "minimum"),
     [
         ("bccd_val", "bccd/annotations/instances_val.json", 0.4),
         ("coco_by_val", "coco_by/annotations/instances_val2017.json", 0.2),
     ],
 )
 def test_equal_on_what_trained_models_found_in_real_images(
-    name: str, file: str, least: float, shared: Callable[[str], Path]
+    name: str, file: str, minimum: float, shared: Callable[[str], Path]
 ) -> None:
     """The detections, of scores from 0.05 on, are of models that were trained for minutes."""
     coco = make_coco(json.loads(shared(f"datasets/{file}").read_text()))
     with np.load(Path(__file__).with_name("real_detections.npz")) as saved:
-        found = Found(
-            images=np.array(sorted(coco.imgs)),
-            image=saved[f"{name}_image"].astype(np.int64),
-            category=saved[f"{name}_category"].astype(np.int64),
-            box=saved[f"{name}_box"].astype(np.float64),
-            score=saved[f"{name}_score"].astype(np.float64),
+        found = detections_of(
+            coco,
+            saved[f"{name}_image"].tolist(),
+            saved[f"{name}_category"].tolist(),
+            saved[f"{name}_box"],
+            saved[f"{name}_score"],
         )
     ours, theirs = both(coco, found)
     assert ours == theirs
-    assert ours.stats["AP"] > least
+    assert ours.stats["AP"] > minimum

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from engine.evaluation.analysis import analyse, best_thresholds
-from engine.evaluation.evaluator import CocoEvaluator
 from engine.evaluation.outcomes import thresholds_by_name
+from tests.unit.engine.evaluation.shared import evaluator_with
 from tests.unit.engine.evaluation.test_matching import random_detections, random_ground_truth
 
 
@@ -13,9 +13,8 @@ from tests.unit.engine.evaluation.test_matching import random_detections, random
 def test_they_are_those_of_the_analysis(seed: int) -> None:
     draw = np.random.default_rng(seed)
     coco = random_ground_truth(draw, most_boxes=(1, 8)[seed % 2])
-    evaluator = CocoEvaluator(coco, {c: c for c in coco.cats})
-    if seed % 4:  # else nothing was found
-        evaluator.take(random_detections(draw, coco, 6))
+    # in every fourth, nothing was found
+    evaluator = evaluator_with(coco, random_detections(draw, coco, 6) if seed % 4 else None)
     found = thresholds_by_name(evaluator)
     assert found == best_thresholds(analyse(evaluator, evaluator.evaluate()))
     assert found or seed % 2 == 0

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.guards.flat_loss import FlatLossWatchdog
+from engine.guards.flat_loss import FlatLoss
 
 
-def watchdog(**options: float) -> FlatLossWatchdog:
-    return FlatLossWatchdog(effective_batch=4, lr=2e-4, **options)  # type: ignore[arg-type]
+def watchdog(**options: float) -> FlatLoss:
+    return FlatLoss(effective_batch=4, lr=2e-4, **options)  # type: ignore[arg-type]
 
 
-def warnings(dog: FlatLossWatchdog, losses: Iterable[float], first: int = 0) -> list[int]:
+def warnings(dog: FlatLoss, losses: Iterable[float], first: int = 0) -> list[int]:
     """Return the steps at which the watchdog warns."""
     return [step for step, loss in enumerate(losses, first) if dog.add(step, loss)]
 
@@ -53,9 +53,19 @@ def test_a_tiny_but_steady_fall_is_flat() -> None:
     assert warnings(watchdog(), (10 - step * 1e-4 for step in range(700))) == [499]
 
 
-def test_a_low_loss_of_trained_weights_is_not_told() -> None:
-    assert warnings(watchdog(low=18.0), noisy(lambda _: 7.0, 2000, 0.3, 1)) == []
-    assert warnings(watchdog(low=18.0), noisy(lambda _: 30.0, 2000, 0.3, 1)) != []
+@pytest.mark.parametrize("unit", [0.01, 1.0, 1000.0])
+def test_only_the_first_losses_are_the_scale(unit: float) -> None:
+    """A loss that has fallen to a half of its start may stay there; one near its start may not."""
+    fallen = [unit * (20 if step < 60 else 10) for step in range(2000)]
+    assert warnings(watchdog(), fallen) == []
+    assert warnings(watchdog(), noisy(lambda _: 20 * unit, 2000, 0.3, 1)) != []
+
+
+def test_an_old_state_is_understood() -> None:
+    """As checkpoints have it that were saved while the loss's parts gave a bound."""
+    dog = watchdog(window=40)
+    dog.load_state_dict({"start": 30.0, "warned": False, "blocks": [], "block": [0.0] * 4})
+    assert warnings(dog, [30.0] * 40) == [39]
 
 
 def test_a_run_that_falls_back_to_its_start_is_told_again() -> None:
@@ -77,10 +87,10 @@ def test_a_resumed_watchdog_equals_an_uninterrupted_one(cut: int) -> None:
     whole, part, resumed = watchdog(window=40), watchdog(window=40), watchdog(window=40)
     expected = warnings(whole, losses)
     found = warnings(part, losses[:cut])
-    resumed.restore(json.loads(json.dumps(part.state())))
+    resumed.load_state_dict(json.loads(json.dumps(part.state_dict())))
     found += warnings(resumed, losses[cut:], cut)
     assert found == expected != []
-    assert resumed.state() == whole.state()
+    assert resumed.state_dict() == whole.state_dict()
 
 
 def test_the_warning_says_what_was_seen_and_what_to_try() -> None:
@@ -96,5 +106,5 @@ def test_the_warning_says_what_was_seen_and_what_to_try() -> None:
 
 
 def test_a_window_too_short_to_judge_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 10"):
+    with pytest.raises(ValueError, match="9 steps are too few, use at least 10"):
         watchdog(window=9)

@@ -1,7 +1,7 @@
 """Steps: the same gradients in any number of processes and micro-batches, and what is skipped."""
 
+import signal
 import socket
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,11 @@ from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
 from configs.schema import Config, OptimConfig, RunConfig
-from datasets.loader import BatchSplit
-from engine.commands.train import Place, build_runner
+from datasets.samplers import BatchSplit
+from engine.build import try_step
+from engine.guards import UnreadableImages
 from engine.run_log import RunLog
-from engine.train import StepRunner, UnreadableImages, grouped, inputs_of, without_boxes
+from engine.trainer import Trainer
 from models.build import build_model
 from tests.unit.engine.shared_steps import (
     BROKEN,
@@ -24,7 +25,9 @@ from tests.unit.engine.shared_steps import (
     STEPS,
     Result,
     logged,
+    make_trainer,
     micro_batches,
+    train_epoch,
     work,
 )
 from tests.unit.models.small import small_config
@@ -106,7 +109,7 @@ def test_one_image_that_is_not_finite_skips_the_step_of_all_processes(
     assert {path.stem.rsplit("_")[-1] for path in blamed} == {f"rank{2 % size}"}
 
 
-def small_runner(folder: Path, log: RunLog, **options: float) -> StepRunner:
+def small_trainer(folder: Path, log: RunLog, batches: list[Batch], **options: float) -> Trainer:
     """Return what trains a small detector in this process, one micro-batch a step."""
     config = Config(
         model=small_config(enc_layers=1, dec_layers=1),
@@ -114,8 +117,7 @@ def small_runner(folder: Path, log: RunLog, **options: float) -> StepRunner:
         run=RunConfig(output_dir=str(folder), max_nonfinite=2),
     )
     model = build_model(config.model, num_classes=CLASSES)
-    place = Place(World(), torch.device("cpu"), BatchSplit(IMAGES))
-    return build_runner(model, config, place, log, steps_per_epoch=4)
+    return make_trainer(config, model, batches, BatchSplit(IMAGES), World(), log)
 
 
 def weights(model: nn.Module) -> list[torch.Tensor]:
@@ -130,92 +132,81 @@ def test_a_step_without_a_readable_image_counts_and_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = Batch(None, [], [UnreadableImage(7, "seven.png", "gone")])
-    steps = []
     with RunLog(tmp_path, tensorboard=False) as log:
-        runner = small_runner(tmp_path, log)
-        before = weights(runner.model)
-        runner.run(
-            [bad, bad],
-            epoch=0,
-            stopping=lambda: False,
-            on_step=lambda latest: steps.append(runner.step) or False,  # type: ignore[func-returns-value]
-        )
-        assert same(before, runner.model)
-    assert steps == [1, 2]
-    assert set(runner.unreadable.images) == {"seven.png"}
+        trainer = small_trainer(tmp_path, log, [bad, bad])
+        before = weights(trainer.detector)
+        train_epoch(trainer)
+        assert same(before, trainer.detector)
+    assert (trainer.step, trainer.epoch_step) == (2, 2)
+    assert trainer.scheduler.last_epoch == 0
+    assert set(trainer.guards.unreadable.images) == {"seven.png"}
     assert capsys.readouterr().out.count("'seven.png' cannot be read (gone)") == 1
 
 
-def test_training_ends_before_a_step_or_after_it(tmp_path: Path) -> None:
+def test_training_ends_before_a_step_or_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (batch, _) = micro_batches(BatchSplit(IMAGES), broken=BROKEN, poisoned=-1)
-    latest: list[Mapping[str, float] | None] = []
+    logged_at: list[tuple[int, int]] = []
     with RunLog(tmp_path, tensorboard=False) as log:
-        runner = small_runner(tmp_path, log)
-
-        def on_step(values: Mapping[str, float] | None) -> bool:
-            latest.append(values)
-            return runner.step == 3
-
-        before = weights(runner.model)
-        runner.run([batch] * 9, epoch=0, stopping=lambda: True, on_step=on_step)
-        assert same(before, runner.model)
-        assert runner.step == 0
-        runner.flush_every = 2
-        runner.run([batch] * 9, epoch=0, stopping=lambda: False, on_step=on_step)
-        assert runner.step == 3
-        assert not same(before, runner.model)
-    assert [values is None for values in latest] == [True, False, True]
+        trainer = small_trainer(tmp_path, log, [batch] * 9)
+        before = weights(trainer.detector)
+        trainer.stop.number = signal.SIGTERM
+        train_epoch(trainer)
+        assert same(before, trainer.detector)
+        assert trainer.step == 0
+        trainer.stop.number, trainer.flush_every, trainer.max_steps = 0, 2, 3
+        monkeypatch.setattr(
+            trainer.guards.memory, "on_log", lambda s: logged_at.append((s.step, trainer.step))
+        )
+        train_epoch(trainer)
+        assert trainer.step == 3
+        assert not same(before, trainer.detector)
+    assert logged_at == [(0, 2), (1, 3), (2, 3)]  # the last one waits, until the end
     assert [line["step"] for line in logged(tmp_path)] == [0, 1, 2]
 
 
 def test_too_many_skipped_steps_end_the_run_and_leave_the_weights(tmp_path: Path) -> None:
     (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=2)
     with RunLog(tmp_path, tensorboard=False) as log:
-        runner = small_runner(tmp_path, log, ema_decay=0.5)
-        before = weights(runner.model)
-        with pytest.raises(UserError, match=r"got none in 2 steps in a row \(image 3 of 12"):
-            runner.run([batch] * 5, epoch=0, stopping=lambda: False, on_step=lambda latest: False)
-        assert same(before, runner.model)
-        assert runner.ema is not None
-        averages = runner.ema.state_dict()["model"]
+        trainer = small_trainer(tmp_path, log, [batch] * 5, ema_decay=0.5)
+        before = weights(trainer.detector)
+        with pytest.raises(UserError, match=r"not finite in 2 steps in a row \(image 3 of 12"):
+            train_epoch(trainer)
+        assert same(before, trainer.detector)
+        assert trainer.ema is not None
+        averages = trainer.ema.state_dict()["model"]
         assert all(torch.isfinite(v).all() for v in averages.values())
+
+
+def test_a_step_that_does_not_fit_into_memory_says_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=-1)
+    with RunLog(tmp_path, tensorboard=False) as log:
+        trainer = small_trainer(tmp_path, log, [batch])
+
+        def fail(error: Exception) -> None:
+            raise error
+
+        monkeypatch.setattr(trainer, "update", lambda: fail(MemoryError()))
+        with pytest.raises(UserError, match="out of memory on 12 x 32 x 32 pixels with up to 9"):
+            train_epoch(trainer)
+        monkeypatch.setattr(trainer, "update", lambda: fail(RuntimeError("another")))
+        with pytest.raises(RuntimeError, match="another"):
+            train_epoch(trainer)
 
 
 def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:
     (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=-1)
     assert batch.images is not None
     with RunLog(tmp_path, tensorboard=False) as log:
-        runner = small_runner(tmp_path, log)
-        before = weights(runner.model)
-        runner.probe(batch.images, batch.targets)
-        assert same(before, runner.model)
-    assert all(p.grad is None for p in runner.model.parameters())
+        trainer = small_trainer(tmp_path, log, [batch])
+        before = {k: v.clone() for k, v in trainer.detector.state_dict().items()}
+        try_step(trainer, batch.images, batch.targets)
+    assert all(v.equal(before[k]) for k, v in trainer.detector.state_dict().items())
+    assert all(p.grad is None for p in trainer.detector.parameters())
     assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_groups_are_whole_but_for_the_last() -> None:
-    batches = [Batch(None, [], []) for _ in range(5)]
-    assert [len(group) for group in grouped(batches, 2)] == [2, 2, 1]
-    assert list(grouped([], 3)) == []
-
-
-def test_a_blank_image_stands_in_where_none_could_be_read() -> None:
-    images, targets = inputs_of(Batch(None, [], []))
-    assert images.images.shape[:2] == (1, 3)
-    assert not images.images.any()
-    assert not images.mask.any()
-    assert [len(t["labels"]) for t in targets] == [0]
-
-
-def test_a_target_without_boxes_keeps_the_rest() -> None:
-    target = {
-        "labels": torch.ones(3), "boxes": torch.ones(3, 4), "image_id": torch.tensor(4)
-    }  # fmt: skip
-    empty = without_boxes(target)
-    assert empty["labels"].shape == (0,)
-    assert empty["boxes"].shape == (0, 4)
-    assert int(empty["image_id"]) == 4
-    assert target["labels"].shape == (3,)
 
 
 def test_each_unreadable_image_is_named_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,5 +214,23 @@ def test_each_unreadable_image_is_named_once(capsys: pytest.CaptureFixture[str])
     for name in ("a", "b", "a"):
         unreadable.report(Batch(None, [], [UnreadableImage(1, name, "torn")]))
     assert capsys.readouterr().out.splitlines() == [
-        f"warning: image 1 '{name}' cannot be read (torn); going on without it." for name in "ab"
+        f"warning: image 1 '{name}' cannot be read (torn) and is skipped." for name in "ab"
     ]
+
+
+def test_averages_never_see_a_pixel_that_is_not_finite(tmp_path: Path) -> None:
+    """Norms that are trained have seen it, until the guard restores them."""
+    (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=2)
+    config = Config(
+        model=small_config(enc_layers=1, dec_layers=1, train_backbone_norm=True),
+        optim=OptimConfig(ema_decay=0.5, frozen_stages=0),
+        run=RunConfig(output_dir=str(tmp_path)),
+    )
+    model = build_model(config.model, num_classes=CLASSES, frozen_stages=0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with RunLog(tmp_path, tensorboard=False) as log:
+        trainer = make_trainer(config, model, [batch], BatchSplit(IMAGES), World(), log)
+        train_epoch(trainer)
+    assert trainer.ema is not None
+    for state in (model.state_dict(), trainer.ema.state_dict()["model"]):
+        assert all(value.equal(before[key]) for key, value in state.items())

@@ -1,0 +1,86 @@
+"""`train` and `evaluate` in one call each, as the commands do it."""
+
+import os
+import signal
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs.load import Given, read_options
+from configs.options import by_section
+from configs.schema import SECTIONS
+from engine.commands import train as command
+from engine.detector import Detector
+from engine.processes import launch
+from util.console import show_messages
+from util.distributed import rank_at_start, started_by_launcher
+from util.errors import UserError
+
+
+def train(config: str | os.PathLike[str] | None = None, **options: Any) -> Path:
+    """Train a detector as the command `train` does; return the run's folder.
+
+    `config` is the name of a preset or a YAML file. `options` are those of the command line
+    without dashes (`lr=1e-4, train_images="train/", output_dir="runs/mine"`), a list for several
+    values; `recipes` names recipes, whose own options may then be given too. With `gpus`, the run
+    computes in processes of its own.
+
+    Raises:
+        UserError: an option is unknown (the nearest one is named) or of another type, or the
+            command would end with such an error.
+        KeyboardInterrupt: Ctrl-C stopped the run, after it was saved.
+    """
+    names = tuple(options.pop("recipes", ()))
+    sections = {f"recipe {name}": command.RECIPES[name] for name in names}
+    values = by_section(options, {**SECTIONS, **sections})
+    recipes = {name: values.pop(f"recipe {name}", {}) for name in names}
+    values |= {"recipes": recipes} if recipes else {}
+    given = read_options(os.fspath(config) if config is not None else None, values, command.RECIPES)
+    show_messages(rank_at_start())
+    run = command.processes(given)
+    if run.gpus > 1 and not started_by_launcher():
+        code = _launch(given, processes=run.gpus, device=run.device, restarts=run.max_restarts)
+    else:
+        code = command.main(given)
+    if code == 128 + signal.SIGINT:
+        raise KeyboardInterrupt("the run was stopped and saved")
+    if code:
+        raise UserError(f"training ended with exit code {code}; the reason is printed above.")
+    return Path(run.output_dir)
+
+
+def evaluate(
+    source: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None = None,
+    annotations: str | os.PathLike[str] | None = None,
+    *,
+    batch_size: int | None = None,
+    precision: str = "fp32",
+    **load: Any,
+) -> dict[str, float]:
+    """Return COCO's 12 numbers of a checkpoint by name.
+
+    `load` holds options of `Detector.load`; the others are those of `Detector.evaluate`.
+    """
+    detector = Detector.load(source, **load)
+    return detector.evaluate(images, annotations, batch_size=batch_size, precision=precision)
+
+
+def _launch(given: Given, **how: Any) -> int:
+    """Run the command line in several processes, with the options in a file."""
+    root = Path(__file__).parents[1]
+    program = root / "__main__.py"  # of the installed package
+    plain = {
+        title: {k: list(v) if isinstance(v, tuple) else v for k, v in section.items()}
+        for title, section in given.values.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "options.yaml"
+        file.write_text(yaml.safe_dump(plain), encoding="utf-8")
+        return launch(
+            program if program.is_file() else root / "main.py",
+            ["train", "--config", str(file)],
+            **how,
+        )

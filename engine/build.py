@@ -1,0 +1,357 @@
+"""From options to a `Trainer`: data, model with its first weights, optimiser, guards."""
+
+import inspect
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from configs.schema import Config
+from datasets.build import build_dataset, load_index
+from datasets.dataset import CocoDetection
+from datasets.index import CocoIndex
+from datasets.loader import TrainLoader, eval_loader, loader_processes, train_loader
+from datasets.samplers import BatchSplit
+from engine.checkpoint import CheckpointFolder
+from engine.ema import Ema
+from engine.guards import FlatLoss, Guards, MemoryGuard, NonFiniteSteps, UnreadableImages
+from engine.guards.memory import probe
+from engine.guards.timer import StepTimer
+from engine.guards.unreadable import write_data_report
+from engine.optim import build_optimizer, build_scheduler
+from engine.precision import Precision
+from engine.run_log import RunLog
+from engine.trainer import Trainer, count_parameters
+from models.build import ALL_STAGES, build_criterion, build_model
+from models.deformable_detr import DeformableDETR
+from models.postprocess import PostProcess
+from models.switches import compile_model, freeze, set_checkpointing
+from models.weights.load import Pretrained
+from models.weights.transfer import BACKBONE, transfer
+from util.batch import Batch, PaddedBatch, Target
+from util.classes import Classes
+from util.console import log
+from util.distributed import World
+from util.errors import CheckpointError, ConfigError
+from util.random_state import seed_everything
+from util.version import __version__
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run does: its options, and the weights or the checkpoint it starts from."""
+
+    config: Config
+    pretrained: Pretrained | None = None
+    checkpoint: Path | None = None
+    preprocessing: Mapping[str, Sequence[float]] | None = None  # the checkpoint's
+
+    @property
+    def output_dir(self) -> Path:
+        """Return the run's folder."""
+        return Path(self.config.run.output_dir)
+
+    @property
+    def in_place(self) -> bool:
+        """Return whether the run continues in the folder of its checkpoint."""
+        if self.checkpoint is None:
+            return False
+        return self.output_dir.resolve() == self.checkpoint.parent.resolve()
+
+
+def build_trainer(
+    plan: RunPlan,
+    world: World,
+    device: torch.device,
+    share: BatchSplit,
+    run_log: RunLog,
+    folder: CheckpointFolder,
+) -> Trainer:
+    """Put data, model, optimiser, guards and logs together; try the largest step."""
+    config = plan.config
+    optim, options, data = config.optim, config.run, config.data
+    seed_everything(options.seed)
+    train_index, val_index = load_data(plan, world)
+    classes = train_index.classes
+    model, mean, std = build_training_model(plan, classes)
+    model = model.to(device)
+    train_set = build_dataset(
+        data, train_index, train=True, mean=mean, std=std, seed=options.seed, epochs=optim.epochs
+    )
+    val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
+    num_workers = loader_processes(data.num_workers, local_size=world.local_size)
+    loader = train_loader(
+        train_set,
+        share,
+        num_workers=num_workers,
+        seed=options.seed,
+        aspect_ratio_grouping=data.aspect_ratio_grouping,
+        pin_memory=device.type == "cuda",
+        pad_multiple=optim.pad_multiple,
+    )
+    val_batches = eval_loader(
+        val_set,
+        batch_size=optim.eval_batch_size or optim.batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        rank=world.rank,
+        world_size=world.size,
+    )
+    trainer = assemble_trainer(
+        config,
+        model,
+        loader,
+        val_set,
+        val_batches,
+        world=world,
+        device=device,
+        run_log=run_log,
+        folder=folder,
+        identity={
+            "classes": classes.to_json(),
+            "config": asdict(config),
+            "preprocessing": {"mean": list(mean), "std": list(std)},
+            "versions": versions(),
+        },
+    )
+    log.info(
+        f"{config.model.backbone}: {count_parameters(model):,} trained parameters, "
+        f"{loader.steps} steps an epoch on {device}"
+    )
+    log.info(
+        f"a step: {share.effective} images = {share.batch_size} at once x "
+        f"{loader.accumulation} micro-batches x {world.size} processes, "
+        f"each with {num_workers} loader processes"
+    )
+    if options.probe:
+        try_largest_step(trainer, train_set, share.batch_size)
+    torch.manual_seed(options.seed + world.rank)  # dropout differs between processes
+    return trainer
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a checkpoint records."""
+    return {
+        "python": sys.version.split()[0],
+        "torch": str(torch.__version__),
+        "deformable_detr": __version__,
+    }
+
+
+def load_data(plan: RunPlan, world: World) -> tuple[CocoIndex, CocoIndex]:
+    """Return training and validation data; data_report.json lists what was fixed or skipped."""
+    indices = {split: load_index(plan.config.data, split) for split in ("train", "val")}
+    for index in indices.values():
+        log.info(index.report(plan.config.model.num_queries))
+    if world.main:
+        write_data_report(
+            plan.output_dir / "data_report.json",
+            {split: index.data_report() for split, index in indices.items()},
+            continued=plan.in_place,
+        )
+    return indices["train"], indices["val"]
+
+
+def build_training_model(
+    plan: RunPlan, classes: Classes
+) -> tuple[DeformableDETR, Sequence[float], Sequence[float]]:
+    """Build the model with its first weights; return it and the images' mean and deviation.
+
+    Raises:
+        ConfigError: `nheads` is not that of the weights, or frozen parts would stay random.
+        CheckpointError: the weights are of another model.
+    """
+    config, pretrained = plan.config, plan.pretrained
+    inherited = plan.checkpoint is not None or (
+        pretrained is not None
+        and pretrained.model_options.get("backbone", config.model.backbone) == config.model.backbone
+    )
+    backbone_weights = "none" if inherited else config.run.backbone_weights
+    model = build_model(
+        config.model,
+        num_classes=len(classes),
+        backbone_weights=backbone_weights,
+        frozen_stages=config.optim.frozen_stages if config.optim.lr_backbone else ALL_STAGES,
+        recipes=config.recipes,
+    )
+    mean: Sequence[float] = model.backbone.mean
+    std: Sequence[float] = model.backbone.std
+    if plan.preprocessing is not None:
+        mean, std = plan.preprocessing["mean"], plan.preprocessing["std"]
+    fresh: set[str] = set() if plan.checkpoint else set(model.state_dict())
+    if pretrained is not None:
+        fresh = load_pretrained_weights(model, pretrained, config, classes, backbone=inherited)
+        if inherited:
+            mean, std = pretrained.image_mean or mean, pretrained.image_std or std
+        elif backbone_weights == "none":
+            fresh |= {name for name in model.state_dict() if name.startswith(BACKBONE)}
+    if backbone_weights != "none":
+        fresh = {name for name in fresh if not name.startswith(BACKBONE)}
+    freeze(model, config.optim.freeze, fresh=fresh)
+    return model, mean, std
+
+
+def load_pretrained_weights(
+    model: DeformableDETR,
+    pretrained: Pretrained,
+    config: Config,
+    classes: Classes,
+    *,
+    backbone: bool,
+) -> set[str]:
+    """Fill a model from the weights of --finetune and report how; return the names of the others.
+
+    Without `backbone`, the model's is another one than theirs and stays as it is.
+
+    Raises:
+        ConfigError: `nheads` is not that of the weights.
+        CheckpointError: the weights are of another model.
+    """
+    nheads = pretrained.model_options.get("nheads", config.model.nheads)
+    if nheads != config.model.nheads:  # the one difference that shapes do not show
+        raise ConfigError(
+            f"nheads {config.model.nheads}: the weights of `finetune` have {nheads}. Use that."
+        )
+    report = transfer(
+        model,
+        pretrained.state_dict,
+        source_classes=pretrained.classes,
+        target_classes=classes,
+        backbone=backbone,
+    )
+    log.info(report.table())
+    random = [name for name in report.reinitialised if name.startswith(BACKBONE)]
+    if random:
+        raise CheckpointError(
+            f"backbone {config.model.backbone}: does not match the weights of `finetune` "
+            f"({len(random)} tensors missing, e.g. '{random[0]}'). Use the backbone of the weights."
+        )
+    if not backbone:
+        log.info(
+            f"backbone: {config.model.backbone} with weights '{config.run.backbone_weights}'; "
+            f"that of --finetune is {pretrained.model_options['backbone']} and is not used"
+        )
+    return set(report.reinitialised)
+
+
+def assemble_trainer(
+    config: Config,
+    model: DeformableDETR,
+    loader: TrainLoader,
+    val_set: CocoDetection,
+    val_batches: Iterable[Batch],
+    *,
+    world: World,
+    device: torch.device,
+    run_log: RunLog,
+    folder: CheckpointFolder,
+    identity: Mapping[str, Any],
+) -> Trainer:
+    """Return what trains a model, which is on its device, on the batches of a loader."""
+    optim, options = config.optim, config.run
+    precision = Precision(optim.precision, device)
+    set_checkpointing(model, optim.activation_checkpointing)
+    ema = Ema(model, optim.ema_decay) if optim.ema_decay else None
+    if optim.compile:
+        compile_model(model)
+    optimizer = build_optimizer(model, optim)
+    return Trainer(
+        detector=model,
+        model=distributed(model, world, exchange_norms=config.model.train_backbone_norm),
+        criterion=build_criterion(config.loss),
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, optim, loader.steps),
+        precision=precision,
+        ema=ema,
+        clip_max_norm=optim.clip_max_norm,
+        world=world,
+        device=device,
+        loader=loader,
+        val_set=val_set,
+        val_batches=val_batches,
+        postprocess=PostProcess(nms_iou=config.data.nms_iou),
+        num_images=options.num_images,
+        guards=Guards(
+            UnreadableImages(),
+            MemoryGuard(loader.accumulation),
+            NonFiniteSteps(
+                model,
+                precision,
+                Path(options.output_dir),
+                rank=world.rank,
+                limit=options.max_nonfinite,
+            ),
+            FlatLoss(
+                effective_batch=optim.effective_batch_size,
+                lr=optim.lr,
+                first_step=optim.warmup_steps,
+                quiet=not world.main,
+            ),
+        ),
+        timer=StepTimer(device),
+        log=run_log,
+        output_dir=Path(options.output_dir),
+        checkpoints=folder,
+        identity=identity,
+        epochs=optim.epochs,
+        eval_every=options.eval_every,
+        save_every=options.save_every,
+        max_steps=options.max_steps,
+    )
+
+
+def distributed(model: DeformableDETR, world: World, *, exchange_norms: bool) -> nn.Module:
+    """Wrap the model so that backward averages gradients over the processes."""
+    if world.size == 1:
+        return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    old, new = "broadcast_buffers", "forward_sync_buffers"  # torch 2.15 renamed it
+    options: dict[str, Any] = {new if new in known else old: exchange_norms}
+    # no device_ids: the batch is on the device already, and targets stay on the host
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+
+
+def try_largest_step(trainer: Trainer, dataset: CocoDetection, batch_size: int) -> None:
+    """Run one step of the largest shape with the most boxes, which changes nothing; report it."""
+    sizes = [s for s in (dataset.largest_size(*size) for size in dataset.image_sizes()) if s]
+    if not sizes:
+        return
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    if batch_size == 1:
+        height, width = max(sizes, key=lambda size: size[0] * size[1])
+    parameters = trainer.detector.parameters()
+    result = probe(
+        lambda images, targets: try_step(trainer, images, targets),
+        device=trainer.device,
+        shape=(height, width),
+        num_boxes=int(dataset.index.boxes_per_image.max(initial=0)),
+        batch_size=batch_size,
+        later=sum(2 * p.nbytes for p in parameters if p.requires_grad),  # AdamW's moments
+    )
+    log.info(result.line())
+
+
+def try_step(trainer: Trainer, images: PaddedBatch, targets: list[Target]) -> None:
+    """Run forward and backward of a micro-batch on the device, and undo what they change.
+
+    Raises:
+        UserError: it does not fit into memory.
+    """
+    model = trainer.detector.train()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with trainer.guards.watch(trainer.step, [Batch(images, targets, [])]):
+            with trainer.precision.autocast():
+                outputs = model(images, targets)
+            losses = trainer.criterion(outputs, targets)
+            torch.autograd.backward(trainer.precision.scale(losses["loss"]))
+    finally:
+        trainer.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
