@@ -47,17 +47,7 @@ def page(diagnosis: Diagnosis, *, title: str) -> str:
         title=f"Check: {title}",
         verdict=verdict(diagnosis),
         kinds=kinds,
-        splits=[
-            {
-                "name": report.split,
-                "images": len(report.section("images")),
-                "annotations": len(report.section("annotations")),
-                "boxes": sum(report.boxes_by_class().values()),
-                "classes": len(report.classes),
-                "place": report.source.place,
-            }
-            for report in diagnosis.splits
-        ],
+        splits=diagnosis.splits,
         class_header=[
             "class",
             *(cell for report in diagnosis.splits for cell in (report.split, "")),
