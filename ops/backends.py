@@ -1,4 +1,4 @@
-"""Which backend computes a call: the fastest that runs here, or the one that was asked for."""
+"""Choose the backend of a call: the fastest that runs here, or the one that the user named."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ def backend_for(device: torch.device) -> Backend:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute with one backend only, whatever the environment says.
+    """Compute with one backend only, which overrides `MSDEFORM_BACKEND`.
 
     Raises:
         BackendError: no backend has this name.
@@ -48,7 +48,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def _known(name: str) -> str:
     if name not in BACKENDS:
-        raise BackendError(f"{_VARIABLE}: expected one of {', '.join(BACKENDS)}, got '{name}'.")
+        raise BackendError(f"{_VARIABLE}: no backend '{name}'. Choose from {', '.join(BACKENDS)}.")
     return name
 
 

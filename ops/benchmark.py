@@ -4,9 +4,9 @@
     python -m ops.benchmark --cases encoder_800 decoder_800 --device cuda
     MALLOC_MMAP_THRESHOLD_=65536 python -m ops.benchmark --checks    # memory, errors; Linux
 
-Implementations take turns within a round; the median over rounds is taken of samples during which
-the machine left our threads alone (they waited for a processor less than 4 % of the time). Checks
-are the peak of memory above what results and gradients take, and errors against float64.
+Implementations take turns within a round. The result is the median over quiet samples, in which our
+threads waited for a processor less than 4 % of the time. `--checks` measures peak memory beyond
+results and gradients, and errors against float64.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .ms_deform_attn import fused_ms_deform_attn, ms_deform_attn
 
-_MOST_WAITING = 0.04  # share of a sample's time that our threads may wait for a processor
+_MAX_WAITING = 0.04  # fraction of a quiet sample that our threads may wait for a processor
 _SAMPLE = 0.02  # seconds
 _HEADS, _CHANNELS, _POINTS = 8, 32, 4
 
@@ -38,7 +38,7 @@ class Case:
     """Levels and queries of one layer, 8 heads of 32 channels, 4 points."""
 
     shapes: tuple[tuple[int, int], ...]
-    queries: int | None  # None: every token asks, as in the encoder
+    queries: int | None  # None: every token is a query, as in the encoder
     batch: int = 1
 
 
@@ -56,7 +56,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of both forms, which say the same."""
+    """Equivalent inputs of both forms."""
 
     value: Tensor
     shapes: tuple[tuple[int, int], ...]
@@ -68,7 +68,7 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """Return samples as a trained layer has them: around the query, along the head's direction."""
+    """Return samples like those of a trained layer: near the query, along the head's direction."""
     generator = torch.Generator().manual_seed(0)
     shapes, n, m, k = case.shapes, case.batch, _HEADS, _POINTS
     tokens = sum(h * w for h, w in shapes)
@@ -102,10 +102,9 @@ def _centres(height: int, width: int) -> Tensor:
 def pytorch_definition(
     value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """Sample level by level with `grid_sample`, stack, weigh and sum.
+    """Sample level by level with `grid_sample`, stack, weight and sum.
 
-    The steps of the definition that the official code, and those that took it over, run where their
-    compiled op is not at hand.
+    The official code and its derivatives compute these steps where their compiled op is missing.
     """
     n, _, m, d = value.shape
     q, levels, k = weights.shape[1], len(shapes), weights.shape[4]
@@ -124,7 +123,7 @@ Call = Callable[[], tuple[Tensor, list[Tensor]]]
 
 
 def implementations(inputs: Inputs, *, grad: bool) -> dict[str, Call]:
-    """Return calls by name, each giving an output and the leaves to differentiate by."""
+    """Return calls by name; each returns an output and the leaves to differentiate."""
 
     def leaves(*tensors: Tensor) -> list[Tensor]:
         return [t.detach().requires_grad_(grad) for t in tensors]
@@ -182,7 +181,7 @@ def _peers(plain: list[Tensor], table: Tensor, starts: Tensor) -> dict[str, Call
 
 
 def _waited() -> float:
-    """Return the seconds that threads of this process have waited for a processor so far."""
+    """Return the seconds that threads of this process have waited for a processor until now."""
     total = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         total += int(path.read_text().split()[1])
@@ -190,10 +189,10 @@ def _waited() -> float:
 
 
 def _sample(call: Call, device: torch.device, *, grad: bool) -> tuple[float, float]:
-    """Return the seconds of a call and the share of them that our threads waited.
+    """Return the seconds of a call and the fraction of them that our threads waited.
 
-    After one call to warm up, as many as fill `_SAMPLE` seconds. The gradient that backward starts
-    from is the caller's and made before.
+    One call warms up, then enough calls to fill `_SAMPLE` seconds are timed. The gradient of the
+    output is made beforehand and not timed.
     """
     with torch.set_grad_enabled(grad):
         seed = torch.ones_like(call()[0]) if grad else None
@@ -227,7 +226,7 @@ def time_case(
     tries: int,
     without: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Return the median milliseconds of every implementation, NaN where no sample was quiet."""
+    """Return the median milliseconds of every implementation, NaN if no sample was quiet."""
     calls = implementations(make_inputs(case, device, dtype), grad=grad)
     calls = {name: call for name, call in calls.items() if name not in without}
     quiet: dict[str, list[float]] = {name: [] for name in calls}
@@ -235,7 +234,7 @@ def time_case(
         for name, call in calls.items():
             if len(quiet[name]) < samples:
                 seconds, waiting = _sample(call, device, grad=grad)
-                if waiting < _MOST_WAITING:
+                if waiting < _MAX_WAITING:
                     quiet[name].append(1000 * seconds)
         if all(len(times) >= samples for times in quiet.values()):
             break
@@ -249,7 +248,7 @@ def _resident(field: str) -> int:
 
 
 def extra_memory(call: Call, *, grad: bool) -> float:
-    """Return the peak of memory of a call over its output and gradients, as a share of these."""
+    """Return the peak memory of a call beyond its output and gradients, as a fraction of these."""
     with torch.set_grad_enabled(grad):
         output, leaves = call()
         results = output.nbytes + (sum(t.nbytes for t in leaves) if grad else 0)
@@ -257,7 +256,7 @@ def extra_memory(call: Call, *, grad: bool) -> float:
         del output
         gc.collect()
         before = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         output, leaves = call()
         kept = torch.autograd.grad(output, leaves, seed) if grad else ()
         peak = _resident("VmHWM") - before
@@ -267,8 +266,8 @@ def extra_memory(call: Call, *, grad: bool) -> float:
 
 def errors(call: Call, exact: Call) -> list[float]:
     """Return the relative error of the output and of every gradient, in the L2 norm."""
-    found, wanted = (_results(*c()) for c in (call, exact))
-    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+    found, expected = (_results(*c()) for c in (call, exact))
+    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
 
 
 def _results(output: Tensor, leaves: list[Tensor]) -> list[Tensor]:
@@ -277,7 +276,7 @@ def _results(output: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def check_case(case: Case) -> dict[str, dict[str, list[float]]]:
-    """Return memory and errors of the definition and of ours on the CPU, in float32."""
+    """Return the memory and errors of the definition and of ours on the CPU, in float32."""
     inputs = make_inputs(case, torch.device("cpu"), torch.float32)
     precise = Inputs(
         inputs.value.double(), inputs.shapes, inputs.reference.double(), inputs.offsets.double(),
@@ -300,7 +299,7 @@ def check_case(case: Case) -> dict[str, dict[str, list[float]]]:
 
 
 def report(name: str, what: str, medians: dict[str, float]) -> None:
-    """Print one table: milliseconds, and how many times as fast as the definition."""
+    """Print one table: milliseconds, and the speed relative to the definition."""
     print(f"\n{name}, {what}")
     for implementation, ms in medians.items():
         fused = "fused" in implementation or "softmax" in implementation
@@ -315,10 +314,10 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--samples", type=int, default=5, help="quiet samples of each")
-    parser.add_argument("--tries", type=int, default=40, help="rounds at most")
+    parser.add_argument("--samples", type=int, default=5, help="quiet samples per implementation")
+    parser.add_argument("--tries", type=int, default=40, help="maximum number of rounds")
     parser.add_argument("--without", nargs="+", default=[], help="implementations to leave out")
-    parser.add_argument("--checks", action="store_true", help="memory and errors, no times")
+    parser.add_argument("--checks", action="store_true", help="memory and errors instead of times")
     parser.add_argument("--output", type=Path, help="write the milliseconds as JSON")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -327,7 +326,7 @@ def main() -> None:
     for name in options.cases:
         if options.checks:
             print(
-                f"{name}: memory over results (forward, forward + backward), errors of output and"
+                f"{name}: memory beyond results (forward, forward + backward), errors of output and"
             )
             print("  of the gradients of value, locations or offsets, weights or logits")
             results[name] = check_case(CASES[name])

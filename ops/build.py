@@ -2,9 +2,9 @@
 
     python -m ops.build
 
-Builds the CPU kernel for every set of instructions of this kind of processor, and the CUDA programs
-of the usual models for the GPUs that `TORCH_CUDA_ARCH_LIST` names ("8.0;9.0+PTX") or, without it,
-those of this machine. Needs no GPU. Whatever else is met later is compiled when it is met.
+Builds the CPU kernel for every instruction set of this kind of processor, and the CUDA programs of
+the usual models. These are for the GPUs in `TORCH_CUDA_ARCH_LIST` ("8.0;9.0+PTX") or, if it is not
+set, for those of this machine. Needs no GPU. Any other program is compiled when it is first used.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from . import cache, compiler, nvrtc
 from .call import BackendError
 from .cuda import Kind
 
-_CHANNELS = (16, 32)  # a head: widths of 128 and 256 with 8 heads
+_CHANNELS = (16, 32)  # per head: widths of 128 and 256 with 8 heads
 _LEVELS = (1, 3, 4)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def usual_kinds() -> list[Kind]:
-    """Return the programs that training and evaluating the presets run, at 4 points a level."""
+    """Return the programs that training and evaluating the presets run, at 4 points per level."""
     return [
         Kind(dtype, channels, levels, 4, form, to_locations)
         for dtype in _DTYPES
@@ -34,11 +34,11 @@ def usual_kinds() -> list[Kind]:
     ]
 
 
-def wanted_targets() -> list[str]:
-    """Return `sm_NN` and `compute_NN` of `TORCH_CUDA_ARCH_LIST`, or of the GPUs at hand.
+def requested_targets() -> list[str]:
+    """Return `sm_NN` and `compute_NN` of `TORCH_CUDA_ARCH_LIST`, or of the GPUs of this machine.
 
     Raises:
-        BackendError: an entry is no compute capability.
+        BackendError: an entry is not a compute capability.
     """
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     targets = []
@@ -46,7 +46,7 @@ def wanted_targets() -> list[str]:
         match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
         if not match:
             raise BackendError(
-                f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0 or 9.0+PTX, got '{entry}'."
+                f"TORCH_CUDA_ARCH_LIST: '{entry}' is not an entry like 9.0 or 9.0+PTX."
             )
         capability = int(match[1]) * 10 + int(match[2])
         targets.append(nvrtc.target(capability))
@@ -60,7 +60,7 @@ def wanted_targets() -> list[str]:
 
 
 def main() -> int:
-    """Build everything; return 1 if anything could not be built."""
+    """Build everything; return 1 if anything failed to build."""
     argparse.ArgumentParser(
         prog="python -m ops.build",
         description=__doc__,
@@ -73,13 +73,13 @@ def main() -> int:
         except BackendError as error:
             failures.append(str(error))
     try:
-        targets = wanted_targets() if torch.version.cuda else []
+        targets = requested_targets() if torch.version.cuda else []
         for target in targets:
             for kind in usual_kinds():
                 kind.program(target)
             print(f"cuda {target}: {len(usual_kinds())} programs in {cache.cache_dir()}")
         if not targets:
-            print("cuda: no GPU here and no TORCH_CUDA_ARCH_LIST, nothing built")
+            print("cuda: no GPU here and TORCH_CUDA_ARCH_LIST is not set; nothing built")
     except BackendError as error:
         failures.append(str(error))
     for failure in failures:

@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept: made once, by one process while the others wait."""
+"""The cache of compiled kernels: one process builds each while the others wait."""
 
 import contextlib
 import hashlib
@@ -8,6 +8,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from filelock import FileLock
 
 from .call import BackendError
 
@@ -26,20 +28,20 @@ def cache_dir() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        if chosen or not hasattr(os, "getuid"):  # whose folder it is could not be told
+        if chosen or not hasattr(os, "getuid"):  # no owner to check on Windows
             raise BackendError(
-                f"{folder}: cannot be written to: {error}. Set MSDEFORM_CACHE to a folder that can."
+                f"{folder} is not writable: {error}. Set MSDEFORM_CACHE to another folder."
             ) from error
     folder = Path(tempfile.gettempdir()) / f"msdeform-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        # code is loaded from here: another user's folder will not do
+        # code is loaded from here: it must not be another user's folder
         raise BackendError(f"{folder} belongs to another user. Set MSDEFORM_CACHE.")
     return folder
 
 
 def key_of(*parts: str) -> str:
-    """Return a name that changes with every source file and every one of `parts`."""
+    """Return a hash of every source file and of `parts`."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
@@ -49,12 +51,12 @@ def key_of(*parts: str) -> str:
 
 
 def built(name: str, what: str, make: Callable[[Path], None]) -> Path:
-    """Return the cached file `name`, made by `make(path)` if it is not there yet.
+    """Return the cached file `name`, after `make(path)` if it does not exist yet.
 
-    Several processes may ask at once: one makes it, the others wait for it.
+    Several processes may call this at once: one makes the file, the others wait for it.
 
     Raises:
-        BackendError: `make` raised it.
+        BackendError: raised by `make`.
     """
     target = cache_dir() / name
     if target.exists():
@@ -79,21 +81,20 @@ def built(name: str, what: str, make: Callable[[Path], None]) -> Path:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
+    lock = FileLock(path)
+    # where a file system has no locks, two processes may both build; the replacement is atomic
+    with contextlib.suppress(OSError, NotImplementedError):
+        lock.acquire()
     try:
-        import fcntl
-    except ImportError:  # Windows: two processes may both build; the replacement is atomic
         yield
-        return
-    with path.open("w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: as above
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    finally:
+        lock.release()
 
 
 def build_failure(what: str, key: str, command: list[str], output: str) -> BackendError:
-    """Keep the whole output of a failed build in a file and return the error that names it."""
+    """Save the full output of a failed build to a file; return an error that names the file."""
     log = cache_dir() / f"failed-{key}.log"
     log.write_text(" ".join(command) + "\n\n" + output)
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
-    return BackendError(f"building {what} failed: {first[:200]} (all of it: {log})")
+    return BackendError(f"building {what} failed: {first[:200]} (full output: {log})")

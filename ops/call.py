@@ -1,4 +1,4 @@
-"""What every backend is given: one call of the op, checked, contiguous, of settled dtypes."""
+"""The input of every backend: one call of the op, checked, contiguous, in fixed dtypes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,12 @@ from torch import Tensor
 
 # N batch, S tokens, M heads, D channels per head, Q queries, L levels, K points.
 
+_SUM_BITS = 62  # 63 without the sign, one spare for rounding
+
 
 @dataclass(frozen=True)
 class Call:
-    """Inputs of the plain form, or with `reference` those of the fused form.
+    """Inputs of the plain form or, with `reference`, of the fused form.
 
     Shape: value [N,S,M,D]; shapes L pairs (H, W); points [N,Q,M,L,K,2], sampling locations or
         sampling offsets; weights [N,Q,M,L,K], attention weights or attention logits; reference
@@ -35,7 +37,7 @@ class Call:
         weights: Tensor,
         reference: Tensor | None = None,
     ) -> "Call":
-        """Bring raw arguments of the registered op into the form that kernels read."""
+        """Convert the raw arguments of the registered op to the form that kernels read."""
         shapes = tuple(zip(flat_shapes[::2], flat_shapes[1::2], strict=True))
         exact = arithmetic_dtype(value.dtype)
         points, weights = points.to(exact).contiguous(), weights.to(exact).contiguous()
@@ -57,22 +59,22 @@ class Call:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of the tensors of a `Call`, in their shapes and dtypes."""
+    """Gradients of the tensors of a `Call`, in their shapes and dtypes."""
 
     value: Tensor
     points: Tensor
-    reference: Tensor | None  # None where it is not wanted
+    reference: Tensor | None  # None if not requested
     weights: Tensor
 
 
 class Backend(Protocol):
-    """A way to compute a call. Raises `BackendError` where it cannot run here."""
+    """A way to compute a call. Raises `BackendError` if it cannot run here."""
 
     name: str
-    devices: tuple[str, ...]  # types of device it is made for; () for any
+    devices: tuple[str, ...]  # device types it is made for; () for any
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Say in one line why it cannot run on `device`, or None where it can."""
+        """Return in one line why it cannot run on `device`, or None if it can."""
         ...
 
     def forward(self, call: Call) -> Tensor:
@@ -80,14 +82,33 @@ class Backend(Protocol):
         ...
 
     def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
-        """Return the gradients, given that of the output [N,Q,M*D], contiguous."""
+        """Return the gradients from `grad`, that of the output, [N,Q,M*D] and contiguous."""
         ...
 
 
 def arithmetic_dtype(storage: torch.dtype) -> torch.dtype:
-    """Return the dtype in which points, weights and sums are kept for values of `storage`."""
+    """Return the dtype of points, weights and sums for values of dtype `storage`."""
     return torch.float64 if storage == torch.float64 else torch.float32
 
 
+def fixed_point_scale(call: Call, grad: Tensor) -> Tensor:
+    """Return the factor that scales gradients of the value to 64-bit integers.
+
+    Sums of integers are the same in any order. The factor is the largest power of two for which
+    every possible sum fits: the error is below that of float32 for all gradients but those 2**20
+    below the largest. NaN if a gradient or weight is not finite.
+
+    Shape: grad [N,Q,M*D]; returns [], float64, on the device of grad.
+    """
+    largest = grad.abs().amax().double()
+    if call.reference is None:
+        largest = largest * call.weights.abs().amax().double()
+    else:  # attention is at most 1, and NaN where a head's largest logit is not finite
+        largest = largest + 0 * call.weights.flatten(3).amax(-1).sum().double()
+    reads = call.weights.numel() // (call.value.shape[0] * call.value.shape[2])  # of one cell
+    bits = _SUM_BITS - torch.log2(largest.clamp(min=1e-300) * reads).ceil()
+    return torch.where(largest.isfinite(), torch.exp2(bits.clamp(max=1000)), torch.nan)
+
+
 class BackendError(RuntimeError):
-    """A backend cannot be built or cannot run here; the message is one line that says why."""
+    """A backend cannot be built or cannot run here; the message is one line with the reason."""

@@ -1,4 +1,4 @@
-"""The CPU kernel as a shared library: plain C++17, without the headers of PyTorch or Python."""
+"""Build the CPU kernel as a shared library: plain C++17, no headers of PyTorch or Python."""
 
 import os
 import platform
@@ -12,26 +12,26 @@ import torch
 from . import cache
 from .call import BackendError
 
-_LONGEST_BUILD = 600  # seconds
+_BUILD_TIMEOUT = 600  # seconds
 
 
 def compiler() -> list[str]:
-    """Return the C++ compiler and its own arguments: `CXX`, or the first of the usual ones.
+    """Return the C++ compiler and its own arguments: `CXX`, or the first that is found.
 
     Raises:
-        BackendError: there is none.
+        BackendError: none is found.
     """
     chosen = shlex.split(os.environ.get("CXX", ""))  # as in CXX="ccache g++"
-    wanted = chosen[:1] or ["c++", "g++", "clang++"]
-    for name in wanted:
+    names = chosen[:1] or ["c++", "g++", "clang++"]
+    for name in names:
         if found := shutil.which(name):
             return [found, *chosen[1:]]
     raise BackendError(
-        f"no C++ compiler here ({', '.join(wanted)}). Install g++ or clang++, or set CXX."
+        f"no C++ compiler here ({', '.join(names)}). Install g++ or clang++, or set CXX."
     )
 
 
-# What each level of PyTorch's own choice of instructions (torch.backends.cpu) allows the compiler.
+# Compiler flags for each level that torch.backends.cpu may report.
 INSTRUCTIONS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
     "AVX2": ("-mavx2", "-mfma"),
@@ -44,7 +44,7 @@ _FLAGS = (
 
 
 def cpu_instructions() -> str:
-    """Return the key of `INSTRUCTIONS` for this processor, as PyTorch found it."""
+    """Return the key of `INSTRUCTIONS` that PyTorch reports for this processor."""
     found = torch.backends.cpu.get_cpu_capability()
     return found if found in instruction_sets() else "DEFAULT"
 
@@ -59,7 +59,7 @@ def cpu_library(instructions: str, *, extra_flags: tuple[str, ...] = ()) -> Path
     """Return the shared library of the CPU kernel for one of `INSTRUCTIONS`.
 
     Raises:
-        BackendError: no compiler, or it failed; the full output is in the file that is named.
+        BackendError: no compiler, or it failed; the error names the file with its full output.
     """
     cxx = compiler()
     flags = (*_FLAGS, *INSTRUCTIONS[instructions], *extra_flags)
@@ -81,7 +81,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            timeout=_LONGEST_BUILD, check=False,
+            timeout=_BUILD_TIMEOUT, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BackendError(f"{command[0]}: {error}") from error

@@ -1,4 +1,4 @@
-"""The compiled CPU backend: calls the shared library through its C interface."""
+"""The compiled CPU backend, which calls the shared library through its C interface."""
 
 import ctypes
 import functools
@@ -42,9 +42,9 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def _parallel() -> int | None:
-    """Return the address of GOMP_parallel in the OpenMP that PyTorch itself runs on, if it has it.
+    """Return the address of GOMP_parallel in PyTorch's own OpenMP, or None.
 
-    Its threads are then ours too; a second pool beside it would fight it for the cores.
+    The kernel then runs on the same threads; a second pool would compete with them for the cores.
     """
     try:
         function = ctypes.CDLL(None).GOMP_parallel
@@ -54,13 +54,13 @@ def _parallel() -> int | None:
 
 
 class CpuBackend:
-    """C++ for any processor, with the widest vectors that PyTorch finds on this one."""
+    """C++ for any processor, with the widest vectors that PyTorch reports for this one."""
 
     name = "cpu"
     devices: tuple[str, ...] = ("cpu",)
 
     def unavailable(self, device: torch.device) -> str | None:
-        """See `Backend`. Builds the kernel if that has not been done."""
+        """See `Backend`. Builds the kernel on first use."""
         if device.type != "cpu":
             return f"computes on the CPU, not on {device.type}"
         try:
@@ -111,8 +111,8 @@ def _run(
     outcome = function(ctypes.byref(problem))
     if outcome == _TOO_LARGE:
         raise ValueError(
-            f"ms_deform_attn: {s} tokens of {d} channels are more than the CPU kernel can count. "
+            f"ms_deform_attn: {s} tokens of {d} channels are more than the CPU kernel can index. "
             "MSDEFORM_BACKEND=reference has no limit."
         )
     if outcome:
-        raise MemoryError("ms_deform_attn: no memory for the CPU kernel's working rows.")
+        raise MemoryError("ms_deform_attn: out of memory for the CPU kernel's buffers.")

@@ -1,4 +1,4 @@
-"""The compiled CUDA backend: one small program for each kind of call, made when it is first met."""
+"""The compiled CUDA backend: a small program per kind of call, compiled when first needed."""
 
 import ctypes
 import functools
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from . import cache, nvrtc
-from .call import BackendError, Call, Gradients, arithmetic_dtype
-from .fixed_point import fixed_point_scale
+from .call import BackendError, Call, Gradients, arithmetic_dtype, fixed_point_scale
 from .reference import of_offsets_and_reference
 
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -19,13 +18,13 @@ _POINTERS = (
     "grad_points", "grad_weights",
 )  # fmt: skip
 _SHARED_BYTES = 48 * 1024
-_MOST_SAMPLES = 511  # of a query and head: what the shared memory of a block holds in float64
-_LONGEST_ROW = 32 * 64  # channels that a warp can hold in registers
+_MAX_SAMPLES = 511  # per query and head: what a block's shared memory holds in float64
+_MAX_CHANNELS = 32 * 64  # that a warp can hold in registers
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a program is made for: the constants of `csrc/cuda.cu`."""
+    """What a program is compiled for: the constants of `csrc/cuda.cu`."""
 
     dtype: torch.dtype
     channels: int
@@ -37,7 +36,7 @@ class Kind:
 
     @property
     def options(self) -> list[str]:
-        """Return the constants as the compiler's options."""
+        """Return the constants as compiler options."""
         constants = {
             "STORAGE": STORAGE[self.dtype], "CHANNELS": self.channels, "LEVELS": self.levels,
             "PER_LEVEL": self.per_level, "FORM": self.form,
@@ -47,7 +46,7 @@ class Kind:
 
     @property
     def lanes(self) -> int:
-        """Lanes of a warp that compute one query and head; `kLanes` of the source."""
+        """Lanes of a warp that compute one query and head; `kLanes` in the source."""
         wide = 16 // self.dtype.itemsize
         while self.channels % wide:
             wide //= 2
@@ -58,7 +57,7 @@ class Kind:
 
     @property
     def threads(self) -> int:
-        """Threads of a block; `kThreads` of the source."""
+        """Threads of a block; `kThreads` in the source."""
         return next((t for t in (128, 64) if self._fits(t, self.lanes)), 32)
 
     def _fits(self, threads: int, lanes: int) -> bool:
@@ -67,12 +66,13 @@ class Kind:
         return threads // lanes * slots * sample <= _SHARED_BYTES
 
     def program(self, target: str) -> bytes:
-        """Return code for `sm_NN` or `compute_NN`, from the cache or made now."""
+        """Return code for `sm_NN` or `compute_NN`, from the cache or compiled now."""
         samples = self.levels * self.per_level
-        if samples > _MOST_SAMPLES or self.channels > _LONGEST_ROW:
+        if samples > _MAX_SAMPLES or self.channels > _MAX_CHANNELS:
             raise BackendError(
-                f"cuda: made for at most {_MOST_SAMPLES} samples and {_LONGEST_ROW} channels a "
-                f"head, got {samples} and {self.channels}. MSDEFORM_BACKEND=reference has no limit."
+                f"cuda: {samples} samples of {self.channels} channels per head are more than the "
+                f"maximum, {_MAX_SAMPLES} samples and {_MAX_CHANNELS} channels. "
+                "MSDEFORM_BACKEND=reference has no limit."
             )
         name = str(self.dtype).removeprefix("torch.")
         what = f"the CUDA kernel ({name}, {self.channels} channels, {samples} samples)"
@@ -97,12 +97,12 @@ def arguments_type(levels: int) -> type[ctypes.Structure]:
 
 @dataclass(frozen=True)
 class Launch:
-    """A call as the kernel takes it."""
+    """A call in the form that the kernel takes."""
 
     kind: Kind
     arguments: ctypes.Structure
     blocks: int
-    arrays: dict[str, Tensor]  # what `arguments` points to, by field
+    arrays: dict[str, Tensor]  # that `arguments` points to, by field
 
 
 def prepare(
@@ -113,7 +113,7 @@ def prepare(
     scale: float = 0.0,
     **results: Tensor,
 ) -> Launch:
-    """Return what the kernel needs to compute `call` into `results`."""
+    """Return the launch that computes `call` into `results`."""
     n, s, m, d = call.value.shape
     queries, levels, per_level = call.points.shape[1], len(call.shapes), call.points.shape[4]
     form = 0 if call.reference is None else call.reference.shape[-1]
@@ -122,7 +122,7 @@ def prepare(
     if call.reference is not None:
         inputs["reference"] = call.reference
     arrays = {**inputs, **results}
-    # rows are read 16 bytes at a time; a view into a tensor may begin anywhere
+    # rows are read 16 bytes at a time; a view of a tensor may start anywhere
     arrays = {k: t if t.data_ptr() % 16 == 0 else t.clone() for k, t in arrays.items()}
     heights, widths = zip(*call.shapes, strict=True)
     starts = [sum(h * w for h, w in call.shapes[:level]) for level in range(levels)]
@@ -151,7 +151,7 @@ class CudaBackend:
     devices: tuple[str, ...] = ("cuda",)
 
     def unavailable(self, device: torch.device) -> str | None:
-        """See `Backend`. Builds the commonest program if that has not been done."""
+        """See `Backend`. Builds the most common program on first use."""
         if device.type != "cuda":
             return f"computes on NVIDIA GPUs, not on {device.type}"
         if torch.version.hip:
@@ -172,9 +172,8 @@ class CudaBackend:
     def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
         """See `Backend`.
 
-        Sums in float32 by atomic addition, in an order that differs from run to run; with
-        `torch.use_deterministic_algorithms(True)` in 64-bit whole numbers, which add up to the
-        same in any order, finer than float32 for all but gradients 2**20 below the largest.
+        Sums in float32 by atomic addition, in an order that varies between runs; with
+        `torch.use_deterministic_algorithms(True)` in 64-bit integers (`fixed_point_scale`).
         """
         deterministic = torch.are_deterministic_algorithms_enabled()
         exact = call.points.dtype
@@ -188,7 +187,7 @@ class CudaBackend:
         )  # fmt: skip
         self.run("msda_backward", launch)
         if scale is not None:
-            value = (value.double() / scale).to(exact)  # NaN throughout where a gradient was
+            value = (value.double() / scale).to(exact)  # all NaN if any gradient was
         value = value.to(call.value.dtype)
         if need_reference:
             return Gradients(value, *of_offsets_and_reference(call, points), weights)

@@ -14,8 +14,8 @@ from .ms_deform_attn import fused_ms_deform_attn
 class MSDeformAttn(nn.Module):
     """Multi-scale deformable attention with its projections (Deformable DETR, Sec. 4.1).
 
-    Parameter and argument names and their order are the official ones: weights load either way, and
-    it can stand where the official module stood.
+    Parameters and arguments have the official names and order: weights load in both directions, and
+    the module replaces the official one.
     """
 
     def __init__(
@@ -23,7 +23,9 @@ class MSDeformAttn(nn.Module):
     ) -> None:
         super().__init__()
         if d_model % n_heads:
-            raise ValueError(f"MSDeformAttn: d_model {d_model} is no multiple of {n_heads} heads.")
+            raise ValueError(
+                f"MSDeformAttn: d_model {d_model} is not a multiple of n_heads {n_heads}."
+            )
         self.n_levels, self.n_heads, self.n_points = n_levels, n_heads, n_points
         samples = n_heads * n_levels * n_points
         self.sampling_offsets = nn.Linear(d_model, samples * 2)
@@ -62,9 +64,9 @@ class MSDeformAttn(nn.Module):
 
         Shape: query [N,Q,C]; reference_points [N,Q,L,2] as (x, y) or [N,Q,L,4] as (cx, cy, w, h),
             fractions of the padded levels; input_flatten [N,S,C]; input_spatial_shapes L pairs
-            (H, W), ints rather than a tensor where it matters that nothing waits for the GPU;
-            input_level_start_index follows from them and is not read; input_padding_mask [N,S],
-            True = padding; returns [N,Q,C].
+            (H, W), as ints, since reading a tensor waits for the GPU; input_level_start_index
+            follows from them and is not read; input_padding_mask [N,S], True = padding; returns
+            [N,Q,C].
         """
         n, q, _ = query.shape
         value = self.value_proj(input_flatten)

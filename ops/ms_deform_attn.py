@@ -1,4 +1,4 @@
-"""The public op, plain and fused: checks its input, then calls the registered operator."""
+"""The public op, plain and fused: checks its inputs, then calls the registered operator."""
 
 from collections.abc import Sequence
 
@@ -26,8 +26,8 @@ def ms_deform_attn(
         [N,Q,M,L,K,2]; attention_weights [N,Q,M,L,K]; returns [N,Q,M*D] in the dtype of value.
     Units: locations are (x, y) fractions of the padded level, 0..1 from edge to edge.
 
-    Half-precision values are summed in float32; locations and weights are taken in float32, or in
-    float64 where the value is.
+    Half-precision values are summed in float32; locations and weights are used in float32, or in
+    float64 if the value is float64.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -51,11 +51,11 @@ def fused_ms_deform_attn(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    """Compute `ms_deform_attn` from what the projections give, in one kernel.
+    """Compute `ms_deform_attn` from the outputs of the projections, in one kernel.
 
     Softmax over the L*K samples of a head gives the attention weights; sampling offsets around
-    reference points give the locations (Deformable DETR, Eq. 3 and Appendix A.4). Saves the time
-    and the memory of both.
+    reference points give the locations (Deformable DETR, Eq. 3 and Appendix A.4). The kernel saves
+    the time and memory of computing both beforehand.
 
     Shape: value [N,S,M,D]; spatial_shapes L pairs (H, W); reference_points [N,Q,L,2] as (x, y) or
         [N,Q,L,4] as (cx, cy, w, h); sampling_offsets [N,Q,M,L,K,2]; attention_logits
@@ -95,20 +95,20 @@ def _flat(shapes: Sequence[tuple[int, int]]) -> list[int]:
 def _check_value(
     value: Tensor, shapes: Sequence[tuple[int, int]], weights: Tensor
 ) -> tuple[int, ...]:
-    """Return the shape [N,Q,M,L,K] that the others must have."""
+    """Return the shape [N,Q,M,L,K] that the other tensors must have."""
     if value.dim() != 4 or weights.dim() != 5:
         raise ValueError(
-            "ms_deform_attn: expected value [N,S,M,D] and attention [N,Q,M,L,K], got "
-            f"{tuple(value.shape)} and {tuple(weights.shape)}."
+            f"ms_deform_attn: value {tuple(value.shape)} and attention {tuple(weights.shape)} must "
+            "have the shapes [N,S,M,D] and [N,Q,M,L,K]."
         )
     tokens = sum(height * width for height, width in shapes)
     if value.shape[1] != tokens:
         raise ValueError(
-            f"ms_deform_attn: value has {value.shape[1]} tokens, spatial_shapes {tokens}."
+            f"ms_deform_attn: value has {value.shape[1]} tokens, but spatial_shapes has {tokens}."
         )
     return value.shape[0], weights.shape[1], value.shape[2], len(shapes), weights.shape[4]
 
 
 def _check(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != expected:
-        raise ValueError(f"ms_deform_attn: expected {name} {expected}, got {tuple(tensor.shape)}.")
+        raise ValueError(f"ms_deform_attn: {name} is {tuple(tensor.shape)}, must be {expected}.")

@@ -1,4 +1,8 @@
-"""CUDA without a CUDA toolkit: compile with the NVRTC and launch with the driver PyTorch brings."""
+"""CUDA without a CUDA toolkit: compile with PyTorch's NVRTC, launch with the driver.
+
+Called by ctypes: `cuda.bindings` comes only with the CUDA wheels of torch 2.10 and later, so that
+using it would add a second path for the same dozen calls.
+"""
 
 import ctypes
 import functools
@@ -13,7 +17,7 @@ from .call import BackendError
 
 
 class CompileError(BackendError):
-    """NVRTC refused the source."""
+    """NVRTC rejected the source."""
 
 
 @functools.cache
@@ -21,13 +25,13 @@ def _nvrtc() -> ctypes.CDLL:
     major = (torch.version.cuda or "0").split(".")[0]
     if major == "0":
         raise BackendError("this PyTorch is built without CUDA")
-    # PyTorch's own library knows where the NVRTC lies that it was built with
+    # PyTorch's own library finds the NVRTC that it was built with
     beside_torch = Path(torch.__file__).parent / "lib" / "libcaffe2_nvrtc.so"
     errors, soname = [], f"libnvrtc.so.{major}"
     for name in (str(beside_torch), soname, f"{soname}.0", "libnvrtc.so"):
         try:
             library = ctypes.CDLL(name)
-            library.nvrtcCompileProgram  # noqa: B018  (found by name only here)
+            library.nvrtcCompileProgram  # noqa: B018  (the name is looked up only here)
             return library
         except (OSError, AttributeError) as error:
             errors.append(str(error))
@@ -35,7 +39,7 @@ def _nvrtc() -> ctypes.CDLL:
 
 
 def version() -> str:
-    """Return the version of the compiler, as in 12.8."""
+    """Return the version of the compiler, such as 12.8."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return f"{major.value}.{minor.value}"
@@ -43,7 +47,7 @@ def version() -> str:
 
 @functools.cache
 def architectures() -> tuple[int, ...]:
-    """Return the compute capabilities that the compiler knows, as 80, 90, ..."""
+    """Return the compute capabilities that the compiler supports: 80, 90, ..."""
     count = ctypes.c_int()
     _check(_nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count)))
     found = (ctypes.c_int * count.value)()
@@ -52,13 +56,13 @@ def architectures() -> tuple[int, ...]:
 
 
 def target(capability: int) -> str:
-    """Return the compiler's name of machine code for `capability`.
+    """Return the compiler's target for `capability`: `sm_NN`, or `compute_NN` on a newer GPU.
 
-    A GPU that the compiler does not know yet gets the newest intermediate code before it, which the
-    driver finishes.
+    For a GPU newer than the compiler this is the newest intermediate code, which the driver
+    translates.
 
     Raises:
-        BackendError: the GPU is older than anything the compiler makes code for.
+        BackendError: the GPU is older than every target of the compiler.
     """
     known = architectures()
     if capability in known:
@@ -66,7 +70,7 @@ def target(capability: int) -> str:
     older = [a for a in known if a < capability]
     if not older:
         raise BackendError(
-            f"NVRTC {version()} makes no code for compute capability {capability / 10}"
+            f"NVRTC {version()} does not support compute capability {capability / 10}"
         )
     return f"compute_{max(older)}"
 
@@ -75,7 +79,7 @@ def compile_program(source: str, options: Sequence[str], arch: str) -> bytes:
     """Return machine code (`sm_NN`) or PTX (`compute_NN`) of a CUDA source.
 
     Raises:
-        CompileError: with the compiler's whole output.
+        CompileError: with the compiler's full output.
     """
     lib, program = _nvrtc(), ctypes.c_void_p()
     _check(
@@ -131,18 +135,18 @@ def _check_driver(result: int, doing: str) -> None:
 def _need_context() -> None:
     """Make PyTorch's context current in a thread that has not used the GPU yet."""
     driver, context, device = _driver(), ctypes.c_void_p(), torch.cuda.current_device()
-    _check_driver(driver.cuCtxGetCurrent(ctypes.byref(context)), "asking for the context")
+    _check_driver(driver.cuCtxGetCurrent(ctypes.byref(context)), "getting the context")
     if not context:
         retain = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
-        _check_driver(retain, f"finding the context of GPU {device}")
-        _check_driver(driver.cuCtxSetCurrent(context), f"choosing GPU {device}")
+        _check_driver(retain, f"retaining the context of GPU {device}")
+        _check_driver(driver.cuCtxSetCurrent(context), f"setting the context of GPU {device}")
 
 
 def load_functions(code: bytes, names: Sequence[str]) -> dict[str, Callable[..., None]]:
     """Load machine code into the current device's context; return its kernels by name.
 
-    A kernel is called as `kernel(blocks, threads, stream, arguments)`, `arguments` being the one
-    structure that it takes. The launch is checked.
+    Call a kernel as `kernel(blocks, threads, stream, arguments)`, where `arguments` is the one
+    structure that it takes. A failed launch raises RuntimeError.
     """
     driver, module = _driver(), ctypes.c_void_p()
     _need_context()
@@ -175,7 +179,7 @@ def _launch(
 
 
 def inlined_source(path: Path) -> str:
-    """Return a source with the headers beside it put in, so that no search path is needed."""
+    """Return a source with the headers beside it inlined, so that no search path is needed."""
     lines = []
     for line in path.read_text().splitlines():
         if line.startswith('#include "'):
@@ -186,10 +190,10 @@ def inlined_source(path: Path) -> str:
 
 
 def cached_program(source: Path, options: Sequence[str], arch: str, what: str) -> bytes:
-    """Return what `compile_program` makes of `source`, from the cache if it is there.
+    """Return the compiled `source`, from the cache if it is there.
 
     Raises:
-        BackendError: the compiler refused it; its whole output is in the file that is named.
+        BackendError: the compiler rejected it; the error names the file with the full output.
     """
     text = inlined_source(source)
     key = cache.key_of(version(), arch, *options)

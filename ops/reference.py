@@ -1,7 +1,7 @@
 """Multi-scale deformable attention in plain PyTorch: any device, any dtype, differentiable.
 
-The definition the compiled backends are held to, the fallback where none of them runs, and the form
-that exports to ONNX.
+It defines the results of the compiled backends, is the fallback where none of them runs, and is
+the form that exports to ONNX.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .call import Call, Gradients, arithmetic_dtype
 # N batch, S tokens, M heads, D channels per head, Q queries, L levels, K points.
 
 Shapes = Sequence[tuple[int, int]]
-_OUTSIDE = -2.0  # a location beyond every level; grid sampling has no answer for NaN
+_OUTSIDE = -2.0  # a location outside every level; grid sampling does not define NaN
 
 
 def ms_deform_attn(
@@ -48,7 +48,7 @@ def sampling_locations(reference: Tensor, offsets: Tensor, spatial_shapes: Shape
 
 def level_sizes(spatial_shapes: Shapes, like: Tensor) -> Tensor:
     """Return (width, height) of each level in cells. Shape: [L,2], dtype and device of `like`."""
-    # filled on the device: copying from the host would wait for all work under way there
+    # filled on the device: a copy from the host would wait for all work queued there
     sides = [
         like.new_full((), side) for height, width in spatial_shapes for side in (width, height)
     ]
@@ -67,7 +67,7 @@ def _sample(value: Tensor, spatial_shapes: Shapes, locations: Tensor) -> Tensor:
 def _maps(value: Tensor, spatial_shapes: Shapes) -> list[Tensor]:
     """Return the levels as images. Shape: L x [N*M, D, H, W]."""
     n, _, m, d = value.shape
-    # grid sampling in half precision would round the locations, and errs on the CPU
+    # grid sampling in half precision would round the locations, and fails on the CPU
     per_head = value.to(arithmetic_dtype(value.dtype)).permute(0, 2, 3, 1).flatten(0, 1)
     sizes = [height * width for height, width in spatial_shapes]
     levels = zip(torch.split(per_head, sizes, dim=-1), spatial_shapes, strict=True)
@@ -86,13 +86,13 @@ def _per_head(weights: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class ReferenceBackend:
-    """Forward and backward without autograd, which does not run inside a registered op."""
+    """Forward and backward in PyTorch functions; autograd does not run inside a registered op."""
 
     name = "reference"
     devices: tuple[str, ...] = ()
 
     def unavailable(self, device: torch.device) -> str | None:
-        """It runs wherever PyTorch does."""
+        """See `Backend`. Runs wherever PyTorch does."""
         return None
 
     def forward(self, call: Call) -> Tensor:
@@ -112,7 +112,7 @@ class ReferenceBackend:
 
 
 def of_offsets_and_reference(call: Call, of_locations: Tensor) -> tuple[Tensor, Tensor]:
-    """Carry the gradient of sampling locations on to what they were made from.
+    """Propagate the gradient of sampling locations to offsets and reference points.
 
     Shape: of_locations [N,Q,M,L,K,2]; returns those of the offsets and the reference of `call`.
     """
@@ -122,13 +122,13 @@ def of_offsets_and_reference(call: Call, of_locations: Tensor) -> tuple[Tensor, 
         return of_locations / level_sizes(call.shapes, offsets)[:, None], of_centre
     share = 0.5 / offsets.shape[4]
     of_offsets = of_locations * call.reference[:, :, None, :, None, 2:] * share
-    # an offset that is NaN has no gradient, and passes none on
+    # an offset that is NaN has no gradient, and gives the box none
     of_sides = (of_locations * offsets.where(of_locations != 0, 0)).sum((2, 4)) * share
     return of_offsets, torch.cat([of_centre, of_sides], dim=-1)
 
 
 def _plain(call: Call) -> tuple[Tensor, Tensor]:
-    """Return sampling locations and attention weights of either form."""
+    """Return the sampling locations and attention weights of either form."""
     if call.reference is None:
         return call.points, call.weights
     weights = call.weights.flatten(3).softmax(-1).view_as(call.weights)

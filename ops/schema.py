@@ -1,7 +1,7 @@
-"""The op as PyTorch knows it: schemas, kernels by device, shapes for tracing, autograd, autocast.
+"""Register the op with PyTorch: schemas, kernels, shapes for tracing, autograd, autocast.
 
-`torch.ops.msdeform` holds four operators, two forms and their gradients. Use `ops.ms_deform_attn`
-and `ops.fused_ms_deform_attn`, which check their input first.
+`torch.ops.msdeform` has four operators: two forms and their gradients. Use `ops.ms_deform_attn` and
+`ops.fused_ms_deform_attn`, which check their inputs first.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def _forward(call: Call) -> Tensor:
 
 
 def _backward(call: Call, grad: Tensor, *, need_reference: bool = False) -> tuple[Tensor, ...]:
-    """Return gradients in the order of the inputs; an empty one for a reference not wanted."""
+    """Return gradients in the order of the inputs; empty for a reference that needs none."""
     if call.empty:
         zeros = [torch.zeros_like(t) for t in (call.value, call.points, call.weights)]
         of_reference = None if call.reference is None else torch.zeros_like(call.reference)
@@ -58,7 +58,7 @@ def _backward(call: Call, grad: Tensor, *, need_reference: bool = False) -> tupl
     return found.value, of_reference, found.points, found.weights
 
 
-# one kernel for every kind of device: the backend is chosen inside
+# one kernel for every device type: `backend_for` chooses the backend
 @torch.library.impl(_library, _PLAIN, "CompositeExplicitAutograd")
 def _plain(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
     return _forward(Call.of(value, shapes, locations, weights))
@@ -151,16 +151,16 @@ def _differentiate_plain(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _differentiate_fused(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     value, reference, offsets, logits = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[2]
+    need_reference = ctx.needs_input_grad[2]
     of_value, of_reference, of_offsets, of_logits = (
         torch.ops.msdeform.fused_ms_deform_attn_backward(
-            grad, value, ctx.shapes, reference, offsets, logits, wanted
+            grad, value, ctx.shapes, reference, offsets, logits, need_reference
         )
     )
     return (
         of_value,
         None,
-        of_reference.to(reference.dtype) if wanted else None,
+        of_reference.to(reference.dtype) if need_reference else None,
         of_offsets.to(offsets.dtype),
         of_logits.to(logits.dtype),
     )
@@ -168,8 +168,8 @@ def _differentiate_fused(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _twice(ctx: Any, *grads: Tensor) -> NoReturn:
     raise NotImplementedError(
-        "ms_deform_attn can be differentiated once. For second derivatives write the op with "
-        "ops.reference.ms_deform_attn in terms of PyTorch functions that have them."
+        "ms_deform_attn can be differentiated once only. For second derivatives use "
+        "ops.reference.ms_deform_attn, with PyTorch functions that have them."
     )
 
 
@@ -186,7 +186,7 @@ for _name in (_PLAIN, _FUSED):
 
 
 def _lowered(value: Tensor, *exact: Tensor) -> list[Tensor]:
-    """Autocast: the value in the low precision, whatever tells where and how much in float32."""
+    """Autocast: the value in low precision, locations and weights in float32."""
     if value.dtype == torch.float64:
         return [value, *exact]
     dtype = torch.get_autocast_dtype(value.device.type)

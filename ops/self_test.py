@@ -1,4 +1,4 @@
-"""A quick check of the op against its definition."""
+"""Check the op quickly against its definition."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from .backends import BACKENDS, use_backend
 from .call import Backend
 from .ms_deform_attn import ms_deform_attn
 
-LARGEST_ERROR = 1e-4  # relative, float32
+MAX_ERROR = 1e-4  # relative, float32
 _SHAPES = [(5, 7), (3, 2)]
 
 
@@ -39,7 +39,7 @@ def _definition(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
 def self_test(backend: str, device: torch.device) -> float:
     """Return the largest error of a backend in float32 on `device`, forward and backward.
 
-    The scale of the exact values is about 1.
+    The error is relative to the largest exact value, or absolute where that is below 1.
     """
     generator = torch.Generator().manual_seed(0)
     tokens = sum(h * w for h, w in _SHAPES)
@@ -64,9 +64,9 @@ def self_test(backend: str, device: torch.device) -> float:
 
 
 def check_backends() -> list[tuple[str, bool]]:
-    """Test every backend on the CPU and every GPU; return a line on each, and whether it is well.
+    """Test every backend on the CPU and every GPU; return a line on each, and whether it is fine.
 
-    A backend that cannot run here is well; one that runs and errs is not.
+    A backend that cannot run here is fine; one that runs with wrong results is not.
     """
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -85,7 +85,7 @@ def _check(backend: Backend, device: torch.device) -> tuple[str, bool]:
         return f"  {backend.name:10s} -  {reason}", True
     try:
         error = self_test(backend.name, device)
-    except RuntimeError as failure:  # a GPU that this torch has no code for, say
+    except RuntimeError as failure:  # for example a GPU that this torch has no code for
         return f"  {backend.name:10s} FAILED: {str(failure).splitlines()[0]}", False
-    passed = error < LARGEST_ERROR
+    passed = error < MAX_ERROR
     return f"  {backend.name:10s} {'ok' if passed else 'FAILED'}, error {error:.1e}", passed

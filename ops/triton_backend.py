@@ -1,4 +1,4 @@
-"""The Triton backend: for GPUs without a CUDA compiler at hand, and for those of other makers."""
+"""The Triton backend: for NVIDIA GPUs without NVRTC, and for GPUs of other makers."""
 
 import contextlib
 import functools
@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import BackendError, Call, Gradients
-from .fixed_point import fixed_point_scale
+from .call import BackendError, Call, Gradients, fixed_point_scale
 from .reference import of_offsets_and_reference
 
-_ELEMENTS = 1024  # of a tile
-_MOST_WARPS = 16
-_MOST_ELEMENTS = 2**20  # of a tile; Triton has no larger tensors
-_OLDEST = (8, 0)  # NVIDIA GPUs that Triton supports
+_ELEMENTS = 1024  # per tile
+_MAX_WARPS = 16
+_MAX_ELEMENTS = 2**20  # per tile: the maximum of Triton
+_MIN_CAPABILITY = (8, 0)  # of NVIDIA GPUs that Triton supports
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One run of a kernel: how many programs, of how many warps, with which constants."""
+    """One launch of a kernel: programs, warps of each, and compile-time constants."""
 
     programs: int
     warps: int
@@ -30,9 +29,9 @@ class Launch:
 
     @classmethod
     def of(cls, call: Call, *, at_once: int, warps: int, **constants: int) -> "Launch":
-        """Choose tiles for a call, with `at_once` samples of a query in a tile.
+        """Choose the tiles of a call, with `at_once` samples of a query in each.
 
-        A tile of the usual size has that many warps, a larger one more.
+        A tile of the usual size has `warps` warps, a larger one more.
 
         Raises:
             BackendError: a tile would be larger than Triton allows.
@@ -42,34 +41,34 @@ class Launch:
         samples, channels = _power_of_two(at_once), _power_of_two(d)
         block = max(_ELEMENTS // (samples * channels), 1)
         elements = block * samples * channels
-        if elements > _MOST_ELEMENTS:
+        if elements > _MAX_ELEMENTS:
             raise BackendError(
-                f"triton: {at_once} samples of {d} channels a head do not fit into a tile of "
-                f"{_MOST_ELEMENTS} numbers. MSDEFORM_BACKEND=reference has no limit."
+                f"triton: {at_once} samples of {d} channels per head do not fit in a tile of "
+                f"{_MAX_ELEMENTS} elements. MSDEFORM_BACKEND=reference has no limit."
             )
-        warps = min(max(warps * elements // _ELEMENTS, warps), _MOST_WARPS)
-        settled = {
+        warps = min(max(warps * elements // _ELEMENTS, warps), _MAX_WARPS)
+        fixed = {
             "HEADS": m, "CHANNELS": d, "SAMPLES": len(call.shapes) * per_level,
             "PER_LEVEL": per_level, "FORM": _form(call), "BLOCK_Q": block, "BLOCK_S": samples,
             "BLOCK_D": channels,
         }  # fmt: skip
-        return cls(-(-queries // block) * m * n, warps, settled | constants)
+        return cls(-(-queries // block) * m * n, warps, fixed | constants)
 
 
 def forward_launch(call: Call) -> Launch:
-    """Return how `msda_forward` runs: few samples at a time, so that few threads share a sum.
+    """Return the launch of `msda_forward`: few samples at a time, so that few threads share a sum.
 
-    A thread has 8 elements of a tile: two reads of 16 bytes of each corner are under way.
+    A thread has 8 elements of a tile: two reads of 16 bytes per corner are in flight.
     """
     samples = call.weights.shape[3] * call.weights.shape[4]
     return Launch.of(call, at_once=min(samples, 4), warps=4, ALL_SAMPLES=_power_of_two(samples))
 
 
 def backward_launch(call: Call, *, to_locations: bool, deterministic: bool) -> Launch:
-    """Return how `msda_backward` runs: all samples at once, as the softmax needs their mean.
+    """Return the launch of `msda_backward`: all samples at once, as the softmax needs their mean.
 
-    A thread has 4 elements of a tile, whatever their type, so that reads of half precision have the
-    layout of the additions in float32, which are of 16 bytes.
+    A thread has 4 elements of a tile in every dtype, so that reads in half precision have the
+    layout of the 16-byte additions in float32.
     """
     samples = call.weights.shape[3] * call.weights.shape[4]
     return Launch.of(
@@ -84,7 +83,7 @@ class TritonBackend:
     devices: tuple[str, ...] = ("cuda", "xpu")
 
     def unavailable(self, device: torch.device) -> str | None:
-        """See `Backend`. Compiles the commonest kernel if that has not been done."""
+        """See `Backend`. Compiles the most common kernel on first use."""
         if device.type not in (*self.devices, "cpu"):
             return f"computes on GPUs, not on {device.type}"
         try:
@@ -94,7 +93,7 @@ class TritonBackend:
         if device.type == "cpu":
             if kernels.INTERPRETED:
                 return None
-            return "computes on the CPU only where TRITON_INTERPRET=1 was set from the start"
+            return "computes on the CPU only if TRITON_INTERPRET=1 is set before the import"
         return _no_gpu_for(device) or _does_not_compile(device)
 
     def forward(self, call: Call) -> Tensor:
@@ -106,8 +105,8 @@ class TritonBackend:
     def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
         """See `Backend`.
 
-        Sums in float32 by atomic addition, in an order that differs from run to run; with
-        `torch.use_deterministic_algorithms(True)` in whole numbers (`fixed_point_scale`).
+        Sums in float32 by atomic addition, in an order that varies between runs; with
+        `torch.use_deterministic_algorithms(True)` in 64-bit integers (`fixed_point_scale`).
         """
         deterministic = torch.are_deterministic_algorithms_enabled()
         exact = call.points.dtype
@@ -115,10 +114,10 @@ class TritonBackend:
         value = torch.zeros_like(call.value, dtype=torch.int64 if deterministic else exact)
         points, weights = torch.empty_like(call.points), torch.empty_like(call.weights)
         launch = backward_launch(call, to_locations=need_reference, deterministic=deterministic)
-        factor = call.points if scale is None else scale  # unread if there is none
+        factor = call.points if scale is None else scale  # not read if there is no scale
         _run("msda_backward", call, launch, grad, factor, value, points, weights)
         if scale is not None:
-            value = (value.double() / scale).to(exact)  # NaN throughout where a gradient was
+            value = (value.double() / scale).to(exact)  # all NaN if any gradient was
         value = value.to(call.value.dtype)
         if need_reference:
             return Gradients(value, *of_offsets_and_reference(call, points), weights)
@@ -129,7 +128,7 @@ def _run(name: str, call: Call, launch: Launch, *arrays: Tensor) -> None:
     device = call.value.device
     with _current(device):
         levels = _level_table(call.shapes, device)
-        reference = call.points if call.reference is None else call.reference  # unread if absent
+        reference = call.points if call.reference is None else call.reference  # not read if None
         getattr(_kernels(), name)[(launch.programs,)](
             call.value, levels, reference, call.points, call.weights, *arrays,
             call.value.shape[1], call.points.shape[1], **launch.constants,
@@ -138,7 +137,7 @@ def _run(name: str, call: Call, launch: Launch, *arrays: Tensor) -> None:
 
 
 def _kernels() -> ModuleType:
-    from . import triton_kernels  # not above: Triton may be absent, and takes a second to import
+    from . import triton_kernels  # here, as Triton may be absent and takes a second to import
 
     return triton_kernels
 
@@ -148,7 +147,7 @@ def _form(call: Call) -> int:
 
 
 def _power_of_two(number: int) -> int:
-    """Return the smallest power of two that is not below `number`."""
+    """Return the smallest power of two >= `number`."""
     return 1 << (number - 1).bit_length()
 
 
@@ -170,7 +169,7 @@ def _level_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> T
 
 
 def _filled(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    # filled on the device: copying from the host would wait for all work under way there
+    # filled on the device: a copy from the host would wait for all work queued there
     numbers, start = [], 0
     for height, width in shapes:
         numbers += [height, width, start]
@@ -181,7 +180,7 @@ def _filled(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor
 
 @functools.lru_cache(maxsize=256)
 def _kept(shapes: tuple[tuple[int, int], ...], device: torch.device, stream: int) -> Tensor:
-    # one for each stream: another stream would have to wait for the filling
+    # one per stream: another stream would have to wait for the fill
     return _filled(shapes, device)
 
 
@@ -191,13 +190,13 @@ def _no_gpu_for(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip:
         return None
     capability = torch.cuda.get_device_capability(device)
-    if capability >= _OLDEST:
+    if capability >= _MIN_CAPABILITY:
         return None
-    return "Triton needs compute capability {}.{}, got {}.{}".format(*_OLDEST, *capability)
+    return "Triton needs compute capability {}.{}, got {}.{}".format(*_MIN_CAPABILITY, *capability)
 
 
 def _does_not_compile(device: torch.device) -> str | None:
-    """Run the commonest kernel once: Triton also needs a C compiler and the driver's headers."""
+    """Run the most common kernel once: Triton also needs a C compiler and CUDA headers."""
     shapes = [4, 4] * 4
     value = torch.zeros(1, 64, 8, 32, device=device)
     points, weights = value.new_zeros(1, 1, 8, 4, 4, 2), value.new_zeros(1, 1, 8, 4, 4)

@@ -1,12 +1,11 @@
 """The Triton kernels: multi-scale deformable attention, forward and backward, plain and fused form.
 
-Imported only when the Triton backend is asked for, so that `import ops` needs no Triton.
+Imported only by the Triton backend, so that `import ops` needs no Triton.
 
-A program computes a few neighbouring queries of one head of one image, whose samples tend to lie
-close together. Tiles have the axes queries, samples, channels; nothing between the inputs and the
-results goes through memory. Sizes that the model settles are constants of the compiled program;
-those that change from batch to batch (tokens, queries, sizes of the levels) are not, so that they
-cause no new compilation.
+A program computes a few neighbouring queries of one head of one image, whose samples tend to be
+close together. Tiles have the axes queries, samples, channels; no intermediate result goes through
+memory. Sizes fixed by the model are compile-time constants. Those that vary between batches
+(tokens, queries, sizes of the levels) are not, so that they cause no recompilation.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -20,7 +19,7 @@ __all__ = ["INTERPRETED", "TritonError", "msda_backward", "msda_forward"]
 # N batch, S tokens, M heads, D channels per head, Q queries, L levels, K points. Samples: L * K.
 # All arrays are contiguous. FORM is 0 for the plain form, else how many numbers a reference has.
 
-_CHANGING = ["tokens", "queries"]  # Triton would compile anew for multiples of 16
+_VARYING = ["tokens", "queries"]  # Triton would recompile for multiples of 16
 
 
 @triton.jit
@@ -38,9 +37,9 @@ def _positions(
     points, reference, levels, row, slot, sample, inside,
     SAMPLES: tl.constexpr, PER_LEVEL: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """Return x, y in cells, cell centres at whole numbers, and height, width, start of the levels.
+    """Return x, y in cells, cell centres at integers, and height, width, start of the levels.
 
-    row: image * Q + query; slot: row * M + head; inside: which of the samples there are.
+    row: image * Q + query; slot: row * M + head; inside: which samples exist.
     """
     level = sample // PER_LEVEL
     present = sample < SAMPLES
@@ -77,8 +76,8 @@ def _corners(
     """Return the corners of samples; for the arguments see `_positions`.
 
     Token of the top left one, shares of the right and the lower side, height and width of the
-    level, and which of left, right, top and bottom side exist: none of a point
-    further than one cell outside, or NaN.
+    level, and which of the left, right, top and bottom sides exist: none for a point
+    more than one cell outside, or NaN.
     """
     x, y, height, width, start = _positions(
         points, reference, levels, row, slot, sample, inside, SAMPLES, PER_LEVEL, FORM
@@ -100,7 +99,7 @@ def _corners(
 
 @triton.jit
 def _read(value, token, exists, channel, ROW: tl.constexpr, CHANNELS: tl.constexpr):
-    """Return offsets of the rows of tokens, which elements are there, and the elements."""
+    """Return the offsets of the rows of tokens, which elements exist, and the elements."""
     offset = token.to(tl.int64)[:, :, None] * ROW + channel[None, None, :]
     mask = exists[:, :, None] & (channel < CHANNELS)[None, None, :]
     return offset, mask, tl.load(value + offset, mask=mask, other=0.0)
@@ -123,7 +122,7 @@ def _interpolate(
     return result
 
 
-@triton.jit(do_not_specialize=_CHANGING)
+@triton.jit(do_not_specialize=_VARYING)
 def msda_forward(
     value, levels, reference, points, weights, output, tokens, queries,
     HEADS: tl.constexpr, CHANNELS: tl.constexpr, SAMPLES: tl.constexpr, PER_LEVEL: tl.constexpr,
@@ -159,7 +158,7 @@ def msda_forward(
         token, right, down, _, width, has_left, has_right, has_top, has_bottom = _corners(
             points, reference, levels, row, slot, sample, inside, SAMPLES, PER_LEVEL, FORM
         )
-        # attention is no factor of the shares: its layout differs, and it is moved but once
+        # attention is not in the shares: its layout differs, and so it is moved only once
         sums += attention[:, :, None] * _interpolate(
             value, token, right, down, width, has_left, has_right, has_top, has_bottom, channel,
             ROW, CHANNELS,
@@ -196,8 +195,8 @@ def _corners_backward(
     grad, attention, channel,
     ROW: tl.constexpr, CHANNELS: tl.constexpr, DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
-    """Return gradients of attention and, not yet times attention, of x and y in cells."""
-    # attention is no factor of the shares: its layout differs, and it is moved but once
+    """Return gradients of attention, and of x and y in cells before the factor attention."""
+    # attention is not in the shares: its layout differs, and so it is moved only once
     attended = attention[:, :, None] * grad[:, None, :]
     left = 1 - right
     up = 1 - down
@@ -242,7 +241,7 @@ def _store_points(
     tl.store(to + 1, of_y, mask=inside)
 
 
-@triton.jit(do_not_specialize=_CHANGING)
+@triton.jit(do_not_specialize=_VARYING)
 def msda_backward(
     value, levels, reference, points, weights, grad_output, scale, grad_value, grad_points,
     grad_weights, tokens, queries,
@@ -253,7 +252,7 @@ def msda_backward(
     """Add to `grad_value` and write the other gradients of BLOCK_Q queries, all samples at a time.
 
     levels: as in `msda_forward`. TO_LOCATIONS: `grad_points` is of sampling locations, in any form.
-    DETERMINISTIC: `grad_value` is a sum of whole numbers of 64 bits, `scale` [1] times as large.
+    DETERMINISTIC: `grad_value` is a sum of 64-bit integers, `scale` [1] times as large.
     """
     ROW: tl.constexpr = HEADS * CHANNELS
     image, head, query = _place(queries, HEADS, BLOCK_Q)
@@ -284,9 +283,9 @@ def msda_backward(
         grad_points, reference, row, slot, sample, inside, attention * of_x, attention * of_y,
         height, width, SAMPLES, PER_LEVEL, FORM, TO_LOCATIONS,
     )  # fmt: skip
-    if FORM != 0:  # the softmax takes from each the mean of all
+    if FORM != 0:  # the softmax subtracts the mean of all from each
         of_weight = attention * (of_weight - tl.sum(attention * of_weight, 1)[:, None])
     tl.store(grad_weights + slot * SAMPLES + sample, of_weight, mask=inside)
 
 
-INTERPRETED = not isinstance(msda_forward, triton.JITFunction)  # as TRITON_INTERPRET=1 asks
+INTERPRETED = not isinstance(msda_forward, triton.JITFunction)  # by TRITON_INTERPRET=1

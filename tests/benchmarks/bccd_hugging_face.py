@@ -6,30 +6,30 @@
         --backbone_weights ../shared/weights/tf_efficientnet_lite0.safetensors \
         --minutes 30 --output runs/bccd_hugging_face.json
 
-Any COCO-format data will do. What is used as it comes, and where each setting is from:
+Any COCO-format data works. Used unchanged, with the source of each setting:
 
 - Model, loss, matching, initialisation: `DeformableDetrForObjectDetection` with the values of
   `DeformableDetrConfig` (256 wide, 6 + 6 layers, 300 queries, 4 levels, one stage, no refinement).
   Its default trains without auxiliary losses; `--auxiliary_loss` adds them. With `--two_stage` it
-  has no loss on the proposals, so their heads stay as initialised, and without `--auxiliary_loss`
-  neither do the refinements of the first five layers learn.
+  has no loss on the proposals, so their heads stay as initialised. Without `--auxiliary_loss` the
+  refinements of the first five layers do not learn either.
 - Optimisation: the "Object detection" task guide of the transformers documentation: learning rate
-  5e-5 for all parameters, cosine schedule, weight decay 1e-4, gradient norm cut at 0.01, batches of
-  8. `TrainingArguments` gives the rest: AdamW with betas 0.9 and 0.999, eps 1e-8, no warm-up,
-  seed 42, and `Trainer` exempts biases and LayerNorm from weight decay.
+  5e-5 for all parameters, cosine schedule, weight decay 1e-4, gradient norm clipped at 0.01,
+  batches of 8. `TrainingArguments` gives the rest: AdamW with betas 0.9 and 0.999, eps 1e-8, no
+  warm-up, seed 42, and `Trainer` exempts biases and LayerNorm from weight decay.
 - Images: `DeformableDetrImageProcessor` resizes, normalises, pads, and turns the model's outputs
   into boxes (no threshold, best 100). Scores: pycocotools.
 
 What differs from the defaults, and why:
 
 - The backbone is timm's tf_efficientnet_lite0 with given weights, hence mean and std 0.5. It is
-  built with `freeze_batch_norm_2d=True`, timm's own freezing: otherwise the model swaps the norms
-  of timm for frozen ones without their activation, and this network would have none left.
-- Images are 240 x 480 (shortest and longest side) instead of 800 x 1333, at which a CPU sees
+  built with `freeze_batch_norm_2d=True`, timm's own freezing. Otherwise the model replaces timm's
+  norms by frozen ones without their activation, and this network would have no activation left.
+- Images are 240 x 480 (shortest and longest side) instead of 800 x 1333, at which a CPU processes
   only a few hundred images in half an hour.
-- Of the guide's augmentations only the horizontal flip is done.
-- The number of steps is budget / seconds per step. It is estimated anew at each step, because other
-  work on the machine changes its speed; the cosine's position is then elapsed time / budget.
+- The horizontal flip is the only one of the guide's augmentations.
+- The number of steps is budget / seconds per step. It is estimated again at each step, because
+  other work on the machine changes the speed; the cosine's position is elapsed time / budget.
 
 The budget covers reading images and training, not building the model or the evaluation.
 """
@@ -73,7 +73,7 @@ STAT_NAMES = (
 )  # fmt: skip
 
 Sample = tuple[Image.Image, dict[str, Any]]
-"""An image and its target as the image processor takes it: image_id, annotations."""
+"""An image and its target in the form of the image processor: image_id, annotations."""
 
 
 class Split:
@@ -114,7 +114,7 @@ class Split:
         return image, {"image_id": image_id, "annotations": annotations}
 
     def training_batches(self, size: int, seed: int) -> Iterator[list[Sample]]:
-        """Yield batches for ever, each epoch in another order; half of the images are flipped."""
+        """Yield batches endlessly, each epoch in a new order; half of the images are flipped."""
         generator = random.Random(seed)
         while True:
             order = generator.sample(self.image_ids, len(self.image_ids))
@@ -148,7 +148,7 @@ def build_model(
         auxiliary_loss=auxiliary_loss,
     )
     model: Any = DeformableDetrForObjectDetection(config)
-    # the classifier of the file has no place in the backbone: strict would refuse it
+    # not strict, as the file has a classifier and the backbone has none
     result = model.model.backbone.model.load_state_dict(load_file(backbone_weights), strict=False)
     if result.missing_keys:
         raise ValueError(f"{backbone_weights} lacks {', '.join(result.missing_keys)}")
@@ -156,7 +156,7 @@ def build_model(
 
 
 def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Return AdamW that, as `Trainer` does, decays neither biases nor LayerNorm."""
+    """Return AdamW without decay of biases and LayerNorm, as in `Trainer`."""
     norms = {id(p) for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()}
     decayed: list[Tensor] = []
     exempt: list[Tensor] = []
@@ -171,7 +171,7 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.o
 
 @dataclass(frozen=True)
 class Training:
-    """What a training run did; one loss for each step."""
+    """Result of a training run; one loss per step."""
 
     seconds: float
     images: int
@@ -187,7 +187,7 @@ def train(
     budget: float,
     max_grad_norm: float,
 ) -> Training:
-    """Train until `budget` seconds are over; the learning rate falls to zero by a cosine.
+    """Train for `budget` seconds; the learning rate falls to zero along a cosine.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -222,7 +222,7 @@ def _report(recent: Sequence[float], step: int, elapsed: float, budget: float) -
     total = max(step, round(step * budget / elapsed))
     print(
         f"step {step} of about {total}  loss {_mean(recent):.4f}  "
-        f"{elapsed / step:.2f} s a step  ETA {max(0.0, budget - elapsed) / 60:.1f} min",
+        f"{elapsed / step:.2f} s per step  ETA {max(0.0, budget - elapsed) / 60:.1f} min",
         flush=True,
     )
 
@@ -277,7 +277,7 @@ def evaluate(split: Split, detections: list[dict[str, Any]]) -> dict[str, float]
 
 
 def summary(options: argparse.Namespace, model: Any, training: Training) -> dict[str, Any]:
-    """Return what the run did and with what, as JSON values."""
+    """Return the results, settings and versions of the run as JSON values."""
     given = vars(options).items()
     return {
         "minutes": training.seconds / 60,
@@ -299,7 +299,7 @@ def summary(options: argparse.Namespace, model: Any, training: Training) -> dict
 
 def _existing(text: str) -> Path:
     if not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"expected an existing file or folder, got '{text}'.")
+        raise argparse.ArgumentTypeError(f"'{text}' does not exist.")
     return Path(text)
 
 
@@ -317,7 +317,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--minutes", type=float, default=30.0, help="time to train")
     parser.add_argument("--short_side", type=int, default=240, help="pixels")
-    parser.add_argument("--long_side", type=int, default=480, help="most pixels")
+    parser.add_argument("--long_side", type=int, default=480, help="maximum in pixels")
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--weight_decay", type=float, default=1e-4)
     parser.add_argument("--max_grad_norm", type=float, default=0.01)
@@ -337,7 +337,7 @@ def main() -> None:
     train_split = Split(options.images, options.train_annotations)
     test_split = Split(options.images, options.test_annotations)
     if train_split.id2label != test_split.id2label:
-        raise SystemExit("--test_annotations: expected the categories of --train_annotations.")
+        raise SystemExit("--test_annotations: its categories are not those of --train_annotations.")
     model = build_model(
         train_split.id2label,
         options.backbone_weights,

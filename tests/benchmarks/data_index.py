@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.data_index
 
-A generated file of 118,000 images and 860,000 boxes is indexed anew and from the cache. Then
-loaders of 1 and of 8 workers look up the names and boxes of every image, decoding none, once in
-our index and once in pycocotools' dictionaries; the proportional set sizes of the process and its
-workers are added up. Each measurement has a fresh process.
+A generated file of 118,000 images and 860,000 boxes is indexed without and with the cache. Then
+loaders with 1 and 8 workers look up the name and boxes of every image without decoding any, once in
+our index and once in pycocotools' dictionaries. The memory is the sum of the proportional set sizes
+of the process and its workers. Each measurement runs in a fresh process.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def write_set(folder: Path, num_images: int, num_boxes: int) -> Path:
 
 
 class Lookup(Dataset[int]):
-    """What a loader asks of the annotations of an image."""
+    """The annotations that a loader looks up for an image."""
 
     def __init__(self, look_up: Callable[[int], int], length: int) -> None:
         self._look_up = look_up
@@ -102,13 +102,13 @@ def in_dictionaries(coco: COCO) -> Lookup:
 
 
 def proportional_mb(pids: list[int]) -> float:
-    """Return the memory of processes, what they share counted once."""
+    """Return the memory of processes in MB; what they share is counted once."""
     texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
     return sum(int(re.findall(r"^Pss:\s+(\d+) kB", text, re.M)[0]) for text in texts) / 1000
 
 
 def measure(kind: str, json_path: Path, results: "multiprocessing.Queue[dict[str, Any]]") -> None:
-    """Build an index and run loaders over it; runs in a process of its own."""
+    """Build an index and run loaders over it, in a separate process."""
     warnings.filterwarnings("ignore", "This DataLoader will create")
     start = time.perf_counter()
     if kind == "pycocotools":
@@ -135,7 +135,7 @@ def measure(kind: str, json_path: Path, results: "multiprocessing.Queue[dict[str
 
 
 def main() -> None:
-    """Print a line for each way."""
+    """Print a line for each kind of index."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--images", type=int, default=118_000)
     parser.add_argument("--boxes", type=int, default=860_000)

@@ -1,6 +1,6 @@
-"""How long evaluation takes: ours, pycocotools and faster-coco-eval on the same detections.
+"""Time evaluation by ours, pycocotools and faster-coco-eval on the same generated detections.
 
-`python -m tests.benchmarks.evaluators`; generated data, from detections to COCO's 12 numbers.
+`python -m tests.benchmarks.evaluators` times the way from detections to COCO's 12 numbers.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""Decoding and training transform in images a second on one core, against the official pipeline.
+"""Measure decoding and training transform in images/s on one core, beside the official pipeline.
 
     python -m tests.benchmarks.loader_throughput --images DIR --annotations FILE
 
-The peer is the recipe as Deformable DETR publishes it, in Pillow: decode, flip, resize (half of
-the time resize, crop, resize), to a tensor, normalise. Both draw the same random numbers and take
-turns image by image; seconds are those of the processor, so that other programs matter less.
-Sizes and boxes are checked to be equal, pixels are compared.
+The other pipeline is the published recipe of Deformable DETR, in Pillow: decode, flip, resize (half
+of the time resize, crop, resize), convert to a tensor, normalise. Both draw the same random numbers
+and take turns image by image. Times are processor time, so that other programs matter less. Sizes
+and boxes are checked to be equal; pixels are compared.
 """
 
 import argparse
@@ -41,8 +41,8 @@ def official(
         )
     if cfg.random_crop and draw_chance(0.5, generator):
         image, boxes = _resize(image, boxes, _pick(cfg.crop_scales, generator), None)
-        least, greatest = cfg.crop_size
-        w, h = (draw_integer(min(least, s), min(greatest, s), generator) for s in image.size)
+        low, high = cfg.crop_size
+        w, h = (draw_integer(min(low, s), min(high, s), generator) for s in image.size)
         x = draw_integer(0, image.width - w, generator)
         y = draw_integer(0, image.height - h, generator)
         image = image.crop((x, y, x + w, y + h))
@@ -70,7 +70,7 @@ def _pick(values: Sequence[int], generator: torch.Generator) -> int:
 
 
 def compare(dataset: CocoDetection, cfg: DataConfig, epoch: int) -> list[tuple[float, ...]]:
-    """Return (official seconds, our seconds, mean and greatest difference) of each image."""
+    """Return (official seconds, our seconds, mean and maximum difference) of each image."""
     dataset.set_epoch(epoch)
     index = dataset.index
     rows: list[tuple[float, ...]] = []
@@ -114,17 +114,17 @@ def main() -> None:
     )
     index = load_index(cfg, "train")
     dataset = build_dataset(cfg, index, train=True, mean=MEAN, std=STD, seed=0)
-    compare(dataset, cfg, 0)  # files into memory, first calls
+    compare(dataset, cfg, 0)  # warms up: reads the files into memory
     rounds = [compare(dataset, cfg, epoch) for epoch in range(1, args.rounds + 1)]
     seconds = [[sum(row[side] for row in rows) for rows in rounds] for side in (0, 1)]
     rates = [[len(index) / one for one in side] for side in seconds]
     for name, rate in zip(("official", "ours"), rates, strict=True):
         spread = f"{min(rate):.0f} to {max(rate):.0f}"
-        print(f"{name:9}{statistics.median(rate):7.1f} pictures/s/core (rounds: {spread})")
+        print(f"{name:9}{statistics.median(rate):7.1f} images/s/core (rounds: {spread})")
     print(f"ours / official: {statistics.median(rates[1]) / statistics.median(rates[0]):.2f}")
     mean = statistics.mean(row[2] for rows in rounds for row in rows)
     most = max(row[3] for rows in rounds for row in rows)
-    print(f"pixels: {mean:.3f} steps of 255 apart in the mean, {most:.0f} at most; boxes equal")
+    print(f"pixels differ by {mean:.3f} of 255 on average, {most:.0f} at most; boxes are equal")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from util.batch import Batch
 def measure(
     model: torch.nn.Module, dataset: CocoDetection, batches: Iterable[Batch]
 ) -> tuple[EvalResult, dict[int, float]]:
-    """Return COCO's numbers and each image's best score, with batches taken as they are."""
+    """Return COCO's numbers and each image's best score for these batches."""
     index = dataset.index
     truth = Truth.of(index.classes, index.images, index.annotations)
     evaluator = Evaluator(truth, dataset.label_to_category)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         mean=detector.mean, std=detector.std, classes=detector.classes,
     )  # fmt: skip
     ways = {
-        "one size a batch": eval_loader(dataset, batch_size=args.batch_size, num_workers=0),
+        "one size per batch": eval_loader(dataset, batch_size=args.batch_size, num_workers=0),
         "padded batches": DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate),
     }
     alone: dict[int, float] = {}
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         change = max(abs(best[i] - alone[i]) for i in alone)
         print(
             f"{name}: AP {result.stats['AP']:.4f}, AP50 {result.stats['AP50']:.4f}, padding "
-            f"{100 * padded_share(batches):.1f} % of pixels, best score of an image moved by at "
+            f"{100 * padded_share(batches):.1f} % of pixels, best score of an image changes by at "
             f"most {change:.4f}"
         )
     return 0

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.scaling --output docs/scaling.json
 
-Every setting runs in fresh processes, so that its peak of memory is its own; random images.
+Every setting runs in fresh processes on random images, so that its peak memory is measured alone.
 """
 
 import argparse
@@ -38,16 +38,16 @@ from util.distributed import destroy_process_group, init_process_group
 from util.random_state import seed_everything
 
 SETTINGS: dict[str, list[dict[str, int]]] = {
-    "images at once": [{"images": n} for n in (1, 2, 4)],
-    "boxes an image": [{"boxes": n} for n in (1, 30, 100, 300)],
+    "images per batch": [{"images": n} for n in (1, 2, 4)],
+    "boxes per image": [{"boxes": n} for n in (1, 30, 100, 300)],
     "queries": [{"queries": n, "boxes": 30} for n in (100, 300, 900)],
-    "processes, 4 images in all": [{"images": 4 // n, "processes": n} for n in (1, 2)],
+    "processes, 4 images in total": [{"images": 4 // n, "processes": n} for n in (1, 2)],
 }
 _PORT = 29517
 
 
 def make_batch(images: int, boxes: int, height: int, width: int, classes: int) -> Batch:
-    """Return random images of one size with so many boxes each."""
+    """Return random images of one size, each with `boxes` boxes."""
     targets: list[Target] = []
     for number in range(images):
         sides = 0.05 + 0.3 * torch.rand(boxes, 2)
@@ -128,7 +128,7 @@ def run_setting(options: argparse.Namespace) -> None:
 
 
 def measure(setting: dict[str, int], options: argparse.Namespace) -> dict[str, Any]:
-    """Run a setting in processes of its own; return what the main one found."""
+    """Run a setting in fresh processes; return the results of the main one."""
     processes = setting.get("processes", 1)
     chosen = {"images": 1, "boxes": 10, "queries": 300, **setting}
     children = []

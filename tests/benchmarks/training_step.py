@@ -5,14 +5,13 @@
     python -m tests.benchmarks.training_step --scale 320 --profile
 
 A step is forward, matching, losses, backward and fused AdamW of `deformable_detr_r50`.
-`hugging_face` is `DeformableDetrForObjectDetection` of transformers; `ours`, this detector with the
-backend of the attention op that is chosen for the machine; `pure_op`, the same with the op in plain
-PyTorch. All take turns in one process, in float32 and under autocast to bfloat16. `--memory`
-measures the peak of each in a process of its own, weights, gradients and moments included (Linux).
+`hugging_face` is `DeformableDetrForObjectDetection` of transformers. `ours` is this detector with
+the attention backend of this machine, and `pure_op` the same with the op in plain PyTorch. All take
+turns in one process, in float32 and under autocast to bfloat16. `--memory` measures the peak of
+each in a separate process, with weights, gradients and moments (Linux).
 
-The losses of both without dropout are printed first: they agree, but for `class_cost` and `dropout`
-(which also stand for those on activations and attention) set to the published values in theirs, and
-the weight of the class loss set to theirs in ours.
+The losses of both without dropout are printed first, and agree. For this, `class_cost` and the
+dropouts of theirs have the published values, and the class loss of ours has the weight of theirs.
 """
 
 import argparse
@@ -44,7 +43,7 @@ library: Any = transformers  # its annotations lack many of the arguments it tak
 CLASSES = 91
 NAMES = ("hugging_face", "pure_op", "ours")
 PRECISIONS = ("fp32", "bf16")
-KINDS = {  # kernels by what their names hold
+KINDS = {  # kernels by parts of their names
     "convolution": ("conv",),
     "matrix product": ("mm", "linear"),
     "deformable attention": ("msdeform", "ms_deform", "grid_sampler"),
@@ -59,7 +58,7 @@ KINDS = {  # kernels by what their names hold
 class Contender:
     """A model in training; `loss` runs its forward pass and its criterion.
 
-    `backend` is that of the attention op, None for the machine's own choice.
+    `backend` is that of the attention op; None: the default of this machine.
     """
 
     model: nn.Module
@@ -81,13 +80,13 @@ def autocast(precision: str) -> torch.autocast:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """Return fused AdamW; its rate is too small to change what is timed."""
+    """Return fused AdamW; its learning rate is too small to change the model."""
     learning = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(learning, lr=1e-9, fused=True)
 
 
 def hugging_face(dropout: float) -> Contender:
-    """Return their model with fresh weights, whose residual branches are damped as trained ones."""
+    """Return their model with fresh weights, residual branches damped as in a trained one."""
     config = library.DeformableDetrConfig(
         use_timm_backbone=True, backbone="resnet50", num_labels=CLASSES, auxiliary_loss=True,
         class_cost=2, dropout=dropout, activation_dropout=dropout, attention_dropout=dropout,
@@ -108,7 +107,7 @@ def hugging_face(dropout: float) -> Contender:
 
 
 def ours(dropout: float, theirs: nn.Module | None, backend: str | None) -> Contender:
-    """Return our model, with the weights of theirs if they are given."""
+    """Return our model, with the weights of `theirs` if given."""
     model = build_model(ModelConfig(dropout=dropout), num_classes=CLASSES).train()
     if theirs is not None:
         options = {"with_box_refine": False, "two_stage": False, "dec_layers": 6,
@@ -125,7 +124,7 @@ def ours(dropout: float, theirs: nn.Module | None, backend: str | None) -> Conte
 
 
 def load_batch(options: argparse.Namespace) -> tuple[PaddedBatch, list[Target]]:
-    """Return images of a COCO-format set with their boxes, or random ones with seven."""
+    """Return images of a COCO-format set with their boxes, or random ones with seven boxes."""
     if not options.coco_path:
         height, width = options.scale, round(options.scale * 4 / 3)
         images = [torch.randn(3, height, width) for _ in range(options.batch_size)]
@@ -144,7 +143,7 @@ def load_batch(options: argparse.Namespace) -> tuple[PaddedBatch, list[Target]]:
 
 
 def compare(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the seconds of each round of every contender, after a round to warm up."""
+    """Return the seconds of each round of every contender, after a warm-up round."""
     theirs = hugging_face(options.dropout)
     contenders = {
         "hugging_face": theirs,
@@ -173,7 +172,7 @@ def compare(options: argparse.Namespace) -> dict[str, list[float]]:
 
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off for a while."""
+    """Switch dropout off inside the context."""
     model.eval()
     yield
     model.train()
@@ -182,7 +181,7 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 def print_profile(
     contender: Contender, batch: PaddedBatch, targets: list[Target], precision: str
 ) -> None:
-    """Print where the time of a step goes: by part of the step, and by kind of kernel."""
+    """Print the time of a step by part of the step and by kind of kernel."""
     marks = [time.perf_counter()]
     contender.optimizer.zero_grad(set_to_none=True)
     loss = contender.loss(batch, targets, precision)
@@ -205,7 +204,7 @@ def print_profile(
 
 
 def print_shares(title: str, seconds: dict[str, float]) -> None:
-    """Print seconds and shares, largest first."""
+    """Print seconds and percentages, largest first."""
     total = sum(seconds.values())
     ranked = sorted(seconds.items(), key=lambda item: -item[1])
     listed = ", ".join(f"{name} {s:.2f} s ({s / total:.0%})" for name, s in ranked)
@@ -226,7 +225,7 @@ def peak_of(name: str, options: argparse.Namespace) -> int:
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, int]:
-    """Return the peak memory of every contender, each from a process of its own."""
+    """Return the peak memory of every contender, each from a separate process."""
     given = [a for a in sys.argv[1:] if a not in ("--memory", "--profile")]
     peaks = {}
     for precision in options.precisions:
@@ -249,7 +248,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
-    parser.add_argument("--profile", action="store_true", help="say where our time goes")
+    parser.add_argument("--profile", action="store_true", help="print where our time goes")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     parser.add_argument("--peak_of", choices=NAMES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -266,7 +265,7 @@ def main() -> None:
         middle = statistics.median(values)
         memory = f", peak {peaks[name] / 2**30:.2f} GiB" if peaks else ""
         print(
-            f"{name:18s} {middle:6.2f} s (least {min(values):6.2f}), "
+            f"{name:18s} {middle:6.2f} s (minimum {min(values):6.2f}), "
             f"{statistics.median(first) / middle:5.2f} times {options.contenders[0]}, "
             f"{statistics.median(base) / middle:5.2f} times it in {options.precisions[0]}{memory}"
         )

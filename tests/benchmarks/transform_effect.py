@@ -25,7 +25,7 @@ from util.batch import UnreadableImage
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print AP of both ways, and how far the pixels are apart."""
+    """Print the AP of both, and the mean difference of their pixels."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--images", required=True)
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     exact, fast = (dataset[0] for dataset in ways.values())
     if not isinstance(exact, UnreadableImage) and not isinstance(fast, UnreadableImage):
         apart = float(((exact[0] - fast[0]).abs() * steps).mean())
-        print(f"pixels of the first image: {apart:.3f} of 255 steps apart on average")
+        print(f"pixels of the first image differ by {apart:.3f} of 255 on average")
     return 0
 
 

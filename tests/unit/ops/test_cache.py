@@ -1,4 +1,4 @@
-"""Building and keeping kernels: once, in one process, with words where it fails."""
+"""Building and keeping kernels: once, in one process, and an error that explains a failure."""
 
 import os
 import shutil
@@ -83,7 +83,7 @@ def test_a_forced_backend_fails_loudly(tmp_path: Path) -> None:
     for name, words in [
         ("cpu", "MSDEFORM_BACKEND=cpu on cpu: no C++ compiler"),
         ("cuda", "MSDEFORM_BACKEND=cuda on cpu: computes on NVIDIA GPUs, not on cpu"),
-        ("fast", "MSDEFORM_BACKEND: expected one of cuda, cpu, triton, reference, got 'fast'"),
+        ("fast", "MSDEFORM_BACKEND: no backend 'fast'. Choose from cuda, cpu, triton, reference."),
     ]:
         done = run(ATTEND, tmp_path, MSDEFORM_BACKEND=name, CXX="no-such-compiler")
         assert done.returncode == 1
@@ -98,12 +98,12 @@ def test_nothing_is_built_by_an_import(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_said(
+def test_a_folder_that_cannot_be_written_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MSDEFORM_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(BackendError, match="cannot be written to.*MSDEFORM_CACHE"):
+    with pytest.raises(BackendError, match="is not writable.*MSDEFORM_CACHE"):
         cache_dir()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ops import BackendError, nvrtc
-from ops.build import usual_kinds, wanted_targets
+from ops.build import requested_targets, usual_kinds
 from ops.cache import cache_dir
 
 ROOT = Path(__file__).parents[3]
@@ -42,13 +42,13 @@ print(tuple(output.shape), bool(attention.sampling_offsets.weight.grad.any()))
 @pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA")
 def test_targets_follow_the_list_of_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX 8.0")
-    assert wanted_targets() == ["compute_90", "sm_80", "sm_90"]
+    assert requested_targets() == ["compute_90", "sm_80", "sm_90"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(BackendError, match="expected entries like 9.0 or 9.0\\+PTX, got 'Hopper'"):
-        wanted_targets()
+    with pytest.raises(BackendError, match="'Hopper' is not an entry like 9.0 or 9.0\\+PTX"):
+        requested_targets()
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "3.5")
-    with pytest.raises(BackendError, match="makes no code for compute capability 3.5"):
-        wanted_targets()
+    with pytest.raises(BackendError, match="does not support compute capability 3.5"):
+        requested_targets()
     newest = max(nvrtc.architectures())
     assert nvrtc.target(newest + 50) == f"compute_{newest}"
 

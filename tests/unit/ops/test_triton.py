@@ -364,7 +364,7 @@ def test_triton_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_too_long_for_a_tile_are_refused() -> None:
     call = make_call(n=1, q=1, m=1, d=2**19, k=4, shapes=[(1, 1)])
-    with pytest.raises(BackendError, match="do not fit into a tile"):
+    with pytest.raises(BackendError, match="do not fit in a tile"):
         forward_launch(call)
 
 

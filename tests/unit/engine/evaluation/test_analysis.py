@@ -107,7 +107,7 @@ def test_best_threshold_is_the_best_of_all(scores: list[int], hits: list[bool], 
 
     def f1(least: float) -> float:
         kept = score >= least
-        return float(2 * (hit & kept).sum() / max(1, kept.sum() + positives))
+        return float(2 * (hit & kept).sum() / max(1, int(kept.sum()) + positives))
 
     best = best_threshold(score, hit, positives)
     if not hit.any():

@@ -1,0 +1,127 @@
+"""Time training steps by how long waiting OpenMP threads spin, alone and beside busy processes.
+
+    python -m tests.benchmarks.spinning
+    python -m tests.benchmarks.spinning --config configs/finetune_small.yaml
+    python -m tests.benchmarks.spinning --config configs/deformable_detr_r50.yaml --steps 10 \
+        --train_scales 320 --max_size 427
+
+Every run is `main.py train` in a separate process, stopped after a few steps; `metrics.jsonl` has
+the seconds and the loss of each step. The settings take turns within a round, with one thread per
+core. Our default is also run with a core left to each loader process. Other options are passed to
+`train`. Prints a Markdown table, and whether the losses are equal to the last digit.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+SETTINGS = {
+    # libgomp's own default, set because `main.py` would set another
+    "neither set": {"GOMP_SPINCOUNT": "300000"},
+    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+    **{f"GOMP_SPINCOUNT={n}": {"GOMP_SPINCOUNT": str(n)} for n in (1000, 10000, 100000)},
+}
+DEFAULT = "GOMP_SPINCOUNT=10000"
+WARM_UP = 5  # steps
+
+Step = dict[str, Any]
+
+
+def run_steps(
+    options: argparse.Namespace, data: str, setting: str, threads: int, busy: int
+) -> list[Step]:
+    """Train in a separate process beside `busy` others; return the steps after the warm-up."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("GOMP_", "OMP_"))}
+    environment |= {"OMP_NUM_THREADS": str(threads), **SETTINGS[setting]}
+    with tempfile.TemporaryDirectory() as folder:
+        metrics, output = Path(folder, "run", "metrics.jsonl"), Path(folder, "output.txt")
+        command = [
+            sys.executable, "main.py", "train", "--config", options.config, "--coco_path", data,
+            "--output_dir", str(metrics.parent), "--num_workers", str(options.num_workers),
+            "--backbone_weights", "none", *options.train,
+        ]  # fmt: skip
+        others = [subprocess.Popen([sys.executable, "-c", "while 1: pass"]) for _ in range(busy)]
+        try:
+            with output.open("wb") as file:
+                run = subprocess.Popen(
+                    command, env=environment, stdout=file, stderr=subprocess.STDOUT
+                )
+            steps: list[Step] = []
+            while len(steps) < WARM_UP + options.steps:
+                if run.poll() is not None:
+                    raise SystemExit(f"{' '.join(command)}\n{output.read_text()[-2000:]}")
+                time.sleep(0.5)
+                lines = metrics.read_text().splitlines() if metrics.exists() else []
+                steps = [json.loads(line) for line in lines if line.endswith("}")]
+            run.terminate()
+            run.wait()
+        finally:
+            for process in others:
+                process.kill()
+                process.wait()
+    return steps[WARM_UP : WARM_UP + options.steps]
+
+
+def measure(options: argparse.Namespace, data: str) -> None:
+    """Run every setting by turns and print the table."""
+    cores = len(os.sched_getaffinity(0))
+    spared = max(1, cores - options.num_workers)
+    runs = [(setting, cores) for setting in SETTINGS]
+    if spared != cores:
+        runs.append((DEFAULT, spared))
+    seconds: dict[tuple[str, int, int], list[float]] = {}
+    losses: dict[int, set[tuple[float, ...]]] = {}
+    for _ in range(options.rounds):
+        for busy in (0, options.busy):
+            for setting, threads in runs:
+                steps = run_steps(options, data, setting, threads, busy)
+                seconds.setdefault((setting, threads, busy), []).extend(s["time"] for s in steps)
+                losses.setdefault(threads, set()).add(tuple(s["loss"] for s in steps))
+    print(f"`{options.config}`, {cores} cores, {options.num_workers} loader processes: seconds")
+    print("(median and 90th percentile) of a training step\n")
+    print(f"| setting | threads | alone | 90 % | beside {options.busy} busy processes | 90 % |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for setting, threads in runs:
+        cells = [setting, str(threads)]
+        for busy in (0, options.busy):
+            values = seconds[setting, threads, busy]
+            tenths = statistics.quantiles(values, n=10, method="inclusive")
+            cells += [f"{statistics.median(values):.3f}", f"{tenths[8]:.3f}"]
+        print(f"| {' | '.join(cells)} |")
+    for threads, found in losses.items():
+        equal = (
+            "equal to the last digit" if len(found) == 1 else f"{len(found)} different sequences"
+        )
+        print(f"\nLosses of all runs with {threads} threads: {equal}.")
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/shapes_tiny.yaml")
+    parser.add_argument("--coco_path", help="COCO-format data; default: generated shapes")
+    parser.add_argument("--busy", type=int, default=2, help="busy processes beside the training")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps per run")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--num_workers", type=int, default=1, help="loader processes")
+    options, train_options = parser.parse_known_args()
+    options.train = train_options
+    with tempfile.TemporaryDirectory() as folder:
+        if not options.coco_path:
+            command = [sys.executable, "-m", "datasets.shapes", "--output_dir", folder]
+            counts = ["--num_train", "400", "--num_val", "8"]
+            subprocess.run([*command, *counts], check=True, stdout=subprocess.DEVNULL)
+        measure(options, options.coco_path or folder)
+
+
+if __name__ == "__main__":
+    main()
