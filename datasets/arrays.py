@@ -69,3 +69,7 @@ class Annotations:
     def select(self, keep: BoolArray) -> "Annotations":
         """Return those where `keep` [A] is true."""
         return Annotations(*(getattr(self, f.name)[keep] for f in fields(self)))
+
+    def with_area(self) -> "Annotations":
+        """Return those whose width and height are positive, the ones that evaluation counts."""
+        return self.select(np.asarray((self.xywh[:, 2:] > 0).all(axis=1)))

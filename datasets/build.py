@@ -9,7 +9,9 @@ import numpy as np
 from configs.schema import DataConfig
 from datasets.checks.findings import first_few
 from datasets.dataset import CocoDetection
-from datasets.formats.sources import Source, coco_layout, read_source
+from datasets.formats.coco import coco_layout, read_coco_file
+from datasets.formats.registry import get_format, read_source
+from datasets.formats.source import Source
 from datasets.image_cache import ImageCache
 from datasets.index import CocoIndex
 from datasets.mixing import Mixing
@@ -25,25 +27,31 @@ Split = Literal["train", "val"]
 def read_split(cfg: DataConfig, split: Split) -> Source:
     """Read a split's data, of whatever format, unchecked.
 
-    `--train_images` and `--train_annotations` (or `--val_...`) win over `--data_path`, and that
-    over `--coco_path`.
+    `train_images` and `train_annotations` (or `val_...`) override `data_path`, which overrides
+    `coco_path`.
 
     Raises:
+        ConfigError: there is no such data format.
         DataError: see `data_paths` and `read_source`.
     """
     if _is_foreign(cfg, split):
-        return read_source(
-            cfg.data_format,
-            Path(cfg.data_path),
-            _split_name(cfg, split),
-            voc_corners=cfg.voc_corners,
-        )
+        place, name = Path(cfg.data_path), _split_name(cfg, split)
+        return read_source(cfg.data_format, place, name, **format_options(cfg, cfg.data_format))
     image_dir, annotation_file = data_paths(cfg, split)
-    return read_source("coco", annotation_file, split, image_dir=image_dir)
+    return read_coco_file(annotation_file, image_dir)
+
+
+def format_options(cfg: object, data_format: str) -> dict[str, str]:
+    """Return the options of a data format, from a config that has them.
+
+    Raises:
+        ConfigError: there is no such data format.
+    """
+    return {name: getattr(cfg, name) for name in get_format(data_format).options}
 
 
 def _is_foreign(cfg: DataConfig, split: Split) -> bool:
-    """Tell whether a split is in another format than COCO's."""
+    """Return whether a split is in another format than COCO's."""
     given = any(_explicit_paths(cfg, split))
     return bool(cfg.data_path) and cfg.data_format != "coco" and not given
 
@@ -61,18 +69,16 @@ def _explicit_paths(cfg: DataConfig, split: Split) -> tuple[str, str]:
 def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
     """Return the image folder and the annotation file of a split in COCO's format.
 
-    `--train_images` and `--train_annotations` (or `--val_...`) win over `--data_path`, and that
-    over `--coco_path`.
+    `train_images` and `train_annotations` (or `val_...`) override `data_path`, which overrides
+    `coco_path`.
 
     Raises:
-        DataError: no option, or only one of the two, says where the data lies.
+        DataError: no option says where the data is, or only one of the two.
     """
     images, annotations = _explicit_paths(cfg, split)
     if bool(images) != bool(annotations):
         given, lacking = ("images", "annotations") if images else ("annotations", "images")
-        raise DataError(
-            f"--{split}_{given}: expected --{split}_{lacking} with it, got none. Give both."
-        )
+        raise DataError(f"{split}_{given}: needs `{split}_{lacking}` too. Set both.")
     if images:
         return Path(images), Path(annotations)
     if cfg.data_path:
@@ -80,9 +86,8 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
     if cfg.coco_path:
         return coco_layout(Path(cfg.coco_path), split)
     raise DataError(
-        f"{split} data: expected --coco_path DIR, or --{split}_images DIR with "
-        f"--{split}_annotations FILE, or --data_path DIR with --data_format, got none. "
-        "Say where the data lies."
+        f"{split} data: no option says where it is. Set `coco_path`, or `{split}_images` and "
+        f"`{split}_annotations`, or `data_path` and `data_format`."
     )
 
 
@@ -94,7 +99,7 @@ def build_transform(
         return EvalTransform(
             eval_scale=cfg.eval_scale, max_size=cfg.max_size, mean=tuple(mean), std=tuple(std)
         )
-    least, greatest = cfg.crop_size
+    crop_min, crop_max = cfg.crop_size
     plain = cfg.augment == "none"
     return TrainTransform(
         train_scales=(cfg.eval_scale,) if plain else cfg.train_scales,
@@ -102,7 +107,7 @@ def build_transform(
         hflip=cfg.hflip,
         random_crop=cfg.random_crop,
         crop_scales=cfg.crop_scales,
-        crop_size=(least, greatest),
+        crop_size=(crop_min, crop_max),
         one_scale_per_batch=cfg.one_scale_per_batch,
         mean=tuple(mean),
         std=tuple(std),
@@ -137,7 +142,7 @@ def build_dataset(
 ) -> CocoDetection:
     """Return an index's images, augmented if `train`, labelled in `classes` if given.
 
-    `epochs` are those of the run, the last of which mix no images.
+    `epochs` are those of the run; the last of them mix no images.
 
     Raises:
         DataError: `classes` lacks a class that annotations of the data have, or all classes.
@@ -157,24 +162,24 @@ def build_dataset(
     )
     if dataset.unknown_classes:
         console(
-            "notice: classes that the model does not know and no annotation has, left out: "
+            "notice: classes that the model does not know, but no annotation has, left out: "
             f"{first_few(map(repr, dataset.unknown_classes))}"
         )
     return dataset
 
 
 def _unused(cfg: DataConfig, epochs: int) -> Iterator[str]:
-    """Yield a line on each option that others leave without effect."""
+    """Yield a line on each option that has no effect because of others."""
     if cfg.augment == "none" and cfg.train_scales not in (
         DataConfig.train_scales,
         (cfg.eval_scale,),
     ):
         yield (
-            f"--augment none: images have a short side of --eval_scale {cfg.eval_scale}; "
-            "--train_scales has no effect."
+            f"augment none: images have a short side of `eval_scale {cfg.eval_scale}`; "
+            "`train_scales` has no effect."
         )
     if (cfg.mosaic or cfg.mixup) and epochs <= cfg.close_augment_epochs:
         yield (
-            f"--close_augment_epochs {cfg.close_augment_epochs} covers all {epochs} epochs: there "
+            f"close_augment_epochs {cfg.close_augment_epochs} covers all {epochs} epochs: there "
             "will be no mosaic and no mixup. Lower it, or train longer."
         )

@@ -9,12 +9,12 @@ from util.errors import DataError
 def map_classes(data: Classes, model: Classes) -> dict[int, int]:
     """Return data category id -> model label.
 
-    Classes are matched by name where the model knows every name of the data, else by id where it
-    knows every id under the same name. A category called by its number, or a model without any
-    names, contradicts nothing; in a model with names, an unnamed label is not in use.
+    Classes are matched by name if the model knows every name of the data, else by id if it knows
+    every id under the same name. A category called by its number, or a model without any names,
+    contradicts nothing; in a model with names, an unnamed label is not in use.
 
     Raises:
-            DataError: the model does not know some class of the data.
+        DataError: the model does not know some class of the data.
     """
     by_name = {name: label for label, name in enumerate(model.names) if name}
     unique = len(set(data.names)) == len(data.names) and len(by_name) == sum(map(bool, model.names))
@@ -29,14 +29,14 @@ def map_classes(data: Classes, model: Classes) -> dict[int, int]:
         return {i: model.label_of[i] for i in data.ids}
     shown = ", ".join(repr(name) for name in unknown[:10]) + (", ..." if len(unknown) > 10 else "")
     raise DataError(
-        f"classes: expected data with classes the model (in training: the training data) knows, "
-        f"got {len(unknown)} of {len(data)} that it does not: {shown}. Evaluate on data with its "
-        "classes, or train on them, with --finetune from this model."
+        f"classes: the model (in training: the training data) does not know {len(unknown)} of the "
+        f"{len(data)} in the data: {shown}. Evaluate on data with its classes, or train on these, "
+        "with `finetune` from this model."
     )
 
 
 def map_used_classes(data: Classes, model: Classes, annotated: Collection[int]) -> dict[int, int]:
-    """Return what `map_classes` does, but for classes that the model does not know and nobody uses.
+    """Return what `map_classes` does, without classes that the model does not know and nobody uses.
 
     `annotated` are the category ids that annotations have: files often name more.
 

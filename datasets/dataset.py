@@ -1,4 +1,4 @@
-"""Detection data of any format: the index of a checked split, and the data set that reads it."""
+"""Data sets: images of an index, with targets, and images alone."""
 
 import glob
 from collections.abc import Sequence
@@ -88,8 +88,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, turn: "int | SampleKey") -> tuple[Tensor, Target] | UnreadableImage:
-        position, batch = turn if isinstance(turn, SampleKey) else (turn, 0)
+    def __getitem__(self, key: "int | SampleKey") -> tuple[Tensor, Target] | UnreadableImage:
+        position, batch = key if isinstance(key, SampleKey) else (key, 0)
         image_id = int(self.index.images.ids[position])
         try:
             sample = self._read_sample(position)
@@ -127,7 +127,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         return self._transform.output_size(height, width)
 
     def largest_size(self, height: int, width: int) -> tuple[int, int] | None:
-        """Return the most that an image of this size may get to be, None where it is unknown."""
+        """Return the largest size an image of this size may get, None if it is unknown."""
         return self._transform.largest_size(height, width) if height and width else None
 
     def _path(self, position: int) -> Path:
@@ -139,7 +139,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         part = slice(self.index.first[position], self.index.first[position + 1])
         boxes = torch.from_numpy(self.index.boxes[part].copy())
         labels = torch.from_numpy(self._label_of[self.index.labels[part]])
-        # The file may be smaller than it was said to be.
+        # The file may be smaller than stated.
         return clip_boxes(Sample(pixels, boxes, labels, size))
 
     def _decode(self, position: int) -> tuple[Tensor, tuple[int, int]]:
@@ -184,7 +184,7 @@ def seeded_generator(*key: int) -> torch.Generator:
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Return the images that files, folders (searched throughout) and glob patterns name.
+    """Return the images that files, folders (with all in them) and glob patterns name.
 
     A file named outright is taken whatever its suffix; each image comes once, in the order of
     `inputs` and sorted within each.
@@ -204,11 +204,10 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             images = [p for p in matches if is_image(p)]
             if not matches:
                 raise DataError(
-                    f"--input {text}: expected an image, a folder or a pattern, found nothing "
-                    "there. Check the path."
+                    f"input {text}: no image, folder or pattern leads to a file. Check the path."
                 )
         if not images:
-            raise DataError(f"--input {text}: expected images ({', '.join(SUFFIXES)}), found none.")
+            raise DataError(f"input {text}: there are no images ({', '.join(SUFFIXES)}) there.")
         found.update(dict.fromkeys(images))
     return list(found)
 

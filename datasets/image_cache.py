@@ -1,4 +1,4 @@
-"""Decoded images in memory that all loader processes share, up to a bound."""
+"""Decoded images in memory that all loader processes share, up to a limit."""
 
 import multiprocessing
 
@@ -12,26 +12,26 @@ _PATIENCE = 1.0  # seconds: a process that was killed may have held the lock
 
 
 class ImageCache:
-    """Images that were decoded once, as 8-bit pixels; those that came when it was full are not.
+    """Images that were decoded once, as 8-bit pixels, as many as there is room for.
 
-    Nothing is thrown out: an epoch needs each image once, so that a newer one is worth no more
-    than an older. The memory is taken at once, so that it cannot run out later, and goes back to
-    the system with the last process, however that ends.
+    Nothing is thrown out: an epoch needs each image once, so a newer one is worth no more than an
+    older one. The memory is allocated at once, so that it cannot run out later, and is freed with
+    the last process, however that ends.
     """
 
     def __init__(self, num_images: int, num_bytes: int) -> None:
-        """Take memory.
+        """Allocate the shared buffer.
 
         Raises:
-            ConfigError: there is not so much of it.
+            ConfigError: there is not enough memory.
         """
         try:
             # as torch's own collation does: `share_memory_` would fill as much again, and copy it
             storage = torch.UntypedStorage._new_shared(num_bytes)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise ConfigError(
-                f"--cache_images: expected {num_bytes / 1e9:.2f} GB of shared memory, got "
-                "less (`df -h /dev/shm` shows it). Lower it, or give a container more."
+                f"cache_images: there are not {num_bytes / 1e9:.2f} GB of shared memory left "
+                "(`df -h /dev/shm` shows it). Lower it, or give a container more."
             ) from error
         self._pixels = torch.empty(0, dtype=torch.uint8).set_(storage)
         # of each image: where it begins (-1: not here), decoded and whole (height, width)

@@ -123,9 +123,9 @@ def read_reduced(
     """Decode an image to 8-bit RGB, and return with it the (height, width) of the whole.
 
     Annotations are drawn on the stored pixels or on the upright image; `stated_size`, their
-    (height, width), tells which. Without it the EXIF orientation is applied. A JPEG is decoded at
-    a half, a quarter or an eighth, where that is at least what `decoded_size` asks for of a
-    (height, width): the other frequencies are never computed.
+    (height, width), decides. Without it the EXIF orientation is applied. A JPEG is decoded at a
+    half, a quarter or an eighth if that is at least what `decoded_size` asks for of a (height,
+    width): the other frequencies are never computed.
 
     Raises:
         READ_ERRORS: the file cannot be decoded to its end.
@@ -168,14 +168,14 @@ def refuse_bomb(image: Image.Image) -> None:
         )
 
 
-def _reduction(size: tuple[int, int], least: tuple[int, int]) -> int:
-    """Return the greatest divisor of `size` that leaves `least`.
+def _reduction(size: tuple[int, int], min_size: tuple[int, int]) -> int:
+    """Return the largest divisor of `size` that leaves at least `min_size`.
 
     A side is rounded up by a quarter of a pixel at most: boxes stay on what they enclose.
     """
     for factor in (8, 4, 2):
-        pairs = list(zip(size, least, strict=True))
-        if all(s // factor >= few and -s % factor <= factor // 4 for s, few in pairs):
+        pairs = list(zip(size, min_size, strict=True))
+        if all(s // factor >= low and -s % factor <= factor // 4 for s, low in pairs):
             return factor
     return 1
 
@@ -203,5 +203,5 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def is_image(path: Path) -> bool:
-    """Tell whether a file's name says that it is an image."""
+    """Return whether a file has the name of an image."""
     return path.suffix.lower() in SUFFIXES and path.is_file()

@@ -1,6 +1,6 @@
 """A checked split of a data set of any format, in flat arrays."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.arrays import Annotations, Images
-from datasets.checks.coco_json import CocoContent, check_content
-from datasets.checks.findings import Finding
-from datasets.checks.images import clip_to_images, complete_sizes
-from datasets.formats.sources import Source, require_folder
+from datasets.checks.boxes import check_boxes, clip, has_area
+from datasets.checks.entries import CocoContent, check_content
+from datasets.checks.findings import Notice
+from datasets.checks.images import check_headers
+from datasets.checks.split_report import SplitReport
+from datasets.formats.coco import require_folder
+from datasets.formats.source import Source
 from datasets.index_cache import read_content
 from util.classes import Classes
 from util.errors import DataError
@@ -25,7 +28,7 @@ class CocoIndex:
 
     `annotations` are those that evaluation counts, as in the file. Training uses a part of them,
     clipped: image i has `boxes[first[i]:first[i + 1]]` ([B,4] xyxy pixels) with `labels` [B].
-    `findings` tell everything that was repaired or left out; `place` is where the data came from.
+    `findings` are all that was fixed or left out; `place` is where the data came from.
     """
 
     place: Path
@@ -36,20 +39,26 @@ class CocoIndex:
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
     first: NDArray[np.int64]
-    findings: tuple[Finding, ...]
+    findings: tuple[Notice, ...]
 
     @classmethod
     def load(
-        cls, json_path: Path, image_dir: Path, *, need_boxes: bool, cache: bool = False
+        cls,
+        json_path: Path,
+        image_dir: Path | None,
+        *,
+        need_boxes: bool,
+        cache: bool = False,
     ) -> "CocoIndex":
-        """Read and check a COCO-format file and the folder of its images.
+        """Read and check a COCO-format file and the folder of its images, if there is one.
 
         With `cache`, the content of a large file is kept for the next time.
 
         Raises:
             DataError: see `require_folder`, `read_content` and `from_content`.
         """
-        require_folder(image_dir)
+        if image_dir is not None:
+            require_folder(image_dir)
         content = read_content(json_path, need_boxes=need_boxes, cache=cache)
         return cls.from_content(content, json_path, image_dir, need_boxes=need_boxes)
 
@@ -62,47 +71,52 @@ class CocoIndex:
         Raises:
             DataError: see `check_content` and `from_content`.
         """
-        content = check_content(source.content, source.place, need_boxes=need_boxes)
-        content = replace(content, findings=(*source.findings, *content.findings))
+        content = check_content(source, need_boxes=need_boxes)
         return cls.from_content(content, source.place, source.image_dir, need_boxes=need_boxes)
 
     @classmethod
     def from_content(
-        cls, content: CocoContent, place: Path, image_dir: Path, *, need_boxes: bool
+        cls, content: CocoContent, place: Path, image_dir: Path | None, *, need_boxes: bool
     ) -> "CocoIndex":
-        """Check content against the images.
+        """Check content against the images, unless their folder is None.
 
         Raises:
-            DataError: none of the images is in the folder, or there is no box to train on where
+            DataError: none of the images is in the folder, or there is no box to train on although
                 `need_boxes`.
         """
-        findings = list(content.findings)
-        images = complete_sizes(content.images, image_dir, findings)
-        boxes, usable = clip_to_images(content.annotations, images, findings)
+        report = SplitReport(Source({}, image_dir or Path(), place))
+        report.classes, report.images = content.classes, content.images
+        report.annotations = content.annotations
+        if image_dir is not None:
+            check_headers(report)
+        check_boxes(report)
+        notices = (*content.notices, *report.notices)
+        # Training and evaluation take the numbers as they are, whatever layout they seem to have.
+        annotations = content.annotations.with_area()
+        size = report.images.sizes[annotations.image][:, ::-1].astype(np.float64)
+        boxes = clip(annotations.xywh, size)
+        usable = has_area(boxes) & ~annotations.crowd
         if need_boxes and not usable.any():
-            noticed = "; ".join(finding.text for finding in findings)
             raise DataError(
-                f"{place}: expected at least one usable box, got none among "
-                f"{len(content.annotations.ids)} annotations. "
-                + (f"Noticed: {noticed}." if findings else "Give another file.")
+                f"{place}: none of the {len(content.annotations.ids)} annotations is a usable box. "
+                + (
+                    f"Found: {'; '.join(n.text for n in notices)}."
+                    if notices
+                    else "Use another file."
+                )
             )
-        image = content.annotations.image[usable]
+        image = annotations.image[usable]
         order = np.argsort(image, kind="stable")
-        first = np.searchsorted(image[order], np.arange(len(images.ids) + 1))
-        empty = images.ids[np.diff(first) == 0]
-        if len(empty) and len(content.annotations.ids):  # test-dev has none
-            line = f"images without boxes: {len(empty)} of {len(images.ids)}, kept"
-            findings.append(Finding("no_boxes", len(empty), line, "image", empty))
         return cls(
             place=place,
-            image_dir=image_dir,
+            image_dir=report.source.image_dir,
             classes=content.classes,
-            images=images,
-            annotations=content.annotations,
+            images=report.images,
+            annotations=annotations,
             boxes=boxes[usable][order],
-            labels=content.annotations.labels[usable][order],
-            first=first,
-            findings=tuple(findings),
+            labels=annotations.labels[usable][order],
+            first=np.searchsorted(image[order], np.arange(len(report.images.ids) + 1)),
+            findings=notices,
         )
 
     def __len__(self) -> int:
@@ -110,7 +124,7 @@ class CocoIndex:
 
     @property
     def notices(self) -> list[str]:
-        """A line on each kind of thing that was repaired or left out."""
+        """A line on each kind of thing that was fixed or left out."""
         return [finding.text for finding in self.findings]
 
     @property
@@ -119,19 +133,19 @@ class CocoIndex:
         return np.diff(self.first)
 
     def report(self, num_queries: int) -> str:
-        """Return the summary and a line on everything that was mended or will not be found."""
+        """Return the summary and a line on everything that was fixed or cannot be detected."""
         notices = self.notices
         crowded = self.boxes_per_image > num_queries
         if crowded.any():
             notices.append(
                 f"{int(crowded.sum())} images have more boxes (up to "
                 f"{int(self.boxes_per_image.max())}) than the model has queries "
-                f"({num_queries}): the rest can never be found. Raise --num_queries."
+                f"({num_queries}): the rest can never be found. Raise `num_queries`."
             )
         return "\n".join([self.summary(), *(f"  notice: {notice}" for notice in notices)])
 
     def data_report(self) -> dict[str, Any]:
-        """Return what was repaired or left out, in plain values, with the ids of each kind."""
+        """Return what was fixed or left out, in plain values, with the ids of each kind."""
         return {
             "place": str(self.place),
             "images": len(self),

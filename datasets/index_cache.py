@@ -1,8 +1,8 @@
 """Keep what was read of a large COCO-format file, so that the next run need not read it again.
 
-A file in the user's cache folder is named by a hash of the JSON's bytes and opens with a hash of
-its own: one that is damaged, half written or of other data is never taken. Nothing is written
-beside the data.
+A file in the user's cache folder is named by a hash of the JSON's bytes and starts with a hash of
+its own content: one that is damaged, half written or of other data is never used. Nothing is
+written next to the data.
 """
 
 import contextlib
@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from datasets.arrays import Annotations, Images, Names
-from datasets.checks.coco_json import CocoContent, check_content, parse_json, read_bytes
-from datasets.checks.findings import Finding
+from datasets.checks.entries import CocoContent, check_content
+from datasets.checks.findings import Notice
+from datasets.formats.coco import parse_json, read_bytes
+from datasets.formats.source import Source
 from util.classes import Classes
 from util.files import atomic_path
 
-_VERSION = 2  # of the arrays and of the checks that fill them
-_LEAST_BYTES = 4_000_000  # smaller files are read again in a moment
+_VERSION = 3  # of the arrays and of the checks that fill them
+_MIN_BYTES = 4_000_000  # smaller files are read again in a moment
 _KEPT = 16  # files
 _DIGEST = 32  # bytes of SHA-256
 
@@ -36,16 +38,20 @@ def read_content(path: Path, *, need_boxes: bool, cache: bool) -> CocoContent:
         DataError: see `parse_json` and `check_content`.
     """
     data = read_bytes(path)
-    if not cache or len(data) < _LEAST_BYTES:
-        return check_content(parse_json(data, path), path, need_boxes=need_boxes)
+    if not cache or len(data) < _MIN_BYTES:
+        return _check(data, path, need_boxes=need_boxes)
     file = cache_folder() / f"{hashlib.sha256(data).hexdigest()}-{_VERSION}"
     content = _load(file)
     # What was kept without annotations may lack the list of them: that is refused here.
     if content is None or (need_boxes and not len(content.annotations.ids)):
-        content = check_content(parse_json(data, path), path, need_boxes=need_boxes)
+        content = _check(data, path, need_boxes=need_boxes)
         with contextlib.suppress(OSError):  # no room or no right to write: read anew next time
             _save(file, content)
     return content
+
+
+def _check(data: bytes, path: Path, *, need_boxes: bool) -> CocoContent:
+    return check_content(Source(parse_json(data, path), Path(), path), need_boxes=need_boxes)
 
 
 def cache_folder() -> Path:
@@ -56,14 +62,14 @@ def cache_folder() -> Path:
 
 def _save(file: Path, content: CocoContent) -> None:
     """Write in one step; of processes that write at once, the last wins."""
-    told = {
+    others = {
         "classes": content.classes.to_json(),
-        "findings": [finding.to_json() for finding in content.findings],
+        "notices": [notice.to_json() for notice in content.notices],
     }
     buffer = io.BytesIO()
     np.savez(
         buffer,
-        told=np.frombuffer(json.dumps(told).encode(), dtype=np.uint8),
+        others=np.frombuffer(json.dumps(others).encode(), dtype=np.uint8),
         image_ids=content.images.ids,
         name_data=content.images.file_names.data,
         name_ends=content.images.file_names.ends,
@@ -90,14 +96,14 @@ def _load(file: Path) -> CocoContent | None:
         return None
     with np.load(io.BytesIO(raw[_DIGEST:]), allow_pickle=False) as saved:
         arrays = dict(saved.items())
-    told = json.loads(arrays["told"].tobytes())
+    others = json.loads(arrays["others"].tobytes())
     return CocoContent(
-        Classes.from_json(told["classes"]),
+        Classes.from_json(others["classes"]),
         Images(
             arrays["image_ids"],
             Names(arrays["name_data"], arrays["name_ends"]),
             arrays["sizes"],
         ),
         Annotations(*(arrays[f"box_{f.name}"] for f in fields(Annotations))),
-        tuple(Finding.from_json(finding) for finding in told["findings"]),
+        tuple(Notice.from_json(notice) for notice in others["notices"]),
     )

@@ -64,18 +64,17 @@ def _check_existing(folder: Path, counts: dict[str, int], seed: int) -> None:
             found = None
         if not isinstance(found, dict) or found.get("generator") != "shapes":
             raise DataError(
-                f"--output_dir {folder}: expected a new or empty folder, got one with other "
-                "content. Choose another folder."
+                f"output_dir {folder}: the folder has other content. Choose a new or empty one."
             )
         if found != _info(split, count, seed):
             raise DataError(
-                f"--output_dir {folder}: expected {count} {split} images of seed {seed} (drawing "
-                f"version {_VERSION}), got {found.get('num_pictures')} of seed {found.get('seed')} "
-                f"(version {found.get('generator_version')}). Delete it or choose another folder."
+                f"output_dir {folder}: it holds {found.get('num_pictures')} {split} images of seed "
+                f"{found.get('seed')} (drawing version {found.get('generator_version')}), not "
+                f"{count} of seed {seed} (version {_VERSION}). Delete it or choose another folder."
             )
         if sum(1 for _ in (folder / f"{split}2017").glob("*.jpg")) != count:
             raise DataError(
-                f"{folder / f'{split}2017'}: expected {count} images, some are gone. "
+                f"{folder / f'{split}2017'}: some of the {count} images are gone. "
                 "Delete the folder and generate it again."
             )
 

@@ -15,13 +15,8 @@ from configs.schema import Config
 from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection
 from datasets.index import CocoIndex
-from datasets.loader import (
-    BatchSplit,
-    TrainLoader,
-    eval_loader,
-    loader_processes,
-    train_loader,
-)
+from datasets.loader import TrainLoader, eval_loader, loader_processes, train_loader
+from datasets.samplers import BatchSplit
 from engine.checkpoint import CheckpointFolder
 from engine.ema import Ema
 from engine.guards import FlatLoss, Guards, MemoryGuard, NonFiniteSteps, UnreadableImages
@@ -182,6 +177,7 @@ def build_training_model(
         num_classes=len(classes),
         backbone_weights=backbone_weights,
         frozen_stages=config.optim.frozen_stages if config.optim.lr_backbone else ALL_STAGES,
+        recipes=config.recipes,
     )
     mean: Sequence[float] = model.backbone.mean
     std: Sequence[float] = model.backbone.std

@@ -1,16 +1,22 @@
-"""Training curves as an image."""
+"""Charts: training curves as an image, and those of reports."""
 
 import json
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from util.files import atomic_path
+
+THEME = {"soft": "#5b6068", "line": "#d9dce1", "c0": "#1f6fb5", "c1": "#c2570c", "c2": "#22805a"}
+"""Colours of text, of lines behind a chart and of its series; a dark page replaces them."""
+_SERIES = tuple(THEME[f"c{i}"] for i in range(3))
+_DASHES = ("-", (0, (5, 3)), (0, (1, 1.5)))
 
 _LOSSES = {
     "train_loss": "total",
@@ -19,7 +25,6 @@ _LOSSES = {
     "train_loss_giou": "box GIoU",
 }
 _METRICS = {"AP": 0, "AP50": 1, "AP75": 2}  # positions among COCO's 12 numbers
-_COLOURS = ("#222222", "#1f77b4", "#d95f02", "#2a9d5c")
 
 
 def plot_curves(log_path: Path, out_path: Path) -> None:
@@ -29,28 +34,111 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
     ground truth and losses that are null. A dotted line marks a drop of the learning rate.
     """
     epochs = _read(log_path)
+    evaluated = [e for e in epochs if e.get("test_coco_eval_bbox")]
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     losses, metrics = figure.subplots(1, 2)
-    for (key, name), colour in zip(_LOSSES.items(), _COLOURS, strict=True):
+    for (key, name), colour in zip(_LOSSES.items(), ("#222222", *_SERIES), strict=True):
         points = [(e["epoch"] + 1, e[key]) for e in epochs if e.get(key) is not None]
         _curve(losses, points, name, colour)
-    evaluated = [e for e in epochs if e.get("test_coco_eval_bbox")]
-    for (name, position), colour in zip(_METRICS.items(), _COLOURS, strict=False):
+    for (name, position), colour in zip(_METRICS.items(), ("#222222", *_SERIES), strict=False):
         values = [(e["epoch"] + 1, e["test_coco_eval_bbox"][position]) for e in evaluated]
-        points = [(x, y) for x, y in values if y is not None and y >= 0]
-        _curve(metrics, points, name, colour)
-    _mark_drops(losses, epochs)
-    _mark_drops(metrics, epochs)
-    last = epochs[-1]["epoch"] + 1 if epochs else 1
-    _finish(losses, "training loss", last)
-    _finish(metrics, "COCO box AP, validation", last)
-    with atomic_path(out_path) as temporary:  # no one sees half an image
+        _curve(metrics, [(x, y) for x, y in values if y is not None and y >= 0], name, colour)
+    for axes, title in ((losses, "training loss"), (metrics, "COCO box AP, validation")):
+        for before, after in zip(epochs[:-1], epochs[1:], strict=True):
+            old, new = before.get("train_lr"), after.get("train_lr")
+            if old and new and new <= old / 5:  # a cosine's end falls less steeply
+                axes.axvline(after["epoch"] + 0.5, color="#999999", linewidth=1, linestyle=":")
+        _style(axes)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlim(0.5, (epochs[-1]["epoch"] + 1 if epochs else 1) + 0.5)
+        if axes.get_legend_handles_labels()[0]:
+            axes.set_ylim(bottom=0)
+            axes.legend(frameon=False, fontsize=9, title="last value", title_fontsize=8)
+        else:
+            axes.text(
+                0.5, 0.5, "nothing yet", ha="center", transform=axes.transAxes, color="#888888"
+            )
+    with atomic_path(out_path) as temporary:
         figure.savefig(temporary, format="png")
 
 
+def curve_chart(lines: Mapping[str, Sequence[float]]) -> Figure:
+    """Return precision over recall, each line at evenly spaced recalls 0..1."""
+    figure, axes = _chart(320)
+    for i, (name, values) in enumerate(lines.items()):
+        recalls, colour, dashes = np.linspace(0, 1, len(values)), _SERIES[i % 3], _DASHES[i % 3]
+        axes.plot(recalls, values, label=name, color=colour, linestyle=dashes, lw=2, clip_on=False)
+    ticks = np.linspace(0, 1, 5)
+    axes.set(xlabel="recall", ylabel="precision", xticks=ticks, yticks=ticks)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    _legend(axes)
+    return figure
+
+
+def column_chart(
+    labels: Sequence[str], series: Mapping[str, Sequence[int]], *, xlabel: str
+) -> Figure:
+    """Return columns over `labels`: what share of each series' total falls there."""
+    figure, axes = _chart(250)
+    shares = {name: [n / max(1, sum(counts)) for n in counts] for name, counts in series.items()}
+    width = 0.8 / max(1, len(series))
+    for i, (name, heights) in enumerate(shares.items()):
+        middles = np.arange(len(labels)) - 0.4 + (i + 0.5) * width
+        bars = axes.bar(middles, heights, width, label=name, color=_SERIES[i % 3])
+        for bar, label, count in zip(bars, labels, series[name], strict=True):
+            bar.set_gid(f"{name}, {label}: {count}")
+    tallest = max((max(heights) for heights in shares.values()), default=0)
+    axes.set(xlabel=xlabel, xlim=(-0.5, len(labels) - 0.5), ylim=(0, ceil(5 * tallest) / 5 or 1))
+    axes.set_xticks(range(len(labels)), [_plain(label) for label in labels])
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.grid(visible=False, axis="x")
+    _legend(axes)
+    return figure
+
+
+def _chart(height: float) -> tuple[Figure, Axes]:
+    """Return a chart of a report, 560 x `height` pixels as SVG."""
+    figure = Figure(figsize=(560 / 72, height / 72))
+    axes = figure.add_axes((56 / 560, 50 / height, 486 / 560, 1 - 84 / height))
+    _style(axes)
+    axes.tick_params(length=0, pad=7, colors=THEME["soft"], labelsize=12)
+    axes.xaxis.label.set(color=THEME["soft"], fontsize=12)
+    axes.yaxis.label.set(color=THEME["soft"], fontsize=12)
+    axes.spines[:].set_visible(False)
+    return figure, axes
+
+
+def _style(axes: Axes) -> None:
+    axes.grid(color=THEME["line"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plain(text: str) -> str:
+    """Return text in which no dollar starts a formula."""
+    return text.replace("$", r"\$")
+
+
+def _legend(axes: Axes) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            handles,
+            [_plain(name) for name in names],
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=len(names),
+            frameon=False,
+            fontsize=12,
+            labelcolor=THEME["soft"],
+        )
+
+
 def _read(log_path: Path) -> list[dict[str, Any]]:
-    """Return a line per epoch, skipping a torn one; the last of an epoch counts."""
+    """Return a line per epoch, skipping a torn one; the last line of an epoch counts."""
     epochs: dict[int, dict[str, Any]] = {}
     for line in log_path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -62,32 +150,7 @@ def _read(log_path: Path) -> list[dict[str, Any]]:
 
 
 def _curve(axes: Axes, points: Sequence[tuple[int, float]], name: str, colour: str) -> None:
-    if not points:
-        return
-    x, y = zip(*points, strict=True)
-    marker = "o" if len(points) <= 30 else None  # a lone point has no line to show it
-    axes.plot(x, y, label=f"{name}  {y[-1]:.3f}", color=colour, marker=marker, markersize=3)
-
-
-def _mark_drops(axes: Axes, epochs: Sequence[Mapping[str, Any]]) -> None:
-    """Draw a dotted line where the learning rate fell to a fifth or less between epochs."""
-    for before, after in zip(epochs[:-1], epochs[1:], strict=True):
-        old, new = before.get("train_lr"), after.get("train_lr")
-        if old and new and new <= old / 5:  # a cosine's end falls less steeply
-            axes.axvline(after["epoch"] + 0.5, color="#999999", linewidth=1, linestyle=":")
-
-
-def _finish(axes: Axes, title: str, last_epoch: int) -> None:
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.set_xlim(0.5, last_epoch + 0.5)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
-        axes.set_ylim(bottom=0)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, title="last value", title_fontsize=8)
-    else:
-        axes.text(0.5, 0.5, "nothing yet", ha="center", transform=axes.transAxes, color="#888888")
+    if points:
+        x, y = zip(*points, strict=True)
+        marker = "o" if len(points) <= 30 else None  # a lone point has no line to show it
+        axes.plot(x, y, label=f"{name}  {y[-1]:.3f}", color=colour, marker=marker, markersize=3)

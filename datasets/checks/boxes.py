@@ -7,112 +7,127 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.checks.ledger import XYWH, Box, CheckedImage, Ledger
+from datasets.arrays import BoolArray, FloatArray
+from datasets.checks.split_report import SplitReport
 from datasets.sample import resized_size
 
 Layout = Literal["xywh", "xyxy", "cxcywh"]
-Pairs = list[tuple[CheckedImage, Box]]
 
-_LEAST = 10  # boxes from which a set has statistics
+_MIN_BOXES = 10  # from which a set has statistics
 _SOUND, _CONVINCING = 0.8, 0.9  # shares of boxes that fit their images
-_PAST_WHOLE = 1.5  # of an image: a fraction still, of a box that reaches past the edge
-_LEAST_AT_EDGE = 5  # boxes at 1 (or -1) where others would be at 0
+_PAST_WHOLE = 1.5  # of an image: still a fraction, of a box that extends past the edge
+_MIN_AT_EDGE = 5  # boxes at 1 (or -1) where others would be at 0
 _CELL = 8  # pixels of the finest feature level's cells
-_NEW_AREA = ("normalised_bbox", "xyxy_bbox", "cxcywh_bbox")  # the old one is of other numbers
-_SLACK = 1  # pixels past the edge that training does not tell of either
+_SLACK = 1  # pixels past the edge that are not worth a word
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model and its training set: queries, the smallest short side, the longest side."""
+    """The model's queries, and the smallest short side and largest long side of its training."""
 
     num_queries: int
     short_side: int
     max_size: int
 
 
-def check_boxes(ledger: Ledger, limits: Limits) -> None:
-    """Note the flaws of all boxes, and bring those that can be mended into pixels xywh."""
-    pairs = [(image, box) for image in ledger.images for box in image.boxes]
-    fractions: Pairs = []
-    pixels: Pairs = []
-    for pair in pairs:
-        (fractions if _is_fraction(pair[1].raw) else pixels).append(pair)
-    if len(fractions) >= max(_LEAST, _CONVINCING * len(pairs)):  # a whole image is 0 0 1 1
-        fractions += [pair for pair in pixels if max(map(abs, pair[1].raw)) <= _PAST_WHOLE]
-        pixels = [pair for pair in pixels if max(map(abs, pair[1].raw)) > _PAST_WHOLE]
-    _read_fractions(ledger, fractions)
-    _read_pixels(ledger, pixels)
-    _find_shifted(ledger, pixels)
-    for image, box in pairs:
-        if not box.flaw:
-            _check_box(ledger, image, box, limits)
-    for image in ledger.images:
-        _find_repeated(ledger, image)
-    for _, box in pairs:
-        if box.flaw:
-            ledger.drop("annotations", box.position, box.flaw)
-        else:
-            _note_changes(ledger, box)
-    _count_boxes(ledger, limits)
+def check_boxes(report: SplitReport) -> None:
+    """Judge each annotation by its numbers and the size of its image; see `SplitReport`."""
+    found = report.annotations
+    size = report.images.sizes[found.image][:, ::-1].astype(np.float64)  # [A,2] width, height
+    known = np.asarray(size.all(axis=1))
+    report.xywh = found.xywh.copy()
+    report.flaw, report.fixed = (np.full(len(found.ids), "", dtype=object) for _ in range(2))
+    fraction = _are_fractions(found.xywh)
+    _read_fractions(report, fraction, size, known)
+    _read_pixels(report, ~fraction, size, known)
+    _find_shifted(report, ~fraction)
+
+    side = report.xywh[:, 2:].min(axis=1, initial=np.inf)
+    for kind, chosen in (("negative_bbox", side < 0), ("zero_bbox", side == 0)):
+        _leave_out(report, kind, chosen & (report.flaw == ""))
+    inside = has_area(clip(report.xywh, size))
+    _leave_out(report, "outside_bbox", ~inside & known & (report.flaw == ""))
+
+    low, high = report.xywh[:, :2], report.xywh[:, :2] + report.xywh[:, 2:]
+    past = ((low < -_SLACK) | (high > size + _SLACK)).any(axis=1) & known & (report.flaw == "")
+
+    def in_image(row: int) -> str:
+        return f"{report.numbers(row)} in {size[row, 0]:g} x {size[row, 1]:g}"
+
+    report.report_boxes("past_edge", past, in_image)
+    low, high = low.clip(0), np.minimum(high, size)
+    report.xywh[past] = np.concatenate([low, high - low], axis=1)[past]
+    report.fixed[past & (report.fixed == "")] = "past_edge"
+
+    if report.section("annotations") or len(found.ids):  # a set to predict on has none
+        trained = np.asarray(report.flaw == "") & ~found.crowd
+        empty = np.bincount(found.image[trained], minlength=len(report.images.ids)) == 0
+        unread = [i for i, f in report.facts.items() if f.state in ("missing", "unreadable")]
+        empty[unread] = False
+        report.report_images("no_boxes", np.flatnonzero(empty).tolist())
 
 
-def _count_boxes(ledger: Ledger, limits: Limits) -> None:
-    for image in ledger.images:
-        count = len(image.usable_boxes)
-        if count > limits.num_queries:
-            ledger.tell_image("too_many_boxes", image, f"{count} boxes")
-        if not count and image.facts.state == "sound":
-            ledger.tell_image("no_boxes", image)
+def clip(xywh: FloatArray, size: FloatArray) -> NDArray[np.float32]:
+    """Return boxes [A,4] clipped to images of `size` [A,2] (width, height; 0: unknown), as xyxy."""
+    bound = np.where(size > 0, size, np.inf)
+    low, high = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
+    return np.concatenate([low.clip(0, bound), high.clip(0, bound)], axis=1).astype(np.float32)
 
 
-def _is_fraction(raw: XYWH) -> bool:
-    within = all(0 <= value <= 1 for value in raw)
-    return within and raw[2] > 0 and raw[3] > 0 and any(value % 1 for value in raw)
+def has_area(xyxy: NDArray[np.float32]) -> BoolArray:
+    """Return which boxes [A,4] have a width and a height [A]."""
+    return np.asarray((xyxy[:, 2:] > xyxy[:, :2]).all(axis=1))
 
 
-def _read_fractions(ledger: Ledger, pairs: Pairs) -> None:
-    values = np.array([box.raw for _, box in pairs]).reshape(-1, 4)
-    layout = find_layout(values, np.ones((len(pairs), 2)), slack=0.01)
-    for image, box in pairs:
-        ledger.tell_box("normalised_bbox", image, box)
-        if image.size is None:
-            box.flaw = "normalised_bbox"
-            continue
-        height, width = image.size
-        x, y, w, h = _as_xywh(box.raw, layout)
-        box.xywh = (x * width, y * height, w * width, h * height)
-        box.mended = "normalised_bbox"
+def _leave_out(report: SplitReport, kind: str, chosen: BoolArray) -> None:
+    report.report_boxes(kind, chosen)
+    report.flaw[chosen] = kind
 
 
-def _read_pixels(ledger: Ledger, pairs: Pairs) -> None:
-    known = [(box.raw, image.size[::-1]) for image, box in pairs if image.size]
-    values = np.array([raw for raw, _ in known]).reshape(-1, 4)
-    bounds = np.array([size for _, size in known]).reshape(-1, 2)
-    layout = find_layout(values, bounds, slack=_SLACK)
-    if layout == "xywh":
-        return
-    for image, box in pairs:
-        ledger.tell_box(f"{layout}_bbox", image, box)
-        box.xywh, box.mended = _as_xywh(box.raw, layout), f"{layout}_bbox"
+def _are_fractions(xywh: FloatArray) -> BoolArray:
+    """Return which boxes [A,4] are fractions of their image, from 0 to 1 and not all whole."""
+    within = ((xywh >= 0) & (xywh <= 1)).all(axis=1) & (xywh[:, 2:] > 0).all(axis=1)
+    fraction = np.asarray(within & (xywh % 1).any(axis=1))
+    if fraction.sum() >= max(_MIN_BOXES, _CONVINCING * len(xywh)):  # a whole image is 0 0 1 1
+        fraction |= (np.abs(xywh) <= _PAST_WHOLE).all(axis=1)
+    return fraction
 
 
-def _as_xywh(raw: XYWH, layout: Layout) -> XYWH:
-    a, b, c, d = raw
+def _read_fractions(
+    report: SplitReport, chosen: BoolArray, size: FloatArray, known: BoolArray
+) -> None:
+    values = report.xywh[chosen]
+    layout = find_layout(values, np.ones((len(values), 2)), slack=0.01)
+    report.report_boxes("normalised_bbox", chosen)
+    report.xywh[chosen] = _as_xywh(values, layout) * np.tile(size[chosen], 2)
+    report.fixed[chosen] = "normalised_bbox"
+    report.flaw[chosen & ~known] = "normalised_bbox"
+
+
+def _read_pixels(
+    report: SplitReport, chosen: BoolArray, size: FloatArray, known: BoolArray
+) -> None:
+    layout = find_layout(report.xywh[chosen & known], size[chosen & known], slack=_SLACK)
+    if layout != "xywh":
+        report.report_boxes(f"{layout}_bbox", chosen)
+        report.xywh[chosen] = _as_xywh(report.xywh[chosen], layout)
+        report.fixed[chosen] = f"{layout}_bbox"
+
+
+def _as_xywh(values: FloatArray, layout: Layout) -> FloatArray:
+    first, last = values[:, :2], values[:, 2:]
     if layout == "xyxy":
-        return a, b, c - a, d - b
-    return (a - c / 2, b - d / 2, c, d) if layout == "cxcywh" else raw
+        return np.concatenate([first, last - first], axis=1)
+    return np.concatenate([first - last / 2, last], axis=1) if layout == "cxcywh" else values
 
 
-def find_layout(
-    values: NDArray[np.float64], bounds: NDArray[np.float64], *, slack: float
-) -> Layout:
+def find_layout(values: FloatArray, bounds: FloatArray, *, slack: float) -> Layout:
     """Return what four numbers a box mean, by the share of boxes that fit their images.
 
     Shape: values [A,4]; bounds [A,2] (width, height) in the same unit. Sound data fits as xywh;
-    another layout is believed where that fails for many boxes and the other holds for nearly all.
+    another layout is believed if that fails for many boxes and the other holds for nearly all.
     """
-    if len(values) < _LEAST:
+    if len(values) < _MIN_BOXES:
         return "xywh"
     first, last = values[:, :2], values[:, 2:]
     corners = {
@@ -131,87 +146,70 @@ def find_layout(
     return "xyxy" if share["xyxy"] >= share["cxcywh"] else "cxcywh"
 
 
-def _find_shifted(ledger: Ledger, pairs: Pairs) -> None:
-    """Tell sets that are a pixel off: whole numbers, many at 1 (or -1) and none below."""
-    corners = np.array([box.xywh[:2] for _, box in pairs]).reshape(-1, 2)
-    if len(corners) < _LEAST or (corners % 1).any() or corners.min() not in (1, -1):
+def _find_shifted(report: SplitReport, chosen: BoolArray) -> None:
+    """Report sets that are a pixel off: whole numbers, many at 1 (or -1) and none below."""
+    corners = report.xywh[chosen, :2]
+    if len(corners) < _MIN_BOXES or (corners % 1).any() or corners.min() not in (1, -1):
         return
     edge = int(corners.min())
     at_edge, next_to_it = (int((corners == n).any(axis=1).sum()) for n in (edge, edge + 1))
-    if at_edge < max(_LEAST_AT_EDGE, len(corners) // 50) or at_edge < 3 * next_to_it:
+    if at_edge < max(_MIN_AT_EDGE, len(corners) // 50) or at_edge < 3 * next_to_it:
         return
     kind = "one_based" if edge == 1 else "zero_based"
-    for image, box in pairs:
-        ledger.tell_box(kind, image, box)
-        x, y, w, h = box.xywh
-        box.xywh, box.mended = (x - edge, y - edge, w, h), kind
+    report.report_boxes(kind, chosen)
+    report.xywh[chosen, :2] -= edge
+    report.fixed[chosen] = kind
 
 
-def _find_repeated(ledger: Ledger, image: CheckedImage) -> None:
-    """Let all but the first go of boxes with the same numbers and class."""
-    first: dict[tuple[XYWH, int, bool], int] = {}
-    for box in image.boxes:
-        if box.flaw:
-            continue
-        same = first.setdefault((box.xywh, box.category, box.crowd), box.id)
-        if same != box.id:
-            ledger.tell_box("repeated_bbox", image, box, f"as annotation {same}")
-            box.flaw = "repeated_bbox"
+def check_learning(report: SplitReport, limits: Limits) -> None:
+    """Report boxes that can be read, but that training learns little or nothing from."""
+    found = report.annotations
+    sizes, index = np.unique(report.images.sizes, axis=0, return_inverse=True)
+    zoom = np.array([_zoom(height, width, limits) for height, width in sizes.tolist()])
+    size = report.images.sizes[found.image][:, ::-1]
+    low, high = report.xywh[:, :2], report.xywh[:, :2] + report.xywh[:, 2:]
+    side = (np.minimum(high, size) - low.clip(0)).min(axis=1, initial=np.inf)
+    side *= zoom[index.reshape(-1)[found.image]]
+    judged = np.asarray(report.flaw == "") & ~found.crowd & (size > 0).all(axis=1)
 
+    def in_training(row: int) -> str:
+        shown = floor(side[row] * 100) / 100  # never up to the limit itself
+        return f"{shown:g} pixels at the smallest training size"
 
-def _check_box(ledger: Ledger, image: CheckedImage, box: Box, limits: Limits) -> None:
-    x, y, w, h = box.xywh
-    if w <= 0 or h <= 0:
-        box.flaw = "negative_bbox" if min(w, h) < 0 else "zero_bbox"
-    elif image.size is not None:
-        height, width = image.size
-        left, top = max(x, 0.0), max(y, 0.0)
-        right, bottom = min(x + w, width), min(y + h, height)
-        if right <= left or bottom <= top:
-            box.flaw = "outside_bbox"
-        else:
-            if x < -_SLACK or y < -_SLACK or x + w > width + _SLACK or y + h > height + _SLACK:
-                ledger.tell_box("past_edge", image, box, _past(box, image))
-                box.xywh = (left, top, right - left, bottom - top)
-                box.mended = box.mended or "past_edge"
-            if not box.crowd:
-                side = min(right - left, bottom - top) * _zoom(height, width, limits)
-                _judge_side(ledger, image, box, side)
-            return
-    if box.flaw:
-        ledger.tell_box(box.flaw, image, box)
-
-
-def _past(box: Box, image: CheckedImage) -> str:
-    assert image.size is not None
-    numbers = ", ".join(f"{value:g}" for value in box.raw)
-    return f"[{numbers}] in {image.size[1]} x {image.size[0]}"
+    report.report_boxes("small_bbox", judged & (side >= 1) & (side < _CELL), in_training)
+    report.report_boxes("vanishing_bbox", judged & (side < 1), in_training)
+    report.flaw[judged & (side < 1)] = "vanishing_bbox"
+    _find_repeated(report)
+    counts = report.boxes_per_image()
+    crowded = np.flatnonzero(counts > limits.num_queries).tolist()
+    report.report_images("too_many_boxes", crowded, lambda i: f"{counts[i]} boxes")
 
 
 def _zoom(height: int, width: int, limits: Limits) -> float:
+    if not (height and width):
+        return 1.0
     new = resized_size(height, width, limits.short_side, limits.max_size)
     return min(new) / min(height, width)
 
 
-def _judge_side(ledger: Ledger, image: CheckedImage, box: Box, side: float) -> None:
-    """Note a box whose shorter side, in pixels at training size, is too little to see."""
-    kind = "vanishing_bbox" if side < 1 else "small_bbox" if side < _CELL else ""
-    if kind:
-        shown = floor(side * 100) / 100  # never up to the limit itself
-        ledger.tell_box(kind, image, box, f"{shown:g} pixels at the smallest training size")
-    if side < 1:
-        box.flaw = kind
-
-
-def _note_changes(ledger: Ledger, box: Box) -> None:
-    """Let a corrected copy hold what was made of a box, and an area where there is none."""
-    values: dict[str, object] = {}
-    whole = box.xywh[2] * box.xywh[3]
-    if box.mended:
-        values["bbox"] = [round(value, 6) for value in box.xywh]
-    if box.area is None or box.mended in _NEW_AREA:
-        values["area"] = round(whole, 6)
-    elif box.mended:
-        values["area"] = round(min(box.area, whole), 6)
-    if values:
-        ledger.change("annotations", box.position, box.mended or "missing_key", values)
+def _find_repeated(report: SplitReport) -> None:
+    """Leave out all but the first of boxes with the same numbers, image and class."""
+    found = report.annotations
+    rows = np.flatnonzero(report.flaw == "")
+    keys = zip(
+        found.image[rows].tolist(),
+        found.labels[rows].tolist(),
+        found.crowd[rows].tolist(),
+        map(tuple, report.xywh[rows].tolist()),
+        strict=True,
+    )
+    first: dict[object, int] = {}
+    same_as = {
+        row: first.setdefault(key, row) for row, key in zip(rows.tolist(), keys, strict=True)
+    }
+    repeated = np.zeros(len(found.ids), dtype=np.bool_)
+    repeated[[row for row, original in same_as.items() if row != original]] = True
+    report.report_boxes(
+        "repeated_bbox", repeated, lambda row: f"as annotation {found.ids[same_as[row]]}"
+    )
+    report.flaw[repeated] = "repeated_bbox"

@@ -1,4 +1,4 @@
-"""Examine the splits of a data set, and tell everything that is wrong with it."""
+"""Examine the splits of a data set, and report everything that is wrong with it."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -7,169 +7,182 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from datasets.checks.boxes import Limits, check_boxes
+import numpy as np
+
+from datasets.checks.boxes import Limits, check_boxes, check_learning
 from datasets.checks.entries import read_entries
+from datasets.checks.findings import Finding
+from datasets.checks.images import check_files, find_missing
 from datasets.checks.kinds import KINDS
-from datasets.checks.ledger import XYWH, CheckedImage, Ledger, Offender
-from datasets.checks.scan import scan
+from datasets.checks.scan import FileFacts, scan
+from datasets.checks.split_report import SplitReport
 from datasets.class_mapping import map_used_classes
-from datasets.formats.sources import Source
+from datasets.formats.source import Source
 from datasets.images import TURNED, is_image
-from util.classes import Classes
 from util.errors import DataError
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found in each split; `offenders` holds those of all, by kind in a fixed order."""
+    """What was found in each split; `findings` holds those of all, by kind in a fixed order."""
 
-    ledgers: tuple[Ledger, ...]
-    offenders: Mapping[str, list[Offender]]
+    splits: tuple[SplitReport, ...]
+    findings: Mapping[str, list[Finding]]
 
     @property
     def healthy(self) -> bool:
-        """Tell whether nothing but notes was found."""
-        return all(KINDS[kind].note for kind in self.offenders)
+        """Whether nothing but notes was found."""
+        return all(KINDS[kind].note for kind in self.findings)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a report."""
         return {
             "check": 1,
             "healthy": self.healthy,
-            "splits": {ledger.split: _counts(ledger) for ledger in self.ledgers},
+            "splits": {report.split: _counts(report) for report in self.splits},
             "findings": [
                 {
-                    "kind": kind, "group": KINDS[kind].group, "note": KINDS[kind].note,
-                    "count": len(found), "title": KINDS[kind].title,
-                    "meaning": KINDS[kind].meaning, "training": KINDS[kind].training,
+                    "kind": kind,
+                    "group": KINDS[kind].group,
+                    "note": KINDS[kind].note,
+                    "count": len(found),
+                    "title": KINDS[kind].title,
+                    "meaning": KINDS[kind].meaning,
+                    "training": KINDS[kind].training,
                     "fix": KINDS[kind].fix or None,
-                    "offenders": [offender.to_json() for offender in found],
+                    "offenders": [finding.to_json() for finding in found],
                 }
-                for kind, found in self.offenders.items()
+                for kind, found in self.findings.items()
             ],
-        }  # fmt: skip
+        }
 
 
-def boxes_by_class(ledger: Ledger) -> dict[int, int]:
-    """Return how many usable boxes each category id has, the most first."""
-    counts = Counter(box.category for p in ledger.images for box in p.usable_boxes)
-    return {i: counts[i] for i in sorted(ledger.class_names, key=lambda i: (-counts[i], i))}
-
-
-def names_by_class(ledger: Ledger) -> dict[int, str]:
-    """Return what each category id is called, with the id where several share a name."""
-    times = Counter(ledger.class_names.values())
-    return {i: f"{name} ({i})" if times[name] > 1 else name
-            for i, name in ledger.class_names.items()}  # fmt: skip
-
-
-def _counts(ledger: Ledger) -> dict[str, Any]:
-    by_class, names = boxes_by_class(ledger), names_by_class(ledger)
+def _counts(report: SplitReport) -> dict[str, Any]:
+    by_class, names = report.boxes_by_class(), report.unique_class_names()
     return {
-        "place": str(ledger.source.place),
-        "images": len(ledger.section("images")),
-        "annotations": len(ledger.section("annotations")),
+        "place": str(report.source.place),
+        "images": len(report.section("images")),
+        "annotations": len(report.section("annotations")),
         "usable_boxes": sum(by_class.values()),
         "boxes_by_class": {names[i]: count for i, count in by_class.items()},
     }
 
 
 def examine(sources: Mapping[str, Source], limits: Limits, *, processes: int) -> Diagnosis:
-    """Decode all images of the splits and check everything said of them."""
-    ledgers = [Ledger(split, source) for split, source in sources.items()]
-    for ledger in ledgers:
-        read_entries(ledger)
-    facts = scan((p.path for ledger in ledgers for p in ledger.images), processes=processes)
-    for ledger in ledgers:
-        for image in ledger.images:
-            image.facts = facts[image.path]
-            _check_image(ledger, image)
-        check_boxes(ledger, limits)
-        _check_duplicates(ledger)
-    _check_leaks(ledgers)
-    _check_unused(ledgers)
-    _check_classes(ledgers)
-    found = {kind: [o for ledger in ledgers for o in ledger.offenders.get(kind, ())]
-             for kind in KINDS}  # fmt: skip
-    return Diagnosis(tuple(ledgers), {kind: some for kind, some in found.items() if some})
+    """Decode all images of the splits and check everything their entries say."""
+    splits = [SplitReport(source, split) for split, source in sources.items()]
+    missing = {}
+    for report in splits:
+        read_entries(report)
+        missing[report.split] = set(find_missing(report))
+    paths = {
+        (report.split, i): report.path(i)
+        for report in splits
+        for i in range(len(report.images.ids))
+        if i not in missing[report.split]
+    }
+    scanned = scan(paths.values(), processes=processes)
+    for report in splits:
+        facts = {
+            i: scanned[paths[report.split, i]] if (report.split, i) in paths else FileFacts()
+            for i in range(len(report.images.ids))
+        }
+        _check_orientation(report, facts)
+        check_files(report, facts)
+        check_boxes(report)
+        check_learning(report, limits)
+        _check_duplicates(report)
+    for other in splits[1:]:
+        _check_leaks(splits[0], other)
+    _check_unused(splits)
+    for report in splits:
+        _check_classes(report)
+    for other in splits[1:]:
+        _compare_classes(splits[0], other)
+    found: dict[str, list[Finding]] = {kind: [] for kind in KINDS}
+    for report in splits:
+        for findings in report.findings:
+            found[findings.kind] += findings
+    return Diagnosis(tuple(splits), {kind: some for kind, some in found.items() if some})
 
 
-def _check_image(ledger: Ledger, image: CheckedImage) -> None:
-    """Note what is wrong with an image's file, and what the entry says of its size."""
-    facts, stated = image.facts, image.stated
-    if facts.state != "sound":
-        kind = f"{facts.state}_image"
-        ledger.tell_image(kind, image, facts.error)
-        ledger.drop("images", image.position, kind)
-        return
-    assert facts.size is not None
-    stored = facts.size
-    turned = facts.orientation in TURNED
-    upright = stored[::-1] if turned else stored
-    if stated is None:
-        ledger.tell_image("size_not_stated", image)
-    elif stated not in (stored, upright):
-        detail = f"stated {stated[1]} x {stated[0]}, is {stored[1]} x {stored[0]}"
-        ledger.tell_image("wrong_size", image, detail)
-    if stated not in (stored, upright):
-        kind = "wrong_size" if stated else "size_not_stated"
-        values = {"height": stored[0], "width": stored[1]}
-        ledger.change("images", image.position, kind, values)
-    if facts.orientation != 1:
-        clear = turned and stored != upright and stated in (stored, upright)
-        how = "upright" if stated == upright else "stored"
-        detail = f"orientation {facts.orientation}" + (f", boxes on the {how} one" if clear else "")
-        ledger.tell_image("exif_rotated" if clear else "exif_ambiguous", image, detail)
+def _check_orientation(report: SplitReport, facts: Mapping[int, FileFacts]) -> None:
+    """Report images that viewers turn, by whether the stated size shows how boxes were drawn."""
+    clear, unclear = {}, {}
+    for i, of_file in facts.items():
+        if of_file.state != "sound" or of_file.orientation == 1 or of_file.size is None:
+            continue
+        detail = f"orientation {of_file.orientation}"
+        stated, upright = tuple(report.images.sizes[i].tolist()), of_file.possible_sizes[1]
+        if (
+            of_file.orientation in TURNED
+            and of_file.size != upright
+            and stated in (of_file.size, upright)
+        ):
+            how = "upright" if stated == upright else "stored"
+            clear[i] = f"{detail}, boxes on the {how} one"
+        else:
+            unclear[i] = detail
+    report.report_images("exif_rotated", list(clear), clear.__getitem__)
+    report.report_images("exif_ambiguous", list(unclear), unclear.__getitem__)
 
 
-def _sound(ledger: Ledger) -> list[CheckedImage]:
-    return [p for p in ledger.images if p.facts.state == "sound"]
-
-
-def _check_duplicates(ledger: Ledger) -> None:
-    """Note all but one of images with the same bytes; the one with the most boxes is kept."""
-    copies: dict[bytes, list[CheckedImage]] = defaultdict(list)
-    for image in _sound(ledger):
-        copies[image.facts.digest].append(image)
+def _check_duplicates(report: SplitReport) -> None:
+    """Report all but one of images with the same bytes; the one with the most boxes is kept."""
+    copies: dict[bytes, list[int]] = defaultdict(list)
+    for i in np.flatnonzero(report.sound).tolist():
+        copies[report.facts[i].digest].append(i)
+    counts = report.boxes_per_image()
+    detail = {}
     for same in copies.values():
-        best = max(same, key=lambda image: len(image.usable_boxes))  # the first of equals
-        for image in same:
-            if image is not best:
-                other = "" if _drawn(image) == _drawn(best) else ", with other boxes"
-                detail = f"as {best.name!r} ({best.id}){other}"
-                ledger.tell_image("duplicate_image", image, detail)
-                ledger.drop("images", image.position, "duplicate_image")
+        best = max(same, key=lambda i: counts[i])  # the first of equals
+        for i in same:
+            if i != best:
+                other = "" if _drawn(report, i) == _drawn(report, best) else ", with other boxes"
+                name = report.images.file_names[best]
+                detail[i] = f"as {name!r} ({report.images.ids[best]}){other}"
+    report.report_images("duplicate_image", list(detail), detail.__getitem__)
 
 
-def _drawn(image: CheckedImage) -> Counter[tuple[int, XYWH]]:
-    return Counter((box.category, box.xywh) for box in image.boxes)
+def _drawn(report: SplitReport, image: int) -> Counter[tuple[float, ...]]:
+    rows = report.boxes_of(image)
+    drawn = np.column_stack([report.annotations.labels[rows], report.xywh[rows]])
+    return Counter(map(tuple, drawn.tolist()))
 
 
-def _check_leaks(ledgers: list[Ledger]) -> None:
-    """Note images of the first split that are in another one too."""
-    for other in ledgers[1:]:
-        names = {image.facts.digest: image.name for image in _sound(other)}
-        for image in _sound(ledgers[0]):
-            name = names.get(image.facts.digest)
-            if name is not None:
-                ledgers[0].tell_image("leak", image, f"as {name!r} of {other.split}")
-                ledgers[0].drop("images", image.position, "leak")
+def _check_leaks(train: SplitReport, other: SplitReport) -> None:
+    """Report images of the first split that are in another one too."""
+    names = {
+        other.facts[i].digest: other.images.file_names[i]
+        for i in np.flatnonzero(other.sound).tolist()
+    }
+    detail = {}
+    for i in np.flatnonzero(train.sound).tolist():
+        name = names.get(train.facts[i].digest)
+        if name is not None:
+            detail[i] = f"as {name!r} of {other.split}"
+    train.report_images("leak", list(detail), detail.__getitem__)
 
 
-def _check_unused(ledgers: list[Ledger]) -> None:
-    used = {_real(image.path) for ledger in ledgers for image in ledger.images}
+def _check_unused(splits: list[SplitReport]) -> None:
+    used = {
+        _real(report.source.image_dir / name)
+        for report in splits
+        for name in report.images.file_names
+    }
     searched: set[Path] = set()
-    for ledger in ledgers:
-        folder = ledger.source.image_dir
+    for report in splits:
+        folder, unused = report.source.image_dir, []
         for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
             real = _real(path)
             if real not in used and real not in searched and is_image(path):
-                ledger.tell("unused_file", path.relative_to(folder).as_posix())
+                unused.append(Finding(path.relative_to(folder).as_posix()))
             searched.add(real)
+        report.report_places("unused_file", unused)
 
 
 def _real(path: Path) -> Path:
-    """Return a path by which the same place is known however it is named; links stay links."""
+    """Return a path that is the same for all names of a place; links stay links."""
     return _real_folder(path.parent) / path.name
 
 
@@ -178,43 +191,37 @@ def _real_folder(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _check_classes(ledgers: list[Ledger]) -> None:
-    used = [{i for i, count in boxes_by_class(ledger).items() if count} for ledger in ledgers]
-    for ledger, found in zip(ledgers, used, strict=True):
-        by_name: dict[str, int] = {}
-        for number, name in ledger.class_names.items():
-            if number not in found:
-                ledger.tell("empty_class", name, f"id {number}")
-            if by_name.setdefault(name, number) != number:
-                ledger.tell("repeated_name", name, f"ids {by_name[name]} and {number}")
-    for ledger, found in zip(ledgers[1:], used[1:], strict=True):
-        _compare_classes(ledgers[0], used[0], ledger, found)
+def _check_classes(report: SplitReport) -> None:
+    counts = report.boxes_by_class()
+    first: dict[str, int] = {}
+    empty, repeated = [], []
+    for number, name in report.class_names().items():
+        if not counts[number]:
+            empty.append(Finding(name, f"id {number}"))
+        if first.setdefault(name, number) != number:
+            repeated.append(Finding(name, f"ids {first[name]} and {number}"))
+    report.report_places("empty_class", empty)
+    report.report_places("repeated_name", repeated)
 
 
-def _compare_classes(first: Ledger, trained: set[int], other: Ledger, found: set[int]) -> None:
-    """Note classes of another split that the first lacks, or has no box of, as training pairs them.
-
-    `trained` and `found` are the category ids with boxes, of each split's own.
-    """
-    ours, annotated = _classes(first), _annotated(other)
+def _compare_classes(train: SplitReport, other: SplitReport) -> None:
+    """Report classes of another split that the first one lacks or has no box of."""
+    labels = np.unique(other.annotations.with_area().labels).tolist()
+    annotated = {other.classes.ids[label] for label in labels}
+    names = other.class_names()
     try:
-        label_of = map_used_classes(_classes(other), ours, annotated)
+        label_of = map_used_classes(other.classes, train.classes, annotated)
     except DataError:
-        lacking = [i for i in sorted(annotated) if other.class_names[i] not in ours.names]
-        for number in lacking or sorted(annotated):
-            other.tell("unknown_class", other.class_names[number], f"id {number}")
+        lacking = [i for i in sorted(annotated) if names[i] not in train.class_names().values()]
+        unknown = [Finding(names[i], f"id {i}") for i in lacking or sorted(annotated)]
+        other.report_places("unknown_class", unknown)
         return
-    for number in sorted(found):
-        if ours.ids[label_of[number]] not in trained:
-            other.tell("unseen_class", other.class_names[number], f"id {number}")
-
-
-def _annotated(ledger: Ledger) -> set[int]:
-    """Return the categories with boxes that evaluation counts, usable or not."""
-    return {box.category for image in ledger.images for box in image.boxes
-            if box.flaw not in ("zero_bbox", "negative_bbox")}  # fmt: skip
-
-
-def _classes(ledger: Ledger) -> Classes:
-    ids = tuple(sorted(ledger.class_names))
-    return Classes(ids, tuple(ledger.class_names[i] for i in ids))
+    trained = train.boxes_by_class()
+    other.report_places(
+        "unseen_class",
+        [
+            Finding(names[i], f"id {i}")
+            for i, count in sorted(other.boxes_by_class().items())
+            if count and not trained[train.classes.ids[label_of[i]]]
+        ],
+    )

@@ -1,154 +1,320 @@
-"""Check the entries of a COCO-format file one by one, as training does, but by every flaw."""
+"""Read the entries of a COCO-format file into flat arrays, and report what cannot be used."""
 
-from collections.abc import Mapping
-from itertools import count
-from typing import Any
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path, PurePath
+from typing import Any, TypeGuard
 
-from datasets.checks.coco_json import image_fault, is_area, is_box, is_side, is_whole
-from datasets.checks.kinds import KINDS
-from datasets.checks.ledger import Box, CheckedImage, Ledger
+import numpy as np
 
-_SECTIONS = ("images", "annotations", "categories")
+from datasets.arrays import Annotations, BoolArray, FloatArray, Images, IntArray, Names
+from datasets.checks.findings import Finding, Findings, Notice
+from datasets.checks.split_report import SECTIONS, SplitReport
+from datasets.formats.source import Source
+from util.classes import Classes
+from util.errors import DataError
 
-
-def read_entries(ledger: Ledger) -> None:
-    """Fill a ledger with the usable images, boxes and classes, and note all others."""
-    for section in _SECTIONS:
-        if not ledger.section(section):
-            ledger.tell("missing_section", section)
-    for finding in ledger.source.findings:
-        kind = finding.kind if finding.kind in KINDS else "unreadable_annotation"
-        reason, _, _ = finding.text.partition(":")
-        for place in finding.places:
-            ledger.tell(kind, place, reason)
-        if not finding.places:  # of the set as a whole
-            ledger.tell("odd_layout", ledger.source.place.name, finding.text)
-    _read_categories(ledger)
-    left_out = _read_images(ledger)
-    _read_annotations(ledger, left_out)
+_NO_BOX = [float("nan")] * 4
+_LIMIT = 1e9  # of numbers that can be pixels
 
 
-def _read_categories(ledger: Ledger) -> None:
-    for position, entry in enumerate(ledger.section("categories")):
+@dataclass(frozen=True, eq=False)
+class CocoContent:
+    """What a COCO-format file says, without the entries that cannot be used; see `notices`."""
+
+    classes: Classes
+    images: Images
+    annotations: Annotations
+    notices: tuple[Notice, ...]
+
+
+def check_content(source: Source, *, need_boxes: bool) -> CocoContent:
+    """Check the content of a split as far as that needs no image.
+
+    Without `need_boxes`, `annotations` may be missing.
+
+    Raises:
+        DataError: a section is missing or has nothing usable, category ids are missing or repeat,
+            or boxes are fractions.
+    """
+    place = source.place
+    for key in ("images", "categories", *(["annotations"] if need_boxes else [])):
+        if not isinstance(source.content.get(key), list):
+            raise DataError(
+                f"{place}: there is no list `{key}`. Use a COCO-format file of object instances."
+            )
+        if not source.content[key] and key != "annotations":
+            raise DataError(f"{place}: `{key}` is empty.")
+    report = SplitReport(source)
+    read_entries(report)
+    for found in report.findings:
+        if found.kind == "bad_category":
+            first = next(iter(found))
+            raise DataError(
+                f"{place}: {first.place} has {first.detail}. "
+                "Every category needs a whole number of its own as `id`."
+            )
+    if not len(report.images.ids):
+        raise DataError(
+            f"{place}: no image in `images` can be used. "
+            f"Found: {'; '.join(notice.text for notice in report.notices)}."
+        )
+    _refuse_fractions(report.annotations, place)
+    notices = tuple(n for n in report.notices if n.kind != "missing_section")  # there is no need
+    return CocoContent(report.classes, report.images, report.annotations, notices)
+
+
+def read_entries(report: SplitReport) -> None:
+    """Fill a report with the usable images, boxes and classes, and report all others."""
+    report.report_places(
+        "missing_section", [Finding(name) for name in SECTIONS if not report.section(name)]
+    )
+    for kind, found in report.source.findings.items():
+        report.report_places(kind, found)
+    _read_categories(report)
+    left_out = _read_images(report)
+    _read_annotations(report, left_out)
+
+
+def _report_entries(
+    report: SplitReport, kind: str, section: str, rows: Sequence[int], key: str
+) -> None:
+    """Report entries by their positions in a section, with what they have under `key`."""
+    entries = report.section(section)
+
+    def describe(row: int) -> tuple[str, str]:
+        entry = entries[row]
+        found = f"{key} {entry.get(key)!r:.80}" if isinstance(entry, Mapping) else f"{entry!r:.60}"
+        return f"{section}[{row}]", found
+
+    report.report(Findings(kind, np.array(rows, dtype=np.int64), describe, section))
+
+
+def _read_categories(report: SplitReport) -> None:
+    names: dict[int, str] = {}
+    bad = []
+    for row, entry in enumerate(report.section("categories")):
         number = entry.get("id") if isinstance(entry, Mapping) else None
-        if not is_whole(number) or number in ledger.class_names:
-            ledger.tell("bad_category", f"categories[{position}]", f"id {number!r:.40}")
-            ledger.drop("categories", position, "bad_category")
+        if is_whole(number) and number not in names:
+            names[int(number)] = str(entry.get("name") or int(number))
         else:
-            name = str(entry.get("name") or int(number))
-            ledger.class_names[int(number)] = _printable(name)
+            bad.append(row)
+    _report_entries(report, "bad_category", "categories", bad, "id")
+    ids = tuple(sorted(names))
+    report.classes = Classes(ids, tuple(names[i] for i in ids))
 
 
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def _read_images(report: SplitReport) -> set[int]:
+    """Set the images that have an id of their own and a name inside the folder.
 
-
-def _read_images(ledger: Ledger) -> set[int]:
-    """Fill in the images; return the ids of entries that are left out."""
-    kept: dict[int, CheckedImage] = {}
+    Returns the ids of entries that are left out.
+    """
+    entries = report.section("images")
+    kept: dict[int, int] = {}  # id -> position
+    flawed: dict[str, list[int]] = defaultdict(list)
     left_out: set[int] = set()
-    for position, entry in enumerate(ledger.section("images")):
+    ambiguous: list[int] = []
+    for row, entry in enumerate(entries):
         number = entry.get("id") if isinstance(entry, Mapping) else None
         if not is_whole(number):
-            ledger.tell("no_image_id", f"images[{position}]", f"id {number!r:.40}")
-            ledger.drop("images", position, "no_image_id")
+            flawed["no_image_id"].append(row)
             continue
-        number = int(number)  # 3.0 is one, too
+        number = int(number)
         name = entry.get("file_name")
-        fault = image_fault(name, number, kept)
-        if fault is None:
-            kept[number] = _image(ledger, position, entry)
+        if not isinstance(name, str) or not is_inside(name):
+            flawed["outside_folder" if isinstance(name, str) else "no_file_name"].append(row)
+            left_out.add(number)
+        elif number in kept:
+            flawed["repeated_image"].append(row)
+            if entries[kept[number]]["file_name"] != name:
+                ambiguous.append(number)
+        else:
+            kept[number] = row
+    for kind, rows in sorted(flawed.items()):
+        if kind == "no_image_id":
+            _report_entries(report, kind, "images", rows, "id")
             continue
-        ledger.tell(fault, f"images[{position}]", f"file_name {name!r:.80}", image_id=number)
-        ledger.drop("images", position, fault)
-        if fault != "repeated_image":
-            left_out.add(number)
-        elif kept[number].name != name:
-            ledger.drop("images", kept[number].position, fault)
-            left_out.add(number)
-    left_out -= {i for i, image in kept.items() if not _dropped(ledger, image)}
-    ledger.images = [p for p in kept.values() if not _dropped(ledger, p)]
+        ids = np.array([entries[row]["id"] for row in rows], dtype=np.int64)
+        report.report(
+            Findings(
+                kind,
+                np.array(rows, dtype=np.int64),
+                lambda row: (f"images[{row}]", f"file_name {entries[row].get('file_name')!r:.80}"),
+                "images",
+                image_ids=ids,
+            )
+        )
+    left_out = (left_out - kept.keys()).union(ambiguous)
+    gone = [kept.pop(number) for number in dict.fromkeys(ambiguous)]
+    report.hidden.append(_hidden("repeated_image", "images", gone))
+    used = [entries[row] for row in kept.values()]
+    sizes = np.zeros((len(used), 2), dtype=np.int64)
+    for i, entry in enumerate(used):
+        height, width = entry.get("height"), entry.get("width")
+        if is_side(height) and is_side(width):
+            sizes[i] = height, width
+    report.images = Images(
+        np.array(list(kept), dtype=np.int64), Names.of(e["file_name"] for e in used), sizes
+    )
+    report.image_rows = np.array(list(kept.values()), dtype=np.int64)
     return left_out
 
 
-def _dropped(ledger: Ledger, image: CheckedImage) -> bool:
-    return ledger.drops("images", image.position)
+def _hidden(kind: str, section: str, rows: Sequence[int] | IntArray) -> Findings:
+    return Findings(kind, np.array(rows, dtype=np.int64), lambda row: ("", ""), section)
 
 
-def _image(ledger: Ledger, position: int, entry: Mapping[str, Any]) -> CheckedImage:
-    height, width = entry.get("height"), entry.get("width")
-    stated = (int(height), int(width)) if is_side(height) and is_side(width) else None
-    name = entry["file_name"]
-    return CheckedImage(position, int(entry["id"]), name, ledger.source.image_dir / name, stated)
+def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
+    """Set the annotations that have an image, a class and a box."""
+    listed = report.section("annotations")
+    rows = np.array([i for i, e in enumerate(listed) if isinstance(e, Mapping)], dtype=np.int64)
+    entries: list[Mapping[str, Any]] = listed
+    if len(rows) < len(listed):
+        odd = np.setdiff1d(np.arange(len(listed)), rows).tolist()
+        _report_entries(report, "not_an_object", "annotations", odd, "")
+        entries = [listed[row] for row in rows.tolist()]
+    ids = _number(report, entries, rows)
+
+    image_id, whole = _whole_numbers([entry.get("image_id") for entry in entries])
+    image = _look_up(report.images.ids, image_id, whole)
+    with_image = (image < 0) & whole & np.isin(image_id, list(left_out))  # reported there
+    label = _look_up(
+        np.array(report.classes.ids, dtype=np.int64),
+        *_whole_numbers([entry.get("category_id") for entry in entries]),
+    )
+    areas = [entry.get("area") for entry in entries]
+    area = np.array([value if is_area(value) else np.nan for value in areas], dtype=np.float64)
+    crowds = [entry.get("iscrowd") for entry in entries]
+    crowd = np.array([value == 1 for value in crowds], dtype=np.bool_)
+    no_crowd = np.array([value not in (0, 1) for value in crowds], dtype=np.bool_)
+    xywh = _boxes([entry.get("bbox") for entry in entries])
+
+    def report_some(
+        kind: str, chosen: BoolArray, detail: Callable[[Mapping[str, Any]], str]
+    ) -> None:
+        def describe(row: int) -> tuple[str, str]:
+            i = int(np.searchsorted(rows, row))
+            name = report.images.file_names[image[i]] if image[i] >= 0 else f"annotations[{row}]"
+            return name, detail(entries[i])
+
+        known = bool((image[chosen] >= 0).all())
+        report.report(
+            Findings(
+                kind,
+                rows[chosen],
+                describe,
+                "annotations",
+                image_ids=report.images.ids[image[chosen]] if known else None,
+                annotation_ids=ids[chosen],
+            )
+        )
+
+    report_some(
+        "unknown_image_id",
+        (image < 0) & ~with_image,
+        lambda e: f"image_id {e.get('image_id')!r:.40}",
+    )
+    report.hidden.append(_hidden("image_left_out", "annotations", rows[with_image]))
+    report_some(
+        "unknown_category_id",
+        (image >= 0) & (label < 0),
+        lambda e: f"category_id {e.get('category_id')!r:.40}",
+    )
+    usable = (image >= 0) & (label >= 0)
+    report_some("missing_key", usable & (np.isnan(area) | no_crowd), _lacking)
+    broken = np.isnan(xywh).any(axis=1)
+    report_some("broken_bbox", usable & broken, lambda e: f"bbox {e.get('bbox')!r:.80}")
+    kept = usable & ~broken
+    report.annotation_rows = rows[kept]
+    area = np.where(np.isnan(area), xywh[:, 2] * xywh[:, 3], area)
+    report.annotations = Annotations(ids, image, label, xywh, area, crowd).select(kept)
 
 
-def _read_annotations(ledger: Ledger, left_out: set[int]) -> None:
-    images = {image.id: image for image in ledger.images}
-    entries = ledger.section("annotations")
-    ids = {e["id"] for e in entries if isinstance(e, Mapping) and is_whole(e.get("id"))}
-    unused = (number for number in count(1) if number not in ids)
-    seen: set[int] = set()
-    for position, entry in enumerate(entries):
-        place = f"annotations[{position}]"
-        if not isinstance(entry, Mapping):
-            ledger.tell("not_an_object", place, f"{entry!r:.60}")
-            ledger.drop("annotations", position, "not_an_object")
-            continue
-        number = entry.get("id")
-        if not is_whole(number) or number in seen:
-            kind = "repeated_annotation" if is_whole(number) else "no_annotation_id"
-            ledger.tell(kind, place, f"id {number!r:.40}")
-            number = next(unused)
-            ledger.change("annotations", position, kind, {"id": number})
-        number = int(number)
-        seen.add(number)
-        _read_annotation(ledger, position, entry, number, images, left_out)
+def _lacking(entry: Mapping[str, Any]) -> str:
+    area = [] if is_area(entry.get("area")) else ["area"]
+    return ", ".join([*area, *([] if entry.get("iscrowd") in (0, 1) else ["iscrowd"])])
 
 
-def _read_annotation(
-    ledger: Ledger,
-    position: int,
-    entry: Mapping[str, Any],
-    number: int,
-    images: Mapping[int, CheckedImage],
-    left_out: set[int],
-) -> None:
-    """Put an annotation with its image, or note why it has none."""
-    image_id, category = entry.get("image_id"), entry.get("category_id")
-    image = images.get(image_id) if is_whole(image_id) else None
-    if image is None:
-        kind = "unknown_image_id"
-        if is_whole(image_id) and image_id in left_out:  # told with the image
-            kind = "image_left_out"
-        else:
-            detail = f"image_id {image_id!r:.40}"
-            ledger.tell(kind, f"annotations[{position}]", detail, annotation_id=number)
-        ledger.drop("annotations", position, kind)
-        return
-    if not (is_whole(category) and category in ledger.class_names):
-        ledger.tell(
-            "unknown_category_id", image.name, f"category_id {category!r:.40}",
-            image_id=image.id, annotation_id=number,
-        )  # fmt: skip
-        ledger.drop("annotations", position, "unknown_category_id")
-        return
-    area, crowd, bbox = entry.get("area"), entry.get("iscrowd"), entry.get("bbox")
-    lacking = [key for key, valid in (("area", is_area(area)), ("iscrowd", crowd in (0, 1)))
-               if not valid]  # fmt: skip
-    if lacking:
-        ledger.tell(
-            "missing_key", image.name, ", ".join(lacking),
-            image_id=image.id, annotation_id=number,
-        )  # fmt: skip
-        if "iscrowd" in lacking:
-            ledger.change("annotations", position, "missing_key", {"iscrowd": 0})
-    if not (isinstance(bbox, list) and is_box(bbox)):
-        ledger.tell(
-            "broken_bbox", image.name, f"bbox {bbox!r:.80}",
-            image_id=image.id, annotation_id=number,
-        )  # fmt: skip
-        ledger.drop("annotations", position, "broken_bbox")
-        return
-    raw = (float(bbox[0]), float(bbox[1]), float(bbox[2]), float(bbox[3]))
-    known_area = float(area) if is_area(area) else None
-    image.boxes.append(Box(position, int(number), int(category), raw, raw, crowd == 1, known_area))
+def _number(report: SplitReport, entries: Sequence[Mapping[str, Any]], rows: IntArray) -> IntArray:
+    """Return the ids of annotations [A]; those without an id of their own get unused ones."""
+    ids, whole = _whole_numbers([entry.get("id") for entry in entries])
+    known, first = np.unique(ids[whole], return_index=True)
+    if len(known) == len(ids):
+        return ids
+    own = np.zeros(len(ids), dtype=np.bool_)
+    own[np.flatnonzero(whole)[first]] = True
+    for kind, chosen in (("no_annotation_id", ~whole), ("repeated_annotation", whole & ~own)):
+        _report_entries(report, kind, "annotations", rows[chosen].tolist(), "id")
+    unused = np.setdiff1d(np.arange(1, len(ids) + 1), known)
+    ids[~own] = unused[: (~own).sum()]
+    return ids
+
+
+def _look_up(table: IntArray, values: IntArray, valid: BoolArray) -> IntArray:
+    """Return where each value [A] is in a table of distinct numbers, -1 if nowhere."""
+    if not len(table):
+        return np.full(len(values), -1)
+    order = np.argsort(table)
+    place = order[np.searchsorted(table[order], values).clip(max=len(table) - 1)]
+    return np.where(valid & (table[place] == values), place, -1)
+
+
+def _whole_numbers(values: Sequence[object]) -> tuple[IntArray, BoolArray]:
+    """Return JSON values as numbers [A], 0 for others, and which are whole numbers [A]."""
+    if set(map(type, values)) == {int}:
+        with contextlib.suppress(OverflowError):
+            return np.array(values, dtype=np.int64), np.ones(len(values), dtype=np.bool_)
+    valid = [is_whole(value) for value in values]
+    numbers = [value if ok else 0 for value, ok in zip(values, valid, strict=True)]
+    return np.array(numbers, dtype=np.int64), np.array(valid, dtype=np.bool_)
+
+
+def _boxes(values: Sequence[object]) -> FloatArray:
+    """Return JSON values as boxes [A,4], NaN for what is not a list of four finite numbers."""
+    boxes = [box if isinstance(box, list) and len(box) == 4 else _NO_BOX for box in values]
+    if set(map(type, chain.from_iterable(boxes))) <= {int, float}:
+        with contextlib.suppress(OverflowError):
+            xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+            xywh[~(np.abs(xywh) < _LIMIT).all(axis=1)] = np.nan
+            return xywh
+    sound = [box if all(map(is_number, box)) else _NO_BOX for box in boxes]
+    return np.array(sound, dtype=np.float64).reshape(-1, 4)
+
+
+def is_inside(file_name: str) -> bool:
+    """Return whether a name, joined to a folder, stays in it."""
+    path = PurePath(file_name)
+    return not (path.anchor or ".." in path.parts or "\0" in file_name)
+
+
+def is_whole(value: Any) -> TypeGuard[int]:
+    """Return whether a JSON value is a whole number of 64 bits; 3.0 is, as tables write it."""
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return whole and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def is_side(value: Any) -> TypeGuard[float]:
+    """Return whether a JSON value can be a width or a height."""
+    return is_number(value) and value >= 1
+
+
+def is_area(value: Any) -> TypeGuard[float]:
+    """Return whether a JSON value can be an area."""
+    return is_number(value) and value >= 0
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a JSON value is a finite number (NaN and Infinity fail the comparison)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LIMIT
+
+
+def _refuse_fractions(annotations: Annotations, place: Path) -> None:
+    xywh = annotations.xywh[(annotations.xywh[:, 2:] > 0).all(axis=1)]
+    if xywh.size and xywh.max() <= 1 and (xywh % 1).any():
+        raise DataError(
+            f"{place}: boxes are fractions from 0 to 1, but must be x, y, width, height in pixels. "
+            "Multiply them by the image's width and height."
+        )

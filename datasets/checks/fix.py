@@ -1,51 +1,111 @@
 """A corrected COCO-format copy of a split, and the list of what was changed."""
 
+from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from datasets.checks.ledger import Edit, Ledger
+from datasets.checks.entries import is_area
+from datasets.checks.kinds import KINDS
+from datasets.checks.split_report import SECTIONS, SplitReport
 
-_SECTIONS = ("images", "annotations", "categories")
+_NEW_AREA = ("normalised_bbox", "xyxy_bbox", "cxcywh_bbox")  # the old one is of other numbers
+_NEW_IDS = {"no_annotation_id", "repeated_annotation"}
+_NEW_SIZE = {"wrong_size", "size_not_stated"}
+# Kinds whose entries are kept, with other values.
+_KEPT = {*_NEW_AREA, *_NEW_IDS, *_NEW_SIZE, "missing_key", "past_edge", "one_based", "zero_based"}
 
 
-def corrected(ledger: Ledger) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+@dataclass(slots=True)
+class _Edit:
+    """What a corrected copy does with an entry: leaves it out, or sets `values`; and why."""
+
+    reasons: list[str] = field(default_factory=list)
+    drop: bool = False
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+_Edits = dict[tuple[str, int], _Edit]
+
+
+def corrected(report: SplitReport) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the corrected content and every change: what, why, and the values before and after.
 
     File names stay relative to the split's image folder. What is sound stays as it is.
     """
-    _drop_with_images(ledger)
-    content = dict(ledger.source.content)
+    edits = _edits(report)
+    content = dict(report.source.content)
     changes: list[dict[str, Any]] = []
-    for section in _SECTIONS:
+    for section in SECTIONS:
         kept = []
-        for position, entry in enumerate(ledger.section(section)):
-            edit = ledger.edits.get((section, position))
+        for row, entry in enumerate(report.section(section)):
+            edit = edits.get((section, row))
             if edit is not None:
-                changes.append(_change(ledger.split, section, position, entry, edit))
+                changes.append(_change(report.split, section, row, entry, edit))
             if edit is None or not edit.drop:
                 kept.append({**entry, **edit.values} if edit else entry)
         content[section] = kept
     return content, changes
 
 
-def _drop_with_images(ledger: Ledger) -> None:
-    """Let annotations go with their image, those too that could not be put with it."""
-    for image in ledger.images:
-        edit = ledger.edits.get(("images", image.position))
-        if edit is None or not edit.drop:
-            continue
-        for box in image.boxes:
-            ledger.drop("annotations", box.position, edit.reasons[-1])
+def _edits(report: SplitReport) -> _Edits:
+    """Return what to do with entries, by section and position."""
+    edits: _Edits = defaultdict(_Edit)
+    rows_of = {"images": report.image_rows, "annotations": report.annotation_rows}
+    for found in (*report.findings, *report.hidden):
+        if found in report.hidden or (found.section and KINDS[found.kind].fix):
+            rows = rows_of[found.section][found.rows] if found.usable else found.rows
+            for row in rows.tolist():
+                edit = edits[found.section, row]
+                edit.reasons.append(found.kind)
+                edit.drop |= found.kind not in _KEPT
+    for i, row in enumerate(report.annotation_rows.tolist()):
+        if ("annotations", row) in edits:
+            edit = edits["annotations", row]
+            edit.drop |= report.flaw[i] != ""
+            edit.values = _values(report, i, row, edit.reasons)
+    for i, row in enumerate(report.image_rows.tolist()):
+        image = edits.get(("images", row))
+        if image is not None and image.drop:
+            for box in report.annotation_rows[report.boxes_of(i)].tolist():
+                edits["annotations", box].drop = True
+                edits["annotations", box].reasons.append(image.reasons[-1])
+        elif image is not None:
+            height, width = report.images.sizes[i].tolist()
+            image.values = {"height": height, "width": width}
+    return edits
 
 
-def _change(split: str, section: str, position: int, entry: object, edit: Edit) -> dict[str, Any]:
+def _values(report: SplitReport, i: int, row: int, reasons: list[str]) -> dict[str, Any]:
+    """Return the values of annotation `i` that differ from those of its entry, at `row`."""
+    entry, fixed = report.section("annotations")[row], report.fixed[i]
+    values: dict[str, Any] = {}
+    if not _NEW_IDS.isdisjoint(reasons):
+        values["id"] = int(report.annotations.ids[i])
+    if entry.get("iscrowd") not in (0, 1):
+        values["iscrowd"] = 0
+    box = report.xywh[i].tolist()
+    whole = box[2] * box[3]
+    if fixed:
+        values["bbox"] = [round(value, 6) for value in box]
+    if not is_area(entry.get("area")) or fixed in _NEW_AREA:
+        values["area"] = round(whole, 6)
+    elif fixed:
+        values["area"] = round(min(entry["area"], whole), 6)
+    return values
+
+
+def _change(split: str, section: str, row: int, entry: object, edit: _Edit) -> dict[str, Any]:
     """Return a change in plain values."""
     old = entry if isinstance(entry, Mapping) else {}
-    told: dict[str, Any] = {
-        "split": split, "section": section, "position": position, "id": old.get("id"),
+    change: dict[str, Any] = {
+        "split": split,
+        "section": section,
+        "position": row,
+        "id": old.get("id"),
         "why": list(dict.fromkeys(edit.reasons)),
-    }  # fmt: skip
+    }
     if edit.drop:
-        return {**told, "change": "left out", "entry": entry}
+        return {**change, "change": "left out", "entry": entry}
     old_values = {key: old[key] for key in edit.values if key in old}
-    return {**told, "change": "set", "before": old_values, "after": edit.values}
+    return {**change, "change": "set", "before": old_values, "after": edit.values}

@@ -1,4 +1,4 @@
-"""Decode every image, in parallel processes: what is in the files, whatever is said of them."""
+"""Decode every image, in parallel processes: what is in the files, whatever entries say of them."""
 
 import hashlib
 import io
@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
-from datasets.images import READ_ERRORS, decode, open_image, orientation_of
+from datasets.images import READ_ERRORS, TURNED, decode, open_image, orientation_of
 from util.errors import DataError
 
 _FEW = 64  # images that one process has decoded before others have started
@@ -27,8 +27,9 @@ _CHUNK = 8
 class FileFacts:
     """What a file holds. `size` is (height, width) as stored, None without a readable header.
 
-    `state` is missing, unreadable (does not open), truncated (opens, does not decode) or sound;
-    `digest` a hash of the bytes; `orientation` the EXIF tag, 1 as stored; `error` says why.
+    `state` is missing, unreadable (does not open), truncated (opens, does not decode) or sound, as
+    far as it was read; `digest` is a hash of the bytes, `orientation` the EXIF tag (1: as stored),
+    and `error` says what is wrong.
     """
 
     state: str = "missing"
@@ -36,6 +37,13 @@ class FileFacts:
     orientation: int = 1
     digest: bytes = b""
     error: str = ""
+
+    @property
+    def possible_sizes(self) -> tuple[tuple[int, int], ...]:
+        """The sizes that an entry may state: as stored, and after the EXIF orientation."""
+        if self.size is None:
+            return ()
+        return (self.size, self.size[::-1] if self.orientation in TURNED else self.size)
 
 
 def examine_file(path: Path) -> FileFacts:
@@ -50,7 +58,7 @@ def examine_file(path: Path) -> FileFacts:
     size, orientation = None, 1
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata; the pixels are asked for here
+            warnings.simplefilter("ignore")  # about odd metadata; only pixels matter here
             with open_image(io.BytesIO(data)) as image:
                 size = (image.height, image.width)
                 decode(image)
@@ -68,34 +76,33 @@ def _line(error: Exception) -> str:
 
 
 def scan(paths: Iterable[Path], *, processes: int) -> dict[Path, FileFacts]:
-    """Return what each file holds, each decoded once; a bar shows how far and how long yet.
+    """Return what each file holds, each decoded once; a bar shows the progress.
 
     Raises:
-        DataError: the system has ended a process.
+        DataError: a process was killed.
     """
     files = list(dict.fromkeys(paths))
     if processes < 2 or len(files) <= _FEW:
         return _collect(files, map(examine_file, files))
-    # Fork, where there is one, need not import everything anew in each process.
+    # A forked process need not import everything again.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     context = multiprocessing.get_context(method)
     try:
-        with ProcessPoolExecutor(processes, context, _stay_with_main_process) as pool:
+        with ProcessPoolExecutor(processes, context, _follow_main_process) as pool:
             return _collect(files, pool.map(examine_file, files, chunksize=_CHUNK))
     except BrokenProcessPool as error:
         raise DataError(
-            "decoding: expected processes that last, but the system has ended one, as it does when "
-            "memory runs out. Lower --num_workers."
+            "a decoding process was killed, probably out of memory. Lower `num_workers`."
         ) from error
 
 
-def _stay_with_main_process() -> None:
-    """Leave Ctrl-C to the main process, and end when it ends, however it does."""
+def _follow_main_process() -> None:
+    """Leave Ctrl-C to the main process, and exit when it exits, for whatever reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_main_process, daemon=True).start()
+    threading.Thread(target=_exit_with_main_process, daemon=True).start()
 
 
-def _end_with_main_process() -> None:
+def _exit_with_main_process() -> None:
     main = multiprocessing.parent_process()
     assert main is not None
     main.join()

@@ -1,94 +1,123 @@
-"""Small images of offenders with their boxes, for the page."""
+"""Small images of findings with their boxes, for the page."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from html import escape
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from datasets.checks.findings import Finding
 from datasets.checks.kinds import BOXES, KINDS
-from datasets.checks.ledger import Box, CheckedImage, Ledger, Offender
+from datasets.checks.split_report import SplitReport
 from datasets.images import READ_ERRORS, read_rgb
 from util.draw import draw_boxes
-from util.html import image as embedded
+from util.html import InlineImage, inline_image
 
 _SHOWN = 6  # images of a kind
 _SIDE = 300  # pixels, the longer one
-_MARGIN = 0.4  # of the side, at most: grey around the image, where boxes reach past it
+_MARGIN = 0.4  # of the side, at most: grey around the image, where boxes extend past it
 _CLOSE_UP, _NEAR = ("small_bbox", "vanishing_bbox"), 0.2  # of the image's longer side
-_NO_CATEGORY = -(2**63)  # which no file can name
 _BEYOND = 8  # pixels
 _GREY = (128, 128, 128)
-_AS_GIVEN, _MENDED = 0, 1  # colours
+_AS_GIVEN, _FIXED = 0, 1  # colours
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A box to draw; `given` is xywh as in the file, if other than `xywh` in pixels."""
+
+    xywh: list[float]
+    name: str = ""
+    colour: int = 0
+    given: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small image, what it shows in full, and the line below it."""
+
+    image: InlineImage
+    alt: str
+    caption: str
 
 
 class Thumbnails:
-    """Draws offenders of any split, each with the boxes that are meant."""
+    """Draws findings of any split, each with the boxes that are meant."""
 
-    def __init__(self, ledgers: Sequence[Ledger]) -> None:
-        self._images = {(ledger.split, p.id): p for ledger in ledgers for p in ledger.images}
-        self._names = {ledger.split: ledger.class_names for ledger in ledgers}
+    def __init__(self, splits: Sequence[SplitReport]) -> None:
+        self._images = {
+            (report.split, image_id): (report, i)
+            for report in splits
+            for i, image_id in enumerate(report.images.ids.tolist())
+        }
 
-    def figures(self, kind: str, found: Sequence[Offender]) -> Iterator[str]:
-        """Yield figures of the first images that have a flaw and can be read."""
+    def of_kind(self, kind: str, found: Sequence[Finding]) -> Iterator[Thumbnail]:
+        """Yield the first images that have a flaw and can be read."""
         shown: set[tuple[str, int]] = set()
-        for offender in found[:2000]:
-            key = (offender.split, -1 if offender.image_id is None else offender.image_id)
+        for finding in found[:2000]:
+            key = (finding.split, -1 if finding.image_id is None else finding.image_id)
             if key in shown or key not in self._images or len(shown) == _SHOWN:
                 continue
-            figure = self._figure(kind, offender, self._images[key])
-            if figure:
+            thumbnail = self._thumbnail(kind, finding, *self._images[key])
+            if thumbnail:
                 shown.add(key)
-                yield figure
+                yield thumbnail
 
-    def _figure(self, kind: str, offender: Offender, image: CheckedImage) -> str | None:
-        if image.facts.state != "sound":
+    def _thumbnail(
+        self, kind: str, finding: Finding, report: SplitReport, image: int
+    ) -> Thumbnail | None:
+        if report.facts[image].state != "sound":
             return None
         try:
-            pixels = read_rgb(image.path, image.size)
+            pixels = read_rgb(report.path(image), report.size(image))
         except READ_ERRORS:  # changed since it was decoded
             return None
-        box_id = offender.annotation_id
-        about_box = KINDS[kind].group == BOXES and box_id is not None
-        boxes = [b for b in image.boxes if not about_box or b.id == box_id]
+        about_box = KINDS[kind].group == BOXES and finding.annotation_id is not None
+        boxes = [
+            _box(report, row)
+            for row in report.boxes_of(image).tolist()
+            if not about_box or report.annotations.ids[row] == finding.annotation_id
+        ]
         if kind in _CLOSE_UP and boxes:
             pixels, boxes = _close_up(pixels, boxes[0])
-        thumbnail = self._draw(pixels, boxes, offender.split, given=about_box)
-        place = f"{offender.split} {offender.place}"
-        text = f"{place}: {offender.detail}" if offender.detail else place
-        told = f"{KINDS[kind].title}: {text}; {len(boxes)} boxes drawn"
-        return (
-            f"<figure>{embedded(thumbnail, told, width=_SIDE)}"
-            f"<figcaption>{escape(text)}</figcaption></figure>"
-        )
-
-    def _draw(
-        self, pixels: Image.Image, boxes: Sequence[Box], split: str, *, given: bool
-    ) -> Image.Image:
-        """Return a small image with boxes: as `given` and as mended, or those of training."""
-        scale = _SIDE / max(pixels.size)
-        sides = [max(1, round(side * scale)) for side in pixels.size]
-        small = pixels.resize((sides[0], sides[1]))
-        rows, labels, names = [], [], []
-        for box in boxes:
-            name = self._names[split].get(box.category, "")
-            versions = [(box.xywh, name, abs(box.category))]
-            if given and box.mended:
-                versions = [(box.raw, "as given", _AS_GIVEN), (box.xywh, "mended", _MENDED)]
-            for (x, y, w, h), text, colour in versions:
-                rows.append([min(x, x + w), min(y, y + h), max(x, x + w), max(y, y + h)])
-                labels.append(colour)
-                names.append(text)
-        corners = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4) * scale
-        margin = _margin(corners, small.size) if given else 0
-        canvas = Image.new("RGB", (small.width + 2 * margin, small.height + 2 * margin), _GREY)
-        canvas.paste(small, (margin, margin))
-        return draw_boxes(canvas, corners + margin, labels, names)
+        drawn = _draw(pixels, boxes, given=about_box)
+        caption = f"{finding.split} {finding.place}"
+        caption += f": {finding.detail}" if finding.detail else ""
+        alt = f"{KINDS[kind].title}: {caption}; {len(boxes)} boxes drawn"
+        return Thumbnail(inline_image(drawn, max_width=_SIDE), alt, caption)
 
 
-def _close_up(pixels: Image.Image, box: Box) -> tuple[Image.Image, list[Box]]:
+def _box(report: SplitReport, row: int) -> _Box:
+    label = report.annotations.labels[row]
+    category = report.classes.ids[label]
+    given = report.annotations.xywh[row].tolist() if report.fixed[row] else None
+    name = report.class_names()[category]
+    return _Box(report.xywh[row].tolist(), name, abs(category), given)
+
+
+def _draw(pixels: Image.Image, boxes: Sequence[_Box], *, given: bool) -> Image.Image:
+    """Return a small image with boxes: as `given` and as fixed, or those of training."""
+    scale = _SIDE / max(pixels.size)
+    sides = [max(1, round(side * scale)) for side in pixels.size]
+    small = pixels.resize((sides[0], sides[1]))
+    rows, labels, names = [], [], []
+    for box in boxes:
+        versions = [(box.xywh, box.name, box.colour)]
+        if given and box.given:
+            versions = [(box.given, "as given", _AS_GIVEN), (box.xywh, "fixed", _FIXED)]
+        for (x, y, w, h), text, colour in versions:
+            rows.append([min(x, x + w), min(y, y + h), max(x, x + w), max(y, y + h)])
+            labels.append(colour)
+            names.append(text)
+    corners = torch.tensor(rows, dtype=torch.float64).reshape(-1, 4) * scale
+    margin = _margin(corners, small.size) if given else 0
+    canvas = Image.new("RGB", (small.width + 2 * margin, small.height + 2 * margin), _GREY)
+    canvas.paste(small, (margin, margin))
+    return draw_boxes(canvas, corners + margin, labels, names)
+
+
+def _close_up(pixels: Image.Image, box: _Box) -> tuple[Image.Image, list[_Box]]:
     """Return the part of an image around a small box, and the box in it, without a tag."""
     x, y, w, h = box.xywh
     side = round(max(_NEAR * max(pixels.size), 2 * max(w, h)))
@@ -97,7 +126,7 @@ def _close_up(pixels: Image.Image, box: Box) -> tuple[Image.Image, list[Box]]:
         for start, size, whole in ((x, w, pixels.width), (y, h, pixels.height))
     )
     part = pixels.crop((left, top, min(pixels.width, left + side), min(pixels.height, top + side)))
-    return part, [replace(box, xywh=(x - left, y - top, w, h), mended="", category=_NO_CATEGORY)]
+    return part, [_Box([x - left, y - top, w, h])]
 
 
 def _margin(corners: Tensor, size: tuple[int, int]) -> int:

@@ -1,8 +1,8 @@
-"""Read PASCAL VOC data: an XML file for each image, splits listed in ImageSets/Main.
+"""Read and write PASCAL VOC data: an XML file for each image, splits listed in ImageSets/Main.
 
 PASCAL VOC counts pixels from 1 and xmax, ymax belong to the object (VOC2007 development kit, 5.1):
 the box of xmin 1 and xmax 1 is one pixel wide and starts at 0. Tools such as labelImg write edges
-into the same tags; corners="edges" reads those.
+into the same tags; voc_corners="edges" reads and writes those.
 An object marked `difficult` counts neither for nor against a detector in VOC's evaluation (3.3),
 as a crowd in COCO's: it becomes one, so it trains nothing.
 """
@@ -10,25 +10,27 @@ as a crowd in COCO's: it becomes one, so it trains nothing.
 import re
 import xml.etree.ElementTree as ET
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from datasets.checks.findings import Finding, at_places, first_few
+from datasets.checks.findings import Finding, first_few
+from datasets.formats.format import Format, Placer, Split, as_text, write_text
+from datasets.formats.source import Source
 from datasets.images import is_image
 from util.errors import DataError
+from util.files import make_output_dir, write_atomic
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _FLAG = re.compile(r"\s+-?[01]$")  # lists of one class say after each name whether it is there
+# What XML 1.0 cannot hold, and line breaks, which end a name in a list.
+_NOT_IN_XML = re.compile(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _DIGITS = 6  # of a pixel; hides the rounding of a number written in decimal
 
 
-def read_voc(
-    root: Path, split: str, corners: str = "pixels"
-) -> tuple[dict[str, Any], Path, list[Finding]]:
-    """Return the content of a split as a COCO-format file, the image folder and findings.
+def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
+    """Read a split: ImageSets/Main/SPLIT.txt, or all of Annotations/ if there are no lists.
 
-    The split is ImageSets/Main/SPLIT.txt, or, with a finding, all of Annotations/ without lists.
     Classes are the names found in all of Annotations/, sorted, with ids from 1, so that every split
     has the same. Images are numbered from 1 by name.
 
@@ -40,15 +42,15 @@ def read_voc(
     for needed in (folder, images):
         if not needed.is_dir():
             raise DataError(
-                f"{root}: expected a VOC folder with Annotations/ and JPEGImages/, "
-                f"found no {needed.name}/. Check --data_path."
+                f"{root}: not a VOC folder with Annotations/ and JPEGImages/: there is no "
+                f"{needed.name}/. Check `data_path`."
             )
     files = {path.stem: path for path in sorted(folder.glob("*.xml"))}
     stems = _listed(root, split, files)
     trees, damaged = _parse(files)
     categories = sorted({name for tree in trees.values() for name in _names(tree)})
     if not categories:
-        raise DataError(f"{folder}: expected XML files with named objects, found none.")
+        raise DataError(f"{folder}: there are no XML files with named objects.")
     ids = {name: number for number, name in enumerate(categories, 1)}
     there = _names_by_stem(images)
     content: dict[str, Any] = {
@@ -60,29 +62,26 @@ def read_voc(
         tree = trees[stem]
         name = _image_name(tree, stem, there)
         content["images"].append({"id": number, "file_name": name, **_size(tree)})
-        for entry in _objects(tree, ids, corners):
+        for entry in _objects(tree, ids, voc_corners):
             entry.update(id=len(content["annotations"]) + 1, image_id=number)
             content["annotations"].append(entry)
     if not content["images"]:
         raise DataError(
-            f"{root}: expected XML files for the split '{split}' in Annotations/, got none for its "
-            f"{len(stems)} names ({first_few(map(repr, sorted(stems)), len(stems))}). "
+            f"{root}: Annotations/ has no XML files for the split '{split}', of {len(stems)} names "
+            f"({first_few(map(repr, sorted(stems)), len(stems))}). "
             "Check its list in ImageSets/Main/."
         )
-    findings = [*_without_lists(root, len(stems)), *_lost(stems, files, damaged)]
-    return content, images, findings
+    lost = [damaged[stem] for stem in sorted(stems & damaged.keys())]
+    lost += [Finding(f"{stem}.xml", "no such file") for stem in sorted(stems - files.keys())]
+    findings = {"unreadable_annotation": lost}
+    if not _list_folder(root).is_dir():
+        everything = f"every split is all {len(stems)} files, train as val"
+        findings["odd_layout"] = [Finding(root.name, f"no lists in ImageSets/Main/: {everything}")]
+    return Source(content, images, root, findings)
 
 
 def _list_folder(root: Path) -> Path:
     return root / "ImageSets" / "Main"
-
-
-def _without_lists(root: Path, count: int) -> list[Finding]:
-    """Return the finding of a set that is not split."""
-    if _list_folder(root).is_dir():
-        return []
-    line = f"no lists in ImageSets/Main/: every split is all {count} files, train as val"
-    return [Finding("no_lists", count, line)]
 
 
 def _names_by_stem(folder: Path) -> Mapping[str, list[str]]:
@@ -94,27 +93,11 @@ def _names_by_stem(folder: Path) -> Mapping[str, list[str]]:
     return found
 
 
-def _image_name(tree: "ET.Element", stem: str, there: Mapping[str, list[str]]) -> str:
-    """Return the image named like its XML file; of several, that which the file names."""
+def _image_name(tree: ET.Element, stem: str, there: Mapping[str, list[str]]) -> str:
+    """Return the image named like its XML file; of several, the one that the file names."""
     stated = (tree.findtext("filename") or "").strip()
     names = there.get(stem) or [stated or f"{stem}.jpg"]
     return stated if stated in names else names[0]
-
-
-def _lost(stems: set[str], files: dict[str, Path], damaged: dict[str, str]) -> list[Finding]:
-    """Return the findings of listed images whose annotations cannot be read."""
-    return [
-        *at_places(
-            "damaged_xml",
-            "annotation files that are not XML, their images left out",
-            [damaged[stem] for stem in sorted(stems & damaged.keys())],
-        ),
-        *at_places(
-            "missing_xml",
-            "images listed without an annotation file, left out",
-            [f"{stem}.xml" for stem in sorted(stems - files.keys())],
-        ),
-    ]
 
 
 def _listed(root: Path, split: str, files: dict[str, Path]) -> set[str]:
@@ -126,51 +109,52 @@ def _listed(root: Path, split: str, files: dict[str, Path]) -> set[str]:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in lists.glob("*.txt"))) or "none"
         raise DataError(
-            f"{path}: expected the list of the split '{split}', found none. "
-            f"Lists there: {known}. Choose with --train_split and --val_split."
+            f"{path}: the split '{split}' has no list. Lists there: {known}. "
+            "Choose with `train_split` and `val_split`."
         )
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected a list in UTF-8, got {error.reason}.") from error
+        raise DataError(f"{path}: not a list in UTF-8: {error.reason}.") from error
     return {_stem(line.strip(), files) for line in lines if line.strip()}
 
 
 def _stem(name: str, files: dict[str, Path]) -> str:
-    """Return what a line of a list names, which may stand with a flag, a suffix or a folder."""
+    """Return what a line of a list names, perhaps with a flag, a suffix or a folder."""
     plain = _FLAG.sub("", name)
     return next((s for s in (name, plain, PurePath(plain).stem) if s in files), plain)
 
 
-def _parse(files: dict[str, Path]) -> tuple[dict[str, "ET.Element"], dict[str, str]]:
-    """Return the trees of the files, and of those that are not XML where and why."""
+def _parse(files: dict[str, Path]) -> tuple[dict[str, ET.Element], dict[str, Finding]]:
+    """Return the trees of the files, and what is wrong with those that are not XML."""
     trees, damaged = {}, {}
     for stem, path in files.items():
         try:
             trees[stem] = ET.parse(path).getroot()
         except ET.ParseError as error:
             line, column = error.position
-            damaged[stem] = f"{path.name}:{line}: {str(error).split(':')[0]} at column {column + 1}"
+            detail = f"{str(error).split(':')[0]} at column {column + 1}"
+            damaged[stem] = Finding(f"{path.name}:{line}", detail)
         except (OSError, LookupError, ValueError) as error:  # unreadable, or an unknown encoding
-            damaged[stem] = f"{path.name}:1: {error}"
+            damaged[stem] = Finding(f"{path.name}:1", str(error))
     return trees, damaged
 
 
-def _names(tree: "ET.Element") -> Iterator[str]:
+def _names(tree: ET.Element) -> Iterator[str]:
     for found in tree.findall("object"):
         name = (found.findtext("name") or "").strip()
         if name:
             yield name
 
 
-def _size(tree: "ET.Element") -> dict[str, int]:
+def _size(tree: ET.Element) -> dict[str, int]:
     """Return width and height; nothing where the file does not state both."""
     sides = {key: _number(tree.findtext(f"size/{key}")) for key in ("width", "height")}
     whole = {key: int(side) for key, side in sides.items() if side is not None and side >= 1}
     return whole if len(whole) == 2 else {}
 
 
-def _objects(tree: "ET.Element", ids: dict[str, int], corners: str) -> Iterator[dict[str, Any]]:
+def _objects(tree: ET.Element, ids: dict[str, int], corners: str) -> Iterator[dict[str, Any]]:
     """Yield each object without its ids; a box that is not four numbers is None."""
     first = 1 if corners == "pixels" else 0
     for found in tree.findall("object"):
@@ -196,3 +180,60 @@ def _number(text: str | None) -> float | None:
     except ValueError:
         return None
     return value if abs(value) < 1e9 else None
+
+
+def write_voc(
+    splits: Sequence[Split], output_dir: Path, placer: Placer, *, voc_corners: str = "pixels"
+) -> list[list[str]]:
+    """Write splits; classes are known by name alone, and a crowd is a difficult object.
+
+    Raises:
+        DataError: names of classes would not come back.
+    """
+    for split in splits:
+        _check_names(split.class_names, output_dir)
+    make_output_dir(output_dir)
+    for split in splits:
+        stems = []
+        for image in split.images:
+            flat = _NOT_IN_XML.sub("_", image.name.replace("/", "_"))
+            name = placer.free(flat, output_dir, split.name)
+            placer.put(image, output_dir / "JPEGImages" / name)
+            stem = PurePath(name).stem
+            root = ET.Element("annotation")
+            ET.SubElement(root, "filename").text = name
+            if all(image.size):
+                size = ET.SubElement(root, "size")
+                for key, side in zip(("height", "width"), image.size, strict=True):
+                    ET.SubElement(size, key).text = str(side)
+            for label, box, crowd in zip(image.labels, image.xywh, image.crowd, strict=True):
+                written = ET.SubElement(root, "object")
+                ET.SubElement(written, "name").text = split.class_names[label]
+                ET.SubElement(written, "difficult").text = str(int(crowd))
+                tags = ET.SubElement(written, "bndbox")
+                first = 1 if voc_corners == "pixels" else 0
+                x, y, width, height = box
+                corners = (x + first, y + first, x + width, y + height)
+                for key, value in zip(_CORNERS, corners, strict=True):
+                    ET.SubElement(tags, key).text = as_text(value)
+            ET.indent(root)
+            text = ET.tostring(root, encoding="unicode")
+            write_text(output_dir / "Annotations" / f"{stem}.xml", text)
+            stems.append(stem)
+        lines = "".join(f"{stem}\n" for stem in stems)
+        write_atomic(_list_folder(output_dir) / f"{split.name}.txt", lines)
+    return [[] for _ in splits]
+
+
+def _check_names(names: tuple[str, ...], output_dir: Path) -> None:
+    """Refuse classes that would not come back: names are all that VOC knows of them."""
+    written = [name.strip() for name in names]
+    for name in written:
+        if written.count(name) > 1 or not name or _NOT_IN_XML.search(name):
+            raise DataError(
+                f"{output_dir}: VOC knows classes only by name, and {name!r} is empty, repeated or "
+                "cannot be written in XML. Rename the classes."
+            )
+
+
+FORMAT = Format(read_voc, write_voc, options=("voc_corners",))

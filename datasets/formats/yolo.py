@@ -1,29 +1,32 @@
-"""Read YOLO data: data.yaml, and beside the images in images/ a text file each in labels/.
+"""Read and write YOLO data: data.yaml, images in images/ and a text file for each in labels/.
 
-A line is a class index, then the centre, width and height of a box as fractions of the image's
+A line is a class index, then the center, width and height of a box as fractions of the image's
 width and height, or the corners of a polygon, which becomes the box around it. With `kpt_shape` in
-data.yaml key points follow the box and are passed over. Fractions are of the upright image, after
-its EXIF orientation, as the tools that write this format have it. Where that leaves the size as it
-is (mirrored, upside down or square), boxes are put on the stored pixels, which training then uses.
+data.yaml, key points follow the box and are skipped. Fractions are of the upright image, after its
+EXIF orientation, as in the tools that write this format. If that leaves the size as it is
+(mirrored, upside down or square), boxes are put on the stored pixels, which training then uses.
 """
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from datasets.checks.findings import Finding, at_places
-from datasets.images import TURNED, is_image, read_header, stored_point
+from datasets.checks.findings import Finding, first_few
+from datasets.formats.format import Format, Placer, Split, as_text, write_text
+from datasets.formats.source import Source
+from datasets.images import TURNED, is_image, read_header, stored_point, upright_point
 from util.errors import DataError
+from util.files import make_output_dir, write_atomic
 
 _DIGITS = 6  # of a pixel; hides the rounding of a fraction written in decimal
 
 
-def read_yolo(place: Path, split: str) -> tuple[dict[str, Any], Path, list[Finding]]:
-    """Return the content of a split as a COCO-format file, the image folder and findings.
+def read_yolo(place: Path, split: str) -> Source:
+    """Read a split; `place` is data.yaml or its folder.
 
     Category ids are the class indices; images are numbered from 1 by name. An image without a
     label file has no boxes.
@@ -36,8 +39,7 @@ def read_yolo(place: Path, split: str) -> tuple[dict[str, Any], Path, list[Findi
     images = _images(options, file, split)
     root = Path(os.path.commonpath([image.parent for image in images]))
     content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
-    malformed: list[str] = []
-    unplaced: list[str] = []
+    unreadable: list[Finding] = []
     named = sorted((image.relative_to(root).as_posix(), image) for image in images)
     for number, (name, image) in enumerate(named, 1):
         header = read_header(image)
@@ -48,9 +50,9 @@ def read_yolo(place: Path, split: str) -> tuple[dict[str, Any], Path, list[Findi
         )
         labels = _label_file(image)
         boxes, wrong = _read_labels(labels, boxes_first="kpt_shape" in options)
-        malformed += wrong
+        unreadable += wrong
         if header is None or size is None:
-            unplaced += [str(labels)] if boxes else []
+            unreadable += [Finding(str(labels), "its image cannot be read")] if boxes else []
             continue
         for category, box in boxes:
             entry = {"id": len(content["annotations"]) + 1, "image_id": number}
@@ -58,25 +60,15 @@ def read_yolo(place: Path, split: str) -> tuple[dict[str, Any], Path, list[Findi
             content["annotations"].append(
                 {**entry, "category_id": category, **placed, "iscrowd": 0}
             )
-    findings = [
-        *at_places("malformed_line", "label lines that are not a box, left out", malformed),
-        *at_places(
-            "size_unknown", "labels of images that cannot be read, boxes left out", unplaced
-        ),
-        *_unmatched(images),
-    ]
-    return content, root, findings
-
-
-def _unmatched(images: list[Path]) -> list[Finding]:
-    """Return the findings of label files without an image, and of a split without label files."""
-    orphans = _orphans(images)
-    found = at_places("label_without_image", "label files whose image is not there", orphans)
-    if any(os.path.isfile(_label_file(image)) for image in images):
-        return found
-    first = _label_file(min(images))
-    line = f"no label file for any of {len(images)} images (the first would be {first})"
-    return [*found, Finding("no_label_file", len(images), line)]
+    findings = {
+        "unreadable_annotation": unreadable,
+        "label_without_image": [Finding(path) for path in _orphans(images)],
+    }
+    if not any(os.path.isfile(_label_file(image)) for image in images):
+        first = _label_file(min(images))
+        none = f"no label files; the first would be {first}"
+        findings["odd_layout"] = [Finding(place.name, none)]
+    return Source(content, root, place, findings)
 
 
 def _load_yaml(place: Path) -> tuple[Path, Mapping[str, Any]]:
@@ -87,25 +79,26 @@ def _load_yaml(place: Path) -> tuple[Path, Mapping[str, Any]]:
         others = sorted([*place.glob("*.yaml"), *place.glob("*.yml")])
         there = [path for path in usual if path.is_file()] or others
         if len(there) != 1 and there[:1] != usual[:1]:
+            names = ", ".join(path.name for path in there)
             raise DataError(
-                f"{place}: expected data.yaml, found "
-                f"{', '.join(path.name for path in there) or 'none'}. Name the file: --data_path."
+                f"{place}: which file describes the data, {names}? Set `data_path` to it."
+                if there
+                else f"{place}: there is no data.yaml. Check `data_path`."
             )
         file = there[0]
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
-            f"{file}: expected a YOLO folder or its data.yaml ({error.strerror}). "
-            "Check --data_path."
+            f"{file}: not a YOLO folder or its data.yaml ({error.strerror}). Check `data_path`."
         ) from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise DataError(f"{file}:{line}: expected YAML, got {error.problem}. Mend it.") from error
+        raise DataError(f"{file}:{line}: not YAML: {error.problem}. Fix the file.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: expected YAML: {' '.join(str(error).split())}.") from error
+        raise DataError(f"{file}: not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
-        raise DataError(f"{file}: expected `names`, `train` and `val`, got {content!r:.50}.")
+        raise DataError(f"{file}: must hold `names`, `train` and `val`, not {content!r:.50}.")
     return file, content
 
 
@@ -118,21 +111,21 @@ def _categories(options: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
         or not all(isinstance(i, int) and 0 <= i < 2**31 for i in numbered)
     ):
         raise DataError(
-            f"{file}: expected `names`, a list or index: name pairs, got {names!r:.50}. "
+            f"{file}: `names` must be a list or index: name pairs, not {names!r:.50}. "
             "Name the classes."
         )
     return [{"id": int(i), "name": str(name)} for i, name in sorted(numbered.items())]
 
 
 def _images(options: Mapping[str, Any], file: Path, split: str) -> list[Path]:
-    """Return the images of a split, from folders (searched throughout) and lists of names."""
+    """Return the images of a split, from folders (with all in them) and lists of names."""
     entries = options.get(split)
     entries = [entries] if isinstance(entries, str) else entries
     if not isinstance(entries, list) or not all(isinstance(e, str) for e in entries) or not entries:
         known = ", ".join(k for k in ("train", "val", "test") if options.get(k)) or "none"
         raise DataError(
-            f"{file}: expected `{split}` to name a folder or a list of images, got {entries!r}. "
-            f"Splits there: {known}. Choose with --train_split and --val_split."
+            f"{file}: `{split}` must name a folder or a list of images, not {entries!r}. "
+            f"Splits there: {known}. Choose with `train_split` and `val_split`."
         )
     here = Path(os.path.abspath(file.parent))
     base = here / str(options.get("path") or "")
@@ -142,7 +135,7 @@ def _images(options: Mapping[str, Any], file: Path, split: str) -> list[Path]:
         if not os.path.exists(base / entry):
             entry = entry.replace("\\", "/")  # as written on Windows
         path = Path(os.path.normpath(base / entry))
-        # exports for another layout say ../
+        # exports for another layout write ../
         if not os.path.exists(path) and entry.startswith("../"):
             path = Path(os.path.normpath(base / entry[3:]))
         if os.path.isdir(path):
@@ -151,10 +144,10 @@ def _images(options: Mapping[str, Any], file: Path, split: str) -> list[Path]:
             found.update(dict.fromkeys(_listed(path, base)))
         else:
             raise DataError(
-                f"{file}: `{split}` names '{entry:.200}', which is not under {base}. Mend it."
+                f"{file}: `{split}` names '{entry:.200}', which is not under {base}. Fix the path."
             )
     if not found:
-        raise DataError(f"{file}: expected images under `{split}` ({entries[0]}), found none.")
+        raise DataError(f"{file}: there are no images under `{split}` ({entries[0]}).")
     return list(found)
 
 
@@ -163,14 +156,14 @@ def _listed(path: Path, base: Path) -> list[Path]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected a list in UTF-8, got {error.reason}.") from error
+        raise DataError(f"{path}: not a list in UTF-8: {error.reason}.") from error
     names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
     folders = (path.parent if name.startswith("./") else base for name in names)
     return [Path(os.path.normpath(f / name)) for f, name in zip(folders, names, strict=True)]
 
 
 def _label_file(image: Path) -> Path:
-    """Return labels/ for the last images/ of a path; without one, the file beside the image."""
+    """Return labels/ for the last images/ of a path; without one, the file next to the image."""
     parts = list(image.with_suffix(".txt").parts)
     for i in reversed(range(len(parts) - 1)):
         if parts[i] == "images":
@@ -180,33 +173,33 @@ def _label_file(image: Path) -> Path:
 
 
 def _orphans(images: list[Path]) -> list[str]:
-    """Return the files with boxes, beside those of the images, of which there is no image."""
+    """Return the label files next to those of the images that have boxes but no image."""
     stems: dict[tuple[Path, Path], set[str]] = defaultdict(set)
     for image in images:
         stems[_label_file(image).parent, image.parent].add(image.stem)
     orphans = []
     for (labels, folder), known in sorted(stems.items()):
-        # of other splits, or of a kind that is not searched for
+        # images of other splits, or of a kind that is not searched for
         known |= {p.stem for p in folder.glob("*") if p.suffix != ".txt" and p.is_file()}
         for file in sorted(labels.glob("*.txt")):
             if file.stem in known:
                 continue
             boxes, others = _read_labels(file, boxes_first=True)
-            if boxes and not others:  # else a list of names or classes
+            if boxes and not others:  # otherwise a list of names or classes
                 orphans.append(str(file))
     return orphans
 
 
 def _read_labels(
     path: Path, *, boxes_first: bool
-) -> tuple[list[tuple[int, list[float]]], list[str]]:
-    """Return (class, cxcywh) of each line that has them, and where and why others have not."""
+) -> tuple[list[tuple[int, list[float]]], list[Finding]]:
+    """Return (class, cxcywh) of each line that has them, and what is wrong with the others."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         return [], []
     except (OSError, ValueError) as error:
-        return [], [f"{path}:1: {error}"]
+        return [], [Finding(f"{path}:1", str(error))]
     boxes, wrong = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -214,7 +207,7 @@ def _read_labels(
         try:
             boxes.append(_parse_line(line, boxes_first=boxes_first))
         except (ValueError, OverflowError) as error:
-            wrong.append(f"{path}:{number}: {error}")
+            wrong.append(Finding(f"{path}:{number}", str(error)))
     return boxes, wrong
 
 
@@ -226,18 +219,18 @@ def _parse_line(line: str, *, boxes_first: bool) -> tuple[int, list[float]]:
     """
     label, *values = (float(word) for word in line.split())
     if label != int(label):
-        raise ValueError(f"expected a whole class index, got {label}")
+        raise ValueError(f"class index {label} is not a whole number")
     if len(values) == 4 or (boxes_first and len(values) > 4):
         return int(label), values[:4]
     if len(values) < 6 or len(values) % 2:
-        raise ValueError(f"expected 4 numbers or corners after the class, got {len(values)}")
+        raise ValueError(f"{len(values)} numbers after the class are neither a box nor corners")
     xs, ys = values[::2], values[1::2]
     left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
     return int(label), [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
 
 
 def _counted_size(stored: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """Return the (height, width) to state: that of the upright image, by which it is turned."""
+    """Return the (height, width) to state: that of the upright image, so that it is turned."""
     return stored[::-1] if orientation in TURNED else stored
 
 
@@ -246,7 +239,7 @@ def _in_pixels(
 ) -> dict[str, Any]:
     """Return `bbox` and `area` in pixels of the (height, width) that is stated.
 
-    Where that is the size of the stored pixels, they will be used: the box is put on them.
+    If that is the size of the stored pixels, those will be used: the box is put on them.
     """
     cx, cy, w, h = box
     if size == stored:
@@ -256,3 +249,92 @@ def _in_pixels(
     left, top = (cx - w / 2) * width, (cy - h / 2) * height
     xywh = [round(v, _DIGITS) for v in (left, top, w * width, h * height)]
     return {"bbox": xywh, "area": xywh[2] * xywh[3]}
+
+
+def write_yolo(splits: Sequence[Split], output_dir: Path, placer: Placer) -> list[list[str]]:
+    """Write splits; classes are numbered from 0 in order of id, and crowds are left out.
+
+    Raises:
+        DataError: the splits have different classes, which YOLO numbers once for all.
+    """
+    if len({(split.ids, split.class_names) for split in splits}) > 1:
+        raise DataError(
+            f"{output_dir}: the splits have different classes, but YOLO numbers them once for all. "
+            "Convert each split alone."
+        )
+    make_output_dir(output_dir)
+    notices = [_write_labels(split, output_dir, placer) for split in splits]
+    content: dict[str, Any] = {split.name: f"images/{split.name}" for split in splits}
+    content["names"] = dict(enumerate(splits[0].class_names))
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    write_atomic(output_dir / "data.yaml", text)
+    return notices
+
+
+def _write_labels(split: Split, output_dir: Path, placer: Placer) -> list[str]:
+    """Write the images and label files of a split; return a line on all that is lost."""
+    crowds, outside, cut, unusable = 0, 0, 0, []
+    images, labels = output_dir / "images" / split.name, output_dir / "labels" / split.name
+    for image in split.images:
+        header = read_header(image.file)
+        if header is None:
+            unusable.append(repr(image.name))
+            continue
+        name = placer.free(image.name, images, split.name)
+        placer.put(image, images / name)
+        lines = []
+        for label, box, crowd in zip(image.labels, image.xywh, image.crowd, strict=True):
+            crowds += crowd
+            if not crowd:
+                whole = _fractions(box, image.size, *header)
+                values = _within(whole)
+                if values is None:
+                    outside += 1
+                    continue
+                cut += values != whole
+                lines.append(f"{label} {' '.join(map(as_text, values))}\n")
+        write_text((labels / name).with_suffix(".txt"), "".join(lines))
+    notices = []
+    if crowds:
+        notices.append(f"crowd boxes, which YOLO cannot represent, left out: {crowds}")
+    if outside:
+        notices.append(f"boxes outside their image, left out: {outside}")
+    if cut:
+        notices.append(f"boxes that extend past their image, clipped: {cut}")
+    if unusable:
+        notices.append(f"unreadable images, left out: {len(unusable)} ({first_few(unusable)})")
+    return notices
+
+
+def _fractions(
+    box: list[float], counted: tuple[int, int], stored: tuple[int, int], orientation: int
+) -> tuple[float, float, float, float]:
+    """Return center and size as fractions of the upright image.
+
+    The box is of that image if its size is the one that counts, else of the stored pixels.
+    """
+    turned = orientation in TURNED
+    upright = turned and counted == stored[::-1] != stored
+    height, width = counted if upright else stored
+    x, y, w, h = box
+    cx, cy, w, h = (x + w / 2) / width, (y + h / 2) / height, w / width, h / height
+    if upright:
+        return cx, cy, w, h
+    return (*upright_point(cx, cy, orientation), *((h, w) if turned else (w, h)))
+
+
+def _within(
+    fractions: tuple[float, float, float, float],
+) -> tuple[float, float, float, float] | None:
+    """Return center and size of what lies in the image, None for nothing.
+
+    Other tools refuse more; what is past the edge by rounding alone is left as it is.
+    """
+    sides = [(c - s / 2, c + s / 2) for c, s in zip(fractions[:2], fractions[2:], strict=True)]
+    if all(low > -1e-7 and high < 1 + 1e-7 for low, high in sides):
+        return fractions
+    (x0, x1), (y0, y1) = ((max(0.0, low), min(1.0, high)) for low, high in sides)
+    return ((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0) if x1 > x0 and y1 > y0 else None
+
+
+FORMAT = Format(read_yolo, write_yolo)

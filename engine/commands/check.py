@@ -1,4 +1,4 @@
-"""`main.py check`: the data doctor."""
+"""`main.py check`: look for flaws in a data set before training on it."""
 
 import errno
 import json
@@ -63,7 +63,7 @@ def main(config: Config, options: CheckOptions) -> int:
 
 
 def _located(data: DataConfig) -> tuple[str, ...]:
-    """Return the splits that options say the place of; both where a folder holds both."""
+    """Return the splits that options locate; both if a folder holds both."""
     explicit = tuple(
         split
         for split in _SPLITS
@@ -73,7 +73,7 @@ def _located(data: DataConfig) -> tuple[str, ...]:
 
 
 def _claim(output_dir: Path) -> None:
-    """Make the folder; refuse to write over a file that is not of an earlier check.
+    """Make the folder; refuse to overwrite a file that is not from an earlier check.
 
     Raises:
         ConfigError: the folder cannot be made, or holds another check.json or check.html.
@@ -83,8 +83,8 @@ def _claim(output_dir: Path) -> None:
         file = output_dir / name
         if file.exists() and not (file.is_file() and mark in file.read_bytes()[:400]):
             raise ConfigError(
-                f"--output_dir {output_dir}: expected no {name} but of an earlier check, found "
-                "another file. Choose another folder."
+                f"--output_dir {output_dir}: it holds another file called {name}, not from an "
+                "earlier check. Choose another folder."
             )
 
 
@@ -92,14 +92,14 @@ def _copies(fix: str, splits: list[Split], output_dir: Path | None) -> dict[str,
     """Return the files to write: a corrected copy of each split, and "changes".
 
     Raises:
-        ConfigError: a file is there already or will be, the name is not that of a JSON file, or
-            its folder cannot be written to.
+        ConfigError: a file exists or will exist, the name is not that of a JSON file, or its folder
+            is not writable.
     """
     if not fix:
         return {}
     path = Path(fix)
     if path.suffix != ".json":
-        raise ConfigError(f"--fix {fix}: expected the name of a new .json file. Give one.")
+        raise ConfigError(f"--fix {fix}: must be the name of a new .json file.")
     several = len(splits) > 1
     files = {str(s): path.with_suffix(f".{s}.json") if several else path for s in splits}
     files["changes"] = path.with_suffix(".changes.json")
@@ -107,8 +107,7 @@ def _copies(fix: str, splits: list[Split], output_dir: Path | None) -> dict[str,
     for file in files.values():
         if file.exists() or file.resolve() in [report.resolve() for report in reports]:
             raise ConfigError(
-                f"--fix {file}: expected a new file, found one there; nothing is overwritten. "
-                "Choose another name."
+                f"--fix {file}: the file exists, and nothing is overwritten. Choose another name."
             )
     _make_folder(path)
     return files
@@ -118,7 +117,7 @@ def _make_folder(file: Path) -> None:
     """Make the folder of a corrected copy now, not after an hour of decoding.
 
     Raises:
-        ConfigError: it cannot be made or written to.
+        ConfigError: it cannot be made, or is not writable.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +125,7 @@ def _make_folder(file: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(
-            f"--fix {file}: expected a folder to write to ({error.strerror}). Choose another."
+            f"--fix {file}: cannot write to its folder ({error.strerror}). Choose another."
         ) from error
 
 
@@ -134,13 +133,13 @@ def _write_copies(diagnosis: Diagnosis, files: dict[str, Path]) -> None:
     if not files:
         return
     changes: list[dict[str, Any]] = []
-    for ledger in diagnosis.ledgers:
-        content, changed = corrected(ledger)
+    for report in diagnosis.splits:
+        content, changed = corrected(report)
         changes += changed
-        write_atomic(files[ledger.split], json.dumps(content))
+        write_atomic(files[report.split], json.dumps(content))
         console(
-            f"written: {files[ledger.split]}, {len(changed)} changes; "
-            f"its images: {ledger.source.image_dir}"
+            f"written: {files[report.split]}, {len(changed)} changes; "
+            f"its images: {report.source.image_dir}"
         )
     lines = ",\n".join(map(_strict_json, changes))
     write_atomic(files["changes"], f"[\n{lines}\n]\n" if changes else "[]\n")

@@ -4,19 +4,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.options import option
-from configs.schema import DataFormat, VocOptions
+from configs.schema import VocOptions
+from datasets.build import format_options
+from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
-from datasets.formats.sources import read_source
+from datasets.formats.registry import FORMATS, read_source
+from datasets.formats.source import Source
 from util.console import console
 from util.errors import ConfigError
+
+_NAMES = ", ".join(FORMATS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(VocOptions):
     """What `convert` reads and writes."""
 
-    data_format: DataFormat = option("coco", "format of --data_path", alias="--from")
-    to: DataFormat = option("coco", "format to write")
+    data_format: str = option("coco", f"format of --data_path: {_NAMES}", alias="--from")
+    to: str = option("coco", f"format to write: {_NAMES}")
     data_path: str = option(
         "", "folder of the data set; for yolo also data.yaml, for coco a JSON file with --images"
     )
@@ -41,23 +46,22 @@ def main(options: ConvertOptions) -> int:
     for name in ("data_path", "output_dir"):
         if not getattr(options, name):
             raise ConfigError(f"{name}: is missing. Add it.")
-    sources = {
-        split: read_source(
-            options.data_format,
-            Path(options.data_path),
-            split,
-            image_dir=Path(options.images) if options.images else None,
-            voc_corners=options.voc_corners,
-        )
-        for split in options.splits
-    }
+    writing = format_options(options, options.to)
     lines = convert(
-        sources,
+        {split: _read(options, split) for split in options.splits},
         options.to,
         Path(options.output_dir),
         copy=options.copy_images,
-        voc_corners=options.voc_corners,
+        **writing,
     )
     console("\n".join(lines))
     console(f"written: {options.output_dir}")
     return 0
+
+
+def _read(options: ConvertOptions, split: str) -> Source:
+    place = Path(options.data_path)
+    if options.images and options.data_format == "coco":
+        return read_coco_file(place, Path(options.images))
+    reading = format_options(options, options.data_format)
+    return read_source(options.data_format, place, split, **reading)

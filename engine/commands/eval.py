@@ -13,8 +13,7 @@ from configs.options import option
 from configs.schema import DataConfig, EvalDataConfig, ProcessOptions
 from configs.schema import Precision as PrecisionName
 from datasets.build import build_dataset, read_split
-from datasets.checks.coco_json import check_content, load_json
-from datasets.formats.sources import coco_layout
+from datasets.formats.coco import coco_layout
 from datasets.index import CocoIndex
 from engine.detector import Detector, beside
 from engine.evaluation.analysis import analyse, save_analysis
@@ -120,9 +119,8 @@ def read_truth(data: DataConfig) -> tuple[Truth, ReadImage | None, list[str]]:
         folder, annotations = coco_layout(Path(data.coco_path), "val")
         images_exist = folder.is_dir()
     if annotations is not None and not images_exist:
-        content = check_content(load_json(annotations), annotations, need_boxes=False)
-        truth = Truth.of(content.classes, content.images, content.annotations)
-        return truth, None, [finding.text for finding in content.findings]
+        index = CocoIndex.load(annotations, None, need_boxes=False)
+        return Truth.of(index.classes, index.images, index.annotations), None, index.notices
     index = CocoIndex.from_source(read_split(data, "val"), need_boxes=False)
     dataset = build_dataset(data, index, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
     truth = Truth.of(index.classes, index.images, index.annotations)

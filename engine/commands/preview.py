@@ -14,8 +14,10 @@ from configs.options import Checked, option
 from configs.schema import SECTIONS as RUN
 from configs.schema import Config
 from datasets.build import build_dataset, load_index
-from datasets.loader import TrainLoader, split_batch, train_loader
+from datasets.loader import TrainLoader, train_loader
+from datasets.samplers import split_batch
 from models.backbones import create_backbone
+from models.recipes import RecipeOptions
 from util.batch import Target
 from util.box_ops import cxcywh_to_xyxy
 from util.classes import Classes
@@ -37,6 +39,7 @@ class PreviewOptions(Checked):
 
 
 SECTIONS = {**RUN, "preview": PreviewOptions}
+RECIPES = RecipeOptions()  # a run's file may name some
 
 
 def main(config: Config, options: PreviewOptions) -> int:
@@ -54,7 +57,7 @@ def main(config: Config, options: PreviewOptions) -> int:
     )  # fmt: skip
     loader = train_loader(
         dataset,
-        split_batch(config.optim.effective_batch_size, most=config.optim.batch_size),
+        split_batch(config.optim.effective_batch_size, max_size=config.optim.batch_size),
         num_workers=0,
         seed=config.run.seed,
         aspect_ratio_grouping=config.data.aspect_ratio_grouping,

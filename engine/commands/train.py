@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.load import Given, changed_options, to_yaml
 from configs.schema import SECTIONS, Config, RunConfig
-from datasets.loader import split_batch
+from datasets.samplers import split_batch
 from engine.build import RunPlan, build_trainer
 from engine.checkpoint import CheckpointFolder, check_same, load_checkpoint
 from engine.detector import saved_options
@@ -16,6 +16,7 @@ from engine.processes import process_group
 from engine.run_lock import run_lock
 from engine.run_log import RunLog
 from models.build import ALL_STAGES
+from models.recipes import RecipeOptions
 from models.weights.load import load_pretrained
 from util.console import log
 from util.device import set_deterministic
@@ -23,7 +24,8 @@ from util.distributed import World
 from util.errors import ConfigError
 from util.files import write_atomic
 
-__all__ = ["SECTIONS", "main", "processes"]
+__all__ = ["RECIPES", "SECTIONS", "main", "processes"]
+RECIPES = RecipeOptions()
 
 
 def main(given: Given) -> int:
@@ -51,7 +53,7 @@ def main(given: Given) -> int:
         optim = plan.config.optim
         share = split_batch(
             optim.effective_batch_size,
-            most=optim.batch_size,
+            max_size=optim.batch_size,
             rank=world.rank,
             world_size=world.size,
         )
@@ -125,6 +127,7 @@ def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
     saved = saved_options(given, content["config"], str(checkpoint))
     before, config = saved.config(), given.on(saved).config()
     check_same("model", asdict(before.model), asdict(config.model), checkpoint)
+    check_same("recipes", asdict(before)["recipes"], asdict(config)["recipes"], checkpoint)
     fixed = fixed_on_resume(before), fixed_on_resume(config)
     check_same("batches and frozen parts", *fixed, checkpoint)
     output_dir = asked.output_dir or str(checkpoint.parent)

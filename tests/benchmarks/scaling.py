@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from configs.load import read_options
 from datasets.dataset import CocoDetection
-from datasets.loader import TrainLoader, split_batch
+from datasets.loader import TrainLoader
+from datasets.samplers import split_batch
 from engine.build import assemble_trainer
 from engine.checkpoint import CheckpointFolder
 from engine.guards.memory import peak_memory
@@ -88,7 +89,7 @@ def run_setting(options: argparse.Namespace) -> None:
     given = {"model": {"num_queries": options.queries}, "run": {"output_dir": options.folder}}
     config = read_options(options.config, given).config()
     model = build_model(config.model, num_classes=91).to(device)
-    share = split_batch(0, most=options.images, rank=world.rank, world_size=world.size)
+    share = split_batch(0, max_size=options.images, rank=world.rank, world_size=world.size)
     optim = replace(config.optim, effective_batch_size=share.effective, precision=options.precision)
     config = replace(config, optim=optim)
     height, width = options.size

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.api import evaluate, train
-from engine.detector import Box, Detector
+from engine import Box, Detector, UserError, evaluate, train
 from main import main
 from tests.integration.conftest import TINY
 from tests.integration.runs import assert_same_runs
-from util.errors import ConfigError, UserError
+from util.errors import ConfigError
 
 
 def test_predictions_are_those_of_the_command_line(

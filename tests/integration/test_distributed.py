@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from datasets.loader import ShuffledBatchSampler, split_batch
+from datasets.samplers import ShuffledBatchSampler, split_batch
 from tests.integration.conftest import ROOT, TINY, read_log
 
 SEED = 42  # the default one
@@ -116,7 +116,7 @@ def uneven_data(shapes: Path, folder: Path) -> Path:
     orders = []
     for rank in range(2):
         sampler = ShuffledBatchSampler(
-            8, split_batch(2, most=1, rank=rank, world_size=2), seed=SEED
+            8, split_batch(2, max_size=1, rank=rank, world_size=2), seed=SEED
         )
         orders.append([images[position] for (position,) in sampler])
     boxed = {image["id"] for image in orders[0]}
@@ -163,8 +163,8 @@ def test_a_mistake_that_all_processes_find_is_told_once(shapes: Path, tmp_path: 
     assert line == printed[-1]
     assert line.startswith("error: rank ")
     assert line.endswith(
-        ": --effective_batch_size 6: expected a multiple of the 4 processes. Take 4, or other "
-        "processes."
+        ": --effective_batch_size 6: not a multiple of the 4 processes. Use 4, or another "
+        "number of processes."
     )
 
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from datasets.checks.kinds import KINDS
-from datasets.formats.sources import read_source
+from datasets.formats.registry import read_source
 from main import main
 from tests.integration.conftest import TINY, read_log
 from tests.unit.datasets.formats.flawed_formats import (

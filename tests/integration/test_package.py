@@ -154,6 +154,8 @@ def test_the_console_script_trains_and_the_modules_run(installed: Path, tmp_path
         "--input", "shapes/val2017", "--output_dir", "found", "--device", "cpu",
     )  # fmt: skip
     assert (tmp_path / "found" / "predictions.json").is_file()
+    by_path = installed / "deformable_detr" / "__main__.py"  # as a launcher starts `-m` again
+    assert "usage: deformable-detr" in run(installed, tmp_path, by_path, "--help")
 
 
 def test_every_module_imports_under_its_new_name(installed: Path, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from configs.schema import DataConfig, DataFormat
+from configs.schema import DataConfig
 from datasets.build import build_dataset, build_transform, data_paths, load_index, read_split
+from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
-from datasets.formats.sources import read_source
 from util.errors import DataError
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -27,9 +27,12 @@ def test_coco_layout_and_explicit_paths() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "train data: expected --coco_path"),
-        ({"train_images": "x"}, "--train_images: expected --train_annotations"),
-        ({"train_annotations": "x", "coco_path": "y"}, "--train_annotations: .* --train_images"),
+        ({}, "train data: no option says where it is. Set `coco_path`, or `train_images`"),
+        ({"train_images": "x"}, "train_images: needs `train_annotations` too"),
+        (
+            {"train_annotations": "x", "coco_path": "y"},
+            "train_annotations: needs `train_images` too",
+        ),
     ],
 )
 def test_incomplete_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -65,10 +68,10 @@ def test_a_data_path_in_any_format(
     content: dict[str, Any],
     write: Callable[[dict[str, Any]], tuple[Path, Path]],
     tmp_path: Path,
-    target: DataFormat,
+    target: str,
 ) -> None:
     json_path, folder = write(content)
-    source = read_source("coco", json_path, "", image_dir=folder)
+    source = read_coco_file(json_path, folder)
     convert({"mine": source}, target, tmp_path / "out", copy=False)
     cfg = DataConfig(
         data_format=target,

@@ -32,8 +32,12 @@ def test_classes_are_matched(data: Classes, model: Classes, expected: dict[int, 
 @pytest.mark.parametrize(
     ("data", "model", "named"),
     [
-        (Classes((3, 9), ("dog", "emu")), ANIMALS, "1 of 2 that it does not: 'emu'"),
-        (Classes((3, 7), ("cat", "emu")), ANIMALS, "2 of 2 that it does not: 'cat', 'emu'"),
+        (Classes((3, 9), ("dog", "emu")), ANIMALS, "does not know 1 of the 2 in the data: 'emu'"),
+        (
+            Classes((3, 7), ("cat", "emu")),
+            ANIMALS,
+            "does not know 2 of the 2 in the data: 'cat', 'emu'",
+        ),
         (Classes((12,), ("street sign",)), OFFICIAL, "'street sign'"),
         (Classes((95,), ("kite",)), OFFICIAL_UNNAMED, "'kite'"),
     ],

@@ -12,7 +12,8 @@ from PIL import Image
 from configs.schema import DataConfig
 from datasets.build import build_dataset, load_index
 from datasets.image_cache import ImageCache
-from datasets.loader import BatchSplit, train_loader
+from datasets.loader import train_loader
+from datasets.samplers import BatchSplit
 from util.errors import ConfigError
 
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -33,7 +34,7 @@ def test_images_come_back_until_the_memory_is_full() -> None:
 
 
 def test_more_than_the_machine_has_is_one_line() -> None:
-    with pytest.raises(ConfigError, match="--cache_images: expected .* GB"):
+    with pytest.raises(ConfigError, match="^cache_images: there are not .* GB"):
         ImageCache(1, 10**15)
 
 

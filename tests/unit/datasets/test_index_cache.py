@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from datasets import index_cache
-from datasets.checks.coco_json import CocoContent
+from datasets.checks.entries import CocoContent
 from datasets.index import CocoIndex
 from datasets.index_cache import cache_folder, read_content
 from util.errors import DataError
@@ -25,8 +25,8 @@ def json_path(
 ) -> Path:
     """Write a set with a flaw that is large enough to be kept, and give the cache a folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(index_cache, "_LEAST_BYTES", 0)
-    content["annotations"][2]["bbox"] = [1, 1, 0, 0]
+    monkeypatch.setattr(index_cache, "_MIN_BYTES", 0)
+    content["annotations"][2]["bbox"] = [1, 1, 0]
     content["images"][0]["file_name"] = "ö \ud800.png"
     content["info"] = "\u00e9"
     path, _ = write({**content, "images": content["images"][1:]})
@@ -46,7 +46,7 @@ def plain(content: CocoContent) -> dict[str, Any]:
         "sizes": content.images.sizes.tolist(),
         "boxes": [found.ids.tolist(), found.image.tolist(), found.labels.tolist()],
         "values": [found.xywh.tolist(), found.area.tolist(), found.crowd.tolist()],
-        "findings": [finding.to_json() for finding in content.findings],
+        "notices": [notice.to_json() for notice in content.notices],
     }
 
 
@@ -58,7 +58,7 @@ def test_kept_content_is_what_was_read(json_path: Path, monkeypatch: pytest.Monk
     assert plain(read(json_path)) == anew
     assert len(list(cache_folder().iterdir())) == 1
     index = CocoIndex.load(json_path, json_path.parent / "images", need_boxes=True, cache=True)
-    assert index.findings[0].kind == "flat_bbox"
+    assert index.findings[0].kind == "broken_bbox"
 
 
 def test_training_and_evaluation_share_what_is_kept(
@@ -73,8 +73,8 @@ def test_training_and_evaluation_share_what_is_kept(
 @pytest.mark.parametrize(
     ("annotations", "message"),
     [
-        (None, "expected a list `annotations`, found none"),
-        ([], "expected at least one usable box, got none among 0 annotations"),
+        (None, "there is no list `annotations`"),
+        ([], "none of the 0 annotations is a usable box"),
     ],
 )
 def test_what_evaluation_kept_without_boxes_is_refused_in_training(

@@ -16,16 +16,13 @@ from torch import Tensor
 
 from datasets.dataset import CocoDetection
 from datasets.index import CocoIndex
-from datasets.loader import (
+from datasets.loader import collate, eval_loader, train_loader, with_images
+from datasets.samplers import (
     AspectRatioBatchSampler,
     BatchSplit,
     SameSizeBatchSampler,
     ShuffledBatchSampler,
-    collate,
-    eval_loader,
     split_batch,
-    train_loader,
-    with_images,
 )
 from datasets.transforms import EvalTransform, TrainTransform
 from util.batch import Batch, Target, UnreadableImage, pad_images
@@ -88,7 +85,7 @@ def epoch_of(order: Order, effective: int, most: int, world_size: int) -> list[l
     """
     ranks = []
     for rank in range(world_size):
-        sampler = order(split_batch(effective, most=most, rank=rank, world_size=world_size))
+        sampler = order(split_batch(effective, max_size=most, rank=rank, world_size=world_size))
         sampler.set_epoch(2)
         batches = list(sampler)
         assert len(batches) == len(sampler) == sampler.steps * sampler.accumulation
@@ -147,7 +144,7 @@ def test_images_of_both_orientations_are_not_in_one_step(
 def test_an_epoch_resumed_after_any_step_gives_exactly_the_rest(
     sizes: list[tuple[int, int]], own: int, most: int, first_step: int, by_aspect: bool
 ) -> None:
-    share = split_batch(own * 2, most=most, rank=1, world_size=2)
+    share = split_batch(own * 2, max_size=most, rank=1, world_size=2)
     sampler = (grouped(sizes) if by_aspect else plain(len(sizes)))(share)
     sampler.set_epoch(5)
     whole = list(sampler)
@@ -180,7 +177,7 @@ def test_shares_make_up_the_effective_batch_in_the_largest_micro_batches(
     per_process: int, most: int, world_size: int
 ) -> None:
     effective = per_process * world_size
-    share = split_batch(effective, most=most, rank=world_size - 1, world_size=world_size)
+    share = split_batch(effective, max_size=most, rank=world_size - 1, world_size=world_size)
     assert share.effective == share.batch_size * share.accumulation * world_size == effective
     larger = range(share.batch_size + 1, most + 1)
     assert share.batch_size <= most
@@ -188,17 +185,17 @@ def test_shares_make_up_the_effective_batch_in_the_largest_micro_batches(
 
 
 def test_no_effective_batch_means_one_micro_batch_a_process() -> None:
-    share = split_batch(0, most=3, rank=1, world_size=2)
+    share = split_batch(0, max_size=3, rank=1, world_size=2)
     assert share == BatchSplit(batch_size=3, accumulation=1, rank=1, world_size=2)
     assert share.effective == 6
 
 
-@pytest.mark.parametrize(("effective", "advice"), [(6, "Take 4,"), (3, "Take 4,"), (9, "Take 8,")])
+@pytest.mark.parametrize(("effective", "advice"), [(6, "Use 4,"), (3, "Use 4,"), (9, "Use 8,")])
 def test_an_effective_batch_that_the_processes_cannot_share_is_refused(
     effective: int, advice: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"^--effective_batch_size {effective}: .* {advice}"):
-        split_batch(effective, most=2, world_size=4)
+    with pytest.raises(ConfigError, match=f"^effective_batch_size {effective}: .* {advice}"):
+        split_batch(effective, max_size=2, world_size=4)
 
 
 @given(sizes, st.integers(1, 7), st.integers(1, 3))

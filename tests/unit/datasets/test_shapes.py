@@ -77,13 +77,13 @@ def test_existing_set_is_kept_and_anything_else_refused(folder: Path, tmp_path: 
     before = marker.stat().st_mtime_ns
     generate_shapes(folder, num_train=40, num_val=5, seed=0)
     assert marker.stat().st_mtime_ns == before
-    with pytest.raises(DataError, match="got 40 of seed 0"):
+    with pytest.raises(DataError, match="it holds 40 train images of seed 0"):
         generate_shapes(folder, num_train=40, num_val=5, seed=1)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match="new or empty folder"):
+    with pytest.raises(DataError, match="Choose a new or empty one"):
         generate_shapes(tmp_path, num_train=1, num_val=1, seed=0)
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps({"info": "x"}))
-    with pytest.raises(DataError, match="new or empty folder"):
+    with pytest.raises(DataError, match="Choose a new or empty one"):
         generate_shapes(tmp_path, num_train=1, num_val=1, seed=0)
     assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -10,7 +10,8 @@ import torch
 from configs.load import build_config
 from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection
-from datasets.loader import BatchSplit, loader_processes, train_loader
+from datasets.loader import loader_processes, train_loader
+from datasets.samplers import BatchSplit
 
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 Write = Callable[[dict[str, Any]], tuple[Path, Path]]
@@ -60,9 +61,9 @@ def test_options_without_effect_are_told(
     strong(content, write, close_augment_epochs=19)
     assert "notice" not in capsys.readouterr().out
     strong(content, write, close_augment_epochs=20)
-    assert "--close_augment_epochs 20 covers all 20 epochs" in capsys.readouterr().out
+    assert "notice: close_augment_epochs 20 covers all 20 epochs" in capsys.readouterr().out
     strong(content, write, augment="none", train_scales=(24, 36))
-    assert "--train_scales has no effect" in capsys.readouterr().out
+    assert "`train_scales` has no effect" in capsys.readouterr().out
 
 
 def test_processes_follow_the_cores() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
 from configs.schema import Config, OptimConfig, RunConfig
-from datasets.loader import BatchSplit
+from datasets.samplers import BatchSplit
 from engine.build import try_step
 from engine.guards import UnreadableImages
 from engine.run_log import RunLog

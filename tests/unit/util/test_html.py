@@ -1,95 +1,125 @@
-"""Parts of a page: well formed whatever the text, drawn to scale, images that open."""
+"""Pages: templates escape, parts are well formed whatever the text, images open."""
 
 import base64
 import io
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
 
+import jinja2
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from markupsafe import Markup
 from PIL import Image
 
-from util.html import bar, column_chart, curve_chart, heat, image, shown, table
+from util.html import inline_image, number, render, svg
+from util.plot import THEME, column_chart, curve_chart
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=12)
-WHOLE = st.integers(0, 10**6)
+LABEL = st.text("a<&>$ é%/", max_size=8)  # of letters that the chart's font has
+XLINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def parse(part: str) -> ET.Element:
     """Return the tree of a part, which must be well-formed XML."""
-    return ET.fromstring(part)
+    return ET.fromstring(re.sub(r"{http[^}]*}", "", part))
 
 
-@given(
-    labels=st.lists(TEXT, min_size=1, max_size=5),
-    names=st.lists(TEXT, max_size=3, unique=True),
-    data=st.data(),
-)
-def test_columns_are_shares_of_each_series(
-    labels: list[str], names: list[str], data: st.DataObject
-) -> None:
-    counts = st.lists(WHOLE, min_size=len(labels), max_size=len(labels))
-    series = {name: data.draw(counts) for name in names}
-    svg = parse(column_chart(labels, series, "told <&>", across="x & y"))
-    assert svg.get("aria-label") == "told <&>"
-    columns = [r for r in svg.iter("rect") if r.find("title") is not None]
-    assert [r.findtext("title") for r in columns] == [
-        f"{name}, {label}: {count}"
-        for name, values in series.items()
-        for label, count in zip(labels, values, strict=True)
-    ]
-    heights = iter(float(r.get("height", "nan")) for r in columns)
-    shares = [n / max(1, sum(values)) for values in series.values() for n in values]
-    ticks = [t.text or "" for t in svg.iter("text") if t.get("text-anchor") == "end"][:3]
-    bottom, _, top = (float(tick.removesuffix("%")) / 100 for tick in ticks)
-    assert bottom == 0
-    assert round(5 * top, 6).is_integer()
-    assert top >= max(shares, default=0) >= top - 0.2 - 1e-9 or not any(shares)
-    tallest = 260 - 32 - 52
-    for share in shares:
-        assert next(heights) == pytest.approx(tallest * share / top, abs=0.06)
-    for r in columns:
-        assert float(r.get("y", "nan")) + float(r.get("height", "nan")) == pytest.approx(208, abs=1)
+def part(folder: Path, body: str, **values: Any) -> str:
+    """Return what a template makes of the parts of reports."""
+    template = folder / "page.html.j2"
+    template.write_text(f'{{% from "parts.html.j2" import bar, figure, table %}}{body}')
+    return render(template, **values).strip()
 
 
-@given(lines=st.dictionaries(TEXT, st.lists(st.floats(0, 1), min_size=2, max_size=5), max_size=4))
-def test_curves_run_from_corner_to_corner(lines: dict[str, list[float]]) -> None:
-    svg = parse(curve_chart(lines, "a <b>", width=400))
-    drawn = [line.get("points", "").split() for line in svg.iter("polyline")]
-    assert [len(points) for points in drawn] == [len(values) for values in lines.values()]
-    for points, values in zip(drawn, lines.values(), strict=True):
-        xs, ys = zip(*(map(float, point.split(",")) for point in points), strict=True)
-        assert (xs[0], xs[-1]) == (48, 388)
-        for y, value in zip(ys, values, strict=True):
-            assert y == pytest.approx(32 + (1 - value) * (248 - 32 - 40), abs=0.06)
-    assert {text.text for text in svg.iter("text")} >= set(lines) - {""}
+@settings(max_examples=25)
+@given(description=TEXT, labels=st.lists(LABEL, min_size=1, max_size=4))
+def test_charts_are_well_formed_and_say_what_they_show(description: str, labels: list[str]) -> None:
+    chart = column_chart(labels, {"train $": [3] * len(labels)}, xlabel="x & y")
+    tree = parse(svg(chart, description))
+    assert (tree.get("role"), tree.get("aria-label")) == ("img", description)
+    names = {element.tag.rpartition("}")[2] for element in tree.iter()}
+    assert not names & {"script", "image", "a", "metadata"}
+    text = [element.text for element in tree.iter() if element.tag.endswith("text")]
+    assert {"x & y", "train $"} <= set(text)
+    titles = [element.text for element in tree.iter() if element.tag.endswith("title")]
+    assert titles == [f"train $, {label}: 3" for label in labels]
 
 
-def test_a_table_has_a_head_for_each_column_and_row() -> None:
-    part = table("a <caption>", ["class", "", "n"], [["cat", bar(3, 4), "3"], ["dog", "", "1"]])
-    tree = parse(part)
+def test_charts_take_their_colours_from_the_page_and_share_no_ids() -> None:
+    charts = [svg(curve_chart({"a": [1, 0], "b": [0.5, 0]}), text) for text in ("one", "two")]
+    for chart in charts:
+        assert {f"var(--{name})" for name in ("soft", "line", "c0", "c1")} <= set(
+            re.findall(r"var\(--\w+\)", chart)
+        )
+        assert not [colour for colour in THEME.values() if colour in chart]
+        tree = parse(chart)
+        own = {e.get("id") for e in tree.iter()} - {None}
+        used = {e.get(XLINK, "").removeprefix("#") for e in tree.iter()} - {""}
+        assert used <= own
+    ids = [set(re.findall(r' id="([^"]*)"', chart)) for chart in charts]
+    assert not ids[0] & ids[1]
+    assert isinstance(charts[0], Markup), "a template takes it as it is"
+
+
+def test_a_chart_fits_its_box_in_pixels() -> None:
+    tree = parse(svg(curve_chart({"a": [1, 0]}), "a"))
+    _, _, width, height = (float(v) for v in tree.get("viewBox", "").split())
+    assert (float(tree.get("width", "")), float(tree.get("height", ""))) == (width, height)
+    assert width == pytest.approx(560)
+
+
+def test_templates_escape_what_they_are_given(tmp_path: Path) -> None:
+    hostile = "<script>alert('1')</script>\" onload=\"x"
+    template = tmp_path / "page.html.j2"
+    template.write_text(
+        '{% extends "base.html.j2" %}{% block content %}<b title="{{ text }}">{{ text }}</b>'
+        "{{ safe }}{% endblock %}"
+    )
+    page = render(template, title=hostile, text=hostile, safe=Markup("<i>ours</i>"))
+    assert "<script" not in page
+    assert '" onload="' not in page
+    assert page.count("&lt;script&gt;") == 4
+    assert "<i>ours</i>" in page
+    assert page.startswith("<!doctype html>")
+    with pytest.raises(jinja2.UndefinedError):
+        render(template, title="a value that the template names is missing")
+
+
+def test_a_table_has_a_head_for_each_column_and_row(tmp_path: Path) -> None:
+    body = """{% call table("a <caption>", ["class", "", "n"], text=["n"]) %}
+    {% for name, count in rows %}
+    <tr><th scope="row">{{ name }}</th>{{ bar(count, 4) }}<td>{{ count }}</td></tr>
+    {% endfor %}{% endcall %}"""
+    text = part(tmp_path, body, rows=[("c<a>t", 3), ("dog", 0)])
+    tree = parse(text)
     assert tree.get("aria-label") == tree.findtext("table/caption") == "a <caption>"
-    assert [th.text for th in tree.iter("th")] == ["class", "n", "cat", "dog"]
+    assert [th.text for th in tree.iter("th")] == ["class", "n", "c<a>t", "dog"]
+    assert {th.get("scope") for th in tree.iter("th")} == {"col", "row"}
     assert [len(tr) for tr in tree.iter("tr")] == [3, 3, 3]
-    assert "width:75.0%" in part
+    assert text.count("width:75.0%") == text.count("<span") == 1
 
 
-def test_cells_show_what_there_is() -> None:
-    assert shown(None) == "n/a"
-    assert shown(0.12345, 2) == "0.12"
-    assert "<span" not in bar(0, 0) + bar(None, 5) + bar(0, 5)
-    assert "·" in heat(0, 9, right=True)
-    assert "--c0" in heat(2, 9, right=True)
-    assert "--c1" in heat(2, 9, right=False)
+def test_bars_show_what_there_is(tmp_path: Path) -> None:
+    body = "<tr>{{ bar(0, 0) }}{{ bar(none, 5) }}{{ bar(0, 5) }}{{ bar(2, none) }}</tr>"
+    assert "<span" not in part(tmp_path, body)
+
+
+def test_numbers_show_what_there_is() -> None:
+    assert number(None) == "n/a"
+    assert number(0.12345, 2) == "0.12"
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-def test_a_image_is_made_no_wider_than_asked(mode: str) -> None:
-    part = image(Image.new("RGB", (300, 150)).convert(mode), 'a "b" <c>', width=100)
-    code = re.search(r'base64,([^"]*)"', part)
-    assert code is not None
-    opened = Image.open(io.BytesIO(base64.b64decode(code[1])))
-    assert opened.size == (100, 50)
-    assert 'width="100" height="50"' in part
-    assert 'alt="a &quot;b&quot; &lt;c&gt;"' in part
+def test_an_image_is_made_no_wider_than_asked(mode: str, tmp_path: Path) -> None:
+    image = inline_image(Image.new("RGB", (300, 150)).convert(mode), max_width=100)
+    opened = Image.open(
+        io.BytesIO(base64.b64decode(image.url.removeprefix("data:image/jpeg;base64,")))
+    )
+    assert opened.size == (image.width, image.height) == (100, 50)
+    text = part(tmp_path, "{{ figure(image, name, name) }}", image=image, name='a "b" <c>')
+    assert 'width="100" height="50"' in text
+    assert 'alt="a &#34;b&#34; &lt;c&gt;"' in text
+    assert "<figcaption>a &#34;b&#34; &lt;c&gt;</figcaption>" in text

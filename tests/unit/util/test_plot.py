@@ -6,10 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.patches import Rectangle
 from PIL import Image, ImageChops
 
-from util.plot import plot_curves
+from util.plot import column_chart, curve_chart, plot_curves
+
+# names of splits and IoUs; a legend leaves out those that begin with an underscore
+NAME = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=12
+).filter(lambda text: not text.startswith("_"))
 
 
 def plot(folder: Path, lines: Sequence[Any]) -> Image.Image:
@@ -87,3 +96,50 @@ def test_no_global_figures_are_left(tmp_path: Path) -> None:
     plot(tmp_path, [epoch(0)])
     pyplot = sys.modules.get("matplotlib.pyplot")
     assert pyplot is None or not pyplot.get_fignums()
+
+
+@settings(max_examples=40)
+@given(
+    labels=st.lists(NAME, min_size=1, max_size=5),
+    names=st.lists(NAME, max_size=3, unique=True),
+    data=st.data(),
+)
+def test_columns_are_shares_of_each_series(
+    labels: list[str], names: list[str], data: st.DataObject
+) -> None:
+    counts = st.lists(st.integers(0, 10**6), min_size=len(labels), max_size=len(labels))
+    series = {name: data.draw(counts) for name in names}
+    (axes,) = column_chart(labels, series, xlabel="x & y").axes
+    bars = [bar for bar in axes.patches if isinstance(bar, Rectangle)]
+    assert [bar.get_gid() for bar in bars] == [
+        f"{name}, {label}: {count}"
+        for name, values in series.items()
+        for label, count in zip(labels, values, strict=True)
+    ]
+    shares = [n / max(1, sum(values)) for values in series.values() for n in values]
+    assert [bar.get_height() for bar in bars] == shares
+    middles = [bar.get_x() + bar.get_width() / 2 for bar in bars]
+    for i, middle in enumerate(middles):
+        assert round(middle) == i % len(labels), "each is over its label"
+    assert len(set(np.round(middles, 6))) == len(middles), "none covers another"
+    bottom, top = axes.get_ylim()
+    assert bottom == 0
+    assert round(5 * top, 6).is_integer()
+    assert top >= max(shares, default=0) >= top - 0.2 - 1e-9 or not any(shares)
+    assert axes.get_xlabel() == "x & y"
+    shown = [text.get_text().replace(r"\$", "$") for text in axes.get_xticklabels()]
+    assert shown == labels
+
+
+@settings(max_examples=40)
+@given(lines=st.dictionaries(NAME, st.lists(st.floats(0, 1), min_size=2, max_size=5), max_size=4))
+def test_precision_runs_over_all_recalls(lines: dict[str, list[float]]) -> None:
+    (axes,) = curve_chart(lines).axes
+    assert [line.get_label() for line in axes.lines] == list(lines)
+    for line, values in zip(axes.lines, lines.values(), strict=True):
+        recalls, precisions = np.asarray(line.get_xydata()).T
+        assert recalls == pytest.approx(np.linspace(0, 1, len(values)))
+        assert precisions.tolist() == values
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0, 1), (0, 1))
+    styles = [(line.get_color(), line.get_linestyle()) for line in axes.lines[:3]]
+    assert len(set(styles)) == len(styles), "apart without colour too"

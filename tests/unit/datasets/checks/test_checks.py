@@ -19,12 +19,13 @@ from PIL import Image
 from datasets.checks.boxes import find_layout
 from datasets.checks.diagnosis import Diagnosis, examine
 from datasets.checks.fix import corrected
-from datasets.checks.kinds import KINDS
+from datasets.checks.kinds import KINDS, tables
 from datasets.checks.report import page
 from datasets.checks.scan import examine_file, scan
 from datasets.checks.summary import summary
 from datasets.dataset import CocoDetection
-from datasets.formats.sources import Source, read_source
+from datasets.formats.registry import read_source
+from datasets.formats.source import Source
 from datasets.index import CocoIndex
 from datasets.transforms import EvalTransform
 from tests.unit.datasets.checks.flawed import (
@@ -50,7 +51,7 @@ def check(**sources: Source) -> Diagnosis:
 
 
 def counts(diagnosis: Diagnosis) -> dict[str, int]:
-    return {kind: len(found) for kind, found in diagnosis.offenders.items()}
+    return {kind: len(found) for kind, found in diagnosis.findings.items()}
 
 
 def boxes_of(source: Source) -> Boxes:
@@ -88,13 +89,13 @@ def test_counts_are_exact_and_a_corrected_copy_is_clean(
 
     diagnosis = check(train=train, val=other)
     assert counts(diagnosis) == dict(data.expected)
-    named = {o.image_id for found in diagnosis.offenders.values() for o in found}
+    named = {o.image_id for found in diagnosis.findings.values() for o in found}
     assert named <= data.flawed | {None, 99999}
 
-    content, changes = corrected(diagnosis.ledgers[0])
+    content, changes = corrected(diagnosis.splits[0])
     mended = Source(json.loads(json.dumps(content)), train.image_dir, train.place)
     again = check(train=mended, val=other)
-    assert {k for k in again.offenders if not KINDS[k].note} <= {"too_many_boxes"}
+    assert {k for k in again.findings if not KINDS[k].note} <= {"too_many_boxes"}
     assert changes or not set(data.expected) - {"too_many_boxes"} - _NOTES
     sound = boxes_of(Source(data.sound, train.image_dir, train.place))
     trained = boxes_of(mended)
@@ -115,7 +116,7 @@ def test_each_flaw_alone_is_the_only_one_found(flaw: str, tmp_path: Path) -> Non
 def test_a_sound_set_is_healthy(tmp_path: Path) -> None:
     diagnosis = check(train=FlawedSet(tmp_path / "train", 6, seed=3).source())
     assert diagnosis.healthy
-    assert not diagnosis.offenders
+    assert not diagnosis.findings
     assert "Nothing is wrong." in summary(diagnosis)
 
 
@@ -130,7 +131,7 @@ def test_boxes_written_another_way_are_told_and_mended(
     change_all(data, change)
     diagnosis = check(train=data.source())
     assert counts(diagnosis) == {kind: 24}
-    content, changes = corrected(diagnosis.ledgers[0])
+    content, changes = corrected(diagnosis.splits[0])
     assert len(changes) == 24
     mended = Source(content, data.folder, data.folder)
     assert check(train=mended).healthy
@@ -197,18 +198,18 @@ def test_classes_of_splits_are_paired_as_training_pairs_them(tmp_path: Path) -> 
     val = FlawedSet(tmp_path / "val", 2, seed=1)
     # The same names under each other's ids.
     val.content["categories"] = [{"id": 3, "name": "dog"}, {"id": 7, "name": "cat"}]
-    assert not check(train=train.source(), val=val.source()).offenders
+    assert not check(train=train.source(), val=val.source()).findings
 
     for annotation in train.content["annotations"]:
         annotation["category_id"] = 3
-    found = check(train=train.source(), val=val.source()).offenders
+    found = check(train=train.source(), val=val.source()).findings
     assert [(o.place, o.detail) for o in found["unseen_class"]] == [("dog", "id 3")]
     assert "unknown_class" not in found
 
     val.content["categories"].append({"id": 9, "name": "wolf"})
-    assert "unknown_class" not in check(train=train.source(), val=val.source()).offenders
+    assert "unknown_class" not in check(train=train.source(), val=val.source()).findings
     val.add_box(val.content["images"][0]["id"], 9, [1, 2, 20, 20])
-    found = check(train=train.source(), val=val.source()).offenders
+    found = check(train=train.source(), val=val.source()).findings
     assert [(o.split, o.place) for o in found["unknown_class"]] == [("val", "wolf")]
     indices = [CocoIndex.from_source(s.source(), need_boxes=True) for s in (train, val)]
     with pytest.raises(DataError, match="wolf"):  # as training would
@@ -223,7 +224,7 @@ def test_fractions_with_a_few_past_the_image_are_all_mended(tmp_path: Path) -> N
     last[2] = 1.02  # a pixel and a bit past the right edge
     diagnosis = check(train=data.source())
     assert counts(diagnosis)["normalised_bbox"] == 24
-    mended = boxes_of(Source(corrected(diagnosis.ledgers[0])[0], data.folder, data.folder))
+    mended = boxes_of(Source(corrected(diagnosis.splits[0])[0], data.folder, data.folder))
     assert mended == expected
 
 
@@ -234,22 +235,16 @@ def test_names_that_no_terminal_can_show_do_not_end_it(tmp_path: Path) -> None:
         shutil.copy(data.folder / "p100.png", data.folder / f"x{image['id']}{name}")
         image["file_name"] = f"x{image['id']}{name}"
     diagnosis = check(train=data.source(), val=data.source())
-    assert {"duplicate_image", "leak"} <= set(diagnosis.offenders)
+    assert {"duplicate_image", "leak"} <= set(diagnosis.findings)
     summary(diagnosis).encode()
     page(diagnosis, title="names").encode()
 
 
 def test_every_kind_is_documented_as_it_is() -> None:
     text = (Path(__file__).parents[4] / "docs" / "data.md").read_text()
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    documented = {row[0].split("`")[1]: row[1:] for row in rows}
-    assert list(documented) == list(KINDS)
-    for kind, (what, training, fix) in documented.items():
-        told = KINDS[kind]
-        assert what == f"{told.title}: {told.meaning}"
-        assert training == told.training
-        assert fix.removesuffix(" |") == (told.fix or "as it is")
-        assert (f"`{kind}` (note)" in text) == told.note
+    assert tables() in text
+    rows = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert [row for row in rows if row in KINDS] == list(KINDS)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "bmp", "gif", "avif"])
@@ -280,7 +275,7 @@ def test_the_original_content_is_not_touched(tmp_path: Path) -> None:
     for name in ("size", "past", "annotation id", "iscrowd", "repeated id"):
         FLAWS[name](data)
     before = json.dumps(data.content)
-    corrected(check(train=data.source()).ledgers[0])
+    corrected(check(train=data.source()).splits[0])
     assert json.dumps(data.content) == before
 
 
@@ -298,7 +293,7 @@ def test_each_flaw_of_each_format_is_found_and_mended(target: str, tmp_path: Pat
         assert wrong == told.check
         assert diagnosis.healthy == (not told.check)
         page(diagnosis, title=target)
-        mended, _ = corrected(diagnosis.ledgers[0])
+        mended, _ = corrected(diagnosis.splits[0])
         assert check(train=Source(mended, source.image_dir, place)).healthy, told
 
 
@@ -331,8 +326,8 @@ def test_any_value_anywhere_is_told(
     diagnosis = check(train=Source(content, folder, folder))
     (summary(diagnosis) + page(diagnosis, title="any")).encode()
     json.dumps(diagnosis.to_json())
-    mended, _ = corrected(diagnosis.ledgers[0])
-    wrong = {k for k in check(train=Source(mended, folder, folder)).offenders if not KINDS[k].note}
+    mended, _ = corrected(diagnosis.splits[0])
+    wrong = {k for k in check(train=Source(mended, folder, folder)).findings if not KINDS[k].note}
     assert wrong <= {"missing_section"}
 
 
@@ -347,7 +342,7 @@ def test_page_and_summary_escape_and_name_everything(tmp_path: Path) -> None:
     assert "a &amp; b" in html
     assert html.count("<img ") == html.count('alt="') > 20
     text = summary(diagnosis)
-    for kind, found in diagnosis.offenders.items():
+    for kind, found in diagnosis.findings.items():
         assert f'id="{kind}"' in html
         assert f"{len(found)}  {KINDS[kind].title}" in text
     written: dict[str, Any] = json.loads(json.dumps(diagnosis.to_json(), allow_nan=False))

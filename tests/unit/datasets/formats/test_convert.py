@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.dataset import CocoDetection
+from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
-from datasets.formats.sources import Source, read_source
+from datasets.formats.registry import read_source
+from datasets.formats.source import Source
 from datasets.index import CocoIndex
 from datasets.transforms import EvalTransform
 from main import main
@@ -107,7 +109,7 @@ def test_generated_sets_train_alike_in_every_format(
 
 def test_coco_keeps_ids_and_areas(content: Content, write: Write, tmp_path: Path) -> None:
     json_path, folder = write(content)
-    convert({"val": read_source("coco", json_path, "", image_dir=folder)}, "coco",
+    convert({"val": read_coco_file(json_path, folder)}, "coco",
             tmp_path / "out", copy=True)  # fmt: skip
     written = read_source("coco", tmp_path / "out", "val").content
     assert written["images"] == content["images"]
@@ -124,14 +126,16 @@ def test_crowds_are_difficult_in_voc_and_left_out_of_yolo(
 ) -> None:
     content["annotations"][0]["iscrowd"] = 1
     json_path, folder = write(content)
-    source = read_source("coco", json_path, "", image_dir=folder)
+    source = read_coco_file(json_path, folder)
     assert convert({"train": source}, "voc", tmp_path / "v", copy=False) == [
-        "train: 3 images, 3 boxes"
+        "train: 3 images, 3 boxes",
+        "  notice: images without boxes: 1 of 3 ('5.png'); "
+        "training keeps them, as examples of background",
     ]
     voc = read_source("voc", tmp_path / "v", "train")
     assert sorted(a["iscrowd"] for a in voc.content["annotations"]) == [0, 0, 1]
     lines = convert({"train": source}, "yolo", tmp_path / "y", copy=False)
-    assert lines[1] == "  notice: crowd boxes, which YOLO cannot mark, left out: 1"
+    assert lines[2] == "  notice: crowd boxes, which YOLO cannot represent, left out: 1"
     assert (tmp_path / "y" / "labels" / "train" / "5.txt").read_text() == ""
 
 
@@ -145,8 +149,8 @@ def test_images_of_one_name_in_two_splits_stay_apart(
     for image in content["images"]:
         Image.new("RGB", (40, 30), "red").save(other / image["file_name"])
     sources = {
-        "train": read_source("coco", json_path, "", image_dir=folder),
-        "val": read_source("coco", json_path, "", image_dir=other),
+        "train": read_coco_file(json_path, folder),
+        "val": read_coco_file(json_path, other),
     }
     convert(sources, target, tmp_path / "out", copy=False)
     red = np.full((30, 40, 3), (255, 0, 0))
@@ -198,11 +202,17 @@ def test_yolo_fractions_end_at_the_edges(content: Content, write: Write, tmp_pat
     for number, bbox in enumerate([[30, -5, 20, 15], [50, 4, 9, 9], [0, 0, 40, 30]]):
         content["annotations"][number]["bbox"] = bbox
     json_path, folder = write(content)
-    source = read_source("coco", json_path, "", image_dir=folder)
+    source = read_coco_file(json_path, folder)
     lines = convert({"train": source}, "yolo", tmp_path / "y", copy=False)
     assert lines[1:] == [
+        "  notice: boxes outside their image: 1 ('9.png' annotation 1 [50, 4, 9, 9]); "
+        "training skips them; evaluation counts them as missed",
+        "  notice: boxes that extend past their image: 1 ('5.png' annotation 0 [30, -5, 20, 15] in "
+        "40 x 30); training clips them",
+        "  notice: images without boxes: 1 of 3 ('9.png'); "
+        "training keeps them, as examples of background",
         "  notice: boxes outside their image, left out: 1",
-        "  notice: boxes that reach past their image, cut there: 1",
+        "  notice: boxes that extend past their image, clipped: 1",
     ]
     labels = tmp_path / "y" / "labels" / "train"
     values = [float(word) for word in (labels / "5.txt").read_text().split()]
@@ -248,7 +258,7 @@ def test_names_that_are_no_text(
     source = Source(content, folder, json_path)
     lines = convert({"train": source}, target, tmp_path / "out", copy=False)
     assert lines[0] == "train: 2 images, 2 boxes"
-    assert "not in the folder: 1 of 3" in lines[1]
+    assert "missing images: 1 of 3" in lines[1]
     assert len(lines[1]) < 300
     assert sum(map(len, targets(read_source(target, tmp_path / "out", "train")).values())) == 2
 
@@ -260,30 +270,30 @@ def test_classes_that_voc_cannot_tell_are_refused(
     json_path, folder = write(content)
     for category, name in zip(content["categories"], names, strict=True):
         category["name"] = name
-    with pytest.raises(DataError, match="class names that differ and that XML can hold"):
+    with pytest.raises(DataError, match="is empty, repeated or cannot be written in XML"):
         convert({"train": Source(content, folder, json_path)}, "voc", tmp_path / "v", copy=False)
     assert not (tmp_path / "v").exists()
 
 
 def test_nothing_is_overwritten(content: Content, write: Write, tmp_path: Path) -> None:
     json_path, folder = write(content)
-    source = read_source("coco", json_path, "", image_dir=folder)
+    source = read_coco_file(json_path, folder)
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("precious")
     for place in (out, out / "mine.txt"):
-        with pytest.raises(DataError, match="expected a new or empty folder"):
+        with pytest.raises(DataError, match="not a new or empty folder"):
             convert({"train": source}, "coco", place, copy=False)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
 
 def test_yolo_splits_need_the_same_classes(content: Content, write: Write, tmp_path: Path) -> None:
     json_path, folder = write(content)
-    train = read_source("coco", json_path, "", image_dir=folder)
+    train = read_coco_file(json_path, folder)
     other = json.loads(json_path.read_text())
     other["categories"][0]["name"] = "bird"
     sources = {"train": train, "val": Source(other, folder, json_path)}
-    with pytest.raises(DataError, match="splits with the same classes"):
+    with pytest.raises(DataError, match="the splits have different classes"):
         convert(sources, "yolo", tmp_path / "y", copy=False)
 
 
@@ -295,10 +305,10 @@ def test_command_line(
     command = ["convert", "--from", "coco", "--data_path", str(json_path), "--images", str(folder),
                "--to", "yolo", "--output_dir", out]  # fmt: skip
     assert main(command) == 2
-    assert "--images: expected one split with it" in capsys.readouterr().err
+    assert "--images: needs exactly one split with it" in capsys.readouterr().err
     assert main([*command, "--splits", "train"]) == 0
     assert "train: 3 images, 3 boxes" in capsys.readouterr().out
     assert main([*command, "--splits", "train"]) == 2
-    assert "expected a new or empty folder" in capsys.readouterr().err
+    assert "not a new or empty folder" in capsys.readouterr().err
     assert main(["convert", "--to", "yolo"]) == 2
-    assert capsys.readouterr().err == "error: --data_path: expected a value, got none. Give one.\n"
+    assert capsys.readouterr().err == "error: --data_path: is missing. Add it.\n"

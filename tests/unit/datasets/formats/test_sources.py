@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 
 from datasets.dataset import CocoDetection
 from datasets.formats.convert import convert
-from datasets.formats.sources import Source, read_source
+from datasets.formats.registry import read_source
+from datasets.formats.source import Source
 from datasets.index import CocoIndex
 from datasets.transforms import EvalTransform
 from util.errors import DataError
@@ -56,6 +57,15 @@ def voc(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def found(source: Source) -> dict[str, list[tuple[str, str]]]:
+    """Return where and why something could not be read, by kind."""
+    return {
+        kind: [(finding.place, finding.detail) for finding in findings]
+        for kind, findings in source.findings.items()
+        if findings
+    }
+
+
 def boxes(source: Source) -> list[list[float]]:
     return [annotation["bbox"] for annotation in source.content["annotations"]]
 
@@ -68,7 +78,7 @@ def test_voc_pixels_count_from_one_and_end_inclusive(voc: Path) -> None:
         "id": 1, "file_name": "a.jpg", "width": 40, "height": 30,
     }  # fmt: skip
     assert boxes(source) == [[0, 0, 40, 30], [2, 3, 1, 5], [1.5, 0, 7.5, 9]]
-    assert source.findings == ()
+    assert found(source) == {}
 
 
 def test_voc_edges_are_taken_as_they_are(voc: Path) -> None:
@@ -90,13 +100,18 @@ def test_voc_splits_have_the_same_classes_and_difficult_is_ignored(voc: Path) ->
 def test_voc_without_lists_is_all_images(voc: Path) -> None:
     for path in (voc / "ImageSets" / "Main").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match=r"train.txt: expected the list .* Lists there: none"):
+    with pytest.raises(
+        DataError, match=r"train.txt: the split 'train' has no list. Lists there: none"
+    ):
         read_source("voc", voc, "train")
     (voc / "ImageSets" / "Main").rmdir()
     assert len(read_source("voc", voc, "train").content["images"]) == 3
 
-    (finding,) = read_source("voc", voc, "train").findings
-    assert (finding.kind, finding.count) == ("no_lists", 3)
+    assert found(read_source("voc", voc, "train")) == {
+        "odd_layout": [
+            (voc.name, "no lists in ImageSets/Main/: every split is all 3 files, train as val")
+        ]
+    }
 
 
 def test_voc_lists_as_tools_and_people_write_them(voc: Path) -> None:
@@ -104,9 +119,12 @@ def test_voc_lists_as_tools_and_people_write_them(voc: Path) -> None:
     path.write_bytes("\ufeffb.jpg\r\nJPEGImages/a.jpg 1\r\n".encode())
     source = read_source("voc", voc, "train")
     assert [entry["file_name"] for entry in source.content["images"]] == ["a.jpg", "b.jpg"]
-    assert source.findings == ()
+    assert found(source) == {}
     path.write_text("nobody\n")
-    with pytest.raises(DataError, match=r"split 'train' in Annotations/.* 1 names \('nobody'\)"):
+    with pytest.raises(
+        DataError,
+        match=r"Annotations/ has no XML files for the split 'train', .* 1 names \('nobody'\)",
+    ):
         read_source("voc", voc, "train")
 
 
@@ -124,10 +142,10 @@ def test_voc_damage_is_named_by_line_and_left_out(voc: Path) -> None:
     (voc / "ImageSets" / "Main" / "train.txt").write_text("a\nb\nnowhere\n")
     source = read_source("voc", voc, "train")
     assert [entry["file_name"] for entry in source.content["images"]] == ["b.jpg"]
-    damaged, missing = source.findings
-    assert (damaged.kind, damaged.count) == ("damaged_xml", 1)
-    assert "a.xml:2: mismatched tag" in damaged.text
-    assert missing.places == ("nowhere.xml",)
+    (damaged, why), missing = found(source)["unreadable_annotation"]
+    assert damaged == "a.xml:2"
+    assert why.startswith("mismatched tag")
+    assert missing == ("nowhere.xml", "no such file")
 
 
 def test_voc_boxes_that_are_no_numbers_are_kept_for_the_check(voc: Path) -> None:
@@ -245,15 +263,16 @@ def test_yolo_files_as_windows_has_them(yolo: Path) -> None:
     (yolo / "val.txt").write_text("\ufeff.\\images\\other\\d.jpg\r\n", newline="")
     source = read_source("yolo", yolo, "train")
     assert len(source.content["annotations"]) == 3
-    assert source.findings == ()
+    assert found(source) == {}
     assert read_source("yolo", yolo, "val").content["images"][0]["file_name"] == "d.jpg"
 
 
 def test_yolo_without_any_label_file_says_where_they_would_be(yolo: Path) -> None:
     (yolo / "labels").rename(yolo / "annotations")
     source = read_source("yolo", yolo, "train")
-    (finding,) = source.findings
-    assert (finding.kind, finding.count) == ("no_label_file", 3)
+    ((place, detail),) = found(source)["odd_layout"]
+    assert place == yolo.name
+    assert detail.startswith("no label files; the first would be ")
     with pytest.raises(DataError, match=rf"first would be {yolo / 'labels'}"):
         CocoIndex.from_source(source, need_boxes=True)
 
@@ -269,9 +288,9 @@ def test_yolo_labels_without_a_image_are_named(yolo: Path) -> None:
     (labels / "gone.txt").write_text("0 0.5 0.5 0.1 0.1\n")
     (yolo / "val.txt").write_text("images/train/b.jpg\n")
     for split in ("train", "val"):
-        (finding,) = read_source("yolo", yolo, split).findings
-        assert finding.kind == "label_without_image"
-        assert finding.places == (str(labels / "gone.txt"),)
+        assert found(read_source("yolo", yolo, split)) == {
+            "label_without_image": [(str(labels / "gone.txt"), "")]
+        }
 
 
 def test_yolo_labels_beside_images_are_no_images(tmp_path: Path) -> None:
@@ -279,8 +298,9 @@ def test_yolo_labels_beside_images_are_no_images(tmp_path: Path) -> None:
     for name in ("a.txt", "gone.txt"):
         (tmp_path / name).write_text("0 0.5 0.5 0.1 0.1\n")
     (tmp_path / "data.yaml").write_text("train: .\nnames: [cat]\n")
-    (finding,) = read_source("yolo", tmp_path, "train").findings
-    assert finding.places == (str(tmp_path / "gone.txt"),)
+    assert found(read_source("yolo", tmp_path, "train")) == {
+        "label_without_image": [(str(tmp_path / "gone.txt"), "")]
+    }
 
 
 def test_yolo_lists_of_names(yolo: Path) -> None:
@@ -293,15 +313,9 @@ def test_yolo_lists_of_names(yolo: Path) -> None:
 def test_yolo_lines_that_are_no_box_are_named(yolo: Path) -> None:
     path = yolo / "labels" / "train" / "b.txt"
     path.write_text("0 0.5 0.5 0.5 0.1\n\ncat 1 2 3 4\n0 0.5 0.5\n1.5 0 0 1 1\n0 1 1 1 1 1\n")
-    (finding,) = read_source("yolo", yolo, "train").findings
-    assert (finding.kind, finding.count) == ("malformed_line", 4)
-    assert f"{path}:3: could not convert" in finding.text
-    assert [place.split(": ")[0].rsplit(":")[-1] for place in finding.places] == [
-        "3",
-        "4",
-        "5",
-        "6",
-    ]
+    wrong = found(read_source("yolo", yolo, "train"))["unreadable_annotation"]
+    assert [place for place, _ in wrong] == [f"{path}:{line}" for line in (3, 4, 5, 6)]
+    assert wrong[0][1].startswith("could not convert")
 
 
 def test_yolo_key_points_follow_the_box(yolo: Path) -> None:
@@ -316,23 +330,24 @@ def test_yolo_boxes_of_unreadable_images_are_left_out(yolo: Path) -> None:
     source = read_source("yolo", yolo, "train")
     assert boxes(source) == [[0, 0, 20, 40]]
     assert len(source.content["images"]) == 3
-    assert [finding.kind for finding in source.findings] == ["size_unknown"]
+    (labels,) = found(source)["unreadable_annotation"]
+    assert labels == (str(yolo / "labels" / "train" / "b.txt"), "its image cannot be read")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("train: images/train\n", "expected `names`"),
-        ("names: []\ntrain: images/train\n", "expected `names`"),
-        ("names: [a]\nval: x\n", "expected `train` to name .* Splits there: val"),
+        ("train: images/train\n", "`names` must be a list"),
+        ("names: []\ntrain: images/train\n", "`names` must be a list"),
+        ("names: [a]\nval: x\n", "`train` must name .* Splits there: val"),
         ("names: [a]\ntrain: nowhere\n", "`train` names 'nowhere'"),
-        ("names: [a]\ntrain: labels\n", "expected images under `train`"),
+        ("names: [a]\ntrain: labels\n", "there are no images under `train`"),
         (f"names: [a]\ntrain: {'x' * 300}\n", "which is not under"),
         (f"names: [a]\npath: {'x' * 300}\ntrain: nowhere\n", "which is not under"),
-        ("[" * 3000, "data.yaml: expected YAML"),
-        ("names: [a\ntrain: b: c\n", r"data.yaml:2: expected YAML"),
-        ("- 1\n", "expected `names`, `train` and `val`"),
-        ("\x00", "data.yaml: expected YAML"),
+        ("[" * 3000, "data.yaml: not YAML"),
+        ("names: [a\ntrain: b: c\n", r"data.yaml:2: not YAML"),
+        ("- 1\n", "must hold `names`, `train` and `val`"),
+        ("\x00", "data.yaml: not YAML"),
     ],
 )
 def test_yolo_descriptions_are_refused_in_one_line(yolo: Path, text: str, message: str) -> None:
@@ -344,9 +359,9 @@ def test_yolo_descriptions_are_refused_in_one_line(yolo: Path, text: str, messag
 
 def test_folders_of_another_format_are_refused(voc: Path, yolo: Path) -> None:
     (yolo / "data.yaml").unlink()
-    with pytest.raises(DataError, match=r"expected data.yaml, found none"):
+    with pytest.raises(DataError, match="there is no data.yaml"):
         read_source("yolo", yolo, "train")
-    with pytest.raises(DataError, match="found no Annotations/"):
+    with pytest.raises(DataError, match="there is no Annotations/"):
         read_source("voc", voc / "JPEGImages", "train")
-    with pytest.raises(DataError, match="folder of images"):
+    with pytest.raises(DataError, match="no such folder of images"):
         read_source("coco", voc, "train")

@@ -174,12 +174,14 @@ class Checker(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.faults: list[str] = []
+        self.attributes: list[list[str]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Look at what an element refers to and is called."""
         values = dict(attrs)
-        source = values.get("src") or values.get("href") or "data:"
-        if not source.startswith("data:") or tag in ("script", "link"):
+        self.attributes.append([name for name, _ in attrs])
+        source = values.get("src") or values.get("href") or values.get("xlink:href") or "data:"
+        if not source.startswith(("data:", "#")) or tag in ("script", "link"):
             self.faults.append(f"{tag} {source[:40]}")
         if (tag == "img" and not values.get("alt")) or (tag == "th" and "scope" not in values):
             self.faults.append(f"{tag} without text for readers")
@@ -212,6 +214,25 @@ def test_the_page_is_whole_on_random_data(seed: int) -> None:
     assert not re.search(r"nan|>-1|None", page)
     json.dumps(found.to_json(), allow_nan=False)
     assert found.summary()
+
+
+def test_hostile_names_are_text() -> None:
+    """Class names, file names and titles come from whoever made the data."""
+    hostile = """</style><script>alert("1")</script>'><img src=x onerror=alert(2)>"""
+    coco = scene(2)
+    coco.imgs[1]["file_name"] = coco.imgs[2]["file_name"] = hostile
+    coco.cats[3]["name"] = hostile
+    for more in (0, 40):  # a matrix, or a list of the most frequent confusions
+        extra = [{"id": 100 + i, "name": f"{hostile}{i}"} for i in range(more)]
+        content = {**coco.dataset, "categories": [*coco.cats.values(), *extra]}
+        found = analysed(make_coco(content), [(1, 7, BOX_A, 0.9), (1, 3, BOX_A, 0.8)])
+        page = report(found, {1: Image.new("RGB", (40, 30))}, title=hostile)
+        checker = Checker()
+        checker.feed(page)
+        assert checker.faults == []
+        assert "onerror" not in {name for names in checker.attributes for name in names}
+        assert page.count("&lt;script&gt;") > 8
+        assert "<script" not in page
 
 
 def test_files_hold_thresholds_by_name_and_null_where_nothing_is_measured(tmp_path: Path) -> None:

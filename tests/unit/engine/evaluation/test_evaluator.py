@@ -17,7 +17,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from datasets.checks.coco_json import check_content
+from datasets.checks.entries import check_content
+from datasets.formats.source import Source
+from datasets.index import CocoIndex
 from engine.evaluation.evaluator import STAT_NAMES, Evaluator, save_results
 from engine.evaluation.matching import Truth
 from tests.unit.engine.evaluation.shared import make_coco, truth_of
@@ -89,7 +91,9 @@ def perfect(coco: COCO, image_id: int) -> dict[str, Tensor]:
 
 def checked(content: dict[str, Any]) -> Truth:
     """Return the arrays that the product makes of a file's content."""
-    whole = check_content(content, Path("instances.json"), need_boxes=False)
+    place = Path("instances.json")
+    entries = check_content(Source(content, Path(), place), need_boxes=False)
+    whole = CocoIndex.from_content(entries, place, None, need_boxes=False)
     return Truth.of(whole.classes, whole.images, whole.annotations)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from datasets.arrays import Names
-from datasets.checks.findings import Finding
+from datasets.checks.findings import Notice
 from datasets.index import CocoIndex
 from util.errors import DataError
 
@@ -23,25 +23,31 @@ Change = Callable[[Content], object]
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("images"), "a list `images`"),
-        (lambda c: c.pop("annotations"), "a list `annotations`"),
-        (lambda c: c.pop("categories"), "a list `categories`"),
-        (lambda c: c["categories"].clear(), "at least one entry in `categories`"),
-        (lambda c: c["images"].clear(), "at least one entry in `images`"),
+        (lambda c: c.pop("images"), "there is no list `images`"),
+        (lambda c: c.pop("annotations"), "there is no list `annotations`"),
+        (lambda c: c.pop("categories"), "there is no list `categories`"),
+        (lambda c: c["categories"].clear(), "`categories` is empty"),
+        (lambda c: c["images"].clear(), "`images` is empty"),
         (
             lambda c: [i.pop("file_name") for i in c["images"]],
-            "one usable image in `images`, got none. Noticed: images without a file_name",
+            "no image in `images` can be used. Found: images without a file name: 3",
         ),
-        (lambda c: c["categories"][1].update(id="x"), "category at position 1: .* got 'x'"),
-        (lambda c: c["categories"][1].update(id=7), "category id 7 occurs twice"),
-        (lambda c: c["annotations"].clear(), "at least one usable box"),
+        (
+            lambda c: c["categories"][1].update(id="x"),
+            r"categories\[1\] has id 'x'\. Every category needs",
+        ),
+        (
+            lambda c: c["categories"][1].update(id=7),
+            r"categories\[1\] has id 7\. Every category needs",
+        ),
+        (lambda c: c["annotations"].clear(), "none of the 0 annotations is a usable box"),
         (
             lambda c: [a.update(bbox=[0.1, 0.2, 0.5, 0.25]) for a in c["annotations"]],
-            "in pixels, got values from 0 to 1",
+            "boxes are fractions from 0 to 1",
         ),
         (
             lambda c: [a.update(iscrowd=1) for a in c["annotations"]],
-            "at least one usable box",
+            "none of the 3 annotations is a usable box",
         ),
     ],
 )
@@ -59,23 +65,23 @@ def test_faults_are_refused_in_one_line(
 
 def test_files_that_are_not_json_or_not_there(content: Content, write: Write) -> None:
     json_path, folder = write(content)
-    with pytest.raises(DataError, match="expected a folder of images"):
+    with pytest.raises(DataError, match="no such folder of images"):
         CocoIndex.load(json_path, folder / "nowhere", need_boxes=True)
-    with pytest.raises(DataError, match="found none"):
+    with pytest.raises(DataError, match="none.json: no such COCO-format JSON file"):
         CocoIndex.load(folder / "none.json", folder, need_boxes=True)
     json_path.write_text('{"images": [],\n "annotations": oops}')
     with pytest.raises(DataError, match="line 2 column 17"):
         CocoIndex.load(json_path, folder, need_boxes=True)
     json_path.write_text("[1, 2]")
-    with pytest.raises(DataError, match="JSON object, got a list"):
+    with pytest.raises(DataError, match="must hold a JSON object, not a list"):
         CocoIndex.load(json_path, folder, need_boxes=True)
     json_path.write_bytes(b'{"images": "\xff"}')
     with pytest.raises(DataError, match="UTF-8"):
         CocoIndex.load(json_path, folder, need_boxes=True)
     json_path.write_text("[" * 100_000)
-    with pytest.raises(DataError, match="JSON of a data set"):
+    with pytest.raises(DataError, match="not the JSON of a data set"):
         CocoIndex.load(json_path, folder, need_boxes=True)
-    with pytest.raises(DataError, match="expected a COCO-format JSON file"):
+    with pytest.raises(DataError, match="cannot be read as a COCO-format JSON file"):
         CocoIndex.load(folder, folder, need_boxes=True)
 
 
@@ -90,20 +96,23 @@ def test_test_dev_files_need_no_annotations(content: Content, write: Write) -> N
 def test_evaluation_tells_of_images_without_boxes(content: Content, write: Write) -> None:
     del content["annotations"][1:]
     index = CocoIndex.load(*write(content), need_boxes=False)
-    assert index.notices == ["images without boxes: 2 of 3, kept"]
+    assert index.notices == [
+        "images without boxes: 2 of 3 ('9.png', '2.png'); "
+        "training keeps them, as examples of background"
+    ]
 
 
 @pytest.mark.parametrize(
     ("change", "notice", "boxes", "evaluated"),
     [
-        ({"bbox": [1, 2, 3]}, "not four finite numbers", 2, 2),
-        ({"bbox": [1, 2, float("nan"), 4]}, "not four finite numbers", 2, 2),
-        ({"bbox": [1, 2, "3", 4]}, "not four finite numbers", 2, 2),
-        ({"bbox": None}, "not four finite numbers", 2, 2),
-        ({"bbox": [1, 2, 0, 4]}, "without width or height", 2, 2),
-        ({"bbox": [10, 10, -5, 4]}, "without width or height", 2, 2),
-        ({"bbox": [50, 3, 5, 4]}, "outside its image", 2, 3),
-        ({"bbox": [30, 20, 20, 20]}, "reaches past its image", 3, 3),
+        ({"bbox": [1, 2, 3]}, "broken boxes", 2, 2),
+        ({"bbox": [1, 2, float("nan"), 4]}, "broken boxes", 2, 2),
+        ({"bbox": [1, 2, "3", 4]}, "broken boxes", 2, 2),
+        ({"bbox": None}, "broken boxes", 2, 2),
+        ({"bbox": [1, 2, 0, 4]}, "boxes without width or height", 2, 2),
+        ({"bbox": [10, 10, -5, 4]}, "boxes of negative width or height", 2, 2),
+        ({"bbox": [50, 3, 5, 4]}, "boxes outside their image", 2, 3),
+        ({"bbox": [30, 20, 20, 20]}, "boxes that extend past their image", 3, 3),
         ({"bbox": [35.5, 25, 5, 5]}, None, 3, 3),
         ({"iscrowd": 1}, "images without boxes: 1 of 3", 2, 3),
     ],
@@ -125,18 +134,24 @@ def test_unusable_boxes_are_dropped_and_named(
     else:
         assert notice in index.notices[0]
         if "images" not in notice:
-            assert "1 box (annotation 0 of image 5 '5.png')" in index.notices[0]
+            assert ": 1 ('5.png' annotation 0 " in index.notices[0]
 
 
-@pytest.mark.parametrize(("past", "told"), [(9, False), (12, True)])
+@pytest.mark.parametrize(
+    ("past", "kinds"),
+    [(5, {"past_edge": 5}), (12, {"cxcywh_bbox": 15, "past_edge": 1})],  # the whole image is one
+)
 def test_many_boxes_past_their_images_raise_a_doubt(
-    content: Content, write: Write, past: int, told: bool
+    content: Content, write: Write, past: int, kinds: dict[str, int]
 ) -> None:
     content["annotations"] += [
         {**content["annotations"][0], "id": 10 + i, "bbox": [30, 20, 20, 20]} for i in range(past)
     ]
-    (notice,) = CocoIndex.load(*write(content), need_boxes=True).notices
-    assert ("may be corners" in notice) == told
+    index = CocoIndex.load(*write(content), need_boxes=True)
+    assert {notice.kind: notice.count for notice in index.findings} == kinds
+    assert ("takes them as corners: every box is shifted" in index.notices[0]) == (past == 12)
+    assert index.annotations.xywh[-1].tolist() == [30, 20, 20, 20]  # as the file says
+    assert index.boxes[index.first[1] - 1].tolist() == [30, 20, 40, 30]
 
 
 def test_a_notice_names_three_boxes_at_most(content: Content, write: Write) -> None:
@@ -144,9 +159,9 @@ def test_a_notice_names_three_boxes_at_most(content: Content, write: Write) -> N
         {**content["annotations"][0], "id": 10 + i, "bbox": [1, 1, 0, 0]} for i in range(5)
     ]
     (notice,) = CocoIndex.load(*write(content), need_boxes=True).notices
-    assert "5 boxes (annotation 10 of image 5 '5.png'" in notice
+    assert ": 5 ('5.png' annotation 10 [1, 1, 0, 0]" in notice
     assert notice.count("annotation ") == 3
-    assert notice.endswith(", ...)")
+    assert notice.endswith(", ...); training skips them")
 
 
 def test_missing_ids_areas_and_sizes_are_filled_in(content: Content, write: Write) -> None:
@@ -158,11 +173,13 @@ def test_missing_ids_areas_and_sizes_are_filled_in(content: Content, write: Writ
         del image["width"], image["height"]
     index = CocoIndex.load(*write(content), need_boxes=True)
     assert index.images.sizes.tolist() == [[30, 40]] * 3
-    assert any("without an id" in notice for notice in index.notices)
-    assert any("without a valid area of 2, iscrowd of 2" in notice for notice in index.notices)
-    assert any(
-        "without width and height, read from the files: 2" in notice for notice in index.notices
-    )
+    assert {notice.kind: notice.count for notice in index.findings} == {
+        "no_annotation_id": 3,
+        "missing_key": 2,
+        "size_not_stated": 2,
+    }
+    assert "annotation 1 area, iscrowd" in index.notices[1]
+    assert "images without width and height: 2 of 3" in index.notices[2]
     assert index.annotations.area.tolist() == [120, 600, 12]
 
 
@@ -172,12 +189,13 @@ def test_missing_and_resized_images_are_noticed(content: Content, write: Write) 
     content["images"][0]["width"] = 41
     json_path.write_text(json.dumps(content))
     missing, resized = CocoIndex.load(json_path, folder, need_boxes=True).notices
-    assert missing.startswith("images not in the folder: 1 of 3, not trained on, missed in eval")
+    assert missing.startswith("missing images: 1 of 3")
+    assert missing.endswith("training skips them; in evaluation their boxes count as missed")
     assert "'9.png'" in missing
-    assert "1 of 2 checked ('5.png')" in resized
+    assert "1 of 2 compared ('5.png' stated 41 x 30, is 40 x 30)" in resized
     for name in ("5.png", "2.png"):
         (folder / name).unlink()
-    with pytest.raises(DataError, match=r"5\.png: expected an image, found none"):
+    with pytest.raises(DataError, match=r"5\.png: no such image, nor any other of the 3"):
         CocoIndex.load(json_path, folder, need_boxes=True)
 
 
@@ -187,7 +205,9 @@ def test_annotations_of_another_kind_are_left_out(
 ) -> None:
     content["annotations"].insert(0, entry)
     index = CocoIndex.load(*write(content), need_boxes=True)
-    assert index.notices == ["annotations that are not objects, left out: 1 (position 0)"]
+    assert index.notices == [
+        f"annotations that are not objects: 1 ('annotations[0]' {entry!r}); training skips them"
+    ]
     assert index.annotations.ids.tolist() == [0, 1, 2]
 
 
@@ -216,9 +236,12 @@ def test_images_that_cannot_be_told_apart_or_lie_outside_are_left_out(
     index = CocoIndex.load(json_path, folder, need_boxes=True)
     assert index.images.ids.tolist() == left
     assert index.findings[0].kind == kind
-    assert index.findings[0].ids.tolist() == ids
+    assert index.findings[0].to_json().get("image_ids", []) == ids
     lost = [finding for finding in index.findings if finding.kind == "unknown_image_id"]
-    assert [finding.ids.tolist() for finding in lost] == ([] if 9 in left else [[1]])
+    # Boxes that are lost with their image are not reported again.
+    assert [finding.to_json()["annotation_ids"] for finding in lost] == (
+        [[1]] if kind == "no_image_id" else []
+    )
     assert index.annotations.ids.tolist() == ([0, 1, 2] if 9 in left else [0, 2])
 
 
@@ -227,10 +250,13 @@ def test_images_that_cannot_be_told_apart_or_lie_outside_are_left_out(
     [
         (
             {"image_id": 77},
-            "whose image_id is not of usable images, left out: 1 (annotation 1: 77)",
+            "annotations of unknown images: 1 ('annotations[1]' annotation 1 image_id 77)",
         ),
-        ({"image_id": [9]}, "(annotation 1: [9])"),
-        ({"category_id": None}, "whose category_id is not of usable categories, left out: 1"),
+        ({"image_id": [9]}, "annotation 1 image_id [9])"),
+        (
+            {"category_id": None},
+            "annotations of unknown categories: 1 ('9.png' annotation 1 category_id None)",
+        ),
     ],
 )
 def test_annotations_of_no_image_or_class_are_left_out(
@@ -248,8 +274,13 @@ def test_annotations_without_an_id_of_their_own_are_numbered(
 ) -> None:
     content["annotations"][1]["id"] = number
     index = CocoIndex.load(*write(content), need_boxes=True)
-    assert index.notices[0].startswith("annotations without an id of their own: 1, all were")
-    assert index.annotations.ids.tolist() == [1, 2, 3]
+    assert index.findings[0].to_json() == {
+        "kind": "repeated_annotation" if number == 0 else "no_annotation_id",
+        "count": 1,
+        "text": index.notices[0],
+        "places": ["annotations[1]"],
+    }
+    assert index.annotations.ids.tolist() == [0, 1, 2]  # 1 is the first that is not in use
 
 
 def test_data_report_lists_every_kind_with_its_ids(content: Content, write: Write) -> None:
@@ -260,7 +291,7 @@ def test_data_report_lists_every_kind_with_its_ids(content: Content, write: Writ
     assert (report["images"], report["boxes"]) == (3, 1)
     found = [(f["kind"], f.get("annotation_ids", f.get("image_ids"))) for f in report["findings"]]
     assert found == [
-        ("unknown_image_id", [1]), ("flat_bbox", [0]), ("no_boxes", [5, 9]),
+        ("unknown_image_id", [1]), ("zero_bbox", [0]), ("no_boxes", [5, 9]),
     ]  # fmt: skip
 
 
@@ -268,9 +299,9 @@ def test_findings_survive_being_written(content: Content, write: Write) -> None:
     content["annotations"][0]["bbox"] = [1, 1, 0, 0]
     finding = CocoIndex.load(*write(content), need_boxes=True).findings[0]
     assert finding.to_json() == {
-        "kind": "flat_bbox", "count": 1, "text": finding.text, "annotation_ids": [0],
+        "kind": "zero_bbox", "count": 1, "text": finding.text, "annotation_ids": [0],
     }  # fmt: skip
-    assert Finding.from_json(finding.to_json()).to_json() == finding.to_json()
+    assert Notice.from_json(finding.to_json()).to_json() == finding.to_json()
 
 
 @given(st.lists(st.text() | st.just("\ud800")))
@@ -288,7 +319,7 @@ def test_odd_area_and_crowd_flags_are_replaced_and_told(content: Content, write:
     index = CocoIndex.load(*write(content), need_boxes=True)
     assert index.annotations.area.tolist() == [120, 600, 12]
     assert not index.annotations.crowd.any()
-    assert any("valid area of 1, iscrowd of 1" in notice for notice in index.notices)
+    assert any("annotation 0 area, iscrowd" in notice for notice in index.notices)
 
 
 def test_categories_without_a_name_go_by_their_id(content: Content, write: Write) -> None:
@@ -318,7 +349,7 @@ def test_links_to_nowhere_and_folders_are_missing_images(content: Content, write
     (folder / "2.png").unlink()
     (folder / "2.png").mkdir()
     missing, *_ = CocoIndex.load(json_path, folder, need_boxes=True).findings
-    assert (missing.kind, missing.ids.tolist()) == ("missing_image", [9, 2])
+    assert (missing.kind, missing.to_json()["image_ids"]) == ("missing_image", [9, 2])
 
 
 def test_names_with_backslashes_get_advice(content: Content, write: Write) -> None:
@@ -326,5 +357,5 @@ def test_names_with_backslashes_get_advice(content: Content, write: Write) -> No
     for image in content["images"]:
         image["file_name"] = "train\\" + image["file_name"]
     json_path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"found none; .* Write / where it has "):
+    with pytest.raises(DataError, match=r"no such image.* Write / instead of "):
         CocoIndex.load(json_path, folder, need_boxes=True)

@@ -1,0 +1,113 @@
+"""Read and write COCO data: a JSON file for each split, beside a folder of images."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets.formats.format import Format, Placer, Split
+from datasets.formats.source import Source
+from util.errors import DataError
+from util.files import make_output_dir, write_atomic
+
+
+def read_coco(place: Path, split: str) -> Source:
+    """Read a split of a folder in COCO's own layout.
+
+    Raises:
+        DataError: see `read_coco_file`.
+    """
+    image_dir, annotation_file = coco_layout(place, split)
+    return read_coco_file(annotation_file, image_dir)
+
+
+def read_coco_file(path: Path, image_dir: Path) -> Source:
+    """Read a COCO-format file, with the folder of its images.
+
+    Raises:
+        DataError: the file or the folder is not there, or the file is not JSON.
+    """
+    require_folder(image_dir)
+    return Source(parse_json(read_bytes(path), path), image_dir, path)
+
+
+def coco_layout(root: Path, split: str) -> tuple[Path, Path]:
+    """Return the image folder and the annotation file of a split in COCO's own layout."""
+    return root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
+
+
+def require_folder(image_dir: Path) -> None:
+    """Raise DataError unless the folder of images is there."""
+    if not image_dir.is_dir():
+        raise DataError(f"{image_dir}: no such folder of images.")
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's bytes.
+
+    Raises:
+        DataError: it is not there or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such COCO-format JSON file. Check the path.") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a COCO-format JSON file: {error}.") from error
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """Return the JSON object that the bytes of a file at `path` hold.
+
+    Raises:
+        DataError: they are not JSON in UTF-8, or another value.
+    """
+    try:
+        content = json.loads(data)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: not JSON: {error.msg} at line {error.lineno} column {error.colno}."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not JSON in UTF-8: {error.reason}.") from error
+    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+        raise DataError(f"{path}: not the JSON of a data set: {error}.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def write_coco(splits: Sequence[Split], output_dir: Path, placer: Placer) -> list[list[str]]:
+    """Write splits in COCO's own layout; ids of images and classes stay."""
+    make_output_dir(output_dir)
+    for split in splits:
+        image_dir, annotation_file = coco_layout(output_dir, split.name)
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for image in split.images:
+            placer.put(image, image_dir / image.name)
+            entry: dict[str, Any] = {"id": image.id, "file_name": image.name}
+            if all(image.size):
+                entry |= {"height": image.size[0], "width": image.size[1]}
+            images.append(entry)
+            for label, box, area, crowd in zip(
+                image.labels, image.xywh, image.area, image.crowd, strict=True
+            ):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image.id,
+                        "category_id": split.ids[label],
+                        "bbox": box,
+                        "area": area,
+                        "iscrowd": int(crowd),
+                    }
+                )
+        classes = zip(split.ids, split.class_names, strict=True)
+        categories = [{"id": i, "name": name} for i, name in classes]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        write_atomic(annotation_file, json.dumps(content))
+    return [[] for _ in splits]
+
+
+FORMAT = Format(read_coco, write_coco)
