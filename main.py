@@ -89,7 +89,10 @@ def run(argv: Sequence[str]) -> int:
 
 
 def parse(parser: OptionParser, command: Any, argv: Sequence[str]) -> Given:
-    """Read the options of a command, from a file too if it is one with the options of a run."""
+    """Read the options of a command, from a file too if it is one with the options of a run.
+
+    Such a command has `RECIPES`, the classes of recipes' options by name.
+    """
     parser.add_argument("--debug", action="store_true", help="show a traceback on user errors")
     for title, section in command.SECTIONS.items():
         parser.add_section(title, section)

@@ -28,7 +28,7 @@ class ModelConfig(Checked):
         4, "feature levels: 1 is the last stage, 3 the last three; more adds stride-2 levels"
     )
     neck: str = option("none", "what mixes the feature levels before the encoder", rare=True)
-    encoder: str = option("deformable", "kind of encoder", rare=True)
+    encoder: str = option("deformable", "what turns feature levels into memory", rare=True)
     enc_layers: int = option(6, "encoder layers", low=1)
     dec_layers: int = option(6, "decoder layers", low=1)
     dim_feedforward: int = option(1024, "hidden width of the feed-forward blocks", low=1)
@@ -75,7 +75,7 @@ class LossConfig(Checked):
     giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0, rare=True)
     focal_alpha: float = option(0.25, "alpha of the focal loss and cost", low=0, high=1, rare=True)
     extra_losses: tuple[str, ...] = option(
-        (), "further registered losses, as NAME or NAME=COEFFICIENT", rare=True
+        (), "more losses, by NAME or NAME=COEFFICIENT", rare=True
     )
 
 

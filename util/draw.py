@@ -3,7 +3,6 @@
 import colorsys
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -13,7 +12,6 @@ from torch import Tensor
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
 
-# Between black and white one always has a contrast ratio of at least 4.5 (WCAG AA).
 _DARK, _LIGHT = (0, 0, 0), (255, 255, 255)
 _GOLDEN_RATIO = 0.618034
 
@@ -28,16 +26,10 @@ def label_colour(label: int) -> Colour:
 
 
 def text_colour(background: Colour) -> Colour:
-    """Return dark or light, whichever has the greater contrast ratio (WCAG 2)."""
-    ours = _luminance(background)
-    against_light = (_luminance(_LIGHT) + 0.05) / (ours + 0.05)
-    against_dark = (ours + 0.05) / (_luminance(_DARK) + 0.05)
-    return _LIGHT if against_light > against_dark else _DARK
-
-
-def _luminance(colour: Colour) -> float:
-    linear = [((c / 255 + 0.055) / 1.055) ** 2.4 if c > 10 else c / 3294.6 for c in colour]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    """Return black or white, whichever has the greater contrast ratio (WCAG 2): at least 4.5."""
+    linear = [((c / 255 + 0.055) / 1.055) ** 2.4 if c > 10 else c / 3294.6 for c in background]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return _LIGHT if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else _DARK
 
 
 @functools.lru_cache(maxsize=32)
@@ -57,77 +49,52 @@ def draw_boxes(
 ) -> Image.Image:
     """Return a copy of `image` with boxes and a tag on each.
 
-    Shape: boxes_xyxy [K,4] in pixels; `labels` (which choose the colours), `names` and `scores`
-    have K entries. Boxes are clipped to the image; those outside it are left out. Where tags
+    Unlike torchvision's, tags stay whole and inside the image and avoid each other; where they
     compete for a place, those of higher score choose first.
+
+    Shape: boxes_xyxy [K,4] in pixels; `labels` (which choose the colours), `names` and `scores`
+    have K entries. Boxes are clipped to the image; those outside it are skipped.
     """
     image = image.convert("RGB") if image.mode != "RGB" else image.copy()
     draw = ImageDraw.Draw(image)
+    right, bottom = image.width - 1.0, image.height - 1.0
     size = max(9, round(min(image.size) * 0.026))
-    width = max(1, round(size / 6))
-    clipped = {
-        i: box
-        for i, corners in enumerate(boxes_xyxy.reshape(-1, 4).tolist())
-        if (box := _clip(corners, image.size)) is not None
-    }
-    order = list(clipped)
-    if scores is not None:
-        order.sort(key=lambda i: scores[i], reverse=True)
-    tags: list[_Tag] = []
+    boxes: dict[int, Rectangle] = {}
+    for i, (x0, y0, x1, y1) in enumerate(boxes_xyxy.reshape(-1, 4).tolist()):
+        if x0 < image.width and y0 < image.height and x1 > 0 and y1 > 0 and x0 <= x1 and y0 <= y1:
+            boxes[i] = (
+                min(max(x0, 0.0), right), min(max(y0, 0.0), bottom), min(x1, right), min(y1, bottom)
+            )  # fmt: skip
+    order = list(boxes) if scores is None else sorted(boxes, key=lambda i: -scores[i])
+    colours = {i: label_colour(int(labels[i])) for i in order}
+    tags: dict[int, tuple[Rectangle, str, ImageFont.FreeTypeFont]] = {}
     for i in order:
         text = names[i] if scores is None else f"{names[i]} {scores[i]:.2f}".lstrip()
         if text:
-            colour = label_colour(int(labels[i]))
-            tags.append(_make_tag(text, colour, clipped[i], size, image.size, tags))
+            # small objects stand close together: smaller tags leave more of them visible
+            small = boxes[i][3] - boxes[i][1] < 4 * size
+            font = _font(max(8, round(size * 0.8)) if small else size)
+            text = _shorten(text, font, image.width - 2 * _pad(font) - 1)
+            sides = (round(font.getlength(text)) + 2 * _pad(font), sum(font.getmetrics()))
+            taken = [place for place, _, _ in tags.values()]
+            tags[i] = (_place_tag(boxes[i], sides, image.size, taken), text, font)
     for i in reversed(order):
-        draw.rectangle(clipped[i], outline=label_colour(int(labels[i])), width=width)
-    for tag in reversed(tags):
-        edge = (tag.colour[0] // 2, tag.colour[1] // 2, tag.colour[2] // 2)
-        draw.rectangle(tag.place, fill=tag.colour, outline=edge)  # parts tags of one colour
-        start = (tag.place[0] + tag.pad, tag.place[1])
-        draw.text(start, tag.text, fill=text_colour(tag.colour), font=tag.font)
+        draw.rectangle(boxes[i], outline=colours[i], width=max(1, round(size / 6)))
+    for i, (place, text, font) in reversed(tags.items()):
+        red, green, blue = colours[i]
+        edge = (red // 2, green // 2, blue // 2)  # separates tags of one colour
+        draw.rectangle(place, fill=colours[i], outline=edge)
+        start = (place[0] + _pad(font), place[1])
+        draw.text(start, text, fill=text_colour(colours[i]), font=font)
     return image
 
 
-def _clip(box: Sequence[float], size: tuple[int, int]) -> Rectangle | None:
-    """Return the part of a box within the image in pixel indices, None if there is none."""
-    x0, y0, x1, y1 = box
-    if not (x0 < size[0] and y0 < size[1] and x1 > 0 and y1 > 0 and x0 <= x1 and y0 <= y1):
-        return None
-    right, bottom = size[0] - 1.0, size[1] - 1.0
-    return min(max(x0, 0.0), right), min(max(y0, 0.0), bottom), min(x1, right), min(y1, bottom)
-
-
-@dataclass(frozen=True)
-class _Tag:
-    text: str
-    colour: Colour
-    font: ImageFont.FreeTypeFont
-    pad: int
-    place: Rectangle
-
-
-def _make_tag(
-    text: str,
-    colour: Colour,
-    box: Rectangle,
-    size: int,
-    image_size: tuple[int, int],
-    others: Sequence[_Tag],
-) -> _Tag:
-    # Small objects stand close together: smaller tags leave more of them visible.
-    if box[3] - box[1] < 4 * size:
-        size = max(8, round(size * 0.8))
-    font, pad = _font(size), max(2, size // 5)
-    text = _shorten(text, font, image_size[0] - 2 * pad - 1)
-    ascent, descent = font.getmetrics()
-    width, height = round(font.getlength(text)) + 2 * pad, ascent + descent
-    place = _place_tag(box, width, height, image_size, [other.place for other in others])
-    return _Tag(text, colour, font, pad, place)
+def _pad(font: ImageFont.FreeTypeFont) -> int:
+    return max(2, int(font.size) // 5)
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-    text = " ".join(text.split())  # a line break is more than the layout of a line can do
+    text = " ".join(text.split())  # the layout of a line cannot do line breaks
     if font.getlength(text) <= room:
         return text
     while text and font.getlength(text + "…") > room:
@@ -136,34 +103,20 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
 
 
 def _place_tag(
-    box: Rectangle,
-    width: float,
-    height: float,
-    image_size: tuple[int, int],
-    taken: Sequence[Rectangle],
+    box: Rectangle, sides: tuple[float, float], image_size: tuple[int, int], taken: list[Rectangle]
 ) -> Rectangle:
-    """Choose the place along the box, within the image, that covers other tags least."""
-    x0, y0, x1, y1 = box
-    left, right = x0, x1 - width
-    candidates = (
-        (left, y0 - height), (left, y0), (right, y0 - height), (left, y1),
-        (right, y1), (right, y0), (left, y1 - height), (right, y1 - height),
-    )  # fmt: skip
-    best, least = None, float("inf")
-    for x, y in candidates:
-        x = min(max(x, 0.0), max(image_size[0] - 1 - width, 0.0))
-        y = min(max(y, 0.0), max(image_size[1] - 1 - height, 0.0))
-        place = (
-            x,
-            y,
-            min(x + width, image_size[0] - 1.0),
-            min(y + height, image_size[1] - 1.0),
-        )
-        covered = sum(_overlap(place, other) for other in taken)
-        if covered < least:
-            best, least = place, covered
-    assert best is not None
-    return best
+    """Choose the place along the box, within the image, that covers other tags the least."""
+    (x0, y0, x1, y1), (width, height) = box, sides
+    end_x, end_y = image_size[0] - 1.0, image_size[1] - 1.0
+    places = []
+    for x, y in (
+        (x0, y0 - height), (x0, y0), (x1 - width, y0 - height), (x0, y1),
+        (x1 - width, y1), (x1 - width, y0), (x0, y1 - height), (x1 - width, y1 - height),
+    ):  # fmt: skip
+        x = min(max(x, 0.0), max(end_x - width, 0.0))
+        y = min(max(y, 0.0), max(end_y - height, 0.0))
+        places.append((x, y, min(x + width, end_x), min(y + height, end_y)))
+    return min(places, key=lambda place: sum(_overlap(place, other) for other in taken))
 
 
 def _overlap(a: Rectangle, b: Rectangle) -> float:

@@ -43,7 +43,7 @@ class Thumbnail:
 
 
 class Thumbnails:
-    """Draws findings of any split, each with the boxes that are meant."""
+    """Draws findings of any split, each with the boxes in question."""
 
     def __init__(self, splits: Sequence[SplitReport]) -> None:
         self._images = {

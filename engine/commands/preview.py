@@ -39,7 +39,7 @@ class PreviewOptions(Checked):
 
 
 SECTIONS = {**RUN, "preview": PreviewOptions}
-RECIPES = RecipeOptions()
+RECIPES = RecipeOptions()  # a run's file may name some
 
 
 def main(config: Config, options: PreviewOptions) -> int:

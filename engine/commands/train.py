@@ -25,7 +25,6 @@ from util.errors import ConfigError
 from util.files import write_atomic
 
 __all__ = ["RECIPES", "SECTIONS", "main", "processes"]
-
 RECIPES = RecipeOptions()
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +11,22 @@ from engine.evaluation.evaluator import EvalResult, Evaluator
 from engine.guards.unreadable import UnreadableImages
 from engine.metrics import Averages, official_log_values
 from models.criterion import SetCriterion
+from models.deformable_detr import DetectorOutput
+from models.postprocess import PostProcess
 from util.batch import Batch, PaddedBatch, Target, pad_images
 from util.distributed import World
 from util.errors import UserError
-
-PostProcessor = Callable[[Any, Tensor], list[dict[str, Tensor]]]
 
 
 @torch.inference_mode()
 def detect(
     model: nn.Module,
-    postprocess: PostProcessor,
+    postprocess: PostProcess,
     batches: Iterable[Batch],
     *,
     device: torch.device,
     description: str | None,
-    on_outputs: Callable[[Any, Sequence[Target]], None] | None = None,
+    on_outputs: Callable[[DetectorOutput, Sequence[Target]], None] | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[tuple[Batch, list[dict[str, Tensor]]]]:
     """Yield every batch with its detections (pixels of the original images, on the host).
@@ -85,7 +84,7 @@ class Interrupted(Exception):
 
 def evaluate(
     model: nn.Module,
-    postprocess: PostProcessor,
+    postprocess: PostProcess,
     batches: Iterable[Batch],
     evaluator: Evaluator,
     *,
@@ -106,7 +105,7 @@ def evaluate(
     """
     world, averages = world or World(), Averages()
 
-    def add_losses(outputs: Any, targets: Sequence[Target]) -> None:
+    def add_losses(outputs: DetectorOutput, targets: Sequence[Target]) -> None:
         assert criterion is not None
         losses = criterion(outputs, targets)
         values = torch.stack([v.float() for v in losses.values()])

@@ -103,17 +103,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from configs.options import check_values, option
+from configs.options import Checked, option
 from models.recipes import RECIPES
 from models.recipes.base import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Checked):
     echo_queries: int = option(2, "how many", low=1)
-
-    def __post_init__(self):
-        check_values(self)
 
 
 @RECIPES.register("echo")
