@@ -47,12 +47,10 @@ def run_steps(
             "--output_dir", str(metrics.parent), "--num_workers", str(options.num_workers),
             "--backbone_weights", "none", *options.train,
         ]  # fmt: skip
+        with output.open("wb") as file:
+            run = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
         others = [subprocess.Popen([sys.executable, "-c", "while 1: pass"]) for _ in range(busy)]
         try:
-            with output.open("wb") as file:
-                run = subprocess.Popen(
-                    command, env=environment, stdout=file, stderr=subprocess.STDOUT
-                )
             steps: list[Step] = []
             while len(steps) < WARM_UP + options.steps:
                 if run.poll() is not None:
@@ -60,11 +58,9 @@ def run_steps(
                 time.sleep(0.5)
                 lines = metrics.read_text().splitlines() if metrics.exists() else []
                 steps = [json.loads(line) for line in lines if line.endswith("}")]
-            run.terminate()
-            run.wait()
         finally:
-            for process in others:
-                process.kill()
+            for process in (*others, run):
+                process.terminate()
                 process.wait()
     return steps[WARM_UP : WARM_UP + options.steps]
 
