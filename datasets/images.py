@@ -38,8 +38,13 @@ _UPRIGHT = {
 
 # What some of Pillow's readers raise of damage, as if it were a mistake in the program.
 _STUMBLES = (
-    RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError,
-)  # fmt: skip
+    RuntimeError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+)
 
 
 @contextlib.contextmanager
@@ -99,9 +104,15 @@ def read_size(path: Path, *, upright: bool) -> tuple[int, int] | None:
 def upright_point(x: float, y: float, orientation: int) -> tuple[float, float]:
     """Return where a point of the stored pixels is upright; both as fractions of the sides."""
     places = {
-        1: (x, y), 2: (1 - x, y), 3: (1 - x, 1 - y), 4: (x, 1 - y),
-        5: (y, x), 6: (1 - y, x), 7: (1 - y, 1 - x), 8: (y, 1 - x),
-    }  # fmt: skip
+        1: (x, y),
+        2: (1 - x, y),
+        3: (1 - x, 1 - y),
+        4: (x, 1 - y),
+        5: (y, x),
+        6: (1 - y, x),
+        7: (1 - y, 1 - x),
+        8: (y, 1 - x),
+    }
     return places[orientation]
 
 
