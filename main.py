@@ -89,11 +89,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def parse(parser: OptionParser, command: Any, argv: Sequence[str]) -> Given:
-    """Read the options of a command, from a file too if it is one with the options of a run."""
+    """Read the options of a command, from a file too if it is one with the options of a run.
+
+    Such a command has `RECIPES`, the classes of recipes' options by name.
+    """
     parser.add_argument("--debug", action="store_true", help="show a traceback on user errors")
     for title, section in command.SECTIONS.items():
         parser.add_section(title, section)
-    return read_command_line(parser, argv, {} if "run" in command.SECTIONS else None)[1]
+    return read_command_line(parser, argv, getattr(command, "RECIPES", None))[1]
 
 
 def arguments(command: Any, given: Given) -> dict[str, Any]:

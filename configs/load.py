@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-import os
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -177,52 +177,28 @@ def file_or_preset(folder: Path, name: str, presets: Path | None) -> Path:
     return next((path for path in (own, preset) if path.is_file()), file)
 
 
-def check_sections(content: Mapping[str, Any], known: Known, source: str) -> dict[str, Any]:
-    """Check the names of sections and options, and coerce the values.
+def check_sections(
+    content: Mapping[str, Any], known: Known, source: str, within: str = ""
+) -> dict[str, Any]:
+    """Check the names of sections (`within` recipes, those of recipes) and options; coerce values.
 
     Raises:
         ConfigError: a name is unknown or a value has another type; `source` is named.
     """
     values: dict[str, Any] = {}
     for title, entries in content.items():
+        what = f"{'recipe' if within else 'section'} '{title}'"
         if title not in known:
             hint = nearest_hint(str(title), list(known))
-            raise ConfigError(f"{source}: unknown section '{title}'. {hint}")
-        if not isinstance(entries, Mapping):
-            raise ConfigError(f"{source}: section '{title}' needs options below it.")
-        section = known[title]
-        if not isinstance(section, Mapping):
-            values[title] = check_names(entries, section, f"{source}: ", f"{title}.")
-            continue
-        values[title] = {}
-        for name, options in entries.items():
-            if name not in section:
-                hint = nearest_hint(str(name), list(section))
-                raise ConfigError(f"{source}: unknown recipe '{name}'. {hint}")
-            prefix = f"{title}.{name}"
-            if not isinstance(options, Mapping | None):
-                raise ConfigError(f"{source}: {prefix}: needs options below it.")
-            values[title][name] = check_names(
-                options or {}, section[name], f"{source}: ", f"{prefix}."
-            )
-    return {title: entries for title, entries in values.items() if entries}
-
-
-def by_section(options: Mapping[str, Any]) -> Values:
-    """Return a run's options, given by their names alone, by section; a path counts as text.
-
-    Raises:
-        ConfigError: a name is unknown or a value has another type.
-    """
-    values: dict[str, dict[str, Any]] = {}
-    owners = {f.name: t for t, kind in SECTIONS.items() for f in dataclasses.fields(kind)}
-    for name, value in options.items():
-        if name not in owners:
-            raise ConfigError(f"unknown option '{name}'. {nearest_hint(name, owners)}")
-        text = os.fspath(value) if isinstance(value, os.PathLike) else value
-        given = check_names({name: text}, SECTIONS[owners[name]], "", "")
-        values.setdefault(owners[name], {}).update(given)
-    return values
+            raise ConfigError(f"{source}: unknown {what}. {hint}")
+        if not isinstance(entries, Mapping | None):
+            raise ConfigError(f"{source}: {what} needs options below it.")
+        section, prefix = known[title], f"{within}{title}."
+        if isinstance(section, Mapping):
+            values[title] = check_sections(entries or {}, section, source, prefix)
+        else:
+            values[title] = check_names(entries or {}, section, f"{source}: ", prefix)
+    return {title: entries for title, entries in values.items() if entries or within}
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,13 +212,8 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """Write a dataclass of sections as YAML that `load_file` reads back."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(entry) for name, entry in value.items()}
-        return list(value) if isinstance(value, tuple) else value
-
-    return str(yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False))
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))  # lists in place of tuples
+    return str(yaml.safe_dump(plain, sort_keys=False))
 
 
 def changed_options(config: Any) -> list[str]:

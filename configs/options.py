@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
+import os
 import re
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field
+from decimal import Decimal
 from functools import partial
 from typing import Any, Literal, NoReturn, cast
 
@@ -46,7 +48,7 @@ class Checked:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(cast(Any, self)):
-            value, choices = getattr(self, f.name), choices_of(hints[f.name])
+            value, choices = getattr(self, f.name), _parts(hints[f.name])[1]
             for item in value if isinstance(value, tuple) else (value,):
                 if item is None:
                     continue
@@ -71,23 +73,15 @@ def _check_bounds(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         raise ConfigError(f"{name}: must be {stated}, not {value}.")
 
 
-def _plain(annotation: Any) -> Any:
-    """Return X for X | None, and the annotation itself otherwise."""
-    if isinstance(annotation, types.UnionType):
-        return next(a for a in typing.get_args(annotation) if a is not type(None))
-    return annotation
-
-
-def _element(annotation: Any) -> Any | None:
-    """Return X for tuple[X, ...], None for a scalar."""
-    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is tuple else None
-
-
-def choices_of(annotation: Any) -> tuple[Any, ...]:
-    """Return the values that a `Literal`, or a tuple of them, allows; none for other types."""
-    annotation = _plain(annotation)
-    annotation = _element(annotation) or annotation
-    return typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+def _parts(annotation: Any) -> tuple[Any, tuple[Any, ...], bool, bool]:
+    """Return a plain type, its choices, whether there may be several, and whether None is one."""
+    optional = isinstance(annotation, types.UnionType)
+    if optional:
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    several = typing.get_origin(annotation) is tuple
+    kind = typing.get_args(annotation)[0] if several else annotation
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    return type(choices[0]) if choices else kind, choices, several, optional
 
 
 def coerce(value: Any, annotation: Any, source: str) -> Any:
@@ -96,33 +90,21 @@ def coerce(value: Any, annotation: Any, source: str) -> Any:
     Raises:
         ConfigError: the value has another type.
     """
-    plain = _plain(annotation)
-    if plain is not annotation and (value is None or (value == "none" and plain is not str)):
+    kind, _, several, optional = _parts(annotation)
+    if optional and (value is None or value == "none"):
         return None
-    element = _element(plain)
-    if element is not None:
+    if several:
         items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(coerce(item, element, source) for item in items)
-    kind = type(choices[0]) if (choices := choices_of(plain)) else plain
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        if kind is bool and isinstance(value, bool):
-            return value
-        if kind in (int, float) and not isinstance(value, bool) and value is not None:
-            return _to_number(value, kind)
-        # YAML reads yes and off as truth values
-        if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
+        return tuple(coerce(item, kind, source) for item in items)
+    if isinstance(value, bool) == (kind is bool):  # YAML reads yes and off as truth values
+        with contextlib.suppress(TypeError, ValueError, ArithmeticError):
+            if kind is float:
+                return float(value)  # YAML reads 1e-4 as a string
+            if kind is int and (number := Decimal(str(value))) == int(number):
+                return int(number)
+            if kind is bool or (kind is str and isinstance(value, (str, int, float, os.PathLike))):
+                return kind(value)
     raise ConfigError(f"{source}: must be {_NAMES[kind]}, not {value!r}.")
-
-
-def _to_number(value: Any, kind: type[int] | type[float]) -> int | float:
-    if kind is int and not isinstance(value, float):
-        with contextlib.suppress(ValueError):
-            return int(value)  # a float would round beyond 2**53
-    number = float(value)  # YAML reads 1e-4 as a string
-    if kind is int and number != int(number):
-        raise ValueError(f"{value} is not whole")
-    return kind(number)
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -163,11 +145,9 @@ class OptionParser(argparse.ArgumentParser):
         common = {"dest": f.name, "default": argparse.SUPPRESS}
         help = argparse.SUPPRESS if hidden else text.replace("%", "%%")
         if annotation is not bool:
-            plain, choices = _plain(annotation), choices_of(annotation)
-            element = _element(plain)
-            metavar = "|".join(map(str, choices)) or _METAVARS[element or plain]
-            many = {"nargs": "*"} if element is not None else {}
-            group.add_argument(*flags, metavar=metavar, help=help, **many, **common)
+            kind, choices, several, _ = _parts(annotation)
+            common["metavar"] = "|".join(map(str, choices)) or _METAVARS[kind]
+            group.add_argument(*flags, nargs="*" if several else None, help=help, **common)
             return
         # the help lists the flag that changes something
         off = argparse.SUPPRESS if hidden else f"turn off: {metadata['help']}".replace("%", "%%")
@@ -191,12 +171,9 @@ class OptionParser(argparse.ArgumentParser):
                 if unknown[0] in [f"--{f.name}" for f in dataclasses.fields(section)]:
                     hint = f"It is an option of a recipe: add --recipes {recipe}."
             raise ConfigError(f"command line: unknown option '{unknown[0]}'. {hint}")
-        values: dict[str, Any] = {}
-        for title, section in self.sections.items():
-            names = [f.name for f in dataclasses.fields(section) if hasattr(args, f.name)]
-            given = {name: getattr(args, name) for name in names}
-            values[title] = check_names(given, section, "--", "")
-        return args, {title: given for title, given in values.items() if given}
+        names = [f.name for kind in self.sections.values() for f in dataclasses.fields(kind)]
+        given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+        return args, by_section(given, self.sections, "--")
 
     @property
     def flags(self) -> list[str]:
@@ -233,13 +210,31 @@ def check_names(
     return checked
 
 
+def by_section(
+    options: Mapping[str, Any], sections: Mapping[str, Section], source: str = ""
+) -> dict[str, dict[str, Any]]:
+    """Return options that are given by their names alone, by section; see `check_names`."""
+    owners = {f.name: title for title, kind in sections.items() for f in dataclasses.fields(kind)}
+    values: dict[str, dict[str, Any]] = {}
+    for name, value in options.items():
+        if name not in owners:
+            raise ConfigError(f"{source}unknown option '{name}'. {nearest_hint(name, owners)}")
+        given = check_names({name: value}, sections[owners[name]], source, "")
+        values.setdefault(owners[name], {}).update(given)
+    return values
+
+
 def with_dashes(message: str, names: Collection[str]) -> str:
     """Write the options that an error names as flags; see `util.errors.UserError`."""
 
     def flag(match: "re.Match[str]") -> str:
-        name = match[1] or match[2]
-        if name not in names:
-            return match[0]
-        return f"--{name}" if match[1] else f"--{name}{match[3]}"
+        name, value = match["name"] or match["quoted"] or match["word"], match["value"] or ""
+        return f"--{name}{value}" if name in names else match[0]
 
-    return re.sub(r"^(\w+)(?=:| \S+: )|`(\w+)((?: [^`]*)?)`", flag, message)
+    return re.sub(
+        r"^(?P<name>\w+)(?=:| \S+: )"
+        r"|`(?P<quoted>\w+)(?P<value>(?: [^`]*)?)`"
+        r"|(?<![\w./'`-])(?P<word>\w+_\w+)(?![\w/'`]|\.\w)",
+        flag,
+        message,
+    )

@@ -27,6 +27,8 @@ class ModelConfig(Checked):
     num_feature_levels: Literal[1, 3, 4, 5, 6] = option(
         4, "feature levels: 1 is the last stage, 3 the last three; more adds stride-2 levels"
     )
+    neck: str = option("none", "what mixes the feature levels before the encoder", rare=True)
+    encoder: str = option("deformable", "what turns feature levels into memory", rare=True)
     enc_layers: int = option(6, "encoder layers", low=1)
     dec_layers: int = option(6, "decoder layers", low=1)
     dim_feedforward: int = option(1024, "hidden width of the feed-forward blocks", low=1)
@@ -72,6 +74,9 @@ class LossConfig(Checked):
     bbox_loss_coef: float = option(5.0, "weight of the box L1 loss", low=0, rare=True)
     giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0, rare=True)
     focal_alpha: float = option(0.25, "alpha of the focal loss and cost", low=0, high=1, rare=True)
+    extra_losses: tuple[str, ...] = option(
+        (), "more losses, by NAME or NAME=COEFFICIENT", rare=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,7 @@ class EvalDataConfig(VocOptions):
     val_images: str = option("", "folder of validation images (any COCO-format set)")
     val_annotations: str = option("", "COCO-format JSON file of the validation set")
     data_path: str = option("", "folder of a data set in --data_format; for yolo also data.yaml")
-    data_format: str = option("coco", "layout of --data_path: COCO, PASCAL VOC or YOLO")
+    data_format: str = option("coco", "layout of --data_path: coco, voc or yolo")
     val_split: str = option(
         "val", "validation split of --data_path: a VOC list, a key of data.yaml"
     )

@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-from configs.load import Given, by_section, read_options
+from configs.load import Given, read_options
+from configs.options import by_section
+from configs.schema import SECTIONS
 from engine.commands import train as command
 from engine.detector import Detector
 from engine.processes import launch
@@ -22,14 +24,20 @@ def train(config: str | os.PathLike[str] | None = None, **options: Any) -> Path:
 
     `config` is the name of a preset or a YAML file. `options` are those of the command line
     without dashes (`lr=1e-4, train_images="train/", output_dir="runs/mine"`), a list for several
-    values. With `gpus`, the run computes in processes of its own.
+    values; `recipes` names recipes, whose own options may then be given too. With `gpus`, the run
+    computes in processes of its own.
 
     Raises:
         UserError: an option is unknown (the nearest one is named) or of another type, or the
             command would end with such an error.
         KeyboardInterrupt: Ctrl-C stopped the run, after it was saved.
     """
-    given = read_options(os.fspath(config) if config is not None else None, by_section(options))
+    names = tuple(options.pop("recipes", ()))
+    sections = {f"recipe {name}": command.RECIPES[name] for name in names}
+    values = by_section(options, {**SECTIONS, **sections})
+    recipes = {name: values.pop(f"recipe {name}", {}) for name in names}
+    values |= {"recipes": recipes} if recipes else {}
+    given = read_options(os.fspath(config) if config is not None else None, values, command.RECIPES)
     show_messages(rank_at_start())
     run = command.processes(given)
     if run.gpus > 1 and not started_by_launcher():

@@ -177,6 +177,7 @@ def build_training_model(
         num_classes=len(classes),
         backbone_weights=backbone_weights,
         frozen_stages=config.optim.frozen_stages if config.optim.lr_backbone else ALL_STAGES,
+        recipes=config.recipes,
     )
     mean: Sequence[float] = model.backbone.mean
     std: Sequence[float] = model.backbone.std

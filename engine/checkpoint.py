@@ -52,7 +52,7 @@ def _check_plain(value: Any, place: str) -> None:
             _check_plain(item, f"{place}[{i}]")
     elif type(value) not in _LEAVES:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise TypeError(f"{place}: expected a tensor or a plain Python value, got {kind}")
+        raise TypeError(f"{place}: {kind} is neither a tensor nor a plain Python value")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class CheckpointFolder:
     """The checkpoints of a run: `last.pth` and, as `step_N.pth`, those before it."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
-        """Keep so many files in all."""
+        """Keep `keep` files in all."""
         self.last = folder / "last.pth"
         self._folder, self._keep = folder, keep
 

@@ -128,9 +128,9 @@ def launch(
 
 
 def exit_with_parent() -> None:
-    """Let this process, if `launch` started it, end at once when the launcher is killed.
+    """End this process, if `launch` started it, as soon as the launcher is killed.
 
-    Nobody else would stop it, and a run that is started anew would share its folder.
+    Nothing else would stop it, and the next run would share its folder.
     """
     launcher = int(os.environ.get(_LAUNCHED, "0"))
     if launcher and started_by_launcher():

@@ -51,7 +51,7 @@ class Trainer:
     """Trains from its present position, `epoch` and `epoch_step` within it, to the end.
 
     `detector` is what is saved, `model` the same or its distributed wrapper. `identity` is what
-    every checkpoint carries besides the state: classes, config, versions, preprocessing.
+    every checkpoint carries in addition to the state: classes, config, versions, preprocessing.
     """
 
     detector: DeformableDETR

@@ -1,5 +1,6 @@
 """Options to constructors."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,11 +9,16 @@ from configs.schema import LossConfig, ModelConfig
 from models.backbones import Joiner, create_backbone
 from models.criterion import SetCriterion
 from models.decoder import DeformableDecoder, DeformableDecoderLayer
-from models.deformable_detr import DeformableDETR, DetectionHeads
-from models.encoders.deformable import DeformableEncoder, DeformableEncoderLayer
+from models.deformable_detr import DeformableDETR
+from models.encoders import ENCODERS, EncoderOptions
+from models.heads import DetectionHeads
+from models.losses import LOSSES
 from models.matcher import HungarianMatcher
+from models.necks import NECKS, NeckOptions
 from models.position_encoding import build_position_encoding
+from models.recipes import RECIPES
 from models.transformer import DeformableTransformer
+from util.errors import ConfigError
 
 ALL_STAGES = 5
 
@@ -23,11 +29,14 @@ def build_model(
     num_classes: int,
     backbone_weights: str = "none",
     frozen_stages: int = 2,
+    recipes: Mapping[str, Any] | None = None,
 ) -> DeformableDETR:
     """Build a detector with fresh weights, but for the backbone's.
 
+    `recipes` maps the names of recipes to instances of their `Options`.
+
     Raises:
-        ConfigError: the backbone is unknown.
+        ConfigError: the backbone, encoder, neck or a recipe is unknown.
         CheckpointError: its weights cannot be had or do not fit.
     """
     backbone = create_backbone(
@@ -47,39 +56,48 @@ def build_model(
         aux_loss=config.aux_loss,
     )
     position_encoding = build_position_encoding(config.position_embedding, config.hidden_dim)
+    transformer = build_transformer(config, heads)
     model = DeformableDETR(
         Joiner(backbone, position_encoding),
-        build_transformer(config, heads),
+        transformer,
         heads,
         num_queries=config.num_queries,
         num_feature_levels=config.num_feature_levels,
         aux_loss=config.aux_loss,
+        neck=NECKS[config.neck](NeckOptions(config.hidden_dim, config.num_feature_levels)),
     )
+    for name, options in (recipes or {}).items():  # last: no other weight depends on them
+        model.recipes[name] = RECIPES[name](options, transformer, num_classes=num_classes)
     return model.to(memory_format=torch.channels_last)  # see Joiner.forward
 
 
 def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableTransformer:
-    """Build the transformer; a refining decoder holds the box heads too."""
+    """Build the transformer around the heads."""
     common: dict[str, Any] = {
         "d_ffn": config.dim_feedforward,
         "dropout": config.dropout,
         "n_levels": config.num_feature_levels,
         "n_heads": config.nheads,
     }
-    encoder_layers = [
-        DeformableEncoderLayer(config.hidden_dim, n_points=config.enc_n_points, **common)
-        for _ in range(config.enc_layers)
-    ]
+    encoder = ENCODERS[config.encoder](
+        EncoderOptions(
+            d_model=config.hidden_dim,
+            num_layers=config.enc_layers,
+            n_points=config.enc_n_points,
+            **common,
+        )
+    )
     decoder_layers = [
         DeformableDecoderLayer(config.hidden_dim, n_points=config.dec_n_points, **common)
         for _ in range(config.dec_layers)
     ]
     return DeformableTransformer(
-        DeformableEncoder(encoder_layers),
+        encoder,
         DeformableDecoder(
             decoder_layers,
-            bbox_embed=heads.bbox_embed if config.with_box_refine else None,
-            class_embed=heads.class_embed if config.two_stage else None,
+            heads,
+            with_box_refine=config.with_box_refine,
+            two_stage=config.two_stage,
         ),
         d_model=config.hidden_dim,
         num_feature_levels=config.num_feature_levels,
@@ -101,4 +119,16 @@ def build_criterion(config: LossConfig) -> SetCriterion:
         "loss_bbox": config.bbox_loss_coef,
         "loss_giou": config.giou_loss_coef,
     }
+    for given in config.extra_losses:
+        name, _, coefficient = given.partition("=")
+        weights[name] = LOSSES[name].coefficient if not coefficient else _number(given, coefficient)
     return SetCriterion(matcher, weights=weights, focal_alpha=config.focal_alpha)
+
+
+def _number(given: str, coefficient: str) -> float:
+    try:
+        return float(coefficient)
+    except ValueError:
+        raise ConfigError(
+            f"extra_losses: '{given}' has no number after '='. Write NAME or NAME=COEFFICIENT."
+        ) from None

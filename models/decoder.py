@@ -1,41 +1,38 @@
 """The deformable decoder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Dropout, ExactLayerNorm, inverse_sigmoid
+from models.heads import DetectionHeads, apply_delta
+from models.layers import Dropout, ExactLayerNorm
 from models.levels import FeatureLevels
+from models.queries import QueryGroup
 from models.recompute import checkpointed
 from ops import MSDeformAttn
 
 # N batch, Q queries, S tokens, L levels, C width.
 
 
+# The number of queries of each group, and which of them must not attend to which.
+Groups = Sequence[tuple[int, Tensor | None]]
+
+
 @dataclass(frozen=True)
 class DecoderOutput:
-    """What the decoder leaves for the heads, one entry per layer.
+    """What the decoder finds, one entry per layer, with all groups' queries side by side.
 
     Shape: hidden [N,Q,C]; references [N,Q,2 or 4], the points or boxes that box deltas add to;
-    deltas [N,Q,4], present when the decoder refined boxes.
+    logits [N,Q,classes]; boxes [N,Q,4], normalised cxcywh.
     """
 
     hidden: list[Tensor]
     references: list[Tensor]
-    deltas: list[Tensor]
-
-
-def apply_delta(delta: Tensor, reference: Tensor) -> Tensor:
-    """Add a predicted delta to a reference point or box in logit space (Sec. 4.1 and 4.2).
-
-    Shape: delta [N,Q,4]; reference [N,Q,2 or 4], fractions; returns cxcywh boxes [N,Q,4].
-    """
-    offset = inverse_sigmoid(reference)
-    if offset.shape[-1] == 2:
-        offset = F.pad(offset, (0, 2))  # a point says nothing of the size
-    return (delta + offset).sigmoid()
+    logits: list[Tensor]
+    boxes: list[Tensor]
 
 
 class DeformableDecoderLayer(nn.Module):
@@ -70,10 +67,10 @@ class DeformableDecoderLayer(nn.Module):
         reference_points: Tensor,
         memory: Tensor,
         levels: FeatureLevels,
+        groups: Groups,
     ) -> Tensor:
         """Shape: x, query_pos [N,Q,C]; reference_points [N,Q,L,2 or 4]; memory [N,S,C]."""
-        query = x + query_pos
-        attended = self.self_attn(query, query, x, need_weights=False)[0]
+        attended = self._attend_within(groups, x + query_pos, x)
         x = self.norm2(x + self.dropout(attended.to(x.dtype)))
         attended = self.cross_attn(
             x + query_pos,
@@ -87,11 +84,22 @@ class DeformableDecoderLayer(nn.Module):
         output: Tensor = self.norm3(x + self.dropout(self.linear2(hidden).to(x.dtype)))
         return output
 
+    def _attend_within(self, groups: Groups, query: Tensor, value: Tensor) -> Tensor:
+        """Let queries of each group attend to each other: so duplicates are told apart."""
+        sizes = [size for size, _ in groups]
+        parts = zip(groups, torch.split(query, sizes, 1), torch.split(value, sizes, 1), strict=True)
+        attended = [
+            self.self_attn(q, q, v, attn_mask=blocked, need_weights=False)[0]
+            for (size, blocked), q, v in parts
+            if size
+        ]
+        return torch.cat(attended, dim=1)
+
 
 class DeformableDecoder(nn.Module):
-    """A stack of decoder layers; with box heads, each layer refines the boxes of the last.
+    """A stack of decoder layers; with `with_box_refine`, each refines the boxes of the last.
 
-    `class_embed` is held for its state-dict keys, which official two-stage checkpoints repeat.
+    Refining and two-stage decoders hold the heads too, as official checkpoints repeat them there.
     """
 
     checkpointing = False
@@ -99,37 +107,47 @@ class DeformableDecoder(nn.Module):
     def __init__(
         self,
         layers: list[DeformableDecoderLayer],
+        heads: DetectionHeads,
         *,
-        bbox_embed: nn.ModuleList | None = None,
-        class_embed: nn.ModuleList | None = None,
+        with_box_refine: bool,
+        two_stage: bool,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.bbox_embed = bbox_embed
-        self.class_embed = class_embed
+        self.heads = heads
+        self.with_box_refine = with_box_refine
+        if with_box_refine:
+            self.bbox_embed = heads.bbox_embed
+        if two_stage:
+            self.class_embed = heads.class_embed
 
     def forward(
-        self,
-        queries: Tensor,
-        query_pos: Tensor,
-        reference: Tensor,
-        memory: Tensor,
-        levels: FeatureLevels,
+        self, groups: Sequence[QueryGroup], memory: Tensor, levels: FeatureLevels
     ) -> DecoderOutput:
-        """Shape: queries, query_pos [N,Q,C]; reference [N,Q,2 or 4], fractions; memory [N,S,C]."""
-        hidden, references, deltas = [], [], []
+        """Decode all groups of queries at once. Shape: memory [N,S,C]."""
+        x = torch.cat([g.content for g in groups], dim=1)
+        query_pos = torch.cat([g.position for g in groups], dim=1)
+        reference = torch.cat([g.reference for g in groups], dim=1)
+        within = [(g.content.shape[1], g.blocked) for g in groups]
+        hidden, references, boxes = [], [], []
         ratios = levels.valid_ratios[:, None]  # [N,1,L,2]
-        x = queries
         for index, layer in enumerate(self.layers):
             scale = ratios if reference.shape[-1] == 2 else torch.cat([ratios, ratios], dim=-1)
             points = reference[:, :, None] * scale
             x = checkpointed(
-                layer, x, query_pos, points, memory, levels, enabled=self.checkpointing
+                layer, x, query_pos, points, memory, levels, within, enabled=self.checkpointing
             )
             hidden.append(x)
             references.append(reference)
-            if self.bbox_embed is not None:
-                delta = self.bbox_embed[index](x)
-                deltas.append(delta)
-                reference = apply_delta(delta, reference).detach()
-        return DecoderOutput(hidden, references, deltas)
+            if self.with_box_refine:
+                boxes.append(apply_delta(self.heads.delta(index, x), reference))
+                # a layer learns to refine the boxes it is given, not to have better ones given
+                # to it: without this, gradients through all layers are unstable (Sec. 4.2)
+                reference = boxes[-1].detach()
+        if not self.with_box_refine:  # every layer predicts from the first reference points
+            boxes = [
+                apply_delta(self.heads.delta(i, h), r)
+                for i, (h, r) in enumerate(zip(hidden, references, strict=True))
+            ]
+        logits = [self.heads.logits(i, h) for i, h in enumerate(hidden)]
+        return DecoderOutput(hidden, references, logits, boxes)

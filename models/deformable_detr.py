@@ -1,77 +1,19 @@
 """The detector: backbone, projections, deformable transformer, heads (arXiv 2010.04159, Fig. 1)."""
 
-import copy
 from collections.abc import Sequence
-from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from models.backbones import Joiner
-from models.decoder import apply_delta
-from models.layers import MLP, ExactLinear, focal_prior_bias
+from models.heads import DetectionHeads
+from models.outputs import DetectorOutput, GroupOutput, objects_of_one_class
+from models.queries import Proposals, QueryGroup
+from models.recipes.base import Recipe
 from models.transformer import DeformableTransformer, TransformerOutput
 from util.batch import PaddedBatch, Target
 
 # N batch, Q queries, S tokens, L feature levels, C width.
-
-
-class DetectorOutput(TypedDict, total=False):
-    """Predictions. Boxes are normalised cxcywh relative to the unpadded image.
-
-    `pred_logits` [N,Q,classes] and `pred_boxes` [N,Q,4] are the last decoder layer's;
-    `layer_logits` and `layer_boxes` hold every supervised layer, [layers,N,Q,...], the last one
-    last; `enc_logits` [N,S,classes] and `enc_boxes` [N,S,4] come from a two-stage encoder.
-    """
-
-    pred_logits: Tensor
-    pred_boxes: Tensor
-    layer_logits: Tensor
-    layer_boxes: Tensor
-    enc_logits: Tensor
-    enc_boxes: Tensor
-
-
-class DetectionHeads(nn.Module):
-    """Classification and box heads of every decoder layer, and of the encoder if two-stage.
-
-    Every one that requires a gradient gets one: without `aux_loss`, the heads of refining layers
-    before the last, whose boxes pass no gradient on, do not learn.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        num_classes: int,
-        *,
-        num_layers: int,
-        with_box_refine: bool,
-        two_stage: bool,
-        aux_loss: bool = True,
-    ) -> None:
-        super().__init__()
-        count = num_layers + int(two_stage)
-        class_head = ExactLinear(d_model, num_classes)
-        nn.init.constant_(class_head.bias, focal_prior_bias())
-        box_head = MLP(d_model, d_model, 4, 3)
-        last = box_head.layers[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        if with_box_refine:
-            class_heads = [copy.deepcopy(class_head) for _ in range(count)]
-            box_heads = [copy.deepcopy(box_head) for _ in range(count)]
-        else:  # without refinement all layers share one head
-            class_heads, box_heads = [class_head] * count, [box_head] * count
-        if not two_stage:  # sizes start small, where proposals do not set them
-            first = box_heads[0].layers[-1]
-            assert isinstance(first, nn.Linear)
-            nn.init.constant_(first.bias[2:], -2.0)
-        self.class_embed = nn.ModuleList(class_heads)
-        self.bbox_embed = nn.ModuleList(box_heads)
-        if with_box_refine and not aux_loss:  # no loss reaches the heads of earlier layers
-            for heads in (self.class_embed, self.bbox_embed):
-                heads[: num_layers - 1].requires_grad_(False)
 
 
 class DeformableDETR(nn.Module):
@@ -86,6 +28,7 @@ class DeformableDETR(nn.Module):
         num_queries: int,
         num_feature_levels: int,
         aux_loss: bool = True,
+        neck: nn.Module | None = None,
     ) -> None:
         super().__init__()
         d_model = transformer.d_model
@@ -97,7 +40,9 @@ class DeformableDETR(nn.Module):
         if not transformer.two_stage:
             self.query_embed = nn.Embedding(num_queries, d_model * 2)
         self.input_proj = build_input_proj(backbone.channels, d_model, num_feature_levels)
+        self.neck = neck or nn.Identity()
         self.backbone = backbone
+        self.recipes = nn.ModuleDict()  # by name, what adds queries in training
         self._in_evaluation: list[nn.Module] = []
 
     def stay_in_evaluation(self, parts: Sequence[nn.Module]) -> None:
@@ -117,16 +62,26 @@ class DeformableDETR(nn.Module):
     ) -> DetectorOutput:
         """Detect objects in a padded batch of normalised images.
 
-        In training, `targets` are for what learns from more queries than those that detect.
+        In training with `targets`, recipes add queries of their own to those that detect.
         """
         features, masks, pos = self.feature_levels(batch)
+
+        def more(memory: Tensor, proposals: Proposals | None) -> list[QueryGroup]:
+            groups: list[QueryGroup] = []
+            if self.training and targets is not None:
+                for recipe in self.recipes.values():
+                    assert isinstance(recipe, Recipe)
+                    groups += recipe.queries(self.transformer, memory, proposals, targets)
+            return groups
+
         query_embed = None if self.query_embed is None else self.query_embed.weight
-        return self.predict(self.transformer(features, masks, pos, query_embed))
+        return self._outputs(self.transformer(features, masks, pos, query_embed, more))
 
     def feature_levels(self, batch: PaddedBatch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return projected features, padding masks and encodings of every level, finest first."""
         maps, masks, pos = self.backbone(batch)
-        features = [proj(m) for proj, m in zip(self.input_proj, maps, strict=False)]
+        projections = self.input_proj[: len(maps)]
+        features = [proj(m) for proj, m in zip(projections, maps, strict=True)]
         source = maps[-1]  # the first extra level comes from the raw last map
         for projection in self.input_proj[len(maps) :]:
             source = projection(source)
@@ -134,28 +89,26 @@ class DeformableDETR(nn.Module):
             features.append(source)
             masks.append(mask)
             pos.append(encoding)
-        return features, masks, pos
+        return self.neck(features), masks, pos
 
-    def predict(self, output: TransformerOutput) -> DetectorOutput:
-        """Apply the heads to every decoder layer."""
-        decoded = output.decoder
-        logits, boxes = [], []
-        for index, (hidden, reference) in enumerate(
-            zip(decoded.hidden, decoded.references, strict=True)
-        ):
-            delta = decoded.deltas[index] if decoded.deltas else self.bbox_embed[index](hidden)
-            logits.append(self.class_embed[index](hidden))
-            boxes.append(apply_delta(delta, reference))
+    def _outputs(self, output: TransformerOutput) -> DetectorOutput:
+        """Sort what was decoded by groups; without `aux_loss` the last layer alone is kept."""
         kept = slice(None) if self.aux_loss else slice(-1, None)
+        sizes = [group.content.shape[1] for group in output.groups]
+        logits = torch.split(torch.stack(output.decoder.logits[kept]), sizes, dim=2)
+        boxes = torch.split(torch.stack(output.decoder.boxes[kept]), sizes, dim=2)
+        groups = [
+            GroupOutput(g.name, g_logits, g_boxes, g.targets, g.matches, g.divisor)
+            for g, g_logits, g_boxes in zip(output.groups, logits, boxes, strict=True)
+        ]
+        if (proposals := output.proposals) is not None:
+            encoder = (proposals.logits[None], proposals.box_logits.sigmoid()[None])
+            groups.append(GroupOutput("_enc", *encoder, targets=objects_of_one_class))
         result: DetectorOutput = {  # a literal, which compiles
-            "pred_logits": logits[-1],
-            "pred_boxes": boxes[-1],
-            "layer_logits": torch.stack(logits[kept]),
-            "layer_boxes": torch.stack(boxes[kept]),
+            "pred_logits": output.decoder.logits[-1][:, : sizes[0]],
+            "pred_boxes": output.decoder.boxes[-1][:, : sizes[0]],
+            "groups": groups,
         }
-        if output.encoder_logits is not None and output.encoder_boxes is not None:
-            result["enc_logits"] = output.encoder_logits
-            result["enc_boxes"] = output.encoder_boxes
         return result
 
 

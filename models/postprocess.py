@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from models.deformable_detr import DetectorOutput
+from models.outputs import DetectorOutput
 from util.box_ops import cxcywh_to_xyxy
 
 _CANDIDATES = 3  # for each detection, where some are suppressed

@@ -1,14 +1,61 @@
-"""Two-stage queries: proposals from the encoder's memory (Deformable DETR, Sec. 4.2)."""
+"""Groups of object queries, and a two-stage model's proposals for them (Sec. 4.2)."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.layers import sine_embedding
 from models.levels import FeatureLevels, grid_centres
+from models.matcher import Matches
+from models.outputs import TargetsOf
 
 # N batch, S tokens, Q queries, C width.
+
+
+@dataclass(frozen=True)
+class QueryGroup:
+    """Queries that attend to each other alone, and how they learn, see `outputs.GroupOutput`.
+
+    The decoder works on all groups at once, but no group sees another: what the queries that
+    detect compute does not depend on the groups that only train.
+
+    Shape: content, position [N,Q,C]; reference [N,Q,2 or 4], fractions, with as many numbers as
+    the other groups have; blocked [Q,Q], True where a query (row) must not attend to another.
+    """
+
+    name: str
+    content: Tensor
+    position: Tensor
+    reference: Tensor
+    blocked: Tensor | None = None
+    targets: TargetsOf | None = None
+    matches: Matches | None = None
+    divisor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """The boxes that a two-stage encoder predicts, one at each token.
+
+    Shape: logits [N,S,classes]; box_logits [N,S,4], cxcywh in logit space; padding_mask [N,S].
+    """
+
+    logits: Tensor
+    box_logits: Tensor
+    padding_mask: Tensor
+
+    def best(self, first: int, last: int) -> Tensor:
+        """Return the proposals of these ranks by score; fewer where there are fewer tokens.
+
+        They carry no gradient: the encoder learns from losses of its own.
+
+        Shape: [N,last-first,4] cxcywh, fractions.
+        """
+        # class 0 stands for "object" here: the encoder's targets all carry label 0
+        scores, boxes = self.logits[..., 0].detach(), self.box_logits.detach()
+        return select_proposals(scores, boxes, self.padding_mask, last)[:, first:].sigmoid()
 
 
 def token_proposals(levels: FeatureLevels) -> Tensor:

@@ -3,15 +3,12 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
-
-if TYPE_CHECKING:
-    pass
 
 
 def checkpointed(module: nn.Module, *args: Any, enabled: bool) -> Any:

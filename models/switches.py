@@ -20,7 +20,7 @@ def frozen_parts(model: DeformableDETR, part: str) -> list[nn.Module]:
         return []
     if part == "backbone":
         return [model.backbone[0]]
-    before_decoder = [model.backbone, model.input_proj]
+    before_decoder = [model.backbone, model.input_proj, model.neck]
     if part == "encoder":
         return [*before_decoder, model.transformer.encoder]
     queries = [] if model.query_embed is None else [model.query_embed]
@@ -73,7 +73,7 @@ def compile_model(model: DeformableDETR, backend: str | Callable[..., Any] = "in
 PARTS = ("backbone", "encoder", "decoder")
 
 
-def set_checkpointing(model: "DeformableDETR", parts: Collection[str]) -> None:
+def set_checkpointing(model: DeformableDETR, parts: Collection[str]) -> None:
     """Let the named parts forget their activations and compute them again in the backward pass.
 
     Gradients are the same to the last bit, dropout included. `parts` are of "backbone", "encoder"

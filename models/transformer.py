@@ -1,31 +1,32 @@
 """The deformable transformer: levels to memory, memory to object queries."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.decoder import DecoderOutput, DeformableDecoder
-from models.encoders.deformable import DeformableEncoder
+from models.encoders import Encoder
 from models.layers import ExactLayerNorm, ExactLinear
-from models.levels import FeatureLevels, valid_ratio
-from models.queries import proposal_embedding, select_proposals, token_proposals
+from models.levels import FeatureLevels, join_levels
+from models.queries import Proposals, QueryGroup, proposal_embedding, token_proposals
 from ops import MSDeformAttn
-from ops.reference import level_sizes
 
 # N batch, S tokens, Q queries, L levels, C width.
+
+# Memory, and a two-stage encoder's proposals -> groups of queries beside those that detect.
+MoreQueries = Callable[[Tensor, Proposals | None], list[QueryGroup]]
 
 
 @dataclass(frozen=True)
 class TransformerOutput:
-    """Decoder states, and the encoder's own predictions of a two-stage model.
+    """What was decoded for each group of queries, and a two-stage encoder's proposals."""
 
-    Shape: encoder_logits [N,S,classes]; encoder_boxes [N,S,4] cxcywh.
-    """
-
+    groups: list[QueryGroup]
     decoder: DecoderOutput
-    encoder_logits: Tensor | None = None
-    encoder_boxes: Tensor | None = None
+    proposals: Proposals | None
 
 
 class DeformableTransformer(nn.Module):
@@ -33,7 +34,7 @@ class DeformableTransformer(nn.Module):
 
     def __init__(
         self,
-        encoder: DeformableEncoder,
+        encoder: Encoder,
         decoder: DeformableDecoder,
         *,
         d_model: int,
@@ -58,9 +59,9 @@ class DeformableTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as the official implementation does; heads are the detector's to set."""
-        heads = {id(p) for m in (self.decoder.bbox_embed, self.decoder.class_embed)
-                 if m is not None for p in m.parameters()}  # fmt: skip
+        """Initialise as the official implementation does; heads are initialised by themselves."""
+        lists = (self.decoder.heads.bbox_embed, self.decoder.heads.class_embed)
+        heads = {id(p) for heads in lists for p in heads.parameters()}
         for parameter in self.parameters():
             if parameter.dim() > 1 and id(parameter) not in heads:
                 nn.init.xavier_uniform_(parameter)
@@ -77,53 +78,45 @@ class DeformableTransformer(nn.Module):
         masks: list[Tensor],
         pos: list[Tensor],
         query_embed: Tensor | None,
+        more: MoreQueries = lambda memory, proposals: [],
     ) -> TransformerOutput:
-        """Shape: features, pos L x [N,C,H,W]; masks L x [N,H,W]; query_embed [Q,2C] or None."""
-        levels = self.flatten(features, masks, pos)
-        memory = self.encoder(levels)
+        """Encode, choose or make queries, decode; `more` adds groups of queries.
+
+        Shape: features, pos L x [N,C,H,W]; masks L x [N,H,W]; query_embed [Q,2C], or None for
+            queries from proposals.
+        """
+        levels = join_levels(features, masks, pos, self.level_embed)
+        memory: Tensor = self.encoder(levels)
+        proposals = None
         if query_embed is None:
-            return self._two_stage(memory, levels)
-        query_pos, queries = query_embed.chunk(2, dim=-1)
-        query_pos = query_pos[None].expand(len(memory), -1, -1)
-        queries = queries[None].expand(len(memory), -1, -1)
-        reference = self.reference_points(query_pos).sigmoid()
-        return TransformerOutput(self.decoder(queries, query_pos, reference, memory, levels))
+            proposals = self.propose(memory, levels)
+            detecting = self.from_boxes("", proposals.best(0, self.num_queries))
+        else:
+            detecting = self.from_embedding("", query_embed, len(memory))
+        groups = [detecting, *more(memory, proposals)]
+        return TransformerOutput(groups, self.decoder(groups, memory, levels), proposals)
 
-    def flatten(
-        self, features: list[Tensor], masks: list[Tensor], pos: list[Tensor]
-    ) -> FeatureLevels:
-        """Join the levels into one sequence, each with its level embedding."""
-        # in the precision of the weights also under autocast: adding up mixed types is slow
-        exact = self.level_embed.dtype
-        level_pos = [
-            p.flatten(2).mT.to(exact) + e for p, e in zip(pos, self.level_embed, strict=True)
-        ]
-        shapes = [(int(f.shape[2]), int(f.shape[3])) for f in features]
-        valid_ratios = torch.stack([valid_ratio(m, features[0].dtype) for m in masks], dim=1)
-        return FeatureLevels(
-            tokens=torch.cat([f.flatten(2).mT for f in features], dim=1).to(exact),
-            pos=torch.cat(level_pos, dim=1),
-            padding_mask=torch.cat([m.flatten(1) for m in masks], dim=1),
-            valid_ratios=valid_ratios,
-            sizes=level_sizes(shapes, valid_ratios),
-            spatial_shapes=shapes,
-        )
+    def from_embedding(
+        self, name: str, embedding: Tensor, batch_size: int, **learning: Any
+    ) -> QueryGroup:
+        """Return learned queries, the same for every image. Shape: embedding [Q,2C]."""
+        position, content = embedding.chunk(2, dim=-1)
+        position = position[None].expand(batch_size, -1, -1)
+        content = content[None].expand(batch_size, -1, -1)
+        reference = self.reference_points(position).sigmoid()
+        return QueryGroup(name, content, position, reference, **learning)
 
-    def _two_stage(self, memory: Tensor, levels: FeatureLevels) -> TransformerOutput:
-        class_embed, bbox_embed = self.decoder.class_embed, self.decoder.bbox_embed
-        assert class_embed is not None
-        assert bbox_embed is not None
-        proposals = token_proposals(levels)
-        usable = proposals.isfinite().all(-1, keepdim=True)
+    def from_boxes(self, name: str, boxes: Tensor, **learning: Any) -> QueryGroup:
+        """Return queries of a two-stage model that start from boxes [N,Q,4] cxcywh (Sec. 4.2)."""
+        embedded = proposal_embedding(boxes, self.d_model // 2)
+        position, content = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=-1)
+        return QueryGroup(name, content, position, boxes, **learning)
+
+    def propose(self, memory: Tensor, levels: FeatureLevels) -> Proposals:
+        """Predict a box and a score at every token, by the decoder's last heads (Sec. 4.2)."""
+        heads, last = self.decoder.heads, len(self.decoder.layers)
+        anchors = token_proposals(levels)
+        usable = anchors.isfinite().all(-1, keepdim=True)
         output = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0.0)))
-        logits = class_embed[-1](output)
-        box_logits = bbox_embed[-1](output) + proposals
-        # class 0 stands for "object" here: the encoder's targets all carry label 0
-        chosen = select_proposals(
-            logits[..., 0].detach(), box_logits.detach(), levels.padding_mask, self.num_queries
-        )
-        reference = chosen.sigmoid()
-        embedded = proposal_embedding(reference, self.d_model // 2)
-        query_pos, queries = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=-1)
-        decoded = self.decoder(queries, query_pos, reference, memory, levels)
-        return TransformerOutput(decoded, logits, box_logits.sigmoid())
+        logits = heads.logits(last, output)
+        return Proposals(logits, heads.delta(last, output) + anchors, levels.padding_mask)

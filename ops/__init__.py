@@ -2,7 +2,15 @@
 
 from .backends import use_backend
 from .call import BackendError
+from .dropout import fast_cpu_dropout
 from .module import MSDeformAttn
 from .ms_deform_attn import fused_ms_deform_attn, ms_deform_attn
 
-__all__ = ["BackendError", "MSDeformAttn", "fused_ms_deform_attn", "ms_deform_attn", "use_backend"]
+__all__ = [
+    "BackendError",
+    "MSDeformAttn",
+    "fast_cpu_dropout",
+    "fused_ms_deform_attn",
+    "ms_deform_attn",
+    "use_backend",
+]

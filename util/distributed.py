@@ -19,7 +19,7 @@ _FIRST_PORT, _PORTS = 20000, 20000
 
 @dataclass(frozen=True)
 class World:
-    """All processes of a run. Alone, every exchange gives back what is put in.
+    """All processes of a run. A single process gets back what it puts in.
 
     Exchanges go through the hosts' memory, so that none waits for a GPU; gradients go their own
     way. Every process must call each of them, in the same order.
@@ -88,8 +88,8 @@ def _first_host(hosts: str) -> str:
         )
     except (OSError, subprocess.CalledProcessError) as error:
         raise ConfigError(
-            f"SLURM_STEP_NODELIST: expected hosts that `scontrol` can list, got '{hosts}' "
-            f"({error}). Set MASTER_ADDR to the first host."
+            f"SLURM_STEP_NODELIST: `scontrol` cannot list the hosts '{hosts}' ({error}). "
+            "Set MASTER_ADDR to the first host."
         ) from error
     return listed.stdout.split()[0]
 

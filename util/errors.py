@@ -9,9 +9,9 @@ EXIT_USER_ERROR = 2
 class UserError(Exception):
     """A mistake of the user: the message says where it is, what is wrong and what to do.
 
-    It names an option without dashes, as `name:` or `name value:` at its beginning, or in backticks
-    as in `name` or `name value`; the command line turns these into flags and prints the message
-    alone.
+    It names an option without dashes, and the command line turns into a flag what can be no other
+    word: a name that contains an underscore, one at the beginning as in `name:` or `name value:`,
+    and one in backticks.
     """
 
 

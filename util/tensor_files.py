@@ -22,9 +22,9 @@ _ALLOWED: list[Any] = [
     (PurePosixPath, "pathlib._local.PosixPath"),
 ]
 _NOT_WEIGHTS = {
-    b"version https://git-lfs": "a Git LFS pointer. Run `git lfs pull` to fetch the file itself.",
-    b"<!doctype html": "a web page. Download it again: the link led to a page, not to the file.",
-    b"<html": "a web page. Download it again: the link led to a page, not to the file.",
+    b"version https://git-lfs": "is a Git LFS pointer. Run `git lfs pull` to fetch the file.",
+    b"<!doctype html": "is a web page. Download it again: the link led to a page, not to the file.",
+    b"<html": "is a web page. Download it again: the link led to a page, not to the file.",
 }
 
 
@@ -96,14 +96,14 @@ def check_content(path: Path) -> None:
         raise CheckpointError(f"{path}: {_what_is_wrong(error)}") from error
     if broken is not None:
         raise CheckpointError(
-            f"{path}: expected a whole checkpoint, got one with damaged bytes in '{broken}'. "
-            "Take an earlier one."
+            f"{path}: the checkpoint is damaged: bytes in '{broken}' have changed. "
+            "Use an earlier one."
         )
 
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        raise CheckpointError(f"{path}: expected a checkpoint file, got a folder. Name the file.")
+        raise CheckpointError(f"{path}: is a folder. Name the checkpoint file in it.")
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -112,11 +112,11 @@ def _check_file(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {_one_line(error)}.") from error
     if not head:
-        raise CheckpointError(f"{path}: expected a checkpoint, got an empty file. Copy it again.")
+        raise CheckpointError(f"{path}: is empty. Copy the checkpoint again.")
     start = head.lstrip().lower()
     for magic, what in _NOT_WEIGHTS.items():
         if start.startswith(magic):
-            raise CheckpointError(f"{path}: expected a checkpoint, got {what}")
+            raise CheckpointError(f"{path}: {what}")
 
 
 def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -131,8 +131,8 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path}: expected a safetensors file, got damaged or other content "
-            f"({_one_line(error)}). Copy or download it again."
+            f"{path}: is damaged, or no safetensors file ({_one_line(error)}). "
+            "Copy or download it again."
         ) from error
 
 
@@ -141,14 +141,13 @@ def _what_is_wrong(error: Exception) -> str:
     refused = re.search(r"GLOBAL (\S+)", text)
     if isinstance(error, pickle.UnpicklingError) and refused:
         return (
-            f"expected tensors and plain values, got the Python object '{refused[1]}', which may "
-            "run code. Where you trust the file, save its state dict alone and use that."
+            f"holds the Python object '{refused[1]}', which may run code. If you trust the file, "
+            "save its state dict alone and use that."
         )
     if "TorchScript" in text:
-        return "expected a checkpoint, got a TorchScript program. Save its state_dict() instead."
+        return "is a TorchScript program. Save its state_dict() instead."
     return (
-        "expected a checkpoint, got a truncated, damaged or other file "
-        f"({_one_line(error)}). Copy or download it again."
+        f"is truncated, damaged or no checkpoint ({_one_line(error)}). Copy or download it again."
     )
 
 

@@ -8,18 +8,20 @@ from configs.schema import VocOptions
 from datasets.build import format_options
 from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
-from datasets.formats.registry import read_source
+from datasets.formats.registry import FORMATS, read_source
 from datasets.formats.source import Source
 from util.console import console
 from util.errors import ConfigError
+
+_NAMES = ", ".join(FORMATS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(VocOptions):
     """What `convert` reads and writes."""
 
-    data_format: str = option("coco", "format of --data_path: coco, voc or yolo", alias="--from")
-    to: str = option("coco", "format to write: coco, voc or yolo")
+    data_format: str = option("coco", f"format of --data_path: {_NAMES}", alias="--from")
+    to: str = option("coco", f"format to write: {_NAMES}")
     data_path: str = option(
         "", "folder of the data set; for yolo also data.yaml, for coco a JSON file with --images"
     )

@@ -17,6 +17,7 @@ from datasets.build import build_dataset, load_index
 from datasets.loader import TrainLoader, train_loader
 from datasets.samplers import split_batch
 from models.backbones import create_backbone
+from models.recipes import RecipeOptions
 from util.batch import Target
 from util.box_ops import cxcywh_to_xyxy
 from util.classes import Classes
@@ -38,6 +39,7 @@ class PreviewOptions(Checked):
 
 
 SECTIONS = {**RUN, "preview": PreviewOptions}
+RECIPES = RecipeOptions()  # a run's file may name some
 
 
 def main(config: Config, options: PreviewOptions) -> int:

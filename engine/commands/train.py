@@ -16,6 +16,7 @@ from engine.processes import process_group
 from engine.run_lock import run_lock
 from engine.run_log import RunLog
 from models.build import ALL_STAGES
+from models.recipes import RecipeOptions
 from models.weights.load import load_pretrained
 from util.console import log
 from util.device import set_deterministic
@@ -23,7 +24,8 @@ from util.distributed import World
 from util.errors import ConfigError
 from util.files import write_atomic
 
-__all__ = ["SECTIONS", "main", "processes"]
+__all__ = ["RECIPES", "SECTIONS", "main", "processes"]
+RECIPES = RecipeOptions()
 
 
 def main(given: Given) -> int:
@@ -125,6 +127,7 @@ def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
     saved = saved_options(given, content["config"], str(checkpoint))
     before, config = saved.config(), given.on(saved).config()
     check_same("model", asdict(before.model), asdict(config.model), checkpoint)
+    check_same("recipes", asdict(before)["recipes"], asdict(config)["recipes"], checkpoint)
     fixed = fixed_on_resume(before), fixed_on_resume(config)
     check_same("batches and frozen parts", *fixed, checkpoint)
     output_dir = asked.output_dir or str(checkpoint.parent)

@@ -58,7 +58,7 @@ class FlatLoss(Guard):
     def add(self, step: int, loss: float) -> str | None:
         """Take in a step's loss; return a warning when a flat window has just ended.
 
-        Losses that are not finite are passed over. After a warning the next one comes only when
+        Losses that are not finite are skipped. After a warning the next one comes only when
         the loss has fallen well below its start and risen again.
         """
         if not math.isfinite(loss):

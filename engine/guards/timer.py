@@ -22,7 +22,7 @@ class StepTimer:
         self.restart()
 
     def restart(self) -> None:
-        """Start the clock anew, as after an evaluation; forget the step under way."""
+        """Restart the clock, as after an evaluation; forget the present step."""
         self._marks: list[tuple[str, _Moment]] = [("", self._now())]
 
     def mark(self, part: str) -> None:
@@ -74,7 +74,7 @@ def _seconds(before: _Moment, after: _Moment) -> float:
 def shares(steps: Sequence[dict[str, float]]) -> str:
     """Return "data 2 %, forward 31 %, ...": each part's share of the time of all steps.
 
-    Parts come in the order of their first mark; empty when there is nothing to tell.
+    Parts come in the order of their first mark; the text is empty without steps.
     """
     totals: dict[str, float] = {}
     for step in steps:

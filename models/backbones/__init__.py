@@ -1,7 +1,6 @@
 """Backbones: images to feature maps, behind one contract."""
 
-from models.backbones import resnet, timm_model
 from models.backbones.joiner import Joiner
-from models.backbones.registry import Backbone, create_backbone
+from models.backbones.registry import BACKBONES, Backbone, create_backbone
 
-__all__ = ["Backbone", "Joiner", "create_backbone", "resnet", "timm_model"]
+__all__ = ["BACKBONES", "Backbone", "Joiner", "create_backbone"]

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from util.errors import ConfigError, nearest_hint
+from util.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,9 @@ class Backbone(Protocol):
         """Shape: [N,3,H,W] -> maps [N,C,H/stride,W/stride]."""
 
 
-Factory = Callable[[BackboneOptions], Backbone]
-_FACTORIES: dict[str, Factory] = {}
-
-
-def register_backbone(source: str) -> Callable[[Factory], Factory]:
-    """Register a factory for names 'source/variant'."""
-
-    def register(factory: Factory) -> Factory:
-        if source in _FACTORIES:
-            raise ValueError(f"backbone source '{source}' is already registered")
-        _FACTORIES[source] = factory
-        return factory
-
-    return register
+BACKBONES: Registry[Callable[[BackboneOptions], Backbone]] = Registry(
+    "backbone source", __package__, {"torchvision": ".resnet", "timm": ".timm_model"}
+)
 
 
 def create_backbone(
@@ -70,9 +59,5 @@ def create_backbone(
         ConfigError: unknown name, or weights that are missing or do not fit.
     """
     source, _, variant = name.rpartition("/") if "/" in name else ("torchvision", "", name)
-    if source not in _FACTORIES:
-        raise ConfigError(
-            f"--backbone {name}: unknown source '{source}'. {nearest_hint(source, _FACTORIES)}"
-        )
     options = BackboneOptions(variant, single_level, dilation, weights, frozen_stages, train_norm)
-    return _FACTORIES[source](options)
+    return BACKBONES[source](options)

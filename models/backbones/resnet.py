@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from models.backbones.registry import Backbone, BackboneOptions, register_backbone
+from models.backbones.registry import BACKBONES, Backbone, BackboneOptions
 from models.layers import FrozenBatchNorm2d, conv_norm
 from models.recompute import checkpointed
 from util.errors import CheckpointError, ConfigError, nearest_hint
@@ -151,7 +151,7 @@ def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
         ) from error
 
 
-@register_backbone("torchvision")
+@BACKBONES.register("torchvision")
 def create_resnet(options: BackboneOptions) -> Backbone:
     """Build a torchvision ResNet."""
     if options.variant not in _BLOCKS:

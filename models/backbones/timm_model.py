@@ -11,7 +11,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
-from models.backbones.registry import Backbone, BackboneOptions, register_backbone
+from models.backbones.registry import BACKBONES, Backbone, BackboneOptions
 from models.recompute import checkpointed
 from util.errors import CheckpointError, ConfigError, nearest_hint
 from util.tensor_files import load_safely
@@ -171,7 +171,7 @@ def _accept_any_size(body: nn.Module, name: str) -> None:
         parameter.requires_grad_(gradient is not None)
 
 
-@register_backbone("timm")
+@BACKBONES.register("timm")
 def create_timm(options: BackboneOptions) -> Backbone:
     """Build a timm network."""
     return TimmBackbone(options)

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.encoders import ENCODERS, Encoder, EncoderOptions
 from models.layers import Dropout, ExactLayerNorm
 from models.levels import FeatureLevels, cell_centres
 from models.recompute import checkpointed
@@ -49,10 +50,8 @@ class DeformableEncoderLayer(nn.Module):
         return output
 
 
-class DeformableEncoder(nn.Module):
+class DeformableEncoder(Encoder):
     """A stack of encoder layers; each token's reference is its own cell centre."""
-
-    checkpointing = False
 
     def __init__(self, layers: list[DeformableEncoderLayer]) -> None:
         super().__init__()
@@ -65,3 +64,20 @@ class DeformableEncoder(nn.Module):
         for layer in self.layers:
             x = checkpointed(layer, x, levels, reference_points, enabled=self.checkpointing)
         return x
+
+
+@ENCODERS.register("deformable")
+def create_deformable_encoder(options: EncoderOptions) -> Encoder:
+    """Build the paper's encoder."""
+    layers = [
+        DeformableEncoderLayer(
+            options.d_model,
+            d_ffn=options.d_ffn,
+            dropout=options.dropout,
+            n_levels=options.n_levels,
+            n_heads=options.n_heads,
+            n_points=options.n_points,
+        )
+        for _ in range(options.num_layers)
+    ]
+    return DeformableEncoder(layers)

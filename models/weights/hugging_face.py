@@ -2,15 +2,17 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from models.weights.class_names import NUM_COCO_LOGITS, coco_logit_classes
-from models.weights.official import complete_heads
+from models.weights.official import complete_heads, published_weights, require_published_parts
 from util.classes import Classes
 from util.errors import CheckpointError
 
@@ -160,6 +162,98 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], *, timm_backbone: bool) ->
             raise ValueError(f"'{key}' is no official key")
         converted[renamed] = tensor
     return converted
+
+
+def save_hugging_face(
+    folder: Path,
+    state_dict: Mapping[str, Tensor],
+    *,
+    options: Mapping[str, Any],
+    classes: Classes,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+    image_size: tuple[int, int],
+) -> list[str]:
+    """Write a folder that `DeformableDetrForObjectDetection.from_pretrained` loads.
+
+    It holds `config.json`, `model.safetensors` and `preprocessor_config.json`. `options` are
+    `ModelConfig` values; `image_size` is (short side, longest long side) in pixels.
+
+    Returns:
+        The names of tensors that were left out: those of recipes, which only train a model.
+
+    Raises:
+        CheckpointError: transformers has no such model, or the folder cannot be written.
+    """
+    require_published_parts(options, folder)
+    weights, left_out = published_weights(state_dict)
+    timm_backbone = bool(options.get("dilation"))  # transformers' own ResNet cannot dilate
+    renamed = to_hugging_face(weights, timm_backbone=timm_backbone)
+    # a copy of each: the format has no tensors that share memory, as heads of all layers may
+    tensors = {key: tensor.clone().contiguous() for key, tensor in renamed.items()}
+    config = _config(options, classes, timm_backbone=timm_backbone)
+    config["dtype"] = str(weights["transformer.level_embed"].dtype).removeprefix("torch.")
+    short, long = image_size
+    processor = {
+        "image_processor_type": "DeformableDetrImageProcessor",
+        "format": "coco_detection",
+        "do_resize": True,
+        "size": {"shortest_edge": short, "longest_edge": long},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(image_mean),
+        "image_std": list(image_std),
+        "do_pad": True,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        for name, content in (("config", config), ("preprocessor_config", processor)):
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error}. Free space.") from error
+    return left_out
+
+
+def _config(options: Mapping[str, Any], classes: Classes, *, timm_backbone: bool) -> dict[str, Any]:
+    """Return what `config_options` and `config_classes` read, as transformers writes it."""
+    config = {theirs: options[ours] for theirs, ours in _OPTIONS.items() if ours in options}
+    for name in ("ffn_dim", "attention_heads"):
+        if f"encoder_{name}" in config:
+            config[f"decoder_{name}"] = config[f"encoder_{name}"]
+    names = [name or "N/A" for name in classes.names]
+    if not any(classes.names):
+        names = [str(category) for category in classes.ids]
+    config |= {
+        "model_type": "deformable_detr",
+        "architectures": ["DeformableDetrForObjectDetection"],
+        "activation_function": "relu",
+        "two_stage_num_proposals": options.get("num_queries", 300),
+        "id2label": {str(label): name for label, name in enumerate(names)},
+        "label2id": {name: label for label, name in enumerate(names)},
+        "use_timm_backbone": timm_backbone,
+        "use_pretrained_backbone": False,
+    }
+    backbone = str(options["backbone"])
+    if timm_backbone:
+        return config | {"backbone": backbone, "backbone_config": None}
+    ((kind, depths),) = (key for key, name in _RESNET_DEPTHS.items() if name == backbone)
+    stages = (
+        ["stage4"] if options.get("num_feature_levels") == 1 else ["stage2", "stage3", "stage4"]
+    )
+    return config | {
+        "backbone": None,
+        "backbone_config": {
+            "model_type": "resnet",
+            "embedding_size": 64,
+            "hidden_sizes": _HIDDEN_SIZES[kind],
+            "depths": list(depths),
+            "layer_type": kind,
+            "out_features": stages,
+        },
+    }
 
 
 def _name_of_4(key: str) -> str:

@@ -156,23 +156,39 @@ def official_classes(state_dict: Mapping[str, Tensor]) -> Classes:
 
 def save_official(
     path: Path, state_dict: Mapping[str, Tensor], *, options: Mapping[str, Any], epoch: int
-) -> None:
+) -> list[str]:
     """Write weights as the official code loads them: `model`, `args` and `epoch`.
 
+    Returns:
+        The names of tensors that were left out: those of recipes, which only train a model.
+
     Raises:
-        CheckpointError: the official code has no such backbone, or the file cannot be written.
+        CheckpointError: the official code has no such model, or the file cannot be written.
     """
-    backbone = str(options.get("backbone", ""))
-    if not re.fullmatch(r"resnet\d+", backbone):
-        raise CheckpointError(
-            f"{path}: expected a torchvision ResNet, got backbone '{backbone}'. "
-            "The official code has no other; keep our own checkpoint."
-        )
-    weights = {
+    require_published_parts(options, path)
+    weights, left_out = published_weights(state_dict)
+    args = argparse.Namespace(**dict(options))
+    save_whole(path, {"model": weights, "args": args, "epoch": epoch})
+    return left_out
+
+
+def require_published_parts(options: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError unless a model is one that other implementations have too."""
+    for name, usual in (("backbone", r"resnet\d+"), ("encoder", "deformable"), ("neck", "none")):
+        value = str(options.get(name, "" if name == "backbone" else usual))
+        if not re.fullmatch(usual, value):
+            raise CheckpointError(
+                f"{path}: cannot be written: other implementations have no {name} '{value}', only "
+                "torchvision's ResNets and the paper's encoder. Keep our own checkpoint."
+            )
+
+
+def published_weights(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights of the published model, and the names of those that recipes added."""
+    left_out = [name for name in state_dict if name.startswith("recipes.")]
+    return {
         name: tensor.detach().cpu()
         for name, tensor in state_dict.items()
-        if not name.endswith("num_batches_tracked")  # its batch norms are frozen
-    }
-    save_whole(
-        path, {"model": weights, "args": argparse.Namespace(**dict(options)), "epoch": epoch}
-    )
+        # batch norms are frozen there, and count nothing
+        if not name.endswith("num_batches_tracked") and name not in left_out
+    }, left_out

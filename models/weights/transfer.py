@@ -19,6 +19,7 @@ _HEAD = re.compile(r"((?:transformer\.decoder\.)?(?:class|bbox)_embed)\.(\d+)\.(
 _QUERIES = "query_embed.weight"
 _COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none
 BACKBONE = "backbone.0."
+RECIPES = "recipes."  # what only helps training
 _RANKING_ROW = [(0, 0)]  # of the encoder's class head
 _LEAST_COPIED = 1 / 3
 _QUERY_NOISE = 0.1
@@ -27,11 +28,17 @@ _QUERY_NOISE = 0.1
 def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
     """Load every tensor; names and shapes must agree exactly.
 
+    Parameters of recipes that trained the weights are left out where the model does without them.
+
     Raises:
         CheckpointError: some do not; the first few are named.
     """
     target = {k: v for k, v in model.state_dict().items() if not k.endswith(_COUNTER)}
-    given = {k: v for k, v in state_dict.items() if not k.endswith(_COUNTER)}
+    given = {
+        name: tensor
+        for name, tensor in state_dict.items()
+        if not name.endswith(_COUNTER) and (name in target or not name.startswith(RECIPES))
+    }
     wrong = [f"'{k}' is missing" for k in target if k not in given]
     wrong += [f"'{k}' is not in the model" for k in given if k not in target]
     wrong += [
@@ -275,7 +282,8 @@ def _drop_aliases(report: TransferReport, target: Mapping[str, Tensor]) -> None:
 def _check_enough(
     report: TransferReport, source: Mapping[str, Tensor], target: Mapping[str, Tensor]
 ) -> None:
-    sizes = {t.data_ptr(): t.numel() for k, t in target.items() if not k.startswith(BACKBONE)}
+    other = (BACKBONE, RECIPES)
+    sizes = {t.data_ptr(): t.numel() for k, t in target.items() if not k.startswith(other)}
     filled = {target[n].data_ptr() for n in [*report.copied, *report.by_name, *report.adapted]}
     share = sum(sizes.get(pointer, 0) for pointer in filled) / max(sum(sizes.values()), 1)
     if share >= _LEAST_COPIED:

@@ -26,11 +26,12 @@ from torch import Tensor
 
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model
-from models.deformable_detr import DeformableDETR, DetectorOutput
+from models.deformable_detr import DeformableDETR
+from models.outputs import DetectorOutput
 from models.weights.hugging_face import to_official
 from models.weights.transfer import load_strict
 from tests.unit.models.definitions import Target, random_targets
-from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
+from tests.unit.models.small import VARIANTS, group_of, perturb, random_images, small_config
 from util.batch import PaddedBatch, pad_images
 
 transformers = pytest.importorskip("transformers")
@@ -130,13 +131,15 @@ def test_every_decoder_layer(pairs: Mapping[str, Pair], variant: str) -> None:
         theirs = pair.run_theirs(random_targets([1, 1], CLASSES))
         ours = pair.ours(pair.batch)
     layers = [*theirs.auxiliary_outputs, {"logits": theirs.logits, "pred_boxes": theirs.pred_boxes}]
-    assert len(layers) == len(ours["layer_logits"]) == 3
+    detecting = group_of(ours)
+    assert len(layers) == len(detecting.logits) == 3
     for index, layer in enumerate(layers):
-        assert_near(ours["layer_logits"][index], layer["logits"])
-        assert_near(ours["layer_boxes"][index], layer["pred_boxes"])
+        assert_near(detecting.logits[index], layer["logits"])
+        assert_near(detecting.boxes[index], layer["pred_boxes"])
     if variant == "two_stage":
-        assert_near(ours["enc_logits"], theirs.enc_outputs_class)
-        assert_near(ours["enc_boxes"], theirs.enc_outputs_coord_logits.sigmoid())
+        encoder = group_of(ours, "_enc")
+        assert_near(encoder.logits[0], theirs.enc_outputs_class)
+        assert_near(encoder.boxes[0], theirs.enc_outputs_coord_logits.sigmoid())
 
 
 def test_the_weights_leave_nothing_trivial(pairs: Mapping[str, Pair]) -> None:

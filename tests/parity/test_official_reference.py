@@ -20,9 +20,11 @@ from torch import Tensor
 
 from configs.schema import LossConfig, ModelConfig
 from models.build import build_criterion, build_model
-from models.deformable_detr import DeformableDETR, DetectorOutput
+from models.deformable_detr import DeformableDETR
 from models.matcher import HungarianMatcher, pad_targets
+from models.outputs import DetectorOutput
 from models.postprocess import PostProcess
+from tests.unit.models.small import group_of
 from util.batch import pad_images
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -97,8 +99,8 @@ def test_outputs_of_the_last_layer(recorded: Recorded) -> None:
 def test_outputs_of_the_other_layers(recorded: Recorded, layer: int) -> None:
     for name in ("logits", "boxes"):
         key = f"aux{layer}.pred_{name}"
-        tensor = recorded.output[f"layer_{name}"][layer]  # type: ignore[literal-required]
-        found = torch.tensor(recorded.fill.fingerprint(tensor, key))
+        tensors = getattr(group_of(recorded.output), name)
+        found = torch.tensor(recorded.fill.fingerprint(tensors[layer], key))
         assert_near(found, torch.tensor(recorded.json["fp"][key]), 1e-5)
 
 
@@ -106,8 +108,8 @@ def test_matches_of_every_layer(recorded: Recorded) -> None:
     targets = pad_targets(
         recorded.fill.targets(recorded.json["seed"], torch.float64), torch.device("cpu")
     )
-    output = recorded.output
-    (matches,) = HungarianMatcher()([(output["layer_logits"], output["layer_boxes"], targets)])
+    group = group_of(recorded.output)
+    (matches,) = HungarianMatcher()([(group.logits, group.boxes, targets)])
     for layer, name in enumerate(["aux0", "aux1", "aux2", "aux3", "aux4", "final"]):
         for image, (queries, chosen) in enumerate(recorded.json["match"][name]):
             kept = matches.image == image

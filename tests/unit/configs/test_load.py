@@ -10,13 +10,12 @@ import pytest
 from configs.load import (
     Given,
     build_config,
-    by_section,
     changed_options,
     read_command_line,
     read_options,
     to_yaml,
 )
-from configs.options import Checked, OptionParser, Section, option
+from configs.options import Checked, OptionParser, Section, by_section, option
 from configs.schema import SECTIONS, Config
 from util.errors import ConfigError
 
@@ -150,7 +149,7 @@ def test_a_wrong_recipe_is_one_line(argv: list[str], message: str) -> None:
             "recipes: {one_to_many: {k_one2man: 3}}",
             "unknown option 'recipes.one_to_many.k_one2man'. Did you mean 'k_one2many'?",
         ),
-        ("recipes: {one_to_many: 3}", "recipes.one_to_many: needs options below it"),
+        ("recipes: {one_to_many: 3}", "recipe 'one_to_many' needs options below it"),
         ("recipes: [one_to_many]", "section 'recipes' needs options below it"),
     ],
 )
@@ -207,16 +206,18 @@ def test_values_of_earlier_versions_mean_what_they_meant() -> None:
 
 
 def test_options_by_name_alone_find_their_sections() -> None:
-    values = by_section({"train_images": Path("train"), "lr": 1e-3, "crop_size": [384, 600]})
+    values = by_section(
+        {"train_images": Path("train"), "lr": 1e-3, "crop_size": [384, 600]}, SECTIONS
+    )
     assert values == {
         "data": {"train_images": "train", "crop_size": (384, 600)},
         "optim": {"lr": 1e-3},
     }
     assert build_config(values).optim.lr == 1e-3
     with pytest.raises(ConfigError, match="unknown option 'train_image'. Did you mean 'train_im"):
-        by_section({"train_image": "train"})
+        by_section({"train_image": "train"}, SECTIONS)
     with pytest.raises(ConfigError, match="lr: must be a number, not 'fast'"):
-        by_section({"lr": "fast"})
+        by_section({"lr": "fast"}, SECTIONS)
 
 
 def test_given_options_do_not_change_those_below() -> None:

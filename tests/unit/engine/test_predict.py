@@ -23,7 +23,8 @@ from engine.commands.predict import (
     write_predictions,
 )
 from engine.detector import Detector
-from models.deformable_detr import DeformableDETR, DetectorOutput
+from models.deformable_detr import DeformableDETR
+from models.outputs import DetectorOutput
 from util.batch import PaddedBatch
 from util.classes import Classes
 from util.errors import ConfigError, DataError

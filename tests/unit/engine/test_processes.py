@@ -91,7 +91,7 @@ def test_all_start_again_after_a_failure_as_often_as_asked(
 
 
 def test_more_gpus_than_there_are_is_refused(write: Write) -> None:
-    with pytest.raises(ConfigError, match=r"^--gpus 999: this machine has \d+ GPUs\. Use"):
+    with pytest.raises(ConfigError, match=r"^gpus 999: this machine has \d+ GPUs\. Use"):
         launch(write(""), [], processes=999, device="cuda", restarts=0)
 
 

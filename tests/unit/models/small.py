@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
+from models.outputs import DetectorOutput, GroupOutput
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -49,3 +50,9 @@ def small_model(*, num_classes: int = 5, **options: Any) -> DeformableDETR:
 def random_images(*sizes: tuple[int, int]) -> list[Tensor]:
     """Return float64 images of these (height, width)."""
     return [torch.randn(3, h, w, dtype=torch.float64) for h, w in sizes]
+
+
+def group_of(outputs: DetectorOutput, name: str = "") -> GroupOutput:
+    """Return the predictions of the one group of this name."""
+    (found,) = [group for group in outputs["groups"] if group.name == name]
+    return found

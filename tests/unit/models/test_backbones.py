@@ -151,7 +151,7 @@ def test_resnet_equals_the_one_of_timm_with_the_same_weights() -> None:
     ("name", "options", "message"),
     [
         ("resnet19", {}, "Did you mean 'resnet18'?"),
-        ("tim/resnet18", {}, "unknown source 'tim'. Did you mean 'timm'?"),
+        ("tim/resnet18", {}, "source 'tim' does not exist. Did you mean 'timm'?"),
         ("timm/tf_efficientnet_lite", {}, "timm has no such model. Did you mean 'tf_efficientnet"),
         ("resnet18", {"dilation": True}, "resnet18 and resnet34 have none. Use resnet50."),
         (CONVOLUTIONAL, {"dilation": True}, "--dilation: not for timm/"),

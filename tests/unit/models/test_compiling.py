@@ -1,5 +1,6 @@
 """The detector compiles as one graph, once for each size of batch."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model
 from models.deformable_detr import DeformableDETR
+from models.recipes.one_to_many import Options
 from models.switches import PARTS, compile_model, set_checkpointing
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
@@ -20,7 +22,7 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 SIZES = [(60, 90), (75, 64)]
 
 
-def small(**options: Any) -> DeformableDETR:
+def small(recipes: Mapping[str, Any] | None = None, **options: Any) -> DeformableDETR:
     """Return a float64 detector in training mode without dropout."""
     torch.manual_seed(0)
     options = {
@@ -29,16 +31,17 @@ def small(**options: Any) -> DeformableDETR:
         "enc_layers": 1,
         "dec_layers": 2,
     } | options
-    model = build_model(small_config(**options), num_classes=5).double().train()
+    model = build_model(small_config(**options), num_classes=5, recipes=recipes).double().train()
     perturb(model)
     return model
 
 
-def gradients(model: DeformableDETR) -> dict[str, Tensor]:
+def gradients(model: DeformableDETR, counts: Sequence[int] = (3, 2)) -> dict[str, Tensor]:
     """Return gradients of the loss of a random batch."""
+    model.zero_grad()
     torch.manual_seed(1)
-    outputs = model(pad_images(random_images(*SIZES)))
-    losses = build_criterion(LossConfig())(outputs, random_targets([3, 2], 5))
+    images, targets = random_images(*SIZES), random_targets(counts, 5)
+    losses = build_criterion(LossConfig())(model(pad_images(images), targets), targets)
     torch.autograd.backward(losses["loss"])
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -58,8 +61,27 @@ def test_training_and_evaluation_are_one_graph_each_and_compute_the_same(variant
     batch = pad_images(random_images(*SIZES))
     with torch.no_grad():
         wanted, output = plain.eval()(batch), compiled.eval()(batch)
-    torch.testing.assert_close(dict(output), dict(wanted))
+    torch.testing.assert_close(output["pred_logits"], wanted["pred_logits"])
+    for ours, theirs in zip(output["groups"], wanted["groups"], strict=True):
+        assert (ours.name, ours.targets) == (theirs.name, theirs.targets)
+        torch.testing.assert_close((ours.logits, ours.boxes), (theirs.logits, theirs.boxes))
     assert counter.frame_count == 2
+
+
+@variants
+def test_a_recipe_compiles_once_for_any_number_of_boxes(variant: str) -> None:
+    torch.compiler.reset()
+    recipes = {"one_to_many": Options(num_queries_one2many=9, k_one2many=2)}
+    options = VARIANTS[variant] | {"num_feature_levels": 5}
+    plain, compiled = small(recipes, **options), small(recipes, **options)
+    counter = CompileCounter()
+    compile_model(compiled, backend=counter)
+    for counts in ((3, 2), (0, 5), (1, 1)):
+        expected, found = gradients(plain, counts), gradients(compiled, counts)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
+    assert counter.frame_count == 1
 
 
 def test_every_size_is_compiled_once_however_many_pytorch_would_compile() -> None:

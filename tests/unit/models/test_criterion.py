@@ -1,5 +1,7 @@
 """The criterion against losses written out from the papers, and its symmetries."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from configs.schema import LossConfig
 from models.build import build_criterion
-from models.deformable_detr import DetectorOutput
+from models.outputs import DetectorOutput, GroupOutput, objects_of_one_class
 from tests.unit.models.definitions import Coefficients, Target, random_targets, total_loss
 
 CLASSES = 3
@@ -43,21 +45,33 @@ def random_outputs(
 
     logits = leaf(layers, n, queries, classes).requires_grad_()
     boxes = (leaf(layers, n, queries, 4) * 0.7).sigmoid().detach().requires_grad_()
-    outputs = DetectorOutput(
-        pred_logits=logits[-1], pred_boxes=boxes[-1], layer_logits=logits, layer_boxes=boxes
-    )
+    groups = [GroupOutput("", logits, boxes)]
     if tokens:
-        outputs["enc_logits"] = leaf(n, tokens, classes).requires_grad_()
-        outputs["enc_boxes"] = leaf(n, tokens, 4).sigmoid().detach().requires_grad_()
-    return outputs
+        logits = leaf(1, n, tokens, classes).requires_grad_()
+        boxes = leaf(1, n, tokens, 4).sigmoid().detach().requires_grad_()
+        groups.append(GroupOutput("_enc", logits, boxes, targets=objects_of_one_class))
+    return outputs_of(groups)
+
+
+def outputs_of(groups: list[GroupOutput]) -> DetectorOutput:
+    """Return what a detector with these groups predicts."""
+    first = groups[0]
+    return DetectorOutput(pred_logits=first.logits[-1], pred_boxes=first.boxes[-1], groups=groups)
+
+
+def part_of(outputs: DetectorOutput, images: slice | list[int]) -> DetectorOutput:
+    """Return the predictions for some of the images."""
+    return outputs_of(
+        [
+            replace(g, logits=g.logits[:, images], boxes=g.boxes[:, images])
+            for g in outputs["groups"]
+        ]
+    )
 
 
 def leaves_of(outputs: DetectorOutput) -> list[Tensor]:
     """Return the predictions that losses are computed from."""
-    leaves = [outputs["layer_logits"], outputs["layer_boxes"]]
-    if "enc_logits" in outputs:
-        leaves += [outputs["enc_logits"], outputs["enc_boxes"]]
-    return leaves
+    return [leaf for group in outputs["groups"] for leaf in (group.logits, group.boxes)]
 
 
 @pytest.mark.parametrize("config", [LossConfig(), OTHER], ids=["default", "other"])
@@ -68,9 +82,10 @@ def test_losses_and_gradients_follow_the_papers(
 ) -> None:
     outputs = random_outputs(3, tokens=tokens)
     targets = random_targets(counts, CLASSES)
-    encoder = (outputs["enc_logits"], outputs["enc_boxes"]) if tokens else None
+    detecting, *proposals = outputs["groups"]
+    encoder = (proposals[0].logits[0], proposals[0].boxes[0]) if tokens else None
     total, named = total_loss(
-        outputs["layer_logits"], outputs["layer_boxes"], targets, coefficients_of(config), encoder
+        detecting.logits, detecting.boxes, targets, coefficients_of(config), encoder
     )
     losses = build_criterion(config)(outputs, targets)
     assert set(losses) == {"loss", "class_error", *named}
@@ -95,14 +110,7 @@ def test_order_of_targets_and_of_images_does_not_matter(
     for index in order:
         permutation = torch.randperm(counts[index])
         shuffled.append({key: value[permutation] for key, value in targets[index].items()})
-    moved = DetectorOutput(
-        pred_logits=outputs["pred_logits"][order],
-        pred_boxes=outputs["pred_boxes"][order],
-        layer_logits=outputs["layer_logits"][:, order],
-        layer_boxes=outputs["layer_boxes"][:, order],
-        enc_logits=outputs["enc_logits"][order],
-        enc_boxes=outputs["enc_boxes"][order],
-    )
+    moved = part_of(outputs, list(order))
     criterion = build_criterion(LossConfig())
     expected, found = criterion(outputs, targets), criterion(moved, shuffled)
     for name, value in expected.items():
@@ -113,12 +121,7 @@ def test_class_error_is_the_share_of_matched_queries_with_a_wrong_best_class() -
     logits = torch.tensor([[4.0, 0.0, 0.0], [0.0, 5.0, 0.0], [0.0, 0.0, 6.0], [9.0, 0.0, 0.0]])
     boxes = torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.5, 0.5, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1],
                           [0.2, 0.8, 0.1, 0.1]])  # fmt: skip
-    outputs = DetectorOutput(
-        pred_logits=logits[None],
-        pred_boxes=boxes[None],
-        layer_logits=logits[None, None],
-        layer_boxes=boxes[None, None],
-    )
+    outputs = outputs_of([GroupOutput("", logits[None, None], boxes[None, None])])
     targets = [{"labels": torch.tensor([2, 1, 0, 0]), "boxes": boxes[[2, 1, 0, 3]]}]
     criterion = build_criterion(LossConfig(set_cost_class=0))
     assert criterion(outputs, targets)["class_error"] == 0
@@ -130,12 +133,8 @@ def test_class_error_is_the_share_of_matched_queries_with_a_wrong_best_class() -
 def test_half_precision_losses_are_summed_in_float32() -> None:
     outputs = random_outputs(2, queries=50, classes=91)
     targets = random_targets([3, 2], 91)
-    half = DetectorOutput(
-        pred_logits=outputs["pred_logits"].bfloat16(),
-        pred_boxes=outputs["pred_boxes"].bfloat16(),
-        layer_logits=outputs["layer_logits"].bfloat16(),
-        layer_boxes=outputs["layer_boxes"].bfloat16(),
-    )
+    (group,) = outputs["groups"]
+    half = outputs_of([GroupOutput("", group.logits.bfloat16(), group.boxes.bfloat16())])
     losses = build_criterion(LossConfig())(half, targets)
     assert losses["loss"].dtype == torch.float32
     expected = build_criterion(LossConfig())(outputs, targets)["loss"]
@@ -154,15 +153,7 @@ def test_parts_of_a_batch_that_share_its_count_add_up_to_it(
     expected = torch.autograd.grad(whole["loss"], leaves_of(outputs))
     parts = []
     for part in (slice(None, cut), slice(cut, None)):
-        predictions = DetectorOutput(
-            pred_logits=outputs["pred_logits"][part],
-            pred_boxes=outputs["pred_boxes"][part],
-            layer_logits=outputs["layer_logits"][:, part],
-            layer_boxes=outputs["layer_boxes"][:, part],
-            enc_logits=outputs["enc_logits"][part],
-            enc_boxes=outputs["enc_boxes"][part],
-        )
-        parts.append(criterion(predictions, targets[part], max(sum(counts), 1)))
+        parts.append(criterion(part_of(outputs, part), targets[part], max(sum(counts), 1)))
     for name in whole:
         torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name], msg=name)
     found = torch.autograd.grad(parts[0]["loss"] + parts[1]["loss"], leaves_of(outputs))
@@ -174,11 +165,11 @@ def test_predictions_that_are_not_finite_show_in_the_loss(counts: list[int]) -> 
     targets = random_targets(counts, CLASSES)
     for bad in (float("nan"), float("inf")):
         outputs = random_outputs(2)
-        outputs["layer_logits"].data[0, 1, 2, 0] = bad
+        outputs["groups"][0].logits.data[0, 1, 2, 0] = bad
         losses = build_criterion(LossConfig())(outputs, targets)
         assert not losses["loss"].isfinite()
         assert losses["loss_ce"].isfinite()  # of the last layer
     outputs = random_outputs(2)
-    outputs["layer_boxes"].data[-1] = float("nan")
+    outputs["groups"][0].boxes.data[-1] = float("nan")
     losses = build_criterion(LossConfig())(outputs, targets)
     assert bool(losses["loss"].isnan()) == any(counts)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model
-from models.deformable_detr import DetectorOutput
+from models.outputs import DetectorOutput
 from tests.unit.models.definitions import random_targets
-from tests.unit.models.small import VARIANTS, random_images, small_config, small_model
+from tests.unit.models.small import VARIANTS, group_of, random_images, small_config, small_model
 from util.batch import pad_images
 
 SIZES = [(60, 90), (75, 64)]
@@ -19,12 +19,9 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 
 def assert_same(a: DetectorOutput, b: DetectorOutput, image: int = 0) -> None:
     """Compare the predictions for one image of `a` with those of the only one of `b`."""
-    torch.testing.assert_close(
-        a["layer_logits"][:, image], b["layer_logits"][:, 0], rtol=1e-8, atol=1e-8
-    )
-    torch.testing.assert_close(
-        a["layer_boxes"][:, image], b["layer_boxes"][:, 0], rtol=1e-8, atol=1e-8
-    )
+    left, right = group_of(a), group_of(b)
+    for x, y in ((left.logits, right.logits), (left.boxes, right.boxes)):
+        torch.testing.assert_close(x[:, image], y[:, 0], rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("levels", [1, 3, 4, 5])
@@ -33,20 +30,23 @@ def test_output_shapes(variant: str, levels: int) -> None:
     model = small_model(num_feature_levels=levels, **VARIANTS[variant])
     with torch.no_grad():
         output = model(pad_images(random_images(*SIZES)))
-    assert output["layer_logits"].shape[:2] == output["layer_boxes"].shape[:2] == (3, 2)
-    assert output["layer_logits"].shape[3] == 5
-    assert output["layer_boxes"].shape[2:] == (output["layer_logits"].shape[2], 4)
-    assert torch.equal(output["pred_logits"], output["layer_logits"][-1])
-    assert torch.equal(output["pred_boxes"], output["layer_boxes"][-1])
-    assert output["layer_boxes"].ge(0).all()
-    assert output["layer_boxes"].le(1).all()
-    assert ("enc_logits" in output) == (variant == "two_stage")
+    detecting = group_of(output)
+    assert detecting.logits.shape[:2] == detecting.boxes.shape[:2] == (3, 2)
+    assert detecting.logits.shape[3] == 5
+    assert detecting.boxes.shape[2:] == (detecting.logits.shape[2], 4)
+    assert torch.equal(output["pred_logits"], detecting.logits[-1])
+    assert torch.equal(output["pred_boxes"], detecting.boxes[-1])
+    assert detecting.boxes.ge(0).all()
+    assert detecting.boxes.le(1).all()
+    assert [g.name for g in output["groups"]] == ["", "_enc"][: 1 + (variant == "two_stage")]
     if variant == "two_stage":
-        tokens = output["enc_logits"].shape[1]
-        assert output["enc_boxes"].shape == (2, tokens, 4)
-        assert output["layer_logits"].shape[2] == min(7, tokens)
+        encoder = group_of(output, "_enc")
+        tokens = encoder.logits.shape[2]
+        assert encoder.logits.shape == (1, 2, tokens, 5)
+        assert encoder.boxes.shape == (1, 2, tokens, 4)
+        assert detecting.logits.shape[2] == min(7, tokens)
     else:
-        assert output["layer_logits"].shape[2] == 7
+        assert detecting.logits.shape[2] == 7
 
 
 @variants
@@ -57,7 +57,7 @@ def test_without_auxiliary_losses_only_the_last_layer_is_supervised(variant: str
         full = model(batch)
         model.aux_loss = False
         last = model(batch)
-    assert torch.equal(last["layer_logits"], full["layer_logits"][-1:])
+    assert torch.equal(group_of(last).logits, group_of(full).logits[-1:])
     losses = build_criterion(LossConfig())(last, random_targets([1, 2], 5))
     assert not [name for name in losses if name[-1].isdigit()]
     assert ("loss_ce_enc" in losses) == (variant == "two_stage")

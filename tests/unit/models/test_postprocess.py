@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from models.deformable_detr import DetectorOutput
+from models.outputs import DetectorOutput
 from models.postprocess import PostProcess
 
 

@@ -10,16 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.build import build_transformer
-from models.decoder import apply_delta
-from models.deformable_detr import DetectionHeads
+from models.heads import apply_delta
 from models.layers import inverse_sigmoid
 from models.levels import FeatureLevels, cell_centres, valid_ratio
 from models.position_encoding import PositionEmbeddingSine
 from models.queries import proposal_embedding, select_proposals, token_proposals
 from models.transformer import DeformableTransformer, TransformerOutput
 from ops import MSDeformAttn
-from tests.unit.models.small import VARIANTS, perturb, small_config
+from tests.unit.models.small import VARIANTS, perturb, small_model
 from tests.unit.ops.oracle import loop_oracle
 
 SHAPES = [(4, 6), (2, 3)]
@@ -177,17 +175,7 @@ def test_deltas_move_points_and_boxes_in_logit_space() -> None:
 
 def build_small_transformer(variant: str) -> DeformableTransformer:
     """Return a perturbed float64 transformer of three levels."""
-    config = small_config(num_feature_levels=3, **VARIANTS[variant])
-    heads = DetectionHeads(
-        config.hidden_dim,
-        3,
-        num_layers=config.dec_layers,
-        with_box_refine=config.with_box_refine,
-        two_stage=config.two_stage,
-    )
-    transformer = build_transformer(config, heads).double().eval()
-    perturb(transformer)
-    return transformer
+    return small_model(num_classes=3, num_feature_levels=3, **VARIANTS[variant]).transformer
 
 
 def make_maps(valid: list[tuple[int, int]], shapes: list[tuple[int, int]], seed: int) -> Maps:
@@ -234,11 +222,14 @@ def test_references_between_layers_carry_no_gradient_but_the_first_does() -> Non
 
 
 def test_layers_refine_the_boxes_of_the_last() -> None:
-    output = decode(build_small_transformer("refine"), make_maps(VALID_3, SHAPES_3, 3))
-    decoded = output.decoder
+    transformer = build_small_transformer("refine")
+    decoded = decode(transformer, make_maps(VALID_3, SHAPES_3, 3)).decoder
+    heads = transformer.decoder.heads
     for i in range(2):
-        expected = apply_delta(decoded.deltas[i], decoded.references[i])
-        torch.testing.assert_close(decoded.references[i + 1], expected)
+        delta = heads.delta(i, decoded.hidden[i])
+        expected = apply_delta(delta, decoded.references[i])
+        torch.testing.assert_close(decoded.boxes[i], expected)
+        assert torch.equal(decoded.references[i + 1], decoded.boxes[i])
 
 
 def test_fewer_tokens_than_queries_give_fewer_queries() -> None:
@@ -252,13 +243,12 @@ def test_fewer_tokens_than_queries_give_fewer_queries() -> None:
 def test_encoder_predictions_are_finite_and_infinite_proposals_stay_at_the_edge() -> None:
     transformer = build_small_transformer("two_stage")
     output = decode(transformer, make_maps(VALID_3, SHAPES_3, seed=6))
-    assert output.encoder_boxes is not None
-    assert output.encoder_logits is not None
+    assert output.proposals is not None
+    boxes = output.proposals.box_logits.sigmoid()
     padding = torch.cat([m.flatten() for m in make_masks(SHAPES_3, [VALID_3])])
-    assert (output.encoder_boxes[0, padding] == 1).all()
-    assert output.encoder_logits.isfinite().all()
+    assert (boxes[0, padding] == 1).all()
+    assert output.proposals.logits.isfinite().all()
     (gradient,) = torch.autograd.grad(
-        F.l1_loss(output.encoder_boxes, torch.zeros_like(output.encoder_boxes)),
-        transformer.enc_output.weight,
+        F.l1_loss(boxes, torch.zeros_like(boxes)), transformer.enc_output.weight
     )
     assert gradient.isfinite().all()

@@ -49,7 +49,7 @@ def test_malicious_file_is_refused_and_not_run(tmp_path: Path, how: str) -> None
         path.write_bytes(pickle.dumps({"model": Payload(trap)}, protocol=2))
     else:
         torch.save({"model": Payload(trap)}, path, _use_new_zipfile_serialization=how == "zip")
-    with pytest.raises(CheckpointError, match=r"evil\.pth: expected") as caught:
+    with pytest.raises(CheckpointError, match=r"evil\.pth: holds") as caught:
         load_safely(path)
     assert "\n" not in str(caught.value)
     if how != "raw":
@@ -68,11 +68,11 @@ def test_namespace_cannot_smuggle_a_call(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"", "empty file"),
-        (b"some notes", "truncated, damaged or other"),
+        (b"", "is empty"),
+        (b"some notes", "truncated, damaged or no checkpoint"),
         (b"  <!DOCTYPE html><p>Sign in", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-        (b"\x80\x02}q\x00.", "damaged or other"),
+        (b"\x80\x02}q\x00.", "damaged or no checkpoint"),
     ],
 )
 def test_other_files_are_named_for_what_they_are(tmp_path: Path, content: bytes, what: str) -> None:
@@ -87,7 +87,7 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path, content: bytes,
 def test_missing_file_folder_and_foreign_zip(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         load_safely(tmp_path / "none.pth")
-    with pytest.raises(CheckpointError, match="got a folder"):
+    with pytest.raises(CheckpointError, match="is a folder"):
         load_safely(tmp_path)
     with zipfile.ZipFile(tmp_path / "z.pth", "w") as archive:
         archive.writestr("readme", "hello")
@@ -115,7 +115,7 @@ def test_safetensors(tmp_path: Path) -> None:
     assert load_safely(tmp_path / "a.safetensors")["w"].equal(torch.ones(2, 2))
     damaged = (tmp_path / "a.safetensors").read_bytes()[:-3]
     (tmp_path / "b.safetensors").write_bytes(damaged)
-    with pytest.raises(CheckpointError, match=r"b\.safetensors: expected a safetensors file"):
+    with pytest.raises(CheckpointError, match=r"b\.safetensors: is damaged, or no safeten"):
         load_safely(tmp_path / "b.safetensors")
 
 
@@ -145,6 +145,6 @@ def test_a_changed_bit_of_a_tensor_is_found_by_its_sum(
     content[start + 4 * element + bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
     load_safely(path)  # the reader itself does not notice
-    with pytest.raises(CheckpointError, match=r"a\.pth: expected a whole checkpoint") as caught:
+    with pytest.raises(CheckpointError, match=r"a\.pth: the checkpoint is damaged") as caught:
         check_content(path)
     assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """Models made and saved by transformers itself, read into ours: same keys, same predictions."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,21 @@ import torch
 
 from configs.schema import ModelConfig
 from models.build import build_model
+from models.queries import proposal_embedding
+from models.recipes.one_to_many import Options
 from models.weights.class_names import COCO_CATEGORIES, coco_logit_classes
-from models.weights.hugging_face import config_classes, config_options, to_hugging_face, to_official
+from models.weights.hugging_face import (
+    config_classes,
+    config_options,
+    save_hugging_face,
+    to_hugging_face,
+    to_official,
+)
 from models.weights.load import load_pretrained
 from models.weights.transfer import load_strict
+from tests.unit.models.small import perturb, small_config
 from util.batch import pad_images
+from util.classes import Classes
 from util.errors import CheckpointError
 
 SMALL: dict[str, Any] = {
@@ -223,3 +234,71 @@ def test_hub_out_of_reach_is_one_line(
         load_pretrained(source)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"{source}: ")
+
+
+OURS: dict[str, dict[str, Any]] = {
+    "plain": {"backbone": "resnet18"},
+    "two_stage": {"backbone": "resnet18", "with_box_refine": True, "two_stage": True},
+    "single_scale_dc5": {"backbone": "resnet50", "num_feature_levels": 1, "dilation": True},
+}
+
+
+@pytest.mark.parametrize("variant", OURS)
+def test_transformers_loads_what_we_save_and_predicts_the_same(
+    tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = small_config(**OURS[variant])
+    recipes = {"one_to_many": Options(num_queries_one2many=9)}
+    model = build_model(config, num_classes=3, recipes=recipes).double().eval()
+    perturb(model)
+    classes = Classes((2, 5, 9), ("café", "", "dog"))
+    left_out = save_hugging_face(
+        tmp_path / "saved",
+        model.state_dict(),
+        options=asdict(config),
+        classes=classes,
+        image_mean=model.backbone.mean,
+        image_std=model.backbone.std,
+        image_size=(64, 96),
+    )
+    extra = "recipes.one_to_many.query_embed.weight"
+    assert left_out == ([] if variant == "two_stage" else [extra])
+    theirs, info = transformers.DeformableDetrForObjectDetection.from_pretrained(
+        tmp_path / "saved", output_loading_info=True, dtype=torch.float64
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    if variant == "two_stage":  # their own rounds to float32
+        theirs.model.get_proposal_pos_embed = lambda boxes: proposal_embedding(
+            boxes.sigmoid(), config.hidden_dim // 2
+        )
+    images = torch.randn(2, 3, 128, 96, dtype=torch.float64)  # without padding, see above
+    with torch.no_grad():
+        expected = theirs.eval()(images, pixel_mask=torch.ones(2, 128, 96, dtype=torch.long))
+        output = model(pad_images(list(images)))
+    torch.testing.assert_close(output["pred_logits"], expected.logits, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(output["pred_boxes"], expected.pred_boxes, atol=1e-9, rtol=1e-9)
+    assert theirs.config.id2label == {0: "café", 1: "N/A", 2: "dog"}
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "saved")
+    assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == (64, 96)
+    again = load_pretrained(str(tmp_path / "saved"))
+    assert again.classes.names == classes.names
+    assert again.image_size == (64, 96)
+    rebuilt = build_model(ModelConfig(**again.model_options), num_classes=3).double()
+    load_strict(rebuilt, again.state_dict, "saved")
+    for name, value in rebuilt.state_dict().items():
+        assert value.equal(model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "options", [{"backbone": "timm/x"}, {"backbone": "resnet50", "encoder": "mine"}]
+)
+def test_a_model_that_transformers_lacks_is_not_written(
+    tmp_path: Path, options: dict[str, str]
+) -> None:
+    with pytest.raises(CheckpointError, match="other implementations have no"):
+        save_hugging_face(
+            tmp_path / "saved", {}, options=options, classes=Classes((), ()),
+            image_mean=(), image_std=(), image_size=(1, 1),
+        )  # fmt: skip
+    assert not (tmp_path / "saved").exists()

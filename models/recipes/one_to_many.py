@@ -1,0 +1,72 @@
+"""Hybrid matching: further queries, of which several learn each object (H-DETR, arXiv 2207.13080).
+
+One-to-one matching gives few queries a box to learn. A second group of queries, in training alone,
+is matched with every object `k_one2many` times; decoder and heads, which both groups share, learn
+from all of them (Sec. 3.2, hybrid branch scheme).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from configs.options import Checked, option
+from models.matcher import PaddedTargets
+from models.queries import Proposals, QueryGroup
+from models.recipes import RECIPES
+from models.recipes.base import Recipe
+from models.transformer import DeformableTransformer
+from util.batch import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """Options of hybrid matching, under their official names."""
+
+    num_queries_one2many: int = option(1500, "further queries in training", low=1)
+    k_one2many: int = option(6, "of them, how many learn each object", low=1)
+    lambda_one2many: float = option(1.0, "weight of their losses", above=0)
+
+
+@RECIPES.register("one_to_many")
+class OneToMany(Recipe):
+    """The proposals that rank next or, in a model of one stage, learned queries of its own."""
+
+    options_class = Options
+
+    def __init__(
+        self, options: Options, transformer: DeformableTransformer, *, num_classes: int
+    ) -> None:
+        super().__init__(options, transformer, num_classes=num_classes)
+        self.num_queries, self.repeats = options.num_queries_one2many, options.k_one2many
+        # the targets are repeated, and with them the number of boxes that losses are divided by
+        self.divisor = self.repeats / options.lambda_one2many
+        self.query_embed = None
+        if not transformer.two_stage:
+            self.query_embed = nn.Embedding(self.num_queries, transformer.d_model * 2)
+
+    def queries(
+        self,
+        transformer: DeformableTransformer,
+        memory: Tensor,
+        proposals: Proposals | None,
+        targets: Sequence[Target],
+    ) -> list[QueryGroup]:
+        """Return the one group, which may be empty where an image has few tokens."""
+        learning: dict[str, Any] = {"targets": self.repeated, "divisor": self.divisor}
+        if self.query_embed is not None:
+            embedding = self.query_embed.weight
+            return [transformer.from_embedding("_one2many", embedding, len(memory), **learning)]
+        assert proposals is not None
+        first = transformer.num_queries
+        boxes = proposals.best(first, first + self.num_queries)
+        return [transformer.from_boxes("_one2many", boxes, **learning)]
+
+    def repeated(self, targets: PaddedTargets) -> PaddedTargets:
+        """Return every target `repeats` times; as before, padding comes last in each row."""
+        return PaddedTargets(
+            targets.labels.repeat_interleave(self.repeats, dim=1),
+            targets.boxes.repeat_interleave(self.repeats, dim=1),
+            [count * self.repeats for count in targets.counts],
+        )

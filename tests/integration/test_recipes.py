@@ -1,0 +1,45 @@
+"""A run with a recipe: its options, its losses, its weights, and what is left of it afterwards."""
+
+from pathlib import Path
+
+import torch
+import yaml
+
+from engine.detector import Detector
+from tests.integration.conftest import TINY, read_log, run_cli
+
+KEY = "recipes.one_to_many.query_embed.weight"
+PLAIN = ("--no_two_stage", "--no_with_box_refine")
+
+
+def test_hybrid_matching_trains_resumes_and_detects_without_its_queries(
+    shapes: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    done = run_cli(
+        "train", "--config", TINY, *PLAIN, "--coco_path", shapes, "--output_dir", folder,
+        "--epochs", "1", "--recipes", "one_to_many", "--num_queries_one2many", "9",
+        "--k_one2many", "2", "--eval_every", "1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (log,) = read_log(folder)
+    for name in ("loss_ce_one2many", "loss_giou_one2many_0", "loss_bbox_one2many_unscaled"):
+        assert log[f"train_{name}"] > 0
+        assert f"test_{name}" not in log
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    expected = {"num_queries_one2many": 9, "k_one2many": 2, "lambda_one2many": 1.0}
+    assert config["recipes"] == {"one_to_many": expected}
+
+    first = torch.load(folder / "last.pth", weights_only=True)["model"][KEY]
+    assert first.shape == (9, 2 * 32)
+    done = run_cli("train", "--resume", folder / "last.pth", "--coco_path", shapes, "--epochs", "2")
+    assert done.returncode == 0, done.stderr
+    assert "train_loss_ce_one2many" in read_log(folder)[1]
+    second = torch.load(folder / "last.pth", weights_only=True)["model"][KEY]
+    assert second.shape == first.shape
+    assert not torch.equal(second, first)
+
+    detector = Detector.load(folder / "last.pth")
+    assert KEY not in detector.model.state_dict()
+    image = next((shapes / "val2017").iterdir())
+    assert detector.predict(str(image), threshold=0.0)
