@@ -1,5 +1,6 @@
 """`train` and `evaluate` in one call each, as the commands do it."""
 
+import json
 import os
 import signal
 import tempfile
@@ -72,10 +73,7 @@ def _launch(given: Given, **how: Any) -> int:
     """Run the command line in several processes, with the options in a file."""
     root = Path(__file__).parents[1]
     program = root / "__main__.py"  # of the installed package
-    plain = {
-        title: {k: list(v) if isinstance(v, tuple) else v for k, v in section.items()}
-        for title, section in given.values.items()
-    }
+    plain = json.loads(json.dumps(given.values))  # lists in place of tuples
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "options.yaml"
         file.write_text(yaml.safe_dump(plain), encoding="utf-8")

@@ -17,6 +17,7 @@ from datasets.checks.fix import corrected
 from datasets.checks.report import page
 from datasets.checks.summary import summary
 from datasets.loader import loader_processes
+from models.recipes import RecipeOptions
 from util.console import console
 from util.errors import ConfigError
 from util.files import make_output_dir, write_atomic
@@ -36,6 +37,7 @@ class CheckOptions(Checked):
 
 
 SECTIONS = {**RUN, "check": CheckOptions}
+RECIPES = RecipeOptions()
 
 
 def main(config: Config, options: CheckOptions) -> int:

@@ -6,12 +6,14 @@ import torch
 
 from ops.self_test import check_backends
 from util.console import console
+from util.version import __version__
 
 SECTIONS: dict[str, type] = {}
 
 
 def main() -> int:
     """Report hardware and op backends, and test them."""
+    console(f"deformable_detr {__version__}")
     console(f"python {platform.python_version()} on {platform.platform()}")
     console(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
     healthy = True

@@ -11,7 +11,7 @@ from engine.evaluation.evaluator import EvalResult, Evaluator
 from engine.guards.unreadable import UnreadableImages
 from engine.metrics import Averages, official_log_values
 from models.criterion import SetCriterion
-from models.deformable_detr import DetectorOutput
+from models.outputs import DetectorOutput
 from models.postprocess import PostProcess
 from util.batch import Batch, PaddedBatch, Target, pad_images
 from util.distributed import World

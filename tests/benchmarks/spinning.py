@@ -113,7 +113,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed steps per run")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--num_workers", type=int, default=1, help="loader processes")
-    options, options.train = parser.parse_known_args()
+    options, train_options = parser.parse_known_args()
+    options.train = train_options
     with tempfile.TemporaryDirectory() as folder:
         if not options.coco_path:
             command = [sys.executable, "-m", "datasets.shapes", "--output_dir", folder]

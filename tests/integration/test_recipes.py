@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
 from engine.detector import Detector
+from main import main
 from tests.integration.conftest import TINY, read_log, run_cli
 
 KEY = "recipes.one_to_many.query_embed.weight"
@@ -43,3 +45,21 @@ def test_hybrid_matching_trains_resumes_and_detects_without_its_queries(
     assert KEY not in detector.model.state_dict()
     image = next((shapes / "val2017").iterdir())
     assert detector.predict(str(image), threshold=0.0)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_recipes_and_a_new_one_may_drop_those_of_its_file(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--no_tensorboard", "--no_probe", "--device", "cpu", "--max_steps", "1"]
+    new = ["train", "--config", TINY, "--coco_path", str(shapes), *common, "--output_dir"]
+    folder = tmp_path / "run"
+    flags = ["--recipes", "one_to_many", "--k_one2many", "2", "--num_queries_one2many", "9"]
+    assert main([*new, str(folder), *flags]) == 0
+    for other in (["--recipes"], ["--recipes", "one_to_many", "--k_one2many", "3"]):
+        assert main(["train", "--resume", str(folder / "last.pth"), *other]) == 2
+        assert "one_to_many" in capsys.readouterr().err
+    again = ["train", "--config", str(folder / "config.yaml"), "--recipes", "--output_dir"]
+    assert main([*again, str(tmp_path / "plain")]) == 0
+    assert "train_loss_ce_one2many" in read_log(folder)[-1]
+    assert "train_loss_ce_one2many" not in read_log(tmp_path / "plain")[-1]
