@@ -66,7 +66,7 @@ class PositionEmbeddingLearned(nn.Module):
 
 
 def build_position_encoding(kind: str, hidden_dim: int) -> nn.Module:
-    """Return the encoding named by `--position_embedding`."""
+    """Return the encoding of this name."""
     if kind == "learned":
         return PositionEmbeddingLearned(hidden_dim // 2)
     return PositionEmbeddingSine(hidden_dim // 2)

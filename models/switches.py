@@ -1,4 +1,4 @@
-"""Parts of a detector that training leaves as they are."""
+"""What is set on a built detector: frozen parts, compilation, activation checkpointing."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -11,7 +11,7 @@ from util.errors import ConfigError, nearest_hint
 
 
 def frozen_parts(model: DeformableDETR, part: str) -> list[nn.Module]:
-    """Return the modules that a choice of `--freeze` keeps as they are, heads aside.
+    """Return the modules that a choice of `freeze` keeps as they are, except the heads.
 
     "encoder" has all that comes before the decoder, "all_but_heads" what comes before the heads.
     As nothing that learns comes before what is frozen, autograd records nothing of it.
@@ -28,7 +28,7 @@ def frozen_parts(model: DeformableDETR, part: str) -> list[nn.Module]:
 
 
 def freeze(model: DeformableDETR, part: str, *, fresh: Collection[str] = ()) -> None:
-    """Let a part of the model need no gradient, and stay in evaluation mode: no dropout.
+    """Freeze a part of the model: no gradients, and evaluation mode, thus no dropout.
 
     `part`: "none", "backbone", "encoder" or "all_but_heads", see `frozen_parts`. `fresh`: names of
     the parameters that have random values.
@@ -46,8 +46,8 @@ def freeze(model: DeformableDETR, part: str, *, fresh: Collection[str] = ()) -> 
         if id(parameter) in frozen:
             if name in fresh:
                 raise ConfigError(
-                    f"--freeze {part}: expected trained weights in what is frozen, but '{name}' "
-                    "would stay random. Give --finetune weights of the same model, or freeze less."
+                    f"freeze {part}: '{name}' would stay random: the weights given lack it. "
+                    "Give `finetune` weights of the same model, or freeze less."
                 )
             parameter.requires_grad_(False)
     model.stay_in_evaluation(parts)
@@ -74,7 +74,9 @@ PARTS = ("backbone", "encoder", "decoder")
 
 
 def set_checkpointing(model: DeformableDETR, parts: Collection[str]) -> None:
-    """Let the named parts forget their activations and compute them again in the backward pass.
+    """Enable activation checkpointing for the named parts.
+
+    They drop their activations and compute them again in the backward pass.
 
     Gradients are the same to the last bit, dropout included. `parts` are of "backbone", "encoder"
     and "decoder"; the others keep their activations.
@@ -85,7 +87,7 @@ def set_checkpointing(model: DeformableDETR, parts: Collection[str]) -> None:
     for part in parts:
         if part not in PARTS:
             raise ConfigError(
-                f"--activation_checkpointing: expected parts of the model, got '{part}'. "
+                f"activation_checkpointing: the model has no part '{part}'. "
                 f"{nearest_hint(part, PARTS)}"
             )
     model.backbone.backbone.checkpointing = "backbone" in parts

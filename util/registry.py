@@ -41,7 +41,7 @@ class Registry(Generic[T]):
         if name not in self._entries and name in self.modules:
             import_module(self.modules[name], self.package)
         if name not in self._entries:
-            raise ConfigError(f"{self.kind} '{name}' does not exist. {nearest_hint(name, [*self])}")
+            raise ConfigError(f"{self.kind} {name}: does not exist. {nearest_hint(name, [*self])}")
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:

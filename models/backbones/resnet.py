@@ -122,15 +122,15 @@ def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
             state = enum["IMAGENET1K_V1"].get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # cut, or not the file
             raise CheckpointError(
-                f"--backbone_weights imagenet: download of {options.variant} failed ({error}). "
+                f"backbone_weights imagenet: download of {options.variant} failed ({error}). "
                 f"Fetch {enum['IMAGENET1K_V1'].url} elsewhere and pass the file."
             ) from error
     else:
         state = load_safely(Path(options.weights))
         if not isinstance(state, Mapping):
             raise CheckpointError(
-                f"--backbone_weights {options.weights}: expected the state dict of "
-                f"{options.variant}, got a {type(state).__name__}."
+                f"backbone_weights {options.weights}: holds a {type(state).__name__}, not a state "
+                f"dict. Give the weights of {options.variant}."
             )
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     if not options.train_norm:
@@ -139,15 +139,15 @@ def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
     odd = sorted(expected.symmetric_difference(state))
     if odd:
         raise CheckpointError(
-            f"--backbone_weights {options.weights}: expected torchvision {options.variant}, "
-            f"key '{odd[0]}' and {len(odd) - 1} more do not fit. Pass that network's state dict."
+            f"backbone_weights {options.weights}: '{odd[0]}' and {len(odd) - 1} more keys do not fit "
+            f"torchvision's {options.variant}. Pass the state dict of that network."
         )
     try:
         network.load_state_dict(state, strict=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"--backbone_weights {options.weights}: does not fit {options.variant}: {reason}"
+            f"backbone_weights {options.weights}: does not fit {options.variant}: {reason}"
         ) from error
 
 
@@ -156,9 +156,9 @@ def create_resnet(options: BackboneOptions) -> Backbone:
     """Build a torchvision ResNet."""
     if options.variant not in _BLOCKS:
         raise ConfigError(
-            f"--backbone {options.variant}: unknown torchvision backbone. "
+            f"backbone {options.variant}: torchvision has no such ResNet. "
             f"{nearest_hint(options.variant, _BLOCKS)} Others: timm/NAME."
         )
     if options.dilation and options.variant in ("resnet18", "resnet34"):
-        raise ConfigError("--dilation: resnet18 and resnet34 have none. Use resnet50.")
+        raise ConfigError("dilation: resnet18 and resnet34 have none. Use resnet50.")
     return ResNetBackbone(options)

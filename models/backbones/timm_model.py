@@ -90,16 +90,16 @@ def _create_body(options: BackboneOptions, count: int) -> Any:
     name, weights = options.variant, options.weights
     if not timm.is_model(name):
         raise ConfigError(
-            f"--backbone timm/{name}: timm has no such model. "
+            f"backbone timm/{name}: timm has no such model. "
             f"{nearest_hint(name, timm.list_models())}"
         )
     if options.dilation:
-        raise ConfigError(f"--dilation: not for timm/{name}. Use a torchvision ResNet.")
+        raise ConfigError(f"dilation: not for timm/{name}. Use a torchvision ResNet.")
     given = None if weights in ("none", "imagenet") else load_safely(Path(weights))
     if given is not None and not isinstance(given, Mapping):
         raise CheckpointError(
-            f"--backbone_weights {weights}: expected the state dict of timm/{name}, got a "
-            f"{type(given).__name__}."
+            f"backbone_weights {weights}: holds a {type(given).__name__}, not a state dict. Give "
+            f"the weights of timm/{name}."
         )
     options_of_timm: dict[str, Any] = {
         "features_only": True,
@@ -113,12 +113,10 @@ def _create_body(options: BackboneOptions, count: int) -> Any:
         body = timm.create_model(name, **options_of_timm)
     except Exception as error:  # timm and the hub raise many kinds; all mean "not loaded"
         reason = " ".join(str(error).split())[:300]
-        hint = "Pass a local file with --backbone_weights FILE, or none to start from scratch."
-        raise CheckpointError(
-            f"--backbone timm/{name}: cannot be built: {reason} {hint}"
-        ) from error
+        hint = "Pass a local file as `backbone_weights FILE`, or none to start from scratch."
+        raise CheckpointError(f"backbone timm/{name}: cannot be built: {reason} {hint}") from error
     if given is not None:
-        _check_arrival(body, given, f"--backbone_weights {weights}", name)
+        _check_arrival(body, given, f"backbone_weights {weights}", name)
     _accept_any_size(body, name)
     return body
 
@@ -138,8 +136,8 @@ def _check_arrival(body: nn.Module, given: Mapping[str, Tensor], place: str, nam
     arrived = sum(mark(p) in known for p in heavy)
     if arrived < 0.9 * len(heavy):
         raise CheckpointError(
-            f"{place}: expected the weights of timm/{name}, but only {arrived} of {len(heavy)} "
-            "tensors of the backbone are in the file. Give that network's weights."
+            f"{place}: only {arrived} of {len(heavy)} tensors of timm/{name} are in the file. "
+            "Give the weights of that network."
         )
 
 
@@ -160,8 +158,8 @@ def _accept_any_size(body: nn.Module, name: str) -> None:
         maps = body.eval()(torch.zeros(1, 3, height, width))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"--backbone timm/{name}: expected a network for images of any size, got one that "
-            f"refuses {height} x {width} ({' '.join(str(error).split())[:100]}). Choose another."
+            f"backbone timm/{name}: the network refuses images of {height} x {width} "
+            f"({' '.join(str(error).split())[:100]}). Choose one that takes any size."
         ) from error
     body.train()
     parameters = list(body.parameters())

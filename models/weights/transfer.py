@@ -50,7 +50,7 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(
             f"{source}: expected the weights of this model, but {', '.join(wrong[:3])}{more}. "
-            "Build the model with the checkpoint's options, or start from it with --finetune."
+            "Build the model with the checkpoint's options, or start from it with `finetune`."
         )
     model.load_state_dict(dict(state_dict), strict=False)
 
@@ -297,8 +297,8 @@ def _check_enough(
         if value != ours.get(name)
     ]
     raise CheckpointError(
-        "--finetune: expected weights of a similar model, got one of which, but for the backbone, "
-        f"only {share:.0%} fits ({'; '.join(differing) or 'other tensors'}). "
+        f"finetune: apart from the backbone, only {share:.0%} of the weights fit "
+        f"({'; '.join(differing) or 'other tensors'}). "
         "Set the model options to the checkpoint's."
     )
 

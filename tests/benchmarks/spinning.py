@@ -47,12 +47,10 @@ def run_steps(
             "--output_dir", str(metrics.parent), "--num_workers", str(options.num_workers),
             "--backbone_weights", "none", *options.train,
         ]  # fmt: skip
+        with output.open("wb") as file:
+            run = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
         others = [subprocess.Popen([sys.executable, "-c", "while 1: pass"]) for _ in range(busy)]
         try:
-            with output.open("wb") as file:
-                run = subprocess.Popen(
-                    command, env=environment, stdout=file, stderr=subprocess.STDOUT
-                )
             steps: list[Step] = []
             while len(steps) < WARM_UP + options.steps:
                 if run.poll() is not None:
@@ -60,11 +58,9 @@ def run_steps(
                 time.sleep(0.5)
                 lines = metrics.read_text().splitlines() if metrics.exists() else []
                 steps = [json.loads(line) for line in lines if line.endswith("}")]
-            run.terminate()
-            run.wait()
         finally:
-            for process in others:
-                process.kill()
+            for process in (*others, run):
+                process.terminate()
                 process.wait()
     return steps[WARM_UP : WARM_UP + options.steps]
 
@@ -113,8 +109,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed steps per run")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--num_workers", type=int, default=1, help="loader processes")
-    options, train_options = parser.parse_known_args()
-    options.train = train_options
+    options, rest = parser.parse_known_args()
+    options.train = rest
     with tempfile.TemporaryDirectory() as folder:
         if not options.coco_path:
             command = [sys.executable, "-m", "datasets.shapes", "--output_dir", folder]

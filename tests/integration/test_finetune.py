@@ -188,7 +188,10 @@ def test_random_weights_are_not_frozen(people: Path, tmp_path: Path) -> None:
     output = train(tmp_path / "run", "--freeze", "encoder", "--backbone", "timm/test_resnet",
                    "--backbone_weights", "none", *SMALL,
                    *data(people, people / "boxes.json"), code=2)  # fmt: skip
-    assert errors(output)[0].startswith("error: --freeze encoder: expected trained weights")
+    assert errors(output)[0].startswith("error: --freeze encoder: '")
+    assert (
+        "would stay random: the weights given lack it. Give --finetune weights" in errors(output)[0]
+    )
 
 
 def predict(

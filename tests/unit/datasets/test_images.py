@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 import pytest
@@ -162,9 +162,8 @@ class Stumbling(ImageFile.ImageFile):
         if self.fp.read(5).endswith(b"0"):
             raise AssertionError
         self._size, self._mode = (4, 3), "RGB"
-        self.tile = [ImageFile._Tile("raw", (0, 0, 4, 3), 0, "RGB")]
 
-    def load_prepare(self) -> None:
+    def load(self) -> NoReturn:
         """Stumble before anything is decoded."""
         raise AssertionError
 

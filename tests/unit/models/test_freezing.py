@@ -108,7 +108,7 @@ def test_what_would_stay_random_is_not_frozen() -> None:
     model = build_model(small_config(), num_classes=5)
     names = [name for name, _ in model.named_parameters()]
     freeze(model, "encoder", fresh=[n for n in names if n.startswith("transformer.decoder.")])
-    with pytest.raises(ConfigError, match=r"--freeze all_but_heads: .*'transformer\.decoder\."):
+    with pytest.raises(ConfigError, match=r"freeze all_but_heads: .*'transformer\.decoder\."):
         freeze(model, "all_but_heads", fresh=["transformer.decoder.layers.0.norm1.bias"])
     with pytest.raises(ConfigError, match=r"'transformer\.level_embed' would stay random"):
         freeze(model, "encoder", fresh=["transformer.level_embed"])
