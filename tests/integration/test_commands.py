@@ -81,7 +81,7 @@ def test_images_without_annotations_are_evaluated_too(
                "--val_annotations", tmp_path / "image_info.json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "n/a: no ground truth" in done.stdout
-    assert "classes that the model does not know and no annotation has, left out: 'alien'" in (
+    assert "classes that the model does not know, but no annotation has, left out: 'alien'" in (
         done.stdout
     )
     expected = json.loads((finished_run / "eval" / "detections.json").read_text())
