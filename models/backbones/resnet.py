@@ -139,8 +139,8 @@ def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
     odd = sorted(expected.symmetric_difference(state))
     if odd:
         raise CheckpointError(
-            f"backbone_weights {options.weights}: '{odd[0]}' and {len(odd) - 1} more keys do not fit "
-            f"torchvision's {options.variant}. Pass the state dict of that network."
+            f"backbone_weights {options.weights}: '{odd[0]}' and {len(odd) - 1} more keys do not "
+            f"fit torchvision's {options.variant}. Pass the state dict of that network."
         )
     try:
         network.load_state_dict(state, strict=False)
