@@ -85,7 +85,7 @@ class DeformableDecoderLayer(nn.Module):
         return output
 
     def _attend_within(self, groups: Groups, query: Tensor, value: Tensor) -> Tensor:
-        """Let queries of each group attend to each other: so duplicates are told apart."""
+        """Attend within each group: a query learns of others that find the same object."""
         sizes = [size for size, _ in groups]
         parts = zip(groups, torch.split(query, sizes, 1), torch.split(value, sizes, 1), strict=True)
         attended = [

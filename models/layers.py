@@ -30,7 +30,7 @@ def sine_embedding(values: Tensor, dims: int, temperature: float = 10000.0) -> T
 class ExactLinear(nn.Linear):
     """A linear layer that autocast leaves in the precision of its weights.
 
-    For what becomes a place or a score: bfloat16 has 8 bits, too few to tell pixels apart.
+    For what becomes a place or a score: bfloat16 has 8 bits, too few to distinguish pixels.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from util.box_ops import cxcywh_to_xyxy, generalized_iou
 
 _NOT_FINITE = 1e6  # the cost of what has none: far above any other
 
-# G prediction layers, N batch, Q predictions, T targets of an image (padded to the most).
+# G prediction layers, N batch, Q predictions, T targets of an image (padded to the longest).
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,11 @@ class Matches:
 def pad_targets(targets: Sequence[Target], device: torch.device) -> PaddedTargets:
     """Put the targets of a batch into rectangular tensors on `device`."""
     counts = [len(t["labels"]) for t in targets]
-    most = max(counts, default=0)
-    labels = [F.pad(t["labels"], (0, most - n)) for t, n in zip(targets, counts, strict=True)]
-    boxes = [F.pad(t["boxes"], (0, 0, 0, most - n)) for t, n in zip(targets, counts, strict=True)]
+    longest = max(counts, default=0)
+    labels = [F.pad(t["labels"], (0, longest - n)) for t, n in zip(targets, counts, strict=True)]
+    boxes = [
+        F.pad(t["boxes"], (0, 0, 0, longest - n)) for t, n in zip(targets, counts, strict=True)
+    ]
     return PaddedTargets(
         torch.stack(labels).to(device, non_blocking=True),
         torch.stack(boxes).to(device, non_blocking=True),
@@ -79,16 +81,16 @@ class HungarianMatcher:
         Shape: logits [G,N,Q,classes]; boxes [G,N,Q,4] cxcywh; returns [G,N,Q,T].
         """
         exact = torch.promote_types(logits.dtype, torch.float32)
-        logits, boxes, wanted = logits.to(exact), boxes.to(exact), targets.boxes.to(exact)
+        logits, boxes, target = logits.to(exact), boxes.to(exact), targets.boxes.to(exact)
         index = targets.labels[None, :, None].expand(*logits.shape[:3], -1)
         logit = logits.gather(3, index)  # [G,N,Q,T], of the target's class
         probability = logit.sigmoid()
         # focal loss if the query took the target, less that if it stayed background
         positive = self.focal_alpha * (1 - probability) ** 2 * -(probability + 1e-8).log()
         negative = (1 - self.focal_alpha) * probability**2 * -(1 - probability + 1e-8).log()
-        distance = (boxes[:, :, :, None] - wanted[None, :, None]).abs().sum(-1)
+        distance = (boxes[:, :, :, None] - target[None, :, None]).abs().sum(-1)
         giou = generalized_iou(
-            cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(wanted)[None, :, None]
+            cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(target)[None, :, None]
         )
         return (
             self.cost_class * (positive - negative)

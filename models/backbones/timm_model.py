@@ -79,7 +79,7 @@ class TimmBackbone(nn.Module):
 
 
 def _in_precision_of_weights(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Let autocast pass a layer norm by, see `models.layers.ExactLayerNorm`."""
+    """Exempt a layer norm from autocast, see `models.layers.ExactLayerNorm`."""
     x, *rest = inputs
     if norm.weight is None or not torch.is_autocast_enabled(x.device.type):
         return inputs
@@ -142,7 +142,7 @@ def _check_arrival(body: nn.Module, given: Mapping[str, Tensor], place: str, nam
 
 
 def _accept_any_size(body: nn.Module, name: str) -> None:
-    """Let the network pad images to whole patches, and try it on an odd size.
+    """Make the network pad images to whole patches, and try it on an odd size.
 
     A parameter that no map depends on, such as the norm of a head cut off, is one that does not
     learn: distributed training waits for the gradient of every other.

@@ -43,7 +43,7 @@ _SYNONYMS = (
 
 
 def _spelled(name: str) -> str:
-    """Return a name without what does not tell names apart: case, spaces, `_` and `-`."""
+    """Return a name without what makes no difference: case, spaces, `_` and `-`."""
     return re.sub(r"[\s_-]+", "", name.casefold())
 
 

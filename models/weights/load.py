@@ -30,7 +30,7 @@ class Pretrained:
     """Weights with all that is needed to use them.
 
     `state_dict` has official keys. `model_options` holds `ModelConfig` values as far as the
-    source tells them. `config` is the saved configuration of our own files. `image_mean` and
+    source says. `config` is the saved configuration of our own files. `image_mean` and
     `image_std` are per channel, in 0..1; `image_size` is (short side, longest long side) in
     pixels; None where the source does not say. `thresholds`, of our own files, has the best score
     threshold by class name, of classes that have one.
@@ -95,7 +95,7 @@ def _from_file(path: Path, *, ema: bool = True) -> Pretrained:
 
 
 def _is_ours(content: Mapping[str, Any]) -> bool:
-    """Tell our checkpoints from others that hold a `config`, which may be of any kind."""
+    """Return whether a file is our checkpoint; others may hold a `config` of any kind."""
     config = content.get("config")
     by_section = isinstance(config, Mapping) and isinstance(config.get("model"), Mapping)
     return by_section or ("config" in content and "classes" in content)
@@ -103,7 +103,7 @@ def _is_ours(content: Mapping[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _parts_of(path: Path, expected: str) -> Iterator[None]:
-    """Tell in one line of parts that are not what they should be."""
+    """Report parts that are not what they should be in one line."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:

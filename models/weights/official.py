@@ -32,7 +32,7 @@ _DEFAULT_HEADS = 8
 
 
 def is_deformable_detr(state_dict: Mapping[str, Any]) -> bool:
-    """Tell whether the keys are those of a Deformable DETR in official naming."""
+    """Return whether the keys are those of a Deformable DETR in official naming."""
     heads = ("class_embed.0.bias", "transformer.decoder.class_embed.0.bias")
     return "transformer.level_embed" in state_dict and any(key in state_dict for key in heads)
 
@@ -43,7 +43,7 @@ def official_options(
     """Return the model options (by `ModelConfig` name) that these weights need.
 
     Shapes decide wherever they show an option; `args`, the command line stored in the file,
-    gives the others. What neither tells (dilation without `args`, for one) is left out.
+    gives the others. What neither says (dilation without `args`, for one) is left out.
 
     Raises:
         CheckpointError: the weights need something this model does not have.

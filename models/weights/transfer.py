@@ -21,7 +21,7 @@ _COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none
 BACKBONE = "backbone.0."
 RECIPES = "recipes."  # what only helps training
 _RANKING_ROW = [(0, 0)]  # of the encoder's class head
-_LEAST_COPIED = 1 / 3
+_MIN_COPIED = 1 / 3
 _QUERY_NOISE = 0.1
 
 
@@ -286,7 +286,7 @@ def _check_enough(
     sizes = {t.data_ptr(): t.numel() for k, t in target.items() if not k.startswith(other)}
     filled = {target[n].data_ptr() for n in [*report.copied, *report.by_name, *report.adapted]}
     share = sum(sizes.get(pointer, 0) for pointer in filled) / max(sum(sizes.values()), 1)
-    if share >= _LEAST_COPIED:
+    if share >= _MIN_COPIED:
         return
     ours, theirs = official_options(target, None, "model"), {}
     if "transformer.level_embed" in source:
@@ -310,7 +310,7 @@ def _some(names: Iterable[str], limit: int = 5) -> str:
 
 
 def _groups(entries: Mapping[str, str], others: Iterable[str]) -> str:
-    """Join entries by what became of them; a module in which that differs is told in parts.
+    """Join entries by what became of them; a module in which that differs is listed in parts.
 
     `others` are the names to which something else happened.
     """

@@ -13,10 +13,12 @@ from models.deformable_detr import DeformableDETR
 from models.outputs import DetectorOutput, GroupOutput
 from models.recipes import RECIPES
 from models.recipes.one_to_many import OneToMany, Options
+from models.weights.transfer import load_strict, transfer
 from tests.unit.models.definitions import Coefficients, Target, layer_losses, random_targets
 from tests.unit.models.small import VARIANTS, group_of, perturb, random_images, small_config
 from util.batch import pad_images
-from util.errors import ConfigError
+from util.classes import Classes
+from util.errors import CheckpointError, ConfigError
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
 CLASSES = 5
@@ -196,3 +198,22 @@ def test_parts_of_an_effective_batch_add_up_to_it() -> None:
             total[name] = total[name] + value
     for name, value in whole.items():
         torch.testing.assert_close(total[name], value, check_dtype=False, msg=name)
+
+
+def test_weights_of_a_plain_model_start_it_and_its_own_evaluate_without_it() -> None:
+    hybrid, names = hybrid_model("plain"), tuple("abcde")
+    plain = build_model(small_config(dropout=0.0), num_classes=CLASSES).double()
+    perturb(plain)
+    classes, key = Classes(tuple(range(5)), names), "recipes.one_to_many.query_embed.weight"
+    before = hybrid.state_dict()[key].clone()
+    report = transfer(hybrid, plain.state_dict(), source_classes=classes, target_classes=classes)
+    assert report.reinitialised == {key: "not in the checkpoint"}
+    state = hybrid.state_dict()
+    assert torch.equal(state[key], before)
+    other = build_model(small_config(dropout=0.0), num_classes=CLASSES).double()
+    load_strict(other, state, "hybrid")
+    assert other.state_dict().keys() == state.keys() - {key}
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name
+    with pytest.raises(CheckpointError, match="query_embed.weight' is missing"):
+        load_strict(hybrid, plain.state_dict(), "plain")
