@@ -43,8 +43,8 @@ def located(target: str, place: Path) -> tuple[object, ...]:
 def train(target: str, place: Path, folder: Path) -> None:
     """Train for an epoch of one step, which uses every image."""
     run("train", "--config", TINY, *located(target, place), *SMALL, "--epochs", 1,
-        "--batch_size", NUM_IMAGES, "--no_random_crop", "--output_dir", folder, "--num_images", 0, "--no_probe",
-        "--no_tensorboard", "--device", "cpu")  # fmt: skip
+        "--batch_size", NUM_IMAGES, "--no_random_crop", "--output_dir", folder, "--num_images", 0,
+        "--no_probe", "--no_tensorboard", "--device", "cpu")  # fmt: skip
 
 
 def evaluate(target: str, place: Path, checkpoint: Path, folder: Path) -> None:
