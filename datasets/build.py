@@ -10,7 +10,7 @@ from configs.schema import DataConfig
 from datasets.checks.findings import first_few
 from datasets.dataset import CocoDetection
 from datasets.formats.coco import coco_layout, read_coco_file
-from datasets.formats.registry import get_format, read_source
+from datasets.formats.registry import FORMATS, read_source
 from datasets.formats.source import Source
 from datasets.image_cache import ImageCache
 from datasets.index import CocoIndex
@@ -47,7 +47,7 @@ def format_options(cfg: object, data_format: str) -> dict[str, str]:
     Raises:
         ConfigError: there is no such data format.
     """
-    return {name: getattr(cfg, name) for name in get_format(data_format).options}
+    return {name: getattr(cfg, name) for name in FORMATS[data_format].options}
 
 
 def _is_foreign(cfg: DataConfig, split: Split) -> bool:

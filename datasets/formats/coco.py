@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.formats.format import Format, Placer, Split
+from datasets.formats.registry import FORMATS
 from datasets.formats.source import Source
 from util.errors import DataError
 from util.files import make_output_dir, write_atomic
@@ -110,4 +111,4 @@ def write_coco(splits: Sequence[Split], output_dir: Path, placer: Placer) -> lis
     return [[] for _ in splits]
 
 
-FORMAT = Format(read_coco, write_coco)
+FORMATS.register("coco")(Format(read_coco, write_coco))

@@ -8,7 +8,7 @@ import numpy as np
 
 from datasets.checks.entries import check_content
 from datasets.formats.format import Placer, Split, SplitImage
-from datasets.formats.registry import get_format
+from datasets.formats.registry import FORMATS
 from datasets.formats.source import Source
 from datasets.index import CocoIndex
 from util.errors import DataError
@@ -31,7 +31,7 @@ def convert(
         ConfigError: there is no such format, or `output_dir` cannot be made.
         DataError: `output_dir` holds something already, or a split cannot be used.
     """
-    data_format = get_format(target)
+    data_format = FORMATS[target]
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise DataError(f"{output_dir}: not a new or empty folder. Choose another.")
     indices = [_index(source) for source in sources.values()]

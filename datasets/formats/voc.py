@@ -16,6 +16,7 @@ from typing import Any
 
 from datasets.checks.findings import Finding, first_few
 from datasets.formats.format import Format, Placer, Split, as_text, write_text
+from datasets.formats.registry import FORMATS
 from datasets.formats.source import Source
 from datasets.images import is_image
 from util.errors import DataError
@@ -236,4 +237,4 @@ def _check_names(names: tuple[str, ...], output_dir: Path) -> None:
             )
 
 
-FORMAT = Format(read_voc, write_voc, options=("voc_corners",))
+FORMATS.register("voc")(Format(read_voc, write_voc, options=("voc_corners",)))

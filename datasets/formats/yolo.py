@@ -17,6 +17,7 @@ import yaml
 
 from datasets.checks.findings import Finding, first_few
 from datasets.formats.format import Format, Placer, Split, as_text, write_text
+from datasets.formats.registry import FORMATS
 from datasets.formats.source import Source
 from datasets.images import TURNED, is_image, read_header, stored_point, upright_point
 from util.errors import DataError
@@ -337,4 +338,4 @@ def _within(
     return ((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0) if x1 > x0 and y1 > y0 else None
 
 
-FORMAT = Format(read_yolo, write_yolo)
+FORMATS.register("yolo")(Format(read_yolo, write_yolo))

@@ -9,7 +9,7 @@ import pytest
 
 from configs.schema import DataConfig
 from datasets.build import load_index, read_split
-from datasets.formats.registry import FORMATS, get_format
+from datasets.formats.registry import FORMATS
 from main import main
 from util.errors import ConfigError
 
@@ -18,6 +18,7 @@ NEW_FILE = """
 from pathlib import Path
 
 from datasets.formats.format import Format
+from datasets.formats.registry import FORMATS
 from datasets.formats.source import Source
 from util.files import make_output_dir
 
@@ -46,7 +47,7 @@ def write(splits, output_dir, placer, *, voc_corners):
     return [["classes are lost"] for _ in splits]
 
 
-FORMAT = Format(read, write, options=("voc_corners",))
+FORMATS.register("tsv")(Format(read, write, options=("voc_corners",)))
 """
 
 
@@ -59,7 +60,8 @@ def test_a_new_format_is_one_file_and_one_registration_line(
 ) -> None:
     (tmp_path / "tsv_format.py").write_text(NEW_FILE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(FORMATS, "tsv", "tsv_format")  # in the file: "tsv": ".tsv"
+    monkeypatch.setattr(FORMATS, "_entries", {**FORMATS._entries})
+    monkeypatch.setitem(FORMATS.modules, "tsv", "tsv_format")  # in the file: "tsv": ".tsv"
 
     json_path, folder = write(content)
     table = str(tmp_path / "table")
@@ -93,6 +95,6 @@ def test_an_unknown_format_is_refused_with_the_nearest_name() -> None:
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_every_registered_file_reads_and_writes(name: str) -> None:
-    found = get_format(name)
+    found = FORMATS[name]
     assert callable(found.read)
     assert callable(found.write)
