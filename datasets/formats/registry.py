@@ -1,4 +1,4 @@
-"""The data formats. Add one: a file that registers a `Format`, and its line here."""
+"""The data formats by name. Add one: a file that registers it, and the file's line here."""
 
 from pathlib import Path
 
@@ -7,7 +7,13 @@ from datasets.formats.source import Source
 from util.registry import Registry
 
 FORMATS: Registry[Format] = Registry(
-    "data_format", __package__, {"coco": ".coco", "voc": ".voc", "yolo": ".yolo"}
+    "data_format",
+    __package__,
+    {
+        "coco": ".coco",
+        "voc": ".voc",
+        "yolo": ".yolo",
+    },
 )
 
 

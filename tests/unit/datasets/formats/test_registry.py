@@ -60,6 +60,7 @@ def test_a_new_format_is_one_file_and_one_registration_line(
 ) -> None:
     (tmp_path / "tsv_format.py").write_text(NEW_FILE)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(FORMATS, "_entries", {**FORMATS._entries})
     monkeypatch.setitem(FORMATS.modules, "tsv", "tsv_format")  # in the file: "tsv": ".tsv"
 
     json_path, folder = write(content)
