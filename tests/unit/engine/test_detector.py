@@ -278,7 +278,7 @@ def test_thresholds_are_those_of_the_checkpoint_unless_given(
         ((image for image in "ab"), "cannot predict on a generator"),
         (["photo.png", 7], "cannot predict on a int"),
     ],
-    ids=str,
+    ids=range(9),
 )
 def test_what_is_no_image_is_a_type_error_that_says_what_is(
     detector: Detector, image: Any, words: str
