@@ -64,18 +64,23 @@ class DeformableDETR(nn.Module):
 
         In training with `targets`, recipes add queries of their own to those that detect.
         """
-        features, masks, pos = self.feature_levels(batch)
-
-        def more(memory: Tensor, proposals: Proposals | None) -> list[QueryGroup]:
-            groups: list[QueryGroup] = []
-            if self.training and targets is not None:
-                for recipe in self.recipes.values():
-                    assert isinstance(recipe, Recipe)
-                    groups += recipe.queries(self.transformer, memory, proposals, targets)
-            return groups
-
         query_embed = None if self.query_embed is None else self.query_embed.weight
-        return self._outputs(self.transformer(features, masks, pos, query_embed, more))
+        output = self.transformer(
+            *self.feature_levels(batch),
+            query_embed,
+            lambda memory, proposals: self._more_queries(memory, proposals, targets),
+        )
+        return self._outputs(output)
+
+    def _more_queries(
+        self, memory: Tensor, proposals: Proposals | None, targets: Sequence[Target] | None
+    ) -> list[QueryGroup]:
+        groups: list[QueryGroup] = []
+        if self.training and targets is not None:
+            for recipe in self.recipes.values():
+                assert isinstance(recipe, Recipe)
+                groups += recipe.queries(self.transformer, memory, proposals, targets)
+        return groups
 
     def feature_levels(self, batch: PaddedBatch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return projected features, padding masks and encodings of every level, finest first."""
