@@ -119,4 +119,5 @@ class DeformableTransformer(nn.Module):
         usable = anchors.isfinite().all(-1, keepdim=True)
         output = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0.0)))
         logits = heads.logits(last, output)
-        return Proposals(logits, heads.delta(last, output) + anchors, levels.padding_mask)
+        boxes = (heads.delta(last, output) + anchors).sigmoid()  # finite where anchors are not
+        return Proposals(logits, boxes, levels.padding_mask)

@@ -69,5 +69,5 @@ def test_parts_that_are_not_named_keep_their_activations() -> None:
 
 
 def test_an_unknown_part_is_told_in_one_line() -> None:
-    with pytest.raises(ConfigError, match="got 'encodr'. Did you mean 'encoder'?"):
+    with pytest.raises(ConfigError, match="no part 'encodr'. Did you mean 'encoder'"):
         set_checkpointing(small(), ["encodr"])
