@@ -49,14 +49,17 @@ format: env-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# A process per core, each with one thread; the tests of a file share what they prepare.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 quick: env-test
-	$(BIN)/python -m pytest tests/unit -m "not slow"
+	$(PYTEST) tests/unit -m "not slow"
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test_all: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 wheel: env
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -14,11 +14,12 @@ from models.build import build_criterion, build_model
 from models.deformable_detr import DeformableDETR
 from models.recipes.one_to_many import Options
 from models.switches import PARTS, compile_model, set_checkpointing
+from tests.lanes import some
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
 from util.batch import pad_images
 
-variants = pytest.mark.parametrize("variant", VARIANTS)
+variants = pytest.mark.parametrize("variant", some(VARIANTS, "refine"))
 SIZES = [(60, 90), (75, 64)]
 
 
@@ -84,6 +85,7 @@ def test_a_recipe_compiles_once_for_any_number_of_boxes(variant: str) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_every_size_is_compiled_once_however_many_pytorch_would_compile() -> None:
     torch.compiler.reset()
     model = small().eval()

@@ -304,6 +304,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=SLOW_FOLDERS)
 @given(draw=st.data(), value=JSON)
 def test_any_value_anywhere_is_told(

@@ -22,6 +22,7 @@ from models.weights.hugging_face import (
 )
 from models.weights.load import load_pretrained
 from models.weights.transfer import load_strict
+from tests.lanes import some
 from tests.unit.models.small import perturb, small_config
 from util.batch import pad_images
 from util.classes import Classes
@@ -243,7 +244,7 @@ OURS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", OURS)
+@pytest.mark.parametrize("variant", some(OURS, "two_stage"))
 def test_transformers_loads_what_we_save_and_predicts_the_same(
     tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
