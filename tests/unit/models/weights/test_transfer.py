@@ -250,7 +250,7 @@ def test_wrong_model_is_refused_with_its_options() -> None:
     with pytest.raises(CheckpointError, match="hidden_dim: checkpoint 64, run 32") as caught:
         run(build(4), weights(4, hidden_dim=64), names, names)
     assert "\n" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="only 0% fits"):
+    with pytest.raises(CheckpointError, match="only 0% of the weights fit"):
         run(build(4), {"fc.weight": torch.ones(3)}, names, names)
 
 
