@@ -377,7 +377,7 @@ class Trainer:
         else:
             log.info(
                 f"{path}: was saved by {len(states)} processes, now there are {self.world.size}: "
-                "dropout draws other numbers from here on"
+                "dropout draws different numbers from here on"
             )
 
     def state_dict(self) -> dict[str, Any]:

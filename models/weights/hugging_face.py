@@ -177,7 +177,7 @@ def save_hugging_face(
     """Write a folder that `DeformableDetrForObjectDetection.from_pretrained` loads.
 
     It holds `config.json`, `model.safetensors` and `preprocessor_config.json`. `options` are
-    `ModelConfig` values; `image_size` is (short side, longest long side) in pixels.
+    `ModelConfig` values; `image_size` is (short side, maximum long side) in pixels.
 
     Returns:
         The names of tensors that were left out: those of recipes, which only train a model.
