@@ -96,7 +96,7 @@ def parse(parser: OptionParser, command: Any, argv: Sequence[str]) -> Given:
     parser.add_argument("--debug", action="store_true", help="show a traceback on user errors")
     for title, section in command.SECTIONS.items():
         parser.add_section(title, section)
-    return read_command_line(parser, argv, getattr(command, "RECIPES", None))[1]
+    return read_command_line(parser, argv, getattr(command, "RECIPES", None))
 
 
 def arguments(command: Any, given: Given) -> dict[str, Any]:

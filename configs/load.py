@@ -1,6 +1,5 @@
 """Options from files and the command line: default < base < file < command line -> Config."""
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -102,8 +101,8 @@ def read_options(
 
 def read_command_line(
     parser: OptionParser, argv: Sequence[str], recipes: Mapping[str, Section] | None
-) -> tuple[argparse.Namespace, Given]:
-    """Parse a command line; return the parser's own arguments and the options.
+) -> Given:
+    """Return the options of a command line.
 
     With `recipes`, the classes of recipes' options by name, options may come from a file too, and
     the flags of those recipes are known that the file or --recipes names.
@@ -112,8 +111,7 @@ def read_command_line(
         ConfigError: see `OptionParser.parse_options` and `load_file`.
     """
     if recipes is None:
-        args, values = parser.parse_options(argv)
-        return args, Given(values)
+        return Given(parser.parse_options(argv)[1])
     parser.add_argument("--config", metavar="FILE", help="preset or YAML file of options")
     what = f"training recipes to use: {', '.join(recipes)}"
     parser.add_argument("--recipes", metavar="NAME", nargs="*", help=what)
@@ -132,7 +130,7 @@ def read_command_line(
         options = values.pop(f"recipe {name}", {})
         if options or name in (chosen or ()):
             values.setdefault("recipes", {})[name] = options
-    return args, Given(values, recipes, chosen).on(file)
+    return Given(values, recipes, chosen).on(file)
 
 
 def load_file(

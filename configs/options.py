@@ -214,7 +214,13 @@ def by_section(
     options: Mapping[str, Any], sections: Mapping[str, Section], source: str = ""
 ) -> dict[str, dict[str, Any]]:
     """Return options that are given by their names alone, by section; see `check_names`."""
-    owners = {f.name: title for title, kind in sections.items() for f in dataclasses.fields(kind)}
+    owners = {
+        name.lstrip("-"): title
+        for title, kind in sections.items()
+        for f in dataclasses.fields(kind)
+        for name in (f.name, f.metadata["alias"])
+        if name
+    }
     values: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
         if name not in owners:

@@ -134,7 +134,7 @@ class DataConfig(EvalDataConfig):
         "an augmentation's own option overrides it",
     )  # fmt: skip
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
-    random_crop: bool = option(True, "half of the time: resize, crop, resize")
+    random_crop: bool = option(True, "in half of the images, crop a part and resize it")
     crop_scales: tuple[int, ...] = option(
         (400, 500, 600), "short sides before the crop, pixels", low=16, rare=True
     )

@@ -33,11 +33,12 @@ def train(config: str | os.PathLike[str] | None = None, **options: Any) -> Path:
             command would end with such an error.
         KeyboardInterrupt: Ctrl-C stopped the run, after it was saved.
     """
-    names = tuple(options.pop("recipes", ()))
+    recipes = options.pop("recipes", ())
+    names = (recipes,) if isinstance(recipes, str) else tuple(recipes)
     sections = {f"recipe {name}": command.RECIPES[name] for name in names}
     values = by_section(options, {**SECTIONS, **sections})
-    recipes = {name: values.pop(f"recipe {name}", {}) for name in names}
-    values |= {"recipes": recipes} if recipes else {}
+    chosen = {name: values.pop(f"recipe {name}", {}) for name in names}
+    values |= {"recipes": chosen} if chosen else {}
     given = read_options(os.fspath(config) if config is not None else None, values, command.RECIPES)
     show_messages(rank_at_start())
     run = command.processes(given)

@@ -252,7 +252,7 @@ def assemble_trainer(
     folder: CheckpointFolder,
     identity: Mapping[str, Any],
 ) -> Trainer:
-    """Return what trains a model, which is on its device, on the batches of a loader."""
+    """Put a trainer together around a model that is on its device already."""
     optim, options = config.optim, config.run
     precision = Precision(optim.precision, device)
     set_checkpointing(model, optim.activation_checkpointing)

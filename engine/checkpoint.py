@@ -162,6 +162,6 @@ def check_same(
     ]
     if differing:
         raise CheckpointError(
-            f"{path}: has other {what} ({'; '.join(differing)}). Resume with the checkpoint's "
-            "options, or start a new run with `finetune`."
+            f"{path}: was saved with different options for the {what} ({'; '.join(differing)}). "
+            "Resume with the checkpoint's options, or start a new run with `finetune`."
         )

@@ -17,7 +17,7 @@ class Ema:
 
     After update number n, counted from 0, an average is `d * average + (1 - d) * value` with
     d = min(decay, (1 + n) / (10 + n)): the first weights, which are random, fade soon. Integers,
-    such as counters, are the model's. What the model shares under several names is averaged once.
+    such as counters, are copied. What the model shares under several names is averaged once.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -26,9 +26,9 @@ class Averages:
     count: int = 0
 
     def add(self, names: Sequence[str], values: Sequence[float]) -> None:
-        """Add one set of values."""
-        if not self.count:
-            self.names, self.totals = list(names), [0.0] * len(names)
+        """Add one set of values; begin anew if the names are others, as those of other losses."""
+        if self.names != list(names):
+            self.names, self.totals, self.count = list(names), [0.0] * len(names), 0
         self.totals = [t + v for t, v in zip(self.totals, values, strict=True)]
         self.count += 1
 

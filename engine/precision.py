@@ -16,7 +16,7 @@ class Precision:
     """How a training step computes, and whether its update is kept.
 
     The order in a step: forward within `autocast()`, `scale(loss).backward()`, `unscale_`, clip,
-    `step`. Weights and gradients are float32 always. `found_inf` is 1 where the last `step` was
+    `step`. Weights and gradients are always float32. `found_inf` is 1 where the last `step` was
     dropped and 0 where it was made: float32 [], on the device. `scaler` works for fp16 alone.
     """
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -100,10 +100,12 @@ def launch(
             f"gpus {processes}: this machine has {torch.cuda.device_count()} GPUs. "
             "Use as many, or `device cpu`."
         )
-    if "OMP_NUM_THREADS" not in os.environ:  # else each process takes every core
-        os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // processes))
-    os.environ[_LAUNCHED] = str(os.getpid())
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    variables = {
+        "OMP_NUM_THREADS": str(max(1, available_cores() // processes)),  # else every core
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
+        **os.environ,
+        _LAUNCHED: str(os.getpid()),
+    }
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it shorter
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex,
@@ -119,12 +121,25 @@ def launch(
     if hasattr(signal, "SIGUSR1"):  # Windows has none
         signal.signal(signal.SIGUSR1, terminate)
     try:
-        elastic_launch(config, entrypoint=sys.executable)(str(program), *argv)
+        with _environment(variables):
+            elastic_launch(config, entrypoint=sys.executable)(str(program), *argv)
     except SignalException as error:
         return 128 + int(asked[0] if asked else error.sigval)
     except ChildFailedError as error:
         return _report(error)
     return 0
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables, which child processes inherit, while the block runs."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def exit_with_parent() -> None:

@@ -1,6 +1,7 @@
 """One run at a time in an output folder."""
 
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -16,6 +17,7 @@ from util.files import make_output_dir
 
 _LOCK, _HOLDER = ".lock", ".lock_holder"
 _PATIENCE = 15.0  # seconds that the processes of a killed run may take to end
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from some network drives
 _FAR_PATIENCE = 100.0  # NFSv4 servers keep the locks of a host that died for some 90 s
 
 
@@ -25,7 +27,7 @@ def run_lock(folder: Path, world: World) -> Iterator[None]:
 
     The main process holds the lock. The system releases it when that process ends, however it
     ends, so a killed run blocks nothing. On a network drive the lock of a dead host may stay for a
-    while, so the lock of another host is waited for longer.
+    while, so the lock of another host is waited for longer. A drive without locks protects nothing.
 
     Raises:
         ConfigError: another run uses the folder, or it cannot be made.
@@ -47,7 +49,7 @@ def run_lock(folder: Path, world: World) -> Iterator[None]:
 
 
 def _acquire(folder: Path) -> tuple[FileLock | None, str]:
-    """Return the lock of the folder, or the name of the process that holds it."""
+    """Return the lock of the folder, and the name of the process that holds it instead of us."""
     make_output_dir(folder)
     lock, holder = FileLock(folder / _LOCK), folder / _HOLDER
     begun, reported = time.monotonic(), False
@@ -71,6 +73,10 @@ def _acquire(folder: Path) -> tuple[FileLock | None, str]:
                 )
             time.sleep(0.2)
             continue
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return None, ""
         with holder.open("w", encoding="utf-8") as file:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()

@@ -365,7 +365,10 @@ class Trainer:
         self.steps.load_state_dict(progress["steps"])
         self.step = progress["step"]
         self.epoch, self.epoch_step = progress["next_epoch"], progress["next_step"]
-        self.seconds, self.unevaluated = progress["seconds"], progress["unevaluated"]
+        self.seconds = progress["seconds"]
+        # with more `max_steps` than before, the epoch continues
+        over = self.epoch_step >= self.loader.steps or self.all_steps_done()
+        self.unevaluated = progress["unevaluated"] and over
         self.best = dict(content["best"])
         self.thresholds = dict(content.get("thresholds", {}))  # older files have none
         states = progress["rng"]
@@ -374,7 +377,7 @@ class Trainer:
         else:
             log.info(
                 f"{path}: was saved by {len(states)} processes, now there are {self.world.size}: "
-                "dropout draws other numbers from here on"
+                "dropout draws different numbers from here on"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def apply_delta(delta: Tensor, reference: Tensor) -> Tensor:
 class DetectionHeads:
     """Class and box heads: entry i belongs to decoder layer i, the one after to the encoder.
 
-    No module itself: the detector and the decoder register the lists under their official keys.
+    Not a module itself: the detector and the decoder register the lists under their official keys.
     Every head that requires a gradient gets one: without `aux_loss`, the heads of refining layers
     before the last, whose boxes pass no gradient on, do not learn.
     """

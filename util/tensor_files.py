@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from util.errors import CheckpointError
 from util.files import atomic_path
@@ -121,17 +123,10 @@ def _check_file(path: Path) -> None:
 
 def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path}: reading it needs safetensors. Run `pip install safetensors`."
-        ) from error
-    try:
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path}: is damaged, or no safetensors file ({_one_line(error)}). "
+            f"{path}: is damaged, or is not a safetensors file ({_one_line(error)}). "
             "Copy or download it again."
         ) from error
 

@@ -152,7 +152,7 @@ def relative_names(paths: Sequence[Path]) -> list[Path]:
 def output_paths(names: Sequence[Path], output_dir: Path) -> list[Path]:
     """Return where the drawn copies go: PNG and JPEG as the image is, PNG for all others.
 
-    A name that is taken, be it in other case, gets a number.
+    A name that is taken, in whatever case, gets a number.
     """
     taken: set[str] = set()
     outputs = []

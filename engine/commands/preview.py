@@ -26,7 +26,7 @@ from util.draw import draw_boxes
 from util.errors import ConfigError
 from util.files import make_output_dir
 
-_CELL = 360  # pixels an image may take of the overview, either way
+_CELL = 360  # pixels: the sides of an image in the overview are at most this
 _BAR, _GAP, _PAPER, _INK = 20, 8, (255, 255, 255), (40, 40, 40)
 
 
@@ -35,7 +35,7 @@ class PreviewOptions(Checked):
     """What `preview` shows of a training run."""
 
     count: int = option(16, "images to write", low=1)
-    epoch: int = option(0, "epoch whose images they are, from 0", low=0)
+    epoch: int = option(0, "epoch whose images are written, counted from 0", low=0)
 
 
 SECTIONS = {**RUN, "preview": PreviewOptions}
@@ -89,7 +89,7 @@ def seen(loader: TrainLoader) -> Iterator[tuple[Tensor, Target]]:
 
 
 def to_image(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """Undo the normalisation of an image [3,H,W]; to the very step of 8 bits."""
+    """Undo the normalisation of an image [3,H,W], exactly to 8 bits."""
     scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (std, mean))
     pixels = ((image * scale + shift) * 255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
@@ -112,7 +112,7 @@ def thumbnail(image: Image.Image, target: Target, classes: Classes) -> Image.Ima
 
 
 def overview(tiles: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
-    """Return images in rows, each under its title; every row as high as it must be."""
+    """Return images in rows, each under its title; a row is as high as its tallest image."""
     columns = max(1, math.ceil(math.sqrt(len(tiles))))
     rows = [list(range(len(tiles)))[i : i + columns] for i in range(0, len(tiles), columns)]
     heights = [_BAR + max(tiles[i].height for i in row) + _GAP for row in rows]

@@ -24,9 +24,9 @@ from util.batch import Target
 class Options(Checked):
     """Options of hybrid matching, under their official names."""
 
-    num_queries_one2many: int = option(1500, "further queries in training", low=1)
-    k_one2many: int = option(6, "of them, how many learn each object", low=1)
-    lambda_one2many: float = option(1.0, "weight of their losses", above=0)
+    num_queries_one2many: int = option(1500, "additional queries in training", low=1)
+    k_one2many: int = option(6, "how many of these queries learn each object", low=1)
+    lambda_one2many: float = option(1.0, "weight of the losses of these queries", above=0)
 
 
 @RECIPES.register("one_to_many")

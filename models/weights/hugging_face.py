@@ -132,8 +132,8 @@ def to_official(
         renamed = rename(name)
         if renamed is None:
             raise CheckpointError(
-                f"{source}: expected the weights of DeformableDetrForObjectDetection, got the key "
-                f"'{key}'. Save that model with save_pretrained()."
+                f"{source}: '{key}' is no weight of DeformableDetrForObjectDetection. "
+                "Save that model with save_pretrained()."
             )
         converted[renamed] = state_dict[key]
     for fused, parts in projections.items():
@@ -177,7 +177,7 @@ def save_hugging_face(
     """Write a folder that `DeformableDetrForObjectDetection.from_pretrained` loads.
 
     It holds `config.json`, `model.safetensors` and `preprocessor_config.json`. `options` are
-    `ModelConfig` values; `image_size` is (short side, longest long side) in pixels.
+    `ModelConfig` values; `image_size` is (short side, maximum long side) in pixels.
 
     Returns:
         The names of tensors that were left out: those of recipes, which only train a model.
@@ -273,7 +273,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}.")
+        raise CheckpointError(f"{path}: must hold a JSON object, not a {type(content).__name__}.")
     return content
 
 
@@ -303,10 +303,7 @@ def config_options(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 def _require(config: Mapping[str, Any], key: str, wanted: Any, source: str) -> None:
     if config.get(key, wanted) != wanted:
-        raise CheckpointError(
-            f"{source}: expected {key} {wanted}, got {config[key]}. "
-            "Such a Hugging Face model is not supported."
-        )
+        raise CheckpointError(f"{source}: {key} is {config[key]}; only {wanted} is supported.")
 
 
 def _backbone(config: Mapping[str, Any], source: str) -> str:
@@ -326,8 +323,8 @@ def _backbone(config: Mapping[str, Any], source: str) -> str:
     )
     if not regular or (kind, depths) not in _RESNET_DEPTHS:
         raise CheckpointError(
-            f"{source}: expected a ResNet 18, 34, 50 or 101 or a timm backbone, got "
-            f"{own.get('model_type')} with depths {list(depths)}. Such a model is not supported."
+            f"{source}: the backbone {own.get('model_type')} with depths {list(depths)} is not "
+            "supported, only a ResNet 18, 34, 50 or 101, or one from timm."
         )
     return _RESNET_DEPTHS[kind, depths]
 

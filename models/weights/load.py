@@ -31,7 +31,7 @@ class Pretrained:
 
     `state_dict` has official keys. `model_options` holds `ModelConfig` values as far as the
     source says. `config` is the saved configuration of our own files. `image_mean` and
-    `image_std` are per channel, in 0..1; `image_size` is (short side, longest long side) in
+    `image_std` are per channel, in 0..1; `image_size` is (short side, maximum long side) in
     pixels; None where the source does not say. `thresholds`, of our own files, has the best score
     threshold by class name, of classes that have one.
     """
@@ -72,23 +72,23 @@ def _from_file(path: Path, *, ema: bool = True) -> Pretrained:
     content = load_safely(path)
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path}: expected a checkpoint, got a {type(content).__name__}. "
+            f"{path}: holds a {type(content).__name__}, not a checkpoint. "
             "Pass our checkpoint, an official file or a state dict."
         )
     if "model" in content and _is_ours(content):
-        with _parts_of(path, "a checkpoint of a run"):
+        with _parts_of(path, "checkpoint of a run"):
             return _ours(content, str(path), ema=ema)
     weights = content.get("model", content)
     if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
         raise CheckpointError(
-            f"{path}: expected weights under 'model', got the keys {_few(content)}. "
+            f"{path}: has no weights under 'model'; its keys are {_few(content)}. "
             "Pass our checkpoint, an official file or a state dict."
         )
     if "model.level_embed" in weights:
         if (path.parent / "config.json").is_file():
             return _from_folder(path.parent, str(path))
         raise CheckpointError(
-            f"{path}: expected a config.json beside Hugging Face weights, got none. "
+            f"{path}: there is no config.json beside these Hugging Face weights. "
             "Pass the folder that save_pretrained() wrote."
         )
     return _official(weights, content.get("args"), str(path))
@@ -108,8 +108,8 @@ def _parts_of(path: Path, expected: str) -> Iterator[None]:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: expected {expected}, got one with other content "
-            f"({type(error).__name__}: {error}). Use another, or weights alone."
+            f"{path}: is not a valid {expected} ({type(error).__name__}: {error}). "
+            "Use another, or weights alone."
         ) from error
 
 
@@ -138,7 +138,7 @@ def _official(weights: Mapping[str, Tensor], args: Any, source: str) -> Pretrain
     plain = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
     if not is_deformable_detr(plain):
         raise CheckpointError(
-            f"{source}: expected Deformable DETR weights, got the keys {_few(plain)}. "
+            f"{source}: these are not weights of Deformable DETR; the keys are {_few(plain)}. "
             "Other models cannot be loaded."
         )
     namespace = args if isinstance(args, argparse.Namespace) else None
@@ -160,30 +160,30 @@ def _official(weights: Mapping[str, Tensor], args: Any, source: str) -> Pretrain
 def _from_folder(folder: Path, source: str) -> Pretrained:
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{source}: expected a Hugging Face folder with config.json, got none. "
-            "For a run of ours, name its best.pth or last.pth."
+            f"{source}: is not a Hugging Face folder: it has no config.json. "
+            "For a training run, name its best.pth or last.pth."
         )
     files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
         raise CheckpointError(
-            f"{source}: expected model.safetensors or pytorch_model.bin, got neither. "
+            f"{source}: has neither model.safetensors nor pytorch_model.bin. "
             "Save the model again with save_pretrained()."
         )
     config = hugging_face.read_json(folder / "config.json")
-    with _parts_of(folder / "config.json", "Hugging Face's description of a model"):
+    with _parts_of(folder / "config.json", "Hugging Face model description"):
         options = hugging_face.config_options(config, source)
     weights = hugging_face.to_official(load_safely(file), options, source)
     if not is_deformable_detr(weights):
         raise CheckpointError(
-            f"{source}: expected a detector with its heads, got the bare model. "
+            f"{source}: holds the bare model, without detection heads. "
             "Save DeformableDetrForObjectDetection instead."
         )
-    with _parts_of(folder / "config.json", "Hugging Face's description of a model"):
+    with _parts_of(folder / "config.json", "Hugging Face model description"):
         classes = hugging_face.config_classes(config, len(weights["class_embed.0.bias"]))
     processor = folder / "preprocessor_config.json"
     preprocessing = hugging_face.read_json(processor) if processor.is_file() else {}
-    with _parts_of(processor, "Hugging Face's description of preprocessing"):
+    with _parts_of(processor, "Hugging Face preprocessing description"):
         mean, std = (_triple(preprocessing.get(f"image_{name}")) for name in ("mean", "std"))
         size = _image_size(preprocessing)
     return Pretrained(
@@ -219,7 +219,7 @@ def _download(name: str, source: str) -> Path:
         local = "" if source.startswith("hf:") else "no such file or folder here, and "
         reason = " ".join(str(error).split()).split(". ")[0][:120]
         raise CheckpointError(
-            f"{source}: {local}the Hugging Face hub did not give it "
+            f"{source}: {local}it cannot be downloaded from the Hugging Face hub "
             f"({type(error).__name__}: {reason}). {advice}"
         ) from error
     return folder

@@ -52,15 +52,13 @@ def official_options(
     scale = stored.get("position_embedding_scale", 2 * math.pi)
     if not math.isclose(scale, 2 * math.pi, rel_tol=1e-6):
         raise CheckpointError(
-            f"{source}: expected position_embedding_scale 2 pi, got {scale}. "
-            "Models with another scale are not supported."
+            f"{source}: position_embedding_scale is {scale}; only 2 pi is supported."
         )
     options = {name: stored[name] for name in _ONLY_IN_ARGS if name in stored}
     embedding = stored.get("position_embedding", "sine")
     if embedding not in _POSITION_EMBEDDINGS:
         raise CheckpointError(
-            f"{source}: expected position_embedding sine or learned, got '{embedding}'. "
-            "This model cannot be rebuilt."
+            f"{source}: position_embedding is '{embedding}'; only sine and learned are supported."
         )
     options["position_embedding"] = _POSITION_EMBEDDINGS[embedding]
     return options | _options_from_shapes(state_dict, int(options.get("nheads", _DEFAULT_HEADS)))

@@ -49,7 +49,7 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(
-            f"{source}: expected the weights of this model, but {', '.join(wrong[:3])}{more}. "
+            f"{source}: does not fit this model: {', '.join(wrong[:3])}{more}. "
             "Build the model with the checkpoint's options, or start from it with `finetune`."
         )
     model.load_state_dict(dict(state_dict), strict=False)

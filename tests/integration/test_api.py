@@ -69,16 +69,13 @@ def test_training_is_that_of_the_command_line(
 @pytest.mark.slow
 def test_training_in_several_processes(shapes: Path, tmp_path: Path) -> None:
     variables = dict(os.environ)
-    try:
-        folder = train(
-            TINY, coco_path=shapes, output_dir=tmp_path / "run", gpus=2, device="cpu",
-            train_scales=[64, 80], batch_size=2, max_steps=2,
-        )  # fmt: skip
-        with pytest.raises(UserError, match="training ended with exit code 2"):
-            train(TINY, coco_path="none", output_dir=tmp_path / "two", gpus=2, device="cpu")
-    finally:
-        os.environ.clear()
-        os.environ.update(variables)
+    folder = train(
+        TINY, coco_path=shapes, output_dir=tmp_path / "run", gpus=2, device="cpu",
+        train_scales=[64, 80], batch_size=2, max_steps=2,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="training ended with exit code 2"):
+        train(TINY, coco_path="none", output_dir=tmp_path / "two", gpus=2, device="cpu")
+    assert dict(os.environ) == variables
     assert "train_scales:\n  - 64\n  - 80\n" in (folder / "config.yaml").read_text()
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -90,6 +87,8 @@ def test_wrong_options_are_errors_that_name_the_nearest(tmp_path: Path) -> None:
         train("finetune_small", epoch=3)
     with pytest.raises(ConfigError, match=r"lr: must be a number, not 'fast'"):
         train("finetune_small", lr="fast")
+    with pytest.raises(ConfigError, match=r"recipe one_to_man: .* Did you mean 'one_to_many'"):
+        train("finetune_small", recipes="one_to_man")
     with pytest.raises(ConfigError, match="Did you mean 'finetune_small'"):
         train("finetune_smal")
     with pytest.raises(ConfigError, match="output_dir"):

@@ -1,5 +1,6 @@
 """Two runs in one folder: the second waits a little, then is refused; a killed one blocks none."""
 
+import errno
 import os
 import re
 import shutil
@@ -52,6 +53,17 @@ def test_a_run_that_waited_for_another_goes_on_from_its_last_checkpoint(
         shutil.copy(finished_run / "last.pth", command.folder)
     assert second.end() == 0, second.output
     assert "this run is finished: 2 of 2 epochs" in second.output
+
+
+def test_a_drive_without_locks_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with run_lock(tmp_path / "run", World()):
+        assert (tmp_path / "run").is_dir()
 
 
 HOLD = """

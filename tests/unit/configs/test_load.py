@@ -62,7 +62,7 @@ def parse(*argv: str, recipes: Mapping[str, Section] | None = None) -> Given:
     parser = OptionParser(prog="train", all_help="--help_all" in argv)
     for title, section in SECTIONS.items():
         parser.add_section(title, section)
-    return read_command_line(parser, argv, Recipes() if recipes is None else recipes)[1]
+    return read_command_line(parser, argv, Recipes() if recipes is None else recipes)
 
 
 def write(path: Path, text: str) -> str:
@@ -214,6 +214,7 @@ def test_options_by_name_alone_find_their_sections() -> None:
         "optim": {"lr": 1e-3},
     }
     assert build_config(values).optim.lr == 1e-3
+    assert by_section({"num_pictures": 3}, SECTIONS) == {"run": {"num_images": 3}}
     with pytest.raises(ConfigError, match="unknown option 'train_image'. Did you mean 'train_im"):
         by_section({"train_image": "train"}, SECTIONS)
     with pytest.raises(ConfigError, match="lr: must be a number, not 'fast'"):

@@ -97,7 +97,7 @@ def test_official_spellings_are_understood() -> None:
         "--focal_alpha 0.25 --coco_path data --output_dir out --device cuda --seed 42 "
         "--num_workers 2 --weight_decay 1e-4 --lr_drop_epochs 30 40"
     )
-    config = read_command_line(parser_of_train(), command.split(), {})[1].config()
+    config = read_command_line(parser_of_train(), command.split(), {}).config()
     assert config.model.two_stage
     assert not config.model.aux_loss
     assert config.optim.lr_drop_epochs == (30, 40)
@@ -117,7 +117,7 @@ def test_official_spellings_are_understood() -> None:
 def test_official_scripts_give_the_models_and_losses_of_the_presets(
     script: str, preset: str
 ) -> None:
-    config = read_command_line(parser_of_train(), script.split(), {})[1].config()
+    config = read_command_line(parser_of_train(), script.split(), {}).config()
     expected = read_options(preset, {}).config()
     assert (config.model, config.loss) == (expected.model, expected.loss)
     assert dataclasses.replace(config.optim, effective_batch_size=32) == expected.optim

@@ -100,7 +100,9 @@ def test_parts_of_other_kinds_are_one_line(
     content: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     source = save(content, tmp_path, **changes)
-    with pytest.raises(CheckpointError, match=r"a\.pth: expected a checkpoint of a run") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"a\.pth: is not a valid checkpoint of a run"
+    ) as caught:
         load_pretrained(source)
     assert "\n" not in str(caught.value)
 

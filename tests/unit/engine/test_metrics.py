@@ -163,6 +163,12 @@ def test_merged_means_are_those_of_all_values(processes: list[list[list[float]]]
         assert means[name] == pytest.approx(sum(r[i] for r in every) / len(every), abs=1e-9)
 
 
+def test_means_begin_anew_when_a_resumed_run_has_other_losses() -> None:
+    means = Averages(["loss", "loss_ce"], [6.0, 4.0], 2)
+    means.add(["loss", "loss_iou", "loss_ce"], [5.0, 2.0, 1.0])
+    assert means.means() == {"loss": 5.0, "loss_iou": 2.0, "loss_ce": 1.0}
+
+
 def test_losses_are_named_as_in_official_logs() -> None:
     named = official_log_values({"loss": 3.0, "loss_ce_0": 0.5, "class_error": 70.0}, criterion())
     assert named == {"loss": 3.0, "loss_ce_0": 1.0, "loss_ce_0_unscaled": 0.5, "class_error": 70.0}

@@ -179,6 +179,22 @@ def test_too_many_skipped_steps_end_the_run_and_leave_the_weights(tmp_path: Path
         assert all(torch.isfinite(v).all() for v in averages.values())
 
 
+@pytest.mark.parametrize("max_steps", [1, 2])
+def test_more_steps_continue_an_epoch_whose_evaluation_was_interrupted(
+    tmp_path: Path, max_steps: int
+) -> None:
+    (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=-1)
+    with RunLog(tmp_path, tensorboard=False) as log:
+        trainer = small_trainer(tmp_path, log, [batch] * 3)
+        trainer.identity = {"classes": {"ids": []}, "config": {}, "versions": {}}
+        trainer.step = trainer.epoch_step = 1
+        trainer.unevaluated = True  # at the end of --max_steps 1
+        trainer.save()
+        trainer.max_steps = max_steps
+        trainer.resume(tmp_path / "last.pth")
+    assert trainer.unevaluated == (max_steps == 1)
+
+
 def test_a_step_that_does_not_fit_into_memory_says_what_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,7 +115,7 @@ def test_safetensors(tmp_path: Path) -> None:
     assert load_safely(tmp_path / "a.safetensors")["w"].equal(torch.ones(2, 2))
     damaged = (tmp_path / "a.safetensors").read_bytes()[:-3]
     (tmp_path / "b.safetensors").write_bytes(damaged)
-    with pytest.raises(CheckpointError, match=r"b\.safetensors: is damaged, or no safeten"):
+    with pytest.raises(CheckpointError, match=r"b\.safetensors: is damaged, or is not a safeten"):
         load_safely(tmp_path / "b.safetensors")
 
 

@@ -143,10 +143,10 @@ def test_foreign_and_incomplete_keys_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"model_type": "detr"}, "expected model_type deformable_detr, got detr"),
+        ({"model_type": "detr"}, "model_type is detr; only deformable_detr"),
         ({"activation_function": "gelu"}, "activation_function"),
-        ({"encoder_ffn_dim": 8, "decoder_ffn_dim": 9}, "decoder_ffn_dim 8, got 9"),
-        ({"backbone_config": {"model_type": "swin"}}, "got swin"),
+        ({"encoder_ffn_dim": 8, "decoder_ffn_dim": 9}, "decoder_ffn_dim is 9; only 8"),
+        ({"backbone_config": {"model_type": "swin"}}, "backbone swin"),
         ({"backbone_config": OWN_RESNET | {"depths": [1, 1, 1, 1]}}, r"\[1, 1, 1, 1\]"),
         ({"backbone_config": OWN_RESNET | {"downsample_in_bottleneck": True}}, "ResNet 18"),
     ],
@@ -210,14 +210,14 @@ def test_descriptions_with_odd_values_are_one_line(
     file = tmp_path / name
     content = json.loads(file.read_text()) if file.is_file() else {}
     file.write_text(json.dumps(content | values))
-    with pytest.raises(CheckpointError, match=rf"{name}: expected Hugging Face's desc") as caught:
+    with pytest.raises(CheckpointError, match=rf"{name}: is not a valid Hugging Face") as caught:
         load_pretrained(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
 def test_broken_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="expected model.safetensors or"):
+    with pytest.raises(CheckpointError, match="has neither model.safetensors nor"):
         load_pretrained(str(tmp_path))
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="cannot be read as JSON"):

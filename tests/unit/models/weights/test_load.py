@@ -176,10 +176,10 @@ def test_distributed_prefix_is_dropped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        ({"fc.weight": torch.ones(2)}, "expected Deformable DETR weights"),
+        ({"fc.weight": torch.ones(2)}, "not weights of Deformable DETR"),
         ({"model": {"transformer.encoder.layers.0.norm1.bias": torch.ones(2)}}, "Other models"),
-        ([1, 2], "got a list"),
-        ({"weights": {"a": 1}}, "got the keys 'weights'"),
+        ([1, 2], "holds a list"),
+        ({"weights": {"a": 1}}, "its keys are 'weights'"),
         ({}, r"\(none\)"),
     ],
 )
