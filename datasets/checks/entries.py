@@ -13,7 +13,7 @@ import numpy as np
 from datasets.arrays import Annotations, BoolArray, FloatArray, Images, IntArray, Names
 from datasets.checks.findings import Finding, Findings, Notice
 from datasets.checks.split_report import SECTIONS, SplitReport
-from datasets.formats.source import Source
+from datasets.formats.format import Source
 from util.classes import Classes
 from util.errors import DataError
 

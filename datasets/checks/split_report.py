@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from datasets.arrays import Annotations, BoolArray, FloatArray, Images, IntArray
 from datasets.checks.findings import Finding, Findings, Notice
 from datasets.checks.scan import FileFacts
-from datasets.formats.source import Source
+from datasets.formats.format import Source
 from util.classes import Classes
 
 SECTIONS = ("images", "annotations", "categories")

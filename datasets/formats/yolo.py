@@ -16,9 +16,8 @@ from typing import Any
 import yaml
 
 from datasets.checks.findings import Finding, first_few
-from datasets.formats.format import Format, Placer, Split, as_text, write_text
+from datasets.formats.format import Format, Placer, Source, Split, as_text, write_text
 from datasets.formats.registry import FORMATS
-from datasets.formats.source import Source
 from datasets.images import TURNED, is_image, read_header, stored_point, upright_point
 from util.errors import DataError
 from util.files import make_output_dir, write_atomic

@@ -24,8 +24,8 @@ from datasets.checks.report import page
 from datasets.checks.scan import examine_file, scan
 from datasets.checks.summary import summary
 from datasets.dataset import CocoDetection
+from datasets.formats.format import Source
 from datasets.formats.registry import read_source
-from datasets.formats.source import Source
 from datasets.index import CocoIndex
 from datasets.transforms import EvalTransform
 from tests.unit.datasets.checks.flawed import (
