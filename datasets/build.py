@@ -61,9 +61,7 @@ def _split_name(cfg: DataConfig, split: Split) -> str:
 
 
 def _explicit_paths(cfg: DataConfig, split: Split) -> tuple[str, str]:
-    if split == "train":
-        return cfg.train_images, cfg.train_annotations
-    return cfg.val_images, cfg.val_annotations
+    return getattr(cfg, f"{split}_images"), getattr(cfg, f"{split}_annotations")
 
 
 def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:

@@ -1,6 +1,6 @@
 """Class identity: category ids and names of the data, labels of the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -33,7 +33,7 @@ class Classes:
         return {category: label for label, category in enumerate(self.ids)}
 
     def in_use(self, label: int) -> bool:
-        """Tell whether a label stands for a category."""
+        """Return whether a label stands for a category."""
         return self.names[label] != "" or not any(self.names)
 
     def shown(self, label: int) -> str:
@@ -48,12 +48,3 @@ class Classes:
     def from_json(cls, value: Mapping[str, Any]) -> "Classes":
         """Read what `to_json` wrote."""
         return cls(tuple(int(i) for i in value["ids"]), tuple(str(n) for n in value["names"]))
-
-    @classmethod
-    def from_categories(cls, categories: Sequence[Mapping[str, Any]]) -> "Classes":
-        """Take the `categories` list of a COCO file, in order of id."""
-        ordered = sorted(categories, key=lambda category: int(category["id"]))
-        return cls(
-            tuple(int(c["id"]) for c in ordered),
-            tuple(str(c.get("name") or int(c["id"])) for c in ordered),
-        )

@@ -124,11 +124,6 @@ class SplitReport:
         """Return the file of an image, by its position in `images`."""
         return self.source.image_dir / self.images.file_names[image]
 
-    def size(self, image: int) -> tuple[int, int] | None:
-        """Return the (height, width) of what training uses of an image, None if unknown."""
-        height, width = self.images.sizes[image].tolist()
-        return (height, width) if height and width else None
-
     @property
     def sound(self) -> BoolArray:
         """Which images [N] can be decoded, as far as they were looked at."""

@@ -43,7 +43,8 @@ def read_yolo(place: Path, split: str) -> Source:
     named = sorted((image.relative_to(root).as_posix(), image) for image in images)
     for number, (name, image) in enumerate(named, 1):
         header = read_header(image)
-        size = None if header is None else _counted_size(*header)
+        # Of the upright image, so that it is turned.
+        size = header and (header[0][::-1] if header[1] in TURNED else header[0])
         entry = {"id": number, "file_name": name}
         content["images"].append(
             entry if size is None else {**entry, "height": size[0], "width": size[1]}
@@ -227,11 +228,6 @@ def _parse_line(line: str, *, boxes_first: bool) -> tuple[int, list[float]]:
     xs, ys = values[::2], values[1::2]
     left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
     return int(label), [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
-
-
-def _counted_size(stored: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """Return the (height, width) to state: that of the upright image, so that it is turned."""
-    return stored[::-1] if orientation in TURNED else stored
 
 
 def _in_pixels(
