@@ -37,7 +37,7 @@ _UPRIGHT = {
 
 
 # What some of Pillow's readers raise of damage, as if it were a mistake in the program.
-_STUMBLES = (
+_OTHER_ERRORS = (
     RuntimeError,
     TypeError,
     LookupError,
@@ -52,7 +52,7 @@ def _as_read_error() -> Iterator[None]:
     """Make one of READ_ERRORS of whatever Pillow raises; nothing else may run within."""
     try:
         yield
-    except _STUMBLES as error:
+    except _OTHER_ERRORS as error:
         raise OSError(f"damaged image: {str(error) or type(error).__name__}") from error
 
 

@@ -123,7 +123,7 @@ class AspectRatioBatchSampler(ShuffledBatchSampler):
         self._portrait = [height > width for height, width in sizes]
         portrait = sum(self._portrait)
         if min(portrait, len(sizes) - portrait) < split.effective:
-            # too few of one kind for a batch of their own: they would never be seen
+            # too few of one kind to fill a batch: they would never be seen
             self._portrait = [False] * len(sizes)
 
     def _num_full(self) -> int:

@@ -95,8 +95,8 @@ class Detector:
         """Load a checkpoint of ours, an official file, a Hugging Face folder, or `hf:NAME`.
 
         `ema` takes the averaged weights, where there are any. The last three replace what the
-        checkpoint says: the short side and the longest long side of an image in pixels, and the
-        greatest IoU of two boxes of a class (1 keeps all).
+        checkpoint says: the short side and the maximum long side of an image in pixels, and the
+        NMS IoU threshold (1 disables NMS).
 
         Raises:
             CheckpointError: the source cannot be read, or does not say what model it is of.

@@ -55,7 +55,7 @@ def check_content(source: Source, *, need_boxes: bool) -> CocoContent:
             first = next(iter(found))
             raise DataError(
                 f"{place}: {first.place} has {first.detail}. "
-                "Every category needs a whole number of its own as `id`."
+                "Every category needs a unique whole number as `id`."
             )
     if not len(report.images.ids):
         raise DataError(
@@ -114,7 +114,7 @@ def _read_categories(report: SplitReport) -> None:
 
 
 def _read_images(report: SplitReport) -> set[int]:
-    """Set the images that have an id of their own and a name inside the folder.
+    """Set the images that have a unique id and a name inside the folder.
 
     Returns the ids of entries that are left out.
     """
@@ -235,7 +235,7 @@ def _lacking(entry: Mapping[str, Any]) -> str:
 
 
 def _number(report: SplitReport, entries: Sequence[Mapping[str, Any]], rows: IntArray) -> IntArray:
-    """Return the ids of annotations [A]; those without an id of their own get unused ones."""
+    """Return the ids of annotations [A]; those without a unique id get unused ones."""
     ids, whole = _whole_numbers([entry.get("id") for entry in entries])
     known, first = np.unique(ids[whole], return_index=True)
     if len(known) == len(ids):

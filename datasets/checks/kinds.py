@@ -146,8 +146,8 @@ KINDS: dict[str, Kind] = {
         "takes them as width and height: every box is wrong", "converted",
     ),
     "cxcywh_bbox": Kind(
-        BOXES, "centers instead of top left corners",
-        "over the whole set, the numbers fit the images only as center and size",
+        BOXES, "centres instead of top left corners",
+        "over the whole set, the numbers fit the images only as centre and size",
         "takes them as corners: every box is shifted", "converted",
     ),
     "normalised_bbox": Kind(

@@ -1,6 +1,6 @@
 """Read and write YOLO data: data.yaml, images in images/ and a text file for each in labels/.
 
-A line is a class index, then the center, width and height of a box as fractions of the image's
+A line is a class index, then the centre, width and height of a box as fractions of the image's
 width and height, or the corners of a polygon, which becomes the box around it. With `kpt_shape` in
 data.yaml, key points follow the box and are skipped. Fractions are of the upright image, after its
 EXIF orientation, as in the tools that write this format. If that leaves the size as it is
@@ -305,7 +305,7 @@ def _write_labels(split: Split, output_dir: Path, placer: Placer) -> list[str]:
 def _fractions(
     box: list[float], counted: tuple[int, int], stored: tuple[int, int], orientation: int
 ) -> tuple[float, float, float, float]:
-    """Return center and size as fractions of the upright image.
+    """Return centre and size as fractions of the upright image.
 
     The box is of that image if its size is the one that counts, else of the stored pixels.
     """
@@ -322,7 +322,7 @@ def _fractions(
 def _within(
     fractions: tuple[float, float, float, float],
 ) -> tuple[float, float, float, float] | None:
-    """Return center and size of what lies in the image, None for nothing.
+    """Return centre and size of what lies in the image, None for nothing.
 
     Other tools refuse more; what is past the edge by rounding alone is left as it is.
     """
