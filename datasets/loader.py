@@ -16,8 +16,8 @@ from datasets.samplers import (
     AspectRatioBatchSampler,
     BatchSplit,
     NumberedBatches,
-    SameSizeBatchSampler,
     ShuffledBatchSampler,
+    same_size_batches,
 )
 from util.batch import Batch, Target, UnreadableImage, pad_images
 from util.cores import available_cores
@@ -183,7 +183,7 @@ def eval_loader(
     ]
     return DataLoader(
         dataset,
-        batch_sampler=SameSizeBatchSampler(
+        batch_sampler=same_size_batches(
             sizes, batch_size=batch_size, rank=rank, world_size=world_size
         ),
         num_workers=num_workers,
