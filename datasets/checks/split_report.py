@@ -71,9 +71,9 @@ class SplitReport:
         rows: Sequence[int],
         detail: Callable[[int], str] = lambda row: "",
         *,
-        compared: int = 0,
+        checked: int = 0,
     ) -> None:
-        """Note a flaw of usable images, by their positions; `compared`: of so many, if not all."""
+        """Note a flaw of usable images, by their positions; `checked`: among how many, 0: all."""
         chosen = np.array(rows, dtype=np.int64)
         names = self.images.file_names
         self.report(
@@ -84,7 +84,7 @@ class SplitReport:
                 "images",
                 usable=True,
                 image_ids=self.images.ids[chosen],
-                out_of=f" of {compared} compared" if compared else f" of {len(names)}",
+                out_of=f" of {checked} checked" if checked else f" of {len(names)}",
             )
         )
 
