@@ -20,9 +20,8 @@ from datasets.checks.boxes import find_layout
 from datasets.checks.diagnosis import Diagnosis, examine
 from datasets.checks.fix import corrected
 from datasets.checks.kinds import KINDS, tables
-from datasets.checks.report import page
+from datasets.checks.report import page, summary
 from datasets.checks.scan import examine_file, scan
-from datasets.checks.summary import summary
 from datasets.dataset import CocoDetection
 from datasets.formats.format import Source
 from datasets.formats.registry import read_source
