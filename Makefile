@@ -26,7 +26,7 @@ $(VENV)/.installed-test: $(VENV)/.installed tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --requirement tests/requirements.txt
 	@touch $@
 
-# A demo that was interrupted goes on from its last checkpoint.
+# An interrupted demo continues from its last checkpoint.
 demo: env
 	$(BIN)/python -m datasets.shapes --output_dir data/shapes
 	@if [ -f $(DEMO)/last.pth ]; then \

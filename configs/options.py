@@ -183,7 +183,7 @@ class OptionParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """Return the help, which names the way to the options that it leaves out."""
         if self.hidden:
-            self.epilog = f"--help_all lists {self.hidden} more options, which are rarely used."
+            self.epilog = f"--help_all lists rarely used options, too: {self.hidden} more."
         return super().format_help()
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as pixels
 
-from datasets.sample import Sample, Size, crop, draw_integer, draw_uniform, resize
+from datasets.sample import Sample, Size, crop_anywhere, draw_integer, draw_uniform, resize
 
 ZOOM_OUT = (0.35, 0.8)  # share of the canvas's sides that the image takes
 _BRIGHTNESS, _CONTRAST, _SATURATION = (0.7, 1.3), (0.7, 1.3), (0.5, 1.5)
@@ -23,9 +23,7 @@ def scale_jitter(
     height, width = (min(full, side) for full, side in zip(scaled.size, size, strict=True))
     if (height, width) == scaled.size:
         return scaled
-    left = draw_integer(0, scaled.size[1] - width, generator)
-    top = draw_integer(0, scaled.size[0] - height, generator)
-    return crop(scaled, left, top, width, height)
+    return crop_anywhere(scaled, (height, width), generator)
 
 
 def zoom_out(

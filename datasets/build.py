@@ -10,8 +10,8 @@ from configs.schema import DataConfig
 from datasets.checks.findings import first_few
 from datasets.dataset import CocoDetection
 from datasets.formats.coco import coco_layout, read_coco_file
+from datasets.formats.format import Source
 from datasets.formats.registry import FORMATS, read_source
-from datasets.formats.source import Source
 from datasets.image_cache import ImageCache
 from datasets.index import CocoIndex
 from datasets.mixing import Mixing
@@ -61,9 +61,7 @@ def _split_name(cfg: DataConfig, split: Split) -> str:
 
 
 def _explicit_paths(cfg: DataConfig, split: Split) -> tuple[str, str]:
-    if split == "train":
-        return cfg.train_images, cfg.train_annotations
-    return cfg.val_images, cfg.val_annotations
+    return getattr(cfg, f"{split}_images"), getattr(cfg, f"{split}_annotations")
 
 
 def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:

@@ -19,9 +19,9 @@ from datasets.images import (
     TURNED,
     is_image,
     orientation_of,
+    read_header,
     read_reduced,
     read_rgb,
-    read_size,
     upright_rgb,
 )
 from datasets.index import CocoIndex
@@ -258,6 +258,7 @@ def _upright_size(source: ImageSource) -> tuple[int, int]:
     if isinstance(source, Tensor):
         return source.shape[1], source.shape[2]
     if isinstance(source, Path):
-        return read_size(source, upright=True) or (0, 0)
-    width, height = source.size
-    return (width, height) if orientation_of(source) in TURNED else (height, width)
+        size, orientation = read_header(source) or ((0, 0), 1)
+    else:
+        size, orientation = source.size[::-1], orientation_of(source)
+    return size[::-1] if orientation in TURNED else size

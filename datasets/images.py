@@ -37,7 +37,7 @@ _UPRIGHT = {
 
 
 # What some of Pillow's readers raise of damage, as if it were a mistake in the program.
-_STUMBLES = (
+_OTHER_ERRORS = (
     RuntimeError,
     TypeError,
     LookupError,
@@ -52,7 +52,7 @@ def _as_read_error() -> Iterator[None]:
     """Make one of READ_ERRORS of whatever Pillow raises; nothing else may run within."""
     try:
         yield
-    except _STUMBLES as error:
+    except _OTHER_ERRORS as error:
         raise OSError(f"damaged image: {str(error) or type(error).__name__}") from error
 
 
@@ -66,7 +66,11 @@ def open_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
     with _as_read_error():
         image = Image.open(file)
     with image:
-        refuse_bomb(image)
+        limit = Image.MAX_IMAGE_PIXELS  # beyond it Pillow only warns: a small file can claim any
+        if limit is not None and image.width * image.height > limit:
+            raise Image.DecompressionBombError(
+                f"{image.width}x{image.height} pixels are more than the {limit} of Pillow's limit"
+            )
         yield image
 
 
@@ -87,18 +91,6 @@ def read_header(path: Path) -> tuple[tuple[int, int], int] | None:
             return (image.height, image.width), orientation_of(image)
     except READ_ERRORS:
         return None
-
-
-def read_size(path: Path, *, upright: bool) -> tuple[int, int] | None:
-    """Return (height, width) in pixels from a file's header, None if it has none.
-
-    `upright` gives the size after the EXIF orientation is applied.
-    """
-    header = read_header(path)
-    if header is None:
-        return None
-    size, orientation = header
-    return size[::-1] if upright and orientation in TURNED else size
 
 
 def upright_point(x: float, y: float, orientation: int) -> tuple[float, float]:
@@ -168,15 +160,6 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     decode(image)
     rgb, orientation = _to_rgb(image), orientation_of(image)
     return rgb.transpose(_UPRIGHT[orientation]) if orientation != 1 else rgb
-
-
-def refuse_bomb(image: Image.Image) -> None:
-    """Raise beyond the number of pixels at which Pillow only warns: a small file can claim any."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise Image.DecompressionBombError(
-            f"{image.width}x{image.height} pixels are more than the {limit} of Pillow's limit"
-        )
 
 
 def _reduction(size: tuple[int, int], min_size: tuple[int, int]) -> int:

@@ -14,7 +14,7 @@ from datasets.checks.findings import Notice
 from datasets.checks.images import check_headers
 from datasets.checks.split_report import SplitReport
 from datasets.formats.coco import require_folder
-from datasets.formats.source import Source
+from datasets.formats.format import Source
 from datasets.index_cache import read_content
 from util.classes import Classes
 from util.errors import DataError

@@ -19,7 +19,7 @@ from datasets.arrays import Annotations, Images, Names
 from datasets.checks.entries import CocoContent, check_content
 from datasets.checks.findings import Notice
 from datasets.formats.coco import parse_json, read_bytes
-from datasets.formats.source import Source
+from datasets.formats.format import Source
 from util.classes import Classes
 from util.files import atomic_path
 

@@ -16,8 +16,8 @@ from datasets.samplers import (
     AspectRatioBatchSampler,
     BatchSplit,
     NumberedBatches,
-    SameSizeBatchSampler,
     ShuffledBatchSampler,
+    same_size_batches,
 )
 from util.batch import Batch, Target, UnreadableImage, pad_images
 from util.cores import available_cores
@@ -86,7 +86,7 @@ def loader_processes(num_workers: int, *, local_size: int = 1) -> int:
 def _start_method(num_workers: int) -> str | None:
     """Return how loader processes begin: on Linux as copies, which share the index with us.
 
-    Python's own choice there, since 3.14, is to send each of them an index of its own.
+    Since 3.14 Python would by default send each of them a copy of the index.
     """
     return "fork" if num_workers and sys.platform == "linux" else None
 
@@ -183,7 +183,7 @@ def eval_loader(
     ]
     return DataLoader(
         dataset,
-        batch_sampler=SameSizeBatchSampler(
+        batch_sampler=same_size_batches(
             sizes, batch_size=batch_size, rank=rank, world_size=world_size
         ),
         num_workers=num_workers,

@@ -9,7 +9,8 @@ import torch
 from datasets.sample import (
     Sample,
     Size,
-    crop,
+    counted_as,
+    crop_anywhere,
     draw_chance,
     draw_integer,
     draw_uniform,
@@ -69,7 +70,7 @@ def mosaic(samples: list[Sample], generator: torch.Generator) -> Sample:
         boxes.append(tile.boxes + torch.tensor([left, top, left, top]))
         labels.append(tile.labels)
     mixed = Sample(image, torch.cat(boxes), torch.cat(labels), (height, width))
-    return _counted_as(mixed, samples[0].size)
+    return counted_as(mixed, samples[0].size)
 
 
 def mixup(sample: Sample, other: Sample, generator: torch.Generator) -> Sample:
@@ -86,10 +87,10 @@ def mixup(sample: Sample, other: Sample, generator: torch.Generator) -> Sample:
     image = sample.image.clone()
     part = image[:, top : top + small.size[0], left : left + small.size[1]]
     part.copy_(torch.lerp(small.image.float(), part.float(), share).round_())
-    own = _counted_as(sample, (height, width))
+    own = counted_as(sample, (height, width))
     boxes = torch.cat([own.boxes, small.boxes + torch.tensor([left, top, left, top])])
     labels = torch.cat([sample.labels, other.labels])
-    return _counted_as(Sample(image, boxes, labels, (height, width)), sample.size)
+    return counted_as(Sample(image, boxes, labels, (height, width)), sample.size)
 
 
 def _cover(sample: Sample, size: Size, generator: torch.Generator) -> Sample:
@@ -101,10 +102,7 @@ def _cover(sample: Sample, size: Size, generator: torch.Generator) -> Sample:
         max(side, math.ceil(full * factor - 1e-6))
         for side, full in zip(size, sample.size, strict=True)
     )
-    scaled = resize(sample, (height, width))
-    left = draw_integer(0, width - size[1], generator)
-    top = draw_integer(0, height - size[0], generator)
-    return crop(scaled, left, top, size[1], size[0])
+    return crop_anywhere(resize(sample, (height, width)), size, generator)
 
 
 def _cut_strip(
@@ -114,9 +112,7 @@ def _cut_strip(
     height, width = (
         min(full, math.ceil(side / factor)) for side, full in zip(size, sample.size, strict=True)
     )
-    left = draw_integer(0, sample.size[1] - width, generator)
-    top = draw_integer(0, sample.size[0] - height, generator)
-    part = crop(sample, left, top, width, height)
+    part = crop_anywhere(sample, (height, width), generator)
     return part, max(side / full for side, full in zip(size, part.size, strict=True))
 
 
@@ -125,9 +121,3 @@ def _scaled(size: Size, factor: float, *, within: Size) -> Size:
         max(1, min(bound, round(side * factor))) for side, bound in zip(size, within, strict=True)
     )
     return height, width
-
-
-def _counted_as(sample: Sample, size: Size) -> Sample:
-    """Return the same pixels with boxes in pixels of another size."""
-    factor = torch.tensor([size[1] / sample.size[1], size[0] / sample.size[0]] * 2)
-    return Sample(sample.image, sample.boxes * factor, sample.labels, size)

@@ -5,7 +5,7 @@ is vectorised for.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -80,10 +80,13 @@ def resize(sample: Sample, size: Size, *, exact: bool = False) -> Sample:
         image = to_pixels(resized)
     elif tuple(image.shape[-2:]) != size:
         image = pixels.resize(image, list(size), antialias=True)
-    if sample.size == size:
-        return Sample(image, sample.boxes, sample.labels, size)
+    return counted_as(replace(sample, image=image), size)
+
+
+def counted_as(sample: Sample, size: Size) -> Sample:
+    """Return the same pixels with boxes in pixels of another size."""
     factor = torch.tensor([size[1] / sample.size[1], size[0] / sample.size[0]] * 2)
-    return Sample(image, sample.boxes * factor, sample.labels, size)
+    return Sample(sample.image, sample.boxes * factor, sample.labels, size)
 
 
 def flip(sample: Sample) -> Sample:
@@ -105,12 +108,20 @@ def crop(sample: Sample, left: int, top: int, width: int, height: int) -> Sample
 def random_crop(sample: Sample, sides: tuple[int, int], generator: torch.Generator) -> Sample:
     """Cut a rectangle out whose sides are drawn between the two of `sides` (pixels).
 
-    An image smaller than the least side keeps that side whole.
+    A side that is smaller than the minimum is kept whole.
     """
-    full_height, full_width = sample.size
-    width, height = (_crop_side(full, sides, generator) for full in (full_width, full_height))
-    left = draw_integer(0, full_width - width, generator)
-    top = draw_integer(0, full_height - height, generator)
+    low, high = sides
+    width, height = (
+        draw_integer(min(low, full), min(high, full), generator) for full in sample.size[::-1]
+    )
+    return crop_anywhere(sample, (height, width), generator)
+
+
+def crop_anywhere(sample: Sample, size: Size, generator: torch.Generator) -> Sample:
+    """Cut a rectangle of `size` out at a place that is drawn."""
+    height, width = size
+    left = draw_integer(0, sample.size[1] - width, generator)
+    top = draw_integer(0, sample.size[0] - height, generator)
     return crop(sample, left, top, width, height)
 
 
@@ -142,7 +153,7 @@ def normalise(
 
 
 def draw_chance(probability: float, generator: torch.Generator) -> bool:
-    """Draw a number and tell whether it lies below `probability`."""
+    """Draw a number and return whether it is below `probability`."""
     return float(torch.rand((), generator=generator)) < probability
 
 
@@ -154,8 +165,3 @@ def draw_uniform(low: float, high: float, generator: torch.Generator) -> float:
 def draw_integer(low: int, high: int, generator: torch.Generator) -> int:
     """Draw a whole number in low..high, both included."""
     return int(torch.randint(low, high + 1, (), generator=generator))
-
-
-def _crop_side(full: int, sides: tuple[int, int], generator: torch.Generator) -> int:
-    least, greatest = (min(side, full) for side in sides)
-    return draw_integer(least, greatest, generator)

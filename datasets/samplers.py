@@ -123,7 +123,7 @@ class AspectRatioBatchSampler(ShuffledBatchSampler):
         self._portrait = [height > width for height, width in sizes]
         portrait = sum(self._portrait)
         if min(portrait, len(sizes) - portrait) < split.effective:
-            # too few of one kind for a batch of their own: they would never be seen
+            # too few of one kind to fill a batch: they would never be seen
             self._portrait = [False] * len(sizes)
 
     def _num_full(self) -> int:
@@ -140,37 +140,24 @@ class AspectRatioBatchSampler(ShuffledBatchSampler):
                 group.clear()
 
 
-class SameSizeBatchSampler(Sampler[list[int]]):
-    """Every image once, in batches whose images have one size after the transform.
+def same_size_batches(
+    sizes: Sequence[tuple[int, int]], *, batch_size: int, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
+    """Return batches of images that have one of `sizes` (height, width) after the transform.
 
     Nothing is padded then, so that results do not depend on the batch size. Large sizes come
-    first: what does not fit into memory fails at once.
+    first: what does not fit into memory fails at once. The batches of all ranks hold every image
+    once.
     """
-
-    def __init__(
-        self,
-        sizes: Sequence[tuple[int, int]],
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        """Take the (height, width) of each image after the transform."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for position, size in enumerate(sizes):
-            groups.setdefault(size, []).append(position)
-        batches = [
-            group[start : start + batch_size]
-            for _, group in sorted(groups.items(), key=lambda item: -item[0][0] * item[0][1])
-            for start in range(0, len(group), batch_size)
-        ]
-        self._batches = batches[rank::world_size]
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for position, size in enumerate(sizes):
+        groups.setdefault(size, []).append(position)
+    batches = [
+        group[start : start + batch_size]
+        for _, group in sorted(groups.items(), key=lambda item: -item[0][0] * item[0][1])
+        for start in range(0, len(group), batch_size)
+    ]
+    return batches[rank::world_size]
 
 
 class NumberedBatches(Sampler[list[SampleKey]]):

@@ -24,7 +24,7 @@ _LONGEST_BEFORE_CROP = 16  # times max_size: else a line of 1 x 2000 pixels woul
 
 
 class Transform(Protocol):
-    """Prepares a sample, with draws of its own from `generator`, shared from `batch_generator`."""
+    """Prepares a sample, drawing from `generator`, or `batch_generator` for what is shared."""
 
     def __call__(
         self, sample: Sample, generator: torch.Generator, batch_generator: torch.Generator
@@ -35,10 +35,10 @@ class Transform(Protocol):
         """Return the prepared (height, width) of an image, None where it is random."""
 
     def largest_size(self, height: int, width: int) -> Size:
-        """Return the most that an image of this size may get to be."""
+        """Return the largest (height, width) that an image of this size may get."""
 
     def decoded_size(self, height: int, width: int) -> Size:
-        """Return the least (height, width) that an image of this size may be decoded at."""
+        """Return the minimum (height, width) that an image of this size may be decoded at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,9 @@ class TrainTransform:
     """Random flip, then a random scale or, half of the time, scale, crop and scale again.
 
     Units: scales are short sides in pixels; `max_size` bounds the long side except before the
-    crop, where only strips would be larger than memory; `crop_size` holds the least and greatest
+    crop, where only strips would be larger than memory; `crop_size` holds the minimum and maximum
     side of the crop; `hflip`, `zoom_out` and `color_jitter` are probabilities; `scale_jitter` holds
-    the least and greatest factor on the last scale, or nothing. With `one_scale_per_batch`,
+    the minimum and maximum factor on the last scale, or nothing. With `one_scale_per_batch`,
     images of one size keep one size, and nothing is padded.
     """
 
@@ -96,11 +96,11 @@ class TrainTransform:
         return None
 
     def largest_size(self, height: int, width: int) -> Size:
-        """Return the most (height, width) that an uncropped image of this size may get."""
+        """Return the largest (height, width) that an uncropped image of this size may get."""
         return resized_size(height, width, max(self.train_scales), self.max_size)
 
     def decoded_size(self, height: int, width: int) -> Size:
-        """Return the greatest size that any first resize may ask for."""
+        """Return the largest size that any first resize may ask for."""
         zoom = max(1.0, self.scale_jitter[1]) if self.scale_jitter else 1.0
         sizes = [tuple(round(side * zoom) for side in self.largest_size(height, width))]
         if self.random_crop:

@@ -26,7 +26,7 @@ def train(config: str | os.PathLike[str] | None = None, **options: Any) -> Path:
     `config` is the name of a preset or a YAML file. `options` are those of the command line
     without dashes (`lr=1e-4, train_images="train/", output_dir="runs/mine"`), a list for several
     values; `recipes` names recipes, whose own options may then be given too. With `gpus`, the run
-    computes in processes of its own.
+    computes in separate processes.
 
     Raises:
         UserError: an option is unknown (the nearest one is named) or of another type, or the

@@ -105,7 +105,7 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
 def _place_tag(
     box: Rectangle, sides: tuple[float, float], image_size: tuple[int, int], taken: list[Rectangle]
 ) -> Rectangle:
-    """Choose the place along the box, within the image, that covers other tags the least."""
+    """Choose the place along the box, within the image, where the tag covers others least."""
     (x0, y0, x1, y1), (width, height) = box, sides
     end_x, end_y = image_size[0] - 1.0, image_size[1] - 1.0
     places = []

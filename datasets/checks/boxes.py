@@ -165,7 +165,14 @@ def check_learning(report: SplitReport, limits: Limits) -> None:
     """Report boxes that can be read, but that training learns little or nothing from."""
     found = report.annotations
     sizes, index = np.unique(report.images.sizes, axis=0, return_inverse=True)
-    zoom = np.array([_zoom(height, width, limits) for height, width in sizes.tolist()])
+    zoom = np.array(
+        [
+            min(resized_size(h, w, limits.short_side, limits.max_size)) / min(h, w)
+            if h and w
+            else 1
+            for h, w in sizes.tolist()
+        ]
+    )
     size = report.images.sizes[found.image][:, ::-1]
     low, high = report.xywh[:, :2], report.xywh[:, :2] + report.xywh[:, 2:]
     side = (np.minimum(high, size) - low.clip(0)).min(axis=1, initial=np.inf)
@@ -185,13 +192,6 @@ def check_learning(report: SplitReport, limits: Limits) -> None:
     report.report_images("too_many_boxes", crowded, lambda i: f"{counts[i]} boxes")
 
 
-def _zoom(height: int, width: int, limits: Limits) -> float:
-    if not (height and width):
-        return 1.0
-    new = resized_size(height, width, limits.short_side, limits.max_size)
-    return min(new) / min(height, width)
-
-
 def _find_repeated(report: SplitReport) -> None:
     """Leave out all but the first of boxes with the same numbers, image and class."""
     found = report.annotations
@@ -205,10 +205,11 @@ def _find_repeated(report: SplitReport) -> None:
     )
     first: dict[object, int] = {}
     same_as = {
-        row: first.setdefault(key, row) for row, key in zip(rows.tolist(), keys, strict=True)
+        row: original
+        for row, key in zip(rows.tolist(), keys, strict=True)
+        if (original := first.setdefault(key, row)) != row
     }
-    repeated = np.zeros(len(found.ids), dtype=np.bool_)
-    repeated[[row for row, original in same_as.items() if row != original]] = True
+    repeated = np.isin(np.arange(len(found.ids)), list(same_as))
     report.report_boxes(
         "repeated_bbox", repeated, lambda row: f"as annotation {found.ids[same_as[row]]}"
     )

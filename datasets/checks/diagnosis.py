@@ -17,7 +17,7 @@ from datasets.checks.kinds import KINDS
 from datasets.checks.scan import FileFacts, scan
 from datasets.checks.split_report import SplitReport
 from datasets.class_mapping import map_used_classes
-from datasets.formats.source import Source
+from datasets.formats.format import Source
 from datasets.images import TURNED, is_image
 from util.errors import DataError
 

@@ -13,7 +13,7 @@ import numpy as np
 from datasets.arrays import Annotations, BoolArray, FloatArray, Images, IntArray, Names
 from datasets.checks.findings import Finding, Findings, Notice
 from datasets.checks.split_report import SECTIONS, SplitReport
-from datasets.formats.source import Source
+from datasets.formats.format import Source
 from util.classes import Classes
 from util.errors import DataError
 
@@ -55,7 +55,7 @@ def check_content(source: Source, *, need_boxes: bool) -> CocoContent:
             first = next(iter(found))
             raise DataError(
                 f"{place}: {first.place} has {first.detail}. "
-                "Every category needs a whole number of its own as `id`."
+                "Every category needs a unique whole number as `id`."
             )
     if not len(report.images.ids):
         raise DataError(
@@ -80,7 +80,12 @@ def read_entries(report: SplitReport) -> None:
 
 
 def _report_entries(
-    report: SplitReport, kind: str, section: str, rows: Sequence[int], key: str
+    report: SplitReport,
+    kind: str,
+    section: str,
+    rows: Sequence[int],
+    key: str,
+    image_ids: IntArray | None = None,
 ) -> None:
     """Report entries by their positions in a section, with what they have under `key`."""
     entries = report.section(section)
@@ -90,7 +95,8 @@ def _report_entries(
         found = f"{key} {entry.get(key)!r:.80}" if isinstance(entry, Mapping) else f"{entry!r:.60}"
         return f"{section}[{row}]", found
 
-    report.report(Findings(kind, np.array(rows, dtype=np.int64), describe, section))
+    positions = np.array(rows, dtype=np.int64)
+    report.report(Findings(kind, positions, describe, section, image_ids=image_ids))
 
 
 def _read_categories(report: SplitReport) -> None:
@@ -108,7 +114,7 @@ def _read_categories(report: SplitReport) -> None:
 
 
 def _read_images(report: SplitReport) -> set[int]:
-    """Set the images that have an id of their own and a name inside the folder.
+    """Set the images that have a unique id and a name inside the folder.
 
     Returns the ids of entries that are left out.
     """
@@ -134,28 +140,18 @@ def _read_images(report: SplitReport) -> set[int]:
         else:
             kept[number] = row
     for kind, rows in sorted(flawed.items()):
-        if kind == "no_image_id":
-            _report_entries(report, kind, "images", rows, "id")
-            continue
-        ids = np.array([entries[row]["id"] for row in rows], dtype=np.int64)
-        report.report(
-            Findings(
-                kind,
-                np.array(rows, dtype=np.int64),
-                lambda row: (f"images[{row}]", f"file_name {entries[row].get('file_name')!r:.80}"),
-                "images",
-                image_ids=ids,
-            )
-        )
+        numbered = kind != "no_image_id"
+        ids = np.array([entries[row]["id"] for row in rows], dtype=np.int64) if numbered else None
+        _report_entries(report, kind, "images", rows, "file_name" if numbered else "id", ids)
     left_out = (left_out - kept.keys()).union(ambiguous)
     gone = [kept.pop(number) for number in dict.fromkeys(ambiguous)]
     report.hidden.append(_hidden("repeated_image", "images", gone))
     used = [entries[row] for row in kept.values()]
     sizes = np.zeros((len(used), 2), dtype=np.int64)
     for i, entry in enumerate(used):
-        height, width = entry.get("height"), entry.get("width")
-        if is_side(height) and is_side(width):
-            sizes[i] = height, width
+        stated = entry.get("height"), entry.get("width")
+        if all(is_number(side) and side >= 1 for side in stated):
+            sizes[i] = stated
     report.images = Images(
         np.array(list(kept), dtype=np.int64), Names.of(e["file_name"] for e in used), sizes
     )
@@ -239,7 +235,7 @@ def _lacking(entry: Mapping[str, Any]) -> str:
 
 
 def _number(report: SplitReport, entries: Sequence[Mapping[str, Any]], rows: IntArray) -> IntArray:
-    """Return the ids of annotations [A]; those without an id of their own get unused ones."""
+    """Return the ids of annotations [A]; those without a unique id get unused ones."""
     ids, whole = _whole_numbers([entry.get("id") for entry in entries])
     known, first = np.unique(ids[whole], return_index=True)
     if len(known) == len(ids):
@@ -294,11 +290,6 @@ def is_whole(value: Any) -> TypeGuard[int]:
     """Return whether a JSON value is a whole number of 64 bits; 3.0 is, as tables write it."""
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     return whole and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def is_side(value: Any) -> TypeGuard[float]:
-    """Return whether a JSON value can be a width or a height."""
-    return is_number(value) and value >= 1
 
 
 def is_area(value: Any) -> TypeGuard[float]:

@@ -67,9 +67,10 @@ def _edits(report: SplitReport) -> _Edits:
     for i, row in enumerate(report.image_rows.tolist()):
         image = edits.get(("images", row))
         if image is not None and image.drop:
+            why = next(kind for kind in reversed(image.reasons) if kind not in _KEPT)
             for box in report.annotation_rows[report.boxes_of(i)].tolist():
                 edits["annotations", box].drop = True
-                edits["annotations", box].reasons.append(image.reasons[-1])
+                edits["annotations", box].reasons.append(why)
         elif image is not None:
             height, width = report.images.sizes[i].tolist()
             image.values = {"height": height, "width": width}

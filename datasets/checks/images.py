@@ -61,15 +61,17 @@ def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared
             found["wrong_size" if all(stated[i]) else "size_not_stated"].append(i)
             sizes[i] = of_file.size
     report.facts.update(facts)
+    opened = 0 if len(facts) == len(stated) else len(facts) - len(found["missing_image"])
     for kind in _DAMAGED:
-        report.report_images(kind, found[kind], lambda i: facts[i].error)
+        checked = 0 if kind == "missing_image" else opened
+        report.report_images(kind, found[kind], lambda i: facts[i].error, checked=checked)
 
     def difference(i: int) -> str:
         (height, width), size = stated[i], facts[i].size or (0, 0)
         return f"stated {width} x {height}, is {size[1]} x {size[0]}"
 
     report.report_images("size_not_stated", found["size_not_stated"])
-    report.report_images("wrong_size", found["wrong_size"], difference, compared=compared)
+    report.report_images("wrong_size", found["wrong_size"], difference, checked=compared)
     report.images = Images(report.images.ids, report.images.file_names, sizes)
 
 

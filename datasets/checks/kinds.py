@@ -39,7 +39,7 @@ KINDS: dict[str, Kind] = {
         "skips them; in evaluation their boxes count as missed", _GONE,
     ),
     "wrong_size": Kind(
-        IMAGES, "images of another size than stated",
+        IMAGES, "images whose size differs from the stated one",
         "width and height in the annotation file are not those of the image file",
         "uses the file's size and takes boxes as pixels of the file", "the file's size is stated",
     ),
@@ -146,8 +146,8 @@ KINDS: dict[str, Kind] = {
         "takes them as width and height: every box is wrong", "converted",
     ),
     "cxcywh_bbox": Kind(
-        BOXES, "centers instead of top left corners",
-        "over the whole set, the numbers fit the images only as center and size",
+        BOXES, "centres instead of top left corners",
+        "over the whole set, the numbers fit the images only as centre and size",
         "takes them as corners: every box is shifted", "converted",
     ),
     "normalised_bbox": Kind(
@@ -195,7 +195,7 @@ KINDS: dict[str, Kind] = {
         "keeps a logit for them; AP is n/a", note=True,
     ),
     "repeated_name": Kind(
-        SPLITS, "classes of one name", "two ids with the same name",
+        SPLITS, "classes that share a name", "two ids with the same name",
         "distinguishes them by id", note=True,
     ),
     "unknown_class": Kind(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from datasets.arrays import Annotations, BoolArray, FloatArray, Images, IntArray
 from datasets.checks.findings import Finding, Findings, Notice
 from datasets.checks.scan import FileFacts
-from datasets.formats.source import Source
+from datasets.formats.format import Source
 from util.classes import Classes
 
 SECTIONS = ("images", "annotations", "categories")
@@ -71,9 +71,9 @@ class SplitReport:
         rows: Sequence[int],
         detail: Callable[[int], str] = lambda row: "",
         *,
-        compared: int = 0,
+        checked: int = 0,
     ) -> None:
-        """Note a flaw of usable images, by their positions; `compared`: of so many, if not all."""
+        """Note a flaw of usable images, by their positions; `checked`: among how many, 0: all."""
         chosen = np.array(rows, dtype=np.int64)
         names = self.images.file_names
         self.report(
@@ -84,7 +84,7 @@ class SplitReport:
                 "images",
                 usable=True,
                 image_ids=self.images.ids[chosen],
-                out_of=f" of {compared} compared" if compared else f" of {len(names)}",
+                out_of=f" of {checked} checked" if checked else f" of {len(names)}",
             )
         )
 
@@ -123,11 +123,6 @@ class SplitReport:
     def path(self, image: int) -> Path:
         """Return the file of an image, by its position in `images`."""
         return self.source.image_dir / self.images.file_names[image]
-
-    def size(self, image: int) -> tuple[int, int] | None:
-        """Return the (height, width) of what training uses of an image, None if unknown."""
-        height, width = self.images.sizes[image].tolist()
-        return (height, width) if height and width else None
 
     @property
     def sound(self) -> BoolArray:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datasets.checks.findings import Finding
 from datasets.checks.kinds import BOXES, KINDS
-from datasets.checks.split_report import SplitReport
+from datasets.checks.split_report import SplitReport, printable
 from datasets.images import READ_ERRORS, read_rgb
 from util.draw import draw_boxes
 from util.html import InlineImage, inline_image
@@ -69,8 +69,9 @@ class Thumbnails:
     ) -> Thumbnail | None:
         if report.facts[image].state != "sound":
             return None
+        height, width = report.images.sizes[image].tolist()
         try:
-            pixels = read_rgb(report.path(image), report.size(image))
+            pixels = read_rgb(report.path(image), (height, width))
         except READ_ERRORS:  # changed since it was decoded
             return None
         about_box = KINDS[kind].group == BOXES and finding.annotation_id is not None
@@ -90,10 +91,9 @@ class Thumbnails:
 
 def _box(report: SplitReport, row: int) -> _Box:
     label = report.annotations.labels[row]
-    category = report.classes.ids[label]
     given = report.annotations.xywh[row].tolist() if report.fixed[row] else None
-    name = report.class_names()[category]
-    return _Box(report.xywh[row].tolist(), name, abs(category), given)
+    name = printable(report.classes.names[label])
+    return _Box(report.xywh[row].tolist(), name, abs(report.classes.ids[label]), given)
 
 
 def _draw(pixels: Image.Image, boxes: Sequence[_Box], *, given: bool) -> Image.Image:

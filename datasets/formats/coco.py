@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets.formats.format import Format, Placer, Split
+from datasets.formats.format import Format, Placer, Source, Split
 from datasets.formats.registry import FORMATS
-from datasets.formats.source import Source
 from util.errors import DataError
 from util.files import make_output_dir, write_atomic
 

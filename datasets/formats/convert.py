@@ -7,9 +7,8 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from datasets.checks.entries import check_content
-from datasets.formats.format import Placer, Split, SplitImage
+from datasets.formats.format import Placer, Source, Split, SplitImage
 from datasets.formats.registry import FORMATS
-from datasets.formats.source import Source
 from datasets.index import CocoIndex
 from util.errors import DataError
 

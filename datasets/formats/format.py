@@ -1,12 +1,27 @@
-"""What a data format is: a way to read a split, and a way to write it."""
+"""What a data format is: a way to read a split, as a COCO-format file holds it, and to write it."""
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from typing import Any
 
-from datasets.formats.source import Source
+from datasets.checks.findings import Finding
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split of a data set, not checked: flaws of its entries stay as they are.
+
+    `content` is what a COCO-format file holds, its file names relative to `image_dir`; `place` is
+    the file or folder to name in messages. `findings` are what could not be read at all, by kind.
+    """
+
+    content: dict[str, Any]
+    image_dir: Path
+    place: Path
+    findings: Mapping[str, Sequence[Finding]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from datasets.formats.format import Format
-from datasets.formats.source import Source
+from datasets.formats.format import Format, Source
 from util.registry import Registry
 
 FORMATS: Registry[Format] = Registry(

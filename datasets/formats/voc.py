@@ -15,9 +15,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from datasets.checks.findings import Finding, first_few
-from datasets.formats.format import Format, Placer, Split, as_text, write_text
+from datasets.formats.format import Format, Placer, Source, Split, as_text, write_text
 from datasets.formats.registry import FORMATS
-from datasets.formats.source import Source
 from datasets.images import is_image
 from util.errors import DataError
 from util.files import make_output_dir, write_atomic

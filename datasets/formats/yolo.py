@@ -1,6 +1,6 @@
 """Read and write YOLO data: data.yaml, images in images/ and a text file for each in labels/.
 
-A line is a class index, then the center, width and height of a box as fractions of the image's
+A line is a class index, then the centre, width and height of a box as fractions of the image's
 width and height, or the corners of a polygon, which becomes the box around it. With `kpt_shape` in
 data.yaml, key points follow the box and are skipped. Fractions are of the upright image, after its
 EXIF orientation, as in the tools that write this format. If that leaves the size as it is
@@ -16,9 +16,8 @@ from typing import Any
 import yaml
 
 from datasets.checks.findings import Finding, first_few
-from datasets.formats.format import Format, Placer, Split, as_text, write_text
+from datasets.formats.format import Format, Placer, Source, Split, as_text, write_text
 from datasets.formats.registry import FORMATS
-from datasets.formats.source import Source
 from datasets.images import TURNED, is_image, read_header, stored_point, upright_point
 from util.errors import DataError
 from util.files import make_output_dir, write_atomic
@@ -44,7 +43,8 @@ def read_yolo(place: Path, split: str) -> Source:
     named = sorted((image.relative_to(root).as_posix(), image) for image in images)
     for number, (name, image) in enumerate(named, 1):
         header = read_header(image)
-        size = None if header is None else _counted_size(*header)
+        # Of the upright image, so that it is turned.
+        size = header and (header[0][::-1] if header[1] in TURNED else header[0])
         entry = {"id": number, "file_name": name}
         content["images"].append(
             entry if size is None else {**entry, "height": size[0], "width": size[1]}
@@ -230,11 +230,6 @@ def _parse_line(line: str, *, boxes_first: bool) -> tuple[int, list[float]]:
     return int(label), [(left + right) / 2, (top + bottom) / 2, right - left, bottom - top]
 
 
-def _counted_size(stored: tuple[int, int], orientation: int) -> tuple[int, int]:
-    """Return the (height, width) to state: that of the upright image, so that it is turned."""
-    return stored[::-1] if orientation in TURNED else stored
-
-
 def _in_pixels(
     box: list[float], size: tuple[int, int], stored: tuple[int, int], orientation: int
 ) -> dict[str, Any]:
@@ -310,7 +305,7 @@ def _write_labels(split: Split, output_dir: Path, placer: Placer) -> list[str]:
 def _fractions(
     box: list[float], counted: tuple[int, int], stored: tuple[int, int], orientation: int
 ) -> tuple[float, float, float, float]:
-    """Return center and size as fractions of the upright image.
+    """Return centre and size as fractions of the upright image.
 
     The box is of that image if its size is the one that counts, else of the stored pixels.
     """
@@ -327,7 +322,7 @@ def _fractions(
 def _within(
     fractions: tuple[float, float, float, float],
 ) -> tuple[float, float, float, float] | None:
-    """Return center and size of what lies in the image, None for nothing.
+    """Return centre and size of what lies in the image, None for nothing.
 
     Other tools refuse more; what is past the edge by rounding alone is left as it is.
     """

@@ -14,8 +14,7 @@ from datasets.build import Split, read_split
 from datasets.checks.boxes import Limits
 from datasets.checks.diagnosis import Diagnosis, examine
 from datasets.checks.fix import corrected
-from datasets.checks.report import page
-from datasets.checks.summary import summary
+from datasets.checks.report import page, summary
 from datasets.loader import loader_processes
 from models.recipes import RecipeOptions
 from util.console import console

@@ -8,8 +8,8 @@ from configs.schema import VocOptions
 from datasets.build import format_options
 from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
+from datasets.formats.format import Source
 from datasets.formats.registry import FORMATS, read_source
-from datasets.formats.source import Source
 from util.console import console
 from util.errors import ConfigError
 

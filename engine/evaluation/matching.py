@@ -133,10 +133,10 @@ class MatchedDetections:
     gt: Ints
     ignored: Bools
 
-    def found(self, area: int = 0, threshold: int = 0) -> Ints:
-        """Return the annotation found by each of `order` [N], -1 where none."""
+    def found(self, threshold: int) -> Ints:
+        """Return the annotation of any size found by each of `order` [N], -1 where none."""
         found = np.full(len(self.order), -1, dtype=np.int64)
-        found[self.candidate] = self.gt[:, area, threshold]
+        found[self.candidate] = self.gt[:, 0, threshold]
         return found
 
 

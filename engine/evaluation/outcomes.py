@@ -61,7 +61,7 @@ def outcomes(
     crowd = np.append(truth.crowd, False)  # for -1, nothing found
     rows = []
     for t in range(len(ious)):
-        found = matches.found(threshold=t)
+        found = matches.found(t)
         keep = ~crowd[found]
         rows.append(Outcomes(detections.select(matches.order[keep]), found[keep], positives))
     return rows

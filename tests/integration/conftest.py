@@ -1,14 +1,18 @@
-"""The real command line in a process of its own, on a small generated data set."""
+"""The real command line, on a small generated data set."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from datasets.shapes import generate_shapes
 
@@ -18,17 +22,48 @@ TINY = str(Path(__file__).with_name("tiny.yaml"))
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+# What leaves marks on a process, or is read once in its life.
+OWN_PROCESS = ("--gpus", "--deterministic", "--compile", "hf:")
+
+
 def run_cli(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    """Run `python main.py ARGUMENTS` and capture what it prints."""
+    """Run `main.py ARGUMENTS` and capture what it prints.
+
+    In this process, as importing PyTorch would take most of the time, unless it would leave marks.
+    Real processes are what tests of interruptions, several processes and the package start.
+    """
+    words = [str(a) for a in arguments]
+    marked = any(word.startswith(OWN_PROCESS) for word in words)
+    return (run_process if marked or "MSDEFORM_BACKEND" in os.environ else run_here)(words)
+
+
+def run_process(words: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Run the command line in a process of its own."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "main.py"), *words]
     return subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        check=False,
+        command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False
     )
+
+
+def run_here(words: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Run the command line in this process; an exception prints its traceback, as Python does."""
+    from main import main
+
+    out, err, threads = io.StringIO(), io.StringIO(), torch.get_num_threads()
+    before = Path.cwd()
+    os.chdir(ROOT)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code: int | str | None = main(words)
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    torch.set_num_threads(threads)
+    os.chdir(before)
+    return subprocess.CompletedProcess(words, int(code or 0), out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="session")

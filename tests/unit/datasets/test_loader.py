@@ -20,8 +20,8 @@ from datasets.loader import collate, eval_loader, train_loader, with_images
 from datasets.samplers import (
     AspectRatioBatchSampler,
     BatchSplit,
-    SameSizeBatchSampler,
     ShuffledBatchSampler,
+    same_size_batches,
     split_batch,
 )
 from datasets.transforms import EvalTransform, TrainTransform
@@ -205,7 +205,7 @@ def test_same_size_batches_hold_every_image_once(
     batches = [
         batch
         for rank in range(world_size)
-        for batch in SameSizeBatchSampler(
+        for batch in same_size_batches(
             sizes, batch_size=batch_size, rank=rank, world_size=world_size
         )
     ]
@@ -215,8 +215,8 @@ def test_same_size_batches_hold_every_image_once(
 
 
 def test_large_images_are_evaluated_first() -> None:
-    sampler = SameSizeBatchSampler([(10, 10), (30, 40), (20, 20)], batch_size=2)
-    assert list(sampler) == [[1], [2], [0]]
+    batches = same_size_batches([(10, 10), (30, 40), (20, 20)], batch_size=2)
+    assert batches == [[1], [2], [0]]
 
 
 @pytest.fixture

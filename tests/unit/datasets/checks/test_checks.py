@@ -20,12 +20,11 @@ from datasets.checks.boxes import find_layout
 from datasets.checks.diagnosis import Diagnosis, examine
 from datasets.checks.fix import corrected
 from datasets.checks.kinds import KINDS, tables
-from datasets.checks.report import page
+from datasets.checks.report import page, summary
 from datasets.checks.scan import examine_file, scan
-from datasets.checks.summary import summary
 from datasets.dataset import CocoDetection
+from datasets.formats.format import Source
 from datasets.formats.registry import read_source
-from datasets.formats.source import Source
 from datasets.index import CocoIndex
 from datasets.transforms import EvalTransform
 from tests.unit.datasets.checks.flawed import (
@@ -35,6 +34,7 @@ from tests.unit.datasets.checks.flawed import (
     LIMITS,
     FlawedSet,
     change_all,
+    cut,
 )
 from tests.unit.datasets.formats.flawed_formats import FLAWS as FLAWS_BY_FORMAT
 from tests.unit.datasets.formats.flawed_formats import FORMATS, write_sound
@@ -102,6 +102,17 @@ def test_counts_are_exact_and_a_corrected_copy_is_clean(
     for image in data.sound["images"]:
         if image["id"] not in data.flawed:
             assert trained[image["file_name"]] == sound[image["file_name"]]
+
+
+def test_boxes_are_left_out_for_the_reason_that_their_image_is(tmp_path: Path) -> None:
+    """The size is not stated either, but that alone would be fixed."""
+    data = FlawedSet(tmp_path / "train", 12, 0)
+    image = data.take()
+    del image["width"]
+    cut(data.folder / image["file_name"])
+    _, changes = corrected(check(train=data.source()).splits[0])
+    why = [change["why"] for change in changes if change["section"] == "annotations"]
+    assert why == [["truncated_image"]] * BOXES
 
 
 @pytest.mark.parametrize("flaw", sorted(FLAWS))

@@ -183,6 +183,19 @@ def test_missing_ids_areas_and_sizes_are_filled_in(content: Content, write: Writ
     assert index.annotations.area.tolist() == [120, 600, 12]
 
 
+def test_unreadable_images_are_counted_among_those_that_were_opened(
+    content: Content, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.checks.images._SIZES_CHECKED", 1)
+    json_path, folder = write(content)
+    first, second, _ = (folder / image["file_name"] for image in content["images"])
+    first.unlink()
+    second.write_text("no image")
+    notices = CocoIndex.load(json_path, folder, need_boxes=False).notices
+    assert any(notice.startswith("missing images: 1 of 3 (") for notice in notices)
+    assert any(notice.startswith("unreadable images: 1 of 1 checked (") for notice in notices)
+
+
 def test_missing_and_resized_images_are_noticed(content: Content, write: Write) -> None:
     json_path, folder = write(content)
     (folder / "9.png").unlink()
@@ -192,7 +205,7 @@ def test_missing_and_resized_images_are_noticed(content: Content, write: Write) 
     assert missing.startswith("missing images: 1 of 3")
     assert missing.endswith("training skips them; in evaluation their boxes count as missed")
     assert "'9.png'" in missing
-    assert "1 of 2 compared ('5.png' stated 41 x 30, is 40 x 30)" in resized
+    assert "1 of 2 checked ('5.png' stated 41 x 30, is 40 x 30)" in resized
     for name in ("5.png", "2.png"):
         (folder / name).unlink()
     with pytest.raises(DataError, match=r"5\.png: no such image, nor any other of the 3"):

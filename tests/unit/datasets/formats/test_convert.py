@@ -15,8 +15,8 @@ from PIL import Image
 from datasets.dataset import CocoDetection
 from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
+from datasets.formats.format import Source
 from datasets.formats.registry import read_source
-from datasets.formats.source import Source
 from datasets.index import CocoIndex
 from datasets.transforms import EvalTransform
 from main import main

@@ -17,9 +17,8 @@ from util.errors import ConfigError
 NEW_FILE = """
 from pathlib import Path
 
-from datasets.formats.format import Format
+from datasets.formats.format import Format, Source
 from datasets.formats.registry import FORMATS
-from datasets.formats.source import Source
 from util.files import make_output_dir
 
 

@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 
 from datasets.dataset import CocoDetection
 from datasets.formats.convert import convert
+from datasets.formats.format import Source
 from datasets.formats.registry import read_source
-from datasets.formats.source import Source
 from datasets.index import CocoIndex
 from datasets.transforms import EvalTransform
 from util.errors import DataError
