@@ -96,11 +96,7 @@ class Detector:
 
         `ema` takes the averaged weights, where there are any. The last three replace what the
         checkpoint says: the short side and the maximum long side of an image in pixels, and the
-<<<<<<< HEAD
-        maximum IoU of two boxes of a class (1 keeps all).
-=======
         NMS IoU threshold (1 disables NMS).
->>>>>>> review2
 
         Raises:
             CheckpointError: the source cannot be read, or does not say what model it is of.
