@@ -123,6 +123,10 @@ def test_a_checkpoint_from_before_recipes_loads() -> None:
     ("argv", "message"),
     [
         (
+            ["--k_one2many=3"],
+            "unknown option '--k_one2many'. It is an option of a recipe: add --recipes one_to_many",
+        ),
+        (
             ["--k_one2many", "3"],
             "unknown option '--k_one2many'. It is an option of a recipe: add --recipes one_to_many",
         ),
