@@ -118,10 +118,11 @@ def read_command_line(
     if {"-h", "--help", "--help_all"}.isdisjoint(argv):
         args, _ = parser.parse_known_args(argv)
         file = read_options(args.config, {}, recipes)
-        names = {*file.values.get("recipes", {}), *(args.recipes or ())}
-        check_sections({"recipes": dict.fromkeys(names)}, {"recipes": recipes}, "command line")
+        # in the order given: that of the model's parts, the same in every process of a run
+        names = dict.fromkeys([*file.values.get("recipes", {}), *(args.recipes or ())])
+        check_sections({"recipes": names}, {"recipes": recipes}, "command line")
     else:
-        names, file = set(recipes), Given()
+        names, file = dict.fromkeys(recipes), Given()
     for name in sorted(names):
         parser.add_section(f"recipe {name}", recipes[name])
     args, values = parser.parse_options(argv, recipes)
@@ -215,12 +216,16 @@ def to_yaml(config: Any) -> str:
 
 
 def changed_options(config: Any) -> list[str]:
-    """Return `name=value` for every option that differs from its default."""
-    parts = [getattr(config, f.name) for f in dataclasses.fields(config)]
-    sections = [s for part in parts for s in ([part] if is_dataclass(part) else part.values())]
-    return [
-        f"{f.name}={value}"
-        for section in sections
-        for f in dataclasses.fields(section)
-        if (value := getattr(section, f.name)) != f.default
-    ]
+    """Return the chosen recipes, and `name=value` for every option that is not its default."""
+    changed: list[str] = []
+    for part in dataclasses.fields(config):
+        value = getattr(config, part.name)
+        if not is_dataclass(value) and value:
+            changed.append(f"{part.name}={' '.join(value)}")
+        for section in [value] if is_dataclass(value) else value.values():
+            changed += [
+                f"{f.name}={getattr(section, f.name)}"
+                for f in dataclasses.fields(section)
+                if getattr(section, f.name) != f.default
+            ]
+    return changed

@@ -166,11 +166,12 @@ class OptionParser(argparse.ArgumentParser):
         """
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            hint = nearest_hint(unknown[0], self.flags, "--help_all lists the options.")
+            name = unknown[0].partition("=")[0]
+            hint = nearest_hint(name, self.flags, "--help_all lists the options.")
             for recipe, section in (recipes or {}).items():
-                if unknown[0] in [f"--{f.name}" for f in dataclasses.fields(section)]:
+                if name in [f"--{f.name}" for f in dataclasses.fields(section)]:
                     hint = f"It is an option of a recipe: add --recipes {recipe}."
-            raise ConfigError(f"command line: unknown option '{unknown[0]}'. {hint}")
+            raise ConfigError(f"command line: unknown option '{name}'. {hint}")
         names = [f.name for kind in self.sections.values() for f in dataclasses.fields(kind)]
         given = {name: getattr(args, name) for name in names if hasattr(args, name)}
         return args, by_section(given, self.sections, "--")

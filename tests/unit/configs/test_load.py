@@ -96,11 +96,17 @@ def test_a_recipe_of_a_file_takes_flags_and_gives_way_to_those_chosen(tmp_path: 
     assert parse("--config", file, "--recipes").config().recipes == {}
 
 
+def test_recipes_keep_the_order_they_are_given_in() -> None:
+    """It decides on random weights and on the order of losses, which processes must share."""
+    for names in (["one_to_many", "denoising"], ["denoising", "one_to_many"]):
+        assert list(parse("--recipes", *names).config().recipes) == names
+
+
 def test_a_resolved_config_with_recipes_is_a_config_file(tmp_path: Path) -> None:
     given = parse("--recipes", "one_to_many", "denoising", "--k_one2many", "3")
     file = write(tmp_path / "config.yaml", to_yaml(given.config()))
     assert read_options(file, {}, Recipes()).config() == given.config()
-    assert changed_options(given.config()) == ["k_one2many=3"]
+    assert changed_options(given.config()) == ["recipes=one_to_many denoising", "k_one2many=3"]
 
 
 def test_a_checkpoint_keeps_its_recipes_unless_others_are_chosen() -> None:
@@ -122,6 +128,10 @@ def test_a_checkpoint_from_before_recipes_loads() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (
+            ["--k_one2many=3"],
+            "unknown option '--k_one2many'. It is an option of a recipe: add --recipes one_to_many",
+        ),
         (
             ["--k_one2many", "3"],
             "unknown option '--k_one2many'. It is an option of a recipe: add --recipes one_to_many",
