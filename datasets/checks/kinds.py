@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import groupby
 
 IMAGES, FILE, BOXES, SPLITS = "Images", "Annotation file", "Boxes", "Splits and classes"
-GROUPS = (IMAGES, FILE, BOXES, SPLITS)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from datasets.checks.diagnosis import Diagnosis
 from datasets.checks.findings import NAMED, Finding, first_few
-from datasets.checks.kinds import GROUPS, KINDS
+from datasets.checks.kinds import KINDS
 from datasets.checks.split_report import SplitReport
 from datasets.checks.thumbnails import Thumbnails
 from util.html import render, svg
@@ -27,12 +28,9 @@ _CODE = re.compile(r"`[^`]*`|--\w+")
 def summary(diagnosis: Diagnosis) -> str:
     """Return a line on each split, then each kind of flaw: how many, what, what follows."""
     lines = [_of_split(report) for report in diagnosis.splits]
-    for group in GROUPS:
-        kinds = [kind for kind in diagnosis.findings if KINDS[kind].group == group]
-        if kinds:
-            lines += ["", group]
-        for kind in kinds:
-            lines += _of_kind(kind, diagnosis.findings[kind])
+    by_group = groupby(diagnosis.findings.items(), key=lambda item: KINDS[item[0]].group)
+    for group, found in by_group:
+        lines += ["", group, *(line for kind in found for line in _of_kind(*kind))]
     return "\n".join([*lines, "", verdict(diagnosis)])
 
 
@@ -79,9 +77,7 @@ def page(diagnosis: Diagnosis, *, title: str) -> str:
             "found": found,
             "thumbnails": list(thumbnails.of_kind(name, found)),
         }
-        for group in GROUPS
         for name, found in diagnosis.findings.items()
-        if KINDS[name].group == group
     ]
     counts = []  # by name, as ids of splits may differ
     for report in diagnosis.splits:

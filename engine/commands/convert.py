@@ -36,6 +36,8 @@ class ConvertOptions(VocOptions):
         super().__post_init__()
         if self.images and len(self.splits) != 1:
             raise ConfigError("images: needs exactly one split with it, as in `splits train`.")
+        if self.images and self.data_format != "coco":
+            raise ConfigError(f"images: has no effect on {self.data_format} data. Leave it out.")
 
 
 SECTIONS = {"convert": ConvertOptions}

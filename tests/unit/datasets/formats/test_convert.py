@@ -306,6 +306,8 @@ def test_command_line(
                "--to", "yolo", "--output_dir", out]  # fmt: skip
     assert main(command) == 2
     assert "--images: needs exactly one split with it" in capsys.readouterr().err
+    assert main([*command, "--from", "voc", "--splits", "train"]) == 2
+    assert "--images: has no effect on voc data" in capsys.readouterr().err
     assert main([*command, "--splits", "train"]) == 0
     assert "train: 3 images, 3 boxes" in capsys.readouterr().out
     assert main([*command, "--splits", "train"]) == 2
