@@ -5,6 +5,7 @@ import io
 import logging
 import signal
 import sys
+import traceback
 import typing
 from collections.abc import Sequence
 from importlib import import_module
@@ -119,13 +120,23 @@ def in_one_line(error: Exception) -> str | None:
         return f"{what}. Free space or choose another --output_dir."
     first: BaseException | None = error
     while first is not None:  # it comes as a signal, and what it interrupts may fail in its turn
-        if isinstance(first, RuntimeError) and "DataLoader worker (pid" in str(first):
+        if loader_ended(first):
             return (
                 f"data loading: {' '.join(str(first).split())} The system probably ran out of "
                 "memory: lower --num_workers, and continue with --resume auto."
             )
         first = first.__context__
     return None
+
+
+def loader_ended(error: BaseException) -> bool:
+    """Return whether a loader process was killed: while it worked, or handed a batch over."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker (pid" in str(error)
+    frames = traceback.walk_tb(error.__traceback__)
+    names = {frame.f_globals.get("__name__") for frame, _ in frames}
+    broken = isinstance(error, (ConnectionError, EOFError))
+    return broken and "torch.utils.data.dataloader" in names
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def test_predict_draws_from_the_thresholds_of_the_checkpoint(
 
     assert predict(tmp_path / "with.pth", people, tmp_path / "a") == {"dog": 0.0, "person": 0.3}
     told = capsys.readouterr().out
-    assert "last evaluation: dog 0.00; of the other classes 0.30. --score_threshold" in told
+    assert "last evaluation: dog 0.00; 0.30 for the other classes. --score_threshold" in told
     found = json.loads((tmp_path / "a" / "predictions.json").read_text())
     drawn = sum(p["category_name"] == "dog" or p["score"] >= 0.3 for p in found)
     assert drawn > 0

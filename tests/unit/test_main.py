@@ -8,6 +8,8 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from configs.load import Given
 from configs.schema import Config
@@ -33,6 +35,25 @@ def test_a_dead_loader_is_told_whatever_it_interrupts() -> None:
     line = in_one_line(failure)
     assert line is not None
     assert line.startswith(f"data loading: {death.strip()} The system")
+
+
+def test_a_loader_that_dies_while_it_hands_a_batch_over_is_told() -> None:
+    """Its socket is reset then, before its death is noticed."""
+
+    class Dies:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def get(self, timeout: float | None = None) -> object:
+            raise ConnectionResetError("Connection reset by peer")
+
+    loader = iter(DataLoader(TensorDataset(torch.zeros(2)), num_workers=1))
+    loader._data_queue = Dies()  # type: ignore[attr-defined]
+    with pytest.raises(ConnectionResetError) as caught:
+        next(loader)
+    line = in_one_line(caught.value)
+    assert line is not None
+    assert line.startswith("data loading: Connection reset by peer The system")
+    assert in_one_line(ConnectionResetError("of something else")) is None
 
 
 def test_help_of_the_program_needs_no_pytorch() -> None:
