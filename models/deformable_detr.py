@@ -107,7 +107,7 @@ class DeformableDETR(nn.Module):
             for g, g_logits, g_boxes in zip(output.groups, logits, boxes, strict=True)
         ]
         if (proposals := output.proposals) is not None:
-            encoder = (proposals.logits[None], proposals.boxes[None])
+            encoder = (proposals.logits[None], proposals.box_logits.sigmoid()[None])
             groups.append(GroupOutput("_enc", *encoder, targets=objects_of_one_class))
         result: DetectorOutput = {  # a literal, which compiles
             "pred_logits": output.decoder.logits[-1][:, : sizes[0]],

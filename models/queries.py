@@ -39,11 +39,11 @@ class QueryGroup:
 class Proposals:
     """The boxes that a two-stage encoder predicts, one at each token.
 
-    Shape: logits [N,S,classes]; boxes [N,S,4], cxcywh fractions; padding_mask [N,S].
+    Shape: logits [N,S,classes]; box_logits [N,S,4], cxcywh in logit space; padding_mask [N,S].
     """
 
     logits: Tensor
-    boxes: Tensor
+    box_logits: Tensor
     padding_mask: Tensor
 
     def best(self, first: int, last: int) -> Tensor:
@@ -54,8 +54,8 @@ class Proposals:
         Shape: [N,last-first,4] cxcywh, fractions.
         """
         # class 0 stands for "object" here: the encoder's targets all carry label 0
-        scores, boxes = self.logits[..., 0].detach(), self.boxes.detach()
-        return select_proposals(scores, boxes, self.padding_mask, last)[:, first:]
+        scores, boxes = self.logits[..., 0].detach(), self.box_logits.detach()
+        return select_proposals(scores, boxes, self.padding_mask, last)[:, first:].sigmoid()
 
 
 def token_proposals(levels: FeatureLevels) -> Tensor:

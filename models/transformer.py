@@ -20,6 +20,9 @@ from ops import MSDeformAttn
 MoreQueries = Callable[[Tensor, Proposals | None], list[QueryGroup]]
 
 
+_MAX_LOGIT = 1e4  # far beyond the logit whose sigmoid is 1
+
+
 @dataclass(frozen=True)
 class TransformerOutput:
     """What was decoded for each group of queries, and a two-stage encoder's proposals."""
@@ -119,5 +122,6 @@ class DeformableTransformer(nn.Module):
         usable = anchors.isfinite().all(-1, keepdim=True)
         output = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0.0)))
         logits = heads.logits(last, output)
-        boxes = (heads.delta(last, output) + anchors).sigmoid()  # finite where anchors are not
-        return Proposals(logits, boxes, levels.padding_mask)
+        # infinite anchors become finite boxes: what is not finite is looked for in outputs
+        box_logits = (heads.delta(last, output) + anchors).clamp(max=_MAX_LOGIT)
+        return Proposals(logits, box_logits, levels.padding_mask)

@@ -244,7 +244,7 @@ def test_encoder_predictions_are_finite_and_infinite_proposals_stay_at_the_edge(
     transformer = build_small_transformer("two_stage")
     output = decode(transformer, make_maps(VALID_3, SHAPES_3, seed=6))
     assert output.proposals is not None
-    boxes = output.proposals.boxes
+    boxes = output.proposals.box_logits.sigmoid()
     padding = torch.cat([m.flatten() for m in make_masks(SHAPES_3, [VALID_3])])
     assert (boxes[0, padding] == 1).all()
     assert output.proposals.logits.isfinite().all()
