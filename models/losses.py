@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
 
 from models.matcher import Matches
 from util.box_ops import cxcywh_to_xyxy, generalized_iou
@@ -58,7 +58,9 @@ def register_loss(name: str, *, coefficient: float = 1.0) -> Callable[[Loss], Lo
 @register_loss("loss_ce")
 def classification(assigned: Assigned) -> Tensor:
     """Focal loss of all queries: most see background, which cross-entropy would learn alone."""
-    focal = sigmoid_focal_loss(assigned.logits, assigned.classes, alpha=assigned.focal_alpha)
+    focal: Tensor = sigmoid_focal_loss(
+        assigned.logits, assigned.classes, alpha=assigned.focal_alpha
+    )
     return focal.sum((1, 2, 3))
 
 
@@ -73,17 +75,3 @@ def box_overlap(assigned: Assigned) -> Tensor:
     """GIoU loss of matched boxes, which does not depend on the size (DETR, Sec. 3.1)."""
     matched, target = map(cxcywh_to_xyxy, (assigned.matched_boxes, assigned.target_boxes))
     return (1 - generalized_iou(matched, target)).sum(1)
-
-
-def sigmoid_focal_loss(
-    logits: Tensor, targets: Tensor, *, alpha: float, gamma: float = 2.0
-) -> Tensor:
-    """Return the focal loss of each logit, not reduced (arXiv 1708.02002, Eq. 5).
-
-    Shape: logits, targets [...], targets 0 or 1; returns [...].
-    """
-    probability = logits.sigmoid()
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    missed = probability + targets - 2 * probability * targets  # 1 - p_t
-    balance = alpha * targets + (1 - alpha) * (1 - targets)
-    return balance * missed**gamma * cross_entropy

@@ -1,11 +1,11 @@
-"""The focal loss against its definition and its limits."""
+"""torchvision's focal loss, which training uses, against its definition and its limits."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.ops import sigmoid_focal_loss
 
-from models.losses import sigmoid_focal_loss
 from tests.unit.models.definitions import focal
 
 
