@@ -223,8 +223,9 @@ class Trainer:
         if evaluating:
             try:
                 result, more = self.validate(f"epoch {epoch + 1}/{self.epochs}")
-            except Interrupted:
-                return  # it was saved before
+            except Interrupted:  # here or in another process; it was saved before
+                self.stop.number = self.stop.number or SIGTERM
+                return
             values |= more
             self.unevaluated = False
             improved = result.stats["AP"] > self.best.get("AP", -2.0)

@@ -1,7 +1,9 @@
 """Inference over a data set, and its COCO evaluation."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from models.postprocess import PostProcess
 from util.batch import Batch, PaddedBatch, Target, pad_images
 from util.distributed import World
 from util.errors import UserError
+
+T = TypeVar("T")
+_ASK_EVERY = 2.0  # seconds after which the processes tell each other whether to stop
 
 
 @torch.inference_mode()
@@ -82,6 +87,32 @@ class Interrupted(Exception):
     """An evaluation was asked to end early."""
 
 
+def until_stopped(batches: Iterable[T], world: World, stopping: Callable[[], bool]) -> Iterator[T]:
+    """Yield a process's batches, until `stopping()` holds in any process of `world`.
+
+    The processes ask each other together, every two seconds, as none can go on without the
+    others: one that has no more batches waits here for those that have.
+
+    Raises:
+        Interrupted: in every process, after the same exchange.
+    """
+
+    def everyone_done(done: bool) -> bool:
+        asked, finished = world.sum([stopping(), done])
+        if asked:
+            raise Interrupted
+        return finished == world.size
+
+    asked = time.monotonic()
+    for batch in batches:
+        yield batch
+        if time.monotonic() - asked > _ASK_EVERY:
+            everyone_done(False)
+            asked = time.monotonic()
+    while not everyone_done(True):
+        pass
+
+
 def evaluate(
     model: nn.Module,
     postprocess: PostProcess,
@@ -100,7 +131,7 @@ def evaluate(
     are collected in the main process's evaluator alone.
 
     Raises:
-        Interrupted: `stopping()` held between two batches.
+        Interrupted: `stopping()` held in any process; see `until_stopped`.
         FloatingPointError: a loss is not finite.
     """
     world, averages = world or World(), Averages()
@@ -123,10 +154,8 @@ def evaluate(
         on_outputs=add_losses if criterion is not None else None,
         autocast=autocast,
     )
-    for batch, detections in results:
+    for batch, detections in until_stopped(results, world, stopping):
         evaluator.update([int(t["image_id"]) for t in batch.targets], detections)
-        if stopping():
-            raise Interrupted
     parts = world.gather((evaluator.detections(), averages))
     for found, means in parts[1:]:
         evaluator.add(found)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from datasets.shapes import generate_shapes
 from tests.integration.runs import (
     Command,
     Running,
@@ -136,3 +137,17 @@ def test_two_processes_killed_and_stopped(reference_options: Options, tmp_path: 
     assert_same_runs(folder, whole.folder)
     states = torch.load(folder / "last.pth", weights_only=True)["progress"]["rng"]
     assert not states[0]["torch"].equal(states[1]["torch"])  # the ranks drop out differently
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_in_an_evaluation_stops_both(tmp_path: Path) -> None:
+    generate_shapes(tmp_path / "data", num_train=4, num_val=600, seed=0)
+    folder = tmp_path / "run"
+    options = ("--coco_path", tmp_path / "data", "--gpus", "2", "--device", "cpu")
+    running = Command(folder, options).start("--batch_size", "2")
+    running.wait_until(lambda: "evaluate:" in running.output)
+    os.kill(running.children[1], signal.SIGTERM)
+    assert running.end() == 143, running.output
+    assert "SIGTERM: stopped at step 1" in running.output  # the main process, which had no signal
+    assert "Traceback" not in running.output
+    assert state_of(folder / "last.pth")["progress"]["unevaluated"]
