@@ -25,6 +25,7 @@ from engine.precision import Precision
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
+from models.recipes import RecipeOptions
 from models.weights.load import load_pretrained
 from models.weights.transfer import load_strict
 from util.batch import Batch
@@ -113,18 +114,23 @@ class Detector:
                 "torchvision ResNet, so it is not known which. Use the whole checkpoint they come "
                 "from."
             )
-        data: Mapping[str, Any] = {}
-        if pretrained.config is not None:  # other sections may be of a newer version
-            data = pretrained.config.get("data", {})
-        elif pretrained.image_size is not None:
-            data = dict(zip(("eval_scale", "max_size"), pretrained.image_size, strict=True))
-        content = {"model": pretrained.model_options, "data": data}
+        saved = pretrained.config or {}
+        size = zip(("eval_scale", "max_size"), pretrained.image_size or (), strict=False)
+        content = {  # other sections may be of a newer version
+            "model": pretrained.model_options,
+            "data": saved.get("data", dict(size)),
+            "recipes": saved.get("recipes", {}),
+        }
         given = {"eval_scale": eval_scale, "max_size": max_size, "nms_iou": nms_iou}
-        options = Given({"data": {k: v for k, v in given.items() if v is not None}})
+        options = Given(
+            {"data": {k: v for k, v in given.items() if v is not None}}, RecipeOptions()
+        )
         config = options.on(saved_options(options, content, source)).config()
-        model = build_model(config.model, num_classes=len(pretrained.classes))
+        model = build_model(
+            config.model, num_classes=len(pretrained.classes), recipes=config.recipes
+        )
         load_strict(model, pretrained.state_dict, source)
-        optim = (pretrained.config or {}).get("optim", {})
+        optim = saved.get("optim", {})
         return cls(
             model,
             pretrained.classes,

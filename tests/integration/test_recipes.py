@@ -14,7 +14,7 @@ KEY = "recipes.one_to_many.query_embed.weight"
 PLAIN = ("--no_two_stage", "--no_with_box_refine")
 
 
-def test_hybrid_matching_trains_resumes_and_detects_without_its_queries(
+def test_hybrid_matching_trains_resumes_and_detects_as_in_its_validation(
     shapes: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -41,10 +41,15 @@ def test_hybrid_matching_trains_resumes_and_detects_without_its_queries(
     assert second.shape == first.shape
     assert not torch.equal(second, first)
 
-    detector = Detector.load(folder / "last.pth")
-    assert KEY not in detector.model.state_dict()
+    detector = Detector.load(folder / "last.pth", device="cpu")
+    torch.testing.assert_close(detector.model.state_dict()[KEY], second, rtol=0, atol=0)
     image = next((shapes / "val2017").iterdir())
-    assert detector.predict(str(image), threshold=0.0)
+    assert len(detector.predict(str(image), threshold=0.0)) == 100
+    evaluated = tmp_path / "evaluated"
+    done = run_cli("eval", "--checkpoint", folder / "last.pth", "--output_dir", evaluated)
+    assert done.returncode == 0, done.stderr
+    found, of_the_run = (f / "eval" / "detections.json" for f in (evaluated, folder))
+    assert found.read_bytes() == of_the_run.read_bytes()
 
 
 @pytest.mark.slow

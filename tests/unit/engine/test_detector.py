@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +11,19 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
+from configs.options import Checked, option
 from configs.schema import Config, ModelConfig, OptimConfig, RunConfig
 from engine.build import RunPlan, build_training_model
 from engine.detector import Detector
 from engine.evaluation.evaluate import detect
 from models.build import build_model
 from models.postprocess import PostProcess
+from models.recipes import RECIPES
+from models.recipes.base import Recipe
+from models.transformer import DeformableTransformer
 from models.weights.load import load_pretrained
 from util.batch import Batch, pad_images
 from util.classes import Classes
@@ -82,6 +87,47 @@ def test_options_that_evaluation_does_not_read_may_be_of_a_later_version(
     expected = Detector.load(save(content, tmp_path), device="cpu").data
     source = save(content, tmp_path, config=config)
     assert Detector.load(source, device="cpu").data == expected
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftOptions(Checked):
+    """Options of the recipe below."""
+
+    shift: float = option(0.0, "what is added to the memory at first")
+
+
+class Shift(Recipe):
+    """Adds something learned to the memory, in detection too."""
+
+    options_class = ShiftOptions
+
+    def __init__(
+        self, options: ShiftOptions, transformer: DeformableTransformer, *, num_classes: int
+    ) -> None:
+        super().__init__(options, transformer, num_classes=num_classes)
+        self.shift = nn.Parameter(torch.full((transformer.d_model,), options.shift))
+        transformer.encoder.register_forward_hook(lambda _, inputs, memory: memory + self.shift)
+
+
+def test_a_recipe_that_detection_needs_is_there(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = asdict(Config(model=TINY)) | {"recipes": {"shift": {"shift": 0.5}}}
+    shift = torch.randn(32)
+    weights = {**content["model"], "recipes.shift.shift": shift}
+    source = save(content, tmp_path, model=weights, config=config)
+    with pytest.raises(CheckpointError, match=r"a\.pth: unknown recipe 'shift'\. .* newer version"):
+        Detector.load(source, device="cpu")
+    monkeypatch.setitem(RECIPES._entries, "shift", Shift)
+    detector = Detector.load(source, device="cpu", eval_scale=64)
+    assert detector.model.state_dict()["recipes.shift.shift"].equal(shift)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8))
+    found = detector.predict(image, threshold=0)
+    # as if another had the same parameter in its encoder
+    plain = Detector.load(save(content, tmp_path), device="cpu", eval_scale=64)
+    assert plain.predict(image, threshold=0) != found
+    plain.model.transformer.encoder.register_forward_hook(lambda _, inputs, memory: memory + shift)
+    assert plain.predict(image, threshold=0) == found
 
 
 @pytest.mark.parametrize(
