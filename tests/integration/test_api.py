@@ -3,13 +3,18 @@
 import json
 import math
 import os
+import re
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import engine
 from engine import Box, Detector, UserError, evaluate, train
 from main import main
-from tests.integration.conftest import TINY
+from tests.integration.conftest import ROOT, TINY
 from tests.integration.runs import assert_same_runs
 from util.errors import ConfigError
 
@@ -93,3 +98,29 @@ def test_wrong_options_are_errors_that_name_the_nearest(tmp_path: Path) -> None:
         train("finetune_smal")
     with pytest.raises(ConfigError, match="output_dir"):
         train("finetune_small", coco_path=tmp_path)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_the_python_of_the_documentation_runs(
+    page: str, finished_run: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is written, in a folder with files of these names; the preset there is a tiny one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "deformable_detr", engine)  # as the installed package is named
+    for split in ("train", "val"):
+        Path(split).symlink_to(shapes / f"{split}2017")
+        truth = shapes / "annotations" / f"instances_{split}2017.json"
+        Path(f"{split}.json").symlink_to(truth)
+    shutil.copy(next((shapes / "val2017").iterdir()), "photo.jpg")
+    Path("runs/mine").mkdir(parents=True)
+    shutil.copy(finished_run / "best.pth", "runs/mine")
+    Path("finetune_small.yaml").write_text(f"base: {TINY}\noptim: {{epochs: 1}}\n")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(block, names)
+    assert isinstance(names["detector"], Detector)
+    if page == "docs/python.md":
+        expected = names["detector"].evaluate(images="val/", annotations="val.json")
+        assert names["numbers"] == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+        assert (names["folder"] / "last.pth").is_file()
