@@ -21,7 +21,6 @@ from engine.evaluation.detections import read_detections
 from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
 from engine.evaluation.gallery import draw_gallery
 from engine.evaluation.matching import Truth
-from engine.evaluation.report import save_report
 from engine.processes import process_group
 from util.console import console
 from util.distributed import World
@@ -170,12 +169,9 @@ def _report(
         console(f"\n{analysis.summary()}")
         images = {}
         if read_image is not None:
-            above = detections.select(
-                detections.score >= analysis.min_scores()[detections.category]
-            )
+            above = detections.select(detections.score >= analysis.min_scores[detections.category])
             shown = [w.image_id for w in analysis.worst[:_IMAGES_SHOWN]]
             images = draw_gallery(above, truth, shown, read_image, score_threshold=None)
-        save_analysis(output_dir, analysis)
-        save_report(output_dir, analysis, images, title=title)
+        save_analysis(output_dir, analysis, images, title=title)
         written += ", analysis.json, report.html"
     console(written)

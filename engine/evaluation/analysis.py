@@ -1,4 +1,4 @@
-"""Everything reported about an evaluation beyond COCO's numbers."""
+"""Everything reported about an evaluation beyond COCO's numbers, and the page that shows it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,16 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from engine.evaluation.errors import (
-    KINDS,
-    ErrorKind,
-    by_cost,
-    classify,
-    error_kinds,
-    wrong_by_class,
-)
-from engine.evaluation.evaluator import EvalResult, Evaluator
+from engine.evaluation.evaluator import EvalResult, Evaluator, mean_of_valid
 from engine.evaluation.matching import (
     AREA_RANGES,
     RECALLS,
@@ -30,15 +23,22 @@ from engine.evaluation.matching import (
 from engine.evaluation.outcomes import (
     CURVE_IOUS,
     IOU,
+    KINDS,
+    ErrorKind,
     Outcomes,
     Threshold,
     best_threshold,
+    classify,
     confusion_matrix,
     curves,
+    error_kinds,
     outcomes,
     thresholds,
+    wrong_by_class,
 )
 from util.files import write_atomic
+from util.html import inline_image, render, svg
+from util.plot import curve_chart
 
 _OBJECTS = ((1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, None))
 _WORST_IMAGES = 24
@@ -90,11 +90,14 @@ class Analysis:
     """What is right and wrong about detections; AP, precision and scores in 0..1.
 
     `confusion` [K+1,K+1]: rows true classes and "no object", columns detected and "not found".
-    `curves` has, by IoU, the precision at 101 recalls, mean over the classes.
+    `curves` has, by IoU, the precision at 101 recalls, mean over the classes. `min_scores` [K]:
+    from which on each class's detections are above the threshold; where nothing of a class is ever
+    right, that is the best of all classes together.
     """
 
     result: EvalResult
     classes: Sequence[ClassAnalysis]
+    min_scores: Floats
     threshold: Threshold | None  # the best for all classes together
     curves: Mapping[str, Sequence[float]]
     errors: Mapping[str, ErrorKind]
@@ -105,14 +108,22 @@ class Analysis:
     def to_json(self) -> dict[str, Any]:
         """Return plain values; what could not be measured is null."""
         values = asdict(self)
-        del values["result"]
-        stats = self.result.to_json()["stats"]
-        return {"stats": stats, "recalls": RECALLS.round(2).tolist(), **values}
+        del values["result"], values["min_scores"]
+        return {
+            "best_thresholds": {c.name: c.threshold.score for c in self.classes if c.threshold},
+            "stats": self.result.to_json()["stats"],
+            "recalls": RECALLS.round(2).tolist(),
+            **values,
+        }
+
+    def by_cost(self) -> list[tuple[str, ErrorKind]]:
+        """Return the kinds of errors, those that cost most first."""
+        return sorted(self.errors.items(), key=lambda item: -(item[1].delta_AP50 or 0.0))
 
     def summary(self) -> str:
         """Return what matters most in a few lines for a terminal."""
         lines = ["AP50 gained by fixing only one kind of error:"]
-        for kind, error in by_cost(self.errors):
+        for kind, error in self.by_cost():
             gain = "   n/a" if error.delta_AP50 is None else f"{error.delta_AP50:6.3f}"
             lines.append(f"  {gain}  {kind:11}{KINDS[kind]}")
         if self.threshold:
@@ -127,13 +138,6 @@ class Analysis:
             shown = (f"{count} {true} as {other}" for true, other, count in confused)
             lines.append(f"most often confused: {', '.join(shown)}")
         return "\n".join(lines)
-
-    def min_scores(self) -> Floats:
-        """Return the score from which on each class's detections are above the threshold [K].
-
-        Where nothing of a class is ever right, that is the best of all classes together.
-        """
-        return _min_scores([c.threshold for c in self.classes], self.threshold)
 
     def most_confused(self, count: int) -> list[tuple[str, str, int]]:
         """Return the true class, the class detected and how often, most frequent first."""
@@ -153,7 +157,8 @@ def analyse(evaluator: Evaluator, result: EvalResult) -> Analysis:
     errors = classify(truth, found)
     of_class = thresholds(found)
     overall = best_threshold(found.detections.score, found.hit, int(found.positives.sum()))
-    min_scores = _min_scores(of_class, overall)
+    common = overall.score if overall else _NO_THRESHOLD
+    min_scores = np.array([t.score if t else common for t in of_class])
     above = np.asarray(found.detections.score >= min_scores[found.detections.category])
     precision = {str(iou): curves(o) for iou, o in zip(CURVE_IOUS, by_iou, strict=True)}
     return Analysis(
@@ -173,6 +178,7 @@ def analyse(evaluator: Evaluator, result: EvalResult) -> Analysis:
                 zip(result.per_class, wrong_by_class(found, errors, truth, above), strict=True)
             )
         ],
+        min_scores=min_scores,
         threshold=overall,
         curves={
             iou: _rounded(rows[found.positives > 0].mean(axis=0))
@@ -186,20 +192,31 @@ def analyse(evaluator: Evaluator, result: EvalResult) -> Analysis:
     )
 
 
-def best_thresholds(analysis: Analysis) -> dict[str, float]:
-    """Return, by class name, the score threshold with the best F1 at an IoU of 0.5.
+def save_analysis(
+    output_dir: Path, analysis: Analysis, images: Mapping[int, Image.Image], *, title: str
+) -> None:
+    """Write `eval/analysis.json` and `eval/report.html`; see `report`."""
+    text = json.dumps(analysis.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+    page = report(analysis, images, title=title)
+    for name, content in (("analysis.json", text + "\n"), ("report.html", page)):
+        write_atomic(output_dir / "eval" / name, content, errors="backslashreplace")
 
-    A class of which nothing was ever right is left out.
-    """
-    return {c.name: c.threshold.score for c in analysis.classes if c.threshold}
 
-
-def save_analysis(output_dir: Path, analysis: Analysis) -> None:
-    """Write `eval/analysis.json`."""
-    content = {"best_thresholds": best_thresholds(analysis), **analysis.to_json()}
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    file = output_dir / "eval" / "analysis.json"
-    write_atomic(file, text + "\n", errors="backslashreplace")
+def report(analysis: Analysis, images: Mapping[int, Image.Image], *, title: str) -> str:
+    """Return a page that needs nothing else; `images`, by image id, are shown with the worst."""
+    lines = {f"IoU {iou}": values for iou, values in analysis.curves.items()}
+    mean_ap = ", ".join(f"{np.mean(values):.3f} at {name}" for name, values in lines.items())
+    return render(
+        Path(__file__).with_name("report.html.j2"),
+        title=f"Evaluation: {title}",
+        analysis=analysis,
+        result=analysis.result.to_json(),
+        errors=analysis.by_cost(),
+        kinds=KINDS,
+        mean_ap=mean_ap,
+        chart=svg(curve_chart(lines), f"Precision over recall: AP {mean_ap}") if lines else None,
+        images={image_id: inline_image(image) for image_id, image in images.items()},
+    )
 
 
 def _by_number_of_objects(truth: Truth, detections: Detections, max_dets: int) -> list[ByCount]:
@@ -210,15 +227,11 @@ def _by_number_of_objects(truth: Truth, detections: Detections, max_dets: int) -
         chosen = (objects >= low) & (objects <= (high or objects.max(initial=0)))
         if not chosen.any():
             continue
-        part, of_part = (
-            truth.select(chosen[truth.image]),
-            detections.select(chosen[detections.image]),
-        )
+        part = truth.select(chosen[truth.image])
+        of_part = detections.select(chosen[detections.image])
         matches = match(part, of_part, area_ranges=AREA_RANGES[:1], max_dets=max_dets)
         precision = accumulate(part, of_part, matches, area_ranges=AREA_RANGES[:1]).precision
-        valid = precision > -1
-        AP = float(precision[valid].mean()) if valid.any() else None
-        AP50 = float(precision[0][valid[0]].mean()) if valid.any() else None
+        AP, AP50 = (_or_none(mean_of_valid(values)) for values in (precision, precision[0]))
         name = str(low) if low == high else f"{low}-{high}" if high else f"{low} or more"
         rows.append(ByCount(name, int(chosen.sum()), AP, AP50))
     return rows
@@ -247,11 +260,6 @@ def _worst_images(truth: Truth, found: Outcomes, above: Bools) -> list[WorstImag
         for i in np.argsort(-lost, kind="stable")[:_WORST_IMAGES]
         if lost[i] > 0
     ]
-
-
-def _min_scores(of_class: Sequence[Threshold | None], overall: Threshold | None) -> Floats:
-    common = overall.score if overall else _NO_THRESHOLD
-    return np.array([t.score if t else common for t in of_class])
 
 
 def _or_none(value: float) -> float | None:

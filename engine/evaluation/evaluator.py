@@ -129,8 +129,8 @@ class Evaluator:
 
     `label_to_category` maps the model's labels to category ids; without it, labels are category
     ids. `backend`: "fast" is ours and gives the same numbers to the last digit. `max_dets`:
-    detections of an image and class that count in `EvalResult.beyond_100`; 0 means as many as an
-    image has boxes of a class.
+    detections of an image and class that count in `EvalResult.beyond_100`, where they are more than
+    COCO's 100; 0 means as many as an image has boxes of a class.
     """
 
     def __init__(
@@ -150,13 +150,8 @@ class Evaluator:
         # a class's boxes in an image, at most; crowds do not count
         pair = (truth.image * len(category) + truth.category)[~truth.crowd]
         most = np.unique(pair, return_counts=True)[1].max(initial=0)
-        self._max_dets = max_dets or int(most)
+        self.max_dets = max(100, max_dets or int(most))
         self._by_image: dict[int, Detections] = {}
-
-    @property
-    def max_dets(self) -> int:
-        """How many detections of an image and class count: COCO's 100 or more."""
-        return max(100, self._max_dets)
 
     def update(self, image_ids: Sequence[int], outputs: Sequence[Mapping[str, Tensor]]) -> None:
         """Add what a model found in some images; an image fed again replaces its earlier results.
@@ -204,19 +199,19 @@ class Evaluator:
         detections = self.detections()
         compute = _evaluate_pycocotools if self._backend == "pycocotools" else _evaluate_fast
         result, beyond = compute(self.truth, detections, 100), None
-        if self._max_dets > 100:
-            more = compute(self.truth, detections, self._max_dets)
+        if self.max_dets > 100:
+            more = compute(self.truth, detections, self.max_dets)
             beyond = {
-                "max_dets": float(self._max_dets),
+                "max_dets": float(self.max_dets),
                 **_summary(more),
-                "AR": _mean_of_valid(more.recall[:, :, 0, -1]),
+                "AR": mean_of_valid(more.recall[:, :, 0, -1]),
             }
         truth, sizes = self.truth, range(1, 4)
         stats = [
             *_summary(result).values(),
-            *(_mean_of_valid(result.precision[..., a]) for a in sizes),
-            *(_mean_of_valid(result.recall[:, :, 0, m]) for m in range(3)),
-            *(_mean_of_valid(result.recall[:, :, a, 2]) for a in sizes),
+            *(mean_of_valid(result.precision[..., a]) for a in sizes),
+            *(mean_of_valid(result.recall[:, :, 0, m]) for m in range(3)),
+            *(mean_of_valid(result.recall[:, :, a, 2]) for a in sizes),
         ]
         boxes = np.bincount(truth.category[~truth.crowd], minlength=len(truth.category_ids))
         return EvalResult(
@@ -225,8 +220,8 @@ class Evaluator:
                 ClassResult(
                     category_id=category_id,
                     name=name,
-                    AP=_mean_of_valid(result.precision[:, :, k, 0]),
-                    AP50=_mean_of_valid(result.precision[0, :, k, 0]),
+                    AP=mean_of_valid(result.precision[:, :, k, 0]),
+                    AP50=mean_of_valid(result.precision[0, :, k, 0]),
                     num_boxes=int(boxes[k]),
                 )
                 for k, (category_id, name) in enumerate(
@@ -283,13 +278,14 @@ def _summary(result: PrecisionRecall) -> dict[str, float]:
     """Return AP over all thresholds, at 0.5 and at 0.75."""
     precision = result.precision[..., 0]
     return {
-        "AP": _mean_of_valid(precision),
-        "AP50": _mean_of_valid(precision[0]),
-        "AP75": _mean_of_valid(precision[5]),
+        "AP": mean_of_valid(precision),
+        "AP50": mean_of_valid(precision[0]),
+        "AP75": mean_of_valid(precision[5]),
     }
 
 
-def _mean_of_valid(values: Floats) -> float:
+def mean_of_valid(values: Floats) -> float:
+    """Return the mean of what could be measured; -1 if nothing could."""
     valid = values[values > -1]
     return float(valid.mean()) if valid.size else -1.0
 

@@ -52,8 +52,7 @@ class Truth:
     def of(cls, classes: Classes, images: Images, annotations: Annotations) -> "Truth":
         """Order a checked split by image id."""
         order = np.argsort(images.ids)
-        position = np.empty_like(order)
-        position[order] = np.arange(len(order))
+        position = np.argsort(order)
         return cls(
             image_ids=images.ids[order],
             file_names=Names.of(images.file_names[i] for i in order),
@@ -133,12 +132,6 @@ class MatchedDetections:
     gt: Ints
     ignored: Bools
 
-    def found(self, threshold: int) -> Ints:
-        """Return the annotation of any size found by each of `order` [N], -1 where none."""
-        found = np.full(len(self.order), -1, dtype=np.int64)
-        found[self.candidate] = self.gt[:, 0, threshold]
-        return found
-
 
 def match(
     truth: Truth,
@@ -154,14 +147,8 @@ def match(
     order, rank = _by_category_and_score(truth, detections, max_dets)
     row, gt, iou = overlaps(truth, detections.select(order), float(iou_thresholds.min()))
     candidate, edge_of = np.unique(row, return_inverse=True)
-    matched = _match_in_rounds(
-        _pair(truth, detections.image[order], detections.category[order])[candidate],
-        rank[candidate],
-        _Edges(edge_of, gt, iou),
-        ignored,
-        truth.crowd,
-        np.minimum(iou_thresholds, 1 - 1e-10),
-    )
+    thresholds = np.minimum(iou_thresholds, 1 - 1e-10)
+    matched = _match_in_rounds(rank[candidate], edge_of, gt, iou, ignored, truth.crowd, thresholds)
     return MatchedDetections(order, rank, candidate, matched, ignored)
 
 
@@ -226,50 +213,40 @@ def box_iou(dt: Floats, gt: Floats, crowd: Bools) -> Floats:
     shared, area = width * height, dt[:, 2] * dt[:, 3]
     union = np.where(crowd, area, area + gt[:, 2] * gt[:, 3] - shared)
     meet = (width > 0) & (height > 0)
-    iou: Floats = np.divide(shared, union, out=np.zeros(len(dt)), where=meet)
-    return iou
-
-
-@dataclass(frozen=True)
-class _Edges:
-    """Overlaps [E] of candidates with annotations, by candidate."""
-
-    candidate: Ints
-    gt: Ints
-    iou: Floats
+    return np.asarray(np.divide(shared, union, out=np.zeros(len(dt)), where=meet))
 
 
 def _match_in_rounds(
-    pair: Ints, rank: Ints, edges: _Edges, ignored: Bools, crowd: Bools, thresholds: Floats
+    rank: Ints,
+    candidate: Ints,
+    gt: Ints,
+    iou: Floats,
+    ignored: Bools,
+    crowd: Bools,
+    thresholds: Floats,
 ) -> Ints:
     """Return the annotation found by each candidate [C,A,T], -1 where none.
 
     Images and categories are independent of each other, so the best candidates of all choose at
     once, then the second-best ones, and so on.
+
+    Shape: rank [C]; candidate, gt and iou [E] of pairs that overlap.
     """
-    matched = np.full((len(pair), ignored.shape[1], len(thresholds)), -1, dtype=np.int64)
+    matched = np.full((len(rank), ignored.shape[1], len(thresholds)), -1, dtype=np.int64)
     taken = np.zeros((len(ignored), ignored.shape[1], len(thresholds)), dtype=np.bool_)
     # of equal overlaps the later annotation wins, so the last edge of a candidate is its best
-    best_last = np.lexsort((edges.gt, edges.iou, edges.candidate))
-    edges = _Edges(edges.candidate[best_last], edges.gt[best_last], edges.iou[best_last])
-    round_of = np.empty(len(pair), dtype=np.int64)
-    by_rank = np.lexsort((rank, pair))
-    round_of[by_rank] = np.arange(len(pair)) - np.searchsorted(pair[by_rank], pair[by_rank])
-    edge_round = round_of[edges.candidate]
-    by_round = np.argsort(edge_round, kind="stable")
-    for edge in np.split(by_round, np.flatnonzero(np.diff(edge_round[by_round])) + 1):
-        if not len(edge):
-            continue  # nothing overlaps at all
-        gt = edges.gt[edge]
-        free = ~taken[gt] | crowd[gt][:, None, None]
-        free &= (edges.iou[edge][:, None] >= thresholds)[:, None]
+    order = np.lexsort((gt, iou, candidate, rank[candidate]))
+    rounds = np.split(order, np.flatnonzero(np.diff(rank[candidate[order]])) + 1)
+    for edge in rounds if len(order) else ():
+        free = ~taken[gt[edge]] | crowd[gt[edge]][:, None, None]
+        free &= (iou[edge][:, None] >= thresholds)[:, None]
         # key: 0 nothing; 1.. an ignored annotation; beyond all of them one that counts
-        key = np.arange(1, len(edge) + 1)[:, None] + np.where(ignored[gt], 0, len(edge))
-        candidate, first = np.unique(edges.candidate[edge], return_index=True)
+        key = np.arange(1, len(edge) + 1)[:, None] + np.where(ignored[gt[edge]], 0, len(edge))
+        chooser, first = np.unique(candidate[edge], return_index=True)
         best = np.maximum.reduceat(np.where(free, key[:, :, None], 0), first, axis=0)
         which, area, threshold = np.nonzero(best)
-        chosen = gt[(best[which, area, threshold] - 1) % len(edge)]
-        matched[candidate[which], area, threshold] = chosen
+        chosen = gt[edge][(best[which, area, threshold] - 1) % len(edge)]
+        matched[chooser[which], area, threshold] = chosen
         taken[chosen, area, threshold] = True
     return matched
 

@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 
-from engine.evaluation.analysis import Analysis, analyse, best_thresholds, save_analysis
-from engine.evaluation.errors import KINDS
-from engine.evaluation.outcomes import best_threshold
-from engine.evaluation.report import report, save_report
+from engine.evaluation.analysis import Analysis, analyse, report, save_analysis
+from engine.evaluation.outcomes import KINDS, best_threshold
 from tests.unit.engine.evaluation.shared import detections_of, evaluator_with, make_coco
 from tests.unit.engine.evaluation.test_matching import random_detections, random_ground_truth
 
@@ -153,7 +151,7 @@ def test_without_objects_nothing_can_be_measured() -> None:
     assert {e.delta_AP50 for e in found.errors.values()} == {None}
     assert found.errors["background"].count == 1
     assert found.summary().count("n/a") == len(KINDS)
-    assert found.min_scores().tolist() == [0.5, 0.5]
+    assert found.min_scores.tolist() == [0.5, 0.5]
     page = report(found, {}, title="t")
     assert "with 300: AP n/a, AP50 n/a" in page
     assert page.count("No objects to find: n/a.") == 2
@@ -163,8 +161,8 @@ def test_without_objects_nothing_can_be_measured() -> None:
 def test_boxes_are_drawn_from_the_threshold_of_their_class_on() -> None:
     rows: list[Row] = [(1, 3, BOX_A, 0.9), (1, 7, BOX_A, 0.8), (2, 3, BOX_A, 0.4)]
     coco = make_coco({**scene(2).dataset, "annotations": scene(2).dataset["annotations"][::2]})
-    assert analysed(coco, rows).min_scores().tolist() == [0.4, 0.4]  # no dog is ever right
-    assert analysed(scene(2), [*rows, (1, 7, BOX_B, 0.3)]).min_scores().tolist() == [0.4, 0.3]
+    assert analysed(coco, rows).min_scores.tolist() == [0.4, 0.4]  # no dog is ever right
+    assert analysed(scene(2), [*rows, (1, 7, BOX_B, 0.3)]).min_scores.tolist() == [0.4, 0.3]
 
 
 class Checker(HTMLParser):
@@ -237,9 +235,8 @@ def test_hostile_names_are_text() -> None:
 
 def test_files_hold_thresholds_by_name_and_null_where_nothing_is_measured(tmp_path: Path) -> None:
     found = analysed(scene(), [(1, 3, BOX_A, 0.75)])
-    save_analysis(tmp_path, found)
-    save_report(tmp_path, found, {}, title="t")
+    save_analysis(tmp_path, found, {}, title="t")
     stored = json.loads((tmp_path / "eval" / "analysis.json").read_text())
-    assert stored["best_thresholds"] == best_thresholds(found) == {"cat": 0.75}
+    assert stored["best_thresholds"] == {"cat": 0.75}
     assert stored["stats"]["AP_small"] is None
     assert "<dog>" not in (tmp_path / "eval" / "report.html").read_text()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.evaluation.analysis import analyse, best_thresholds
+from engine.evaluation.analysis import analyse
 from engine.evaluation.outcomes import thresholds_by_name
 from tests.unit.engine.evaluation.shared import evaluator_with
 from tests.unit.engine.evaluation.test_matching import random_detections, random_ground_truth
@@ -16,7 +16,8 @@ def test_they_are_those_of_the_analysis(seed: int) -> None:
     # in every fourth, nothing was found
     evaluator = evaluator_with(coco, random_detections(draw, coco, 6) if seed % 4 else None)
     found = thresholds_by_name(evaluator)
-    assert found == best_thresholds(analyse(evaluator, evaluator.evaluate()))
+    analysis = analyse(evaluator, evaluator.evaluate())
+    assert found == analysis.to_json()["best_thresholds"]
     assert found or seed % 2 == 0
     assert not found or seed % 4
     assert all(type(score) is float for score in found.values())  # loads with weights_only
