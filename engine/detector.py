@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -28,7 +28,6 @@ from models.postprocess import PostProcess
 from models.recipes import RecipeOptions
 from models.weights.load import load_pretrained
 from models.weights.transfer import load_strict
-from util.batch import Batch
 from util.classes import Classes
 from util.console import console
 from util.device import pick_device
@@ -103,10 +102,10 @@ class Detector:
             CheckpointError: the source cannot be read, or does not say what model it is of.
             ConfigError: the device cannot be used, or a value is out of range.
         """
-        if not os.fspath(source):
-            raise ConfigError("checkpoint: give a file, a Hugging Face folder or hf:NAME.")
-        chosen_device = pick_device(str(device))
         source = os.fspath(source)
+        if not source:
+            raise ConfigError("checkpoint: give a file, a Hugging Face folder or hf:NAME.")
+        device = pick_device(str(device))
         pretrained = load_pretrained(source, ema=ema)
         if "backbone" not in pretrained.model_options:
             raise CheckpointError(
@@ -115,6 +114,7 @@ class Detector:
                 "from."
             )
         saved = pretrained.config or {}
+        optim = saved.get("optim", {})
         size = zip(("eval_scale", "max_size"), pretrained.image_size or (), strict=False)
         content = {  # other sections may be of a newer version
             "model": pretrained.model_options,
@@ -130,14 +130,13 @@ class Detector:
             config.model, num_classes=len(pretrained.classes), recipes=config.recipes
         )
         load_strict(model, pretrained.state_dict, source)
-        optim = saved.get("optim", {})
         return cls(
             model,
             pretrained.classes,
             data=config.data,
             mean=pretrained.image_mean or model.backbone.mean,
             std=pretrained.image_std or model.backbone.std,
-            device=chosen_device,
+            device=device,
             thresholds=pretrained.thresholds,
             batch_size=optim.get("eval_batch_size") or optim.get("batch_size", 1),
         )
@@ -145,17 +144,17 @@ class Detector:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the classes it detects; a class without a name goes by its id."""
-        labels = range(len(self.classes))
-        return tuple(self.classes.shown(k) for k in labels if self.classes.in_use(k))
+        classes = self.classes
+        return tuple(classes.shown(k) for k in range(len(classes)) if classes.in_use(k))
 
-    @property
-    def postprocess(self) -> PostProcess:
-        """What turns the model's outputs into boxes."""
-        return PostProcess(nms_iou=self.data.nms_iou)
+    def min_scores(self, threshold: float | None = None) -> dict[str, float]:
+        """Return the score from which on each class's boxes count, by name.
 
-    def threshold_of(self, name: str) -> float:
-        """Return the score from which on a class's boxes count, by default."""
-        return self.thresholds.get(name, DEFAULT_THRESHOLD)
+        That is `threshold` or, by default, what is best for a class, or 0.3 where that is unknown.
+        """
+        if threshold is not None:
+            return dict.fromkeys(self.names, threshold)
+        return {name: self.thresholds.get(name, DEFAULT_THRESHOLD) for name in self.names}
 
     @overload
     def predict(
@@ -189,13 +188,11 @@ class Detector:
             raise ConfigError(f"threshold: must be in 0..1, got {threshold}.")
         many = isinstance(images, (list, tuple))
         sources = [_image_source(image) for image in (images if many else [images])]
-        found: dict[int, list[Box]] = {}
-        for i, boxes in self.detect(sources, batch_size=batch_size, skip_unreadable=False):
-            found[i] = [
-                box
-                for box in boxes
-                if box.score >= (self.threshold_of(box.name) if threshold is None else threshold)
-            ]
+        least = self.min_scores(threshold)
+        found = {
+            i: [box for box in boxes if box.score >= least[box.name]]
+            for i, boxes in self.detect(sources, batch_size=batch_size, skip_unreadable=False)
+        }
         return [found[i] for i in range(len(sources))] if many else found[0]
 
     def detect(
@@ -216,27 +213,32 @@ class Detector:
             DataError: an image cannot be read, unless those are skipped.
         """
         transform = build_transform(self.data, train=False, mean=self.mean, std=self.std)
-        batches: Iterable[Batch] = eval_loader(
+        batches = eval_loader(
             ImageList(images, transform), batch_size=batch_size, num_workers=num_workers
         )
         for batch, found in detect(
             self.model,
-            self.postprocess,
-            batches if skip_unreadable else _all_readable(batches),
+            PostProcess(nms_iou=self.data.nms_iou),
+            batches,
             device=self.device,
             description=description,
+            skip_unreadable=skip_unreadable,
         ):
             for target, detection in zip(batch.targets, found, strict=True):
-                yield int(target["image_id"]), self._boxes(detection)
-
-    def _boxes(self, detection: Mapping[str, Tensor]) -> list[Box]:
-        """Name the boxes; leave out those of labels that stand for no class."""
-        columns = (detection[key].tolist() for key in ("labels", "scores", "boxes"))
-        return [
-            Box(self.classes.shown(label), self.classes.ids[label], score, tuple(corners))
-            for label, score, corners in zip(*columns, strict=True)
-            if self.classes.in_use(label)
-        ]
+                columns = (detection[key].tolist() for key in ("labels", "scores", "boxes"))
+                yield (
+                    int(target["image_id"]),
+                    [
+                        Box(
+                            self.classes.shown(label),
+                            self.classes.ids[label],
+                            score,
+                            tuple(corners),
+                        )
+                        for label, score, corners in zip(*columns, strict=True)
+                        if self.classes.in_use(label)  # some labels stand for no class
+                    ],
+                )
 
     def evaluate(
         self,
@@ -262,10 +264,10 @@ class Detector:
             )  # fmt: skip
         elif images is not None or annotations is not None:
             raise DataError("images and annotations: give both of them, or neither.")
-        dataset = self.validation_set(data)
-        result, _ = self.measure(dataset, batch_size=batch_size, precision=precision)
-        numbers = result.to_json()["stats"]
-        return {name: math.nan if v is None else float(v) for name, v in numbers.items()}
+        result, _ = self.measure(
+            self.validation_set(data), batch_size=batch_size, precision=precision
+        )
+        return {name: v if v >= 0 else math.nan for name, v in result.stats.items()}
 
     def validation_set(self, data: DataConfig) -> CocoDetection:
         """Return the validation images that data options name, with the labels of the model.
@@ -312,7 +314,7 @@ class Detector:
         )
         result, _ = evaluate(
             self.model,
-            self.postprocess,
+            PostProcess(nms_iou=self.data.nms_iou),
             batches,
             evaluator,
             device=self.device,
@@ -350,14 +352,6 @@ def _image_source(image: Any) -> ImageSource:
     )
 
 
-def _all_readable(batches: Iterable[Batch]) -> Iterator[Batch]:
-    for batch in batches:
-        for image in batch.unreadable:
-            name = image.path or f"image {image.image_id}"
-            raise DataError(f"{name}: cannot be read ({image.reason}). Check the file.")
-        yield batch
-
-
 def saved_options(given: Given, values: Mapping[str, Any], source: str) -> Given:
     """Return options as a checkpoint holds them, for others that are given on top.
 
@@ -369,15 +363,3 @@ def saved_options(given: Given, values: Mapping[str, Any], source: str) -> Given
     except ConfigError as error:
         what = str(error).partition(" Known: ")[0]
         raise CheckpointError(f"{what} The checkpoint may come from a newer version.") from error
-
-
-def beside(source: str) -> Path:
-    """Return the folder of a checkpoint.
-
-    Raises:
-        ConfigError: it lies on the hub.
-    """
-    path = Path(source)
-    if not path.exists():
-        raise ConfigError(f"output_dir: {source} has no folder here. Say where its results go.")
-    return path if path.is_dir() else path.parent

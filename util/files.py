@@ -8,8 +8,8 @@ from pathlib import Path
 from util.errors import ConfigError
 
 
-def make_output_dir(path: Path) -> None:
-    """Make the folder of a run's results, if it is not there.
+def make_output_dir(path: Path, option: str = "output_dir") -> None:
+    """Make the folder of results, if it is not there; an error begins with `option`.
 
     Raises:
         ConfigError: a file is in the way, or the place is not writable.
@@ -18,10 +18,10 @@ def make_output_dir(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"output_dir {path}: the folder cannot be made ({error.strerror}). Choose another."
+            f"{option} {path}: the folder cannot be made ({error.strerror}). Choose another."
         ) from error
     if not os.access(path, os.W_OK):
-        raise ConfigError(f"output_dir {path}: the folder is not writable. Choose another.")
+        raise ConfigError(f"{option} {path}: the folder is not writable. Choose another.")
 
 
 @contextlib.contextmanager

@@ -1,8 +1,6 @@
 """`main.py check`: look for flaws in a data set before training on it."""
 
-import errno
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,18 +46,19 @@ def main(config: Config, options: CheckOptions) -> int:
     copies = _copies(options.fix, splits, output_dir)
     sources = {str(split): read_split(config.data, split) for split in splits}
     limits = Limits(config.model.num_queries, min(config.data.train_scales), config.data.max_size)
-    processes = loader_processes(config.data.num_workers)
-    diagnosis = examine(sources, limits, processes=processes)
+    diagnosis = examine(sources, limits, processes=loader_processes(config.data.num_workers))
     console(summary(diagnosis))
     if output_dir:
-        places = (source.place.resolve() for source in sources.values())
-        title = ", ".join(dict.fromkeys(place.name for place in places))
+        names = (source.place.resolve().name for source in sources.values())
         write_atomic(output_dir / "check.json", json.dumps(diagnosis.to_json()))
-        write_atomic(output_dir / "check.html", page(diagnosis, title=title))
+        write_atomic(
+            output_dir / "check.html", page(diagnosis, title=", ".join(dict.fromkeys(names)))
+        )
         console(f"written: {output_dir / 'check.html'}, check.json")
     else:
         console("--output_dir OUT writes all of it, with images, to OUT/check.html.")
-    _write_copies(diagnosis, copies)
+    if copies:
+        _write_copies(diagnosis, copies)
     return 0 if diagnosis.healthy else _FOUND
 
 
@@ -104,35 +103,17 @@ def _copies(fix: str, splits: list[Split], output_dir: Path | None) -> dict[str,
     several = len(splits) > 1
     files = {str(s): path.with_suffix(f".{s}.json") if several else path for s in splits}
     files["changes"] = path.with_suffix(".changes.json")
-    reports = [output_dir / "check.json"] if output_dir else []
+    taken = [(output_dir / "check.json").resolve()] if output_dir else []
     for file in files.values():
-        if file.exists() or file.resolve() in [report.resolve() for report in reports]:
+        if file.exists() or file.resolve() in taken:
             raise ConfigError(
                 f"--fix {file}: the file exists, and nothing is overwritten. Choose another name."
             )
-    _make_folder(path)
+    make_output_dir(path.parent, f"--fix {path}:")  # now, not after an hour of decoding
     return files
 
 
-def _make_folder(file: Path) -> None:
-    """Make the folder of a corrected copy now, not after an hour of decoding.
-
-    Raises:
-        ConfigError: it cannot be made, or is not writable.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(file.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise ConfigError(
-            f"--fix {file}: cannot write to its folder ({error.strerror}). Choose another."
-        ) from error
-
-
 def _write_copies(diagnosis: Diagnosis, files: dict[str, Path]) -> None:
-    if not files:
-        return
     changes: list[dict[str, Any]] = []
     for report in diagnosis.splits:
         content, changed = corrected(report)
@@ -142,14 +123,8 @@ def _write_copies(diagnosis: Diagnosis, files: dict[str, Path]) -> None:
             f"written: {files[report.split]}, {len(changed)} changes; "
             f"its images: {report.source.image_dir}"
         )
-    lines = ",\n".join(map(_strict_json, changes))
+    # NaN and infinities become text: Python's files hold them, JSON has none
+    strict = (json.loads(json.dumps(change), parse_constant=str) for change in changes)
+    lines = ",\n".join(map(json.dumps, strict))
     write_atomic(files["changes"], f"[\n{lines}\n]\n" if changes else "[]\n")
     console(f"written: {files['changes']}")
-
-
-def _strict_json(value: object) -> str:
-    """Return JSON, with NaN and infinities as text: Python's files hold them, JSON has none."""
-    try:
-        return json.dumps(value, allow_nan=False)
-    except ValueError:
-        return json.dumps(json.loads(json.dumps(value), parse_constant=str))

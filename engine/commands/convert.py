@@ -56,8 +56,7 @@ def main(options: ConvertOptions) -> int:
         copy=options.copy_images,
         **writing,
     )
-    console("\n".join(lines))
-    console(f"written: {options.output_dir}")
+    console("\n".join([*lines, f"written: {options.output_dir}"]))
     return 0
 
 

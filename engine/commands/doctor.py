@@ -13,9 +13,11 @@ SECTIONS: dict[str, type] = {}
 
 def main() -> int:
     """Report hardware and op backends, and test them."""
-    console(f"deformable_detr {__version__}")
-    console(f"python {platform.python_version()} on {platform.platform()}")
-    console(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+    console(
+        f"deformable_detr {__version__}\n"
+        f"python {platform.python_version()} on {platform.platform()}\n"
+        f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}"
+    )
     healthy = True
     for line, passed in check_backends():
         console(line)

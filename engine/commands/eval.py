@@ -1,12 +1,8 @@
 """`main.py eval`: COCO's numbers and an analysis, for a checkpoint or for saved detections."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
-
-import torch
-from PIL import Image
 
 from configs.load import Given
 from configs.options import option
@@ -15,19 +11,16 @@ from configs.schema import Precision as PrecisionName
 from datasets.build import build_dataset, read_split
 from datasets.formats.coco import coco_layout
 from datasets.index import CocoIndex
-from engine.detector import Detector, beside
+from engine.detector import Detector
 from engine.evaluation.analysis import analyse, save_analysis
 from engine.evaluation.detections import read_detections
 from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
-from engine.evaluation.gallery import draw_gallery
+from engine.evaluation.gallery import ReadImage, draw_gallery
 from engine.evaluation.matching import Truth
 from engine.processes import process_group
 from util.console import console
-from util.distributed import World
 from util.errors import ConfigError
 from util.files import make_output_dir
-
-ReadImage = Callable[[int], Image.Image | None]
 
 _IMAGES_SHOWN = 12
 
@@ -76,7 +69,27 @@ def main(options: EvalOptions, given: Given) -> int:
     if options.detections:
         return evaluate_detections(options, given.config().data)
     with process_group(options.device) as (world, device):
-        return evaluate_in_world(options, given, world, device)
+        detector = Detector.load(options.checkpoint, device=device, ema=options.ema)
+        place = Path(options.checkpoint)
+        if not options.output_dir and not place.exists():  # on the hub
+            raise ConfigError(
+                f"output_dir: {options.checkpoint} has no folder here. Say where its results go."
+            )
+        output_dir = Path(options.output_dir or (place if place.is_dir() else place.parent))
+        detector.data = given.on(Given({"data": asdict(detector.data)})).config().data
+        dataset = detector.validation_set(detector.data)
+        make_output_dir(output_dir / "eval")
+        result, evaluator = detector.measure(  # in this process's part of the images
+            dataset,
+            batch_size=options.batch_size,
+            precision=options.precision,
+            world=world,
+            backend=options.evaluator,
+            max_dets=options.max_dets,
+        )
+        if world.main:
+            _report(options, output_dir, evaluator, result, dataset.read_image, place.name)
+    return 0
 
 
 def evaluate_detections(options: EvalOptions, data: DataConfig) -> int:
@@ -112,41 +125,19 @@ def read_truth(data: DataConfig) -> tuple[Truth, ReadImage | None, list[str]]:
     Raises:
         DataError: no option says where the data lies, or they cannot be read.
     """
-    annotations = Path(data.val_annotations) if data.val_annotations else None
-    images_exist = bool(data.val_images)
-    if annotations is None and data.coco_path and not data.data_path:
-        folder, annotations = coco_layout(Path(data.coco_path), "val")
-        images_exist = folder.is_dir()
-    if annotations is not None and not images_exist:
-        index = CocoIndex.load(annotations, None, need_boxes=False)
-        return Truth.of(index.classes, index.images, index.annotations), None, index.notices
-    index = CocoIndex.from_source(read_split(data, "val"), need_boxes=False)
-    dataset = build_dataset(data, index, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
+    annotations, images_exist = data.val_annotations, bool(data.val_images)
+    if not annotations and data.coco_path and not data.data_path:
+        folder, file = coco_layout(Path(data.coco_path), "val")
+        annotations, images_exist = str(file), folder.is_dir()
+    read_image: ReadImage | None = None
+    if annotations and not images_exist:
+        index = CocoIndex.load(Path(annotations), None, need_boxes=False)
+    else:
+        index = CocoIndex.from_source(read_split(data, "val"), need_boxes=False)
+        dataset = build_dataset(data, index, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
+        read_image = dataset.read_image
     truth = Truth.of(index.classes, index.images, index.annotations)
-    return truth, dataset.read_image, index.notices
-
-
-def evaluate_in_world(
-    options: EvalOptions, given: Given, world: World, device: torch.device
-) -> int:
-    """Evaluate this process's part; the main one writes the results of all."""
-    detector = Detector.load(options.checkpoint, device=device, ema=options.ema)
-    output_dir = Path(options.output_dir) if options.output_dir else beside(options.checkpoint)
-    detector.data = given.on(Given({"data": asdict(detector.data)})).config().data
-    dataset = detector.validation_set(detector.data)
-    make_output_dir(output_dir / "eval")
-    result, evaluator = detector.measure(
-        dataset,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        world=world,
-        backend=options.evaluator,
-        max_dets=options.max_dets,
-    )
-    if world.main:
-        name = Path(options.checkpoint).name
-        _report(options, output_dir, evaluator, result, dataset.read_image, name)
-    return 0
+    return truth, read_image, index.notices
 
 
 def _report(

@@ -5,15 +5,16 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from configs.options import Checked, option
 from datasets.dataset import find_images
 from datasets.images import read_rgb
 from engine.detector import Box, Detector
+from util.classes import Classes
 from util.console import console
 from util.draw import draw_boxes
 from util.errors import ConfigError, DataError
@@ -64,11 +65,7 @@ def main(options: PredictOptions) -> int:
         max_size=options.max_size,
         nms_iou=options.nms_iou,
     )
-    threshold, known = options.score_threshold, detector.thresholds
-    if threshold is None:
-        thresholds = {name: detector.threshold_of(name) for name in detector.names}
-    else:
-        thresholds, known = dict.fromkeys(detector.names, threshold), {}
+    thresholds = detector.min_scores(options.score_threshold)
     output_dir = Path(options.output_dir)
     write_predictions(
         detector,
@@ -78,6 +75,7 @@ def main(options: PredictOptions) -> int:
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
+    known = detector.thresholds if options.score_threshold is None else {}
     report_thresholds(output_dir, thresholds, known)
     return 0
 
@@ -115,7 +113,7 @@ def write_predictions(
         for i, boxes in found:
             shown = [box for box in boxes if box.score >= thresholds[box.name]]
             drawn += len(shown)
-            _save(_draw(read_rgb(paths[i], None), shown, detector), outputs[i])
+            _save_drawn(paths[i], outputs[i], shown, detector.classes)
             text = json.dumps(_to_json(i, names[i], boxes), indent=1)
             places[i] = entries.tell(), entries.write(text[2:-2])
         if not places:
@@ -143,8 +141,6 @@ def write_predictions(
 def relative_names(paths: Sequence[Path]) -> list[Path]:
     """Return the images' names relative to the deepest folder that holds them all."""
     absolute = [Path(os.path.abspath(path)) for path in paths]
-    if not absolute:
-        return []
     root = os.path.commonpath([path.parent for path in absolute])
     return [path.relative_to(root) for path in absolute]
 
@@ -169,34 +165,27 @@ def output_paths(names: Sequence[Path], output_dir: Path) -> list[Path]:
 
 def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
     """Raise ConfigError if an output is an input, under whatever name or link."""
-    files = {_identity(path) for path in inputs if path.exists()}
+    identity = attrgetter("st_dev", "st_ino")
+    files = {identity(path.stat()) for path in inputs if path.exists()}
     for output in outputs:
-        if output.exists() and _identity(output) in files:
+        if output.exists() and identity(output.stat()) in files:
             raise ConfigError(
                 f"output_dir: '{output}' is one of the input images and would be overwritten. "
                 "Choose another folder."
             )
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_dev, status.st_ino
-
-
-def _draw(image: Image.Image, boxes: Sequence[Box], detector: Detector) -> Image.Image:
-    corners = torch.tensor([box.xyxy for box in boxes]).reshape(-1, 4)
-    labels = [detector.classes.label_of[box.category_id] for box in boxes]
-    return draw_boxes(
-        image, corners, labels, [box.name for box in boxes], [box.score for box in boxes]
+def _save_drawn(image: Path, output: Path, boxes: Sequence[Box], classes: Classes) -> None:
+    """Save a copy of an image with boxes; its suffix says whether as PNG or JPEG."""
+    drawn = draw_boxes(
+        read_rgb(image, None),
+        torch.tensor([box.xyxy for box in boxes]).reshape(-1, 4),
+        [classes.label_of[box.category_id] for box in boxes],
+        [box.name for box in boxes],
+        [box.score for box in boxes],
     )
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() == ".png":
-        image.save(path, format="PNG")
-    else:
-        image.save(path, format="JPEG", quality=95)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    drawn.save(output, quality=95)  # of JPEG
 
 
 def _to_json(image_id: int, name: Path, boxes: Sequence[Box]) -> list[dict[str, object]]:
@@ -219,8 +208,8 @@ def report_thresholds(
 ) -> None:
     """Write `score_thresholds.json`, and print those that are `known` from the checkpoint."""
     path = output_dir / "score_thresholds.json"
-    text = json.dumps(dict(thresholds), indent=1, ensure_ascii=False)
-    write_atomic(path, text + "\n", errors="backslashreplace")
+    text = json.dumps(thresholds, indent=1, ensure_ascii=False)
+    write_atomic(path, f"{text}\n", errors="backslashreplace")
     shown = [f"{name} {threshold:.2f}" for name, threshold in thresholds.items() if name in known]
     if shown:
         more = f", ... ({len(shown)}, all in {path.name})" if len(shown) > _MAX_SHOWN else ""

@@ -50,9 +50,8 @@ def main(config: Config, options: PreviewOptions) -> int:
     console(index.report(config.model.num_queries))
     # any weights: only how images are normalised is asked
     backbone = create_backbone(config.model.backbone, weights="none")
-    mean, std = backbone.mean, backbone.std
     dataset = build_dataset(
-        config.data, index, train=True, mean=mean, std=std,
+        config.data, index, train=True, mean=backbone.mean, std=backbone.std,
         seed=config.run.seed, epochs=config.optim.epochs,
     )  # fmt: skip
     loader = train_loader(
@@ -68,11 +67,14 @@ def main(config: Config, options: PreviewOptions) -> int:
     make_output_dir(folder)
     tiles, titles = [], []
     for number, (image, target) in enumerate(islice(seen(loader), options.count)):
-        shown = to_image(image, mean, std)
+        shown = to_image(image, backbone.mean, backbone.std)
         name = f"epoch{options.epoch}_{number:03d}_image_{int(target['image_id'])}"
-        draw(shown, target, dataset.classes).save(folder / f"{name}.png")
-        height, width = target["size"].tolist()
-        tiles.append(thumbnail(shown.crop((0, 0, width, height)), target, dataset.classes))
+        height, width = target["size"].tolist()  # without padding
+        draw(shown, target, (width, height), dataset.classes).save(folder / f"{name}.png")
+        scale = _CELL / max(width, height)
+        cell = (max(1, round(width * scale)), max(1, round(height * scale)))
+        small = shown.crop((0, 0, width, height)).resize(cell, Image.Resampling.BICUBIC)
+        tiles.append(draw(small, target, cell, dataset.classes))
         titles.append(f"{int(target['image_id'])}: {width}x{height}, {len(target['labels'])} boxes")
     overview(tiles, titles).save(folder / f"epoch{options.epoch}.png")
     console(f"written: {len(tiles)} images and an overview, {folder / f'epoch{options.epoch}.png'}")
@@ -95,20 +97,13 @@ def to_image(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Imag
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def draw(image: Image.Image, target: Target, classes: Classes, scale: float = 1) -> Image.Image:
-    """Return the image, resized by `scale` from what the target describes, with its boxes."""
-    height, width = target["size"].tolist()
-    corners = cxcywh_to_xyxy(target["boxes"]) * torch.tensor([width, height] * 2) * scale
+def draw(
+    image: Image.Image, target: Target, size: tuple[int, int], classes: Classes
+) -> Image.Image:
+    """Return the image with its boxes, which are fractions of `size`, its width and height."""
+    corners = cxcywh_to_xyxy(target["boxes"]) * torch.tensor(size * 2)
     labels = target["labels"].tolist()
     return draw_boxes(image, corners, labels, [classes.shown(label) for label in labels])
-
-
-def thumbnail(image: Image.Image, target: Target, classes: Classes) -> Image.Image:
-    """Return an image with boxes that fits into a cell of the overview."""
-    scale = _CELL / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    small = image.resize((width, height), Image.Resampling.BICUBIC)
-    return draw(small, target, classes, scale)
 
 
 def overview(tiles: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:

@@ -133,10 +133,8 @@ class Analysis:
                 f"{t.precision:.3f}, recall {t.recall:.3f}, F1 {t.f1:.3f}); the report has each "
                 "class's"
             )
-        confused = self.most_confused(3)
-        if confused:
-            shown = (f"{count} {true} as {other}" for true, other, count in confused)
-            lines.append(f"most often confused: {', '.join(shown)}")
+        confused = [f"{count} {true} as {other}" for true, other, count in self.most_confused(3)]
+        lines += [f"most often confused: {', '.join(confused)}"] if confused else []
         return "\n".join(lines)
 
     def most_confused(self, count: int) -> list[tuple[str, str, int]]:

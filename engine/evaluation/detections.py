@@ -38,10 +38,9 @@ def read_detections(path: Path, truth: Truth) -> tuple[Detections, list[str]]:
     known = np.isin(category_ids, truth.category_ids)
     notices = []
     if not known.all():
-        missing = ", ".join(map(str, np.unique(category_ids[~known])[:5]))
         notices.append(
             f"{int((~known).sum())} of {len(entries)} detections skipped: their categories (ids "
-            f"{missing}) are not in the data"
+            f"{', '.join(map(str, np.unique(category_ids[~known])[:5]))}) are not in the data"
         )
     detections = Detections(
         image=np.searchsorted(truth.image_ids, image_ids),

@@ -17,7 +17,7 @@ from models.outputs import DetectorOutput
 from models.postprocess import PostProcess
 from util.batch import Batch, PaddedBatch, Target, pad_images
 from util.distributed import World
-from util.errors import UserError
+from util.errors import DataError, UserError
 
 T = TypeVar("T")
 _ASK_EVERY = 2.0  # seconds after which the processes tell each other whether to stop
@@ -31,24 +31,30 @@ def detect(
     *,
     device: torch.device,
     description: str | None,
+    skip_unreadable: bool = True,
     on_outputs: Callable[[DetectorOutput, Sequence[Target]], None] | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[tuple[Batch, list[dict[str, Tensor]]]]:
     """Yield every batch with its detections (pixels of the original images, on the host).
 
-    Unreadable images are reported; a batch of nothing else has no detections. Images of different
-    sizes go through the model one by one, so that none sees padding. `on_outputs` sees the raw
-    outputs. With a `description`, a progress bar is shown.
+    Unreadable images are skipped and reported, or else an error; a batch of nothing else has no
+    detections. Images of different sizes go through the model one by one, so that none sees
+    padding. `on_outputs` sees the raw outputs. With a `description`, a progress bar is shown.
 
     Raises:
+        DataError: an image cannot be read, unless those are skipped.
         UserError: a score or box is not finite.
     """
     model.eval()
     unreadable = UnreadableImages()
-    hidden = description is None
     for batch in tqdm(
-        batches, desc=description, unit="batch", dynamic_ncols=True, leave=False, disable=hidden
-    ):
+        batches, desc=description, unit="batch", dynamic_ncols=True, leave=False,
+        disable=description is None,
+    ):  # fmt: skip
+        if batch.unreadable and not skip_unreadable:
+            image = batch.unreadable[0]
+            name = image.path or f"image {image.image_id}"
+            raise DataError(f"{name}: cannot be read ({image.reason}). Check the file.")
         unreadable.report(batch)
         if batch.images is None:
             yield batch, []

@@ -75,14 +75,15 @@ class EvalResult:
 
     def table(self) -> str:
         """Return the numbers as aligned text for a terminal."""
-        boxes = sum(c.num_boxes for c in self.per_class)
         lines = [
-            f"{self.num_images} images, {boxes} ground-truth boxes, "
-            f"{self.num_detections} detections",
+            f"{self.num_images} images, {sum(c.num_boxes for c in self.per_class)} ground-truth "
+            f"boxes, {self.num_detections} detections",
             f"{'':7}{'all':>8}{'small':>8}{'medium':>8}{'large':>8}",
         ]
-        for title, names in _TABLE_ROWS:
-            lines.append(f"{title:7}" + "".join(f"{_shown(self.stats[n]):>8}" for n in names))
+        lines += [
+            f"{title:7}" + "".join(f"{_shown(self.stats[n]):>8}" for n in names)
+            for title, names in _TABLE_ROWS
+        ]
         if self.stats["AP"] < 0:
             lines.append("n/a: no ground truth")
         else:
@@ -105,8 +106,10 @@ def _class_lines(per_class: Sequence[ClassResult]) -> list[str]:
     """Return a table of the classes, in two blocks side by side when there are many."""
     if len(per_class) > _MAX_CLASSES_SHOWN:
         return [f"{len(per_class)} classes: too many to show, all are in the result file"]
-    limit = _MAX_NAME_LENGTH
-    names = [c.name if len(c.name) <= limit else c.name[: limit - 1] + "…" for c in per_class]
+    names = [
+        name if len(name) <= _MAX_NAME_LENGTH else f"{name[: _MAX_NAME_LENGTH - 1]}…"
+        for name in (c.name for c in per_class)
+    ]
     width = max(map(len, ["class", *names]))
     header = f"{'class':{width}}{'boxes':>8}{'AP':>8}{'AP50':>8}"
     rows = [
@@ -294,9 +297,8 @@ def save_results(
     output_dir: Path, result: EvalResult, detections: Sequence[Mapping[str, Any]] | None
 ) -> None:
     """Write `eval/results.json` and, if given, `eval/detections.json` (COCO results format)."""
-    folder = output_dir / "eval"
     text = json.dumps(result.to_json(), indent=1, ensure_ascii=False)
-    write_atomic(folder / "results.json", text + "\n", errors="backslashreplace")
+    write_atomic(output_dir / "eval/results.json", f"{text}\n", errors="backslashreplace")
     if detections is not None:
-        text = json.dumps(list(detections), allow_nan=False)
-        write_atomic(folder / "detections.json", text + "\n")
+        text = json.dumps(detections, allow_nan=False)
+        write_atomic(output_dir / "eval/detections.json", f"{text}\n")

@@ -9,11 +9,12 @@ from PIL import Image
 from engine.evaluation.matching import Detections, Truth
 from util.draw import draw_boxes, side_by_side
 
+ReadImage = Callable[[int], Image.Image | None]  # by image id; None if it cannot be read
+
 
 def evenly_spaced(ids: Sequence[int], count: int) -> list[int]:
     """Return `count` ids spread over the whole list, the same ones every time."""
-    if count >= len(ids):
-        return list(ids)
+    count = min(count, len(ids))
     return [ids[i * len(ids) // count] for i in range(count)]
 
 
@@ -21,7 +22,7 @@ def draw_gallery(
     detections: Detections,
     truth: Truth,
     image_ids: Sequence[int],
-    read_image: Callable[[int], Image.Image | None],
+    read_image: ReadImage,
     *,
     score_threshold: float | None = 0.3,
 ) -> dict[int, Image.Image]:

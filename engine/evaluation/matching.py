@@ -7,7 +7,6 @@ annotation.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -68,8 +67,8 @@ class Truth:
 
     def select(self, keep: Bools) -> "Truth":
         """Return the same images and categories with some of the annotations."""
-        columns = ("image", "category", "box", "area", "crowd")
-        return replace(self, **{name: getattr(self, name)[keep] for name in columns})
+        names = ("image", "category", "box", "area", "crowd")
+        return replace(self, **{name: getattr(self, name)[keep] for name in names})
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +86,6 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.score)
-
-    @cached_property
-    def area(self) -> Floats:
-        """Square pixels [D]."""
-        return np.asarray(self.box[:, 2] * self.box[:, 3])
 
     def select(self, keep: Bools | Ints) -> "Detections":
         """Return some of them."""
@@ -161,9 +155,8 @@ def _by_category_and_score(
     truth: Truth, detections: Detections, max_dets: int
 ) -> tuple[Ints, Ints]:
     """Return the detections that count in COCO's order, and their rank in image and category."""
-    best_first = np.argsort(-detections.score, kind="stable")
     pair = _pair(truth, detections.image, detections.category)
-    order = best_first[np.argsort(pair[best_first], kind="stable")]
+    order = np.lexsort((-detections.score, pair))
     ordered = pair[order]
     rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
     order, rank = order[rank < max_dets], rank[rank < max_dets]
@@ -285,7 +278,7 @@ def accumulate(
     recall = np.full((num_thresholds, len(categories) - 1, num_areas, len(max_dets)), -1.0)
     bounds = np.searchsorted(detections.category[matches.order], categories)
     candidates = np.searchsorted(matches.candidate, bounds)
-    area = detections.area[matches.order]
+    area = detections.box[matches.order, 2] * detections.box[matches.order, 3]
     rank = matches.rank[matches.candidate]
     for a, (low, high) in enumerate(area_ranges):
         positives = np.bincount(

@@ -201,13 +201,20 @@ class Errors:
 def classify(truth: Truth, found: Outcomes) -> Errors:
     """Return the kind of each wrong detection, and which annotations are missed."""
     row, gt, iou = overlaps(truth, found.detections, BACKGROUND_IOU, any_category=True)
-    objects = ~truth.crowd[gt] & ~found.hit[row]
-    row, gt, iou = row[objects], gt[objects], iou[objects]
+    by_iou = np.lexsort((-gt, iou))
+    by_iou = by_iou[~truth.crowd[gt[by_iou]] & ~found.hit[row[by_iou]]]
+    row, gt, iou = row[by_iou], gt[by_iou], iou[by_iou]
+
+    def best(among: Bools) -> tuple[Ints, Floats]:
+        most, most_iou = np.full(len(found.gt), -1), np.zeros(len(found.gt))
+        # the last of a row stays: the largest, of equals the first
+        most[row[among]], most_iou[row[among]] = gt[among], iou[among]
+        return most, most_iou
+
     same = truth.category[gt] == found.detections.category[row]
-    own, own_iou = _best(row[same], gt[same], iou[same], len(found.gt))
-    other, other_iou = _best(row[~same], gt[~same], iou[~same], len(found.gt))
-    used = np.isin(gt, found.gt[found.hit])
-    _, used_iou = _best(row[same & used], gt[same & used], iou[same & used], len(found.gt))
+    own, own_iou = best(same)
+    other, other_iou = best(~same)
+    _, used_iou = best(same & np.isin(gt, found.gt[found.hit]))
     tests = {
         -1: found.hit,
         _CODE["location"]: (own_iou >= BACKGROUND_IOU) & (own_iou <= IOU),
@@ -216,19 +223,9 @@ def classify(truth: Truth, found: Outcomes) -> Errors:
         _CODE["background"]: np.maximum(own_iou, other_iou) <= BACKGROUND_IOU,
     }
     kind = np.select(list(tests.values()), list(tests), default=_CODE["both"])
-    about = np.full(len(kind), -1)
-    for name, gt_of in (("location", own), ("class", other)):
-        about[kind == _CODE[name]] = gt_of[kind == _CODE[name]]
+    about = np.select([kind == _CODE["location"], kind == _CODE["class"]], [own, other], default=-1)
     covered = np.isin(np.arange(len(truth.crowd)), np.concatenate([found.gt, about]))
     return Errors(kind, about, ~covered & ~truth.crowd)
-
-
-def _best(row: Ints, gt: Ints, iou: Floats, count: int) -> tuple[Ints, Floats]:
-    """Return the annotation that each of `count` detections overlaps most, and how much."""
-    best, best_iou = np.full(count, -1), np.zeros(count)
-    order = np.lexsort((-gt, iou))  # the last of a row stays: the largest, of equals the first
-    best[row[order]], best_iou[row[order]] = gt[order], iou[order]
-    return best, best_iou
 
 
 def error_kinds(
@@ -258,14 +255,12 @@ def _fixed(truth: Truth, found: Outcomes, errors: Errors, kind: str) -> Outcomes
     An object that nothing has found goes to the best of all class and location errors about it,
     so only one of them is corrected.
     """
-    wrong = np.flatnonzero(errors.about >= 0)
     gt = found.gt.copy()
-    best_first = wrong[np.argsort(-found.detections.score[wrong], kind="stable")]
-    about = errors.about[best_first]
-    first = np.unique(about, return_index=True)[1]
-    chosen = best_first[first]
-    chosen = chosen[errors.kind[chosen] == _CODE[kind]]
-    chosen = chosen[~np.isin(errors.about[chosen], found.gt[found.hit])]
+    best_first = np.argsort(-found.detections.score, kind="stable")
+    best_of_each = best_first[np.unique(errors.about[best_first], return_index=True)[1]]
+    about = errors.about[best_of_each]
+    free = (about >= 0) & ~np.isin(about, found.gt[found.hit])
+    chosen = best_of_each[free & (errors.kind[best_of_each] == _CODE[kind])]
     gt[chosen] = errors.about[chosen]
     category = found.detections.category.copy()
     category[chosen] = truth.category[gt[chosen]]
@@ -280,7 +275,7 @@ def wrong_by_class(
 ) -> list[dict[str, int]]:
     """Return for each category how many errors of each kind are `above` [N] the threshold."""
     size, wrong = len(found.positives), above & ~found.hit
-    counts = np.zeros((size, len(KINDS)), dtype=np.int64)
-    np.add.at(counts, (found.detections.category[wrong], errors.kind[wrong]), 1)
+    cell = found.detections.category[wrong] * len(KINDS) + errors.kind[wrong]
+    counts = np.bincount(cell, minlength=size * len(KINDS)).reshape(size, len(KINDS))
     counts[:, _CODE["missed"]] = np.bincount(truth.category[errors.missed], minlength=size)
     return [dict(zip(KINDS, row, strict=True)) for row in counts.tolist()]

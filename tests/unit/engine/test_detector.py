@@ -300,7 +300,8 @@ def test_thresholds_are_those_of_the_checkpoint_unless_given(
 ) -> None:
     every = detector.predict(photo, threshold=0)
     assert detector.thresholds == {"dog": 0.25}
-    assert [detector.threshold_of(name) for name in detector.names] == [0.3, 0.25, 0.3]
+    assert detector.min_scores() == {"cat": 0.3, "dog": 0.25, "cow": 0.3}
+    assert detector.min_scores(0.1) == {"cat": 0.1, "dog": 0.1, "cow": 0.1}
     assert detector.predict(photo) == []  # the scores of an untrained model are about 0.01
     least = min(box.score for box in every if box.name == "dog")
     detector.thresholds["dog"] = least
@@ -358,7 +359,7 @@ def test_options_replace_those_of_the_checkpoint(content: dict[str, Any], tmp_pa
     source = Path(save(content, tmp_path))
     detector = Detector.load(source, device="cpu", eval_scale=96, nms_iou=0.5)
     assert (detector.data.eval_scale, detector.data.max_size) == (96, 1333)
-    assert detector.postprocess.nms_iou == 0.5
+    assert detector.data.nms_iou == 0.5
     with pytest.raises(ConfigError, match="nms_iou"):
         Detector.load(source, device="cpu", nms_iou=1.5)
     with pytest.raises(ConfigError, match="checkpoint: give a file"):
