@@ -144,8 +144,11 @@ class Detector:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the classes it detects; a class without a name goes by its id."""
-        classes = self.classes
-        return tuple(classes.shown(k) for k in range(len(classes)) if classes.in_use(k))
+        return tuple(
+            self.classes.shown(label)
+            for label in range(len(self.classes))
+            if self.classes.in_use(label)
+        )
 
     def min_scores(self, threshold: float | None = None) -> dict[str, float]:
         """Return the score from which on each class's boxes count, by name.
@@ -212,14 +215,13 @@ class Detector:
         Raises:
             DataError: an image cannot be read, unless those are skipped.
         """
-        transform = build_transform(self.data, train=False, mean=self.mean, std=self.std)
-        batches = eval_loader(
-            ImageList(images, transform), batch_size=batch_size, num_workers=num_workers
+        dataset = ImageList(
+            images, build_transform(self.data, train=False, mean=self.mean, std=self.std)
         )
         for batch, found in detect(
             self.model,
             PostProcess(nms_iou=self.data.nms_iou),
-            batches,
+            eval_loader(dataset, batch_size=batch_size, num_workers=num_workers),
             device=self.device,
             description=description,
             skip_unreadable=skip_unreadable,
@@ -361,5 +363,6 @@ def saved_options(given: Given, values: Mapping[str, Any], source: str) -> Given
     try:
         return given.saved(values, source)
     except ConfigError as error:
-        what = str(error).partition(" Known: ")[0]
-        raise CheckpointError(f"{what} The checkpoint may come from a newer version.") from error
+        raise CheckpointError(
+            f"{str(error).partition(' Known: ')[0]} The checkpoint may come from a newer version."
+        ) from error

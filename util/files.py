@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
 from pathlib import Path
 
 from util.errors import ConfigError
@@ -22,6 +23,18 @@ def make_output_dir(path: Path, option: str = "output_dir") -> None:
         ) from error
     if not os.access(path, os.W_OK):
         raise ConfigError(f"{option} {path}: the folder is not writable. Choose another.")
+
+
+def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """Raise ConfigError if an output is an input file, under whatever name or link."""
+    identity = attrgetter("st_dev", "st_ino")
+    files = {identity(path.stat()) for path in inputs if path.is_file()}
+    for output in outputs:
+        if output.exists() and identity(output.stat()) in files:
+            raise ConfigError(
+                f"output_dir: '{output}' is one of the inputs and would be overwritten. Choose "
+                "another folder."
+            )
 
 
 @contextlib.contextmanager

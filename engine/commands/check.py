@@ -100,8 +100,7 @@ def _copies(fix: str, splits: list[Split], output_dir: Path | None) -> dict[str,
     path = Path(fix)
     if path.suffix != ".json":
         raise ConfigError(f"--fix {fix}: must be the name of a new .json file.")
-    several = len(splits) > 1
-    files = {str(s): path.with_suffix(f".{s}.json") if several else path for s in splits}
+    files = {str(s): path.with_suffix(f".{s}.json") if len(splits) > 1 else path for s in splits}
     files["changes"] = path.with_suffix(".changes.json")
     taken = [(output_dir / "check.json").resolve()] if output_dir else []
     for file in files.values():

@@ -20,7 +20,7 @@ from engine.evaluation.matching import Truth
 from engine.processes import process_group
 from util.console import console
 from util.errors import ConfigError
-from util.files import make_output_dir
+from util.files import make_output_dir, refuse_overwriting
 
 _IMAGES_SHOWN = 12
 
@@ -100,14 +100,10 @@ def evaluate_detections(options: EvalOptions, data: DataConfig) -> int:
     # results go to the run's folder if the file is in its eval/, else beside the file
     above = path.parent.parent if path.parent.name == "eval" else path.parent
     output_dir = Path(options.output_dir) if options.output_dir else above
-    for name in ("results.json", "analysis.json", "report.html"):
-        result = output_dir / "eval" / name
-        for file in (path, Path(data.val_annotations)):
-            if result.is_file() and file.is_file() and result.samefile(file):
-                raise ConfigError(
-                    f"output_dir {output_dir}: {file}, which is an input, would be overwritten. "
-                    "Choose another folder."
-                )
+    results = ("results.json", "analysis.json", "report.html")
+    refuse_overwriting(
+        [path, Path(data.val_annotations)], [output_dir / "eval" / name for name in results]
+    )
     truth, read_image, notices = read_truth(data)
     detections, more = read_detections(path, truth)
     make_output_dir(output_dir / "eval")

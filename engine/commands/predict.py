@@ -3,9 +3,8 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from util.classes import Classes
 from util.console import console
 from util.draw import draw_boxes
 from util.errors import ConfigError, DataError
-from util.files import atomic_path, make_output_dir, write_atomic
+from util.files import atomic_path, make_output_dir, refuse_overwriting, write_atomic
 
 _KEPT_SUFFIXES = (".jpg", ".jpeg", ".png")
 _MAX_SHOWN = 10
@@ -103,14 +102,13 @@ def write_predictions(
     outputs = output_paths(names, output_dir)
     refuse_overwriting(paths, outputs)
     make_output_dir(output_dir)
-    found = detector.detect(
-        paths, batch_size=batch_size, num_workers=num_workers, description="predict"
-    )
     drawn = 0
     # Images come by size: their entries wait in a file, not in memory, to be put in order.
     places: dict[int, tuple[int, int]] = {}
     with tempfile.TemporaryFile("w+", encoding="ascii", dir=output_dir) as entries:
-        for i, boxes in found:
+        for i, boxes in detector.detect(
+            paths, batch_size=batch_size, num_workers=num_workers, description="predict"
+        ):
             shown = [box for box in boxes if box.score >= thresholds[box.name]]
             drawn += len(shown)
             _save_drawn(paths[i], outputs[i], shown, detector.classes)
@@ -122,13 +120,11 @@ def write_predictions(
             atomic_path(output_dir / "predictions.json") as part,
             part.open("w", encoding="ascii") as file,
         ):
-            separator = "[\n"
-            for _, (start, length) in sorted(places.items()):
+            in_order = [place for _, place in sorted(places.items()) if place[1]]
+            for number, (start, length) in enumerate(in_order):
                 entries.seek(start)
-                if length:
-                    file.write(separator + entries.read(length))
-                    separator = ",\n"
-            file.write("\n]\n" if separator == ",\n" else "[]\n")
+                file.write((",\n" if number else "[\n") + entries.read(length))
+            file.write("\n]\n" if in_order else "[]\n")
     levels = sorted(set(thresholds.values()))
     reached = f"score {levels[0]}" if len(levels) == 1 else "their class's score threshold"
     unreadable = len(paths) - len(places)
@@ -161,18 +157,6 @@ def output_paths(names: Sequence[Path], output_dir: Path) -> list[Path]:
         taken.add(str(candidate).casefold())
         outputs.append(output_dir / candidate)
     return outputs
-
-
-def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
-    """Raise ConfigError if an output is an input, under whatever name or link."""
-    identity = attrgetter("st_dev", "st_ino")
-    files = {identity(path.stat()) for path in inputs if path.exists()}
-    for output in outputs:
-        if output.exists() and identity(output.stat()) in files:
-            raise ConfigError(
-                f"output_dir: '{output}' is one of the input images and would be overwritten. "
-                "Choose another folder."
-            )
 
 
 def _save_drawn(image: Path, output: Path, boxes: Sequence[Box], classes: Classes) -> None:

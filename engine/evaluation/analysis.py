@@ -18,7 +18,6 @@ from engine.evaluation.matching import (
     Floats,
     Truth,
     accumulate,
-    match,
 )
 from engine.evaluation.outcomes import (
     CURVE_IOUS,
@@ -223,15 +222,16 @@ def _by_number_of_objects(truth: Truth, detections: Detections, max_dets: int) -
     rows = []
     for low, high in _OBJECTS:
         chosen = (objects >= low) & (objects <= (high or objects.max(initial=0)))
-        if not chosen.any():
-            continue
-        part = truth.select(chosen[truth.image])
-        of_part = detections.select(chosen[detections.image])
-        matches = match(part, of_part, area_ranges=AREA_RANGES[:1], max_dets=max_dets)
-        precision = accumulate(part, of_part, matches, area_ranges=AREA_RANGES[:1]).precision
-        AP, AP50 = (_or_none(mean_of_valid(values)) for values in (precision, precision[0]))
-        name = str(low) if low == high else f"{low}-{high}" if high else f"{low} or more"
-        rows.append(ByCount(name, int(chosen.sum()), AP, AP50))
+        if chosen.any():
+            precision = accumulate(
+                truth.select(chosen[truth.image]),
+                detections.select(chosen[detections.image]),
+                area_ranges=AREA_RANGES[:1],
+                max_dets=max_dets,
+            ).precision
+            AP, AP50 = (_or_none(mean_of_valid(values)) for values in (precision, precision[0]))
+            name = str(low) if low == high else f"{low}-{high}" if high else f"{low} or more"
+            rows.append(ByCount(name, int(chosen.sum()), AP, AP50))
     return rows
 
 

@@ -80,13 +80,14 @@ def detect(
 
 def unpadded_parts(
     images: PaddedBatch, targets: Sequence[Target]
-) -> Iterator[tuple[PaddedBatch, Sequence[Target]]]:
-    """Yield a batch whole where nothing is padded, else image by image without padding."""
+) -> list[tuple[PaddedBatch, Sequence[Target]]]:
+    """Return a batch whole where nothing is padded, else image by image without padding."""
     if len(set(images.sizes)) == 1:
-        yield images, targets
-        return
-    for i, (height, width) in enumerate(images.sizes):
-        yield pad_images([images.images[i, :, :height, :width]]), targets[i : i + 1]
+        return [(images, targets)]
+    return [
+        (pad_images([images.images[i, :, :height, :width]]), targets[i : i + 1])
+        for i, (height, width) in enumerate(images.sizes)
+    ]
 
 
 class Interrupted(Exception):

@@ -18,7 +18,6 @@ from engine.evaluation.matching import (
     PrecisionRecall,
     Truth,
     accumulate,
-    match,
 )
 from util.files import write_atomic
 
@@ -200,10 +199,10 @@ class Evaluator:
     def evaluate(self) -> EvalResult:
         """Compute the metrics over all images; one never fed counts as missed."""
         detections = self.detections()
-        compute = _evaluate_pycocotools if self._backend == "pycocotools" else _evaluate_fast
-        result, beyond = compute(self.truth, detections, 100), None
+        compute = _accumulate_pycocotools if self._backend == "pycocotools" else accumulate
+        result, beyond = compute(self.truth, detections, max_dets=100), None
         if self.max_dets > 100:
-            more = compute(self.truth, detections, self.max_dets)
+            more = compute(self.truth, detections, max_dets=self.max_dets)
             beyond = {
                 "max_dets": float(self.max_dets),
                 **_summary(more),
@@ -237,12 +236,9 @@ class Evaluator:
         )
 
 
-def _evaluate_fast(truth: Truth, detections: Detections, max_dets: int) -> PrecisionRecall:
-    matches = match(truth, detections, max_dets=max_dets)
-    return accumulate(truth, detections, matches, max_dets=(1, 10, max_dets))
-
-
-def _evaluate_pycocotools(truth: Truth, detections: Detections, max_dets: int) -> PrecisionRecall:
+def _accumulate_pycocotools(
+    truth: Truth, detections: Detections, *, max_dets: int
+) -> PrecisionRecall:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -297,8 +293,8 @@ def save_results(
     output_dir: Path, result: EvalResult, detections: Sequence[Mapping[str, Any]] | None
 ) -> None:
     """Write `eval/results.json` and, if given, `eval/detections.json` (COCO results format)."""
-    text = json.dumps(result.to_json(), indent=1, ensure_ascii=False)
-    write_atomic(output_dir / "eval/results.json", f"{text}\n", errors="backslashreplace")
+    numbers = json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n"
+    write_atomic(output_dir / "eval/results.json", numbers, errors="backslashreplace")
     if detections is not None:
-        text = json.dumps(detections, allow_nan=False)
-        write_atomic(output_dir / "eval/detections.json", f"{text}\n")
+        found = json.dumps(detections, allow_nan=False) + "\n"
+        write_atomic(output_dir / "eval/detections.json", found)

@@ -40,20 +40,16 @@ def draw_gallery(
         if image is None:
             continue
         position = int(np.searchsorted(truth.image_ids, image_id))
-        found = detections.select(detections.image == position)
-        objects = truth.select(truth.image == position)
-        left = _draw(image, found, truth.class_names, found.score.tolist())
-        right = _draw(image, objects, truth.class_names, None)
+        left, right = (
+            _draw(image, boxes.select(boxes.image == position), truth.class_names)
+            for boxes in (detections, truth)
+        )
         drawn[image_id] = side_by_side(left, right, (title, "ground truth"))
     return drawn
 
 
-def _draw(
-    image: Image.Image,
-    boxes: Detections | Truth,
-    class_names: Sequence[str],
-    scores: list[float] | None,
-) -> Image.Image:
+def _draw(image: Image.Image, boxes: Detections | Truth, class_names: Sequence[str]) -> Image.Image:
     corners = torch.from_numpy(np.hstack([boxes.box[:, :2], boxes.box[:, :2] + boxes.box[:, 2:]]))
     labels = boxes.category.tolist()
+    scores = boxes.score.tolist() if isinstance(boxes, Detections) else None
     return draw_boxes(image, corners, labels, [class_names[label] for label in labels], scores)

@@ -146,16 +146,16 @@ def match(
     return MatchedDetections(order, rank, candidate, matched, ignored)
 
 
-def _pair(truth: Truth, image: Ints, category: Ints) -> Ints:
-    """Return a number for each image and category."""
-    return np.asarray(image * len(truth.category_ids) + category)
+def _pair(truth: Truth, boxes: Truth | Detections) -> Ints:
+    """Return a number for the image and category of each box."""
+    return np.asarray(boxes.image * len(truth.category_ids) + boxes.category)
 
 
 def _by_category_and_score(
     truth: Truth, detections: Detections, max_dets: int
 ) -> tuple[Ints, Ints]:
     """Return the detections that count in COCO's order, and their rank in image and category."""
-    pair = _pair(truth, detections.image, detections.category)
+    pair = _pair(truth, detections)
     order = np.lexsort((-detections.score, pair))
     ordered = pair[order]
     rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
@@ -175,11 +175,9 @@ def overlaps(
     They share the category too, unless `any_category`. The IoU with a crowd is the part of the
     detection inside it.
     """
-    if any_category:
-        gt_key, dt_key = truth.image, detections.image
-    else:
-        gt_key = _pair(truth, truth.image, truth.category)
-        dt_key = _pair(truth, detections.image, detections.category)
+    gt_key, dt_key = (
+        boxes.image if any_category else _pair(truth, boxes) for boxes in (truth, detections)
+    )
     by_key = np.argsort(gt_key, kind="stable")
     first = np.searchsorted(gt_key[by_key], dt_key)
     count = np.searchsorted(gt_key[by_key], dt_key, side="right") - first
@@ -266,16 +264,19 @@ class PrecisionRecall:
 def accumulate(
     truth: Truth,
     detections: Detections,
-    matches: MatchedDetections,
     *,
     area_ranges: Floats = AREA_RANGES,
-    max_dets: Sequence[int] = (1, 10, 100),
+    max_dets: int = 100,
 ) -> PrecisionRecall:
-    """Return precision with all detections that count, and recall with the best few."""
+    """Match; return precision with all detections that count, recall with the best 1, 10 and all.
+
+    Those that count are the best `max_dets` of each image and category.
+    """
+    matches = match(truth, detections, area_ranges=area_ranges, max_dets=max_dets)
     num_areas, num_thresholds = matches.gt.shape[1:]
     categories = np.arange(len(truth.category_ids) + 1)
     precision = np.full((num_thresholds, len(RECALLS), len(categories) - 1, num_areas), -1.0)
-    recall = np.full((num_thresholds, len(categories) - 1, num_areas, len(max_dets)), -1.0)
+    recall = np.full((num_thresholds, len(categories) - 1, num_areas, 3), -1.0)
     bounds = np.searchsorted(detections.category[matches.order], categories)
     candidates = np.searchsorted(matches.candidate, bounds)
     area = detections.box[matches.order, 2] * detections.box[matches.order, 3]
@@ -297,5 +298,7 @@ def accumulate(
                 precision[t, :, k, a] = precision_at_recalls(
                     np.cumsum(hit)[hit], false[hit], positives[k]
                 )
-                recall[t, k, a] = [(rank[part][hit] < m).sum() / positives[k] for m in max_dets]
+                recall[t, k, a] = [
+                    (rank[part][hit] < best).sum() / positives[k] for best in (1, 10, max_dets)
+                ]
     return PrecisionRecall(precision, recall)

@@ -56,8 +56,8 @@ class Outcomes:
     def by_category(self) -> list[tuple[Floats, Bools]]:
         """Return the scores of each category's detections, and which are right."""
         starts = np.searchsorted(self.detections.category, np.arange(1, len(self.positives)))
-        parts = (np.split(self.detections.score, starts), np.split(self.hit, starts))
-        return list(zip(*parts, strict=True))
+        columns = (self.detections.score, self.hit)
+        return list(zip(*(np.split(column, starts) for column in columns), strict=True))
 
 
 def outcomes(
@@ -163,9 +163,9 @@ def confusion_matrix(truth: Truth, found: Outcomes, above: Bools) -> Ints:
 
 
 def thresholds_by_name(evaluator: Evaluator) -> dict[str, float]:
-    """Return what `best_thresholds` of the analysis of the same evaluator does, in less time."""
-    truth, max_dets = evaluator.truth, evaluator.max_dets
-    found = outcomes(truth, evaluator.detections(), (IOU,), max_dets=max_dets)[0]
+    """Return the best thresholds alone, where there is one, by name; the analysis has the same."""
+    truth = evaluator.truth
+    found = outcomes(truth, evaluator.detections(), (IOU,), max_dets=evaluator.max_dets)[0]
     return {
         name: best.score
         for name, best in zip(truth.class_names, thresholds(found), strict=True)
@@ -232,29 +232,29 @@ def error_kinds(
     truth: Truth, found: Outcomes, errors: Errors, above: Bools
 ) -> dict[str, ErrorKind]:
     """Return how often each kind occurs, how often where `above` [N], and what it costs."""
+    in_all, seen = (
+        np.bincount(errors.kind[wrong], minlength=len(KINDS))
+        for wrong in (~found.hit, above & ~found.hit)
+    )
+    in_all[_CODE["missed"]] = seen[_CODE["missed"]] = errors.missed.sum()
     base = mean_ap(found)
-    rows = {}
-    for kind in KINDS:
-        if kind == "missed":
-            count = above_threshold = int(errors.missed.sum())
-            fewer = np.bincount(truth.category[errors.missed], minlength=len(found.positives))
-            fixed = replace(found, positives=found.positives - fewer)
-        else:
-            of_kind = errors.kind == _CODE[kind]
-            count, above_threshold = int(of_kind.sum()), int((of_kind & above).sum())
-            fixed = _fixed(truth, found, errors, kind)
-        # a fix can cost a little, by the steps of recall at which precision is read
-        rise = max(0.0, mean_ap(fixed) - base) if found.positives.any() else None
-        rows[kind] = ErrorKind(count, above_threshold, rise)
-    return rows
+    # a fix can cost a little, by the steps of recall at which precision is read
+    rises = [max(0.0, mean_ap(_fixed(truth, found, errors, kind)) - base) for kind in KINDS]
+    return {
+        kind: ErrorKind(int(in_all[k]), int(seen[k]), rises[k] if found.positives.any() else None)
+        for kind, k in _CODE.items()
+    }
 
 
 def _fixed(truth: Truth, found: Outcomes, errors: Errors, kind: str) -> Outcomes:
-    """Return the outcomes with each error of a kind corrected, or its detection removed.
+    """Return the outcomes with each error of a kind corrected, or what is wrong removed.
 
     An object that nothing has found goes to the best of all class and location errors about it,
     so only one of them is corrected.
     """
+    if kind == "missed":
+        missed = np.bincount(truth.category[errors.missed], minlength=len(found.positives))
+        return replace(found, positives=found.positives - missed)
     gt = found.gt.copy()
     best_first = np.argsort(-found.detections.score, kind="stable")
     best_of_each = best_first[np.unique(errors.about[best_first], return_index=True)[1]]

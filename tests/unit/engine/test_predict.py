@@ -17,7 +17,6 @@ from torch import nn
 from configs.schema import DataConfig
 from engine.commands.predict import (
     output_paths,
-    refuse_overwriting,
     relative_names,
     report_thresholds,
     write_predictions,
@@ -29,6 +28,7 @@ from util.batch import PaddedBatch
 from util.classes import Classes
 from util.console import log
 from util.errors import ConfigError, DataError
+from util.files import refuse_overwriting
 
 CLASSES = Classes((0, 3, 7), ("", "cat", "dög"))  # label 0 is an unused id
 ORIENTATION = 0x0112
@@ -169,7 +169,7 @@ def test_unreadable_image_is_named_and_the_rest_goes_on(
 
 def test_inputs_are_never_overwritten(folder: Path, tmp_path: Path) -> None:
     before, paths = files(folder), sorted(folder.rglob("*.*"))
-    with pytest.raises(ConfigError, match="output_dir: .* is one of the input images"):
+    with pytest.raises(ConfigError, match="output_dir: .* is one of the inputs"):
         run(paths, folder)
     os.symlink(folder, tmp_path / "link")
     with pytest.raises(ConfigError, match="Choose another folder"):
