@@ -97,26 +97,26 @@ class Interrupted(Exception):
 def until_stopped(batches: Iterable[T], world: World, stopping: Callable[[], bool]) -> Iterator[T]:
     """Yield a process's batches, until `stopping()` holds in any process of `world`.
 
-    The processes ask each other together, every two seconds, as none can go on without the
-    others: one that has no more batches waits here for those that have.
+    Every two seconds the processes tell each other, since none can go on without the others. One
+    that has no more batches waits here for those that have.
 
     Raises:
         Interrupted: in every process, after the same exchange.
     """
 
-    def everyone_done(done: bool) -> bool:
-        asked, finished = world.sum([stopping(), done])
-        if asked:
+    def all_done(done: bool) -> bool:
+        stop, finished = world.sum([stopping(), done])
+        if stop:
             raise Interrupted
         return finished == world.size
 
-    asked = time.monotonic()
+    last = time.monotonic()
     for batch in batches:
         yield batch
-        if time.monotonic() - asked > _ASK_EVERY:
-            everyone_done(False)
-            asked = time.monotonic()
-    while not everyone_done(True):
+        if time.monotonic() - last > _ASK_EVERY:
+            all_done(False)
+            last = time.monotonic()
+    while not all_done(True):
         pass
 
 
