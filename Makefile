@@ -3,13 +3,14 @@
 # make quick     unit tests, without the slow ones
 # make test      what CI runs: lint, and every test but the slow ones
 # make test_all  lint and every test; before a release
+# make gpu       what only a GPU can answer, in 8 minutes; DRY=1: at toy size on the CPU
 # make wheel     the installable package, in dist/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo format lint quick test test_all wheel env env-test sanitize clean-demo
+.PHONY: demo format lint quick test test_all gpu wheel env env-test sanitize clean-demo
 
 env: $(VENV)/.installed
 env-test: $(VENV)/.installed-test
@@ -60,6 +61,10 @@ test: lint
 
 test_all: lint
 	$(PYTEST)
+
+# Makes no environment: a machine with a GPU comes with a PyTorch that fits it.
+gpu:
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m tests.gpu $(if $(DRY),--dry)
 
 wheel: env
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

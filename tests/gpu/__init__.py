@@ -1,0 +1,1 @@
+"""What only a GPU can answer, prepared as one bounded command: `make gpu`."""
