@@ -1,4 +1,4 @@
-"""The input of every backend: one call of the op, checked, contiguous, in fixed dtypes."""
+"""The input and results of every backend: one call of the op, contiguous, in fixed dtypes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,9 @@ from torch import Tensor
 
 # N batch, S tokens, M heads, D channels per head, Q queries, L levels, K points.
 
-_SUM_BITS = 62  # 63 without the sign, one spare for rounding
+
+class BackendError(RuntimeError):
+    """A backend cannot be built or cannot run here; the message is one line with the reason."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Call:
         if reference is not None:
             reference = reference.to(exact).contiguous()
         return cls(value.contiguous(), shapes, points, weights, reference)
+
+    @property
+    def form(self) -> int:
+        """How many numbers a reference has; 0 in the plain form."""
+        return 0 if self.reference is None else self.reference.shape[-1]
 
     @property
     def output_shape(self) -> tuple[int, int, int]:
@@ -89,26 +96,3 @@ class Backend(Protocol):
 def arithmetic_dtype(storage: torch.dtype) -> torch.dtype:
     """Return the dtype of points, weights and sums for values of dtype `storage`."""
     return torch.float64 if storage == torch.float64 else torch.float32
-
-
-def fixed_point_scale(call: Call, grad: Tensor) -> Tensor:
-    """Return the factor that scales gradients of the value to 64-bit integers.
-
-    Sums of integers are the same in any order. The factor is the largest power of two for which
-    every possible sum fits: the error is below that of float32 for all gradients but those 2**20
-    below the largest. NaN if a gradient or weight is not finite.
-
-    Shape: grad [N,Q,M*D]; returns [], float64, on the device of grad.
-    """
-    largest = grad.abs().amax().double()
-    if call.reference is None:
-        largest = largest * call.weights.abs().amax().double()
-    else:  # attention is at most 1, and NaN where a head's largest logit is not finite
-        largest = largest + 0 * call.weights.flatten(3).amax(-1).sum().double()
-    reads = call.weights.numel() // (call.value.shape[0] * call.value.shape[2])  # of one cell
-    bits = _SUM_BITS - torch.log2(largest.clamp(min=1e-300) * reads).ceil()
-    return torch.where(largest.isfinite(), torch.exp2(bits.clamp(max=1000)), torch.nan)
-
-
-class BackendError(RuntimeError):
-    """A backend cannot be built or cannot run here; the message is one line with the reason."""
