@@ -36,10 +36,10 @@ from models.weights.transfer import BACKBONE, transfer
 from util.batch import Batch, PaddedBatch, Target
 from util.classes import Classes
 from util.console import log
-from util.distributed import World
 from util.errors import CheckpointError, ConfigError
 from util.random_state import seed_everything
 from util.version import __version__
+from util.world import World
 
 
 @dataclass(frozen=True)

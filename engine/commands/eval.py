@@ -24,9 +24,9 @@ from engine.evaluation.matching import Truth
 from engine.evaluation.report import save_report
 from engine.processes import process_group
 from util.console import console
-from util.distributed import World
 from util.errors import ConfigError
 from util.files import make_output_dir
+from util.world import World
 
 ReadImage = Callable[[int], Image.Image | None]
 

@@ -14,8 +14,8 @@ from models.criterion import SetCriterion
 from models.outputs import DetectorOutput
 from models.postprocess import PostProcess
 from util.batch import Batch, PaddedBatch, Target, pad_images
-from util.distributed import World
 from util.errors import UserError
+from util.world import World
 
 
 @torch.inference_mode()
