@@ -228,7 +228,7 @@ def load_pretrained_weights(
     random = [name for name in report.reinitialised if name.startswith(BACKBONE)]
     if random:
         raise CheckpointError(
-            f"backbone {config.model.backbone}: does not match the weights of `finetune` "
+            f"`backbone {config.model.backbone}`: does not match the weights of `finetune` "
             f"({len(random)} tensors missing, e.g. '{random[0]}'). Use the backbone of the weights."
         )
     if not backbone:
