@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import operator
 import os
 import types
 import typing
@@ -14,6 +15,11 @@ from util.errors import ConfigError, nearest_hint
 
 Section = type[Any]  # a dataclass of options
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_BOUNDS = {
+    "low": ("at least", operator.ge),
+    "above": ("more than", operator.gt),
+    "high": ("at most", operator.le),
+}
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -69,15 +75,13 @@ class Checked:
 
 
 def _check_bounds(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    low, high, above = metadata["low"], metadata["high"], metadata["above"]
     bounds = {
-        f"at least {low}": low is None or value >= low,
-        f"more than {above}": above is None or value > above,
-        f"at most {high}": high is None or value <= high,
+        f"{words} {metadata[key]}": holds(value, metadata[key])
+        for key, (words, holds) in _BOUNDS.items()
+        if metadata[key] is not None
     }
     if not all(bounds.values()):
-        stated = " and ".join(bound for bound in bounds if "None" not in bound)
-        raise ConfigError(f"{name}: must be {stated}, not {value}.")
+        raise ConfigError(f"{name}: must be {' and '.join(bounds)}, not {value}.")
 
 
 def parts_of(annotation: Any) -> tuple[Any, tuple[Any, ...], bool, bool]:

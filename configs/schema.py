@@ -152,7 +152,7 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     random_crop: bool = option(
         True, "in half of the images, crop a part and resize it",
-        off="do not crop a part of half of the images and resize it",
+        off="never crop a part of an image and resize it",
     )  # fmt: skip
     crop_scales: tuple[int, ...] = option(
         (400, 500, 600), "short sides before the crop, pixels", low=16, rare=True

@@ -1,17 +1,39 @@
-"""Choose the backend for a device: the fastest that runs here, or the one that the user named."""
+"""What a backend is, and which one computes: the fastest that runs here, or one the user named."""
 
 import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from .call import Backend, BackendError
+from .call import BackendError, Call, Gradients
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .reference import ReferenceBackend
 from .triton_backend import TritonBackend
+
+
+class Backend(Protocol):
+    """A way to compute a call. Raises `BackendError` if it cannot run here."""
+
+    name: str
+    devices: tuple[str, ...]  # device types it is made for; () for any
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Return in one line why it cannot run on `device`, or None if it can."""
+        ...
+
+    def forward(self, call: Call) -> Tensor:
+        """Return the output [N,Q,M*D] in the dtype of the value."""
+        ...
+
+    def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
+        """Return the gradients from `grad`, that of the output, [N,Q,M*D] and contiguous."""
+        ...
+
 
 REFERENCE = ReferenceBackend()
 # the fastest first

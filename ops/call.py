@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -72,25 +71,6 @@ class Gradients:
     points: Tensor
     reference: Tensor | None  # None if not requested
     weights: Tensor
-
-
-class Backend(Protocol):
-    """A way to compute a call. Raises `BackendError` if it cannot run here."""
-
-    name: str
-    devices: tuple[str, ...]  # device types it is made for; () for any
-
-    def unavailable(self, device: torch.device) -> str | None:
-        """Return in one line why it cannot run on `device`, or None if it can."""
-        ...
-
-    def forward(self, call: Call) -> Tensor:
-        """Return the output [N,Q,M*D] in the dtype of the value."""
-        ...
-
-    def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
-        """Return the gradients from `grad`, that of the output, [N,Q,M*D] and contiguous."""
-        ...
 
 
 def arithmetic_dtype(storage: torch.dtype) -> torch.dtype:

@@ -45,12 +45,6 @@ _FLAGS = (
 )  # fmt: skip
 
 
-def cpu_instructions() -> str:
-    """Return the key of `INSTRUCTIONS` that PyTorch reports for this processor."""
-    found = torch.backends.cpu.get_cpu_capability()
-    return found if found in instruction_sets() else "DEFAULT"
-
-
 def instruction_sets() -> tuple[str, ...]:
     """Return the keys of `INSTRUCTIONS` that exist on this kind of processor."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -86,7 +80,8 @@ def cpu_functions() -> ctypes.CDLL:
     Raises:
         BackendError: it cannot be built, see `cpu_library`, or does not load.
     """
-    path = cpu_library(cpu_instructions())
+    found = torch.backends.cpu.get_cpu_capability()
+    path = cpu_library(found if found in instruction_sets() else "DEFAULT")
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

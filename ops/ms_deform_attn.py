@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .call import Backend, Call, Gradients
+from .call import Call, Gradients
 from .schema import library
 
 SpatialShapes = Sequence[tuple[int, int]] | Tensor
@@ -116,7 +116,7 @@ def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
 # One kernel for every device type, which leaves the work to the backend chosen for the device.
 
 
-def _backend(device: torch.device) -> Backend:
+def _backend(device: torch.device) -> backends.Backend:
     return backends.chosen(backends.forced or os.environ.get(backends.VARIABLE), device)
 
 
