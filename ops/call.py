@@ -8,6 +8,9 @@ from torch import Tensor
 
 # N batch, S tokens, M heads, D channels per head, Q queries, L levels, K points.
 
+# how the compiled kernels number the dtypes of a value
+STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
 
 class BackendError(RuntimeError):
     """A backend cannot be built or cannot run here; the message is one line with the reason."""

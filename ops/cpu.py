@@ -5,12 +5,11 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .call import BackendError, Call, Gradients
+from .call import STORAGE, BackendError, Call, Gradients
 from .compiler import cpu_functions, openmp
 from .reference import of_offsets_and_reference
 
 _TOO_LARGE = 2  # `Outcome` of `csrc/problem.h`
-_STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _POINTERS = (
     "value", "shapes", "reference", "points", "weights", "output", "grad_output", "grad_value",
     "grad_points", "grad_weights", "parallel",
@@ -81,7 +80,7 @@ def _run(
         shapes=ctypes.addressof(shapes), parallel=openmp(),
         batch=n, tokens=s, heads=m, channels=d, queries=call.points.shape[1],
         levels=len(call.shapes), per_level=call.points.shape[4],
-        storage=_STORAGE[call.value.dtype],
+        storage=STORAGE[call.value.dtype],
         form=call.form,
         to_locations=to_locations, threads=torch.get_num_threads(),
     )  # fmt: skip

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from . import cache, nvrtc
-from .call import BackendError, Call, arithmetic_dtype
+from .call import STORAGE, BackendError, Call, arithmetic_dtype
 from .gpu import GpuBackend
 
-STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _POINTERS = (
     "value", "reference", "points", "weights", "output", "grad_output", "grad_value",
     "grad_points", "grad_weights",

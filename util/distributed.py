@@ -22,9 +22,11 @@ def take_slurm_variables() -> None:
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "RANK" in os.environ or tasks < 2:
         return
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ["WORLD_SIZE"] = str(tasks)
+    os.environ.update(
+        RANK=os.environ["SLURM_PROCID"],
+        LOCAL_RANK=os.environ["SLURM_LOCALID"],
+        WORLD_SIZE=str(tasks),
+    )
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _first_host(os.environ["SLURM_STEP_NODELIST"])
     port = _FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % _PORTS

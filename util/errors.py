@@ -15,7 +15,7 @@ _DISK_ERRORS = (
 class UserError(Exception):
     """A mistake of the user: the message says where it is, what is wrong and what to do.
 
-    It names an option without dashes and in backticks, which the command line turns into a flag.
+    It names an option in backticks and without dashes; the command line shows it as a flag.
     """
 
 
