@@ -10,8 +10,8 @@ results and gradients, and errors against float64.
 """
 
 import argparse
-import contextlib
 import gc
+import importlib.util
 import json
 import math
 import statistics
@@ -161,14 +161,14 @@ def implementations(inputs: Inputs, *, grad: bool) -> dict[str, Call]:
 def _peers(plain: list[Tensor], table: Tensor, starts: Tensor) -> dict[str, Call]:
     """Return the packages that are installed here."""
     peers: dict[str, Call] = {}
-    with contextlib.suppress(ImportError):
+    if importlib.util.find_spec("torch_ms_deform_attn"):
         from torch_ms_deform_attn import ms_deform_attn as peer
 
         peers["torch-ms-deform-attn"] = lambda: (
             peer(plain[0], table, starts, plain[1], plain[2]),
             plain,
         )
-    with contextlib.suppress(ImportError):
+    if importlib.util.find_spec("deformops"):
         from deformops.registry import msda as other
 
         peers["deformops"] = lambda: (
