@@ -1,15 +1,15 @@
-"""Options from files and the command line: default < base < file < command line -> Config."""
+"""Options in layers: default < base < file < those given on top -> Config."""
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from configs.options import OptionParser, Section, check_names
+from configs.options import Section, check_names
 from configs.schema import AUGMENTATIONS, AUGMENTED, LOCATIONS, SECTIONS, Config
 from util.errors import ConfigError, nearest_hint
 
@@ -55,11 +55,20 @@ class Given:
 
     def saved(self, content: Mapping[str, Any], source: str) -> "Given":
         """Return the options that a checkpoint holds; see `check_sections`."""
-        return Given(check_sections(content, self.known, source), self.recipes)
+        return Given(check_sections(content, self.known, f"options in {source}"), self.recipes)
 
     def config(self) -> Config:
-        """Return the options of a run; see `build_config`."""
-        return build_config(self.values, self.recipes)
+        """Return the options of a run; `augment` gives those it sets.
+
+        Raises:
+            ConfigError: a value is out of range, or two options contradict each other.
+        """
+        data = self.values.get("data", {})
+        preset = AUGMENTATIONS.get(data.get("augment", "official"), {})
+        values = {**self.values, "data": {**preset, **data}}
+        sections = {title: kind(**values.get(title, {})) for title, kind in SECTIONS.items()}
+        options = {k: self.recipes[k](**v) for k, v in values.get("recipes", {}).items()}
+        return Config(**sections, recipes=options)
 
     def section(self, title: str, kind: type[T]) -> T:
         """Return the options of one section.
@@ -68,20 +77,6 @@ class Given:
             ConfigError: a value is out of range, or two options contradict each other.
         """
         return kind(**self.values.get(title, {}))
-
-
-def build_config(values: Values, recipes: Mapping[str, Section] | None = None) -> Config:
-    """Return the options of a run from values by section; `augment` gives those it sets.
-
-    Raises:
-        ConfigError: a value is out of range, or two options contradict each other.
-    """
-    data = values.get("data", {})
-    preset = AUGMENTATIONS.get(data.get("augment", "official"), {})
-    values = {**values, "data": {**preset, **data}}
-    sections = {title: kind(**values.get(title, {})) for title, kind in SECTIONS.items()}
-    options = {k: (recipes or {})[k](**v) for k, v in values.get("recipes", {}).items()}
-    return Config(**sections, recipes=options)
 
 
 def read_options(
@@ -99,41 +94,6 @@ def read_options(
     return given.on(Given(load_file(path, given.known, PRESETS)))
 
 
-def read_command_line(
-    parser: OptionParser, argv: Sequence[str], recipes: Mapping[str, Section] | None
-) -> Given:
-    """Return the options of a command line.
-
-    With `recipes`, the classes of recipes' options by name, options may come from a file too, and
-    the flags of those recipes are known that the file or --recipes names.
-
-    Raises:
-        ConfigError: see `OptionParser.parse_options` and `load_file`.
-    """
-    if recipes is None:
-        return Given(parser.parse_options(argv)[1])
-    parser.add_argument("--config", metavar="FILE", help="preset or YAML file of options")
-    what = f"training recipes to use: {', '.join(recipes)}"
-    parser.add_argument("--recipes", metavar="NAME", nargs="*", help=what)
-    if {"-h", "--help", "--help_all"}.isdisjoint(argv):
-        args, _ = parser.parse_known_args(argv)
-        file = read_options(args.config, {}, recipes)
-        # in the order given: that of the model's parts, the same in every process of a run
-        names = dict.fromkeys([*file.values.get("recipes", {}), *(args.recipes or ())])
-        check_sections({"recipes": names}, {"recipes": recipes}, "command line")
-    else:
-        names, file = dict.fromkeys(recipes), Given()
-    for name in sorted(names):
-        parser.add_section(f"recipe {name}", recipes[name])
-    args, values = parser.parse_options(argv, recipes)
-    chosen = None if args.recipes is None else tuple(args.recipes)
-    for name in names:
-        options = values.pop(f"recipe {name}", {})
-        if options or name in (chosen or ()):
-            values.setdefault("recipes", {})[name] = options
-    return Given(values, recipes, chosen).on(file)
-
-
 def load_file(
     path: Path, known: Known, presets: Path | None = None, _seen: tuple[Path, ...] = ()
 ) -> dict[str, Any]:
@@ -145,25 +105,26 @@ def load_file(
     Raises:
         ConfigError: the file is missing, is not YAML, or has an unknown section, key or type.
     """
+    where = f"config file {path}"
     if not path.is_file():
         names = sorted(p.stem for p in presets.glob("*.yaml")) if presets else []
         hint = f"{nearest_hint(path.stem, names)} " if names else ""
-        raise ConfigError(f"{path}: no such config file. {hint}Presets are in configs/.")
+        raise ConfigError(f"{where}: no such file. {hint}Presets are in configs/.")
     if path.resolve() in _seen:
-        raise ConfigError(f"{path}: its `base` leads back to itself.")
+        raise ConfigError(f"{where}: its `base` leads back to itself.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         what = "cannot be read" if isinstance(error, OSError) else "not a YAML file"
-        raise ConfigError(f"{path}: {what}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{where}: {what}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold sections ({', '.join(known)}), not {content!r}.")
+        raise ConfigError(f"{where}: must hold sections ({', '.join(known)}), not {content!r}.")
     base = content.pop("base", None)
     below: dict[str, Any] = {}
     if base is not None:
         file = file_or_preset(path.parent, str(base), presets)
         below = load_file(file, known, presets, (*_seen, path.resolve()))
-    return merge(below, check_sections(content, known, str(path)))
+    return merge(below, check_sections(content, known, where))
 
 
 def file_or_preset(folder: Path, name: str, presets: Path | None) -> Path:

@@ -1,23 +1,26 @@
-"""An option: a dataclass field with a default, a help text, the values it may take, and a flag."""
+"""An option: a dataclass field with a default, a help text and the values that it may take."""
 
-import argparse
 import contextlib
 import dataclasses
+import operator
 import os
-import re
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import field
 from decimal import Decimal
-from functools import partial
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal, cast
 
 from util.errors import ConfigError, nearest_hint
 
 Section = type[Any]  # a dataclass of options
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-_METAVARS = {int: "N", float: "X", str: "TEXT"}
+_BOUNDS = {
+    "low": ("at least", operator.ge),
+    "above": ("more than", operator.gt),
+    "high": ("at most", operator.le),
+}
+METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
 def option(
@@ -28,18 +31,28 @@ def option(
     high: float | None = None,
     above: float | None = None,
     alias: str | None = None,
+    off: str | None = None,
     unset: Any = None,
     rare: bool = False,
 ) -> Any:
     """Declare an option: its default, help, and bounds; a `Literal` type lists its choices.
 
     `low` and `high` are inclusive bounds, `above` an exclusive lower bound; for a tuple they hold
-    for each element. `alias` is a second flag, and without its dashes a second name in files.
-    `unset` is a value that files of earlier versions have where None is meant now. A `rare` option
-    is only listed by --help_all.
+    for each element. `alias` is a second name. `off` is the help of a switch's negative form, else
+    "without ...". `unset` is a value that files of earlier versions have where None is meant now. A
+    `rare` option is only listed by --help_all.
     """
-    metadata = {"help": help, "low": low, "high": high, "above": above, "alias": alias}
-    return field(default=default, metadata={**metadata, "unset": unset, "rare": rare})
+    metadata = {
+        "help": help, "low": low, "high": high, "above": above, "alias": alias, "off": off,
+        "unset": unset, "rare": rare,
+    }  # fmt: skip
+    return field(default=default, metadata=metadata)
+
+
+def _by_name(section: Section) -> dict[str, "dataclasses.Field[Any]"]:
+    """Return the fields of a section by their names and aliases."""
+    fields = dataclasses.fields(section)
+    return {name: f for f in fields for name in (f.name, f.metadata["alias"]) if name}
 
 
 class Checked:
@@ -48,7 +61,7 @@ class Checked:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(cast(Any, self)):
-            value, choices = getattr(self, f.name), _parts(hints[f.name])[1]
+            value, choices = getattr(self, f.name), parts_of(hints[f.name])[1]
             for item in value if isinstance(value, tuple) else (value,):
                 if item is None:
                     continue
@@ -62,18 +75,16 @@ class Checked:
 
 
 def _check_bounds(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    low, high, above = metadata["low"], metadata["high"], metadata["above"]
     bounds = {
-        f"at least {low}": low is None or value >= low,
-        f"more than {above}": above is None or value > above,
-        f"at most {high}": high is None or value <= high,
+        f"{words} {metadata[key]}": holds(value, metadata[key])
+        for key, (words, holds) in _BOUNDS.items()
+        if metadata[key] is not None
     }
     if not all(bounds.values()):
-        stated = " and ".join(bound for bound in bounds if "None" not in bound)
-        raise ConfigError(f"{name}: must be {stated}, not {value}.")
+        raise ConfigError(f"{name}: must be {' and '.join(bounds)}, not {value}.")
 
 
-def _parts(annotation: Any) -> tuple[Any, tuple[Any, ...], bool, bool]:
+def parts_of(annotation: Any) -> tuple[Any, tuple[Any, ...], bool, bool]:
     """Return a plain type, its choices, whether there may be several, and whether None is one."""
     optional = isinstance(annotation, types.UnionType)
     if optional:
@@ -90,7 +101,7 @@ def coerce(value: Any, annotation: Any, source: str) -> Any:
     Raises:
         ConfigError: the value has another type.
     """
-    kind, _, several, optional = _parts(annotation)
+    kind, _, several, optional = parts_of(annotation)
     if optional and (value is None or value == "none"):
         return None
     if several:
@@ -107,87 +118,6 @@ def coerce(value: Any, annotation: Any, source: str) -> Any:
     raise ConfigError(f"{source}: must be {_NAMES[kind]}, not {value!r}.")
 
 
-class OptionParser(argparse.ArgumentParser):
-    """A parser of flags that are derived from fields; it reports an error in one line."""
-
-    def __init__(self, *, all_help: bool = False, **kwargs: Any) -> None:
-        super().__init__(
-            usage="%(prog)s [options]",
-            allow_abbrev=False,
-            formatter_class=partial(argparse.HelpFormatter, max_help_position=32),
-            **kwargs,
-        )
-        self.all_help, self.hidden = all_help, 0
-        self.sections: dict[str, Section] = {}
-        self.add_argument("--help_all", action="help", help="list every option, rare ones too")
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse found wrong as ConfigError."""
-        raise ConfigError(f"command line: {message}. --help lists the options.")
-
-    def add_section(self, title: str, section: Section) -> None:
-        """Add one flag for each field of a section; only flags that are given are set."""
-        self.sections[title] = section
-        group = self.add_argument_group(title)
-        hints = typing.get_type_hints(section)
-        for f in dataclasses.fields(section):
-            self._add_flag(group, f, hints[f.name])
-
-    def _add_flag(self, group: Any, f: "dataclasses.Field[Any]", annotation: Any) -> None:
-        default, metadata = f.default, f.metadata
-        flags = [f"--{f.name}", *([metadata["alias"]] if metadata["alias"] else [])]
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        text = metadata["help"]
-        if shown not in (None, "") and annotation is not bool:
-            text += f" (default: {shown})"
-        hidden = metadata["rare"] and not self.all_help
-        self.hidden += hidden
-        common = {"dest": f.name, "default": argparse.SUPPRESS}
-        help = argparse.SUPPRESS if hidden else text.replace("%", "%%")
-        if annotation is not bool:
-            kind, choices, several, _ = _parts(annotation)
-            common["metavar"] = "|".join(map(str, choices)) or _METAVARS[kind]
-            group.add_argument(*flags, nargs="*" if several else None, help=help, **common)
-            return
-        # the help lists the flag that changes something
-        off = argparse.SUPPRESS if hidden else f"turn off: {metadata['help']}".replace("%", "%%")
-        on_help, off_help = (argparse.SUPPRESS, off) if default else (help, argparse.SUPPRESS)
-        group.add_argument(*flags, action="store_true", help=on_help, **common)
-        group.add_argument(f"--no_{f.name}", action="store_false", help=off_help, **common)
-
-    def parse_options(
-        self, argv: Sequence[str], recipes: Mapping[str, Section] | None = None
-    ) -> tuple[argparse.Namespace, dict[str, Any]]:
-        """Parse a command line into the parser's own arguments and the given options by section.
-
-        Raises:
-            ConfigError: an unknown flag (the nearest one is named, or the recipe it belongs to) or
-                a value of another type.
-        """
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            name = unknown[0].partition("=")[0]
-            hint = nearest_hint(name, self.flags, "--help_all lists the options.")
-            for recipe, section in (recipes or {}).items():
-                if name in [f"--{f.name}" for f in dataclasses.fields(section)]:
-                    hint = f"It is an option of a recipe: add --recipes {recipe}."
-            raise ConfigError(f"command line: unknown option '{name}'. {hint}")
-        names = [f.name for kind in self.sections.values() for f in dataclasses.fields(kind)]
-        given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-        return args, by_section(given, self.sections, "--")
-
-    @property
-    def flags(self) -> list[str]:
-        """Return every flag, hidden ones too."""
-        return [flag for action in self._actions for flag in action.option_strings]
-
-    def format_help(self) -> str:
-        """Return the help, which names the way to the options that it leaves out."""
-        if self.hidden:
-            self.epilog = f"--help_all lists rarely used options, too: {self.hidden} more."
-        return super().format_help()
-
-
 def check_names(
     values: Mapping[Any, Any], section: Section, source: str, title: str
 ) -> dict[str, Any]:
@@ -197,14 +127,13 @@ def check_names(
         ConfigError: a name is unknown or a value has another type; `source` is named.
     """
     hints = typing.get_type_hints(section)
-    fields = {f.name: f for f in dataclasses.fields(section)}
-    aliases = {f.metadata["alias"].lstrip("-"): f for f in fields.values() if f.metadata["alias"]}
+    fields = _by_name(section)
     checked: dict[str, Any] = {}
     for name, value in values.items():
-        f = fields.get(name) or aliases.get(name)
-        if f is None:
+        if name not in fields:
             hint = nearest_hint(str(name), list(hints))
             raise ConfigError(f"{source}unknown option '{title}{name}'. {hint}")
+        f = fields[name]
         coerced = coerce(value, hints[f.name], f"{source}{title}{f.name}")
         unset = f.metadata["unset"]
         checked[f.name] = None if unset is not None and coerced == unset else coerced
@@ -215,13 +144,7 @@ def by_section(
     options: Mapping[str, Any], sections: Mapping[str, Section], source: str = ""
 ) -> dict[str, dict[str, Any]]:
     """Return options that are given by their names alone, by section; see `check_names`."""
-    owners = {
-        name.lstrip("-"): title
-        for title, kind in sections.items()
-        for f in dataclasses.fields(kind)
-        for name in (f.name, f.metadata["alias"])
-        if name
-    }
+    owners = {name: title for title, kind in sections.items() for name in _by_name(kind)}
     values: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
         if name not in owners:
@@ -229,19 +152,3 @@ def by_section(
         given = check_names({name: value}, sections[owners[name]], source, "")
         values.setdefault(owners[name], {}).update(given)
     return values
-
-
-def with_dashes(message: str, names: Collection[str]) -> str:
-    """Write the options that an error names as flags; see `util.errors.UserError`."""
-
-    def flag(match: "re.Match[str]") -> str:
-        name, value = match["name"] or match["quoted"] or match["word"], match["value"] or ""
-        return f"--{name}{value}" if name in names else match[0]
-
-    return re.sub(
-        r"^(?P<name>\w+)(?=:| \S+: )"
-        r"|`(?P<quoted>\w+)(?P<value>(?: [^`]*)?)`"
-        r"|(?<![\w./'`-])(?P<word>\w+_\w+)(?![\w/'`]|\.\w)",
-        flag,
-        message,
-    )

@@ -44,7 +44,10 @@ class ModelConfig(Checked):
     )
     with_box_refine: bool = option(False, "iterative bounding box refinement (Sec. 4.2)")
     two_stage: bool = option(False, "queries from encoder proposals (Sec. 4.2)")
-    aux_loss: bool = option(True, "losses after every decoder layer", rare=True)
+    aux_loss: bool = option(
+        True, "losses after every decoder layer", off="losses after the last decoder layer only",
+        rare=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,20 +93,36 @@ class VocOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalDataConfig(VocOptions):
-    """Where the validation data is, how its images are prepared, and which detections are kept."""
+class DataSource(VocOptions):
+    """Where the data is, or the folder of all its splits."""
 
     coco_path: str = option("", "folder with train2017/, val2017/ and annotations/")
-    val_images: str = option("", "folder of validation images (any COCO-format set)")
-    val_annotations: str = option("", "COCO-format JSON file of the validation set")
     data_path: str = option("", "folder of a data set in --data_format; for yolo also data.yaml")
     data_format: str = option("coco", "layout of --data_path: coco, voc or yolo")
-    val_split: str = option(
-        "val", "validation split of --data_path: a VOC list, a key of data.yaml"
-    )
     index_cache: bool = option(
-        True, "cache the index of a large COCO-format file in the user's cache folder", rare=True
+        True, "cache the index of a large COCO-format file in the user's cache folder",
+        off="read COCO-format files anew, without an index in the user's cache folder", rare=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDataConfig(DataSource):
+    """Where the training data is."""
+
+    train_images: str = option("", "folder of training images (any COCO-format set)")
+    train_annotations: str = option("", "COCO-format JSON file of the training set")
+    train_split: str = option(
+        "train", "training split of --data_path: a VOC list, a key of data.yaml"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDataConfig(DataSource):
+    """Where the validation data is, how its images are prepared, and which detections are kept."""
+
+    val_images: str = option("", "folder of validation images (any COCO-format set)")
+    val_annotations: str = option("", "COCO-format JSON file of the validation set")
+    val_split: str = option("val", "validation split of --data_path, like --train_split")
     eval_scale: int = option(800, "short side in evaluation and prediction, pixels", low=16)
     max_size: int = option(1333, "maximum long side, pixels", low=16)
     nms_iou: float | None = option(
@@ -116,15 +135,12 @@ class EvalDataConfig(VocOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(EvalDataConfig):
+class DataConfig(EvalDataConfig, TrainDataConfig):
     """Data of training and evaluation, and augmentation."""
 
-    train_images: str = option("", "folder of training images (any COCO-format set)")
-    train_annotations: str = option("", "COCO-format JSON file of the training set")
-    train_split: str = option("train", "training split of --data_path")
     train_scales: tuple[int, ...] = option(
         tuple(range(480, 801, 32)),
-        "short sides drawn from in training, pixels (with --augment none: eval_scale)", low=16,
+        "short sides drawn from in training, pixels (with --augment none: --eval_scale)", low=16,
     )  # fmt: skip
     one_scale_per_batch: bool = option(
         False, "draw one short side per batch, not per image: less padding"
@@ -134,7 +150,10 @@ class DataConfig(EvalDataConfig):
         "an augmentation's own option overrides it",
     )  # fmt: skip
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
-    random_crop: bool = option(True, "in half of the images, crop a part and resize it")
+    random_crop: bool = option(
+        True, "in half of the images, crop a part and resize it",
+        off="never crop a part of an image and resize it",
+    )  # fmt: skip
     crop_scales: tuple[int, ...] = option(
         (400, 500, 600), "short sides before the crop, pixels", low=16, rare=True
     )
@@ -163,7 +182,7 @@ class DataConfig(EvalDataConfig):
     )
     cache_images: float = option(
         0.0, "GB of decoded training images to cache in memory per process", low=0,
-        alias="--cache_pictures", rare=True,
+        alias="cache_pictures", rare=True,
     )  # fmt: skip
     aspect_ratio_grouping: bool = option(
         False, "batch portrait and landscape images separately", rare=True
@@ -290,12 +309,15 @@ class RunConfig(ProcessOptions):
         rare=True,
     )  # fmt: skip
     probe: bool = option(
-        True, "try the largest possible step first and report its memory", rare=True
-    )
+        True, "try the largest possible step first and report its memory",
+        off="do not try the largest possible step first to report its memory", rare=True,
+    )  # fmt: skip
     max_steps: int = option(0, "stop after this many steps; 0 runs all epochs", low=0, rare=True)
-    tensorboard: bool = option(True, "write TensorBoard files", rare=True)
+    tensorboard: bool = option(
+        True, "write TensorBoard files", off="write no TensorBoard files", rare=True
+    )
     num_images: int = option(
-        8, "validation images drawn after each evaluation", low=0, alias="--num_pictures",
+        8, "validation images drawn after each evaluation", low=0, alias="num_pictures",
         rare=True,
     )  # fmt: skip
 
@@ -313,6 +335,6 @@ class Config:
 
 
 SECTIONS: Mapping[str, Section] = {
-    "model": ModelConfig, "loss": LossConfig, "data": DataConfig,
-    "optim": OptimConfig, "run": RunConfig,
+    "data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "loss": LossConfig,
+    "run": RunConfig,
 }  # fmt: skip

@@ -76,7 +76,7 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
     images, annotations = _explicit_paths(cfg, split)
     if bool(images) != bool(annotations):
         given, lacking = ("images", "annotations") if images else ("annotations", "images")
-        raise DataError(f"{split}_{given}: needs `{split}_{lacking}` too. Set both.")
+        raise DataError(f"`{split}_{given}`: needs `{split}_{lacking}` too. Set both.")
     if images:
         return Path(images), Path(annotations)
     if cfg.data_path:

@@ -204,10 +204,10 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             images = [p for p in matches if is_image(p)]
             if not matches:
                 raise DataError(
-                    f"input {text}: no image, folder or pattern leads to a file. Check the path."
+                    f"`input {text}`: no image, folder or pattern leads to a file. Check the path."
                 )
         if not images:
-            raise DataError(f"input {text}: there are no images ({', '.join(SUFFIXES)}) there.")
+            raise DataError(f"`input {text}`: there are no images ({', '.join(SUFFIXES)}) there.")
         found.update(dict.fromkeys(images))
     return list(found)
 

@@ -64,12 +64,12 @@ def _check_existing(folder: Path, counts: dict[str, int], seed: int) -> None:
             found = None
         if not isinstance(found, dict) or found.get("generator") != "shapes":
             raise DataError(
-                f"output_dir {folder}: the folder has other content. Choose a new or empty one."
+                f"`output_dir {folder}`: the folder has other content. Choose a new or empty one."
             )
         if found != _info(split, count, seed):
             raise DataError(
-                f"output_dir {folder}: it holds {found.get('num_pictures')} {split} images of seed "
-                f"{found.get('seed')} (drawing version {found.get('generator_version')}), not "
+                f"`output_dir {folder}`: it holds {found.get('num_pictures')} {split} images of "
+                f"seed {found.get('seed')} (drawing version {found.get('generator_version')}), not "
                 f"{count} of seed {seed} (version {_VERSION}). Delete it or choose another folder."
             )
         if sum(1 for _ in (folder / f"{split}2017").glob("*.jpg")) != count:

@@ -36,10 +36,10 @@ from models.weights.transfer import BACKBONE, transfer
 from util.batch import Batch, PaddedBatch, Target
 from util.classes import Classes
 from util.console import log
-from util.distributed import World
 from util.errors import CheckpointError, ConfigError
 from util.random_state import seed_everything
 from util.version import __version__
+from util.world import World
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def load_pretrained_weights(
     random = [name for name in report.reinitialised if name.startswith(BACKBONE)]
     if random:
         raise CheckpointError(
-            f"backbone {config.model.backbone}: does not match the weights of `finetune` "
+            f"`backbone {config.model.backbone}`: does not match the weights of `finetune` "
             f"({len(random)} tensors missing, e.g. '{random[0]}'). Use the backbone of the weights."
         )
     if not backbone:

@@ -31,8 +31,8 @@ from models.weights.transfer import load_strict
 from util.classes import Classes
 from util.console import console
 from util.device import pick_device
-from util.distributed import World
 from util.errors import CheckpointError, ConfigError, DataError
+from util.world import World
 
 DEFAULT_THRESHOLD = 0.3  # of classes for which the checkpoint has none
 

@@ -14,7 +14,7 @@ from engine.guards.timer import StepTimer
 from engine.run_log import RunLog
 from models.criterion import SetCriterion
 from util.batch import Batch
-from util.distributed import World
+from util.world import World
 
 
 @dataclass

@@ -22,7 +22,6 @@ from util.console import log
 from util.cores import available_cores
 from util.device import own_device, pick_device
 from util.distributed import (
-    World,
     destroy_process_group,
     init_process_group,
     lost_contact,
@@ -30,6 +29,7 @@ from util.distributed import (
     started_by_launcher,
 )
 from util.errors import EXIT_USER_ERROR, ConfigError, UserError
+from util.world import World
 
 # What a run is asked to stop by; Windows lacks the last.
 STOP_SIGNALS = tuple(

@@ -11,9 +11,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from util.console import log
-from util.distributed import World
 from util.errors import ConfigError
 from util.files import make_output_dir
+from util.world import World
 
 _LOCK, _HOLDER = ".lock", ".lock_holder"
 _PATIENCE = 15.0  # seconds that the processes of a killed run may take to end

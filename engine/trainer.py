@@ -37,13 +37,12 @@ from engine.run_log import RunLog
 from models.criterion import SetCriterion
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
-from util.batch import Batch
+from util.batch import Batch, Uploads
 from util.console import log
-from util.device import Uploads
-from util.distributed import World
 from util.errors import CheckpointError, UserError
 from util.plot import plot_curves
 from util.random_state import rng_state, set_rng_state
+from util.world import World
 
 
 @dataclass(kw_only=True)

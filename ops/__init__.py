@@ -2,8 +2,7 @@
 
 from .backends import use_backend
 from .call import BackendError
-from .dropout import fast_cpu_dropout
-from .module import MSDeformAttn
+from .module import MSDeformAttn, fast_cpu_dropout
 from .ms_deform_attn import fused_ms_deform_attn, ms_deform_attn
 
 __all__ = [

@@ -1,34 +1,46 @@
-"""Choose the backend of a call: the fastest that runs here, or the one that the user named."""
+"""What a backend is, and which one computes: the fastest that runs here, or one the user named."""
 
 import contextlib
 import functools
-import os
 import warnings
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from .call import Backend, BackendError
+from .call import BackendError, Call, Gradients
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .reference import ReferenceBackend
 from .triton_backend import TritonBackend
 
-_REFERENCE = ReferenceBackend()
+
+class Backend(Protocol):
+    """A way to compute a call. Raises `BackendError` if it cannot run here."""
+
+    name: str
+    devices: tuple[str, ...]  # device types it is made for; () for any
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Return in one line why it cannot run on `device`, or None if it can."""
+        ...
+
+    def forward(self, call: Call) -> Tensor:
+        """Return the output [N,Q,M*D] in the dtype of the value."""
+        ...
+
+    def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
+        """Return the gradients from `grad`, that of the output, [N,Q,M*D] and contiguous."""
+        ...
+
+
+REFERENCE = ReferenceBackend()
 # the fastest first
-_ORDER: tuple[Backend, ...] = (CudaBackend(), CpuBackend(), TritonBackend(), _REFERENCE)
+_ORDER: tuple[Backend, ...] = (CudaBackend(), CpuBackend(), TritonBackend(), REFERENCE)
 BACKENDS = {backend.name: backend for backend in _ORDER}
-_VARIABLE = "MSDEFORM_BACKEND"
-_forced: str | None = None
-
-
-def backend_for(device: torch.device) -> Backend:
-    """Return the backend for tensors on `device`.
-
-    Raises:
-        BackendError: `MSDEFORM_BACKEND` or `use_backend` names one that cannot run here.
-    """
-    return _chosen(_forced or os.environ.get(_VARIABLE) or None, device)
+VARIABLE = "MSDEFORM_BACKEND"  # of the environment, with the name of a backend
+forced: str | None = None  # the name in `use_backend`
 
 
 @contextlib.contextmanager
@@ -38,26 +50,31 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         BackendError: no backend has this name.
     """
-    global _forced
-    before, _forced = _forced, _known(name)
+    global forced
+    before, forced = forced, _known(name)
     try:
         yield
     finally:
-        _forced = before
+        forced = before
 
 
 def _known(name: str) -> str:
     if name not in BACKENDS:
-        raise BackendError(f"{_VARIABLE}: no backend '{name}'. Choose from {', '.join(BACKENDS)}.")
+        raise BackendError(f"{VARIABLE}: no backend '{name}'. Choose from {', '.join(BACKENDS)}.")
     return name
 
 
 @functools.cache
-def _chosen(name: str | None, device: torch.device) -> Backend:
+def chosen(name: str | None, device: torch.device) -> Backend:
+    """Return the backend of this name, else the first that can run, for tensors on `device`.
+
+    Raises:
+        BackendError: there is none of this name, or it cannot run here.
+    """
     if name:
         backend = BACKENDS[_known(name)]
         if reason := backend.unavailable(device):
-            raise BackendError(f"{_VARIABLE}={name} on {device}: {reason}")
+            raise BackendError(f"{VARIABLE}={name} on {device}: {reason}")
         return backend
     reasons: list[str] = []
     for backend in BACKENDS.values():
@@ -69,4 +86,4 @@ def _chosen(name: str | None, device: torch.device) -> Backend:
             text = f"ms_deform_attn: slower backend '{backend.name}' on {device}. "
             warnings.warn(text + " ".join(reasons), stacklevel=2)
         return backend
-    return _REFERENCE
+    return REFERENCE

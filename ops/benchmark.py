@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +54,7 @@ CASES = {
 }
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """Equivalent inputs of both forms."""
 
     value: Tensor
@@ -95,8 +94,7 @@ def make_inputs(case: Case, device: torch.device, dtype: torch.dtype) -> Inputs:
 
 def _centres(height: int, width: int) -> Tensor:
     rows, columns = (torch.arange(side) / side + 0.5 / side for side in (height, width))
-    grid = torch.meshgrid(rows, columns, indexing="ij")
-    return torch.stack(grid[::-1], -1).flatten(0, 1)
+    return torch.cartesian_prod(rows, columns).flip(-1)
 
 
 def pytorch_definition(
@@ -182,10 +180,8 @@ def _peers(plain: list[Tensor], table: Tensor, starts: Tensor) -> dict[str, Call
 
 def _waited() -> float:
     """Return the seconds that threads of this process have waited for a processor until now."""
-    total = 0
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        total += int(path.read_text().split()[1])
-    return total / 1e9
+    threads = Path("/proc/self/task").glob("*/schedstat")
+    return sum(int(path.read_text().split()[1]) for path in threads) / 1e9
 
 
 def _sample(call: Call, device: torch.device, *, grad: bool) -> tuple[float, float]:
@@ -278,10 +274,8 @@ def _results(output: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 def check_case(case: Case) -> dict[str, dict[str, list[float]]]:
     """Return the memory and errors of the definition and of ours on the CPU, in float32."""
     inputs = make_inputs(case, torch.device("cpu"), torch.float32)
-    precise = Inputs(
-        inputs.value.double(), inputs.shapes, inputs.reference.double(), inputs.offsets.double(),
-        inputs.logits.double(), inputs.locations.double(), inputs.weights.double(),
-    )  # fmt: skip
+    doubles: Any = {k: t.double() for k, t in inputs._asdict().items() if isinstance(t, Tensor)}
+    precise = inputs._replace(**doubles)
     exact = implementations(precise, grad=True)
     results: dict[str, dict[str, list[float]]] = {}
     for name in ("definition", "ours", "definition, softmax and locations", "ours, fused"):

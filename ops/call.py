@@ -1,15 +1,19 @@
-"""The input of every backend: one call of the op, checked, contiguous, in fixed dtypes."""
+"""The input and results of every backend: one call of the op, contiguous, in fixed dtypes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 # N batch, S tokens, M heads, D channels per head, Q queries, L levels, K points.
 
-_SUM_BITS = 62  # 63 without the sign, one spare for rounding
+# how the compiled kernels number the dtypes of a value
+STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class BackendError(RuntimeError):
+    """A backend cannot be built or cannot run here; the message is one line with the reason."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Call:
         return cls(value.contiguous(), shapes, points, weights, reference)
 
     @property
+    def form(self) -> int:
+        """How many numbers a reference has; 0 in the plain form."""
+        return 0 if self.reference is None else self.reference.shape[-1]
+
+    @property
     def output_shape(self) -> tuple[int, int, int]:
         """[N, Q, M*D]."""
         n, _, m, d = self.value.shape
@@ -67,48 +76,6 @@ class Gradients:
     weights: Tensor
 
 
-class Backend(Protocol):
-    """A way to compute a call. Raises `BackendError` if it cannot run here."""
-
-    name: str
-    devices: tuple[str, ...]  # device types it is made for; () for any
-
-    def unavailable(self, device: torch.device) -> str | None:
-        """Return in one line why it cannot run on `device`, or None if it can."""
-        ...
-
-    def forward(self, call: Call) -> Tensor:
-        """Return the output [N,Q,M*D] in the dtype of the value."""
-        ...
-
-    def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
-        """Return the gradients from `grad`, that of the output, [N,Q,M*D] and contiguous."""
-        ...
-
-
 def arithmetic_dtype(storage: torch.dtype) -> torch.dtype:
     """Return the dtype of points, weights and sums for values of dtype `storage`."""
     return torch.float64 if storage == torch.float64 else torch.float32
-
-
-def fixed_point_scale(call: Call, grad: Tensor) -> Tensor:
-    """Return the factor that scales gradients of the value to 64-bit integers.
-
-    Sums of integers are the same in any order. The factor is the largest power of two for which
-    every possible sum fits: the error is below that of float32 for all gradients but those 2**20
-    below the largest. NaN if a gradient or weight is not finite.
-
-    Shape: grad [N,Q,M*D]; returns [], float64, on the device of grad.
-    """
-    largest = grad.abs().amax().double()
-    if call.reference is None:
-        largest = largest * call.weights.abs().amax().double()
-    else:  # attention is at most 1, and NaN where a head's largest logit is not finite
-        largest = largest + 0 * call.weights.flatten(3).amax(-1).sum().double()
-    reads = call.weights.numel() // (call.value.shape[0] * call.value.shape[2])  # of one cell
-    bits = _SUM_BITS - torch.log2(largest.clamp(min=1e-300) * reads).ceil()
-    return torch.where(largest.isfinite(), torch.exp2(bits.clamp(max=1000)), torch.nan)
-
-
-class BackendError(RuntimeError):
-    """A backend cannot be built or cannot run here; the message is one line with the reason."""

@@ -1,5 +1,7 @@
-"""Build the CPU kernel as a shared library: plain C++17, no headers of PyTorch or Python."""
+"""Build and load the CPU kernel, plain C++17: a shared library without PyTorch or Python in it."""
 
+import ctypes
+import functools
 import os
 import platform
 import shlex
@@ -43,12 +45,6 @@ _FLAGS = (
 )  # fmt: skip
 
 
-def cpu_instructions() -> str:
-    """Return the key of `INSTRUCTIONS` that PyTorch reports for this processor."""
-    found = torch.backends.cpu.get_cpu_capability()
-    return found if found in instruction_sets() else "DEFAULT"
-
-
 def instruction_sets() -> tuple[str, ...]:
     """Return the keys of `INSTRUCTIONS` that exist on this kind of processor."""
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -75,6 +71,34 @@ def cpu_library(instructions: str, *, extra_flags: tuple[str, ...] = ()) -> Path
     return cache.built(
         f"cpu-{instructions.lower()}-{key}.so", f"the CPU kernel ({instructions})", make
     )
+
+
+@functools.cache
+def cpu_functions() -> ctypes.CDLL:
+    """Return the library for this processor, loaded.
+
+    Raises:
+        BackendError: it cannot be built, see `cpu_library`, or does not load.
+    """
+    found = torch.backends.cpu.get_cpu_capability()
+    path = cpu_library(found if found in instruction_sets() else "DEFAULT")
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(f"the CPU kernel does not load: {error}. Delete {path}.") from error
+
+
+@functools.cache
+def openmp() -> int | None:
+    """Return the address of GOMP_parallel in PyTorch's own OpenMP, or None.
+
+    The kernel then runs on the same threads; a second pool would compete with them for the cores.
+    """
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, TypeError, OSError):
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

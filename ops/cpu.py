@@ -1,17 +1,15 @@
 """The compiled CPU backend, which calls the shared library through its C interface."""
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
 
-from . import compiler
-from .call import BackendError, Call, Gradients
+from .call import STORAGE, BackendError, Call, Gradients
+from .compiler import cpu_functions, openmp
 from .reference import of_offsets_and_reference
 
 _TOO_LARGE = 2  # `Outcome` of `csrc/problem.h`
-_STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _POINTERS = (
     "value", "shapes", "reference", "points", "weights", "output", "grad_output", "grad_value",
     "grad_points", "grad_weights", "parallel",
@@ -31,28 +29,6 @@ class _Problem(ctypes.Structure):
     ]
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    path = compiler.cpu_library(compiler.cpu_instructions())
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BackendError(f"the CPU kernel does not load: {error}. Delete {path}.") from error
-
-
-@functools.cache
-def _parallel() -> int | None:
-    """Return the address of GOMP_parallel in PyTorch's own OpenMP, or None.
-
-    The kernel then runs on the same threads; a second pool would compete with them for the cores.
-    """
-    try:
-        function = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, TypeError, OSError):
-        return None
-    return ctypes.cast(function, ctypes.c_void_p).value
-
-
 class CpuBackend:
     """C++ for any processor, with the widest vectors that PyTorch reports for this one."""
 
@@ -64,7 +40,7 @@ class CpuBackend:
         if device.type != "cpu":
             return f"computes on the CPU, not on {device.type}"
         try:
-            _library()
+            cpu_functions()
         except BackendError as error:
             return str(error)
         return None
@@ -72,7 +48,7 @@ class CpuBackend:
     def forward(self, call: Call) -> Tensor:
         """See `Backend`."""
         output = call.value.new_empty(call.output_shape)
-        _run(_library().msda_forward, call, output=output)
+        _run(cpu_functions().msda_forward, call, output=output)
         return output
 
     def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
@@ -81,7 +57,7 @@ class CpuBackend:
             torch.empty_like(t) for t in (call.value, call.points, call.weights)
         )
         _run(
-            _library().msda_backward, call, to_locations=need_reference, grad_output=grad,
+            cpu_functions().msda_backward, call, to_locations=need_reference, grad_output=grad,
             grad_value=value, grad_points=points, grad_weights=weights,
         )  # fmt: skip
         if need_reference:
@@ -101,11 +77,11 @@ def _run(
     n, s, m, d = call.value.shape
     problem = _Problem(
         **{name: array.data_ptr() for name, array in arrays.items() if array is not None},
-        shapes=ctypes.addressof(shapes), parallel=_parallel(),
+        shapes=ctypes.addressof(shapes), parallel=openmp(),
         batch=n, tokens=s, heads=m, channels=d, queries=call.points.shape[1],
         levels=len(call.shapes), per_level=call.points.shape[4],
-        storage=_STORAGE[call.value.dtype],
-        form=0 if call.reference is None else call.reference.shape[-1],
+        storage=STORAGE[call.value.dtype],
+        form=call.form,
         to_locations=to_locations, threads=torch.get_num_threads(),
     )  # fmt: skip
     outcome = function(ctypes.byref(problem))

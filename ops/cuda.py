@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from . import cache, nvrtc
-from .call import BackendError, Call, Gradients, arithmetic_dtype, fixed_point_scale
-from .reference import of_offsets_and_reference
+from .call import STORAGE, BackendError, Call, arithmetic_dtype
+from .gpu import GpuBackend
 
-STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _POINTERS = (
     "value", "reference", "points", "weights", "output", "grad_output", "grad_value",
     "grad_points", "grad_weights",
@@ -116,8 +115,7 @@ def prepare(
     """Return the launch that computes `call` into `results`."""
     n, s, m, d = call.value.shape
     queries, levels, per_level = call.points.shape[1], len(call.shapes), call.points.shape[4]
-    form = 0 if call.reference is None else call.reference.shape[-1]
-    kind = Kind(call.value.dtype, d, levels, per_level, form, to_locations, deterministic)
+    kind = Kind(call.value.dtype, d, levels, per_level, call.form, to_locations, deterministic)
     inputs = {"value": call.value, "points": call.points, "weights": call.weights}
     if call.reference is not None:
         inputs["reference"] = call.reference
@@ -144,7 +142,7 @@ def _kernels(kind: Kind, device: int) -> dict[str, Callable[..., None]]:
         return nvrtc.load_functions(program, ("msda_forward", "msda_backward"))
 
 
-class CudaBackend:
+class CudaBackend(GpuBackend):
     """CUDA C++ for NVIDIA GPUs."""
 
     name = "cuda"
@@ -169,29 +167,15 @@ class CudaBackend:
         self.run("msda_forward", prepare(call, output=output))
         return output
 
-    def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
-        """See `Backend`.
-
-        Sums in float32 by atomic addition, in an order that varies between runs; with
-        `torch.use_deterministic_algorithms(True)` in 64-bit integers (`fixed_point_scale`).
-        """
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        exact = call.points.dtype
-        value = torch.zeros_like(call.value, dtype=torch.int64 if deterministic else exact)
-        scale = fixed_point_scale(call, grad) if deterministic else None
-        points, weights = torch.empty_like(call.points), torch.empty_like(call.weights)
+    def start_backward(
+        self, call: Call, scale: Tensor | None, *, to_locations: bool, **arrays: Tensor
+    ) -> None:
+        """See `GpuBackend`."""
         launch = prepare(
-            call, to_locations=need_reference, deterministic=deterministic,
-            scale=0.0 if scale is None else float(scale), grad_output=grad, grad_value=value,
-            grad_points=points, grad_weights=weights,
+            call, to_locations=to_locations, deterministic=scale is not None,
+            scale=0.0 if scale is None else float(scale), **arrays,
         )  # fmt: skip
         self.run("msda_backward", launch)
-        if scale is not None:
-            value = (value.double() / scale).to(exact)  # all NaN if any gradient was
-        value = value.to(call.value.dtype)
-        if need_reference:
-            return Gradients(value, *of_offsets_and_reference(call, points), weights)
-        return Gradients(value, points, None, weights)
 
     def run(self, name: str, launch: Launch) -> None:
         """Start the kernel `name` on the current stream."""

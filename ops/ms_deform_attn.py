@@ -1,11 +1,15 @@
-"""The public op, plain and fused: checks its inputs, then calls the registered operator."""
+"""The op, plain and fused: the public functions, which check their inputs, kernel and gradient."""
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference, schema  # noqa: F401  (schema registers the operators)
+from . import backends
+from .call import Call, Gradients
+from .schema import library
 
 SpatialShapes = Sequence[tuple[int, int]] | Tensor
 
@@ -32,16 +36,7 @@ def ms_deform_attn(
     Raises:
         ValueError: the shapes do not fit each other.
     """
-    shapes = _as_ints(spatial_shapes)
-    expected = _check_value(value, shapes, attention_weights)
-    _check("attention_weights", attention_weights, expected)
-    _check("sampling_locations", sampling_locations, (*expected, 2))
-    if torch.onnx.is_in_onnx_export():
-        return reference.ms_deform_attn(value, shapes, sampling_locations, attention_weights)
-    output: Tensor = torch.ops.msdeform.ms_deform_attn(
-        value, _flat(shapes), sampling_locations, attention_weights
-    )
-    return output
+    return _attend(value, spatial_shapes, sampling_locations, attention_weights, None)
 
 
 def fused_ms_deform_attn(
@@ -66,36 +61,33 @@ def fused_ms_deform_attn(
     Raises:
         ValueError: the shapes do not fit each other.
     """
-    shapes = _as_ints(spatial_shapes)
-    expected = _check_value(value, shapes, attention_logits)
-    _check("attention_logits", attention_logits, expected)
-    _check("sampling_offsets", sampling_offsets, (*expected, 2))
-    numbers = 4 if reference_points.shape[-1:] == (4,) else 2
-    _check("reference_points", reference_points, (*expected[:2], len(shapes), numbers))
+    return _attend(value, spatial_shapes, sampling_offsets, attention_logits, reference_points)
+
+
+def _attend(
+    value: Tensor,
+    shapes: SpatialShapes,
+    points: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
+) -> Tensor:
+    if isinstance(shapes, Tensor):
+        shapes = [(int(height), int(width)) for height, width in shapes.tolist()]
+    _check(value, shapes, points, weights, reference)
     if torch.onnx.is_in_onnx_export():
-        weights = attention_logits.flatten(3).softmax(-1).view_as(attention_logits)
-        locations = reference.sampling_locations(reference_points, sampling_offsets, shapes)
-        return reference.ms_deform_attn(value, shapes, locations, weights)
-    output: Tensor = torch.ops.msdeform.fused_ms_deform_attn(
-        value, _flat(shapes), reference_points, sampling_offsets, attention_logits
-    )
+        return backends.REFERENCE.forward(Call(value, tuple(shapes), points, weights, reference))
+    sides = [side for shape in shapes for side in shape]
+    output: Tensor = torch.ops.msdeform.ms_deform_attn(value, sides, points, weights, reference)
     return output
 
 
-def _as_ints(shapes: SpatialShapes) -> Sequence[tuple[int, int]]:
-    if isinstance(shapes, Tensor):
-        return [(int(height), int(width)) for height, width in shapes.tolist()]
-    return shapes
-
-
-def _flat(shapes: Sequence[tuple[int, int]]) -> list[int]:
-    return [side for shape in shapes for side in shape]
-
-
-def _check_value(
-    value: Tensor, shapes: Sequence[tuple[int, int]], weights: Tensor
-) -> tuple[int, ...]:
-    """Return the shape [N,Q,M,L,K] that the other tensors must have."""
+def _check(
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    points: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
+) -> None:
     if value.dim() != 4 or weights.dim() != 5:
         raise ValueError(
             f"ms_deform_attn: value {tuple(value.shape)} and attention {tuple(weights.shape)} must "
@@ -106,9 +98,78 @@ def _check_value(
         raise ValueError(
             f"ms_deform_attn: value has {value.shape[1]} tokens, but spatial_shapes has {tokens}."
         )
-    return value.shape[0], weights.shape[1], value.shape[2], len(shapes), weights.shape[4]
+    n, q, m, k = value.shape[0], weights.shape[1], value.shape[2], weights.shape[4]
+    samples = (n, q, m, len(shapes), k)
+    fused = reference is not None
+    _check_shape("attention_logits" if fused else "attention_weights", weights, samples)
+    _check_shape("sampling_offsets" if fused else "sampling_locations", points, (*samples, 2))
+    if reference is not None:
+        numbers = 4 if reference.shape[-1:] == (4,) else 2
+        _check_shape("reference_points", reference, (n, q, len(shapes), numbers))
 
 
-def _check(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != expected:
         raise ValueError(f"ms_deform_attn: {name} is {tuple(tensor.shape)}, must be {expected}.")
+
+
+# One kernel for every device type, which leaves the work to the backend chosen for the device.
+
+
+def _backend(device: torch.device) -> backends.Backend:
+    return backends.chosen(backends.forced or os.environ.get(backends.VARIABLE), device)
+
+
+@torch.library.impl(library, "ms_deform_attn", "CompositeExplicitAutograd")
+def _forward(
+    value: Tensor, shapes: list[int], points: Tensor, weights: Tensor, reference: Tensor | None
+) -> Tensor:
+    call = Call.of(value, shapes, points, weights, reference)
+    if call.empty:
+        return value.new_zeros(call.output_shape)
+    return _backend(value.device).forward(call)
+
+
+@torch.library.impl(library, "ms_deform_attn_backward", "CompositeExplicitAutograd")
+def _backward(
+    grad: Tensor,
+    value: Tensor,
+    shapes: list[int],
+    points: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
+    need_reference: bool,
+) -> tuple[Tensor, ...]:
+    """Return the gradients; empty for a reference that needs none."""
+    call = Call.of(value, shapes, points, weights, reference)
+    if call.empty:
+        value, points, weights = (torch.zeros_like(t) for t in (value, call.points, call.weights))
+        of_reference = None if call.reference is None else torch.zeros_like(call.reference)
+        found = Gradients(value, points, of_reference, weights)
+    else:
+        grad = grad.to(value.dtype).contiguous()
+        found = _backend(value.device).backward(call, grad, need_reference=need_reference)
+    of_reference = found.reference if need_reference else None
+    if of_reference is None:
+        of_reference = call.points.new_empty(0)
+    return found.value, found.points, found.weights, of_reference
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, ctx.shapes, *others = inputs
+    ctx.save_for_backward(value, *others)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    value, points, weights, reference = ctx.saved_tensors
+    need_reference = ctx.needs_input_grad[4]
+    of_value, of_points, of_weights, of_reference = torch.ops.msdeform.ms_deform_attn_backward(
+        grad, value, ctx.shapes, points, weights, reference, need_reference
+    )
+    of_reference = of_reference.to(reference.dtype) if need_reference else None
+    return of_value, None, of_points.to(points.dtype), of_weights.to(weights.dtype), of_reference
+
+
+torch.library.register_autograd(
+    "msdeform::ms_deform_attn", _differentiate, setup_context=_save, lib=library
+)

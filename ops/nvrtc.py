@@ -16,10 +16,6 @@ from . import cache
 from .call import BackendError
 
 
-class CompileError(BackendError):
-    """NVRTC rejected the source."""
-
-
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
     major = (torch.version.cuda or "0").split(".")[0]
@@ -79,7 +75,7 @@ def compile_program(source: str, options: Sequence[str], arch: str) -> bytes:
     """Return machine code (`sm_NN`) or PTX (`compute_NN`) of a CUDA source.
 
     Raises:
-        CompileError: with the compiler's full output.
+        BackendError: the compiler rejected it; with its full output.
     """
     lib, program = _nvrtc(), ctypes.c_void_p()
     _check(
@@ -92,7 +88,7 @@ def compile_program(source: str, options: Sequence[str], arch: str) -> bytes:
         array = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
         if lib.nvrtcCompileProgram(program, len(flags), array):
             log = _text(program, lib.nvrtcGetProgramLogSize, lib.nvrtcGetProgramLog)
-            raise CompileError(log.rstrip(b"\0").decode(errors="replace"))
+            raise BackendError(log.rstrip(b"\0").decode(errors="replace"))
         if arch.startswith("sm_"):
             return _text(program, lib.nvrtcGetCUBINSize, lib.nvrtcGetCUBIN)
         return _text(program, lib.nvrtcGetPTXSize, lib.nvrtcGetPTX)
@@ -201,7 +197,7 @@ def cached_program(source: Path, options: Sequence[str], arch: str, what: str) -
     def make(path: Path) -> None:
         try:
             path.write_bytes(compile_program(text, options, arch))
-        except CompileError as error:
+        except BackendError as error:
             command = ["nvrtc", f"--gpu-architecture={arch}", *options, str(source)]
             raise cache.build_failure(what, key, command, str(error)) from None
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import BackendError, Call, Gradients, fixed_point_scale
-from .reference import of_offsets_and_reference
+from .call import BackendError, Call
+from .gpu import GpuBackend
 
 _ELEMENTS = 1024  # per tile
 _MAX_WARPS = 16
@@ -49,7 +49,7 @@ class Launch:
         warps = min(max(warps * elements // _ELEMENTS, warps), _MAX_WARPS)
         fixed = {
             "HEADS": m, "CHANNELS": d, "SAMPLES": len(call.shapes) * per_level,
-            "PER_LEVEL": per_level, "FORM": _form(call), "BLOCK_Q": block, "BLOCK_S": samples,
+            "PER_LEVEL": per_level, "FORM": call.form, "BLOCK_Q": block, "BLOCK_S": samples,
             "BLOCK_D": channels,
         }  # fmt: skip
         return cls(-(-queries // block) * m * n, warps, fixed | constants)
@@ -76,7 +76,7 @@ def backward_launch(call: Call, *, to_locations: bool, deterministic: bool) -> L
     )
 
 
-class TritonBackend:
+class TritonBackend(GpuBackend):
     """Triton, for GPUs of NVIDIA, AMD and Intel, and its interpreter on the CPU."""
 
     name = "triton"
@@ -102,26 +102,14 @@ class TritonBackend:
         _run("msda_forward", call, forward_launch(call), output)
         return output
 
-    def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
-        """See `Backend`.
-
-        Sums in float32 by atomic addition, in an order that varies between runs; with
-        `torch.use_deterministic_algorithms(True)` in 64-bit integers (`fixed_point_scale`).
-        """
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        exact = call.points.dtype
-        scale = fixed_point_scale(call, grad) if deterministic else None
-        value = torch.zeros_like(call.value, dtype=torch.int64 if deterministic else exact)
-        points, weights = torch.empty_like(call.points), torch.empty_like(call.weights)
-        launch = backward_launch(call, to_locations=need_reference, deterministic=deterministic)
+    def start_backward(
+        self, call: Call, scale: Tensor | None, *, to_locations: bool, **arrays: Tensor
+    ) -> None:
+        """See `GpuBackend`."""
+        launch = backward_launch(call, to_locations=to_locations, deterministic=scale is not None)
         factor = call.points if scale is None else scale  # not read if there is no scale
-        _run("msda_backward", call, launch, grad, factor, value, points, weights)
-        if scale is not None:
-            value = (value.double() / scale).to(exact)  # all NaN if any gradient was
-        value = value.to(call.value.dtype)
-        if need_reference:
-            return Gradients(value, *of_offsets_and_reference(call, points), weights)
-        return Gradients(value, points, None, weights)
+        grad, *results = arrays.values()
+        _run("msda_backward", call, launch, grad, factor, *results)
 
 
 def _run(name: str, call: Call, launch: Launch, *arrays: Tensor) -> None:
@@ -140,10 +128,6 @@ def _kernels() -> ModuleType:
     from . import triton_kernels  # here, as Triton may be absent and takes a second to import
 
     return triton_kernels
-
-
-def _form(call: Call) -> int:
-    return 0 if call.reference is None else call.reference.shape[-1]
 
 
 def _power_of_two(number: int) -> int:

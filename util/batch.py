@@ -1,6 +1,6 @@
-"""Padded batches: what the loader hands to the engine and the model."""
+"""Padded batches: what the loader hands to the engine and the model, and their way to a device."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,3 +79,37 @@ def pad_images(images: Sequence[Tensor], multiple: int = 1) -> PaddedBatch:
         batch[i, :, :h, :w] = image
         mask[i, :h, :w] = False
     return PaddedBatch(batch, mask, sizes)
+
+
+class Uploads:
+    """Copies batches to a device; on a GPU, beside the computation on the batch before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def __call__(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        """Yield the batches with their images on the device; targets stay on the host."""
+        following = self._start(batches[0])
+        for after in [*batches[1:], None]:
+            batch = self._wait(following)
+            if after is not None:
+                following = self._start(after)
+            yield batch
+
+    def _start(self, batch: Batch) -> Batch:
+        """Begin a copy; the result may be used after `_wait`."""
+        assert batch.images is not None
+        if self._stream is None:
+            return replace(batch, images=batch.images.to(self._device))
+        with torch.cuda.stream(self._stream):
+            return replace(batch, images=batch.images.to(self._device))
+
+    def _wait(self, batch: Batch) -> Batch:
+        """Make the computation wait for the copies so far."""
+        if self._stream is not None and batch.images is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for tensor in (batch.images.images, batch.images.mask):
+                tensor.record_stream(current)
+        return batch

@@ -1,5 +1,6 @@
 """How much of the machine a process may use."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -21,16 +22,9 @@ def available_cores(cgroup: Path = _CGROUP) -> int:
 
 def _allotted(cgroup: Path) -> int | None:
     """Return how many cores' time the control group has, None where there is no limit."""
-    try:
-        quota, period = (cgroup / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = (cgroup / "cpu" / "cpu.cfs_quota_us").read_text()
-            period = (cgroup / "cpu" / "cpu.cfs_period_us").read_text()
-        except OSError:
-            return None
-    try:
-        cores = int(quota) // int(period)
-    except (ValueError, ZeroDivisionError):  # "max"
-        return None
-    return max(1, cores) if int(quota) > 0 else None  # -1: none
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        # "max" is no number; where neither version has files, there is no control group
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = " ".join((cgroup / name).read_text() for name in names).split()
+            return max(1, int(quota) // int(period)) if int(quota) > 0 else None  # -1: none
+    return None

@@ -1,64 +1,16 @@
-"""The processes of a run: who we are among them, and small exchanges between their hosts."""
+"""How the processes of a run meet and part, whether torchrun, srun or we started them."""
 
 import datetime
 import os
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from util.errors import ConfigError
+from util.world import World
 
-T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=30)  # of any exchange: rank 0 may be computing AP meanwhile
 _FIRST_PORT, _PORTS = 20000, 20000
-
-
-@dataclass(frozen=True)
-class World:
-    """All processes of a run. A single process gets back what it puts in.
-
-    Exchanges go through the hosts' memory, so that none waits for a GPU; gradients go their own
-    way. Every process must call each of them, in the same order.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1  # processes on this machine
-    group: Any = None  # gloo's
-
-    @property
-    def main(self) -> bool:
-        """Return whether this process writes the logs and files."""
-        return self.rank == 0
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Add up each number over all processes."""
-        if self.size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.group)
-        return list(total.tolist())
-
-    def gather(self, item: T) -> list[T]:
-        """Return everybody's item by rank in the main process, and nothing in the others."""
-        if self.size == 1:
-            return [item]
-        items: list[Any] | None = [None] * self.size if self.main else None
-        dist.gather_object(item, items, group=self.group)
-        return items or []
-
-    def broadcast(self, item: T) -> T:
-        """Return the main process's item everywhere."""
-        if self.size == 1:
-            return item
-        items = [item]
-        dist.broadcast_object_list(items, group=self.group)
-        return items[0]
 
 
 def take_slurm_variables() -> None:
@@ -70,9 +22,11 @@ def take_slurm_variables() -> None:
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "RANK" in os.environ or tasks < 2:
         return
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ["WORLD_SIZE"] = str(tasks)
+    os.environ.update(
+        RANK=os.environ["SLURM_PROCID"],
+        LOCAL_RANK=os.environ["SLURM_LOCALID"],
+        WORLD_SIZE=str(tasks),
+    )
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _first_host(os.environ["SLURM_STEP_NODELIST"])
     port = _FIRST_PORT + int(os.environ["SLURM_JOB_ID"]) % _PORTS
@@ -100,7 +54,7 @@ def rank_at_start() -> int:
 
 
 def started_by_launcher() -> bool:
-    """Return whether torchrun, `--gpus` or srun started this process as one of several."""
+    """Return whether torchrun, `gpus` or srun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 

@@ -1,22 +1,30 @@
 """User errors: printed as one line, exit code 2."""
 
 import difflib
+import errno
+import traceback
 from collections.abc import Collection
 
 EXIT_USER_ERROR = 2
+_DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.EISDIR, errno.ENOTDIR,
+)  # fmt: skip
 
 
 class UserError(Exception):
     """A mistake of the user: the message says where it is, what is wrong and what to do.
 
-    It names an option without dashes, and the command line turns into a flag what can be no other
-    word: a name that contains an underscore, one at the beginning as in `name:` or `name value:`,
-    and one in backticks.
+    It names an option in backticks and without dashes; the command line shows it as a flag.
     """
 
 
 class ConfigError(UserError):
-    """An option has an unknown name or a value out of range."""
+    """An option has an unknown name or a value out of range.
+
+    The message may begin with an option without backticks, as in `name:` or `name value:`, and so
+    never begins with a word of the user's, such as a path.
+    """
 
 
 class DataError(UserError):
@@ -33,3 +41,31 @@ def nearest_hint(name: str, known: Collection[str], otherwise: str | None = None
     if close:
         return f"Did you mean '{close[0]}'?"
     return otherwise or f"Known: {', '.join(sorted(known))}."
+
+
+def in_one_line(error: Exception) -> str | None:
+    """Return what a user can fix in one line; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        what = f"{error.filename or 'output'}: cannot be used: {error.strerror}"
+        return f"{what}. Free space or choose another `output_dir`."
+    first: BaseException | None = error
+    while first is not None:  # it comes as a signal, and what it interrupts may fail in its turn
+        if _loader_ended(first):
+            return (
+                f"data loading: {' '.join(str(first).split())} The system probably ran out of "
+                "memory: lower `num_workers`, and continue with `resume auto`."
+            )
+        first = first.__context__
+    return None
+
+
+def _loader_ended(error: BaseException) -> bool:
+    """Return whether a loader process was killed: while it worked, or handed a batch over."""
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker (pid" in str(error)
+    frames = traceback.walk_tb(error.__traceback__)
+    names = {frame.f_globals.get("__name__") for frame, _ in frames}
+    broken = isinstance(error, (ConnectionError, EOFError))
+    return broken and "torch.utils.data.dataloader" in names

@@ -18,11 +18,13 @@ THEME = {"soft": "#5b6068", "line": "#d9dce1", "c0": "#1f6fb5", "c1": "#c2570c",
 _SERIES = tuple(THEME[f"c{i}"] for i in range(3))
 _DASHES = ("-", (0, (5, 3)), (0, (1, 1.5)))
 
+_COLOURS = ("#222222", *_SERIES)  # of training curves
+
 _LOSSES = {
-    "train_loss": "total",
-    "train_loss_ce": "class (focal)",
-    "train_loss_bbox": "box L1",
-    "train_loss_giou": "box GIoU",
+    "total": "train_loss",
+    "class (focal)": "train_loss_ce",
+    "box L1": "train_loss_bbox",
+    "box GIoU": "train_loss_giou",
 }
 _METRICS = {"AP": 0, "AP50": 1, "AP75": 2}  # positions among COCO's 12 numbers
 
@@ -34,16 +36,24 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
     ground truth and losses that are null. A dotted line marks a drop of the learning rate.
     """
     epochs = _read(log_path)
-    evaluated = [e for e in epochs if e.get("test_coco_eval_bbox")]
+    losses = {
+        name: {e["epoch"] + 1: e[key] for e in epochs if e.get(key) is not None}
+        for name, key in _LOSSES.items()
+    }
+    numbers = {e["epoch"] + 1: e.get("test_coco_eval_bbox") for e in epochs}
+    metrics = {
+        name: {x: y[i] for x, y in numbers.items() if y and y[i] is not None and y[i] >= 0}
+        for name, i in _METRICS.items()
+    }
+    panels = {"training loss": losses, "COCO box AP, validation": metrics}
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
-    losses, metrics = figure.subplots(1, 2)
-    for (key, name), colour in zip(_LOSSES.items(), ("#222222", *_SERIES), strict=True):
-        points = [(e["epoch"] + 1, e[key]) for e in epochs if e.get(key) is not None]
-        _curve(losses, points, name, colour)
-    for (name, position), colour in zip(_METRICS.items(), ("#222222", *_SERIES), strict=False):
-        values = [(e["epoch"] + 1, e["test_coco_eval_bbox"][position]) for e in evaluated]
-        _curve(metrics, [(x, y) for x, y in values if y is not None and y >= 0], name, colour)
-    for axes, title in ((losses, "training loss"), (metrics, "COCO box AP, validation")):
+    for axes, (title, curves) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for (name, points), colour in zip(curves.items(), _COLOURS, strict=False):
+            if points:
+                x, y = list(points), list(points.values())
+                # a lone point has no line to show it
+                style = {"color": colour, "marker": "o" if len(x) <= 30 else None, "markersize": 3}
+                axes.plot(x, y, label=f"{name}  {y[-1]:.3f}", **style)
         for before, after in zip(epochs[:-1], epochs[1:], strict=True):
             old, new = before.get("train_lr"), after.get("train_lr")
             if old and new and new <= old / 5:  # a cosine's end falls less steeply
@@ -53,7 +63,7 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlim(0.5, (epochs[-1]["epoch"] + 1 if epochs else 1) + 0.5)
-        if axes.get_legend_handles_labels()[0]:
+        if any(curves.values()):
             axes.set_ylim(bottom=0)
             axes.legend(frameon=False, fontsize=9, title="last value", title_fontsize=8)
         else:
@@ -147,10 +157,3 @@ def _read(log_path: Path) -> list[dict[str, Any]]:
             continue
         epochs[int(entry["epoch"])] = entry
     return [epochs[epoch] for epoch in sorted(epochs)]
-
-
-def _curve(axes: Axes, points: Sequence[tuple[int, float]], name: str, colour: str) -> None:
-    if points:
-        x, y = zip(*points, strict=True)
-        marker = "o" if len(points) <= 30 else None  # a lone point has no line to show it
-        axes.plot(x, y, label=f"{name}  {y[-1]:.3f}", color=colour, marker=marker, markersize=3)

@@ -40,15 +40,20 @@ def load_safely(path: Path) -> Any:
         CheckpointError: the file is missing, empty, damaged, not a checkpoint, or unsafe.
     """
     _check_file(path)
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path)
     try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
         with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
             # Files of old torch versions warn about storage types that load all the same.
             warnings.simplefilter("ignore")
             # A mapped file cannot be replaced on Windows, where a run rewrites its checkpoint.
             mapped = os.name == "posix" and zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: is damaged, or is not a safetensors file ({_one_line(error)}). "
+            "Copy or download it again."
+        ) from error
     except (MemoryError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read: {_one_line(error)}.") from error
     except Exception as error:  # damaged bytes make the reader fail in any way
@@ -119,16 +124,6 @@ def _check_file(path: Path) -> None:
     for magic, what in _NOT_WEIGHTS.items():
         if start.startswith(magic):
             raise CheckpointError(f"{path}: {what}")
-
-
-def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: is damaged, or is not a safetensors file ({_one_line(error)}). "
-            "Copy or download it again."
-        ) from error
 
 
 def _what_is_wrong(error: Exception) -> str:

@@ -35,6 +35,9 @@ class CheckOptions(Checked):
 
 SECTIONS = {**RUN, "check": CheckOptions}
 RECIPES = RecipeOptions()
+RELEVANT = {
+    "model": ("num_queries",), "optim": (), "loss": (), "run": ("output_dir",), "recipes": (),
+}  # fmt: skip
 
 
 def main(config: Config, options: CheckOptions) -> int:

@@ -20,7 +20,7 @@ _NAMES = ", ".join(FORMATS)
 class ConvertOptions(VocOptions):
     """What `convert` reads and writes."""
 
-    data_format: str = option("coco", f"format of --data_path: {_NAMES}", alias="--from")
+    data_format: str = option("coco", f"format of --data_path: {_NAMES}", alias="from")
     to: str = option("coco", f"format to write: {_NAMES}")
     data_path: str = option(
         "", "folder of the data set; for yolo also data.yaml, for coco a JSON file with --images"
@@ -29,7 +29,7 @@ class ConvertOptions(VocOptions):
     splits: tuple[str, ...] = option(("train", "val"), "splits to write")
     output_dir: str = option("", "a new or empty folder")
     copy_images: bool = option(
-        False, "copy the images instead of linking to them", alias="--copy_pictures"
+        False, "copy the images instead of linking to them", alias="copy_pictures"
     )
 
     def __post_init__(self) -> None:

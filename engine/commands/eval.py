@@ -35,7 +35,10 @@ class EvalOptions(ProcessOptions):
         None, "images per step (default: that of the run, else 1)", low=1, unset=0
     )
     precision: PrecisionName = option("fp32", "arithmetic of the model")
-    ema: bool = option(True, "use a checkpoint's averaged weights, if it has them")
+    ema: bool = option(
+        True, "use a checkpoint's averaged weights, if it has them",
+        off="use the trained weights, even if the checkpoint has averaged ones",
+    )  # fmt: skip
     detections: str = option("", "evaluate this COCO results file instead of a checkpoint")
     evaluator: Literal["fast", "pycocotools"] = option(
         "fast", "what computes COCO's numbers, which are equal to the last digit"
@@ -44,7 +47,10 @@ class EvalOptions(ProcessOptions):
         0, "detections per image and class that count, in addition to COCO's 100: 101 or more; "
         "0: as many as an image has boxes of a class", low=0,
     )  # fmt: skip
-    analysis: bool = option(True, "write eval/analysis.json and eval/report.html")
+    analysis: bool = option(
+        True, "write eval/analysis.json and eval/report.html",
+        off="write neither eval/analysis.json nor eval/report.html",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,6 +62,7 @@ class EvalOptions(ProcessOptions):
 
 
 SECTIONS = {"eval": EvalOptions, "data": EvalDataConfig}
+DEFAULTS = {"data": "the checkpoint's"}
 
 
 def processes(given: Given) -> ProcessOptions:

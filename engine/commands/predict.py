@@ -115,7 +115,7 @@ def write_predictions(
             text = json.dumps(_to_json(i, names[i], boxes), indent=1)
             places[i] = entries.tell(), entries.write(text[2:-2])
         if not places:
-            raise DataError(f"input: none of the {len(paths)} images can be read.")
+            raise DataError(f"`input`: none of the {len(paths)} images can be read.")
         with (
             atomic_path(output_dir / "predictions.json") as part,
             part.open("w", encoding="ascii") as file,

@@ -40,6 +40,13 @@ class PreviewOptions(Checked):
 
 SECTIONS = {**RUN, "preview": PreviewOptions}
 RECIPES = RecipeOptions()  # a run's file may name some
+RELEVANT = {
+    "model": ("backbone", "num_queries"),
+    "optim": ("batch_size", "effective_batch_size", "epochs", "pad_multiple"),
+    "loss": (),
+    "run": ("output_dir", "seed"),
+    "recipes": (),
+}
 
 
 def main(config: Config, options: PreviewOptions) -> int:

@@ -20,9 +20,9 @@ from models.recipes import RecipeOptions
 from models.weights.load import load_pretrained
 from util.console import log
 from util.device import set_deterministic
-from util.distributed import World
 from util.errors import ConfigError
 from util.files import write_atomic
+from util.world import World
 
 __all__ = ["RECIPES", "SECTIONS", "main", "processes"]
 RECIPES = RecipeOptions()

@@ -16,8 +16,8 @@ from models.criterion import SetCriterion
 from models.outputs import DetectorOutput
 from models.postprocess import PostProcess
 from util.batch import Batch, PaddedBatch, Target, pad_images
-from util.distributed import World
 from util.errors import DataError, UserError
+from util.world import World
 
 T = TypeVar("T")
 _ASK_EVERY = 2.0  # seconds after which the processes tell each other whether to stop

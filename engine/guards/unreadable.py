@@ -9,8 +9,8 @@ from typing import Any
 from engine.guards.guard import Guard
 from util.batch import Batch, UnreadableImage
 from util.console import log
-from util.distributed import World
 from util.files import write_atomic
+from util.world import World
 
 _KEY = "unreadable_in_training"
 

@@ -122,15 +122,15 @@ def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
             state = enum["IMAGENET1K_V1"].get_state_dict(progress=True, check_hash=True)
         except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # cut, or not the file
             raise CheckpointError(
-                f"backbone_weights imagenet: download of {options.variant} failed ({error}). "
+                f"`backbone_weights imagenet`: download of {options.variant} failed ({error}). "
                 f"Fetch {enum['IMAGENET1K_V1'].url} elsewhere and pass the file."
             ) from error
     else:
         state = load_safely(Path(options.weights))
         if not isinstance(state, Mapping):
             raise CheckpointError(
-                f"backbone_weights {options.weights}: holds a {type(state).__name__}, not a state "
-                f"dict. Give the weights of {options.variant}."
+                f"`backbone_weights {options.weights}`: holds a {type(state).__name__}, not a "
+                f"state dict. Give the weights of {options.variant}."
             )
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     if not options.train_norm:
@@ -139,7 +139,7 @@ def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
     odd = sorted(expected.symmetric_difference(state))
     if odd:
         raise CheckpointError(
-            f"backbone_weights {options.weights}: '{odd[0]}' and {len(odd) - 1} more keys do not "
+            f"`backbone_weights {options.weights}`: '{odd[0]}' and {len(odd) - 1} more keys do not "
             f"fit torchvision's {options.variant}. Pass the state dict of that network."
         )
     try:
@@ -147,7 +147,7 @@ def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"backbone_weights {options.weights}: does not fit {options.variant}: {reason}"
+            f"`backbone_weights {options.weights}`: does not fit {options.variant}: {reason}"
         ) from error
 
 

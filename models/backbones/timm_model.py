@@ -98,7 +98,7 @@ def _create_body(options: BackboneOptions, count: int) -> Any:
     given = None if weights in ("none", "imagenet") else load_safely(Path(weights))
     if given is not None and not isinstance(given, Mapping):
         raise CheckpointError(
-            f"backbone_weights {weights}: holds a {type(given).__name__}, not a state dict. Give "
+            f"`backbone_weights {weights}`: holds a {type(given).__name__}, not a state dict. Give "
             f"the weights of timm/{name}."
         )
     options_of_timm: dict[str, Any] = {
@@ -114,9 +114,11 @@ def _create_body(options: BackboneOptions, count: int) -> Any:
     except Exception as error:  # timm and the hub raise many kinds; all mean "not loaded"
         reason = " ".join(str(error).split())[:300]
         hint = "Pass a local file as `backbone_weights FILE`, or none to start from scratch."
-        raise CheckpointError(f"backbone timm/{name}: cannot be built: {reason} {hint}") from error
+        raise CheckpointError(
+            f"`backbone timm/{name}`: cannot be built: {reason} {hint}"
+        ) from error
     if given is not None:
-        _check_arrival(body, given, f"backbone_weights {weights}", name)
+        _check_arrival(body, given, f"`backbone_weights {weights}`", name)
     _accept_any_size(body, name)
     return body
 

@@ -297,7 +297,7 @@ def _check_enough(
         if value != ours.get(name)
     ]
     raise CheckpointError(
-        f"finetune: apart from the backbone, only {share:.0%} of the weights fit "
+        f"`finetune`: apart from the backbone, only {share:.0%} of the weights fit "
         f"({'; '.join(differing) or 'other tensors'}). "
         "Set the model options to the checkpoint's."
     )

@@ -14,7 +14,7 @@ import pytest
 
 from engine.run_lock import run_lock
 from tests.integration.runs import Command, alive, errors, metrics
-from util.distributed import World
+from util.world import World
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches processes in /proc")
 

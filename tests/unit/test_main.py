@@ -1,5 +1,6 @@
 """The command line itself: what it prints where the terminal lacks letters, and of errors."""
 
+import dataclasses
 import importlib
 import io
 import subprocess
@@ -11,9 +12,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from configs.command_line import arguments
 from configs.load import Given
 from configs.schema import Config
-from main import COMMANDS, arguments, in_one_line, main
+from main import COMMANDS, main
+from util.errors import in_one_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,8 +88,51 @@ def test_help_of_a_command_is_grouped_and_short(capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == ["usage: main.py train [options]", "", COMMANDS["train"]]
     groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert groups[:5] == ["options:", "model:", "data:", "optim:", "run:"]  # loss has rare ones
+    assert groups[:5] == ["options:", "data:", "model:", "optim:", "run:"]  # loss has rare ones
     assert "--help_all lists" in lines[-1]
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what a command's --help prints, in one line."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_lists_training_data_before_validation_data(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = help_of("train", capsys)
+    order = ("--coco_path", "--train_images", "--val_images", "--eval_scale", "--backbone", "--lr ")
+    assert sorted(order, key=text.index) == list(order)
+
+
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_help_says_where_a_checkpoint_sets_the_default(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = help_of(command, capsys)
+    for flag in ("--eval_scale", "--max_size", "--nms_iou"):
+        described = text[text.index(f"{flag} ") :].partition("(")[2]
+        assert described.startswith("default: the checkpoint's)"), flag
+
+
+@pytest.mark.parametrize("command", ["check", "preview"])
+def test_help_leaves_out_what_does_not_matter_to_a_command(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = help_of(command, capsys)
+    for flag in ("--train_images", "--num_queries", "--output_dir"):
+        assert f"{flag} " in text
+    for flag in ("--dec_layers", "--lr", "--finetune", "--k_one2many"):
+        assert f"{flag} " not in text
+
+
+def test_a_switch_that_is_on_says_in_its_own_words_what_turning_it_off_does() -> None:
+    for name in COMMANDS:
+        for section in importlib.import_module(f"engine.commands.{name}").SECTIONS.values():
+            for f in dataclasses.fields(section):
+                assert f.default is not True or f.metadata["off"], f.name
 
 
 @pytest.mark.parametrize(
@@ -103,6 +149,15 @@ def test_help_of_a_command_is_grouped_and_short(capsys: pytest.CaptureFixture[st
             "--hidden_dim: must be a multiple of --nheads 8, not 100.",
         ),
         (["predict", "--batch_size", "0"], "--batch_size: must be at least 1, not 0."),
+        (["train", "--config", "epochs"], "config file epochs: no such file."),
+        (
+            ["predict", "--input", "epochs", "--output_dir", "out"],
+            "--input epochs: no image, folder or pattern leads to a file.",
+        ),
+        (
+            ["check", "--data_path", "epochs", "--data_format", "voc", "--splits", "val"],
+            "epochs: not a VOC folder",
+        ),
         (
             ["doctor", "--device", "cpu"],
             "command line: unknown option '--device'. --help_all lists the options.",

@@ -3,19 +3,19 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from configs.command_line import OptionParser, read_command_line
 from configs.load import (
     Given,
-    build_config,
     changed_options,
-    read_command_line,
     read_options,
     to_yaml,
 )
-from configs.options import Checked, OptionParser, Section, by_section, option
+from configs.options import Checked, Section, by_section, option
 from configs.schema import SECTIONS, Config
 from util.errors import ConfigError
 
@@ -60,9 +60,8 @@ class Recipes(Mapping[str, Section]):
 def parse(*argv: str, recipes: Mapping[str, Section] | None = None) -> Given:
     """Return the options of `train`."""
     parser = OptionParser(prog="train", all_help="--help_all" in argv)
-    for title, section in SECTIONS.items():
-        parser.add_section(title, section)
-    return read_command_line(parser, argv, Recipes() if recipes is None else recipes)
+    command = SimpleNamespace(SECTIONS=SECTIONS, RECIPES=Recipes() if recipes is None else recipes)
+    return read_command_line(parser, command, argv)
 
 
 def write(path: Path, text: str) -> str:
@@ -223,7 +222,7 @@ def test_options_by_name_alone_find_their_sections() -> None:
         "data": {"train_images": "train", "crop_size": (384, 600)},
         "optim": {"lr": 1e-3},
     }
-    assert build_config(values).optim.lr == 1e-3
+    assert Given(values).config().optim.lr == 1e-3
     assert by_section({"num_pictures": 3}, SECTIONS) == {"run": {"num_images": 3}}
     with pytest.raises(ConfigError, match="unknown option 'train_image'. Did you mean 'train_im"):
         by_section({"train_image": "train"}, SECTIONS)

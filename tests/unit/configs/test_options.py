@@ -12,8 +12,9 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from configs.command_line import OptionParser, with_dashes
 from configs.load import Values, changed_options, file_or_preset, load_file, merge, to_yaml
-from configs.options import Checked, OptionParser, Section, coerce, option, with_dashes
+from configs.options import Checked, Section, coerce, option
 from util.errors import ConfigError
 
 
@@ -25,6 +26,7 @@ class Net(Checked):
     rate: float = option(1e-3, "rate, in % of one", above=0)
     kind: Literal["sine", "learned"] = option("sine", "encoding")
     aux: bool = option(True, "auxiliary losses")
+    mix: bool = option(True, "blend images", off="keep images apart")
     refine: bool = option(False, "refinement")
     sizes: tuple[int, ...] = option((480, 512), "short sides", low=16)
     name: str = option("", "free text")
@@ -102,7 +104,7 @@ def test_presets_are_found_from_anywhere_but_a_file_of_ones_own_wins(tmp_path: P
         expected = {"net": {"depth": 3, "kind": "learned"}}
         assert load_file(file, SECTIONS, presets) == expected
         assert file_or_preset(tmp_path, base, presets) == presets / "small.yaml"
-    with pytest.raises(ConfigError, match=r"other/small\.yaml: no such config file\. Did you mean"):
+    with pytest.raises(ConfigError, match=r"other/small\.yaml: no such file\. Did you mean"):
         load_file(file_or_preset(tmp_path, "other/small.yaml", presets), SECTIONS, presets)
     write(tmp_path / "mine" / "small.yaml", "net: {depth: 4}\n")
     for base in ("small.yaml", "small"):
@@ -134,7 +136,7 @@ def test_base_that_leads_back_is_refused(tmp_path: Path) -> None:
         ("net: {name: [a]}", "net.name: must be text, not ['a']"),
         ("net: {sizes: [480, x]}", "net.sizes: must be a whole number, not 'x'"),
         ("net: {depth: 1", "not a YAML file"),
-        ("base: nowhere.yaml", "nowhere.yaml: no such config file"),
+        ("base: nowhere.yaml", "nowhere.yaml: no such file"),
     ],
 )
 def test_a_wrong_file_is_told_in_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -245,7 +247,21 @@ def test_help_survives_percent_signs_and_names_defaults() -> None:
     text = " ".join(parser_of(SECTIONS).format_help().split())
     assert "rate, in % of one (default: 0.001)" in text
     assert "--kind sine|learned" in text
-    assert "--no_aux turn off: auxiliary losses" in text
+    assert "--no_aux without auxiliary losses" in text
+    assert "--no_mix keep images apart" in text
+
+
+def test_help_leaves_out_what_is_rare_or_not_relevant() -> None:
+    parser = OptionParser()
+    parser.add_section("net", Net, relevant=("rate", "aux"), default="the checkpoint's")
+    parser.add_section("run", Run, relevant=())
+    text = " ".join(parser.format_help().split())
+    assert "--rate X rate, in % of one (default: the checkpoint's)" in text
+    assert "--no_aux without auxiliary losses (default: the checkpoint's)" in text
+    assert "--depth" not in text
+    assert "run:" not in text
+    assert text.endswith("--help_all lists 9 more options, which are rarely used.")
+    assert parser.parse_options(["--depth", "3"])[1] == {"net": {"depth": 3}}
 
 
 texts = st.text(alphabet=st.characters(codec="utf-8"), max_size=12)
@@ -306,11 +322,18 @@ def test_changed_options_are_named() -> None:
         ("use `depth` or `depth 3 4`; `base` stays", "use --depth or --depth 3 4; `base` stays"),
         ("c.yaml: depth: must be 1.", "c.yaml: depth: must be 1."),
         ("wide: unknown, as is `wide 2`", "wide: unknown, as is `wide 2`"),
-        ("set the_name, or a depth. The_name", "set --the_name, or a depth. The_name"),
-        ("no 'the_name' in a.the_name, the_name.yaml, x/the_name", None),
+        ("the_name is set; no 'the_name' in a.the_name, x\\the_name, x/the_name", None),
         ("the_name/a.json", None),
         ("--the_name: is wrong", None),
     ],
 )
 def test_options_that_an_error_names_become_flags(message: str, shown: str | None) -> None:
-    assert with_dashes(message, {"depth", "device", "the_name"}) == (shown or message)
+    names = {"depth", "device", "the_name"}
+    assert with_dashes(message, names, about_option=True) == (shown or message)
+
+
+@pytest.mark.parametrize("path", ["depth", "device a", "runs\\the_name", "the_name"])
+def test_a_path_that_is_called_like_an_option_stays_a_path(path: str) -> None:
+    message = f"{path}: no such folder. Check `the_name`."
+    shown = with_dashes(message, {"depth", "device", "the_name"}, about_option=False)
+    assert shown == f"{path}: no such folder. Check --the_name."

@@ -3,12 +3,13 @@
 import dataclasses
 import typing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from configs.load import Given, Values, build_config, read_command_line, read_options, to_yaml
-from configs.options import OptionParser
+from configs.command_line import OptionParser, read_command_line
+from configs.load import Given, Values, read_options, to_yaml
 from configs.schema import (
     SECTIONS,
     Config,
@@ -78,12 +79,10 @@ def test_contradictions_and_bounds_are_told_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def parser_of_train() -> OptionParser:
-    """Return a parser of a run's options."""
-    parser = OptionParser()
-    for title, section in SECTIONS.items():
-        parser.add_section(title, section)
-    return parser
+def config_of(argv: str) -> Config:
+    """Return the options of a run's command line."""
+    command = SimpleNamespace(SECTIONS=SECTIONS, RECIPES={})
+    return read_command_line(OptionParser(), command, argv.split()).config()
 
 
 def test_official_spellings_are_understood() -> None:
@@ -97,7 +96,7 @@ def test_official_spellings_are_understood() -> None:
         "--focal_alpha 0.25 --coco_path data --output_dir out --device cuda --seed 42 "
         "--num_workers 2 --weight_decay 1e-4 --lr_drop_epochs 30 40"
     )
-    config = read_command_line(parser_of_train(), command.split(), {}).config()
+    config = config_of(command)
     assert config.model.two_stage
     assert not config.model.aux_loss
     assert config.optim.lr_drop_epochs == (30, 40)
@@ -117,14 +116,14 @@ def test_official_spellings_are_understood() -> None:
 def test_official_scripts_give_the_models_and_losses_of_the_presets(
     script: str, preset: str
 ) -> None:
-    config = read_command_line(parser_of_train(), script.split(), {}).config()
+    config = config_of(script)
     expected = read_options(preset, {}).config()
     assert (config.model, config.loss) == (expected.model, expected.loss)
     assert dataclasses.replace(config.optim, effective_batch_size=32) == expected.optim
 
 
 def test_a_resolved_config_is_a_config_file(tmp_path: Path) -> None:
-    config = build_config({"model": {"num_queries": 7}, "data": {"crop_scales": (99,)}})
+    config = Given({"model": {"num_queries": 7}, "data": {"crop_scales": (99,)}}).config()
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config), encoding="utf-8")
     assert read_options(str(file), {}).config() == config
@@ -153,17 +152,17 @@ def test_presets_load_and_say_what_they_reproduce(preset: Path) -> None:
 
 
 def test_a_recipe_of_augmentation_yields_to_options_given_besides() -> None:
-    assert build_config({}).data == build_config({"data": {"augment": "official"}}).data
-    strong = build_config({"data": {"augment": "strong", "mosaic": 0.0}}).data
+    assert Given({}).config().data == Given({"data": {"augment": "official"}}).config().data
+    strong = Given({"data": {"augment": "strong", "mosaic": 0.0}}).config().data
     assert (strong.mosaic, strong.mixup, strong.random_crop) == (0.0, 0.1, False)
-    none = build_config({"data": {"augment": "none", "hflip": 0.5}}).data
+    none = Given({"data": {"augment": "none", "hflip": 0.5}}).config().data
     assert (none.hflip, none.random_crop) == (0.5, False)
 
 
 def test_a_recipe_replaces_the_parts_of_the_one_below() -> None:
     saved = {
         "data": dataclasses.asdict(
-            build_config({"data": {"augment": "strong", "max_size": 99}}).data
+            Given({"data": {"augment": "strong", "max_size": 99}}).config().data
         )
     }
     again = Given({"data": {"augment": "official"}}).on(Given(saved)).config().data

@@ -28,10 +28,10 @@ def test_coco_layout_and_explicit_paths() -> None:
     ("options", "message"),
     [
         ({}, "train data: no option says where it is. Set `coco_path`, or `train_images`"),
-        ({"train_images": "x"}, "train_images: needs `train_annotations` too"),
+        ({"train_images": "x"}, "`train_images`: needs `train_annotations` too"),
         (
             {"train_annotations": "x", "coco_path": "y"},
-            "train_annotations: needs `train_images` too",
+            "`train_annotations`: needs `train_images` too",
         ),
     ],
 )

@@ -36,7 +36,7 @@ def test_folders_files_and_patterns_are_found_once(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["none.jpg", "*.gif", "empty", "no*.txt"])
 def test_inputs_without_images_are_refused(folder: Path, text: str) -> None:
     (folder / "empty").mkdir()
-    with pytest.raises(DataError, match=r"^input .*: (no image|there are no images)"):
+    with pytest.raises(DataError, match=r"^`input .*`: (no image|there are no images)"):
         find_images([str(folder), str(folder / text)])
 
 

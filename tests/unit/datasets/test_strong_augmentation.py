@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from configs.load import build_config
+from configs.load import Given
 from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection
 from datasets.loader import loader_processes, train_loader
@@ -20,7 +20,7 @@ Write = Callable[[dict[str, Any]], tuple[Path, Path]]
 def strong(content: dict[str, Any], write: Write, **options: Any) -> CocoDetection:
     json_path, folder = write(content)
     given = {"train_images": str(folder), "train_annotations": str(json_path), **options}
-    data = build_config({"data": {"augment": "strong", "train_scales": (24, 36), **given}}).data
+    data = Given({"data": {"augment": "strong", "train_scales": (24, 36), **given}}).config().data
     index = load_index(data, "train")
     return build_dataset(data, index, train=True, mean=MEAN, std=STD, seed=3, epochs=20)
 

@@ -26,7 +26,8 @@ from models.recipes.one_to_many import Options
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, small_config
 from util.batch import Batch, UnreadableImage, pad_images
-from util.distributed import World, destroy_process_group, init_process_group
+from util.distributed import destroy_process_group, init_process_group
+from util.world import World
 
 IMAGES, STEPS, CLASSES = 12, 2, 5
 BOXES = (0, 9, 2, 0, 1, 0, 0, 5, 3, 0, 0, 4)  # none for the first of three processes

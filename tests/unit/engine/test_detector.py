@@ -161,7 +161,7 @@ def test_weights_that_do_not_tell_their_backbone(content: dict[str, Any], tmp_pa
         Detector.load(tmp_path / "a.pth", device="cpu")
     # for a start the user may say it; what is not said right would stay random
     plan = RunPlan(Config(model=TINY), load_pretrained(str(tmp_path / "a.pth")))
-    with pytest.raises(CheckpointError, match="^backbone resnet18: does not match the weights"):
+    with pytest.raises(CheckpointError, match="^`backbone resnet18`: does not match the weights"):
         build_training_model(plan, CLASSES)
 
 

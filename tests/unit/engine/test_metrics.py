@@ -19,8 +19,8 @@ from engine.run_log import RunLog
 from models.criterion import SetCriterion
 from models.matcher import HungarianMatcher
 from util.batch import Batch
-from util.distributed import World
 from util.errors import UserError
+from util.world import World
 
 CPU = torch.device("cpu")
 

@@ -163,7 +163,7 @@ def test_unreadable_image_is_named_and_the_rest_goes_on(
     output = capsys.readouterr().out
     assert "broken.png" in output
     assert "2 images could not be read" in output
-    with pytest.raises(DataError, match="input: none of the 1 images can be read"):
+    with pytest.raises(DataError, match="`input`: none of the 1 images can be read"):
         run([broken], tmp_path / "nothing")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from configs.load import Given, build_config
+from configs.load import Given
 from configs.schema import RunConfig
 from engine.checkpoint import KEYS
 from engine.commands.train import processes
@@ -15,7 +15,7 @@ from engine.commands.train import processes
 def test_device_processes_and_determinism_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     run: dict[str, Any] = {"device": "cpu", "gpus": 2, "deterministic": True}
     run["output_dir"] = str(tmp_path)
-    content = {**dict.fromkeys(KEYS, 0), "config": asdict(build_config({"run": run}))}
+    content = {**dict.fromkeys(KEYS, 0), "config": asdict(Given({"run": run}).config())}
     torch.save(content, tmp_path / "last.pth")
     resumed = processes(Given({"run": {"resume": str(tmp_path / "last.pth"), "gpus": 1}}))
     assert resumed == RunConfig(**{**run, "gpus": 1, "resume": str(tmp_path / "last.pth")})

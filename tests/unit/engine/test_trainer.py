@@ -32,8 +32,8 @@ from tests.unit.engine.shared_steps import (
 )
 from tests.unit.models.small import small_config
 from util.batch import Batch, UnreadableImage
-from util.distributed import World
 from util.errors import UserError
+from util.world import World
 
 WAYS = [(size, micro) for size, micros in SHARES.items() for micro in micros]
 FINITE = [name for name in CASES if name != "poisoned"]

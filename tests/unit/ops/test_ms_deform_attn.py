@@ -293,15 +293,16 @@ def test_half_precision_numbers_pass_unchanged(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_operators_are_what_they_say(fused: bool) -> None:
+    reference = None
     if fused:
-        value, shapes, *rest = fused_inputs(4, n=1, q=3)
+        value, shapes, reference, points, weights = fused_inputs(4, n=1, q=3)
+        reference.requires_grad_()
     else:
-        value, shapes, *rest = make_inputs(n=1, q=3, m=2, d=4, k=2)
+        value, shapes, points, weights = make_inputs(n=1, q=3, m=2, d=4, k=2)
     flat = [side for shape in shapes for side in shape]
-    name = "fused_ms_deform_attn" if fused else "ms_deform_attn"
-    operator = getattr(torch.ops.msdeform, name)
-    leaves = [t.requires_grad_() for t in (value, *rest)]
-    torch.library.opcheck(operator, (leaves[0], flat, *leaves[1:]))
+    leaves = [t.requires_grad_() for t in (value, points, weights)]
+    inputs = (leaves[0], flat, leaves[1], leaves[2], reference)
+    torch.library.opcheck(torch.ops.msdeform.ms_deform_attn, inputs)
 
 
 def test_autocast_keeps_locations_exact() -> None:

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
 from util.distributed import (
-    World,
     destroy_process_group,
     init_process_group,
     lost_contact,
@@ -18,6 +17,7 @@ from util.distributed import (
     take_slurm_variables,
 )
 from util.errors import ConfigError
+from util.world import World
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM = {

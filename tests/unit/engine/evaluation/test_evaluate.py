@@ -21,8 +21,9 @@ from tests.unit.engine.evaluation.shared import evaluator_with, make_coco
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import random_images, small_model
 from util.batch import Batch, pad_images
-from util.distributed import World, destroy_process_group, init_process_group
+from util.distributed import destroy_process_group, init_process_group
 from util.errors import UserError
+from util.world import World
 
 CPU = torch.device("cpu")
 
