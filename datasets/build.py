@@ -10,8 +10,7 @@ from configs.schema import DataConfig
 from datasets.checks.findings import first_few
 from datasets.dataset import CocoDetection
 from datasets.formats.coco import coco_layout, read_coco_file
-from datasets.formats.format import Source
-from datasets.formats.registry import FORMATS, read_source
+from datasets.formats.registry import FORMATS, Source, read_source
 from datasets.image_cache import ImageCache
 from datasets.index import CocoIndex
 from datasets.mixing import Mixing

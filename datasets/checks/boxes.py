@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.arrays import BoolArray, FloatArray
-from datasets.checks.split_report import SplitReport
+from datasets.checks.findings import SplitReport
 from datasets.sample import resized_size
 
 Layout = Literal["xywh", "xyxy", "cxcywh"]

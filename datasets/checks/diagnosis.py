@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,12 @@ import numpy as np
 
 from datasets.checks.boxes import Limits, check_boxes, check_learning
 from datasets.checks.entries import read_entries
-from datasets.checks.findings import Finding
-from datasets.checks.images import check_files, find_missing
+from datasets.checks.findings import FileFacts, Finding, SplitReport
+from datasets.checks.images import check_files, find_missing, scan
 from datasets.checks.kinds import KINDS
-from datasets.checks.scan import FileFacts, scan
-from datasets.checks.split_report import SplitReport
 from datasets.class_mapping import map_used_classes
-from datasets.formats.format import Source
-from datasets.images import TURNED, is_image
+from datasets.formats.registry import Source
+from datasets.images import is_image
 from util.errors import DataError
 
 
@@ -71,38 +70,27 @@ def _counts(report: SplitReport) -> dict[str, Any]:
 def examine(sources: Mapping[str, Source], limits: Limits, *, processes: int) -> Diagnosis:
     """Decode all images of the splits and check everything their entries say."""
     splits = [SplitReport(source, split) for split, source in sources.items()]
-    missing = {}
+    paths: dict[str, dict[int, Path]] = {}
     for report in splits:
         read_entries(report)
-        missing[report.split] = set(find_missing(report))
-    paths = {
-        (report.split, i): report.path(i)
-        for report in splits
-        for i in range(len(report.images.ids))
-        if i not in missing[report.split]
-    }
-    scanned = scan(paths.values(), processes=processes)
+        there = set(range(len(report.images.ids))).difference(find_missing(report))
+        paths[report.split] = {i: report.path(i) for i in sorted(there)}
+    scanned = scan(chain.from_iterable(p.values() for p in paths.values()), processes=processes)
     for report in splits:
-        facts = {
-            i: scanned[paths[report.split, i]] if (report.split, i) in paths else FileFacts()
-            for i in range(len(report.images.ids))
-        }
+        facts = dict.fromkeys(range(len(report.images.ids)), FileFacts())
+        facts |= {i: scanned[path] for i, path in paths[report.split].items()}
         _check_orientation(report, facts)
         check_files(report, facts)
         check_boxes(report)
         check_learning(report, limits)
         _check_duplicates(report)
+        _check_classes(report)
+    _check_unused(splits)
     for other in splits[1:]:
         _check_leaks(splits[0], other)
-    _check_unused(splits)
-    for report in splits:
-        _check_classes(report)
-    for other in splits[1:]:
         _compare_classes(splits[0], other)
-    found: dict[str, list[Finding]] = {kind: [] for kind in KINDS}
-    for report in splits:
-        for findings in report.findings:
-            found[findings.kind] += findings
+    flaws = [findings for report in splits for findings in report.findings]
+    found = {kind: [one for some in flaws if some.kind == kind for one in some] for kind in KINDS}
     return Diagnosis(tuple(splits), {kind: some for kind, some in found.items() if some})
 
 
@@ -110,19 +98,15 @@ def _check_orientation(report: SplitReport, facts: Mapping[int, FileFacts]) -> N
     """Report images that viewers turn, by whether the stated size shows how boxes were drawn."""
     clear, unclear = {}, {}
     for i, of_file in facts.items():
-        if of_file.state != "sound" or of_file.orientation == 1 or of_file.size is None:
-            continue
-        detail = f"orientation {of_file.orientation}"
-        stated, upright = tuple(report.images.sizes[i].tolist()), of_file.possible_sizes[1]
-        if (
-            of_file.orientation in TURNED
-            and of_file.size != upright
-            and stated in (of_file.size, upright)
-        ):
-            how = "upright" if stated == upright else "stored"
-            clear[i] = f"{detail}, boxes on the {how} one"
-        else:
-            unclear[i] = detail
+        if of_file.state == "sound" and of_file.orientation != 1:
+            detail = f"orientation {of_file.orientation}"
+            stored, upright = of_file.possible_sizes
+            stated = tuple(report.images.sizes[i].tolist())
+            if stored != upright and stated in (stored, upright):
+                how = "upright" if stated == upright else "stored"
+                clear[i] = f"{detail}, boxes on the {how} one"
+            else:
+                unclear[i] = detail
     report.report_images("exif_rotated", list(clear), clear.__getitem__)
     report.report_images("exif_ambiguous", list(unclear), unclear.__getitem__)
 
@@ -136,16 +120,16 @@ def _check_duplicates(report: SplitReport) -> None:
     detail = {}
     for same in copies.values():
         best = max(same, key=lambda i: counts[i])  # the first of equals
+        kept = f"as {report.images.file_names[best]!r} ({report.images.ids[best]})"
         for i in same:
             if i != best:
-                other = "" if _drawn(report, i) == _drawn(report, best) else ", with other boxes"
-                name = report.images.file_names[best]
-                detail[i] = f"as {name!r} ({report.images.ids[best]}){other}"
+                alike = _drawn(report, i) == _drawn(report, best)
+                detail[i] = kept if alike else f"{kept}, with other boxes"
     report.report_images("duplicate_image", list(detail), detail.__getitem__)
 
 
 def _drawn(report: SplitReport, image: int) -> Counter[tuple[float, ...]]:
-    rows = report.boxes_of(image)
+    rows = report.rows_by_image[image]
     drawn = np.column_stack([report.annotations.labels[rows], report.xywh[rows]])
     return Counter(map(tuple, drawn.tolist()))
 
@@ -156,33 +140,27 @@ def _check_leaks(train: SplitReport, other: SplitReport) -> None:
         other.facts[i].digest: other.images.file_names[i]
         for i in np.flatnonzero(other.sound).tolist()
     }
-    detail = {}
-    for i in np.flatnonzero(train.sound).tolist():
-        name = names.get(train.facts[i].digest)
-        if name is not None:
-            detail[i] = f"as {name!r} of {other.split}"
+    detail = {
+        i: f"as {names[train.facts[i].digest]!r} of {other.split}"
+        for i in np.flatnonzero(train.sound).tolist()
+        if train.facts[i].digest in names
+    }
     train.report_images("leak", list(detail), detail.__getitem__)
 
 
 def _check_unused(splits: list[SplitReport]) -> None:
-    used = {
-        _real(report.source.image_dir / name)
-        for report in splits
-        for name in report.images.file_names
-    }
-    searched: set[Path] = set()
+    """Report images that no split names; links stay links, under any name of their folder."""
+    used = {_real(report.path(i)) for report in splits for i in range(len(report.images.ids))}
     for report in splits:
         folder, unused = report.source.image_dir, []
         for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-            real = _real(path)
-            if real not in used and real not in searched and is_image(path):
-                unused.append(Finding(path.relative_to(folder).as_posix()))
-            searched.add(real)
+            if _real(path) not in used and is_image(path):
+                unused.append((path.relative_to(folder).as_posix(), ""))
+                used.add(_real(path))
         report.report_places("unused_file", unused)
 
 
 def _real(path: Path) -> Path:
-    """Return a path that is the same for all names of a place; links stay links."""
     return _real_folder(path.parent) / path.name
 
 
@@ -197,31 +175,29 @@ def _check_classes(report: SplitReport) -> None:
     empty, repeated = [], []
     for number, name in report.class_names().items():
         if not counts[number]:
-            empty.append(Finding(name, f"id {number}"))
+            empty.append((name, f"id {number}"))
         if first.setdefault(name, number) != number:
-            repeated.append(Finding(name, f"ids {first[name]} and {number}"))
+            repeated.append((name, f"ids {first[name]} and {number}"))
     report.report_places("empty_class", empty)
     report.report_places("repeated_name", repeated)
 
 
 def _compare_classes(train: SplitReport, other: SplitReport) -> None:
     """Report classes of another split that the first one lacks or has no box of."""
-    labels = np.unique(other.annotations.with_area().labels).tolist()
-    annotated = {other.classes.ids[label] for label in labels}
+    with_area = other.annotations.with_area()
+    annotated = {other.classes.ids[label] for label in np.unique(with_area.labels).tolist()}
     names = other.class_names()
     try:
         label_of = map_used_classes(other.classes, train.classes, annotated)
     except DataError:
         lacking = [i for i in sorted(annotated) if names[i] not in train.class_names().values()]
-        unknown = [Finding(names[i], f"id {i}") for i in lacking or sorted(annotated)]
+        unknown = [(names[i], f"id {i}") for i in lacking or sorted(annotated)]
         other.report_places("unknown_class", unknown)
         return
     trained = train.boxes_by_class()
-    other.report_places(
-        "unseen_class",
-        [
-            Finding(names[i], f"id {i}")
-            for i, count in sorted(other.boxes_by_class().items())
-            if count and not trained[train.classes.ids[label_of[i]]]
-        ],
-    )
+    unseen = [
+        (names[i], f"id {i}")
+        for i, count in sorted(other.boxes_by_class().items())
+        if count and not trained[train.classes.ids[label_of[i]]]
+    ]
+    other.report_places("unseen_class", unseen)

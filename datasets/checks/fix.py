@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets.checks.entries import is_area
+from datasets.checks.findings import SECTIONS, SplitReport
 from datasets.checks.kinds import KINDS
-from datasets.checks.split_report import SECTIONS, SplitReport
 
 _NEW_AREA = ("normalised_bbox", "xyxy_bbox", "cxcywh_bbox")  # the old one is of other numbers
 _NEW_IDS = {"no_annotation_id", "repeated_annotation"}
@@ -25,9 +25,6 @@ class _Edit:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-_Edits = dict[tuple[str, int], _Edit]
-
-
 def corrected(report: SplitReport) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the corrected content and every change: what, why, and the values before and after.
 
@@ -37,20 +34,33 @@ def corrected(report: SplitReport) -> tuple[dict[str, Any], list[dict[str, Any]]
     content = dict(report.source.content)
     changes: list[dict[str, Any]] = []
     for section in SECTIONS:
-        kept = []
+        content[section] = []
         for row, entry in enumerate(report.section(section)):
-            edit = edits.get((section, row))
-            if edit is not None:
-                changes.append(_change(report.split, section, row, entry, edit))
-            if edit is None or not edit.drop:
-                kept.append({**entry, **edit.values} if edit else entry)
-        content[section] = kept
+            edit = edits.get((section, row), _Edit())
+            old = entry if isinstance(entry, Mapping) else {}
+            if not edit.drop:
+                content[section].append({**old, **edit.values} if edit.reasons else entry)
+            if edit.reasons:
+                change: dict[str, Any] = {"change": "left out", "entry": entry}
+                if not edit.drop:
+                    before = {key: old[key] for key in edit.values if key in old}
+                    change = {"change": "set", "before": before, "after": edit.values}
+                changes.append(
+                    {
+                        "split": report.split,
+                        "section": section,
+                        "position": row,
+                        "id": old.get("id"),
+                        "why": list(dict.fromkeys(edit.reasons)),
+                        **change,
+                    }
+                )
     return content, changes
 
 
-def _edits(report: SplitReport) -> _Edits:
+def _edits(report: SplitReport) -> dict[tuple[str, int], _Edit]:
     """Return what to do with entries, by section and position."""
-    edits: _Edits = defaultdict(_Edit)
+    edits: dict[tuple[str, int], _Edit] = defaultdict(_Edit)
     rows_of = {"images": report.image_rows, "annotations": report.annotation_rows}
     for found in (*report.findings, *report.hidden):
         if found in report.hidden or (found.section and KINDS[found.kind].fix):
@@ -68,7 +78,7 @@ def _edits(report: SplitReport) -> _Edits:
         image = edits.get(("images", row))
         if image is not None and image.drop:
             why = next(kind for kind in reversed(image.reasons) if kind not in _KEPT)
-            for box in report.annotation_rows[report.boxes_of(i)].tolist():
+            for box in report.annotation_rows[report.rows_by_image[i]].tolist():
                 edits["annotations", box].drop = True
                 edits["annotations", box].reasons.append(why)
         elif image is not None:
@@ -94,19 +104,3 @@ def _values(report: SplitReport, i: int, row: int, reasons: list[str]) -> dict[s
     elif fixed:
         values["area"] = round(min(entry["area"], whole), 6)
     return values
-
-
-def _change(split: str, section: str, row: int, entry: object, edit: _Edit) -> dict[str, Any]:
-    """Return a change in plain values."""
-    old = entry if isinstance(entry, Mapping) else {}
-    change: dict[str, Any] = {
-        "split": split,
-        "section": section,
-        "position": row,
-        "id": old.get("id"),
-        "why": list(dict.fromkeys(edit.reasons)),
-    }
-    if edit.drop:
-        return {**change, "change": "left out", "entry": entry}
-    old_values = {key: old[key] for key in edit.values if key in old}
-    return {**change, "change": "set", "before": old_values, "after": edit.values}
