@@ -13,9 +13,8 @@ from datasets.formats.coco import coco_layout, read_coco_file
 from datasets.formats.registry import FORMATS, Source, read_source
 from datasets.image_cache import ImageCache
 from datasets.index import CocoIndex
-from datasets.mixing import Mixing
 from datasets.sample import CHANNELS
-from datasets.transforms import EvalTransform, TrainTransform, Transform
+from datasets.transforms import EvalTransform, Mixing, TrainTransform, Transform
 from util.classes import Classes
 from util.console import console
 from util.errors import DataError
@@ -34,7 +33,7 @@ def read_split(cfg: DataConfig, split: Split) -> Source:
         DataError: see `data_paths` and `read_source`.
     """
     if _is_foreign(cfg, split):
-        place, name = Path(cfg.data_path), _split_name(cfg, split)
+        place, name = Path(cfg.data_path), getattr(cfg, f"{split}_split")
         return read_source(cfg.data_format, place, name, **format_options(cfg, cfg.data_format))
     image_dir, annotation_file = data_paths(cfg, split)
     return read_coco_file(annotation_file, image_dir)
@@ -51,12 +50,8 @@ def format_options(cfg: object, data_format: str) -> dict[str, str]:
 
 def _is_foreign(cfg: DataConfig, split: Split) -> bool:
     """Return whether a split is in another format than COCO's."""
-    given = any(_explicit_paths(cfg, split))
-    return bool(cfg.data_path) and cfg.data_format != "coco" and not given
-
-
-def _split_name(cfg: DataConfig, split: Split) -> str:
-    return cfg.train_split if split == "train" else cfg.val_split
+    explicit = any(_explicit_paths(cfg, split))
+    return bool(cfg.data_path) and cfg.data_format != "coco" and not explicit
 
 
 def _explicit_paths(cfg: DataConfig, split: Split) -> tuple[str, str]:
@@ -79,7 +74,7 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
     if images:
         return Path(images), Path(annotations)
     if cfg.data_path:
-        return coco_layout(Path(cfg.data_path), _split_name(cfg, split))
+        return coco_layout(Path(cfg.data_path), getattr(cfg, f"{split}_split"))
     if cfg.coco_path:
         return coco_layout(Path(cfg.coco_path), split)
     raise DataError(

@@ -18,16 +18,13 @@ from datasets.images import (
     SUFFIXES,
     TURNED,
     is_image,
-    orientation_of,
     read_header,
     read_reduced,
     read_rgb,
-    upright_rgb,
 )
 from datasets.index import CocoIndex
-from datasets.mixing import Mixing
-from datasets.sample import Prepared, Sample, clip_boxes, draw_integer, to_pixels
-from datasets.transforms import Transform
+from datasets.sample import Sample, clip_boxes, draw_integer, to_pixels
+from datasets.transforms import Mixing, Transform
 from util.batch import Target, UnreadableImage
 from util.box_ops import xyxy_to_cxcywh
 from util.classes import Classes
@@ -67,8 +64,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         """
         self.index = index
         self.classes = index.classes if classes is None else classes
-        annotated = np.unique(index.annotations.labels).tolist()
-        used = {index.classes.ids[label] for label in annotated}
+        used = {index.classes.ids[i] for i in np.unique(index.annotations.labels).tolist()}
         mapping = map_used_classes(index.classes, self.classes, used)
         self._label_of = np.array([mapping.get(i, -1) for i in index.classes.ids], dtype=np.int64)
         self.label_to_category = {label: category for category, label in mapping.items()}
@@ -164,7 +160,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
             return None
 
 
-def make_target(prepared: Prepared, image_id: int, orig_size: tuple[int, int]) -> Target:
+def make_target(prepared: Sample, image_id: int, orig_size: tuple[int, int]) -> Target:
     """Return the target of a prepared image; see `util.batch.Batch` for its entries."""
     height, width = prepared.image.shape[-2:]
     scale = torch.tensor([width, height, width, height], dtype=torch.float32)
@@ -228,13 +224,12 @@ class ImageList(Dataset[tuple[Tensor, Target] | UnreadableImage]):
     def __getitem__(self, position: int) -> tuple[Tensor, Target] | UnreadableImage:
         source = self._images[position]
         try:
-            pixels = _upright_pixels(source)
+            pixels = source if isinstance(source, Tensor) else to_pixels(read_rgb(source, None))
         except READ_ERRORS as error:
             path = source if isinstance(source, Path) else getattr(source, "filename", "")
             return UnreadableImage(position, str(path), f"{type(error).__name__}: {error}")
         size = (pixels.shape[1], pixels.shape[2])
-        labels = torch.zeros(0, dtype=torch.int64)
-        sample = Sample(pixels, torch.zeros(0, 4), labels, size)
+        sample = Sample(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), size)
         generator = torch.Generator().manual_seed(position)
         prepared = self._transform(sample, generator, generator)
         return prepared.image, make_target(prepared, position, size)
@@ -248,17 +243,8 @@ class ImageList(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         return self._transform.output_size(height, width)
 
 
-def _upright_pixels(source: ImageSource) -> Tensor:
-    if isinstance(source, Tensor):
-        return source
-    return to_pixels(read_rgb(source, None) if isinstance(source, Path) else upright_rgb(source))
-
-
 def _upright_size(source: ImageSource) -> tuple[int, int]:
     if isinstance(source, Tensor):
         return source.shape[1], source.shape[2]
-    if isinstance(source, Path):
-        size, orientation = read_header(source) or ((0, 0), 1)
-    else:
-        size, orientation = source.size[::-1], orientation_of(source)
+    size, orientation = read_header(source) or ((0, 0), 1)
     return size[::-1] if orientation in TURNED else size

@@ -57,12 +57,15 @@ def _as_read_error() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
-    """Open an image to read its header.
+def open_image(file: Path | IO[bytes] | Image.Image) -> Iterator[Image.Image]:
+    """Open an image to read its header; one that is open already stays as it is.
 
     Raises:
         READ_ERRORS: there is none, or more pixels than Pillow's limit.
     """
+    if isinstance(file, Image.Image):
+        yield file
+        return
     with _as_read_error():
         image = Image.open(file)
     with image:
@@ -84,10 +87,10 @@ def decode(image: Image.Image) -> None:
         image.load()
 
 
-def read_header(path: Path) -> tuple[tuple[int, int], int] | None:
+def read_header(file: Path | Image.Image) -> tuple[tuple[int, int], int] | None:
     """Return the stored (height, width) in pixels and the EXIF orientation, None without header."""
     try:
-        with open_image(path) as image:
+        with open_image(file) as image:
             return (image.height, image.width), orientation_of(image)
     except READ_ERRORS:
         return None
@@ -95,7 +98,7 @@ def read_header(path: Path) -> tuple[tuple[int, int], int] | None:
 
 def upright_point(x: float, y: float, orientation: int) -> tuple[float, float]:
     """Return where a point of the stored pixels is upright; both as fractions of the sides."""
-    places = {
+    return {
         1: (x, y),
         2: (1 - x, y),
         3: (1 - x, 1 - y),
@@ -104,8 +107,7 @@ def upright_point(x: float, y: float, orientation: int) -> tuple[float, float]:
         6: (1 - y, x),
         7: (1 - y, 1 - x),
         8: (y, 1 - x),
-    }
-    return places[orientation]
+    }[orientation]
 
 
 def stored_point(x: float, y: float, orientation: int) -> tuple[float, float]:
@@ -113,13 +115,13 @@ def stored_point(x: float, y: float, orientation: int) -> tuple[float, float]:
     return upright_point(x, y, {6: 8, 8: 6}.get(orientation, orientation))
 
 
-def read_rgb(path: Path, stated_size: tuple[int, int] | None) -> Image.Image:
+def read_rgb(file: Path | Image.Image, stated_size: tuple[int, int] | None) -> Image.Image:
     """Decode an image to 8-bit RGB; see `read_reduced`, of which this is the whole image."""
-    return read_reduced(path, stated_size, lambda height, width: (height, width))[0]
+    return read_reduced(file, stated_size, lambda height, width: (height, width))[0]
 
 
 def read_reduced(
-    path: Path,
+    file: Path | Image.Image,
     stated_size: tuple[int, int] | None,
     decoded_size: Callable[[int, int], tuple[int, int]],
 ) -> tuple[Image.Image, tuple[int, int]]:
@@ -133,7 +135,7 @@ def read_reduced(
     Raises:
         READ_ERRORS: the file cannot be decoded to its end.
     """
-    with open_image(path) as image:
+    with open_image(file) as image:
         if not isinstance(image, JpegImageFile):
             decode(image)  # the orientation may stand behind the pixels
         stored_size, orientation = (image.height, image.width), orientation_of(image)
@@ -149,17 +151,6 @@ def read_reduced(
         decode(image)
         rgb = _to_rgb(image)
         return rgb.transpose(_UPRIGHT[orientation]) if upright else rgb, size
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode an open image to 8-bit RGB and apply its EXIF orientation.
-
-    Raises:
-        READ_ERRORS: its file cannot be decoded to its end.
-    """
-    decode(image)
-    rgb, orientation = _to_rgb(image), orientation_of(image)
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation != 1 else rgb
 
 
 def _reduction(size: tuple[int, int], min_size: tuple[int, int]) -> int:

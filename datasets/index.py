@@ -199,20 +199,18 @@ def read_content(path: Path, *, need_boxes: bool, cache: bool) -> CocoContent:
         DataError: see `parse_json` and `check_content`.
     """
     data = read_bytes(path)
-    if not cache or len(data) < _MIN_BYTES:
-        return _check(data, path, need_boxes=need_boxes)
-    file = cache_folder() / f"{hashlib.sha256(data).hexdigest()}-{_VERSION}"
-    content = _load(file)
+    file = content = None
+    if cache and len(data) >= _MIN_BYTES:
+        file = cache_folder() / f"{hashlib.sha256(data).hexdigest()}-{_VERSION}"
+        content = _load(file)
     # What was kept without annotations may lack the list of them: that is refused here.
     if content is None or (need_boxes and not len(content.annotations.ids)):
-        content = _check(data, path, need_boxes=need_boxes)
+        source = Source(parse_json(data, path), Path(), path)
+        content = check_content(source, need_boxes=need_boxes)
         with contextlib.suppress(OSError):  # no room or no right to write: read anew next time
-            _save(file, content)
+            if file is not None:
+                _save(file, content)
     return content
-
-
-def _check(data: bytes, path: Path, *, need_boxes: bool) -> CocoContent:
-    return check_content(Source(parse_json(data, path), Path(), path), need_boxes=need_boxes)
 
 
 def cache_folder() -> Path:
@@ -256,13 +254,11 @@ def _load(file: Path) -> CocoContent | None:
     if hashlib.sha256(raw[_DIGEST:]).digest() != raw[:_DIGEST]:
         return None
     with np.load(io.BytesIO(raw[_DIGEST:]), allow_pickle=False) as saved:
-        arrays = dict(saved.items())
-    others = json.loads(arrays["others"].tobytes())
-    return CocoContent(
-        Classes.from_json(others["classes"]),
-        Images(
-            arrays["image_ids"], Names(arrays["name_data"], arrays["name_ends"]), arrays["sizes"]
-        ),
-        Annotations(*(arrays[f"box_{f.name}"] for f in fields(Annotations))),
-        tuple(Notice(**notice) for notice in others["notices"]),
-    )
+        names = Names(saved["name_data"], saved["name_ends"])
+        others = json.loads(saved["others"].tobytes())
+        return CocoContent(
+            Classes.from_json(others["classes"]),
+            Images(saved["image_ids"], names, saved["sizes"]),
+            Annotations(*(saved[f"box_{f.name}"] for f in fields(Annotations))),
+            tuple(Notice(**notice) for notice in others["notices"]),
+        )

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from datasets.arrays import FloatArray
 from datasets.formats.coco import coco_content, coco_layout
-from datasets.formats.registry import Split, SplitImage
+from datasets.formats.registry import Split, SplitImage, write_text
 from util.errors import DataError, UserError
 
 SUBPIXELS = 4  # masks are drawn this much finer than the image, in each direction
@@ -29,16 +30,12 @@ _ATTEMPTS = 8
 _VERSION = 4  # counts changes of the drawing, so that an old folder is not taken for a new one
 _FIRST_IMAGE_ID = {"train": 1, "val": 500_000}
 
-FloatArray = NDArray[np.float32]
-Points = NDArray[np.float64]
 
-
-def _polar(radii: list[float]) -> Points:
+def _polar(radii: list[float]) -> FloatArray:
     angles = np.arange(len(radii)) * (2 * np.pi / len(radii))
     return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], axis=1)
 
 
-_SQUARE = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.85
 _CROSS = np.array(
     [
         *[(1, -0.3), (1, 0.3), (0.3, 0.3)],
@@ -48,9 +45,9 @@ _CROSS = np.array(
     ]
 )
 # Outlines in units of half the object's size; a second outline is a hole.
-OUTLINES: dict[str, tuple[Points, ...]] = {
+OUTLINES: dict[str, tuple[FloatArray, ...]] = {
     "circle": (_polar([1.0] * 64),),
-    "square": (_SQUARE,),
+    "square": (np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.85,),
     "triangle": (_polar([1.1] * 3),),
     "star": (_polar([1.1, 0.45] * 5),),
     "cross": (_CROSS,),
@@ -71,33 +68,25 @@ class DrawnObject:
 
 @dataclass
 class _Shape:
-    """An object to place: its top left pixel, and `fine`, its mask in subpixels.
+    """An object to place: the pixels around it, and its mask in subpixels.
 
     `area` counts the subpixels of the mask, `visible` those that later objects leave.
     """
 
     name: str
-    left: int
-    top: int
-    fine: Image.Image
+    rows: slice
+    columns: slice
+    mask: Image.Image
     area: int
     visible: int
-
-    def of(self, canvas: NDArray[Any], scale: int) -> NDArray[Any]:
-        """Return the view of what the mask covers of an image with `scale` cells to a pixel."""
-        rows, columns = (
-            slice(start * scale, start * scale + side * scale // SUBPIXELS)
-            for start, side in ((self.top, self.fine.height), (self.left, self.fine.width))
-        )
-        return canvas[rows, columns]
 
 
 def draw_image(rng: np.random.Generator) -> tuple[Image.Image, list[DrawnObject]]:
     """Draw an image with 1 to 12 objects, later ones on top."""
     canvas = _background(rng)
     placed: list[_Shape] = []
-    # Which object is seen at each subpixel, counted from 1.
-    front = np.zeros([side * SUBPIXELS for side in reversed(SIZE)], dtype=np.int8)
+    # Which object is seen at each subpixel, counted from 1: [H,4,W,4].
+    front = np.zeros((SIZE[1], SUBPIXELS, SIZE[0], SUBPIXELS), dtype=np.int8)
     for _ in range(int(rng.integers(1, MAX_OBJECTS + 1))):
         new = _place(rng, front, placed)
         if new is not None:
@@ -106,14 +95,15 @@ def draw_image(rng: np.random.Generator) -> tuple[Image.Image, list[DrawnObject]
     grain = int(rng.integers(0, 13))
     canvas += rng.integers(-grain, grain + 1, size=canvas.shape, dtype=np.int8)
     objects = []
-    for shape, (rows, columns) in zip(placed, ndimage.find_objects(front), strict=True):
+    extents = ndimage.find_objects(front.reshape(SIZE[1] * SUBPIXELS, SIZE[0] * SUBPIXELS))
+    for shape, (rows, columns) in zip(placed, extents, strict=True):
         x, y = columns.start / SUBPIXELS, rows.start / SUBPIXELS
         width, height = columns.stop / SUBPIXELS - x, rows.stop / SUBPIXELS - y
         objects.append(DrawnObject(shape.name, (x, y, width, height), shape.visible / SUBPIXELS**2))
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), objects
 
 
-def _background(rng: np.random.Generator) -> FloatArray:
+def _background(rng: np.random.Generator) -> NDArray[np.float32]:
     """Return a colour gradient [H,W,3] in 0..255, plain, striped or blotched."""
     width, height = SIZE
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
@@ -139,7 +129,8 @@ def _place(
     """Find room for a new object and put it in front; None where it would hide too much."""
     for _ in range(_ATTEMPTS):
         new = _random_shape(rng)
-        seen, mask = new.of(front, SUBPIXELS), np.asarray(new.fine) > 0
+        seen = front[new.rows, :, new.columns]
+        mask = (np.asarray(new.mask) > 0).reshape(seen.shape)
         hidden = np.bincount(seen[mask], minlength=len(placed) + 1)[1:].tolist()
         left = [shape.visible - lost for shape, lost in zip(placed, hidden, strict=True)]
         if all(rest >= MIN_VISIBLE * s.area for s, rest in zip(placed, left, strict=True)):
@@ -162,20 +153,20 @@ def _random_shape(rng: np.random.Generator) -> _Shape:
     outlines = [outline @ turn + centre for outline in OUTLINES[name]]
     left, top = np.maximum(np.floor(outlines[0].min(0)) - 1, 0).astype(int).tolist()
     right, bottom = np.minimum(np.ceil(outlines[0].max(0)) + 1, SIZE).astype(int).tolist()
-    fine = Image.new("L", ((right - left) * SUBPIXELS, (bottom - top) * SUBPIXELS))
-    pen = ImageDraw.Draw(fine)
+    mask = Image.new("L", ((right - left) * SUBPIXELS, (bottom - top) * SUBPIXELS))
+    pen = ImageDraw.Draw(mask)
     for fill, outline in zip((255, 0), outlines, strict=False):
         # ImageDraw puts the centre of a subpixel at whole coordinates.
         points = (outline - (left, top)) * SUBPIXELS - 0.5
         pen.polygon([(float(px), float(py)) for px, py in points], fill=fill)
-    area = int(np.count_nonzero(np.asarray(fine)))
-    return _Shape(name, left, top, fine, area, area)
+    area = int(np.count_nonzero(np.asarray(mask)))
+    return _Shape(name, slice(top, bottom), slice(left, right), mask, area, area)
 
 
-def _paint(rng: np.random.Generator, canvas: FloatArray, new: _Shape) -> None:
+def _paint(rng: np.random.Generator, canvas: NDArray[np.float32], new: _Shape) -> None:
     """Blend the object into the image by its coverage of each pixel."""
-    coverage = np.asarray(new.fine.reduce(SUBPIXELS), dtype=np.float32)[..., None] / 255
-    behind = new.of(canvas, 1)
+    coverage = np.asarray(new.mask.reduce(SUBPIXELS), dtype=np.float32)[..., None] / 255
+    behind = canvas[new.rows, new.columns]
     mean = np.average(behind, axis=(0, 1), weights=np.broadcast_to(coverage, behind.shape))
     colour = rng.uniform(0, 255, size=3)
     while np.abs(colour - mean).sum() < 170:  # until one stands out from what is behind
@@ -245,23 +236,30 @@ def _check_existing(folder: Path, counts: dict[str, int], seed: int) -> None:
 
 def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
     image_dir, annotation_file = coco_layout(folder, split)
-    for made in (image_dir, annotation_file.parent):
-        made.mkdir(parents=True, exist_ok=True)
-    images = []
+    image_dir.mkdir(parents=True)
     names = list(CATEGORY_IDS)
+    images = []
     for index in range(count):
         rng = np.random.default_rng((seed, list(_FIRST_IMAGE_ID).index(split), index))
         image, objects = draw_image(rng)
         image_id = _FIRST_IMAGE_ID[split] + index
         file = image_dir / f"{image_id:06d}.jpg"
         image.save(file, quality=92, subsampling=0)
-        labels = [names.index(one.name) for one in objects]
-        boxes, areas = [list(one.box_xywh) for one in objects], [one.area for one in objects]
-        size, crowd = (image.height, image.width), [False] * len(objects)
-        images.append(SplitImage(image_id, file.name, file, size, labels, boxes, areas, crowd))
+        images.append(
+            SplitImage(
+                id=image_id,
+                name=file.name,
+                file=file,
+                size=(image.height, image.width),
+                labels=[names.index(one.name) for one in objects],
+                xywh=[list(one.box_xywh) for one in objects],
+                area=[one.area for one in objects],
+                crowd=[False] * len(objects),
+            )
+        )
     drawn = Split(split, tuple(CATEGORY_IDS.values()), tuple(names), images)
     content = {"info": _info(split, count, seed), **coco_content(drawn)}
-    annotation_file.write_text(json.dumps(content), encoding="utf-8")
+    write_text(annotation_file, json.dumps(content))
 
 
 def _main() -> int:

@@ -38,7 +38,16 @@ class Diagnosis:
         return {
             "check": 1,
             "healthy": self.healthy,
-            "splits": {report.split: _counts(report) for report in self.splits},
+            "splits": {
+                report.split: {
+                    "place": str(report.source.place),
+                    "images": len(report.section("images")),
+                    "annotations": len(report.section("annotations")),
+                    "usable_boxes": sum(report.boxes_by_class().values()),
+                    "boxes_by_class": report.boxes_by_name(),
+                }
+                for report in self.splits
+            },
             "findings": [
                 {
                     "kind": kind,
@@ -54,17 +63,6 @@ class Diagnosis:
                 for kind, found in self.findings.items()
             ],
         }
-
-
-def _counts(report: SplitReport) -> dict[str, Any]:
-    by_class, names = report.boxes_by_class(), report.unique_class_names()
-    return {
-        "place": str(report.source.place),
-        "images": len(report.section("images")),
-        "annotations": len(report.section("annotations")),
-        "usable_boxes": sum(by_class.values()),
-        "boxes_by_class": {names[i]: count for i, count in by_class.items()},
-    }
 
 
 def examine(sources: Mapping[str, Source], limits: Limits, *, processes: int) -> Diagnosis:
@@ -130,8 +128,8 @@ def _check_duplicates(report: SplitReport) -> None:
 
 def _drawn(report: SplitReport, image: int) -> Counter[tuple[float, ...]]:
     rows = report.rows_by_image[image]
-    drawn = np.column_stack([report.annotations.labels[rows], report.xywh[rows]])
-    return Counter(map(tuple, drawn.tolist()))
+    boxes = np.column_stack([report.annotations.labels[rows], report.xywh[rows]]).tolist()
+    return Counter(map(tuple, boxes))
 
 
 def _check_leaks(train: SplitReport, other: SplitReport) -> None:
@@ -170,22 +168,20 @@ def _real_folder(folder: Path) -> Path:
 
 
 def _check_classes(report: SplitReport) -> None:
-    counts = report.boxes_by_class()
-    first: dict[str, int] = {}
-    empty, repeated = [], []
-    for number, name in report.class_names().items():
-        if not counts[number]:
-            empty.append((name, f"id {number}"))
-        if first.setdefault(name, number) != number:
-            repeated.append((name, f"ids {first[name]} and {number}"))
+    names, counts = report.class_names(), report.boxes_by_class()
+    empty = [(name, f"id {number}") for number, name in names.items() if not counts[number]]
     report.report_places("empty_class", empty)
+    first = {name: number for number, name in reversed(names.items())}
+    repeated = [
+        (name, f"ids {first[name]} and {n}") for n, name in names.items() if first[name] != n
+    ]
     report.report_places("repeated_name", repeated)
 
 
 def _compare_classes(train: SplitReport, other: SplitReport) -> None:
     """Report classes of another split that the first one lacks or has no box of."""
-    with_area = other.annotations.with_area()
-    annotated = {other.classes.ids[label] for label in np.unique(with_area.labels).tolist()}
+    labels = np.unique(other.annotations.with_area().labels).tolist()
+    annotated = {other.classes.ids[label] for label in labels}
     names = other.class_names()
     try:
         label_of = map_used_classes(other.classes, train.classes, annotated)

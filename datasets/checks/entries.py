@@ -92,10 +92,9 @@ def _report_entries(
     image_ids: IntArray | None = None,
 ) -> None:
     """Report entries by their positions in a section, with what they have under `key`."""
-    entries = report.section(section)
 
     def describe(row: int) -> tuple[str, str]:
-        entry = entries[row]
+        entry = report.section(section)[row]
         found = f"{key} {entry.get(key)!r:.80}" if isinstance(entry, Mapping) else f"{entry!r:.60}"
         return f"{section}[{row}]", found
 
@@ -153,13 +152,12 @@ def _read_images(report: SplitReport) -> set[int]:
         Findings("repeated_image", np.array(gone, dtype=np.int64), section="images")
     )
     used = [entries[row] for row in kept.values()]
-    sizes = np.zeros((len(used), 2), dtype=np.int64)
-    for i, entry in enumerate(used):
-        stated = entry.get("height"), entry.get("width")
-        if all(is_number(side) and side >= 1 for side in stated):
-            sizes[i] = stated
+    stated = [(entry.get("height"), entry.get("width")) for entry in used]
+    sizes = [s if all(is_number(side) and side >= 1 for side in s) else (0, 0) for s in stated]
     report.images = Images(
-        np.array(list(kept), dtype=np.int64), Names.of(e["file_name"] for e in used), sizes
+        np.array(list(kept), dtype=np.int64),
+        Names.of(entry["file_name"] for entry in used),
+        np.array(sizes, dtype=np.int64).reshape(-1, 2),
     )
     report.image_rows = np.array(list(kept.values()), dtype=np.int64)
     return left_out
@@ -196,14 +194,13 @@ def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
             name = report.images.file_names[image[i]] if image[i] >= 0 else f"annotations[{row}]"
             return name, detail(entries[i])
 
-        known = bool((image[chosen] >= 0).all())
         report.report(
             Findings(
                 kind,
                 rows[chosen],
                 describe,
                 "annotations",
-                image_ids=report.images.ids[image[chosen]] if known else None,
+                image_ids=report.images.ids[image[chosen]] if (image[chosen] >= 0).all() else None,
                 annotation_ids=ids[chosen],
             )
         )
@@ -238,14 +235,11 @@ def _number(report: SplitReport, entries: Sequence[Mapping[str, Any]], rows: Int
     """Return the ids of annotations [A]; those without a unique id get unused ones."""
     ids, whole = _whole_numbers([entry.get("id") for entry in entries])
     known, first = np.unique(ids[whole], return_index=True)
-    if len(known) == len(ids):
-        return ids
     own = np.zeros(len(ids), dtype=np.bool_)
     own[np.flatnonzero(whole)[first]] = True
     for kind, chosen in (("no_annotation_id", ~whole), ("repeated_annotation", whole & ~own)):
         _report_entries(report, kind, "annotations", rows[chosen], "id")
-    unused = np.setdiff1d(np.arange(1, len(ids) + 1), known)
-    ids[~own] = unused[: (~own).sum()]
+    ids[~own] = np.setdiff1d(np.arange(1, len(ids) + 1), known)[: (~own).sum()]
     return ids
 
 

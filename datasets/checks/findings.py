@@ -112,13 +112,10 @@ class Findings:
         kind = KINDS[self.kind]
         examples = first_few(map(str, islice(self, NAMED)), len(self))
         text = f"{kind.title}: {len(self)}{self.out_of} ({examples}); training {kind.training}"
-        where: dict[str, list[Any]]
         if self.annotation_ids is not None:
-            where = {"annotation_ids": self.annotation_ids[:_LISTED].tolist()}
+            where: dict[str, list[Any]] = {"annotation_ids": self.annotation_ids[:_LISTED].tolist()}
         elif self.image_ids is not None:
             where = {"image_ids": self.image_ids[:_LISTED].tolist()}
-        elif self.section:
-            where = {"places": [f"{self.section}[{row}]" for row in self.rows[:_LISTED].tolist()]}
         else:
             where = {"places": [finding.place for finding in islice(self, _LISTED)]}
         return Notice(self.kind, len(self), text, where)
@@ -245,15 +242,14 @@ class SplitReport:
     @property
     def sound(self) -> BoolArray:
         """Which images [N] can be decoded, as far as they were looked at."""
-        unknown = FileFacts("sound")
-        states = [self.facts.get(i, unknown).state for i in range(len(self.images.ids))]
-        return np.array([state == "sound" for state in states], dtype=np.bool_)
+        unsound = [i for i, facts in self.facts.items() if facts.state != "sound"]
+        return ~np.isin(np.arange(len(self.images.ids)), unsound)
 
     @property
     def usable(self) -> BoolArray:
         """Which annotations [A] to train on: none of an image that cannot be decoded."""
-        fine = self.sound[self.annotations.image] & ~self.annotations.crowd
-        return np.asarray(fine & (self.flaw == ""), dtype=np.bool_)
+        sound = self.sound[self.annotations.image]
+        return sound & ~self.annotations.crowd & np.asarray(self.flaw == "", dtype=np.bool_)
 
     def boxes_per_image(self) -> IntArray:
         """Return how many usable boxes each image has [N]."""
@@ -269,11 +265,14 @@ class SplitReport:
         """Return what each category id is called, on one line and with nothing invisible."""
         return dict(zip(self.classes.ids, map(printable, self.classes.names), strict=True))
 
-    def unique_class_names(self) -> dict[int, str]:
-        """Return what each category id is called, with the id if several share a name."""
+    def boxes_by_name(self) -> dict[str, int]:
+        """Return the same by what each class is called, with the id if several share a name."""
         names = self.class_names()
         times = Counter(names.values())
-        return {i: f"{name} ({i})" if times[name] > 1 else name for i, name in names.items()}
+        return {
+            f"{names[i]} ({i})" if times[names[i]] > 1 else names[i]: count
+            for i, count in self.boxes_by_class().items()
+        }
 
 
 def first_few(names: Iterable[str], total: int | None = None) -> str:

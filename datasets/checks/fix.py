@@ -11,9 +11,12 @@ from datasets.checks.kinds import KINDS
 
 _NEW_AREA = ("normalised_bbox", "xyxy_bbox", "cxcywh_bbox")  # the old one is of other numbers
 _NEW_IDS = {"no_annotation_id", "repeated_annotation"}
-_NEW_SIZE = {"wrong_size", "size_not_stated"}
 # Kinds whose entries are kept, with other values.
-_KEPT = {*_NEW_AREA, *_NEW_IDS, *_NEW_SIZE, "missing_key", "past_edge", "one_based", "zero_based"}
+_KEPT = {
+    *_NEW_AREA,
+    *_NEW_IDS,
+    *("wrong_size", "size_not_stated", "missing_key", "past_edge", "one_based", "zero_based"),
+}
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -97,15 +98,9 @@ def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared
 
 def find_missing(report: SplitReport) -> list[int]:
     """Return the positions of images without a file, listing each folder once."""
-    by_folder: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for i, file_name in enumerate(report.images.file_names):
-        folder, name = os.path.split(file_name)
-        by_folder[folder].append((i, name))
-    missing = []
-    for folder, images in by_folder.items():
-        there = _files(report.source.image_dir / folder)
-        missing += [i for i, name in images if name not in there]
-    return sorted(missing)
+    paths = [os.path.split(file_name) for file_name in report.images.file_names]
+    there = {folder: _files(report.source.image_dir / folder) for folder in {f for f, _ in paths}}
+    return [i for i, (folder, name) in enumerate(paths) if name not in there[folder]]
 
 
 def _files(folder: Path) -> set[str]:
@@ -178,16 +173,15 @@ def scan(paths: Iterable[Path], *, processes: int) -> dict[Path, FileFacts]:
 def _follow_main_process() -> None:
     """Leave Ctrl-C to the main process, and exit when it exits, for whatever reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_main_process, daemon=True).start()
-
-
-def _exit_with_main_process() -> None:
     main = multiprocessing.parent_process()
-    assert main is not None
-    main.join()
+    threading.Thread(target=_exit_with, args=(main,), daemon=True).start()
+
+
+def _exit_with(process: BaseProcess) -> None:
+    process.join()
     os._exit(1)
 
 
 def _collect(files: Sequence[Path], found: Iterable[FileFacts]) -> dict[Path, FileFacts]:
-    bar = tqdm(found, total=len(files), desc="decoding", unit=" images", mininterval=0.5)
-    return dict(zip(files, bar, strict=True))
+    with_bar = tqdm(found, total=len(files), desc="decoding", unit=" images", mininterval=0.5)
+    return dict(zip(files, with_bar, strict=True))

@@ -55,12 +55,12 @@ def verdict(diagnosis: Diagnosis) -> str:
 
 
 def _of_split(report: SplitReport) -> str:
-    by_class, names = report.boxes_by_class(), report.unique_class_names()
-    shown = [f"{names[i]} {count}" for i, count in by_class.items()]
+    by_name = report.boxes_by_name()
+    shown = [f"{name} {count}" for name, count in by_name.items()]
     more = f", and {len(shown) - _CLASSES} more classes" if len(shown) > _CLASSES else ""
     return (
         f"{report.split}: {len(report.section('images'))} images, "
-        f"{len(report.section('annotations'))} annotations ({sum(by_class.values())} usable boxes)"
+        f"{len(report.section('annotations'))} annotations ({sum(by_name.values())} usable boxes)"
         f", {len(shown)} classes: {', '.join(shown[:_CLASSES])}{more}"
     )
 
@@ -93,10 +93,7 @@ def page(diagnosis: Diagnosis, *, title: str) -> str:
         }
         for name, found in diagnosis.findings.items()
     ]
-    counts = []  # by name, as ids of splits may differ
-    for report in splits:
-        names = report.unique_class_names()
-        counts.append({names[i]: count for i, count in report.boxes_by_class().items()})
+    counts = [report.boxes_by_name() for report in splits]  # ids of splits may differ
     areas = {r.split: r.xywh[r.usable, 2:].prod(axis=1).clip(0) for r in splits}
     known = {r.split: r.images.sizes[r.images.sizes.all(axis=1)] for r in splits}
     html = render(

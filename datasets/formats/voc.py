@@ -90,8 +90,8 @@ def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
     lost += [(f"{stem}.xml", "no such file") for stem in sorted(stems - files.keys())]
     findings = {"unreadable_annotation": lost}
     if not lists.is_dir():
-        everything = f"every split is all {len(stems)} files, train as val"
-        findings["odd_layout"] = [(root.name, f"no lists in ImageSets/Main/: {everything}")]
+        detail = "no lists in ImageSets/Main/: every split is all {} files, train as val"
+        findings["odd_layout"] = [(root.name, detail.format(len(stems)))]
     return Source(content, images, root, findings)
 
 
@@ -191,7 +191,6 @@ def write_voc(
             flat = _NOT_IN_XML.sub("_", image.name.replace("/", "_"))
             name = placer.free(flat, output_dir, split.name)
             placer.put(image, output_dir / "JPEGImages" / name)
-            stem = PurePath(name).stem
             root = ET.Element("annotation")
             ET.SubElement(root, "filename").text = name
             if all(image.size):
@@ -208,11 +207,10 @@ def write_voc(
                 for key, value in zip(_CORNERS, corners, strict=True):
                     ET.SubElement(tags, key).text = as_text(value)
             ET.indent(root)
-            text = ET.tostring(root, encoding="unicode")
-            write_text(output_dir / "Annotations" / f"{stem}.xml", text)
-            stems.append(stem)
-        lines = "".join(f"{stem}\n" for stem in stems)
-        write_atomic(output_dir / "ImageSets" / "Main" / f"{split.name}.txt", lines)
+            file = output_dir / "Annotations" / f"{PurePath(name).stem}.xml"
+            write_text(file, ET.tostring(root, encoding="unicode"))
+            stems.append(f"{file.stem}\n")
+        write_atomic(output_dir / "ImageSets" / "Main" / f"{split.name}.txt", "".join(stems))
     return [[] for _ in splits]
 
 

@@ -63,9 +63,15 @@ def read_yolo(place: Path, split: str) -> Source:
         height, width = header[0][::-1] if header[1] in TURNED else header[0]
         content["images"].append({**entry, "height": height, "width": width})
         for category, box in boxes:
-            ids = {"id": len(content["annotations"]) + 1, "image_id": number}
-            placed = _in_pixels(box, (height, width), *header)
-            content["annotations"].append({**ids, "category_id": category, **placed, "iscrowd": 0})
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": category,
+                    **_in_pixels(box, (height, width), *header),
+                    "iscrowd": 0,
+                }
+            )
     findings = {"unreadable_annotation": unreadable, "label_without_image": _orphans(images)}
     if not any(os.path.isfile(_label_file(image)) for image in images):
         first = _label_file(min(images))
@@ -77,17 +83,16 @@ def _load_yaml(place: Path) -> tuple[Path, Mapping[str, Any]]:
     """Return data.yaml and its content; `place` is the file or its folder."""
     file = place
     if place.is_dir():
-        usual = [place / "data.yaml", place / "data.yml"]
-        others = sorted([*place.glob("*.yaml"), *place.glob("*.yml")])
-        there = [path for path in usual if path.is_file()] or others
-        if len(there) != 1 and there[:1] != usual[:1]:
+        there = sorted([*place.glob("*.yaml"), *place.glob("*.yml")])
+        usual = [path for path in there if path.stem == "data"]
+        if not usual and len(there) != 1:
             names = ", ".join(path.name for path in there)
             raise DataError(
                 f"{place}: which file describes the data, {names}? Set `data_path` to it."
                 if there
                 else f"{place}: there is no data.yaml. Check `data_path`."
             )
-        file = there[0]
+        file = [*usual, *there][0]
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -162,12 +167,9 @@ def _listed(path: Path, base: Path) -> list[Path]:
 
 def _label_file(image: Path) -> Path:
     """Return labels/ for the last images/ of a path; without one, the file next to the image."""
-    parts = list(image.with_suffix(".txt").parts)
-    for i in reversed(range(len(parts) - 1)):
-        if parts[i] == "images":
-            parts[i] = "labels"
-            break
-    return Path(*parts)
+    file = image.with_suffix(".txt")
+    before, found, after = file.as_posix().rpartition("/images/")
+    return Path(f"{before}/labels/{after}") if found else file
 
 
 def _orphans(images: list[Path]) -> list[tuple[str, str]]:
