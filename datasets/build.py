@@ -8,10 +8,9 @@ import numpy as np
 
 from configs.schema import DataConfig
 from datasets.checks.findings import first_few
-from datasets.dataset import CocoDetection
+from datasets.dataset import CocoDetection, ImageCache
 from datasets.formats.coco import coco_layout, read_coco_file
 from datasets.formats.registry import FORMATS, Source, read_source
-from datasets.image_cache import ImageCache
 from datasets.index import CocoIndex
 from datasets.sample import CHANNELS
 from datasets.transforms import EvalTransform, Mixing, TrainTransform, Transform
@@ -91,19 +90,17 @@ def build_transform(
         return EvalTransform(
             eval_scale=cfg.eval_scale, max_size=cfg.max_size, mean=tuple(mean), std=tuple(std)
         )
-    crop_min, crop_max = cfg.crop_size
-    plain = cfg.augment == "none"
     return TrainTransform(
-        train_scales=(cfg.eval_scale,) if plain else cfg.train_scales,
+        train_scales=(cfg.eval_scale,) if cfg.augment == "none" else cfg.train_scales,
         max_size=cfg.max_size,
         hflip=cfg.hflip,
         random_crop=cfg.random_crop,
         crop_scales=cfg.crop_scales,
-        crop_size=(crop_min, crop_max),
+        crop_size=cfg.crop_size,
         one_scale_per_batch=cfg.one_scale_per_batch,
         mean=tuple(mean),
         std=tuple(std),
-        scale_jitter=(cfg.scale_jitter[0], cfg.scale_jitter[1]) if cfg.scale_jitter else None,
+        scale_jitter=cfg.scale_jitter,
         zoom_out=cfg.zoom_out,
         color_jitter=cfg.color_jitter,
     )
@@ -139,7 +136,6 @@ def build_dataset(
     Raises:
         DataError: `classes` lacks a class that annotations of the data have, or all classes.
     """
-    transform = build_transform(cfg, train=train, mean=mean, std=std)
     for notice in _unused(cfg, epochs) if train else ():
         console(f"notice: {notice}")
     mixing = cache = None
@@ -150,7 +146,12 @@ def build_dataset(
         whole = CHANNELS * int(index.images.sizes.astype(np.int64).prod(axis=1).sum())
         cache = ImageCache(len(index), max(1, min(int(cfg.cache_images * 1e9), whole)))
     dataset = CocoDetection(
-        index, transform, seed=seed, classes=classes, mixing=mixing, cache=cache
+        index,
+        build_transform(cfg, train=train, mean=mean, std=std),
+        seed=seed,
+        classes=classes,
+        mixing=mixing,
+        cache=cache,
     )
     if dataset.unknown_classes:
         console(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 # What reading raises of files that are missing, damaged, truncated, huge or no images.
@@ -21,7 +21,6 @@ READ_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-_ORIENTATION = 0x0112  # EXIF tag
 TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 # What brings the stored pixels upright. Pillow's own function writes all of the EXIF data anew, and
 # fails where any of it is odd.
@@ -159,8 +158,10 @@ def _reduction(size: tuple[int, int], min_size: tuple[int, int]) -> int:
     A side is rounded up by a quarter of a pixel at most: boxes stay on what they enclose.
     """
     for factor in (8, 4, 2):
-        pairs = list(zip(size, min_size, strict=True))
-        if all(s // factor >= low and -s % factor <= factor // 4 for s, low in pairs):
+        if all(
+            side // factor >= low and -side % factor <= factor // 4
+            for side, low in zip(size, min_size, strict=True)
+        ):
             return factor
     return 1
 
@@ -168,9 +169,8 @@ def _reduction(size: tuple[int, int], min_size: tuple[int, int]) -> int:
 def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (as stored) where the tag is missing or makes no sense."""
     try:
-        with _as_read_error():
-            found = int(image.getexif().get(_ORIENTATION, 1))
-    except READ_ERRORS:
+        found = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (*READ_ERRORS, *_OTHER_ERRORS):
         return 1
     return found if found in _UPRIGHT else 1
 

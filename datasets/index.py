@@ -238,8 +238,7 @@ def _save(file: Path, content: CocoContent) -> None:
     with atomic_path(file) as temporary, temporary.open("wb") as opened:
         opened.write(hashlib.sha256(buffer.getbuffer()).digest())
         opened.write(buffer.getbuffer())
-    by_age = sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)
-    for old in by_age[:-_KEPT]:
+    for old in sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
         old.unlink(missing_ok=True)
 
 
@@ -254,11 +253,12 @@ def _load(file: Path) -> CocoContent | None:
     if hashlib.sha256(raw[_DIGEST:]).digest() != raw[:_DIGEST]:
         return None
     with np.load(io.BytesIO(raw[_DIGEST:]), allow_pickle=False) as saved:
-        names = Names(saved["name_data"], saved["name_ends"])
         others = json.loads(saved["others"].tobytes())
         return CocoContent(
             Classes.from_json(others["classes"]),
-            Images(saved["image_ids"], names, saved["sizes"]),
+            Images(
+                saved["image_ids"], Names(saved["name_data"], saved["name_ends"]), saved["sizes"]
+            ),
             Annotations(*(saved[f"box_{f.name}"] for f in fields(Annotations))),
             tuple(Notice(**notice) for notice in others["notices"]),
         )

@@ -90,7 +90,7 @@ def crop(sample: Sample, left: int, top: int, width: int, height: int) -> Sample
     return clip_boxes(Sample(image, boxes, whole.labels, (height, width)))
 
 
-def random_crop(sample: Sample, sides: tuple[int, int], generator: torch.Generator) -> Sample:
+def random_crop(sample: Sample, sides: tuple[int, ...], generator: torch.Generator) -> Sample:
     """Cut a rectangle out whose sides are drawn between the two of `sides` (pixels).
 
     A side that is smaller than the minimum is kept whole.
@@ -105,8 +105,10 @@ def random_crop(sample: Sample, sides: tuple[int, int], generator: torch.Generat
 def crop_anywhere(sample: Sample, size: Size, generator: torch.Generator) -> Sample:
     """Cut a rectangle of `size` out at a place that is drawn."""
     height, width = size
-    left = draw_integer(0, sample.size[1] - width, generator)
-    top = draw_integer(0, sample.size[0] - height, generator)
+    left, top = (
+        draw_integer(0, full - side, generator)
+        for full, side in ((sample.size[1], width), (sample.size[0], height))
+    )
     return crop(sample, left, top, width, height)
 
 

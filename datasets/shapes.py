@@ -143,8 +143,8 @@ def _place(
 
 def _random_shape(rng: np.random.Generator) -> _Shape:
     name = list(OUTLINES)[int(rng.integers(len(OUTLINES)))]
-    largest = min(LARGEST, 0.7 * min(SIZE))
-    size = float(rng.uniform(np.sqrt(SMALLEST), np.sqrt(largest)) ** 2)  # small ones more often
+    sides = np.sqrt(SMALLEST), np.sqrt(min(LARGEST, 0.7 * min(SIZE)))
+    size = float(rng.uniform(*sides) ** 2)  # small ones more often
     margin = 0.3 * size  # the image's border may cut an object, but not its middle
     centre = rng.uniform((margin, margin), (SIZE[0] - margin, SIZE[1] - margin))
     angle = rng.uniform(0, 2 * np.pi)
@@ -171,8 +171,7 @@ def _paint(rng: np.random.Generator, canvas: NDArray[np.float32], new: _Shape) -
     colour = rng.uniform(0, 255, size=3)
     while np.abs(colour - mean).sum() < 170:  # until one stands out from what is behind
         colour = rng.uniform(0, 255, size=3)
-    across = np.linspace(-1, 1, coverage.shape[1], dtype=np.float32)[None, :, None]
-    shade = across * rng.uniform(-20, 20)
+    shade = np.linspace(-1, 1, coverage.shape[1], dtype=np.float32)[:, None] * rng.uniform(-20, 20)
     behind += coverage * (colour + shade - behind).astype(np.float32)
 
 
@@ -240,8 +239,8 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
     names = list(CATEGORY_IDS)
     images = []
     for index in range(count):
-        rng = np.random.default_rng((seed, list(_FIRST_IMAGE_ID).index(split), index))
-        image, objects = draw_image(rng)
+        key = (seed, list(_FIRST_IMAGE_ID).index(split), index)
+        image, objects = draw_image(np.random.default_rng(key))
         image_id = _FIRST_IMAGE_ID[split] + index
         file = image_dir / f"{image_id:06d}.jpg"
         image.save(file, quality=92, subsampling=0)
@@ -257,9 +256,8 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
                 crowd=[False] * len(objects),
             )
         )
-    drawn = Split(split, tuple(CATEGORY_IDS.values()), tuple(names), images)
-    content = {"info": _info(split, count, seed), **coco_content(drawn)}
-    write_text(annotation_file, json.dumps(content))
+    drawn = coco_content(Split(split, tuple(CATEGORY_IDS.values()), tuple(names), images))
+    write_text(annotation_file, json.dumps({"info": _info(split, count, seed), **drawn}))
 
 
 def _main() -> int:

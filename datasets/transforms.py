@@ -54,11 +54,11 @@ class TrainTransform:
     hflip: float
     random_crop: bool
     crop_scales: tuple[int, ...]
-    crop_size: tuple[int, int]
+    crop_size: tuple[int, ...]
     one_scale_per_batch: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    scale_jitter: tuple[float, float] | None = None
+    scale_jitter: tuple[float, ...] = ()
     zoom_out: float = 0.0
     color_jitter: float = 0.0
 
@@ -146,13 +146,14 @@ def _choose(values: Sequence[int], generator: torch.Generator) -> int:
 
 
 def scale_jitter(
-    sample: Sample, size: Size, factors: tuple[float, float], generator: torch.Generator
+    sample: Sample, size: Size, factors: tuple[float, ...], generator: torch.Generator
 ) -> Sample:
     """Resize to `size` times a factor drawn from `factors`, and cut what is more than `size`.
 
     Large-scale jitter (arXiv 2012.07177) without its padding: what is smaller stays so.
     """
-    scaled = resize(sample, _times(size, draw_uniform(*factors, generator)))
+    low, high = factors
+    scaled = resize(sample, _times(size, draw_uniform(low, high, generator)))
     height, width = (min(full, side) for full, side in zip(scaled.size, size, strict=True))
     if (height, width) == scaled.size:
         return scaled
@@ -250,10 +251,14 @@ def mixup(sample: Sample, other: Sample, generator: torch.Generator) -> Sample:
     image = sample.image.clone()
     part = image[:, top : top + small.size[0], left : left + small.size[1]]
     part.copy_(torch.lerp(small.image.float(), part.float(), share).round_())
-    own = counted_as(sample, (height, width))
-    boxes = torch.cat([own.boxes, small.boxes + torch.tensor([left, top, left, top])])
-    labels = torch.cat([sample.labels, other.labels])
-    return counted_as(Sample(image, boxes, labels, (height, width)), sample.size)
+    boxes = torch.cat(
+        [
+            counted_as(sample, (height, width)).boxes,
+            small.boxes + torch.tensor([left, top, left, top]),
+        ]
+    )
+    mixed = Sample(image, boxes, torch.cat([sample.labels, other.labels]), (height, width))
+    return counted_as(mixed, sample.size)
 
 
 def _cover(sample: Sample, size: Size, generator: torch.Generator) -> Sample:

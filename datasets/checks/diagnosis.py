@@ -1,8 +1,8 @@
-"""Examine the splits of a data set, and report everything that is wrong with it."""
+"""Examine the splits of a data set: everything that is wrong with it, and a corrected copy."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -11,14 +11,23 @@ from typing import Any
 import numpy as np
 
 from datasets.checks.boxes import Limits, check_boxes, check_learning
-from datasets.checks.entries import read_entries
-from datasets.checks.findings import FileFacts, Finding, SplitReport
+from datasets.checks.entries import is_area, read_entries
+from datasets.checks.findings import SECTIONS, FileFacts, Finding, SplitReport
 from datasets.checks.images import check_files, find_missing, scan
 from datasets.checks.kinds import KINDS
 from datasets.class_mapping import map_used_classes
 from datasets.formats.registry import Source
 from datasets.images import is_image
 from util.errors import DataError
+
+_NEW_AREA = ("normalised_bbox", "xyxy_bbox", "cxcywh_bbox")  # the old one is of other numbers
+_NEW_IDS = {"no_annotation_id", "repeated_annotation"}
+# Kinds whose entries are kept, with other values.
+_KEPT = {
+    *_NEW_AREA,
+    *_NEW_IDS,
+    *("wrong_size", "size_not_stated", "missing_key", "past_edge", "one_based", "zero_based"),
+}
 
 
 @dataclass(frozen=True)
@@ -148,34 +157,38 @@ def _check_leaks(train: SplitReport, other: SplitReport) -> None:
 
 def _check_unused(splits: list[SplitReport]) -> None:
     """Report images that no split names; links stay links, under any name of their folder."""
-    used = {_real(report.path(i)) for report in splits for i in range(len(report.images.ids))}
+    named = [report.path(i) for report in splits for i in range(len(report.images.ids))]
+    used = {_resolve(path.parent) / path.name for path in named}
     for report in splits:
         folder, unused = report.source.image_dir, []
         for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-            if _real(path) not in used and is_image(path):
+            real = _resolve(path.parent) / path.name
+            if real not in used and is_image(path):
                 unused.append((path.relative_to(folder).as_posix(), ""))
-                used.add(_real(path))
+                used.add(real)
         report.report_places("unused_file", unused)
 
 
-def _real(path: Path) -> Path:
-    return _real_folder(path.parent) / path.name
-
-
 @lru_cache(maxsize=4096)
-def _real_folder(folder: Path) -> Path:
+def _resolve(folder: Path) -> Path:
     return folder.resolve()
 
 
 def _check_classes(report: SplitReport) -> None:
     names, counts = report.class_names(), report.boxes_by_class()
-    empty = [(name, f"id {number}") for number, name in names.items() if not counts[number]]
-    report.report_places("empty_class", empty)
+    report.report_places(
+        "empty_class",
+        [(name, f"id {number}") for number, name in names.items() if not counts[number]],
+    )
     first = {name: number for number, name in reversed(names.items())}
-    repeated = [
-        (name, f"ids {first[name]} and {n}") for n, name in names.items() if first[name] != n
-    ]
-    report.report_places("repeated_name", repeated)
+    report.report_places(
+        "repeated_name",
+        [
+            (name, f"ids {first[name]} and {number}")
+            for number, name in names.items()
+            if first[name] != number
+        ],
+    )
 
 
 def _compare_classes(train: SplitReport, other: SplitReport) -> None:
@@ -187,13 +200,106 @@ def _compare_classes(train: SplitReport, other: SplitReport) -> None:
         label_of = map_used_classes(other.classes, train.classes, annotated)
     except DataError:
         lacking = [i for i in sorted(annotated) if names[i] not in train.class_names().values()]
-        unknown = [(names[i], f"id {i}") for i in lacking or sorted(annotated)]
-        other.report_places("unknown_class", unknown)
+        other.report_places(
+            "unknown_class", [(names[i], f"id {i}") for i in lacking or sorted(annotated)]
+        )
         return
     trained = train.boxes_by_class()
-    unseen = [
-        (names[i], f"id {i}")
-        for i, count in sorted(other.boxes_by_class().items())
-        if count and not trained[train.classes.ids[label_of[i]]]
-    ]
-    other.report_places("unseen_class", unseen)
+    other.report_places(
+        "unseen_class",
+        [
+            (names[i], f"id {i}")
+            for i, count in sorted(other.boxes_by_class().items())
+            if count and not trained[train.classes.ids[label_of[i]]]
+        ],
+    )
+
+
+@dataclass(slots=True)
+class _Edit:
+    """What a corrected copy does with an entry: leaves it out, or sets `values`; and why."""
+
+    reasons: list[str] = field(default_factory=list)
+    drop: bool = False
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def corrected(report: SplitReport) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the corrected content and every change: what, why, and the values before and after.
+
+    File names stay relative to the split's image folder. What is sound stays as it is.
+    """
+    edits = _edits(report)
+    content = dict(report.source.content)
+    changes: list[dict[str, Any]] = []
+    for section in SECTIONS:
+        content[section] = []
+        for row, entry in enumerate(report.section(section)):
+            edit = edits.get((section, row), _Edit())
+            old = entry if isinstance(entry, Mapping) else {}
+            if not edit.drop:
+                content[section].append({**old, **edit.values} if edit.reasons else entry)
+            if edit.reasons:
+                change: dict[str, Any] = {"change": "left out", "entry": entry}
+                if not edit.drop:
+                    before = {key: old[key] for key in edit.values if key in old}
+                    change = {"change": "set", "before": before, "after": edit.values}
+                changes.append(
+                    {
+                        "split": report.split,
+                        "section": section,
+                        "position": row,
+                        "id": old.get("id"),
+                        "why": list(dict.fromkeys(edit.reasons)),
+                        **change,
+                    }
+                )
+    return content, changes
+
+
+def _edits(report: SplitReport) -> dict[tuple[str, int], _Edit]:
+    """Return what to do with entries, by section and position."""
+    edits: dict[tuple[str, int], _Edit] = defaultdict(_Edit)
+    rows_of = {"images": report.image_rows, "annotations": report.annotation_rows}
+    for found in (*report.findings, *report.hidden):
+        if found in report.hidden or (found.section and KINDS[found.kind].fix):
+            rows = rows_of[found.section][found.rows] if found.usable else found.rows
+            for row in rows.tolist():
+                edit = edits[found.section, row]
+                edit.reasons.append(found.kind)
+                edit.drop |= found.kind not in _KEPT
+    for i, row in enumerate(report.annotation_rows.tolist()):
+        if ("annotations", row) in edits:
+            edit = edits["annotations", row]
+            edit.drop |= report.flaw[i] != ""
+            edit.values = _values(report, i, row, edit.reasons)
+    for i, row in enumerate(report.image_rows.tolist()):
+        image = edits.get(("images", row))
+        if image is not None and image.drop:
+            why = next(kind for kind in reversed(image.reasons) if kind not in _KEPT)
+            for box in report.annotation_rows[report.rows_by_image[i]].tolist():
+                edits["annotations", box].drop = True
+                edits["annotations", box].reasons.append(why)
+        elif image is not None:
+            height, width = report.images.sizes[i].tolist()
+            image.values = {"height": height, "width": width}
+    return edits
+
+
+def _values(report: SplitReport, i: int, row: int, reasons: list[str]) -> dict[str, Any]:
+    """Return the values of annotation `i` that differ from those of its entry, at `row`."""
+    entry, fixed = report.section("annotations")[row], report.fixed[i]
+    values: dict[str, Any] = {}
+    if not _NEW_IDS.isdisjoint(reasons):
+        values["id"] = int(report.annotations.ids[i])
+    if entry.get("iscrowd") not in (0, 1):
+        values["iscrowd"] = 0
+    box = report.xywh[i].tolist()
+    whole = box[2] * box[3]
+    if fixed:
+        values["bbox"] = [round(value, 6) for value in box]
+    if not is_area(entry.get("area")) or fixed in _NEW_AREA:
+        values["area"] = round(whole, 6)
+    elif fixed:
+        values["area"] = round(min(entry["area"], whole), 6)
+    return values

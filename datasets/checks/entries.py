@@ -98,8 +98,9 @@ def _report_entries(
         found = f"{key} {entry.get(key)!r:.80}" if isinstance(entry, Mapping) else f"{entry!r:.60}"
         return f"{section}[{row}]", found
 
-    positions = np.array(rows, dtype=np.int64)
-    report.report(Findings(kind, positions, describe, section, image_ids=image_ids))
+    report.report(
+        Findings(kind, np.array(rows, dtype=np.int64), describe, section, image_ids=image_ids)
+    )
 
 
 def _read_categories(report: SplitReport) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,6 @@ from util.errors import DataError
 
 _SIZES_CHECKED = 100  # images whose stated size is compared with the file when an index is made
 _FEW = 64  # images that one process has decoded before others have started
-_CHUNK = 8
 
 
 def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
@@ -41,13 +39,12 @@ def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
     images = report.images
     missing = find_missing(report)
     if len(missing) == len(images.ids):
-        first = printable(str(report.path(0)))
         hint = (
             "Write / instead of \\." if "\\" in images.file_names[0] else "Check the image folder."
         )
         raise DataError(
-            f"{first:.400}: no such image, nor any other of the {len(images.ids)} in the "
-            f"annotation file. {hint}"
+            f"{printable(str(report.path(0))):.400}: no such image, nor any other of the "
+            f"{len(images.ids)} in the annotation file. {hint}"
         )
     present = np.setdiff1d(np.arange(len(images.ids)), missing)
     states_size = np.asarray(images.sizes[present].all(axis=1))
@@ -62,8 +59,10 @@ def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
 
 def _read_headers(report: SplitReport, rows: IntArray) -> dict[int, FileFacts]:
     headers = {i: read_header(report.path(i)) for i in rows.tolist()}
-    unreadable = FileFacts("unreadable")
-    return {i: FileFacts("sound", *found) if found else unreadable for i, found in headers.items()}
+    return {
+        i: FileFacts("unreadable") if header is None else FileFacts("sound", *header)
+        for i, header in headers.items()
+    }
 
 
 def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared: int = 0) -> None:
@@ -160,10 +159,11 @@ def scan(paths: Iterable[Path], *, processes: int) -> dict[Path, FileFacts]:
         return _collect(files, map(examine_file, files))
     # A forked process need not import everything again.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    context = multiprocessing.get_context(method)
     try:
-        with ProcessPoolExecutor(processes, context, _follow_main_process) as pool:
-            return _collect(files, pool.map(examine_file, files, chunksize=_CHUNK))
+        with ProcessPoolExecutor(
+            processes, multiprocessing.get_context(method), _follow_main_process
+        ) as pool:
+            return _collect(files, pool.map(examine_file, files, chunksize=8))
     except BrokenProcessPool as error:
         raise DataError(
             "a decoding process was killed, probably out of memory. Lower `num_workers`."
@@ -173,12 +173,13 @@ def scan(paths: Iterable[Path], *, processes: int) -> dict[Path, FileFacts]:
 def _follow_main_process() -> None:
     """Leave Ctrl-C to the main process, and exit when it exits, for whatever reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_main_process, daemon=True).start()
+
+
+def _exit_with_main_process() -> None:
     main = multiprocessing.parent_process()
-    threading.Thread(target=_exit_with, args=(main,), daemon=True).start()
-
-
-def _exit_with(process: BaseProcess) -> None:
-    process.join()
+    assert main is not None
+    main.join()
     os._exit(1)
 
 

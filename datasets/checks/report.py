@@ -37,8 +37,7 @@ _CODE = re.compile(r"`[^`]*`")
 def summary(diagnosis: Diagnosis) -> str:
     """Return a line on each split, then each kind of flaw: how many, what, what follows."""
     lines = [_of_split(report) for report in diagnosis.splits]
-    by_group = groupby(diagnosis.findings.items(), key=lambda item: KINDS[item[0]].group)
-    for group, found in by_group:
+    for group, found in groupby(diagnosis.findings.items(), lambda item: KINDS[item[0]].group):
         lines += ["", group, *(line for kind in found for line in _of_kind(*kind))]
     return "\n".join([*lines, "", verdict(diagnosis)])
 
@@ -50,8 +49,8 @@ def verdict(diagnosis: Diagnosis) -> str:
     also = f" Worth knowing: {notes} kind{'s' if notes > 1 else ''}." if notes else ""
     if not wrong:
         return f"Nothing is wrong.{also}"
-    kinds = f"{len(wrong)} kind{'s' if len(wrong) > 1 else ''}"
-    return f"Wrong: {sum(wrong.values())} in {kinds}.{also}"
+    several = "s" if len(wrong) > 1 else ""
+    return f"Wrong: {sum(wrong.values())} in {len(wrong)} kind{several}.{also}"
 
 
 def _of_split(report: SplitReport) -> str:
@@ -84,24 +83,21 @@ def page(diagnosis: Diagnosis, *, title: str) -> str:
         for report in splits
         for i, image_id in enumerate(report.images.ids.tolist())
     }
-    kinds = [
-        {
-            "name": name,
-            "about": KINDS[name],
-            "found": found,
-            "thumbnails": list(_thumbnails(name, found, images)),
-        }
-        for name, found in diagnosis.findings.items()
-    ]
     counts = [report.boxes_by_name() for report in splits]  # ids of splits may differ
-    areas = {r.split: r.xywh[r.usable, 2:].prod(axis=1).clip(0) for r in splits}
-    known = {r.split: r.images.sizes[r.images.sizes.all(axis=1)] for r in splits}
     html = render(
         Path(__file__).with_name("report.html.j2"),
         prose=_prose,
         title=f"Check: {title}",
         verdict=verdict(diagnosis),
-        kinds=kinds,
+        kinds=[
+            {
+                "name": name,
+                "about": KINDS[name],
+                "found": found,
+                "thumbnails": list(_thumbnails(name, found, images)),
+            }
+            for name, found in diagnosis.findings.items()
+        ],
         splits=splits,
         class_header=["class", *(cell for report in splits for cell in (report.split, ""))],
         class_rows=[
@@ -114,19 +110,19 @@ def page(diagnosis: Diagnosis, *, title: str) -> str:
                 "Box sizes",
                 "side of a square as large, pixels",
                 _SIDES,
-                {split: np.sqrt(area) for split, area in areas.items()},
+                {r.split: np.sqrt(r.xywh[r.usable, 2:].prod(axis=1).clip(0)) for r in splits},
             ),
             _histogram(
                 "Boxes in an image",
                 "usable boxes",
                 _COUNTS,
-                {report.split: report.boxes_per_image() for report in splits},
+                {r.split: r.boxes_per_image() for r in splits},
             ),
             _histogram(
                 "Image sizes",
                 "short side, pixels",
                 _SHORT,
-                {split: sizes.min(axis=1) for split, sizes in known.items()},
+                {r.split: r.images.sizes[r.images.sizes.all(axis=1)].min(axis=1) for r in splits},
             ),
         ],
     )
@@ -176,10 +172,13 @@ def _thumbnails(
             drawn = _close_up(pixels, report.xywh[rows[0]])
         else:
             drawn = _with_boxes(pixels, report, rows.tolist(), given=about_box)
-        caption = f"{finding.split} {finding.place}"
-        caption += f": {finding.detail}" if finding.detail else ""
-        alt = f"{KINDS[kind].title}: {caption}; {len(rows)} boxes drawn"
-        yield {"image": inline_image(drawn, max_width=_SIDE), "alt": alt, "caption": caption}
+        detail = f": {finding.detail}" if finding.detail else ""
+        caption = f"{finding.split} {finding.place}{detail}"
+        yield {
+            "image": inline_image(drawn, max_width=_SIDE),
+            "alt": f"{KINDS[kind].title}: {caption}; {len(rows)} boxes drawn",
+            "caption": caption,
+        }
 
 
 def _close_up(pixels: Image.Image, xywh: FloatArray) -> Image.Image:

@@ -96,9 +96,14 @@ def coco_content(split: Split) -> dict[str, Any]:
             }
             for number, (label, box, area, crowd) in enumerate(boxes, len(annotations) + 1)
         ]
-    classes = zip(split.ids, split.class_names, strict=True)
-    categories = [{"id": number, "name": name} for number, name in classes]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [
+            {"id": number, "name": name}
+            for number, name in zip(split.ids, split.class_names, strict=True)
+        ],
+    }
 
 
 def write_coco(splits: Sequence[Split], output_dir: Path, placer: Placer) -> list[list[str]]:

@@ -4,6 +4,7 @@ A format reads a split as a COCO-format file would hold it, and writes splits. A
 registers it, and the file's line in `FORMATS`.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,8 @@ from typing import Any
 
 from util.errors import DataError
 from util.registry import Registry
+
+DIGITS = 6  # of a pixel that are read; hides the rounding of numbers written in decimal
 
 
 @dataclass(frozen=True)
@@ -107,14 +110,10 @@ class Placer:
     def put(self, image: SplitImage, target: Path) -> None:
         """Make the image appear at `target`."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(target):  # two entries of one file
-            return
         if not self.copy:
-            try:
+            with contextlib.suppress(OSError):  # a file system or an account without links
                 os.symlink(image.file.resolve(), target)
-            except OSError:  # a file system or an account without links
-                shutil.copyfile(image.file, target)
-        else:
+        if not os.path.lexists(target):  # as for a second entry of one file
             shutil.copyfile(image.file, target)
 
 
@@ -136,7 +135,7 @@ def read_list(path: Path) -> list[str]:
         DataError: it is not text in UTF-8.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a list in UTF-8: {error.reason}.") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [line for line in lines if line]

@@ -16,6 +16,7 @@ from typing import Any
 
 from datasets.checks.findings import first_few
 from datasets.formats.registry import (
+    DIGITS,
     FORMATS,
     Format,
     Placer,
@@ -33,7 +34,6 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _FLAG = re.compile(r"\s+-?[01]$")  # lists of one class say after each name whether it is there
 # What XML 1.0 cannot hold, and line breaks, which end a name in a list.
 _NOT_IN_XML = re.compile(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_DIGITS = 6  # of a pixel; hides the rounding of a number written in decimal
 
 
 def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
@@ -57,8 +57,8 @@ def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
     lists = root / "ImageSets" / "Main"
     stems = _listed(lists / f"{split}.txt", split, files) if lists.is_dir() else set(files)
     trees, damaged = _parse(files)
-    objects = [found for tree in trees.values() for found in tree.findall("object")]
-    categories = sorted({_text(found, "name") for found in objects} - {""})
+    named = {_text(found, "name") for tree in trees.values() for found in tree.findall("object")}
+    categories = sorted(named - {""})
     if not categories:
         raise DataError(f"{folder}: there are no XML files with named objects.")
     ids = {name: number for number, name in enumerate(categories, 1)}
@@ -149,7 +149,7 @@ def _objects(tree: ET.Element, ids: dict[str, int], corners: str) -> Iterator[di
         if len(numbers) == 4:
             left, top, right, bottom = numbers
             x, y = left - first, top - first
-            box = [round(v, _DIGITS) for v in (x, y, right - x, bottom - y)]
+            box = [round(v, DIGITS) for v in (x, y, right - x, bottom - y)]
         yield {
             "category_id": ids.get(_text(found, "name")),
             "bbox": box,
@@ -203,8 +203,8 @@ def write_voc(
                 ET.SubElement(written, "difficult").text = str(int(crowd))
                 tags = ET.SubElement(written, "bndbox")
                 x, y, width, height = box
-                corners = (x + first, y + first, x + width, y + height)
-                for key, value in zip(_CORNERS, corners, strict=True):
+                ends = (x + first, y + first, x + width, y + height)
+                for key, value in zip(_CORNERS, ends, strict=True):
                     ET.SubElement(tags, key).text = as_text(value)
             ET.indent(root)
             file = output_dir / "Annotations" / f"{PurePath(name).stem}.xml"

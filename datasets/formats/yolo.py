@@ -17,6 +17,7 @@ import yaml
 
 from datasets.checks.findings import first_few
 from datasets.formats.registry import (
+    DIGITS,
     FORMATS,
     Format,
     Placer,
@@ -29,8 +30,6 @@ from datasets.formats.registry import (
 from datasets.images import TURNED, is_image, read_header, stored_point, upright_point
 from util.errors import DataError
 from util.files import make_output_dir, write_atomic
-
-_DIGITS = 6  # of a pixel; hides the rounding of a fraction written in decimal
 
 
 def read_yolo(place: Path, split: str) -> Source:
@@ -74,8 +73,8 @@ def read_yolo(place: Path, split: str) -> Source:
             )
     findings = {"unreadable_annotation": unreadable, "label_without_image": _orphans(images)}
     if not any(os.path.isfile(_label_file(image)) for image in images):
-        first = _label_file(min(images))
-        findings["odd_layout"] = [(place.name, f"no label files; the first would be {first}")]
+        none = f"no label files; the first would be {_label_file(min(images))}"
+        findings["odd_layout"] = [(place.name, none)]
     return Source(content, root, place, findings)
 
 
@@ -239,7 +238,7 @@ def _in_pixels(
         w, h = (h, w) if orientation in TURNED else (w, h)
     height, width = size
     left, top = (cx - w / 2) * width, (cy - h / 2) * height
-    xywh = [round(v, _DIGITS) for v in (left, top, w * width, h * height)]
+    xywh = [round(v, DIGITS) for v in (left, top, w * width, h * height)]
     return {"bbox": xywh, "area": xywh[2] * xywh[3]}
 
 
@@ -256,10 +255,11 @@ def write_yolo(splits: Sequence[Split], output_dir: Path, placer: Placer) -> lis
         )
     make_output_dir(output_dir)
     notices = [_write_labels(split, output_dir, placer) for split in splits]
-    content: dict[str, Any] = {split.name: f"images/{split.name}" for split in splits}
-    content["names"] = dict(enumerate(splits[0].class_names))
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    write_atomic(output_dir / "data.yaml", text)
+    names = dict(enumerate(splits[0].class_names))
+    content = {**{split.name: f"images/{split.name}" for split in splits}, "names": names}
+    write_atomic(
+        output_dir / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    )
     return notices
 
 

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.checks.boxes import find_layout
-from datasets.checks.diagnosis import Diagnosis, examine
-from datasets.checks.fix import corrected
+from datasets.checks.diagnosis import Diagnosis, corrected, examine
 from datasets.checks.images import examine_file, scan
 from datasets.checks.kinds import KINDS, tables
 from datasets.checks.report import page, summary
