@@ -49,8 +49,9 @@ def format_options(cfg: object, data_format: str) -> dict[str, str]:
 
 def _is_foreign(cfg: DataConfig, split: Split) -> bool:
     """Return whether a split is in another format than COCO's."""
-    explicit = any(_explicit_paths(cfg, split))
-    return bool(cfg.data_path) and cfg.data_format != "coco" and not explicit
+    return (
+        cfg.data_path != "" and cfg.data_format != "coco" and not any(_explicit_paths(cfg, split))
+    )
 
 
 def _explicit_paths(cfg: DataConfig, split: Split) -> tuple[str, str]:

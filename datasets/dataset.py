@@ -69,8 +69,8 @@ class ImageCache:
         start, h, w, height, width = self._table[position].tolist()
         if start < 0:
             return None
-        part = self._pixels[start : start + CHANNELS * h * w]
-        return part.view(h, w, CHANNELS).permute(2, 0, 1), (height, width)
+        stored = self._pixels[start : start + CHANNELS * h * w].view(h, w, CHANNELS)
+        return stored.permute(2, 0, 1), (height, width)
 
     def put(self, position: int, pixels: Tensor, size: Size) -> None:
         """Keep pixels [3,h,w] uint8 of an image, if there is room."""
@@ -147,8 +147,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         try:
             sample = self._read_sample(position)
         except READ_ERRORS as error:
-            reason = f"{type(error).__name__}: {error}"
-            return UnreadableImage(image_id, str(self._path(position)), reason)
+            path = str(self._path(position))
+            return UnreadableImage(image_id, path, f"{type(error).__name__}: {error}")
         epoch = int(self._epoch)
         generator = seeded_generator(self._seed, epoch, position)
         batch_generator = seeded_generator(self._seed, epoch, batch, 1)

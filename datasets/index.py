@@ -73,8 +73,12 @@ class CocoIndex:
         """
         if image_dir is not None:
             require_folder(image_dir)
-        content = read_content(json_path, need_boxes=need_boxes, cache=cache)
-        return cls.from_content(content, json_path, image_dir, need_boxes=need_boxes)
+        return cls.from_content(
+            read_content(json_path, need_boxes=need_boxes, cache=cache),
+            json_path,
+            image_dir,
+            need_boxes=need_boxes,
+        )
 
     @classmethod
     def from_source(cls, source: Source, *, need_boxes: bool) -> "CocoIndex":
@@ -85,8 +89,12 @@ class CocoIndex:
         Raises:
             DataError: see `check_content` and `from_content`.
         """
-        content = check_content(source, need_boxes=need_boxes)
-        return cls.from_content(content, source.place, source.image_dir, need_boxes=need_boxes)
+        return cls.from_content(
+            check_content(source, need_boxes=need_boxes),
+            source.place,
+            source.image_dir,
+            need_boxes=need_boxes,
+        )
 
     @classmethod
     def from_content(
@@ -216,7 +224,7 @@ def read_content(path: Path, *, need_boxes: bool, cache: bool) -> CocoContent:
 def cache_folder() -> Path:
     """Return where indices are kept: in $XDG_CACHE_HOME, by default ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(root) / "deformable_detr" / "index"
+    return Path(root, "deformable_detr", "index")
 
 
 def _save(file: Path, content: CocoContent) -> None:

@@ -65,7 +65,7 @@ def check_boxes(report: SplitReport) -> None:
         trained = np.asarray(report.flaw == "") & ~found.crowd
         empty = np.bincount(found.image[trained], minlength=len(report.images.ids)) == 0
         empty[[i for i, f in report.facts.items() if f.state in ("missing", "unreadable")]] = False
-        report.report_images("no_boxes", np.flatnonzero(empty).tolist())
+        report.report_images("no_boxes", np.flatnonzero(empty))
 
 
 def clip(xywh: FloatArray, size: FloatArray) -> NDArray[np.float32]:
@@ -184,8 +184,11 @@ def check_learning(report: SplitReport, limits: Limits) -> None:
     report.flaw[judged & (side < 1)] = "vanishing_bbox"
     _find_repeated(report)
     counts = report.boxes_per_image()
-    crowded = np.flatnonzero(counts > limits.num_queries).tolist()
-    report.report_images("too_many_boxes", crowded, lambda i: f"{counts[i]} boxes")
+    report.report_images(
+        "too_many_boxes",
+        np.flatnonzero(counts > limits.num_queries),
+        lambda i: f"{counts[i]} boxes",
+    )
 
 
 def _find_repeated(report: SplitReport) -> None:

@@ -187,7 +187,7 @@ class SplitReport:
     def report_images(
         self,
         kind: str,
-        rows: Sequence[int],
+        rows: Sequence[int] | IntArray,
         detail: Callable[[int], str] = lambda row: "",
         *,
         checked: int = 0,

@@ -79,9 +79,9 @@ def page(diagnosis: Diagnosis, *, title: str) -> str:
     """Return the page: HTML with its styles, charts and thumbnails inside."""
     splits = diagnosis.splits
     images = {
-        (report.split, image_id): (report, i)
+        (report.split, int(report.images.ids[i])): (report, i)
         for report in splits
-        for i, image_id in enumerate(report.images.ids.tolist())
+        for i in np.flatnonzero(report.sound).tolist()
     }
     counts = [report.boxes_by_name() for report in splits]  # ids of splits may differ
     html = render(
@@ -151,7 +151,7 @@ def _thumbnails(
     found: Sequence[Finding],
     images: Mapping[tuple[str, int | None], tuple[SplitReport, int]],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the first images that have a flaw and can be read, what each shows, and its caption."""
+    """Yield the first of the sound `images` that have a flaw: what each shows, and its caption."""
     shown: set[tuple[str, int | None]] = set()
     for finding in found[:2000]:
         key = (finding.split, finding.image_id)
@@ -161,7 +161,7 @@ def _thumbnails(
         height, width = report.images.sizes[image].tolist()
         try:
             pixels = read_rgb(report.path(image), (height, width))
-        except READ_ERRORS:
+        except READ_ERRORS:  # changed since it was decoded
             continue
         shown.add(key)
         about_box = KINDS[kind].group == BOXES and finding.annotation_id is not None
@@ -211,7 +211,7 @@ def _with_boxes(
 def _draw(
     pixels: Image.Image, boxes: list[tuple[FloatArray, str, int]], *, margin: float
 ) -> Image.Image:
-    """Return a small image with boxes (xywh, name, colour), and grey around it where they end.
+    """Return a small image with boxes (xywh, name, colour), and grey around it if they need it.
 
     `margin` is how wide that may be, as a share of the longer side.
     """
@@ -223,8 +223,12 @@ def _draw(
     past = np.concatenate([-corners[:, :2], corners[:, 2:] - (width, height)]).max(initial=0)
     border = round(min(past + _BEYOND, margin * _SIDE)) if past > 0 else 0
     canvas = ImageOps.expand(pixels.resize((width, height)), border, _GREY)
-    labels, names = [colour for _, _, colour in boxes], [name for _, name, _ in boxes]
-    return draw_boxes(canvas, torch.from_numpy(corners + border), labels, names)
+    return draw_boxes(
+        canvas,
+        torch.from_numpy(corners + border),
+        labels=[colour for _, _, colour in boxes],
+        names=[name for _, name, _ in boxes],
+    )
 
 
 def _prose(text: str, *, capital: bool = False) -> Markup:

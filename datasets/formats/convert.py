@@ -44,9 +44,12 @@ def convert(
 
 
 def _index(source: Source) -> CocoIndex:
-    content = check_content(source, need_boxes=True)
     return CocoIndex.from_content(
-        content, source.place, source.image_dir, need_boxes=False, every_size=True
+        check_content(source, need_boxes=True),
+        source.place,
+        source.image_dir,
+        need_boxes=False,
+        every_size=True,
     )
 
 

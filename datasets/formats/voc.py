@@ -122,8 +122,8 @@ def _parse(
             trees[stem] = ET.parse(path).getroot()
         except ET.ParseError as error:
             line, column = error.position
-            detail = f"{str(error).split(':')[0]} at column {column + 1}"
-            damaged[stem] = (f"{path.name}:{line}", detail)
+            what = str(error).split(":")[0]
+            damaged[stem] = (f"{path.name}:{line}", f"{what} at column {column + 1}")
         except (OSError, LookupError, ValueError) as error:  # unreadable, or an unknown encoding
             damaged[stem] = (f"{path.name}:1", str(error))
     return trees, damaged

@@ -73,8 +73,9 @@ def read_yolo(place: Path, split: str) -> Source:
             )
     findings = {"unreadable_annotation": unreadable, "label_without_image": _orphans(images)}
     if not any(os.path.isfile(_label_file(image)) for image in images):
-        none = f"no label files; the first would be {_label_file(min(images))}"
-        findings["odd_layout"] = [(place.name, none)]
+        findings["odd_layout"] = [
+            (place.name, f"no label files; the first would be {_label_file(min(images))}")
+        ]
     return Source(content, root, place, findings)
 
 
