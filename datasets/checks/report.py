@@ -78,7 +78,7 @@ def _of_kind(name: str, found: list[Finding]) -> list[str]:
 def page(diagnosis: Diagnosis, *, title: str) -> str:
     """Return the page: HTML with its styles, charts and thumbnails inside."""
     splits = diagnosis.splits
-    images = {
+    images: dict[tuple[str, int | None], tuple[SplitReport, int]] = {
         (report.split, int(report.images.ids[i])): (report, i)
         for report in splits
         for i in np.flatnonzero(report.sound).tolist()
