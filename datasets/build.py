@@ -8,15 +8,12 @@ import numpy as np
 
 from configs.schema import DataConfig
 from datasets.checks.findings import first_few
-from datasets.dataset import CocoDetection
+from datasets.dataset import CocoDetection, ImageCache
 from datasets.formats.coco import coco_layout, read_coco_file
-from datasets.formats.format import Source
-from datasets.formats.registry import FORMATS, read_source
-from datasets.image_cache import ImageCache
+from datasets.formats.registry import FORMATS, Source, read_source
 from datasets.index import CocoIndex
-from datasets.mixing import Mixing
 from datasets.sample import CHANNELS
-from datasets.transforms import EvalTransform, TrainTransform, Transform
+from datasets.transforms import EvalTransform, Mixing, TrainTransform, Transform
 from util.classes import Classes
 from util.console import console
 from util.errors import DataError
@@ -35,7 +32,7 @@ def read_split(cfg: DataConfig, split: Split) -> Source:
         DataError: see `data_paths` and `read_source`.
     """
     if _is_foreign(cfg, split):
-        place, name = Path(cfg.data_path), _split_name(cfg, split)
+        place, name = Path(cfg.data_path), getattr(cfg, f"{split}_split")
         return read_source(cfg.data_format, place, name, **format_options(cfg, cfg.data_format))
     image_dir, annotation_file = data_paths(cfg, split)
     return read_coco_file(annotation_file, image_dir)
@@ -52,12 +49,9 @@ def format_options(cfg: object, data_format: str) -> dict[str, str]:
 
 def _is_foreign(cfg: DataConfig, split: Split) -> bool:
     """Return whether a split is in another format than COCO's."""
-    given = any(_explicit_paths(cfg, split))
-    return bool(cfg.data_path) and cfg.data_format != "coco" and not given
-
-
-def _split_name(cfg: DataConfig, split: Split) -> str:
-    return cfg.train_split if split == "train" else cfg.val_split
+    return (
+        cfg.data_path != "" and cfg.data_format != "coco" and not any(_explicit_paths(cfg, split))
+    )
 
 
 def _explicit_paths(cfg: DataConfig, split: Split) -> tuple[str, str]:
@@ -80,7 +74,7 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
     if images:
         return Path(images), Path(annotations)
     if cfg.data_path:
-        return coco_layout(Path(cfg.data_path), _split_name(cfg, split))
+        return coco_layout(Path(cfg.data_path), getattr(cfg, f"{split}_split"))
     if cfg.coco_path:
         return coco_layout(Path(cfg.coco_path), split)
     raise DataError(
@@ -97,19 +91,17 @@ def build_transform(
         return EvalTransform(
             eval_scale=cfg.eval_scale, max_size=cfg.max_size, mean=tuple(mean), std=tuple(std)
         )
-    crop_min, crop_max = cfg.crop_size
-    plain = cfg.augment == "none"
     return TrainTransform(
-        train_scales=(cfg.eval_scale,) if plain else cfg.train_scales,
+        train_scales=(cfg.eval_scale,) if cfg.augment == "none" else cfg.train_scales,
         max_size=cfg.max_size,
         hflip=cfg.hflip,
         random_crop=cfg.random_crop,
         crop_scales=cfg.crop_scales,
-        crop_size=(crop_min, crop_max),
+        crop_size=cfg.crop_size,
         one_scale_per_batch=cfg.one_scale_per_batch,
         mean=tuple(mean),
         std=tuple(std),
-        scale_jitter=(cfg.scale_jitter[0], cfg.scale_jitter[1]) if cfg.scale_jitter else None,
+        scale_jitter=cfg.scale_jitter,
         zoom_out=cfg.zoom_out,
         color_jitter=cfg.color_jitter,
     )
@@ -145,7 +137,6 @@ def build_dataset(
     Raises:
         DataError: `classes` lacks a class that annotations of the data have, or all classes.
     """
-    transform = build_transform(cfg, train=train, mean=mean, std=std)
     for notice in _unused(cfg, epochs) if train else ():
         console(f"notice: {notice}")
     mixing = cache = None
@@ -156,7 +147,12 @@ def build_dataset(
         whole = CHANNELS * int(index.images.sizes.astype(np.int64).prod(axis=1).sum())
         cache = ImageCache(len(index), max(1, min(int(cfg.cache_images * 1e9), whole)))
     dataset = CocoDetection(
-        index, transform, seed=seed, classes=classes, mixing=mixing, cache=cache
+        index,
+        build_transform(cfg, train=train, mean=mean, std=std),
+        seed=seed,
+        classes=classes,
+        mixing=mixing,
+        cache=cache,
     )
     if dataset.unknown_classes:
         console(

@@ -58,7 +58,6 @@ def map_used_classes(data: Classes, model: Classes, annotated: Collection[int]) 
 
 
 def _compatible(name: str, category_id: int, model: Classes) -> bool:
-    if not any(model.names):
-        return True
     other = model.names[model.label_of[category_id]]
-    return other != "" and (name == other or str(category_id) in (name, other))
+    alike = name == other or str(category_id) in (name, other)
+    return alike if other else not any(model.names)

@@ -1,6 +1,7 @@
-"""Data sets: images of an index, with targets, and images alone."""
+"""Data sets: images of an index, with targets, kept once decoded; and images alone."""
 
 import glob
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,28 +13,81 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.class_mapping import map_used_classes
-from datasets.image_cache import ImageCache
 from datasets.images import (
     READ_ERRORS,
     SUFFIXES,
     TURNED,
     is_image,
-    orientation_of,
     read_header,
     read_reduced,
     read_rgb,
-    upright_rgb,
 )
 from datasets.index import CocoIndex
-from datasets.mixing import Mixing
-from datasets.sample import Prepared, Sample, clip_boxes, draw_integer, to_pixels
-from datasets.transforms import Transform
+from datasets.sample import CHANNELS, Sample, Size, clip_boxes, draw_integer, to_pixels
+from datasets.transforms import Mixing, Transform
 from util.batch import Target, UnreadableImage
 from util.box_ops import xyxy_to_cxcywh
 from util.classes import Classes
-from util.errors import DataError
+from util.errors import ConfigError, DataError
 
 ImageSource = Path | Image.Image | Tensor
+_PATIENCE = 1.0  # seconds: a process that was killed may have held the lock of the cache
+
+
+class ImageCache:
+    """Images that were decoded once, as 8-bit pixels, as many as there is room for.
+
+    Nothing is thrown out: an epoch needs each image once, so a newer one is worth no more than an
+    older one. The memory is allocated at once, so that it cannot run out later, and is freed with
+    the last process, however that ends.
+    """
+
+    def __init__(self, num_images: int, num_bytes: int) -> None:
+        """Allocate the shared buffer.
+
+        Raises:
+            ConfigError: there is not enough memory.
+        """
+        try:
+            # as torch's own collation does: `share_memory_` would fill as much again, and copy it
+            storage = torch.UntypedStorage._new_shared(num_bytes)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise ConfigError(
+                f"cache_images: there are not {num_bytes / 1e9:.2f} GB of shared memory left "
+                "(`df -h /dev/shm` shows it). Lower it, or give a container more."
+            ) from error
+        self._pixels = torch.empty(0, dtype=torch.uint8).set_(storage)
+        # of each image: where it begins (-1: not here), decoded and whole (height, width)
+        self._table: Tensor = torch.full((num_images, 5), -1, dtype=torch.int64)
+        self._used: Tensor = torch.zeros((), dtype=torch.int64)
+        for shared in (self._table, self._used):
+            shared.share_memory_()  # type: ignore[no-untyped-call]
+        self._lock = multiprocessing.Lock()
+
+    def get(self, position: int) -> tuple[Tensor, Size] | None:
+        """Return pixels [3,h,w] uint8, not to be written to, and the whole image's size."""
+        start, h, w, height, width = self._table[position].tolist()
+        if start < 0:
+            return None
+        stored = self._pixels[start : start + CHANNELS * h * w].view(h, w, CHANNELS)
+        return stored.permute(2, 0, 1), (height, width)
+
+    def put(self, position: int, pixels: Tensor, size: Size) -> None:
+        """Keep pixels [3,h,w] uint8 of an image, if there is room."""
+        _, height, width = pixels.shape
+        if not self._lock.acquire(timeout=_PATIENCE):
+            return
+        try:
+            start = int(self._used)
+            if start + pixels.numel() > len(self._pixels) or int(self._table[position, 0]) >= 0:
+                return
+            self._used += pixels.numel()
+        finally:
+            self._lock.release()
+        part = self._pixels[start : start + pixels.numel()]
+        part.view(height, width, CHANNELS).copy_(pixels.permute(1, 2, 0))
+        self._table[position, 1:] = torch.tensor([height, width, *size])
+        self._table[position, 0] = start  # last: from here on others read it
 
 
 class SampleKey(NamedTuple):
@@ -67,8 +121,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         """
         self.index = index
         self.classes = index.classes if classes is None else classes
-        annotated = np.unique(index.annotations.labels).tolist()
-        used = {index.classes.ids[label] for label in annotated}
+        used = {index.classes.ids[i] for i in np.unique(index.annotations.labels).tolist()}
         mapping = map_used_classes(index.classes, self.classes, used)
         self._label_of = np.array([mapping.get(i, -1) for i in index.classes.ids], dtype=np.int64)
         self.label_to_category = {label: category for category, label in mapping.items()}
@@ -99,11 +152,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         epoch = int(self._epoch)
         generator = seeded_generator(self._seed, epoch, position)
         batch_generator = seeded_generator(self._seed, epoch, batch, 1)
-        mixed = sample
+        size = sample.size
         if self._mixing is not None:
-            mixed = self._mixing(sample, epoch, self._draw_sample, generator)
-        prepared = self._transform(mixed, generator, batch_generator)
-        return prepared.image, make_target(prepared, image_id, sample.size)
+            sample = self._mixing(sample, epoch, self._draw_sample, generator)
+        prepared = self._transform(sample, generator, batch_generator)
+        return prepared.image, make_target(prepared, image_id, size)
 
     def read_image(self, image_id: int) -> Image.Image | None:
         """Return an image as it is stored, None if it cannot be read."""
@@ -164,7 +217,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
             return None
 
 
-def make_target(prepared: Prepared, image_id: int, orig_size: tuple[int, int]) -> Target:
+def make_target(prepared: Sample, image_id: int, orig_size: tuple[int, int]) -> Target:
     """Return the target of a prepared image; see `util.batch.Batch` for its entries."""
     height, width = prepared.image.shape[-2:]
     scale = torch.tensor([width, height, width, height], dtype=torch.float32)
@@ -228,13 +281,12 @@ class ImageList(Dataset[tuple[Tensor, Target] | UnreadableImage]):
     def __getitem__(self, position: int) -> tuple[Tensor, Target] | UnreadableImage:
         source = self._images[position]
         try:
-            pixels = _upright_pixels(source)
+            pixels = source if isinstance(source, Tensor) else to_pixels(read_rgb(source, None))
         except READ_ERRORS as error:
             path = source if isinstance(source, Path) else getattr(source, "filename", "")
             return UnreadableImage(position, str(path), f"{type(error).__name__}: {error}")
         size = (pixels.shape[1], pixels.shape[2])
-        labels = torch.zeros(0, dtype=torch.int64)
-        sample = Sample(pixels, torch.zeros(0, 4), labels, size)
+        sample = Sample(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), size)
         generator = torch.Generator().manual_seed(position)
         prepared = self._transform(sample, generator, generator)
         return prepared.image, make_target(prepared, position, size)
@@ -248,17 +300,8 @@ class ImageList(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         return self._transform.output_size(height, width)
 
 
-def _upright_pixels(source: ImageSource) -> Tensor:
-    if isinstance(source, Tensor):
-        return source
-    return to_pixels(read_rgb(source, None) if isinstance(source, Path) else upright_rgb(source))
-
-
 def _upright_size(source: ImageSource) -> tuple[int, int]:
     if isinstance(source, Tensor):
         return source.shape[1], source.shape[2]
-    if isinstance(source, Path):
-        size, orientation = read_header(source) or ((0, 0), 1)
-    else:
-        size, orientation = source.size[::-1], orientation_of(source)
+    size, orientation = read_header(source) or ((0, 0), 1)
     return size[::-1] if orientation in TURNED else size

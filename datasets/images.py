@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 # What reading raises of files that are missing, damaged, truncated, huge or no images.
@@ -21,7 +21,6 @@ READ_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-_ORIENTATION = 0x0112  # EXIF tag
 TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 # What brings the stored pixels upright. Pillow's own function writes all of the EXIF data anew, and
 # fails where any of it is odd.
@@ -57,12 +56,15 @@ def _as_read_error() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
-    """Open an image to read its header.
+def open_image(file: Path | IO[bytes] | Image.Image) -> Iterator[Image.Image]:
+    """Open an image to read its header; one that is open already stays as it is.
 
     Raises:
         READ_ERRORS: there is none, or more pixels than Pillow's limit.
     """
+    if isinstance(file, Image.Image):
+        yield file
+        return
     with _as_read_error():
         image = Image.open(file)
     with image:
@@ -84,10 +86,10 @@ def decode(image: Image.Image) -> None:
         image.load()
 
 
-def read_header(path: Path) -> tuple[tuple[int, int], int] | None:
+def read_header(file: Path | Image.Image) -> tuple[tuple[int, int], int] | None:
     """Return the stored (height, width) in pixels and the EXIF orientation, None without header."""
     try:
-        with open_image(path) as image:
+        with open_image(file) as image:
             return (image.height, image.width), orientation_of(image)
     except READ_ERRORS:
         return None
@@ -95,7 +97,7 @@ def read_header(path: Path) -> tuple[tuple[int, int], int] | None:
 
 def upright_point(x: float, y: float, orientation: int) -> tuple[float, float]:
     """Return where a point of the stored pixels is upright; both as fractions of the sides."""
-    places = {
+    return {
         1: (x, y),
         2: (1 - x, y),
         3: (1 - x, 1 - y),
@@ -104,8 +106,7 @@ def upright_point(x: float, y: float, orientation: int) -> tuple[float, float]:
         6: (1 - y, x),
         7: (1 - y, 1 - x),
         8: (y, 1 - x),
-    }
-    return places[orientation]
+    }[orientation]
 
 
 def stored_point(x: float, y: float, orientation: int) -> tuple[float, float]:
@@ -113,13 +114,13 @@ def stored_point(x: float, y: float, orientation: int) -> tuple[float, float]:
     return upright_point(x, y, {6: 8, 8: 6}.get(orientation, orientation))
 
 
-def read_rgb(path: Path, stated_size: tuple[int, int] | None) -> Image.Image:
+def read_rgb(file: Path | Image.Image, stated_size: tuple[int, int] | None) -> Image.Image:
     """Decode an image to 8-bit RGB; see `read_reduced`, of which this is the whole image."""
-    return read_reduced(path, stated_size, lambda height, width: (height, width))[0]
+    return read_reduced(file, stated_size, lambda height, width: (height, width))[0]
 
 
 def read_reduced(
-    path: Path,
+    file: Path | Image.Image,
     stated_size: tuple[int, int] | None,
     decoded_size: Callable[[int, int], tuple[int, int]],
 ) -> tuple[Image.Image, tuple[int, int]]:
@@ -133,7 +134,7 @@ def read_reduced(
     Raises:
         READ_ERRORS: the file cannot be decoded to its end.
     """
-    with open_image(path) as image:
+    with open_image(file) as image:
         if not isinstance(image, JpegImageFile):
             decode(image)  # the orientation may stand behind the pixels
         stored_size, orientation = (image.height, image.width), orientation_of(image)
@@ -151,25 +152,16 @@ def read_reduced(
         return rgb.transpose(_UPRIGHT[orientation]) if upright else rgb, size
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode an open image to 8-bit RGB and apply its EXIF orientation.
-
-    Raises:
-        READ_ERRORS: its file cannot be decoded to its end.
-    """
-    decode(image)
-    rgb, orientation = _to_rgb(image), orientation_of(image)
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation != 1 else rgb
-
-
 def _reduction(size: tuple[int, int], min_size: tuple[int, int]) -> int:
     """Return the largest divisor of `size` that leaves at least `min_size`.
 
     A side is rounded up by a quarter of a pixel at most: boxes stay on what they enclose.
     """
     for factor in (8, 4, 2):
-        pairs = list(zip(size, min_size, strict=True))
-        if all(s // factor >= low and -s % factor <= factor // 4 for s, low in pairs):
+        if all(
+            side // factor >= low and -side % factor <= factor // 4
+            for side, low in zip(size, min_size, strict=True)
+        ):
             return factor
     return 1
 
@@ -177,9 +169,8 @@ def _reduction(size: tuple[int, int], min_size: tuple[int, int]) -> int:
 def orientation_of(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 (as stored) where the tag is missing or makes no sense."""
     try:
-        with _as_read_error():
-            found = int(image.getexif().get(_ORIENTATION, 1))
-    except READ_ERRORS:
+        found = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (*READ_ERRORS, *_OTHER_ERRORS):
         return 1
     return found if found in _UPRIGHT else 1
 

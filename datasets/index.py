@@ -1,25 +1,39 @@
-"""A checked split of a data set of any format, in flat arrays."""
+"""A checked split of a data set of any format, in flat arrays, and what is kept of large files.
 
-from dataclasses import dataclass
+What was read of a large COCO-format file is kept, so that the next run need not read it again. A
+file in the user's cache folder is named by a hash of the JSON's bytes and starts with a hash of its
+own content: one that is damaged, half written or of other data is never used. Nothing is written
+next to the data.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.arrays import Annotations, Images
+from datasets.arrays import Annotations, Images, Names
 from datasets.checks.boxes import check_boxes, clip, has_area
 from datasets.checks.entries import CocoContent, check_content
-from datasets.checks.findings import Notice
+from datasets.checks.findings import Notice, SplitReport
 from datasets.checks.images import check_headers
-from datasets.checks.split_report import SplitReport
-from datasets.formats.coco import require_folder
-from datasets.formats.format import Source
-from datasets.index_cache import read_content
+from datasets.formats.coco import parse_json, read_bytes, require_folder
+from datasets.formats.registry import Source
 from util.classes import Classes
 from util.errors import DataError
+from util.files import atomic_path
 
 _CLASSES_SHOWN = 12
+_VERSION = 4  # of the kept arrays and of the checks that fill them
+_MIN_BYTES = 4_000_000  # smaller files are read again in a moment
+_KEPT = 16  # files
+_DIGEST = 32  # bytes of SHA-256
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +73,12 @@ class CocoIndex:
         """
         if image_dir is not None:
             require_folder(image_dir)
-        content = read_content(json_path, need_boxes=need_boxes, cache=cache)
-        return cls.from_content(content, json_path, image_dir, need_boxes=need_boxes)
+        return cls.from_content(
+            read_content(json_path, need_boxes=need_boxes, cache=cache),
+            json_path,
+            image_dir,
+            need_boxes=need_boxes,
+        )
 
     @classmethod
     def from_source(cls, source: Source, *, need_boxes: bool) -> "CocoIndex":
@@ -71,14 +89,26 @@ class CocoIndex:
         Raises:
             DataError: see `check_content` and `from_content`.
         """
-        content = check_content(source, need_boxes=need_boxes)
-        return cls.from_content(content, source.place, source.image_dir, need_boxes=need_boxes)
+        return cls.from_content(
+            check_content(source, need_boxes=need_boxes),
+            source.place,
+            source.image_dir,
+            need_boxes=need_boxes,
+        )
 
     @classmethod
     def from_content(
-        cls, content: CocoContent, place: Path, image_dir: Path | None, *, need_boxes: bool
+        cls,
+        content: CocoContent,
+        place: Path,
+        image_dir: Path | None,
+        *,
+        need_boxes: bool,
+        every_size: bool = False,
     ) -> "CocoIndex":
         """Check content against the images, unless their folder is None.
+
+        The stated sizes of some images are compared with their files, or with `every_size` of all.
 
         Raises:
             DataError: none of the images is in the folder, or there is no box to train on although
@@ -88,7 +118,7 @@ class CocoIndex:
         report.classes, report.images = content.classes, content.images
         report.annotations = content.annotations
         if image_dir is not None:
-            check_headers(report)
+            check_headers(report, every_size=every_size)
         check_boxes(report)
         notices = (*content.notices, *report.notices)
         # Training and evaluation take the numbers as they are, whatever layout they seem to have.
@@ -165,4 +195,78 @@ class CocoIndex:
             f"{int((self.boxes_per_image == 0).sum())} images without boxes, "
             f"{int(self.annotations.crowd.sum())} crowd boxes, {len(self.classes)} classes\n"
             f"  boxes by class: {', '.join([*shown, *more])}"
+        )
+
+
+def read_content(path: Path, *, need_boxes: bool, cache: bool) -> CocoContent:
+    """Return the checked content of a COCO-format file, from the cache where it is there.
+
+    What is kept serves training and evaluation alike.
+
+    Raises:
+        DataError: see `parse_json` and `check_content`.
+    """
+    data = read_bytes(path)
+    file = content = None
+    if cache and len(data) >= _MIN_BYTES:
+        file = cache_folder() / f"{hashlib.sha256(data).hexdigest()}-{_VERSION}"
+        content = _load(file)
+    # What was kept without annotations may lack the list of them: that is refused here.
+    if content is None or (need_boxes and not len(content.annotations.ids)):
+        source = Source(parse_json(data, path), Path(), path)
+        content = check_content(source, need_boxes=need_boxes)
+        with contextlib.suppress(OSError):  # no room or no right to write: read anew next time
+            if file is not None:
+                _save(file, content)
+    return content
+
+
+def cache_folder() -> Path:
+    """Return where indices are kept: in $XDG_CACHE_HOME, by default ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(root, "deformable_detr", "index")
+
+
+def _save(file: Path, content: CocoContent) -> None:
+    """Write in one step; of processes that write at once, the last wins."""
+    others = {
+        "classes": content.classes.to_json(),
+        "notices": [asdict(notice) for notice in content.notices],
+    }
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        others=np.frombuffer(json.dumps(others).encode(), dtype=np.uint8),
+        image_ids=content.images.ids,
+        name_data=content.images.file_names.data,
+        name_ends=content.images.file_names.ends,
+        sizes=content.images.sizes,
+        **{f"box_{f.name}": getattr(content.annotations, f.name) for f in fields(Annotations)},
+    )
+    with atomic_path(file) as temporary, temporary.open("wb") as opened:
+        opened.write(hashlib.sha256(buffer.getbuffer()).digest())
+        opened.write(buffer.getbuffer())
+    for old in sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
+        old.unlink(missing_ok=True)
+
+
+def _load(file: Path) -> CocoContent | None:
+    """Return what was saved, None where there is nothing sound."""
+    try:
+        raw = memoryview(file.read_bytes())
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(file)  # the longest unused goes first
+    if hashlib.sha256(raw[_DIGEST:]).digest() != raw[:_DIGEST]:
+        return None
+    with np.load(io.BytesIO(raw[_DIGEST:]), allow_pickle=False) as saved:
+        others = json.loads(saved["others"].tobytes())
+        return CocoContent(
+            Classes.from_json(others["classes"]),
+            Images(
+                saved["image_ids"], Names(saved["name_data"], saved["name_ends"]), saved["sizes"]
+            ),
+            Annotations(*(saved[f"box_{f.name}"] for f in fields(Annotations))),
+            tuple(Notice(**notice) for notice in others["notices"]),
         )

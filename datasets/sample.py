@@ -19,7 +19,7 @@ Size = tuple[int, int]  # (height, width)
 
 @dataclass(frozen=True)
 class Sample:
-    """An image [3,h,w] uint8 RGB with boxes [K,4] xyxy and labels [K].
+    """An image [3,h,w] RGB, uint8 until it is normalised, with boxes [K,4] xyxy and labels [K].
 
     Boxes are in pixels of `size`, the (height, width) that the image counts as; an image that
     was decoded at a fraction of it has fewer pixels until it is resized.
@@ -31,23 +31,9 @@ class Sample:
     size: Size
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A normalised image [3,H,W] with boxes [K,4] xyxy in its pixels and labels [K]."""
-
-    image: Tensor
-    boxes: Tensor
-    labels: Tensor
-
-
 def to_pixels(image: Image.Image) -> Tensor:
     """Return an RGB image as uint8 [3,H,W], channels last in memory."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def to_image(image: Tensor) -> Image.Image:
-    """Return uint8 [3,H,W] as an RGB image."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
 def resized_size(height: int, width: int, size: int, max_size: int | None) -> Size:
@@ -75,9 +61,8 @@ def resize(sample: Sample, size: Size, *, exact: bool = False) -> Sample:
     """
     image = sample.image
     if tuple(image.shape[-2:]) != size and exact:
-        height, width = size
-        resized = to_image(image).resize((width, height), Image.Resampling.BILINEAR)
-        image = to_pixels(resized)
+        stored = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        image = to_pixels(stored.resize(size[::-1], Image.Resampling.BILINEAR))
     elif tuple(image.shape[-2:]) != size:
         image = pixels.resize(image, list(size), antialias=True)
     return counted_as(replace(sample, image=image), size)
@@ -105,7 +90,7 @@ def crop(sample: Sample, left: int, top: int, width: int, height: int) -> Sample
     return clip_boxes(Sample(image, boxes, whole.labels, (height, width)))
 
 
-def random_crop(sample: Sample, sides: tuple[int, int], generator: torch.Generator) -> Sample:
+def random_crop(sample: Sample, sides: tuple[int, ...], generator: torch.Generator) -> Sample:
     """Cut a rectangle out whose sides are drawn between the two of `sides` (pixels).
 
     A side that is smaller than the minimum is kept whole.
@@ -120,8 +105,10 @@ def random_crop(sample: Sample, sides: tuple[int, int], generator: torch.Generat
 def crop_anywhere(sample: Sample, size: Size, generator: torch.Generator) -> Sample:
     """Cut a rectangle of `size` out at a place that is drawn."""
     height, width = size
-    left = draw_integer(0, sample.size[1] - width, generator)
-    top = draw_integer(0, sample.size[0] - height, generator)
+    left, top = (
+        draw_integer(0, full - side, generator)
+        for full, side in ((sample.size[1], width), (sample.size[0], height))
+    )
     return crop(sample, left, top, width, height)
 
 
@@ -136,7 +123,7 @@ def clip_boxes(sample: Sample) -> Sample:
 
 def normalise(
     sample: Sample, mean: Sequence[float], std: Sequence[float], *, exact: bool = False
-) -> Prepared:
+) -> Sample:
     """Turn the image into a tensor in 0..1, less `mean`, over `std` (per channel).
 
     `exact` has the official order of operations, and so its last bits.
@@ -149,7 +136,7 @@ def normalise(
             plane.div_(255).sub_(m).div_(s)
         else:
             plane.mul_(1 / (255 * s)).sub_(m / s)
-    return Prepared(image, sample.boxes, sample.labels)
+    return replace(sample, image=image)
 
 
 def draw_chance(probability: float, generator: torch.Generator) -> bool:

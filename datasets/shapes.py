@@ -1,19 +1,178 @@
-"""The generated `shapes` data set, in COCO layout: `python -m datasets.shapes --output_dir DIR`."""
+"""The generated `shapes` data set, in COCO layout: `python -m datasets.shapes --output_dir DIR`.
+
+Every object has the exact extent of what is visible of it.
+"""
 
 import argparse
 import json
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from scipy import ndimage
 
-from datasets.shape_drawing import CATEGORY_IDS, draw_image
+from datasets.arrays import FloatArray
+from datasets.formats.coco import coco_content, coco_layout
+from datasets.formats.registry import Split, SplitImage, write_text
 from util.errors import DataError, UserError
 
+SUBPIXELS = 4  # masks are drawn this much finer than the image, in each direction
+MIN_VISIBLE = 0.75  # an object may lose at most a quarter of itself to the ones drawn over it
+SIZE = (288, 216)  # of an image: one for all, so that no batch is padded
+SMALLEST, LARGEST = 20, 150  # size of an object, pixels
+MAX_OBJECTS = 12
+_ATTEMPTS = 8
 _VERSION = 4  # counts changes of the drawing, so that an old folder is not taken for a new one
 _FIRST_IMAGE_ID = {"train": 1, "val": 500_000}
+
+
+def _polar(radii: list[float]) -> FloatArray:
+    angles = np.arange(len(radii)) * (2 * np.pi / len(radii))
+    return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], axis=1)
+
+
+_CROSS = np.array(
+    [
+        *[(1, -0.3), (1, 0.3), (0.3, 0.3)],
+        *[(0.3, 1), (-0.3, 1), (-0.3, 0.3)],
+        *[(-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
+        *[(-0.3, -1), (0.3, -1), (0.3, -0.3)],
+    ]
+)
+# Outlines in units of half the object's size; a second outline is a hole.
+OUTLINES: dict[str, tuple[FloatArray, ...]] = {
+    "circle": (_polar([1.0] * 64),),
+    "square": (np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * 0.85,),
+    "triangle": (_polar([1.1] * 3),),
+    "star": (_polar([1.1, 0.45] * 5),),
+    "cross": (_CROSS,),
+    "ring": (_polar([1.0] * 64), _polar([0.55] * 64)),
+}
+# Ids have gaps and are not in order of name, as in real data.
+CATEGORY_IDS = {"square": 3, "star": 7, "circle": 11, "ring": 18, "triangle": 24, "cross": 52}
+
+
+@dataclass(frozen=True)
+class DrawnObject:
+    """What is visible of one object: `box_xywh` in pixels, `area` in square pixels."""
+
+    name: str
+    box_xywh: tuple[float, float, float, float]
+    area: float
+
+
+@dataclass
+class _Shape:
+    """An object to place: the pixels around it, and its mask in subpixels.
+
+    `area` counts the subpixels of the mask, `visible` those that later objects leave.
+    """
+
+    name: str
+    rows: slice
+    columns: slice
+    mask: Image.Image
+    area: int
+    visible: int
+
+
+def draw_image(rng: np.random.Generator) -> tuple[Image.Image, list[DrawnObject]]:
+    """Draw an image with 1 to 12 objects, later ones on top."""
+    canvas = _background(rng)
+    placed: list[_Shape] = []
+    # Which object is seen at each subpixel, counted from 1: [H,4,W,4].
+    front = np.zeros((SIZE[1], SUBPIXELS, SIZE[0], SUBPIXELS), dtype=np.int8)
+    for _ in range(int(rng.integers(1, MAX_OBJECTS + 1))):
+        new = _place(rng, front, placed)
+        if new is not None:
+            _paint(rng, canvas, new)
+            placed.append(new)
+    grain = int(rng.integers(0, 13))
+    canvas += rng.integers(-grain, grain + 1, size=canvas.shape, dtype=np.int8)
+    objects = []
+    extents = ndimage.find_objects(front.reshape(SIZE[1] * SUBPIXELS, SIZE[0] * SUBPIXELS))
+    for shape, (rows, columns) in zip(placed, extents, strict=True):
+        x, y = columns.start / SUBPIXELS, rows.start / SUBPIXELS
+        width, height = columns.stop / SUBPIXELS - x, rows.stop / SUBPIXELS - y
+        objects.append(DrawnObject(shape.name, (x, y, width, height), shape.visible / SUBPIXELS**2))
+    return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), objects
+
+
+def _background(rng: np.random.Generator) -> NDArray[np.float32]:
+    """Return a colour gradient [H,W,3] in 0..255, plain, striped or blotched."""
+    width, height = SIZE
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    angle = rng.uniform(0, 2 * np.pi)
+    along = np.cos(angle) * (x / width - 0.5) + np.sin(angle) * (y / height - 0.5)
+    start, end = rng.uniform(20, 235, size=(2, 3)).astype(np.float32)
+    canvas = np.asarray(start + (end - start) * (along[..., None] + 0.5), dtype=np.float32)
+    texture, strength = int(rng.integers(3)), rng.uniform(10, 35)
+    if texture == 1:
+        direction, period = rng.uniform(0, np.pi), rng.uniform(8, 40)
+        phase = (np.cos(direction) * x + np.sin(direction) * y) * (2 * np.pi / period)
+        canvas += np.float32(strength) * np.sin(phase, dtype=np.float32)[..., None]
+    elif texture == 2:
+        coarse = rng.integers(0, 256, size=(8, 10, 3), dtype=np.uint8)
+        blotches = Image.fromarray(coarse).resize(SIZE, Image.Resampling.BICUBIC)
+        canvas += (np.asarray(blotches, dtype=np.float32) - 128) * np.float32(strength / 90)
+    return canvas
+
+
+def _place(
+    rng: np.random.Generator, front: NDArray[np.int8], placed: list[_Shape]
+) -> _Shape | None:
+    """Find room for a new object and put it in front; None where it would hide too much."""
+    for _ in range(_ATTEMPTS):
+        new = _random_shape(rng)
+        seen = front[new.rows, :, new.columns]
+        mask = (np.asarray(new.mask) > 0).reshape(seen.shape)
+        hidden = np.bincount(seen[mask], minlength=len(placed) + 1)[1:].tolist()
+        left = [shape.visible - lost for shape, lost in zip(placed, hidden, strict=True)]
+        if all(rest >= MIN_VISIBLE * s.area for s, rest in zip(placed, left, strict=True)):
+            for shape, rest in zip(placed, left, strict=True):
+                shape.visible = rest
+            seen[mask] = len(placed) + 1
+            return new
+    return None
+
+
+def _random_shape(rng: np.random.Generator) -> _Shape:
+    name = list(OUTLINES)[int(rng.integers(len(OUTLINES)))]
+    sides = np.sqrt(SMALLEST), np.sqrt(min(LARGEST, 0.7 * min(SIZE)))
+    size = float(rng.uniform(*sides) ** 2)  # small ones more often
+    margin = 0.3 * size  # the image's border may cut an object, but not its middle
+    centre = rng.uniform((margin, margin), (SIZE[0] - margin, SIZE[1] - margin))
+    angle = rng.uniform(0, 2 * np.pi)
+    cos, sin = np.cos(angle), np.sin(angle)
+    turn = np.array([[cos, sin], [-sin, cos]]) * (size / 2)
+    outlines = [outline @ turn + centre for outline in OUTLINES[name]]
+    left, top = np.maximum(np.floor(outlines[0].min(0)) - 1, 0).astype(int).tolist()
+    right, bottom = np.minimum(np.ceil(outlines[0].max(0)) + 1, SIZE).astype(int).tolist()
+    mask = Image.new("L", ((right - left) * SUBPIXELS, (bottom - top) * SUBPIXELS))
+    pen = ImageDraw.Draw(mask)
+    for fill, outline in zip((255, 0), outlines, strict=False):
+        # ImageDraw puts the centre of a subpixel at whole coordinates.
+        points = (outline - (left, top)) * SUBPIXELS - 0.5
+        pen.polygon([(float(px), float(py)) for px, py in points], fill=fill)
+    area = int(np.count_nonzero(np.asarray(mask)))
+    return _Shape(name, slice(top, bottom), slice(left, right), mask, area, area)
+
+
+def _paint(rng: np.random.Generator, canvas: NDArray[np.float32], new: _Shape) -> None:
+    """Blend the object into the image by its coverage of each pixel."""
+    coverage = np.asarray(new.mask.reduce(SUBPIXELS), dtype=np.float32)[..., None] / 255
+    behind = canvas[new.rows, new.columns]
+    mean = np.average(behind, axis=(0, 1), weights=np.broadcast_to(coverage, behind.shape))
+    colour = rng.uniform(0, 255, size=3)
+    while np.abs(colour - mean).sum() < 170:  # until one stands out from what is behind
+        colour = rng.uniform(0, 255, size=3)
+    shade = np.linspace(-1, 1, coverage.shape[1], dtype=np.float32)[:, None] * rng.uniform(-20, 20)
+    behind += coverage * (colour + shade - behind).astype(np.float32)
 
 
 def generate_shapes(output_dir: Path, *, num_train: int, num_val: int, seed: int) -> None:
@@ -32,7 +191,6 @@ def generate_shapes(output_dir: Path, *, num_train: int, num_val: int, seed: int
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".shapes-") as scratch:
         unfinished = Path(scratch) / "set"
-        (unfinished / "annotations").mkdir(parents=True)
         for split, count in counts.items():
             _write_split(unfinished, split, count, seed)
         if output_dir.exists():
@@ -51,15 +209,11 @@ def _info(split: str, count: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _annotation_file(folder: Path, split: str) -> Path:
-    return folder / "annotations" / f"instances_{split}2017.json"
-
-
 def _check_existing(folder: Path, counts: dict[str, int], seed: int) -> None:
     for split, count in counts.items():
+        image_dir, annotation_file = coco_layout(folder, split)
         try:
-            content = json.loads(_annotation_file(folder, split).read_text(encoding="utf-8"))
-            found = content["info"]
+            found = json.loads(annotation_file.read_text(encoding="utf-8"))["info"]
         except (OSError, ValueError, KeyError, TypeError):
             found = None
         if not isinstance(found, dict) or found.get("generator") != "shapes":
@@ -72,45 +226,38 @@ def _check_existing(folder: Path, counts: dict[str, int], seed: int) -> None:
                 f"seed {found.get('seed')} (drawing version {found.get('generator_version')}), not "
                 f"{count} of seed {seed} (version {_VERSION}). Delete it or choose another folder."
             )
-        if sum(1 for _ in (folder / f"{split}2017").glob("*.jpg")) != count:
+        if sum(1 for _ in image_dir.glob("*.jpg")) != count:
             raise DataError(
-                f"{folder / f'{split}2017'}: some of the {count} images are gone. "
+                f"{image_dir}: some of the {count} images are gone. "
                 "Delete the folder and generate it again."
             )
 
 
 def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
-    image_dir = folder / f"{split}2017"
-    image_dir.mkdir()
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    image_dir, annotation_file = coco_layout(folder, split)
+    image_dir.mkdir(parents=True)
+    names = list(CATEGORY_IDS)
+    images = []
     for index in range(count):
-        rng = np.random.default_rng((seed, list(_FIRST_IMAGE_ID).index(split), index))
-        image, objects = draw_image(rng)
+        key = (seed, list(_FIRST_IMAGE_ID).index(split), index)
+        image, objects = draw_image(np.random.default_rng(key))
         image_id = _FIRST_IMAGE_ID[split] + index
-        name = f"{image_id:06d}.jpg"
-        image.save(image_dir / name, quality=92, subsampling=0)
+        file = image_dir / f"{image_id:06d}.jpg"
+        image.save(file, quality=92, subsampling=0)
         images.append(
-            {"id": image_id, "file_name": name, "width": image.width, "height": image.height}
-        )
-        for one in objects:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": one.category_id,
-                    "bbox": list(one.box_xywh),
-                    "area": one.area,
-                    "iscrowd": 0,
-                }
+            SplitImage(
+                id=image_id,
+                name=file.name,
+                file=file,
+                size=(image.height, image.width),
+                labels=[names.index(one.name) for one in objects],
+                xywh=[list(one.box_xywh) for one in objects],
+                area=[one.area for one in objects],
+                crowd=[False] * len(objects),
             )
-    content = {
-        "info": _info(split, count, seed),
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": number, "name": name} for name, number in CATEGORY_IDS.items()],
-    }
-    _annotation_file(folder, split).write_text(json.dumps(content), encoding="utf-8")
+        )
+    drawn = coco_content(Split(split, tuple(CATEGORY_IDS.values()), tuple(names), images))
+    write_text(annotation_file, json.dumps({"info": _info(split, count, seed), **drawn}))
 
 
 def _main() -> int:
@@ -121,9 +268,7 @@ def _main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     args = parser.parse_args()
     try:
-        generate_shapes(
-            args.output_dir, num_train=args.num_train, num_val=args.num_val, seed=args.seed
-        )
+        generate_shapes(**vars(args))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.arrays import BoolArray, FloatArray
-from datasets.checks.split_report import SplitReport
+from datasets.checks.findings import SplitReport
 from datasets.sample import resized_size
 
 Layout = Literal["xywh", "xyxy", "cxcywh"]
@@ -43,10 +43,12 @@ def check_boxes(report: SplitReport) -> None:
     _find_shifted(report, ~fraction)
 
     side = report.xywh[:, 2:].min(axis=1, initial=np.inf)
-    for kind, chosen in (("negative_bbox", side < 0), ("zero_bbox", side == 0)):
-        _leave_out(report, kind, chosen & (report.flaw == ""))
-    inside = has_area(clip(report.xywh, size))
-    _leave_out(report, "outside_bbox", ~inside & known & (report.flaw == ""))
+    outside = ~has_area(clip(report.xywh, size)) & known
+    useless = {"negative_bbox": side < 0, "zero_bbox": side == 0, "outside_bbox": outside}
+    for kind, chosen in useless.items():
+        left_out = np.asarray(chosen & (report.flaw == ""))
+        report.report_boxes(kind, left_out)
+        report.flaw[left_out] = kind
 
     low, high = report.xywh[:, :2], report.xywh[:, :2] + report.xywh[:, 2:]
     past = ((low < -_SLACK) | (high > size + _SLACK)).any(axis=1) & known & (report.flaw == "")
@@ -62,9 +64,8 @@ def check_boxes(report: SplitReport) -> None:
     if report.section("annotations") or len(found.ids):  # a set to predict on has none
         trained = np.asarray(report.flaw == "") & ~found.crowd
         empty = np.bincount(found.image[trained], minlength=len(report.images.ids)) == 0
-        unread = [i for i, f in report.facts.items() if f.state in ("missing", "unreadable")]
-        empty[unread] = False
-        report.report_images("no_boxes", np.flatnonzero(empty).tolist())
+        empty[[i for i, f in report.facts.items() if f.state in ("missing", "unreadable")]] = False
+        report.report_images("no_boxes", np.flatnonzero(empty))
 
 
 def clip(xywh: FloatArray, size: FloatArray) -> NDArray[np.float32]:
@@ -77,11 +78,6 @@ def clip(xywh: FloatArray, size: FloatArray) -> NDArray[np.float32]:
 def has_area(xyxy: NDArray[np.float32]) -> BoolArray:
     """Return which boxes [A,4] have a width and a height [A]."""
     return np.asarray((xyxy[:, 2:] > xyxy[:, :2]).all(axis=1))
-
-
-def _leave_out(report: SplitReport, kind: str, chosen: BoolArray) -> None:
-    report.report_boxes(kind, chosen)
-    report.flaw[chosen] = kind
 
 
 def _are_fractions(xywh: FloatArray) -> BoolArray:
@@ -188,8 +184,11 @@ def check_learning(report: SplitReport, limits: Limits) -> None:
     report.flaw[judged & (side < 1)] = "vanishing_bbox"
     _find_repeated(report)
     counts = report.boxes_per_image()
-    crowded = np.flatnonzero(counts > limits.num_queries).tolist()
-    report.report_images("too_many_boxes", crowded, lambda i: f"{counts[i]} boxes")
+    report.report_images(
+        "too_many_boxes",
+        np.flatnonzero(counts > limits.num_queries),
+        lambda i: f"{counts[i]} boxes",
+    )
 
 
 def _find_repeated(report: SplitReport) -> None:

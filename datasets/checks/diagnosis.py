@@ -1,25 +1,33 @@
-"""Examine the splits of a data set, and report everything that is wrong with it."""
+"""Examine the splits of a data set: everything that is wrong with it, and a corrected copy."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from datasets.checks.boxes import Limits, check_boxes, check_learning
-from datasets.checks.entries import read_entries
-from datasets.checks.findings import Finding
-from datasets.checks.images import check_files, find_missing
+from datasets.checks.entries import is_area, read_entries
+from datasets.checks.findings import SECTIONS, FileFacts, Finding, SplitReport
+from datasets.checks.images import check_files, find_missing, scan
 from datasets.checks.kinds import KINDS
-from datasets.checks.scan import FileFacts, scan
-from datasets.checks.split_report import SplitReport
 from datasets.class_mapping import map_used_classes
-from datasets.formats.format import Source
-from datasets.images import TURNED, is_image
+from datasets.formats.registry import Source
+from datasets.images import is_image
 from util.errors import DataError
+
+_NEW_AREA = ("normalised_bbox", "xyxy_bbox", "cxcywh_bbox")  # the old one is of other numbers
+_NEW_IDS = {"no_annotation_id", "repeated_annotation"}
+# Kinds whose entries are kept, with other values.
+_KEPT = {
+    *_NEW_AREA,
+    *_NEW_IDS,
+    *("wrong_size", "size_not_stated", "missing_key", "past_edge", "one_based", "zero_based"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,16 @@ class Diagnosis:
         return {
             "check": 1,
             "healthy": self.healthy,
-            "splits": {report.split: _counts(report) for report in self.splits},
+            "splits": {
+                report.split: {
+                    "place": str(report.source.place),
+                    "images": len(report.section("images")),
+                    "annotations": len(report.section("annotations")),
+                    "usable_boxes": sum(report.boxes_by_class().values()),
+                    "boxes_by_class": report.boxes_by_name(),
+                }
+                for report in self.splits
+            },
             "findings": [
                 {
                     "kind": kind,
@@ -57,52 +74,30 @@ class Diagnosis:
         }
 
 
-def _counts(report: SplitReport) -> dict[str, Any]:
-    by_class, names = report.boxes_by_class(), report.unique_class_names()
-    return {
-        "place": str(report.source.place),
-        "images": len(report.section("images")),
-        "annotations": len(report.section("annotations")),
-        "usable_boxes": sum(by_class.values()),
-        "boxes_by_class": {names[i]: count for i, count in by_class.items()},
-    }
-
-
 def examine(sources: Mapping[str, Source], limits: Limits, *, processes: int) -> Diagnosis:
     """Decode all images of the splits and check everything their entries say."""
     splits = [SplitReport(source, split) for split, source in sources.items()]
-    missing = {}
+    paths: dict[str, dict[int, Path]] = {}
     for report in splits:
         read_entries(report)
-        missing[report.split] = set(find_missing(report))
-    paths = {
-        (report.split, i): report.path(i)
-        for report in splits
-        for i in range(len(report.images.ids))
-        if i not in missing[report.split]
-    }
-    scanned = scan(paths.values(), processes=processes)
+        there = set(range(len(report.images.ids))).difference(find_missing(report))
+        paths[report.split] = {i: report.path(i) for i in sorted(there)}
+    scanned = scan(chain.from_iterable(p.values() for p in paths.values()), processes=processes)
     for report in splits:
-        facts = {
-            i: scanned[paths[report.split, i]] if (report.split, i) in paths else FileFacts()
-            for i in range(len(report.images.ids))
-        }
+        facts = dict.fromkeys(range(len(report.images.ids)), FileFacts())
+        facts |= {i: scanned[path] for i, path in paths[report.split].items()}
         _check_orientation(report, facts)
         check_files(report, facts)
         check_boxes(report)
         check_learning(report, limits)
         _check_duplicates(report)
+        _check_classes(report)
+    _check_unused(splits)
     for other in splits[1:]:
         _check_leaks(splits[0], other)
-    _check_unused(splits)
-    for report in splits:
-        _check_classes(report)
-    for other in splits[1:]:
         _compare_classes(splits[0], other)
-    found: dict[str, list[Finding]] = {kind: [] for kind in KINDS}
-    for report in splits:
-        for findings in report.findings:
-            found[findings.kind] += findings
+    flaws = [findings for report in splits for findings in report.findings]
+    found = {kind: [one for some in flaws if some.kind == kind for one in some] for kind in KINDS}
     return Diagnosis(tuple(splits), {kind: some for kind, some in found.items() if some})
 
 
@@ -110,19 +105,15 @@ def _check_orientation(report: SplitReport, facts: Mapping[int, FileFacts]) -> N
     """Report images that viewers turn, by whether the stated size shows how boxes were drawn."""
     clear, unclear = {}, {}
     for i, of_file in facts.items():
-        if of_file.state != "sound" or of_file.orientation == 1 or of_file.size is None:
-            continue
-        detail = f"orientation {of_file.orientation}"
-        stated, upright = tuple(report.images.sizes[i].tolist()), of_file.possible_sizes[1]
-        if (
-            of_file.orientation in TURNED
-            and of_file.size != upright
-            and stated in (of_file.size, upright)
-        ):
-            how = "upright" if stated == upright else "stored"
-            clear[i] = f"{detail}, boxes on the {how} one"
-        else:
-            unclear[i] = detail
+        if of_file.state == "sound" and of_file.orientation != 1:
+            detail = f"orientation {of_file.orientation}"
+            stored, upright = of_file.possible_sizes
+            stated = tuple(report.images.sizes[i].tolist())
+            if stored != upright and stated in (stored, upright):
+                how = "upright" if stated == upright else "stored"
+                clear[i] = f"{detail}, boxes on the {how} one"
+            else:
+                unclear[i] = detail
     report.report_images("exif_rotated", list(clear), clear.__getitem__)
     report.report_images("exif_ambiguous", list(unclear), unclear.__getitem__)
 
@@ -136,18 +127,18 @@ def _check_duplicates(report: SplitReport) -> None:
     detail = {}
     for same in copies.values():
         best = max(same, key=lambda i: counts[i])  # the first of equals
+        kept = f"as {report.images.file_names[best]!r} ({report.images.ids[best]})"
         for i in same:
             if i != best:
-                other = "" if _drawn(report, i) == _drawn(report, best) else ", with other boxes"
-                name = report.images.file_names[best]
-                detail[i] = f"as {name!r} ({report.images.ids[best]}){other}"
+                alike = _drawn(report, i) == _drawn(report, best)
+                detail[i] = kept if alike else f"{kept}, with other boxes"
     report.report_images("duplicate_image", list(detail), detail.__getitem__)
 
 
 def _drawn(report: SplitReport, image: int) -> Counter[tuple[float, ...]]:
-    rows = report.boxes_of(image)
-    drawn = np.column_stack([report.annotations.labels[rows], report.xywh[rows]])
-    return Counter(map(tuple, drawn.tolist()))
+    rows = report.rows_by_image[image]
+    boxes = np.column_stack([report.annotations.labels[rows], report.xywh[rows]]).tolist()
+    return Counter(map(tuple, boxes))
 
 
 def _check_leaks(train: SplitReport, other: SplitReport) -> None:
@@ -156,52 +147,48 @@ def _check_leaks(train: SplitReport, other: SplitReport) -> None:
         other.facts[i].digest: other.images.file_names[i]
         for i in np.flatnonzero(other.sound).tolist()
     }
-    detail = {}
-    for i in np.flatnonzero(train.sound).tolist():
-        name = names.get(train.facts[i].digest)
-        if name is not None:
-            detail[i] = f"as {name!r} of {other.split}"
+    detail = {
+        i: f"as {names[train.facts[i].digest]!r} of {other.split}"
+        for i in np.flatnonzero(train.sound).tolist()
+        if train.facts[i].digest in names
+    }
     train.report_images("leak", list(detail), detail.__getitem__)
 
 
 def _check_unused(splits: list[SplitReport]) -> None:
-    used = {
-        _real(report.source.image_dir / name)
-        for report in splits
-        for name in report.images.file_names
-    }
-    searched: set[Path] = set()
+    """Report images that no split names; links stay links, under any name of their folder."""
+    named = [report.path(i) for report in splits for i in range(len(report.images.ids))]
+    used = {_resolve(path.parent) / path.name for path in named}
     for report in splits:
         folder, unused = report.source.image_dir, []
         for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-            real = _real(path)
-            if real not in used and real not in searched and is_image(path):
-                unused.append(Finding(path.relative_to(folder).as_posix()))
-            searched.add(real)
+            real = _resolve(path.parent) / path.name
+            if real not in used and is_image(path):
+                unused.append((path.relative_to(folder).as_posix(), ""))
+                used.add(real)
         report.report_places("unused_file", unused)
 
 
-def _real(path: Path) -> Path:
-    """Return a path that is the same for all names of a place; links stay links."""
-    return _real_folder(path.parent) / path.name
-
-
 @lru_cache(maxsize=4096)
-def _real_folder(folder: Path) -> Path:
+def _resolve(folder: Path) -> Path:
     return folder.resolve()
 
 
 def _check_classes(report: SplitReport) -> None:
-    counts = report.boxes_by_class()
-    first: dict[str, int] = {}
-    empty, repeated = [], []
-    for number, name in report.class_names().items():
-        if not counts[number]:
-            empty.append(Finding(name, f"id {number}"))
-        if first.setdefault(name, number) != number:
-            repeated.append(Finding(name, f"ids {first[name]} and {number}"))
-    report.report_places("empty_class", empty)
-    report.report_places("repeated_name", repeated)
+    names, counts = report.class_names(), report.boxes_by_class()
+    report.report_places(
+        "empty_class",
+        [(name, f"id {number}") for number, name in names.items() if not counts[number]],
+    )
+    first = {name: number for number, name in reversed(names.items())}
+    report.report_places(
+        "repeated_name",
+        [
+            (name, f"ids {first[name]} and {number}")
+            for number, name in names.items()
+            if first[name] != number
+        ],
+    )
 
 
 def _compare_classes(train: SplitReport, other: SplitReport) -> None:
@@ -213,15 +200,106 @@ def _compare_classes(train: SplitReport, other: SplitReport) -> None:
         label_of = map_used_classes(other.classes, train.classes, annotated)
     except DataError:
         lacking = [i for i in sorted(annotated) if names[i] not in train.class_names().values()]
-        unknown = [Finding(names[i], f"id {i}") for i in lacking or sorted(annotated)]
-        other.report_places("unknown_class", unknown)
+        other.report_places(
+            "unknown_class", [(names[i], f"id {i}") for i in lacking or sorted(annotated)]
+        )
         return
     trained = train.boxes_by_class()
     other.report_places(
         "unseen_class",
         [
-            Finding(names[i], f"id {i}")
+            (names[i], f"id {i}")
             for i, count in sorted(other.boxes_by_class().items())
             if count and not trained[train.classes.ids[label_of[i]]]
         ],
     )
+
+
+@dataclass(slots=True)
+class _Edit:
+    """What a corrected copy does with an entry: leaves it out, or sets `values`; and why."""
+
+    reasons: list[str] = field(default_factory=list)
+    drop: bool = False
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def corrected(report: SplitReport) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the corrected content and every change: what, why, and the values before and after.
+
+    File names stay relative to the split's image folder. What is sound stays as it is.
+    """
+    edits = _edits(report)
+    content = dict(report.source.content)
+    changes: list[dict[str, Any]] = []
+    for section in SECTIONS:
+        content[section] = []
+        for row, entry in enumerate(report.section(section)):
+            edit = edits.get((section, row), _Edit())
+            old = entry if isinstance(entry, Mapping) else {}
+            if not edit.drop:
+                content[section].append({**old, **edit.values} if edit.reasons else entry)
+            if edit.reasons:
+                change: dict[str, Any] = {"change": "left out", "entry": entry}
+                if not edit.drop:
+                    before = {key: old[key] for key in edit.values if key in old}
+                    change = {"change": "set", "before": before, "after": edit.values}
+                changes.append(
+                    {
+                        "split": report.split,
+                        "section": section,
+                        "position": row,
+                        "id": old.get("id"),
+                        "why": list(dict.fromkeys(edit.reasons)),
+                        **change,
+                    }
+                )
+    return content, changes
+
+
+def _edits(report: SplitReport) -> dict[tuple[str, int], _Edit]:
+    """Return what to do with entries, by section and position."""
+    edits: dict[tuple[str, int], _Edit] = defaultdict(_Edit)
+    rows_of = {"images": report.image_rows, "annotations": report.annotation_rows}
+    for found in (*report.findings, *report.hidden):
+        if found in report.hidden or (found.section and KINDS[found.kind].fix):
+            rows = rows_of[found.section][found.rows] if found.usable else found.rows
+            for row in rows.tolist():
+                edit = edits[found.section, row]
+                edit.reasons.append(found.kind)
+                edit.drop |= found.kind not in _KEPT
+    for i, row in enumerate(report.annotation_rows.tolist()):
+        if ("annotations", row) in edits:
+            edit = edits["annotations", row]
+            edit.drop |= report.flaw[i] != ""
+            edit.values = _values(report, i, row, edit.reasons)
+    for i, row in enumerate(report.image_rows.tolist()):
+        image = edits.get(("images", row))
+        if image is not None and image.drop:
+            why = next(kind for kind in reversed(image.reasons) if kind not in _KEPT)
+            for box in report.annotation_rows[report.rows_by_image[i]].tolist():
+                edits["annotations", box].drop = True
+                edits["annotations", box].reasons.append(why)
+        elif image is not None:
+            height, width = report.images.sizes[i].tolist()
+            image.values = {"height": height, "width": width}
+    return edits
+
+
+def _values(report: SplitReport, i: int, row: int, reasons: list[str]) -> dict[str, Any]:
+    """Return the values of annotation `i` that differ from those of its entry, at `row`."""
+    entry, fixed = report.section("annotations")[row], report.fixed[i]
+    values: dict[str, Any] = {}
+    if not _NEW_IDS.isdisjoint(reasons):
+        values["id"] = int(report.annotations.ids[i])
+    if entry.get("iscrowd") not in (0, 1):
+        values["iscrowd"] = 0
+    box = report.xywh[i].tolist()
+    whole = box[2] * box[3]
+    if fixed:
+        values["bbox"] = [round(value, 6) for value in box]
+    if not is_area(entry.get("area")) or fixed in _NEW_AREA:
+        values["area"] = round(whole, 6)
+    elif fixed:
+        values["area"] = round(min(entry["area"], whole), 6)
+    return values

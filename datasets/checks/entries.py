@@ -5,15 +5,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from datasets.arrays import Annotations, BoolArray, FloatArray, Images, IntArray, Names
-from datasets.checks.findings import Finding, Findings, Notice
-from datasets.checks.split_report import SECTIONS, SplitReport
-from datasets.formats.format import Source
+from datasets.checks.findings import SECTIONS, Findings, Notice, SplitReport
+from datasets.formats.registry import Source
 from util.classes import Classes
 from util.errors import DataError
 
@@ -62,7 +61,12 @@ def check_content(source: Source, *, need_boxes: bool) -> CocoContent:
             f"{place}: no image in `images` can be used. "
             f"Found: {'; '.join(notice.text for notice in report.notices)}."
         )
-    _refuse_fractions(report.annotations, place)
+    with_area = report.annotations.with_area().xywh
+    if with_area.size and with_area.max() <= 1 and (with_area % 1).any():
+        raise DataError(
+            f"{place}: boxes are fractions from 0 to 1, but must be x, y, width, height in pixels. "
+            "Multiply them by the image's width and height."
+        )
     notices = tuple(n for n in report.notices if n.kind != "missing_section")  # there is no need
     return CocoContent(report.classes, report.images, report.annotations, notices)
 
@@ -70,7 +74,7 @@ def check_content(source: Source, *, need_boxes: bool) -> CocoContent:
 def read_entries(report: SplitReport) -> None:
     """Fill a report with the usable images, boxes and classes, and report all others."""
     report.report_places(
-        "missing_section", [Finding(name) for name in SECTIONS if not report.section(name)]
+        "missing_section", [(name, "") for name in SECTIONS if not report.section(name)]
     )
     for kind, found in report.source.findings.items():
         report.report_places(kind, found)
@@ -83,20 +87,20 @@ def _report_entries(
     report: SplitReport,
     kind: str,
     section: str,
-    rows: Sequence[int],
+    rows: Sequence[int] | IntArray,
     key: str,
     image_ids: IntArray | None = None,
 ) -> None:
     """Report entries by their positions in a section, with what they have under `key`."""
-    entries = report.section(section)
 
     def describe(row: int) -> tuple[str, str]:
-        entry = entries[row]
+        entry = report.section(section)[row]
         found = f"{key} {entry.get(key)!r:.80}" if isinstance(entry, Mapping) else f"{entry!r:.60}"
         return f"{section}[{row}]", found
 
-    positions = np.array(rows, dtype=np.int64)
-    report.report(Findings(kind, positions, describe, section, image_ids=image_ids))
+    report.report(
+        Findings(kind, np.array(rows, dtype=np.int64), describe, section, image_ids=image_ids)
+    )
 
 
 def _read_categories(report: SplitReport) -> None:
@@ -145,33 +149,28 @@ def _read_images(report: SplitReport) -> set[int]:
         _report_entries(report, kind, "images", rows, "file_name" if numbered else "id", ids)
     left_out = (left_out - kept.keys()).union(ambiguous)
     gone = [kept.pop(number) for number in dict.fromkeys(ambiguous)]
-    report.hidden.append(_hidden("repeated_image", "images", gone))
+    report.hidden.append(
+        Findings("repeated_image", np.array(gone, dtype=np.int64), section="images")
+    )
     used = [entries[row] for row in kept.values()]
-    sizes = np.zeros((len(used), 2), dtype=np.int64)
-    for i, entry in enumerate(used):
-        stated = entry.get("height"), entry.get("width")
-        if all(is_number(side) and side >= 1 for side in stated):
-            sizes[i] = stated
+    stated = [(entry.get("height"), entry.get("width")) for entry in used]
+    sizes = [s if all(is_number(side) and side >= 1 for side in s) else (0, 0) for s in stated]
     report.images = Images(
-        np.array(list(kept), dtype=np.int64), Names.of(e["file_name"] for e in used), sizes
+        np.array(list(kept), dtype=np.int64),
+        Names.of(entry["file_name"] for entry in used),
+        np.array(sizes, dtype=np.int64).reshape(-1, 2),
     )
     report.image_rows = np.array(list(kept.values()), dtype=np.int64)
     return left_out
 
 
-def _hidden(kind: str, section: str, rows: Sequence[int] | IntArray) -> Findings:
-    return Findings(kind, np.array(rows, dtype=np.int64), lambda row: ("", ""), section)
-
-
 def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
     """Set the annotations that have an image, a class and a box."""
     listed = report.section("annotations")
-    rows = np.array([i for i, e in enumerate(listed) if isinstance(e, Mapping)], dtype=np.int64)
-    entries: list[Mapping[str, Any]] = listed
-    if len(rows) < len(listed):
-        odd = np.setdiff1d(np.arange(len(listed)), rows).tolist()
-        _report_entries(report, "not_an_object", "annotations", odd, "")
-        entries = [listed[row] for row in rows.tolist()]
+    is_object = np.array([isinstance(entry, Mapping) for entry in listed], dtype=np.bool_)
+    _report_entries(report, "not_an_object", "annotations", np.flatnonzero(~is_object), "")
+    rows = np.flatnonzero(is_object)
+    entries: list[Mapping[str, Any]] = [listed[row] for row in rows.tolist()]
     ids = _number(report, entries, rows)
 
     image_id, whole = _whole_numbers([entry.get("image_id") for entry in entries])
@@ -196,14 +195,13 @@ def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
             name = report.images.file_names[image[i]] if image[i] >= 0 else f"annotations[{row}]"
             return name, detail(entries[i])
 
-        known = bool((image[chosen] >= 0).all())
         report.report(
             Findings(
                 kind,
                 rows[chosen],
                 describe,
                 "annotations",
-                image_ids=report.images.ids[image[chosen]] if known else None,
+                image_ids=report.images.ids[image[chosen]] if (image[chosen] >= 0).all() else None,
                 annotation_ids=ids[chosen],
             )
         )
@@ -213,7 +211,7 @@ def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
         (image < 0) & ~with_image,
         lambda e: f"image_id {e.get('image_id')!r:.40}",
     )
-    report.hidden.append(_hidden("image_left_out", "annotations", rows[with_image]))
+    report.hidden.append(Findings("image_left_out", rows[with_image], section="annotations"))
     report_some(
         "unknown_category_id",
         (image >= 0) & (label < 0),
@@ -238,14 +236,11 @@ def _number(report: SplitReport, entries: Sequence[Mapping[str, Any]], rows: Int
     """Return the ids of annotations [A]; those without a unique id get unused ones."""
     ids, whole = _whole_numbers([entry.get("id") for entry in entries])
     known, first = np.unique(ids[whole], return_index=True)
-    if len(known) == len(ids):
-        return ids
     own = np.zeros(len(ids), dtype=np.bool_)
     own[np.flatnonzero(whole)[first]] = True
     for kind, chosen in (("no_annotation_id", ~whole), ("repeated_annotation", whole & ~own)):
-        _report_entries(report, kind, "annotations", rows[chosen].tolist(), "id")
-    unused = np.setdiff1d(np.arange(1, len(ids) + 1), known)
-    ids[~own] = unused[: (~own).sum()]
+        _report_entries(report, kind, "annotations", rows[chosen], "id")
+    ids[~own] = np.setdiff1d(np.arange(1, len(ids) + 1), known)[: (~own).sum()]
     return ids
 
 
@@ -300,12 +295,3 @@ def is_area(value: Any) -> TypeGuard[float]:
 def is_number(value: Any) -> bool:
     """Return whether a JSON value is a finite number (NaN and Infinity fail the comparison)."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LIMIT
-
-
-def _refuse_fractions(annotations: Annotations, place: Path) -> None:
-    xywh = annotations.xywh[(annotations.xywh[:, 2:] > 0).all(axis=1)]
-    if xywh.size and xywh.max() <= 1 and (xywh % 1).any():
-        raise DataError(
-            f"{place}: boxes are fractions from 0 to 1, but must be x, y, width, height in pixels. "
-            "Multiply them by the image's width and height."
-        )

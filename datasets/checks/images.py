@@ -1,24 +1,37 @@
-"""Check images: which files are there, and how large they are."""
+"""Check images: which files are there, how large they are, and what decoding them shows."""
 
+import hashlib
+import io
+import multiprocessing
 import os
+import signal
+import threading
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from PIL import UnidentifiedImageError
+from tqdm import tqdm
 
-from datasets.arrays import Images
-from datasets.checks.scan import FileFacts
-from datasets.checks.split_report import SplitReport, printable
-from datasets.images import read_header
+from datasets.arrays import IntArray
+from datasets.checks.findings import FileFacts, SplitReport, printable
+from datasets.images import READ_ERRORS, decode, open_image, orientation_of, read_header
 from util.errors import DataError
 
 _SIZES_CHECKED = 100  # images whose stated size is compared with the file when an index is made
-_DAMAGED = ("missing_image", "unreadable_image", "truncated_image")
+_FEW = 64  # images that one process has decoded before others have started
 
 
-def check_headers(report: SplitReport) -> None:
+def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
     """Check which images are there, and read the headers of those that state no size and of some.
+
+    If one of these states another size than its file, or with `every_size`, all headers are read:
+    which sizes are put right does not depend on which were looked at.
 
     Raises:
         DataError: none of the images is there.
@@ -26,22 +39,30 @@ def check_headers(report: SplitReport) -> None:
     images = report.images
     missing = find_missing(report)
     if len(missing) == len(images.ids):
-        first = printable(str(report.path(0)))
         hint = (
             "Write / instead of \\." if "\\" in images.file_names[0] else "Check the image folder."
         )
         raise DataError(
-            f"{first:.400}: no such image, nor any other of the {len(images.ids)} in the "
-            f"annotation file. {hint}"
+            f"{printable(str(report.path(0))):.400}: no such image, nor any other of the "
+            f"{len(images.ids)} in the annotation file. {hint}"
         )
     present = np.setdiff1d(np.arange(len(images.ids)), missing)
-    stated = np.asarray(images.sizes[present].all(axis=1))
-    some = present[stated][:: max(1, int(stated.sum()) // _SIZES_CHECKED)]
-    facts = {i: FileFacts() for i in missing}
-    for i in [*present[~stated].tolist(), *some.tolist()]:
-        header = read_header(report.path(i))
-        facts[i] = FileFacts("unreadable") if header is None else FileFacts("sound", *header)
-    check_files(report, facts, compared=len(some))
+    states_size = np.asarray(images.sizes[present].all(axis=1))
+    stated = present[states_size]
+    facts = {i: FileFacts() for i in missing} | _read_headers(report, present[~states_size])
+    some = stated if every_size else stated[:: max(1, len(stated) // _SIZES_CHECKED)]
+    compared = _read_headers(report, some)
+    if any(found.contradicts(*images.sizes[i].tolist()) for i, found in compared.items()):
+        compared = _read_headers(report, stated)
+    check_files(report, facts | compared, compared=len(compared))
+
+
+def _read_headers(report: SplitReport, rows: IntArray) -> dict[int, FileFacts]:
+    headers = {i: read_header(report.path(i)) for i in rows.tolist()}
+    return {
+        i: FileFacts("unreadable") if header is None else FileFacts("sound", *header)
+        for i, header in headers.items()
+    }
 
 
 def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared: int = 0) -> None:
@@ -53,18 +74,17 @@ def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared
     """
     stated, sizes = report.images.sizes.tolist(), report.images.sizes.copy()
     found: dict[str, list[int]] = defaultdict(list)
-    for i in sorted(facts):
-        of_file = facts[i]
+    for i, of_file in sorted(facts.items()):
         if of_file.state != "sound":
             found[f"{of_file.state}_image"].append(i)
-        if of_file.size is not None and tuple(stated[i]) not in of_file.possible_sizes:
+        if of_file.size is not None and of_file.contradicts(*stated[i]):
             found["wrong_size" if all(stated[i]) else "size_not_stated"].append(i)
             sizes[i] = of_file.size
     report.facts.update(facts)
+    report.report_images("missing_image", found["missing_image"])
     opened = 0 if len(facts) == len(stated) else len(facts) - len(found["missing_image"])
-    for kind in _DAMAGED:
-        checked = 0 if kind == "missing_image" else opened
-        report.report_images(kind, found[kind], lambda i: facts[i].error, checked=checked)
+    for kind in ("unreadable_image", "truncated_image"):
+        report.report_images(kind, found[kind], lambda i: facts[i].error, checked=opened)
 
     def difference(i: int) -> str:
         (height, width), size = stated[i], facts[i].size or (0, 0)
@@ -72,20 +92,14 @@ def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared
 
     report.report_images("size_not_stated", found["size_not_stated"])
     report.report_images("wrong_size", found["wrong_size"], difference, checked=compared)
-    report.images = Images(report.images.ids, report.images.file_names, sizes)
+    report.images = replace(report.images, sizes=sizes)
 
 
 def find_missing(report: SplitReport) -> list[int]:
     """Return the positions of images without a file, listing each folder once."""
-    by_folder: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for i, file_name in enumerate(report.images.file_names):
-        folder, name = os.path.split(file_name)
-        by_folder[folder].append((i, name))
-    missing = []
-    for folder, images in by_folder.items():
-        there = _files(report.source.image_dir / folder)
-        missing += [i for i, name in images if name not in there]
-    return sorted(missing)
+    paths = [os.path.split(file_name) for file_name in report.images.file_names]
+    there = {folder: _files(report.source.image_dir / folder) for folder in {f for f, _ in paths}}
+    return [i for i, (folder, name) in enumerate(paths) if name not in there[folder]]
 
 
 def _files(folder: Path) -> set[str]:
@@ -103,3 +117,72 @@ def _files(folder: Path) -> set[str]:
             }
     except (OSError, ValueError):  # no folder, or none that could have this name
         return set()
+
+
+def examine_file(path: Path) -> FileFacts:
+    """Read and decode an image file."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return FileFacts()
+    except (OSError, ValueError) as error:
+        return FileFacts("unreadable", error=_line(error))
+    digest = hashlib.sha256(data).digest()
+    size, orientation = None, 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd metadata; only pixels matter here
+            with open_image(io.BytesIO(data)) as image:
+                size = (image.height, image.width)
+                decode(image)
+                orientation = orientation_of(image)
+    except READ_ERRORS as error:
+        state = "truncated" if size else "unreadable"
+        return FileFacts(state, size, orientation, digest, _line(error))
+    return FileFacts("sound", size, orientation, digest)
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image of a known format"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def scan(paths: Iterable[Path], *, processes: int) -> dict[Path, FileFacts]:
+    """Return what each file holds, each decoded once; a bar shows the progress.
+
+    Raises:
+        DataError: a process was killed.
+    """
+    files = list(dict.fromkeys(paths))
+    if processes < 2 or len(files) <= _FEW:
+        return _collect(files, map(examine_file, files))
+    # A forked process need not import everything again.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    try:
+        with ProcessPoolExecutor(
+            processes, multiprocessing.get_context(method), _follow_main_process
+        ) as pool:
+            return _collect(files, pool.map(examine_file, files, chunksize=8))
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a decoding process was killed, probably out of memory. Lower `num_workers`."
+        ) from error
+
+
+def _follow_main_process() -> None:
+    """Leave Ctrl-C to the main process, and exit when it exits, for whatever reason."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_main_process, daemon=True).start()
+
+
+def _exit_with_main_process() -> None:
+    main = multiprocessing.parent_process()
+    assert main is not None
+    main.join()
+    os._exit(1)
+
+
+def _collect(files: Sequence[Path], found: Iterable[FileFacts]) -> dict[Path, FileFacts]:
+    with_bar = tqdm(found, total=len(files), desc="decoding", unit=" images", mininterval=0.5)
+    return dict(zip(files, with_bar, strict=True))

@@ -220,9 +220,9 @@ def tables() -> str:
             "|---|---|---|---|",
         ]
         for name, kind in kinds:
-            note = " (note)" if kind.note else ""
             lines.append(
-                f"| `{name}`{note} | {kind.title}: {kind.meaning} | {kind.training} "
+                f"| `{name}`{' (note)' if kind.note else ''} "
+                f"| {kind.title}: {kind.meaning} | {kind.training} "
                 f"| {kind.fix or 'as it is'} |"
             )
         lines.append("")

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets.formats.format import Format, Placer, Source, Split
-from datasets.formats.registry import FORMATS
+from datasets.formats.registry import FORMATS, Format, Placer, Source, Split
 from util.errors import DataError
 from util.files import make_output_dir, write_atomic
 
@@ -77,36 +76,44 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     return content
 
 
+def coco_content(split: Split) -> dict[str, Any]:
+    """Return what a COCO-format file holds of a split; ids of images and classes stay."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image in split.images:
+        height, width = image.size
+        size = {"height": height, "width": width} if height and width else {}
+        images.append({"id": image.id, "file_name": image.name, **size})
+        boxes = zip(image.labels, image.xywh, image.area, image.crowd, strict=True)
+        annotations += [
+            {
+                "id": number,
+                "image_id": image.id,
+                "category_id": split.ids[label],
+                "bbox": box,
+                "area": area,
+                "iscrowd": int(crowd),
+            }
+            for number, (label, box, area, crowd) in enumerate(boxes, len(annotations) + 1)
+        ]
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [
+            {"id": number, "name": name}
+            for number, name in zip(split.ids, split.class_names, strict=True)
+        ],
+    }
+
+
 def write_coco(splits: Sequence[Split], output_dir: Path, placer: Placer) -> list[list[str]]:
-    """Write splits in COCO's own layout; ids of images and classes stay."""
+    """Write splits in COCO's own layout; see `coco_content`."""
     make_output_dir(output_dir)
     for split in splits:
         image_dir, annotation_file = coco_layout(output_dir, split.name)
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
         for image in split.images:
             placer.put(image, image_dir / image.name)
-            entry: dict[str, Any] = {"id": image.id, "file_name": image.name}
-            if all(image.size):
-                entry |= {"height": image.size[0], "width": image.size[1]}
-            images.append(entry)
-            for label, box, area, crowd in zip(
-                image.labels, image.xywh, image.area, image.crowd, strict=True
-            ):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": image.id,
-                        "category_id": split.ids[label],
-                        "bbox": box,
-                        "area": area,
-                        "iscrowd": int(crowd),
-                    }
-                )
-        classes = zip(split.ids, split.class_names, strict=True)
-        categories = [{"id": i, "name": name} for i, name in classes]
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        write_atomic(annotation_file, json.dumps(content))
+        write_atomic(annotation_file, json.dumps(coco_content(split)))
     return [[] for _ in splits]
 
 

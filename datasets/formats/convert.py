@@ -7,8 +7,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from datasets.checks.entries import check_content
-from datasets.formats.format import Placer, Source, Split, SplitImage
-from datasets.formats.registry import FORMATS
+from datasets.formats.registry import FORMATS, Placer, Source, Split, SplitImage
 from datasets.index import CocoIndex
 from util.errors import DataError
 
@@ -45,8 +44,13 @@ def convert(
 
 
 def _index(source: Source) -> CocoIndex:
-    content = check_content(source, need_boxes=True)
-    return CocoIndex.from_content(content, source.place, source.image_dir, need_boxes=False)
+    return CocoIndex.from_content(
+        check_content(source, need_boxes=True),
+        source.place,
+        source.image_dir,
+        need_boxes=False,
+        every_size=True,
+    )
 
 
 def _gather(name: str, index: CocoIndex) -> Split:

@@ -1,18 +1,83 @@
-"""The data formats by name. Add one: a file that registers it, and the file's line here."""
+"""What a data format is, and the formats by name.
 
-from pathlib import Path
+A format reads a split as a COCO-format file would hold it, and writes splits. Add one: a file that
+registers it, and the file's line in `FORMATS`.
+"""
 
-from datasets.formats.format import Format, Source
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, count
+from pathlib import Path, PurePath
+from typing import Any
+
+from util.errors import DataError
 from util.registry import Registry
 
+DIGITS = 6  # of a pixel that are read; hides the rounding of numbers written in decimal
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split of a data set, not checked: flaws of its entries stay as they are.
+
+    `content` is what a COCO-format file holds, its file names relative to `image_dir`; `place` is
+    the file or folder to name in messages. `findings` are what could not be read at all, by kind of
+    flaw: the file (and line), and what is wrong there.
+    """
+
+    content: dict[str, Any]
+    image_dir: Path
+    place: Path
+    findings: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SplitImage:
+    """An image to write: `size` is (height, width), (0, 0) if it is unknown.
+
+    Shape: labels [K]; xywh [K,4] pixels; area [K]; crowd [K].
+    """
+
+    id: int
+    name: str
+    file: Path
+    size: tuple[int, int]
+    labels: list[int]
+    xywh: list[list[float]]
+    area: list[float]
+    crowd: list[bool]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A checked split to write; label i is the category `ids[i]`, called `class_names[i]`."""
+
+    name: str
+    ids: tuple[int, ...]
+    class_names: tuple[str, ...]
+    images: list[SplitImage]
+
+
+@dataclass(frozen=True)
+class Format:
+    """A data format, as its file registers it.
+
+    `read` takes the place of a data set and a split's name, and raises a DataError if what
+    describes the set is missing or cannot be read. `write` takes splits, a new folder and a
+    `Placer`; it returns a list of notices on each split, and raises a DataError before it makes the
+    folder if the splits do not fit the format. Both also take the `options` by name.
+    """
+
+    read: Callable[..., Source]
+    write: Callable[..., list[list[str]]]
+    options: tuple[str, ...] = ()
+
+
 FORMATS: Registry[Format] = Registry(
-    "data_format",
-    __package__,
-    {
-        "coco": ".coco",
-        "voc": ".voc",
-        "yolo": ".yolo",
-    },
+    "data_format", __package__, {"coco": ".coco", "voc": ".voc", "yolo": ".yolo"}
 )
 
 
@@ -24,3 +89,53 @@ def read_source(data_format: str, place: Path, split: str, **options: str) -> So
         DataError: what describes the set is missing or cannot be read.
     """
     return FORMATS[data_format].read(place, split, **options)
+
+
+@dataclass
+class Placer:
+    """Links or copies images; no two get the same name without suffix in a folder."""
+
+    copy: bool
+    _taken: set[Path] = field(default_factory=set)
+
+    def free(self, name: str, folder: Path, split: str) -> str:
+        """Return `name`, changed if another image of the folder has it."""
+        path = PurePath(name)
+        own = f"{split}_{path.stem}"
+        stems = chain([path.stem, own], (f"{own}_{number}" for number in count(2)))
+        stem = next(stem for stem in stems if folder / path.with_name(stem) not in self._taken)
+        self._taken.add(folder / path.with_name(stem))
+        return path.with_name(stem + path.suffix).as_posix()
+
+    def put(self, image: SplitImage, target: Path) -> None:
+        """Make the image appear at `target`."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not self.copy:
+            with contextlib.suppress(OSError):  # a file system or an account without links
+                os.symlink(image.file.resolve(), target)
+        if not os.path.lexists(target):  # as for a second entry of one file
+            shutil.copyfile(image.file, target)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write one of very many files: flushing each to the disk would take minutes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def as_text(value: float) -> str:
+    """Return a number without a fraction it does not have."""
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+def read_list(path: Path) -> list[str]:
+    """Return the lines of a list of names that are not empty.
+
+    Raises:
+        DataError: it is not text in UTF-8.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a list in UTF-8: {error.reason}.") from error
+    return [line for line in lines if line]

@@ -10,13 +10,22 @@ as a crowd in COCO's: it becomes one, so it trains nothing.
 import re
 import xml.etree.ElementTree as ET
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from datasets.checks.findings import Finding, first_few
-from datasets.formats.format import Format, Placer, Source, Split, as_text, write_text
-from datasets.formats.registry import FORMATS
+from datasets.checks.findings import first_few
+from datasets.formats.registry import (
+    DIGITS,
+    FORMATS,
+    Format,
+    Placer,
+    Source,
+    Split,
+    as_text,
+    read_list,
+    write_text,
+)
 from datasets.images import is_image
 from util.errors import DataError
 from util.files import make_output_dir, write_atomic
@@ -25,7 +34,6 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _FLAG = re.compile(r"\s+-?[01]$")  # lists of one class say after each name whether it is there
 # What XML 1.0 cannot hold, and line breaks, which end a name in a list.
 _NOT_IN_XML = re.compile(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_DIGITS = 6  # of a pixel; hides the rounding of a number written in decimal
 
 
 def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
@@ -46,13 +54,18 @@ def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
                 f"{needed.name}/. Check `data_path`."
             )
     files = {path.stem: path for path in sorted(folder.glob("*.xml"))}
-    stems = _listed(root, split, files)
+    lists = root / "ImageSets" / "Main"
+    stems = _listed(lists / f"{split}.txt", split, files) if lists.is_dir() else set(files)
     trees, damaged = _parse(files)
-    categories = sorted({name for tree in trees.values() for name in _names(tree)})
+    named = {_text(found, "name") for tree in trees.values() for found in tree.findall("object")}
+    categories = sorted(named - {""})
     if not categories:
         raise DataError(f"{folder}: there are no XML files with named objects.")
     ids = {name: number for number, name in enumerate(categories, 1)}
-    there = _names_by_stem(images)
+    there: dict[str, list[str]] = defaultdict(list)
+    for path in sorted(images.iterdir()):
+        if is_image(path):
+            there[path.stem].append(path.name)
     content: dict[str, Any] = {
         "images": [],
         "annotations": [],
@@ -60,7 +73,9 @@ def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
     }
     for number, stem in enumerate(sorted(stems & trees.keys()), 1):
         tree = trees[stem]
-        name = _image_name(tree, stem, there)
+        stated = _text(tree, "filename")
+        names = there.get(stem) or [stated or f"{stem}.jpg"]
+        name = stated if stated in names else names[0]  # of several, the one that the file names
         content["images"].append({"id": number, "file_name": name, **_size(tree)})
         for entry in _objects(tree, ids, voc_corners):
             entry.update(id=len(content["annotations"]) + 1, image_id=number)
@@ -72,51 +87,23 @@ def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
             "Check its list in ImageSets/Main/."
         )
     lost = [damaged[stem] for stem in sorted(stems & damaged.keys())]
-    lost += [Finding(f"{stem}.xml", "no such file") for stem in sorted(stems - files.keys())]
+    lost += [(f"{stem}.xml", "no such file") for stem in sorted(stems - files.keys())]
     findings = {"unreadable_annotation": lost}
-    if not _list_folder(root).is_dir():
-        everything = f"every split is all {len(stems)} files, train as val"
-        findings["odd_layout"] = [Finding(root.name, f"no lists in ImageSets/Main/: {everything}")]
+    if not lists.is_dir():
+        detail = "no lists in ImageSets/Main/: every split is all {} files, train as val"
+        findings["odd_layout"] = [(root.name, detail.format(len(stems)))]
     return Source(content, images, root, findings)
 
 
-def _list_folder(root: Path) -> Path:
-    return root / "ImageSets" / "Main"
-
-
-def _names_by_stem(folder: Path) -> Mapping[str, list[str]]:
-    """Return the images of a folder by their names without suffix."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(folder.iterdir()):
-        if is_image(path):
-            found[path.stem].append(path.name)
-    return found
-
-
-def _image_name(tree: ET.Element, stem: str, there: Mapping[str, list[str]]) -> str:
-    """Return the image named like its XML file; of several, the one that the file names."""
-    stated = (tree.findtext("filename") or "").strip()
-    names = there.get(stem) or [stated or f"{stem}.jpg"]
-    return stated if stated in names else names[0]
-
-
-def _listed(root: Path, split: str, files: dict[str, Path]) -> set[str]:
-    """Return the names of a split's images, without suffix."""
-    lists = _list_folder(root)
-    if not lists.is_dir():
-        return set(files)
-    path = lists / f"{split}.txt"
+def _listed(path: Path, split: str, files: dict[str, Path]) -> set[str]:
+    """Return the names of a split's images, without suffix, from its list."""
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in lists.glob("*.txt"))) or "none"
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
         raise DataError(
             f"{path}: the split '{split}' has no list. Lists there: {known}. "
             "Choose with `train_split` and `val_split`."
         )
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a list in UTF-8: {error.reason}.") from error
-    return {_stem(line.strip(), files) for line in lines if line.strip()}
+    return {_stem(line, files) for line in read_list(path)}
 
 
 def _stem(name: str, files: dict[str, Path]) -> str:
@@ -125,7 +112,9 @@ def _stem(name: str, files: dict[str, Path]) -> str:
     return next((s for s in (name, plain, PurePath(plain).stem) if s in files), plain)
 
 
-def _parse(files: dict[str, Path]) -> tuple[dict[str, ET.Element], dict[str, Finding]]:
+def _parse(
+    files: dict[str, Path],
+) -> tuple[dict[str, ET.Element], dict[str, tuple[str, str]]]:
     """Return the trees of the files, and what is wrong with those that are not XML."""
     trees, damaged = {}, {}
     for stem, path in files.items():
@@ -133,23 +122,20 @@ def _parse(files: dict[str, Path]) -> tuple[dict[str, ET.Element], dict[str, Fin
             trees[stem] = ET.parse(path).getroot()
         except ET.ParseError as error:
             line, column = error.position
-            detail = f"{str(error).split(':')[0]} at column {column + 1}"
-            damaged[stem] = Finding(f"{path.name}:{line}", detail)
+            what = str(error).split(":")[0]
+            damaged[stem] = (f"{path.name}:{line}", f"{what} at column {column + 1}")
         except (OSError, LookupError, ValueError) as error:  # unreadable, or an unknown encoding
-            damaged[stem] = Finding(f"{path.name}:1", str(error))
+            damaged[stem] = (f"{path.name}:1", str(error))
     return trees, damaged
 
 
-def _names(tree: ET.Element) -> Iterator[str]:
-    for found in tree.findall("object"):
-        name = (found.findtext("name") or "").strip()
-        if name:
-            yield name
+def _text(element: ET.Element, path: str) -> str:
+    return (element.findtext(path) or "").strip()
 
 
 def _size(tree: ET.Element) -> dict[str, int]:
     """Return width and height; nothing where the file does not state both."""
-    sides = {key: _number(tree.findtext(f"size/{key}")) for key in ("width", "height")}
+    sides = {key: _number(_text(tree, f"size/{key}")) for key in ("width", "height")}
     whole = {key: int(side) for key, side in sides.items() if side is not None and side >= 1}
     return whole if len(whole) == 2 else {}
 
@@ -158,25 +144,24 @@ def _objects(tree: ET.Element, ids: dict[str, int], corners: str) -> Iterator[di
     """Yield each object without its ids; a box that is not four numbers is None."""
     first = 1 if corners == "pixels" else 0
     for found in tree.findall("object"):
-        values = [_number(found.findtext(f"bndbox/{tag}")) for tag in _CORNERS]
+        values = [_number(_text(found, f"bndbox/{tag}")) for tag in _CORNERS]
         box, numbers = None, [value for value in values if value is not None]
         if len(numbers) == 4:
             left, top, right, bottom = numbers
-            left, top = left - first, top - first
-            box = [round(v, _DIGITS) for v in (left, top, right - left, bottom - top)]
-        name = (found.findtext("name") or "").strip()
+            x, y = left - first, top - first
+            box = [round(v, DIGITS) for v in (x, y, right - x, bottom - y)]
         yield {
-            "category_id": ids.get(name),
+            "category_id": ids.get(_text(found, "name")),
             "bbox": box,
             "area": box[2] * box[3] if box else None,
-            "iscrowd": int((found.findtext("difficult") or "0").strip() == "1"),
+            "iscrowd": int(_text(found, "difficult") == "1"),
         }
 
 
-def _number(text: str | None) -> float | None:
+def _number(text: str) -> float | None:
     """Return a finite number, None for anything else."""
     try:
-        value = float(text or "")
+        value = float(text)
     except ValueError:
         return None
     return value if abs(value) < 1e9 else None
@@ -191,15 +176,21 @@ def write_voc(
         DataError: names of classes would not come back.
     """
     for split in splits:
-        _check_names(split.class_names, output_dir)
+        names = [name.strip() for name in split.class_names]
+        for name in names:
+            if names.count(name) > 1 or not name or _NOT_IN_XML.search(name):
+                raise DataError(
+                    f"{output_dir}: VOC knows classes only by name, and {name!r} is empty, "
+                    "repeated or cannot be written in XML. Rename the classes."
+                )
     make_output_dir(output_dir)
+    first = 1 if voc_corners == "pixels" else 0
     for split in splits:
         stems = []
         for image in split.images:
             flat = _NOT_IN_XML.sub("_", image.name.replace("/", "_"))
             name = placer.free(flat, output_dir, split.name)
             placer.put(image, output_dir / "JPEGImages" / name)
-            stem = PurePath(name).stem
             root = ET.Element("annotation")
             ET.SubElement(root, "filename").text = name
             if all(image.size):
@@ -211,29 +202,16 @@ def write_voc(
                 ET.SubElement(written, "name").text = split.class_names[label]
                 ET.SubElement(written, "difficult").text = str(int(crowd))
                 tags = ET.SubElement(written, "bndbox")
-                first = 1 if voc_corners == "pixels" else 0
                 x, y, width, height = box
-                corners = (x + first, y + first, x + width, y + height)
-                for key, value in zip(_CORNERS, corners, strict=True):
+                ends = (x + first, y + first, x + width, y + height)
+                for key, value in zip(_CORNERS, ends, strict=True):
                     ET.SubElement(tags, key).text = as_text(value)
             ET.indent(root)
-            text = ET.tostring(root, encoding="unicode")
-            write_text(output_dir / "Annotations" / f"{stem}.xml", text)
-            stems.append(stem)
-        lines = "".join(f"{stem}\n" for stem in stems)
-        write_atomic(_list_folder(output_dir) / f"{split.name}.txt", lines)
+            file = output_dir / "Annotations" / f"{PurePath(name).stem}.xml"
+            write_text(file, ET.tostring(root, encoding="unicode"))
+            stems.append(f"{file.stem}\n")
+        write_atomic(output_dir / "ImageSets" / "Main" / f"{split.name}.txt", "".join(stems))
     return [[] for _ in splits]
-
-
-def _check_names(names: tuple[str, ...], output_dir: Path) -> None:
-    """Refuse classes that would not come back: names are all that VOC knows of them."""
-    written = [name.strip() for name in names]
-    for name in written:
-        if written.count(name) > 1 or not name or _NOT_IN_XML.search(name):
-            raise DataError(
-                f"{output_dir}: VOC knows classes only by name, and {name!r} is empty, repeated or "
-                "cannot be written in XML. Rename the classes."
-            )
 
 
 FORMATS.register("voc")(Format(read_voc, write_voc, options=("voc_corners",)))

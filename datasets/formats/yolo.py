@@ -15,14 +15,21 @@ from typing import Any
 
 import yaml
 
-from datasets.checks.findings import Finding, first_few
-from datasets.formats.format import Format, Placer, Source, Split, as_text, write_text
-from datasets.formats.registry import FORMATS
+from datasets.checks.findings import first_few
+from datasets.formats.registry import (
+    DIGITS,
+    FORMATS,
+    Format,
+    Placer,
+    Source,
+    Split,
+    as_text,
+    read_list,
+    write_text,
+)
 from datasets.images import TURNED, is_image, read_header, stored_point, upright_point
 from util.errors import DataError
 from util.files import make_output_dir, write_atomic
-
-_DIGITS = 6  # of a pixel; hides the rounding of a fraction written in decimal
 
 
 def read_yolo(place: Path, split: str) -> Source:
@@ -39,36 +46,36 @@ def read_yolo(place: Path, split: str) -> Source:
     images = _images(options, file, split)
     root = Path(os.path.commonpath([image.parent for image in images]))
     content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
-    unreadable: list[Finding] = []
+    unreadable: list[tuple[str, str]] = []
     named = sorted((image.relative_to(root).as_posix(), image) for image in images)
     for number, (name, image) in enumerate(named, 1):
-        header = read_header(image)
-        # Of the upright image, so that it is turned.
-        size = header and (header[0][::-1] if header[1] in TURNED else header[0])
-        entry = {"id": number, "file_name": name}
-        content["images"].append(
-            entry if size is None else {**entry, "height": size[0], "width": size[1]}
-        )
         labels = _label_file(image)
         boxes, wrong = _read_labels(labels, boxes_first="kpt_shape" in options)
         unreadable += wrong
-        if header is None or size is None:
-            unreadable += [Finding(str(labels), "its image cannot be read")] if boxes else []
+        entry = {"id": number, "file_name": name}
+        header = read_header(image)
+        if header is None:
+            content["images"].append(entry)
+            unreadable += [(str(labels), "its image cannot be read")] if boxes else []
             continue
+        # Of the upright image, so that it is turned.
+        height, width = header[0][::-1] if header[1] in TURNED else header[0]
+        content["images"].append({**entry, "height": height, "width": width})
         for category, box in boxes:
-            entry = {"id": len(content["annotations"]) + 1, "image_id": number}
-            placed = _in_pixels(box, size, *header)
             content["annotations"].append(
-                {**entry, "category_id": category, **placed, "iscrowd": 0}
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": category,
+                    **_in_pixels(box, (height, width), *header),
+                    "iscrowd": 0,
+                }
             )
-    findings = {
-        "unreadable_annotation": unreadable,
-        "label_without_image": [Finding(path) for path in _orphans(images)],
-    }
+    findings = {"unreadable_annotation": unreadable, "label_without_image": _orphans(images)}
     if not any(os.path.isfile(_label_file(image)) for image in images):
-        first = _label_file(min(images))
-        none = f"no label files; the first would be {first}"
-        findings["odd_layout"] = [Finding(place.name, none)]
+        findings["odd_layout"] = [
+            (place.name, f"no label files; the first would be {_label_file(min(images))}")
+        ]
     return Source(content, root, place, findings)
 
 
@@ -76,17 +83,16 @@ def _load_yaml(place: Path) -> tuple[Path, Mapping[str, Any]]:
     """Return data.yaml and its content; `place` is the file or its folder."""
     file = place
     if place.is_dir():
-        usual = [place / "data.yaml", place / "data.yml"]
-        others = sorted([*place.glob("*.yaml"), *place.glob("*.yml")])
-        there = [path for path in usual if path.is_file()] or others
-        if len(there) != 1 and there[:1] != usual[:1]:
+        there = sorted([*place.glob("*.yaml"), *place.glob("*.yml")])
+        usual = [path for path in there if path.stem == "data"]
+        if not usual and len(there) != 1:
             names = ", ".join(path.name for path in there)
             raise DataError(
                 f"{place}: which file describes the data, {names}? Set `data_path` to it."
                 if there
                 else f"{place}: there is no data.yaml. Check `data_path`."
             )
-        file = there[0]
+        file = [*usual, *there][0]
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -154,26 +160,19 @@ def _images(options: Mapping[str, Any], file: Path, split: str) -> list[Path]:
 
 def _listed(path: Path, base: Path) -> list[Path]:
     """Return the images of a text file; ./ is the file's folder, else names are under `base`."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a list in UTF-8: {error.reason}.") from error
-    names = [line.strip().replace("\\", "/") for line in lines if line.strip()]
-    folders = (path.parent if name.startswith("./") else base for name in names)
+    names = [line.replace("\\", "/") for line in read_list(path)]
+    folders = [path.parent if name.startswith("./") else base for name in names]
     return [Path(os.path.normpath(f / name)) for f, name in zip(folders, names, strict=True)]
 
 
 def _label_file(image: Path) -> Path:
     """Return labels/ for the last images/ of a path; without one, the file next to the image."""
-    parts = list(image.with_suffix(".txt").parts)
-    for i in reversed(range(len(parts) - 1)):
-        if parts[i] == "images":
-            parts[i] = "labels"
-            break
-    return Path(*parts)
+    file = image.with_suffix(".txt")
+    before, found, after = file.as_posix().rpartition("/images/")
+    return Path(f"{before}/labels/{after}") if found else file
 
 
-def _orphans(images: list[Path]) -> list[str]:
+def _orphans(images: list[Path]) -> list[tuple[str, str]]:
     """Return the label files next to those of the images that have boxes but no image."""
     stems: dict[tuple[Path, Path], set[str]] = defaultdict(set)
     for image in images:
@@ -182,33 +181,30 @@ def _orphans(images: list[Path]) -> list[str]:
     for (labels, folder), known in sorted(stems.items()):
         # images of other splits, or of a kind that is not searched for
         known |= {p.stem for p in folder.glob("*") if p.suffix != ".txt" and p.is_file()}
-        for file in sorted(labels.glob("*.txt")):
-            if file.stem in known:
-                continue
+        for file in sorted(p for p in labels.glob("*.txt") if p.stem not in known):
             boxes, others = _read_labels(file, boxes_first=True)
             if boxes and not others:  # otherwise a list of names or classes
-                orphans.append(str(file))
+                orphans.append((str(file), ""))
     return orphans
 
 
 def _read_labels(
     path: Path, *, boxes_first: bool
-) -> tuple[list[tuple[int, list[float]]], list[Finding]]:
+) -> tuple[list[tuple[int, list[float]]], list[tuple[str, str]]]:
     """Return (class, cxcywh) of each line that has them, and what is wrong with the others."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         return [], []
     except (OSError, ValueError) as error:
-        return [], [Finding(f"{path}:1", str(error))]
+        return [], [(f"{path}:1", str(error))]
     boxes, wrong = [], []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            boxes.append(_parse_line(line, boxes_first=boxes_first))
+            if line.strip():
+                boxes.append(_parse_line(line, boxes_first=boxes_first))
         except (ValueError, OverflowError) as error:
-            wrong.append(Finding(f"{path}:{number}", str(error)))
+            wrong.append((f"{path}:{number}", str(error)))
     return boxes, wrong
 
 
@@ -243,7 +239,7 @@ def _in_pixels(
         w, h = (h, w) if orientation in TURNED else (w, h)
     height, width = size
     left, top = (cx - w / 2) * width, (cy - h / 2) * height
-    xywh = [round(v, _DIGITS) for v in (left, top, w * width, h * height)]
+    xywh = [round(v, DIGITS) for v in (left, top, w * width, h * height)]
     return {"bbox": xywh, "area": xywh[2] * xywh[3]}
 
 
@@ -260,16 +256,18 @@ def write_yolo(splits: Sequence[Split], output_dir: Path, placer: Placer) -> lis
         )
     make_output_dir(output_dir)
     notices = [_write_labels(split, output_dir, placer) for split in splits]
-    content: dict[str, Any] = {split.name: f"images/{split.name}" for split in splits}
-    content["names"] = dict(enumerate(splits[0].class_names))
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    write_atomic(output_dir / "data.yaml", text)
+    names = dict(enumerate(splits[0].class_names))
+    content = {**{split.name: f"images/{split.name}" for split in splits}, "names": names}
+    write_atomic(
+        output_dir / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    )
     return notices
 
 
 def _write_labels(split: Split, output_dir: Path, placer: Placer) -> list[str]:
     """Write the images and label files of a split; return a line on all that is lost."""
-    crowds, outside, cut, unusable = 0, 0, 0, []
+    crowds = outside = cut = 0
+    unusable = []
     images, labels = output_dir / "images" / split.name, output_dir / "labels" / split.name
     for image in split.images:
         header = read_header(image.file)
@@ -280,23 +278,22 @@ def _write_labels(split: Split, output_dir: Path, placer: Placer) -> list[str]:
         placer.put(image, images / name)
         lines = []
         for label, box, crowd in zip(image.labels, image.xywh, image.crowd, strict=True):
-            crowds += crowd
-            if not crowd:
-                whole = _fractions(box, image.size, *header)
-                values = _within(whole)
-                if values is None:
-                    outside += 1
-                    continue
+            whole = _fractions(box, image.size, *header)
+            values = _within(whole)
+            if crowd:
+                crowds += 1
+            elif values is None:
+                outside += 1
+            else:
                 cut += values != whole
                 lines.append(f"{label} {' '.join(map(as_text, values))}\n")
         write_text((labels / name).with_suffix(".txt"), "".join(lines))
-    notices = []
-    if crowds:
-        notices.append(f"crowd boxes, which YOLO cannot represent, left out: {crowds}")
-    if outside:
-        notices.append(f"boxes outside their image, left out: {outside}")
-    if cut:
-        notices.append(f"boxes that extend past their image, clipped: {cut}")
+    lost = {
+        "crowd boxes, which YOLO cannot represent, left out": crowds,
+        "boxes outside their image, left out": outside,
+        "boxes that extend past their image, clipped": cut,
+    }
+    notices = [f"{what}: {number}" for what, number in lost.items() if number]
     if unusable:
         notices.append(f"unreadable images, left out: {len(unusable)} ({first_few(unusable)})")
     return notices

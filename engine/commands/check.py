@@ -10,8 +10,7 @@ from configs.schema import SECTIONS as RUN
 from configs.schema import Config, DataConfig
 from datasets.build import Split, read_split
 from datasets.checks.boxes import Limits
-from datasets.checks.diagnosis import Diagnosis, examine
-from datasets.checks.fix import corrected
+from datasets.checks.diagnosis import Diagnosis, corrected, examine
 from datasets.checks.report import page, summary
 from datasets.loader import loader_processes
 from models.recipes import RecipeOptions

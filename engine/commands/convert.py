@@ -8,10 +8,9 @@ from configs.schema import VocOptions
 from datasets.build import format_options
 from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
-from datasets.formats.format import Source
-from datasets.formats.registry import FORMATS, read_source
+from datasets.formats.registry import FORMATS, Source, read_source
 from util.console import console
-from util.errors import ConfigError
+from util.errors import ConfigError, nearest_hint
 
 _NAMES = ", ".join(FORMATS)
 
@@ -38,6 +37,8 @@ class ConvertOptions(VocOptions):
             raise ConfigError("images: needs exactly one split with it, as in `splits train`.")
         if self.images and self.data_format != "coco":
             raise ConfigError(f"images: has no effect on {self.data_format} data. Leave it out.")
+        if self.to not in FORMATS:
+            raise ConfigError(f"to {self.to}: does not exist. {nearest_hint(self.to, [*FORMATS])}")
 
 
 SECTIONS = {"convert": ConvertOptions}

@@ -12,11 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from datasets.augment import color_jitter
 from datasets.dataset import seeded_generator
-from datasets.mixing import Mixing, mixup, mosaic
-from datasets.sample import Prepared, Sample, Size
-from datasets.transforms import TrainTransform
+from datasets.sample import Sample, Size
+from datasets.transforms import Mixing, TrainTransform, color_jitter, mixup, mosaic
 
 COLOURS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255]])
 PLAIN = TrainTransform(
@@ -59,7 +57,7 @@ def scene(seed: int) -> Sample:
     return Sample(image.permute(2, 0, 1), corners, labels, (height, width))
 
 
-def check_boxes_hold_their_colours(prepared: Prepared) -> None:
+def check_boxes_hold_their_colours(prepared: Sample) -> None:
     """Compare each colour's place with its boxes, a margin of blurred edges apart."""
     _, height, width = prepared.image.shape
     boxes, margin = prepared.boxes, 4.0
@@ -99,8 +97,7 @@ def test_mosaics_hold_the_objects_of_four_images(seed: int) -> None:
     scenes = [scene(seed + k) for k in range(4)]
     mixed = mosaic(scenes, seeded_generator(seed))
     assert mixed.size == scenes[0].size == tuple(mixed.image.shape[-2:])
-    whole = Prepared(mixed.image / 255, mixed.boxes, mixed.labels)
-    check_boxes_hold_their_colours(whole)
+    check_boxes_hold_their_colours(replace(mixed, image=mixed.image / 255))
 
 
 @given(st.integers(0, 10**6))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from configs.schema import DataConfig
 from datasets.build import build_dataset, load_index
-from datasets.image_cache import ImageCache
+from datasets.dataset import ImageCache
 from datasets.loader import train_loader
 from datasets.samplers import BatchSplit
 from util.errors import ConfigError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from datasets.checks.scan import examine_file
+from datasets.checks.images import examine_file
 from datasets.images import (
     READ_ERRORS,
     open_image,

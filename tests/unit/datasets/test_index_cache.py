@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datasets import index_cache
+from datasets import index as index_module
 from datasets.checks.entries import CocoContent
-from datasets.index import CocoIndex
-from datasets.index_cache import cache_folder, read_content
+from datasets.index import CocoIndex, cache_folder, read_content
 from util.errors import DataError
 
 Content = dict[str, Any]
@@ -25,7 +24,7 @@ def json_path(
 ) -> Path:
     """Write a set with a flaw that is large enough to be kept, and give the cache a folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(index_cache, "_MIN_BYTES", 0)
+    monkeypatch.setattr(index_module, "_MIN_BYTES", 0)
     content["annotations"][2]["bbox"] = [1, 1, 0]
     content["images"][0]["file_name"] = "ö \ud800.png"
     content["info"] = "\u00e9"
@@ -54,7 +53,7 @@ def test_kept_content_is_what_was_read(json_path: Path, monkeypatch: pytest.Monk
     anew = plain(read_content(json_path, need_boxes=True, cache=False))
     assert not cache_folder().exists()
     assert plain(read(json_path)) == anew
-    monkeypatch.setattr(index_cache, "check_content", None)  # calling it would fail
+    monkeypatch.setattr(index_module, "check_content", None)  # calling it would fail
     assert plain(read(json_path)) == anew
     assert len(list(cache_folder().iterdir())) == 1
     index = CocoIndex.load(json_path, json_path.parent / "images", need_boxes=True, cache=True)
@@ -65,7 +64,7 @@ def test_training_and_evaluation_share_what_is_kept(
     json_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     anew = plain(read(json_path))
-    monkeypatch.setattr(index_cache, "check_content", None)  # calling it would fail
+    monkeypatch.setattr(index_module, "check_content", None)  # calling it would fail
     assert plain(read_content(json_path, need_boxes=False, cache=True)) == anew
     assert len(list(cache_folder().iterdir())) == 1
 

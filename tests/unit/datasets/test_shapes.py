@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from datasets.index import CocoIndex
-from datasets.shape_drawing import CATEGORY_IDS, MAX_OBJECTS, _background, draw_image
-from datasets.shapes import generate_shapes
+from datasets.shapes import CATEGORY_IDS, MAX_OBJECTS, _background, draw_image, generate_shapes
 from util.errors import DataError
 
 
@@ -59,7 +58,7 @@ def test_boxes_bound_exactly_what_is_painted() -> None:
         if len(objects) != 1:
             continue
         rng = np.random.default_rng(seed)
-        background = _background(rng, image.width, image.height).clip(0, 255)
+        background = _background(rng).clip(0, 255)
         painted = np.abs(np.asarray(image) - background).sum(-1) > 3 * 13
         rows, columns = np.flatnonzero(painted.any(1)), np.flatnonzero(painted.any(0))
         measured = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])

@@ -16,7 +16,6 @@ from datasets.sample import (
     random_crop,
     resize,
     resized_size,
-    to_image,
     to_pixels,
 )
 from datasets.transforms import EvalTransform, TrainTransform
@@ -144,7 +143,7 @@ def test_crop_clips_boxes_and_drops_those_outside() -> None:
     assert cut.labels.tolist() == [0, 1]
     assert cut.boxes.tolist() == [[0, 0, 6, 5], [1, 0, 16, 15]]
     original = np.asarray(random_image(40, 30))[5:20, 4:20]
-    np.testing.assert_array_equal(np.asarray(to_image(cut.image)), original)
+    np.testing.assert_array_equal(cut.image.permute(1, 2, 0).numpy(), original)
 
 
 def test_normalise_matches_its_definition() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.checks.boxes import Limits
-from datasets.formats.format import Source
+from datasets.formats.registry import Source
 
 Content = dict[str, Any]
 WIDTH, HEIGHT, BOXES = 64, 48, 3

@@ -8,8 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from datasets.checks.diagnosis import examine
-from datasets.formats.format import Source
-from datasets.formats.registry import FORMATS, read_source
+from datasets.formats.registry import FORMATS, Source, read_source
 from datasets.index import CocoIndex
 from tests.unit.datasets.checks.flawed import FLAWS, LAYOUTS, LIMITS, FlawedSet, change_all
 from tests.unit.datasets.formats.flawed_formats import FLAWS as FLAWS_BY_FORMAT

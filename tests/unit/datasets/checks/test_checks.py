@@ -17,14 +17,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.checks.boxes import find_layout
-from datasets.checks.diagnosis import Diagnosis, examine
-from datasets.checks.fix import corrected
+from datasets.checks.diagnosis import Diagnosis, corrected, examine
+from datasets.checks.images import examine_file, scan
 from datasets.checks.kinds import KINDS, tables
 from datasets.checks.report import page, summary
-from datasets.checks.scan import examine_file, scan
 from datasets.dataset import CocoDetection
-from datasets.formats.format import Source
-from datasets.formats.registry import read_source
+from datasets.formats.registry import Source, read_source
 from datasets.index import CocoIndex
 from datasets.transforms import EvalTransform
 from tests.unit.datasets.checks.flawed import (
@@ -180,7 +178,7 @@ def test_decoding_processes_end_with_the_one_that_began_them(tmp_path: Path) -> 
     names = [tmp_path / f"{i}.png" for i in range(70)]  # enough for several processes
     os.mkfifo(names[0])
     code = (
-        "import sys; from pathlib import Path; from datasets.checks.scan import scan\n"
+        "import sys; from pathlib import Path; from datasets.checks.images import scan\n"
         "scan(map(Path, sys.argv[1:]), processes=2)"
     )
     command = [sys.executable, "-c", code, *map(str, names)]
@@ -360,6 +358,8 @@ def test_page_and_summary_escape_and_name_everything(tmp_path: Path) -> None:
     for kind, found in diagnosis.findings.items():
         assert f'id="{kind}"' in html
         assert f"{len(found)}  {KINDS[kind].title}" in text
+    assert "A corrected copy: clipped." in text
+    assert "--" not in text  # an option is the command line's word
     written: dict[str, Any] = json.loads(json.dumps(diagnosis.to_json(), allow_nan=False))
     assert {f["kind"]: f["count"] for f in written["findings"]} == counts(diagnosis)
 

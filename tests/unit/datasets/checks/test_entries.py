@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,19 @@ def test_unreadable_images_are_counted_among_those_that_were_opened(
     assert any(notice.startswith("unreadable images: 1 of 1 checked (") for notice in notices)
 
 
+def test_which_sizes_are_put_right_does_not_depend_on_which_were_looked_at(
+    content: Content, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.checks.images._SIZES_CHECKED", 1)  # the first
+    json_path, folder = write(content)
+    for image in content["images"][::2]:
+        image["width"] = 41
+    json_path.write_text(json.dumps(content))
+    index = CocoIndex.load(json_path, folder, need_boxes=True)
+    assert index.images.sizes.tolist() == [[30, 40]] * 3
+    assert "2 of 3 checked ('5.png' stated 41 x 30, is 40 x 30, " in index.notices[0]
+
+
 def test_missing_and_resized_images_are_noticed(content: Content, write: Write) -> None:
     json_path, folder = write(content)
     (folder / "9.png").unlink()
@@ -308,13 +322,28 @@ def test_data_report_lists_every_kind_with_its_ids(content: Content, write: Writ
     ]  # fmt: skip
 
 
+def test_data_report_counts_all_and_lists_a_thousand(content: Content, write: Write) -> None:
+    sound, *_ = content["annotations"]
+    content["annotations"] = [sound | {"id": i} for i in range(2000)]
+    content["annotations"] += [{**sound, "id": 3000 + i, "bbox": [2, 2, 0, 0]} for i in range(1500)]
+    content["annotations"] += [None] * 1200
+    report = CocoIndex.load(*write(content), need_boxes=True).data_report()
+    counts = {f["kind"]: f["count"] for f in report["findings"]}
+    assert counts == {"not_an_object": 1200, "zero_bbox": 1500, "no_boxes": 2}
+    lists = [f.get("places", f.get("annotation_ids")) for f in report["findings"][:2]]
+    assert lists == [
+        [f"annotations[{3500 + i}]" for i in range(1000)],
+        [3000 + i for i in range(1000)],
+    ]
+
+
 def test_findings_survive_being_written(content: Content, write: Write) -> None:
     content["annotations"][0]["bbox"] = [1, 1, 0, 0]
     finding = CocoIndex.load(*write(content), need_boxes=True).findings[0]
     assert finding.to_json() == {
         "kind": "zero_bbox", "count": 1, "text": finding.text, "annotation_ids": [0],
     }  # fmt: skip
-    assert Notice.from_json(finding.to_json()).to_json() == finding.to_json()
+    assert Notice(**json.loads(json.dumps(asdict(finding)))) == finding
 
 
 @given(st.lists(st.text() | st.just("\ud800")))

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.formats.convert import convert
-from datasets.formats.format import Source
+from datasets.formats.registry import Source
 
 Content = dict[str, Any]
 Kinds = Counter[str]

@@ -15,8 +15,7 @@ from PIL import Image
 from datasets.dataset import CocoDetection
 from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
-from datasets.formats.format import Source
-from datasets.formats.registry import read_source
+from datasets.formats.registry import Source, read_source
 from datasets.index import CocoIndex
 from datasets.transforms import EvalTransform
 from main import main
@@ -50,6 +49,20 @@ def chain(source: Source, formats: tuple[str, ...], folder: Path) -> Source:
         convert({"train": source}, target, out, copy=False)
         source = read_source(target, out, "train")
     return source
+
+
+def test_every_size_that_is_written_is_that_of_the_file(
+    content: Content, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.checks.images._SIZES_CHECKED", 1)  # the first, which is right
+    json_path, folder = write(content)
+    content["images"][2]["width"] = 41
+    json_path.write_text(json.dumps(content))
+    source = read_coco_file(json_path, folder)
+    lines = convert({"train": source}, "coco", tmp_path / "out", copy=False)
+    assert any("1 of 3 checked ('2.png' stated 41 x 30, is 40 x 30)" in line for line in lines)
+    written = read_source("coco", tmp_path / "out", "train").content["images"]
+    assert [(image["width"], image["height"]) for image in written] == [(40, 30)] * 3
 
 
 def test_bccd_trains_alike_in_every_format(shared: Callable[[str], Path], tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.dataset import CocoDetection
-from datasets.formats.format import Source
-from datasets.formats.registry import read_source
+from datasets.formats.registry import Source, read_source
 from datasets.index import CocoIndex
 from datasets.transforms import EvalTransform
 from engine.evaluation.matching import Truth

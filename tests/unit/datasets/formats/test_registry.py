@@ -17,8 +17,7 @@ from util.errors import ConfigError
 NEW_FILE = """
 from pathlib import Path
 
-from datasets.formats.format import Format, Source
-from datasets.formats.registry import FORMATS
+from datasets.formats.registry import FORMATS, Format, Source
 from util.files import make_output_dir
 
 
@@ -90,6 +89,16 @@ def test_a_new_format_is_one_file_and_one_registration_line(
 def test_an_unknown_format_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="data_format cocoo: .*Did you mean 'coco'"):
         read_split(DataConfig(data_format="cocoo", data_path="x"), "train")
+
+
+@pytest.mark.parametrize(("option", "name"), [("--from", "data_format"), ("--to", "to")])
+def test_convert_names_the_option_whose_format_is_unknown(
+    option: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["convert", "--data_path", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    assert main([*command, option, "cocoo"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: --{name} cocoo: does not exist. Did you mean 'coco'?\n"
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))

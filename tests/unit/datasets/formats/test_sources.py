@@ -13,8 +13,7 @@ from PIL import Image, ImageOps
 
 from datasets.dataset import CocoDetection
 from datasets.formats.convert import convert
-from datasets.formats.format import Source
-from datasets.formats.registry import read_source
+from datasets.formats.registry import Source, read_source
 from datasets.index import CocoIndex
 from datasets.transforms import EvalTransform
 from util.errors import DataError
@@ -59,11 +58,7 @@ def voc(tmp_path: Path) -> Path:
 
 def found(source: Source) -> dict[str, list[tuple[str, str]]]:
     """Return where and why something could not be read, by kind."""
-    return {
-        kind: [(finding.place, finding.detail) for finding in findings]
-        for kind, findings in source.findings.items()
-        if findings
-    }
+    return {kind: list(findings) for kind, findings in source.findings.items() if findings}
 
 
 def boxes(source: Source) -> list[list[float]]:

@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from datasets.checks.entries import check_content
-from datasets.formats.format import Source
+from datasets.formats.registry import Source
 from datasets.index import CocoIndex
 from engine.evaluation.evaluator import STAT_NAMES, Evaluator, save_results
 from engine.evaluation.matching import Truth
