@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from configs.options import Checked, option
 from configs.schema import SECTIONS as RUN
@@ -19,7 +20,6 @@ from datasets.samplers import split_batch
 from models.backbones import create_backbone
 from models.recipes import RecipeOptions
 from util.batch import Target
-from util.box_ops import cxcywh_to_xyxy
 from util.classes import Classes
 from util.console import console
 from util.draw import draw_boxes
@@ -98,7 +98,8 @@ def to_image(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Imag
 def draw(image: Image.Image, target: Target, classes: Classes, scale: float = 1) -> Image.Image:
     """Return the image, resized by `scale` from what the target describes, with its boxes."""
     height, width = target["size"].tolist()
-    corners = cxcywh_to_xyxy(target["boxes"]) * torch.tensor([width, height] * 2) * scale
+    corners = box_convert(target["boxes"], "cxcywh", "xyxy")
+    corners = corners * torch.tensor([width, height] * 2) * scale
     labels = target["labels"].tolist()
     return draw_boxes(image, corners, labels, [classes.shown(label) for label in labels])
 

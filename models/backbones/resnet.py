@@ -3,20 +3,67 @@
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import cast
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from models.backbones.registry import BACKBONES, Backbone, BackboneOptions
-from models.layers import FrozenBatchNorm2d, conv_norm
-from models.recompute import checkpointed
+from models.backbones import BACKBONES, Backbone, BackboneOptions
+from models.layers import checkpointed
 from util.errors import CheckpointError, ConfigError, nearest_hint
 from util.tensor_files import load_safely
 
 _STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm whose statistics and affine parameters never change."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    eps = 1e-5
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # ImageNet weights come from an ordinary batch norm, which counts its batches.
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def after(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
+        """Return this norm of `conv(x)` by one convolution with scaled weights.
+
+        The norm's own pass over the map, and its copy of the map for the backward pass, are saved.
+        Shape: x [N,C,H,W].
+        """
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return F.conv2d(
+            x,
+            conv.weight * scale[:, None, None, None],
+            self.bias - self.running_mean * scale,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+
+
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """Return a convolution, which has no bias of its own, and its norm. Shape: [N,C,H,W]."""
+    if isinstance(norm, FrozenBatchNorm2d):
+        return norm.after(conv, x)
+    output: Tensor = norm(conv(x))
+    return output
 
 
 class Residual(nn.Module):
