@@ -83,19 +83,15 @@ def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
     # from drowning the rest (RetinaNet, arXiv 1708.02002, Sec. 4.1)
     nn.init.constant_(class_head.bias, -math.log((1 - 0.01) / 0.01))
     box_head = MLP(config.hidden_dim, config.hidden_dim, 4, 3)
-    last = box_head.layers[-1]
-    assert isinstance(last, nn.Linear)
-    nn.init.zeros_(last.weight)  # the first boxes are the references themselves
-    nn.init.zeros_(last.bias)
+    for name in ("weight", "bias"):  # the first boxes are the references themselves
+        nn.init.zeros_(box_head.get_parameter(f"layers.2.{name}"))
     count = config.dec_layers + int(config.two_stage)
     class_heads, box_heads = [class_head] * count, [box_head] * count  # shared by all layers
     if config.with_box_refine:
         class_heads = [copy.deepcopy(head) for head in class_heads]
         box_heads = [copy.deepcopy(head) for head in box_heads]
     if not config.two_stage:  # sizes start small, where proposals do not set them
-        first = box_heads[0].layers[-1]
-        assert isinstance(first, nn.Linear)
-        nn.init.constant_(first.bias[2:], -2.0)
+        nn.init.constant_(box_heads[0].get_parameter("layers.2.bias")[2:], -2.0)
     heads = DetectionHeads(class_heads, box_heads)
     if config.with_box_refine and not config.aux_loss:  # no loss reaches those of earlier layers
         for either in (heads.class_embed, heads.bbox_embed):

@@ -127,28 +127,23 @@ class HungarianMatcher:
         costs = [self.cost(*group) for group in groups]
         flat = torch.cat([c.flatten() for c in costs]).cpu().numpy()
         flat[~np.isfinite(flat)] = _NOT_FINITE
-        matches, start = [], 0
-        for cost, (_, _, targets) in zip(costs, groups, strict=True):
-            block = flat[start : start + cost.numel()].reshape(cost.shape)
-            start += cost.numel()
-            matches.append(_assign(block, targets.counts, cost.device))
-        return matches
+        ends = np.cumsum([cost.numel() for cost in costs])
+        return [
+            _assign(block.reshape(cost.shape), targets.counts, cost.device)
+            for block, cost, (_, _, targets) in zip(
+                np.split(flat, ends[:-1]), costs, groups, strict=True
+            )
+        ]
 
 
 def _assign(cost: "np.ndarray[Any, Any]", counts: Sequence[int], device: torch.device) -> Matches:
     """Solve every layer and image of a cost block [G,N,Q,T] on the host."""
-    layers, _, num_queries, _ = cost.shape
-    kept = [min(count, num_queries) for count in counts]
-    query = np.empty((layers, sum(kept)), dtype=np.int64)
-    target = np.empty_like(query)
-    for layer in range(layers):
-        start = 0
-        for image, count in enumerate(counts):
-            block = cost[layer, image, :, :count]
-            end = start + kept[image]
-            query[layer, start:end], target[layer, start:end] = linear_sum_assignment(block)
-            start = end
-    images = np.repeat(np.arange(len(counts)), kept)
+    pairs = [
+        [linear_sum_assignment(c[:, :n]) for c, n in zip(layer, counts, strict=True)]
+        for layer in cost
+    ]
+    query, target = np.stack([np.concatenate(layer, axis=1) for layer in pairs], axis=1)  # [G,P]
+    images = np.repeat(np.arange(len(counts)), [min(n, cost.shape[2]) for n in counts])
     packed = torch.from_numpy(np.concatenate([images[None], query, target]))
     packed = packed.to(device, non_blocking=True)
-    return Matches(packed[0], packed[1 : layers + 1], packed[layers + 1 :])
+    return Matches(packed[0], packed[1 : len(cost) + 1], packed[len(cost) + 1 :])

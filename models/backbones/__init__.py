@@ -1,12 +1,15 @@
 """Backbones: images to feature maps, each kind in a file of its own, chosen by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from util.errors import CheckpointError
 from util.registry import Registry
+from util.tensor_files import load_safely
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,18 @@ def create_backbone(
     source, _, variant = name.rpartition("/") if "/" in name else ("torchvision", "", name)
     options = BackboneOptions(variant, single_level, dilation, weights, frozen_stages, train_norm)
     return BACKBONES[source](options)
+
+
+def weights_from_file(file: str, network: str) -> Mapping[str, Tensor]:
+    """Read a state dict for a network of this name.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
+    state = load_safely(Path(file))
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"backbone_weights {file}: holds a {type(state).__name__}, not a state dict. "
+            f"Give the weights of {network}."
+        )
+    return state

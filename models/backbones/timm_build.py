@@ -1,21 +1,18 @@
 """Any network of timm as a backbone: its weights, what is frozen, and whether it takes any size."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
-from models.backbones import BACKBONES, Backbone, BackboneOptions
+from models.backbones import BACKBONES, Backbone, BackboneOptions, weights_from_file
 from models.backbones.timm_model import TimmBackbone, in_precision_of_weights
 from util.errors import CheckpointError, ConfigError, nearest_hint
-from util.tensor_files import load_safely
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _PROBE_SIZE = (75, 107)  # a multiple of nothing, as images are
 
 
@@ -30,8 +27,8 @@ def create_timm(options: BackboneOptions) -> Backbone:
     config: Any = timm.get_pretrained_cfg(options.variant)
     return TimmBackbone(
         body,
-        mean=tuple(config.mean) if config else IMAGENET_MEAN,
-        std=tuple(config.std) if config else IMAGENET_STD,
+        mean=tuple(config.mean) if config else IMAGENET_DEFAULT_MEAN,
+        std=tuple(config.std) if config else IMAGENET_DEFAULT_STD,
         train_norm=options.train_norm,
     )
 
@@ -45,12 +42,8 @@ def _create_body(options: BackboneOptions, count: int) -> Any:
         )
     if options.dilation:
         raise ConfigError(f"dilation: not for timm/{name}. Use a torchvision ResNet.")
-    given = None if weights in ("none", "imagenet") else load_safely(Path(weights))
-    if given is not None and not isinstance(given, Mapping):
-        raise CheckpointError(
-            f"backbone_weights {weights}: holds a {type(given).__name__}, not a state dict. Give "
-            f"the weights of timm/{name}."
-        )
+    known = weights in ("none", "imagenet")
+    given = None if known else weights_from_file(weights, f"timm/{name}")
     options_of_timm: dict[str, Any] = {
         "features_only": True,
         "out_indices": tuple(range(-count, 0)),

@@ -44,7 +44,6 @@ class Pretrained:
     image_std: Triple | None
     image_size: tuple[int, int] | None
     kind: Literal["ours", "official", "hugging_face"]
-    source: str
     thresholds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -58,24 +57,24 @@ def load_pretrained(source: str, *, ema: bool = True) -> Pretrained:
             Deformable DETR.
     """
     path = Path(source)
-    if source.startswith("hf:"):
-        return _from_folder(_download(source.removeprefix("hf:"), source), source)
-    if path.is_dir():
-        return _from_folder(path, source)
     is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
-    if not path.exists() and is_hub_name and path.suffix not in _WEIGHT_SUFFIXES:
-        return _from_folder(_download(source, source), source)
-    return _from_file(path, ema=ema)
+    if source.startswith("hf:") or (
+        is_hub_name and not path.exists() and path.suffix not in _WEIGHT_SUFFIXES
+    ):
+        return _from_folder(_download(source.removeprefix("hf:"), source), source)
+    return _from_folder(path, source) if path.is_dir() else _from_file(path, ema=ema)
 
 
-def _from_file(path: Path, *, ema: bool = True) -> Pretrained:
+def _from_file(path: Path, *, ema: bool) -> Pretrained:
     content = load_safely(path)
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path}: holds a {type(content).__name__}, not a checkpoint. "
             "Pass our checkpoint, an official file or a state dict."
         )
-    if "model" in content and _is_ours(content):
+    config = content.get("config")  # other files may hold one of any kind
+    sections = isinstance(config, Mapping) and isinstance(config.get("model"), Mapping)
+    if "model" in content and (sections or {"config", "classes"} <= content.keys()):
         with _parts_of(path, "checkpoint of a run"):
             return _ours(content, str(path), ema=ema)
     weights = content.get("model", content)
@@ -92,13 +91,6 @@ def _from_file(path: Path, *, ema: bool = True) -> Pretrained:
             "Pass the folder that save_pretrained() wrote."
         )
     return _official(weights, content.get("args"), str(path))
-
-
-def _is_ours(content: Mapping[str, Any]) -> bool:
-    """Return whether a file is our checkpoint; others may hold a `config` of any kind."""
-    config = content.get("config")
-    by_section = isinstance(config, Mapping) and isinstance(config.get("model"), Mapping)
-    return by_section or ("config" in content and "classes" in content)
 
 
 @contextlib.contextmanager
@@ -128,7 +120,6 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
         image_std=_triple(preprocessing.get("std")),
         image_size=None,
         kind="ours",
-        source=source,
         thresholds=dict(content.get("thresholds") or {}),
     )
 
@@ -153,7 +144,6 @@ def _official(weights: Mapping[str, Tensor], args: Any, source: str) -> Pretrain
         image_std=None,
         image_size=None,
         kind="official",
-        source=source,
     )
 
 
@@ -195,7 +185,6 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
         image_std=std,
         image_size=size,
         kind="hugging_face",
-        source=source,
     )
 
 

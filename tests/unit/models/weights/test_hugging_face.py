@@ -86,7 +86,7 @@ def test_saved_model_predicts_the_same_here(tmp_path: Path, variant: str) -> Non
     pretrained = load_pretrained(str(tmp_path))
     assert pretrained.kind == "hugging_face"
     ours = build_model(ModelConfig(**pretrained.model_options), num_classes=5).eval()
-    load_strict(ours, pretrained.state_dict, pretrained.source)
+    load_strict(ours, pretrained.state_dict, "folder")
     # Their two-stage model may take padding for a proposal; ours never does.
     second = (128, 128) if "two_stage" in variant else (96, 80)
     batch = pad_images([torch.randn(3, 128, 128), torch.randn(3, *second)])

@@ -100,7 +100,7 @@ def test_official_file_goes_out_and_comes_back(tmp_path: Path, variant: str) -> 
     pretrained = load_pretrained(str(tmp_path / "o.pth"))
     assert ModelConfig(**pretrained.model_options) == config
     other = build_model(config, num_classes=3)
-    load_strict(other, pretrained.state_dict, pretrained.source)
+    load_strict(other, pretrained.state_dict, "file")
     assert same(other.state_dict(), model.state_dict())
 
 
