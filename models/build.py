@@ -90,7 +90,7 @@ def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
     if config.with_box_refine:
         class_heads = [copy.deepcopy(head) for head in class_heads]
         box_heads = [copy.deepcopy(head) for head in box_heads]
-    if not config.two_stage:  # sizes start small, where proposals do not set them
+    if not config.two_stage:  # where no proposals set them, sizes start at 0.12, sigmoid(-2)
         nn.init.constant_(box_heads[0].get_parameter("layers.2.bias")[2:], -2.0)
     heads = DetectionHeads(class_heads, box_heads)
     if config.with_box_refine and not config.aux_loss:  # no loss reaches those of earlier layers

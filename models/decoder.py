@@ -142,9 +142,6 @@ class DeformableDecoder(nn.Module):
                 # to it: without this, training is unstable (Appendix A.4)
                 reference = boxes[-1].detach()
         if not self.with_box_refine:  # every layer predicts from the first reference points
-            boxes = [
-                apply_delta(self.heads.delta(i, h), r)
-                for i, (h, r) in enumerate(zip(hidden, references, strict=True))
-            ]
+            boxes = [apply_delta(self.heads.delta(i, h), reference) for i, h in enumerate(hidden)]
         logits = [self.heads.logits(i, h) for i, h in enumerate(hidden)]
         return DecoderOutput(hidden, references, logits, boxes)

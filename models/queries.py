@@ -105,7 +105,9 @@ def objects_of_one_class(targets: PaddedTargets) -> PaddedTargets:
 
 
 def token_proposals(levels: FeatureLevels) -> Tensor:
-    """Return a box around each token, 0.05 * 2**level in size, in logit space (Sec. 4.2).
+    """Return a box around each token, 0.05 * 2**level in size, in logit space (Appendix A.4).
+
+    Coarse levels are for large objects: from the right size, a box is a small correction away.
 
     Shape: [N,S,4] cxcywh relative to the unpadded image; infinite where the token is padding or
     its centre lies within 1 % of the border, so that its box can never be moved.

@@ -87,7 +87,11 @@ class DeformableTransformer(nn.Module):
     def from_embedding(
         self, name: str, embedding: Tensor, batch_size: int, **learning: Any
     ) -> QueryGroup:
-        """Return learned queries, the same for every image. Shape: embedding [Q,2C]."""
+        """Return learned queries, the same for every image (Sec. 4.1).
+
+        A query's position says where it looks first: attention samples around that point, and
+        boxes are predicted relative to it. Shape: embedding [Q,2C].
+        """
         position, content = embedding.chunk(2, dim=-1)
         position = position[None].expand(batch_size, -1, -1)
         content = content[None].expand(batch_size, -1, -1)

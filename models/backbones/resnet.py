@@ -99,8 +99,9 @@ class ResNetBackbone(nn.Module):
             norm_layer=nn.BatchNorm2d if options.train_norm else FrozenBatchNorm2d,
         )
         load_resnet_weights(network, options)
-        children = dict(network.named_children())
-        self.body = nn.ModuleDict({name: children[name] for stage in _STAGES for name in stage})
+        self.body = nn.ModuleDict(
+            {name: network.get_submodule(name) for stage in _STAGES for name in stage}
+        )
         self._first = 4 if options.single_level else 2
         width = 64 * block.expansion
         self.channels = tuple(width * 2**i for i in range(self._first - 1, 4))

@@ -12,7 +12,11 @@ from ops import MSDeformAttn
 
 
 class DeformableEncoderLayer(nn.Module):
-    """Deformable self-attention over all levels, then a feed-forward block."""
+    """Deformable self-attention over all levels, then a feed-forward block (Sec. 4.1).
+
+    A token predicts where to look and how much each place counts, and is never compared with keys
+    (Eq. 3): there are no dot products to divide by the square root of their length.
+    """
 
     def __init__(self, options: EncoderOptions) -> None:
         super().__init__()
