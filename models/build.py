@@ -44,27 +44,26 @@ def build_model(
         ConfigError: the backbone, encoder, neck or a recipe is unknown.
         CheckpointError: its weights cannot be had or do not fit.
     """
+    width, levels = config.hidden_dim, config.num_feature_levels
     backbone = create_backbone(
         config.backbone,
-        single_level=config.num_feature_levels == 1,
+        single_level=levels == 1,
         dilation=config.dilation,
         weights=backbone_weights,
         frozen_stages=frozen_stages,
         train_norm=config.train_backbone_norm,
     )
     heads = build_heads(config, num_classes)
-    position_encoding = POSITION_ENCODINGS[config.position_embedding](config.hidden_dim // 2)
+    position_encoding = POSITION_ENCODINGS[config.position_embedding](width // 2)
     transformer = build_transformer(config, heads)
-    query_embed = None
-    if not config.two_stage:
-        query_embed = nn.Embedding(config.num_queries, config.hidden_dim * 2)
+    query_embed = None if config.two_stage else nn.Embedding(config.num_queries, width * 2)
     model = DeformableDETR(
         Joiner(backbone, position_encoding),
-        build_input_proj(backbone.channels, config.hidden_dim, config.num_feature_levels),
+        build_input_proj(backbone.channels, width, levels),
         transformer,
         heads,
         query_embed=query_embed,
-        neck=NECKS[config.neck](NeckOptions(config.hidden_dim, config.num_feature_levels)),
+        neck=NECKS[config.neck](NeckOptions(width, levels)),
         aux_loss=config.aux_loss,
     )
     for name, options in (recipes or {}).items():  # last: no other weight depends on them
@@ -178,14 +177,13 @@ def build_criterion(config: LossConfig) -> SetCriterion:
     }
     for given in config.extra_losses:
         name, _, coefficient = given.partition("=")
-        weights[name] = LOSSES[name][1] if not coefficient else _number(given, coefficient)
+        _, weights[name] = LOSSES[name]
+        if coefficient:
+            try:
+                weights[name] = float(coefficient)
+            except ValueError:
+                raise ConfigError(
+                    f"extra_losses: '{given}' has no number after '='. "
+                    "Write NAME or NAME=COEFFICIENT."
+                ) from None
     return SetCriterion(matcher, weights=weights, focal_alpha=config.focal_alpha)
-
-
-def _number(given: str, coefficient: str) -> float:
-    try:
-        return float(coefficient)
-    except ValueError:
-        raise ConfigError(
-            f"extra_losses: '{given}' has no number after '='. Write NAME or NAME=COEFFICIENT."
-        ) from None

@@ -36,14 +36,14 @@ class Pretrained:
     threshold by class name, of classes that have one.
     """
 
+    kind: Literal["ours", "official", "hugging_face"]
     state_dict: dict[str, Tensor]
     model_options: dict[str, Any]
     classes: Classes
-    config: dict[str, Any] | None
-    image_mean: Triple | None
-    image_std: Triple | None
-    image_size: tuple[int, int] | None
-    kind: Literal["ours", "official", "hugging_face"]
+    config: dict[str, Any] | None = None
+    image_mean: Triple | None = None
+    image_std: Triple | None = None
+    image_size: tuple[int, int] | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -112,14 +112,13 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
     weights = dict(averages["model"] if ema and averages else content["model"])
     classes = content.get("classes")
     return Pretrained(
-        state_dict=weights,
+        "ours",
+        weights,
         model_options=config["model"],
         classes=Classes.from_json(classes) if classes else official_classes(weights),
         config=config,
         image_mean=_triple(preprocessing.get("mean")),
         image_std=_triple(preprocessing.get("std")),
-        image_size=None,
-        kind="ours",
         thresholds=dict(content.get("thresholds") or {}),
     )
 
@@ -132,19 +131,11 @@ def _official(weights: Mapping[str, Tensor], args: Any, source: str) -> Pretrain
             f"{source}: these are not weights of Deformable DETR; the keys are {_few(plain)}. "
             "Other models cannot be loaded."
         )
-    namespace = args if isinstance(args, argparse.Namespace) else None
-    options = official_options(plain, namespace, source)
-    complete = complete_heads(plain, options)
-    return Pretrained(
-        state_dict=complete,
-        model_options=options,
-        classes=official_classes(complete),
-        config=None,
-        image_mean=None,
-        image_std=None,
-        image_size=None,
-        kind="official",
+    options = official_options(
+        plain, args if isinstance(args, argparse.Namespace) else None, source
     )
+    complete = complete_heads(plain, options)
+    return Pretrained("official", complete, options, official_classes(complete))
 
 
 def _from_folder(folder: Path, source: str) -> Pretrained:
@@ -177,21 +168,17 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
         mean, std = (_triple(preprocessing.get(f"image_{name}")) for name in ("mean", "std"))
         size = _image_size(preprocessing)
     return Pretrained(
-        state_dict=weights,
-        model_options=options,
-        classes=classes,
-        config=None,
+        "hugging_face",
+        weights,
+        options,
+        classes,
         image_mean=mean,
         image_std=std,
         image_size=size,
-        kind="hugging_face",
     )
 
 
 def _download(name: str, source: str) -> Path:
-    advice = (
-        "Check the name and the network, or download the repository elsewhere and pass its folder."
-    )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -209,7 +196,8 @@ def _download(name: str, source: str) -> Path:
         reason = " ".join(str(error).split()).split(". ")[0][:120]
         raise CheckpointError(
             f"{source}: {local}it cannot be downloaded from the Hugging Face hub "
-            f"({type(error).__name__}: {reason}). {advice}"
+            f"({type(error).__name__}: {reason}). Check the name and the network, or download the "
+            "repository elsewhere and pass its folder."
         ) from error
     return folder
 
@@ -217,7 +205,7 @@ def _download(name: str, source: str) -> Path:
 def _triple(values: Any) -> Triple | None:
     if not values:
         return None
-    red, green, blue = (float(value) for value in values)
+    red, green, blue = map(float, values)
     return red, green, blue
 
 

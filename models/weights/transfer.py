@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -124,20 +124,7 @@ def transfer(
         CheckpointError: of the parameters behind the backbone, less than a third could be copied.
     """
     pairs = matching_names(source_classes.names, target_classes.names)
-    matched = {target for _, target in pairs}
-    report = TransferReport(
-        matched_classes=tuple(target_classes.names[i] for i in sorted(matched)),
-        fresh_classes=tuple(n for i, n in enumerate(target_classes.names) if i not in matched),
-        renamed={
-            target_classes.names[ours]: source_classes.names[theirs]
-            for theirs, ours in pairs
-            if target_classes.names[ours].casefold() != source_classes.names[theirs].casefold()
-        },
-        nameless=not any(source_classes.names),
-    )
-    for name in report.fresh_classes:
-        if other := of_same_meaning(name, source_classes.names):
-            report.contested[name] = other
+    report = _report_on_classes(source_classes.names, target_classes.names, pairs)
     source, target = (
         {
             name: tensor
@@ -167,6 +154,25 @@ def transfer(
         del report.reinitialised[name]
     report.ignored.update({k: "not in the model" for k in source if k not in used})
     _check_enough(filled, source, target)
+    return report
+
+
+def _report_on_classes(
+    theirs: Sequence[str], ours: Sequence[str], pairs: list[tuple[int, int]]
+) -> TransferReport:
+    """Return a report that says which classes are known; pairs are positions (theirs, ours)."""
+    matched = {target for _, target in pairs}
+    report = TransferReport(
+        matched_classes=tuple(ours[i] for i in sorted(matched)),
+        fresh_classes=tuple(n for i, n in enumerate(ours) if i not in matched),
+        renamed={
+            ours[j]: theirs[i] for i, j in pairs if ours[j].casefold() != theirs[i].casefold()
+        },
+        nameless=not any(theirs),
+    )
+    for name in report.fresh_classes:
+        if other := of_same_meaning(name, theirs):
+            report.contested[name] = other
     return report
 
 
