@@ -237,7 +237,9 @@ class OptimConfig(Checked):
         rare=True,
     )  # fmt: skip
     freeze: Literal["none", "backbone", "encoder", "all_but_heads"] = option(
-        "none", "part that keeps its loaded weights; encoder: all before the decoder"
+        "none",
+        "part that keeps its loaded weights; encoder: all before the decoder; all_but_heads: the "
+        "queries of recipes, too",
     )
     batch_size: int = option(2, "maximum number of images a process computes at once", low=1)
     effective_batch_size: int = option(

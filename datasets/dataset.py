@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.ops import box_convert
 
 from datasets.class_mapping import map_used_classes
 from datasets.images import (
@@ -26,7 +27,6 @@ from datasets.index import CocoIndex
 from datasets.sample import CHANNELS, Sample, Size, clip_boxes, draw_integer, to_pixels
 from datasets.transforms import Mixing, Transform
 from util.batch import Target, UnreadableImage
-from util.box_ops import xyxy_to_cxcywh
 from util.classes import Classes
 from util.errors import ConfigError, DataError
 
@@ -224,7 +224,7 @@ def make_target(prepared: Sample, image_id: int, orig_size: tuple[int, int]) -> 
     return {
         "image_id": torch.tensor(image_id, dtype=torch.int64),
         "labels": prepared.labels,
-        "boxes": xyxy_to_cxcywh(prepared.boxes / scale),
+        "boxes": box_convert(prepared.boxes / scale, "xyxy", "cxcywh"),
         "orig_size": torch.tensor(orig_size, dtype=torch.int64),
         "size": torch.tensor([height, width], dtype=torch.int64),
     }

@@ -8,14 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.heads import DetectionHeads, apply_delta
-from models.layers import Dropout, ExactLayerNorm
+from models.layers import Dropout, ExactLayerNorm, checkpointed
 from models.levels import FeatureLevels
 from models.queries import QueryGroup
-from models.recompute import checkpointed
 from ops import MSDeformAttn
 
 # N batch, Q queries, S tokens, L levels, C width.
-
 
 # The number of queries of each group, and which of them must not attend to which.
 Groups = Sequence[tuple[int, Tensor | None]]
@@ -49,9 +47,7 @@ class DeformableDecoderLayer(nn.Module):
         n_points: int,
     ) -> None:
         super().__init__()
-        self.cross_attn = MSDeformAttn(
-            d_model, n_levels=n_levels, n_heads=n_heads, n_points=n_points
-        )
+        self.cross_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
         self.norm1 = ExactLayerNorm(d_model)
         self.self_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout, batch_first=True)
         self.norm2 = ExactLayerNorm(d_model)
@@ -132,6 +128,7 @@ class DeformableDecoder(nn.Module):
         hidden, references, boxes = [], [], []
         ratios = levels.valid_ratios[:, None]  # [N,1,L,2]
         for index, layer in enumerate(self.layers):
+            # fractions of the image become fractions of each padded level
             scale = ratios if reference.shape[-1] == 2 else torch.cat([ratios, ratios], dim=-1)
             points = reference[:, :, None] * scale
             x = checkpointed(
@@ -142,12 +139,9 @@ class DeformableDecoder(nn.Module):
             if self.with_box_refine:
                 boxes.append(apply_delta(self.heads.delta(index, x), reference))
                 # a layer learns to refine the boxes it is given, not to have better ones given
-                # to it: without this, gradients through all layers are unstable (Sec. 4.2)
+                # to it: without this, training is unstable (Appendix A.4)
                 reference = boxes[-1].detach()
         if not self.with_box_refine:  # every layer predicts from the first reference points
-            boxes = [
-                apply_delta(self.heads.delta(i, h), r)
-                for i, (h, r) in enumerate(zip(hidden, references, strict=True))
-            ]
+            boxes = [apply_delta(self.heads.delta(i, h), reference) for i, h in enumerate(hidden)]
         logits = [self.heads.logits(i, h) for i, h in enumerate(hidden)]
         return DecoderOutput(hidden, references, logits, boxes)

@@ -1,11 +1,13 @@
 """Small building blocks."""
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from ops import fast_cpu_dropout
 
@@ -66,70 +68,31 @@ class Dropout(nn.Dropout):
         return super().forward(x)
 
 
-class MLP(nn.Module):
-    """Linear layers with ReLU between them, the last one exact: the box head."""
+def checkpointed(module: nn.Module, *args: Any, enabled: bool) -> Any:
+    """Call a module; if `enabled`, keep its arguments alone for the backward pass.
 
-    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int) -> None:
-        super().__init__()
-        widths = [input_dim, *[hidden_dim] * (num_layers - 1)]
-        hidden = [nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
-        self.layers = nn.ModuleList([*hidden, ExactLinear(hidden_dim, output_dim)])
+    What lies between is computed once more there: less memory for another forward pass.
+    """
+    if not (enabled and torch.is_grad_enabled()):
+        return module(*args)
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    if not norms:
+        return checkpoint(module, *args, use_reentrant=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape: [..., input_dim] -> [..., output_dim]."""
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        output: Tensor = self.layers[-1](x)
-        return output
+    @contextmanager
+    def statistics_kept() -> Iterator[None]:
+        """Keep the second forward pass from adding the batch to the statistics once more."""
+        buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            yield
+        finally:
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
-
-class FrozenBatchNorm2d(nn.Module):
-    """Batch norm whose statistics and affine parameters never change."""
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-    eps = 1e-5
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.ones(num_features))
-        self.register_buffer("bias", torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # ImageNet weights come from an ordinary batch norm, which counts its batches.
-        state_dict.pop(prefix + "num_batches_tracked", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def after(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        """Return this norm of `conv(x)` by one convolution with scaled weights.
-
-        The norm's own pass over the map, and its copy of the map for the backward pass, are saved.
-        Shape: x [N,C,H,W].
-        """
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return F.conv2d(
-            x,
-            conv.weight * scale[:, None, None, None],
-            self.bias - self.running_mean * scale,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-        )
-
-
-def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """Return a convolution, which has no bias of its own, and its norm. Shape: [N,C,H,W]."""
-    if isinstance(norm, FrozenBatchNorm2d):
-        return norm.after(conv, x)
-    output: Tensor = norm(conv(x))
-    return output
-
-
-def focal_prior_bias(prior: float = 0.01) -> float:
-    """Return the bias that makes a sigmoid head start at probability `prior` (RetinaNet, 4.1)."""
-    return -math.log((1 - prior) / prior)
+    return checkpoint(
+        module,
+        *args,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), statistics_kept()),  # of the first pass, the second
+    )

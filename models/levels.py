@@ -1,12 +1,97 @@
-"""Feature levels as one sequence of tokens, and where the tokens lie."""
+"""Feature levels: the backbone's maps, where their cells lie, and all of them as one sequence."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.backbones import Backbone
+from models.layers import sine_embedding
+from util.batch import PaddedBatch
 
 # N batch, S tokens of all levels, L levels, C width.
+
+
+class PositionEmbeddingSine(nn.Module):
+    """Sines and cosines of the pixel position, normalised over the unpadded area.
+
+    Attention sees a set: without them it could not tell one place from another. Positions are
+    taken at cell centres (half-cell offset), as Deformable DETR does.
+    """
+
+    def __init__(self, num_pos_feats: int) -> None:
+        super().__init__()
+        self.num_pos_feats = num_pos_feats
+
+    def forward(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """Encode the positions of one level.
+
+        Shape: mask [N,H,W] bool, True = padding -> [N, 2*num_pos_feats, H, W], y before x.
+        """
+        valid = ~mask
+        # half precision cannot count cells; float64 models are encoded in float64
+        exact = torch.promote_types(dtype, torch.float32)
+        axes = []
+        for dim in (1, 2):
+            centre = valid.cumsum(dim, dtype=exact) - 0.5
+            extent = valid.sum(dim, keepdim=True, dtype=exact)
+            axes.append(centre / (extent + 1e-6) * (2 * math.pi))
+        embedded = [sine_embedding(axis, self.num_pos_feats) for axis in axes]
+        return torch.cat(embedded, dim=-1).permute(0, 3, 1, 2).to(dtype)
+
+
+class PositionEmbeddingLearned(nn.Module):
+    """Learned row and column tables of 50 entries, stretched over larger maps."""
+
+    table_size = 50
+
+    def __init__(self, num_pos_feats: int) -> None:
+        super().__init__()
+        self.row_embed = nn.Embedding(self.table_size, num_pos_feats)
+        self.col_embed = nn.Embedding(self.table_size, num_pos_feats)
+        nn.init.uniform_(self.row_embed.weight)
+        nn.init.uniform_(self.col_embed.weight)
+
+    def forward(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """Shape: mask [N,H,W] -> [N, 2*num_pos_feats, H, W], x before y."""
+        n, height, width = mask.shape
+        columns = self._entries(self.col_embed.weight, width)  # [C, W]
+        rows = self._entries(self.row_embed.weight, height)  # [C, H]
+        x = columns[:, None, :].expand(-1, height, -1)
+        y = rows[:, :, None].expand(-1, -1, width)
+        return torch.cat([x, y])[None].expand(n, -1, -1, -1).to(dtype)
+
+    def _entries(self, table: Tensor, size: int) -> Tensor:
+        if size <= self.table_size:
+            return table[:size].T
+        stretched = F.interpolate(table.T[None], size=size, mode="linear", align_corners=False)
+        return stretched[0]
+
+
+class Joiner(nn.Sequential):
+    """Backbone and positional encoding in one module (state-dict keys `0.*` and `1.*`)."""
+
+    def __init__(self, backbone: Backbone, position_encoding: nn.Module) -> None:
+        super().__init__(cast(nn.Module, backbone), position_encoding)
+        self.mean, self.std = backbone.mean, backbone.std
+
+    def forward(self, batch: PaddedBatch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return maps [N,C,H,W], masks [N,H,W] and encodings [N,C,H,W], finest level first."""
+        # channels last: convolutions are faster, and flattening maps to tokens copies nothing
+        maps = self[0](batch.images.contiguous(memory_format=torch.channels_last))
+        located = [self.encode_position(batch.mask, m) for m in maps]
+        return maps, [mask for mask, _ in located], [pos for _, pos in located]
+
+    def encode_position(self, mask: Tensor, feature_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mask, by nearest cell, and encoding for a map of a batch with this mask."""
+        size = (feature_map.shape[2], feature_map.shape[3])
+        shrunk = F.interpolate(mask[:, None].float(), size=size, mode="nearest")[:, 0].bool()
+        exact = torch.promote_types(feature_map.dtype, torch.float32)
+        return shrunk, self[1](shrunk, exact)
 
 
 @dataclass(frozen=True)
@@ -53,14 +138,16 @@ def join_levels(
     )
 
 
-def cell_centres(levels: FeatureLevels) -> Tensor:
-    """Return each token's position as seen on every level. Shape: [N,S,L,2], (x, y) fractions."""
-    ratios = levels.valid_ratios  # [N,L,2]
-    centres = []
-    for level, (height, width) in enumerate(levels.spatial_shapes):
-        grid = grid_centres(height, width, ratios)  # [H*W,2], in cells
-        centres.append(grid[None] / (ratios[:, None, level] * levels.sizes[level]))
-    return torch.cat(centres, dim=1)[:, :, None] * ratios[:, None]
+def valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the unpadded fraction of a level's width and height. Shape: [N,H,W] -> [N,2].
+
+    Boxes are fractions of the unpadded image, sampling points fractions of the padded level: this
+    is what turns the one into the other.
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    width = (~mask[:, 0]).to(exact).mean(-1)
+    height = (~mask[:, :, 0]).to(exact).mean(-1)
+    return torch.stack([width, height], dim=-1)
 
 
 def grid_centres(height: int, width: int, like: Tensor) -> Tensor:
@@ -71,9 +158,14 @@ def grid_centres(height: int, width: int, like: Tensor) -> Tensor:
     return torch.stack([columns, rows], dim=-1).flatten(0, 1)
 
 
-def valid_ratio(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the unpadded fraction of a level's width and height. Shape: [N,H,W] -> [N,2]."""
-    exact = torch.promote_types(dtype, torch.float32)
-    width = (~mask[:, 0]).to(exact).mean(-1)
-    height = (~mask[:, :, 0]).to(exact).mean(-1)
-    return torch.stack([width, height], dim=-1)
+def cell_centres(levels: FeatureLevels) -> Tensor:
+    """Return each token's position as seen on every level: the encoder's references (Sec. 4.1).
+
+    Shape: [N,S,L,2], (x, y) fractions of the padded levels.
+    """
+    ratios = levels.valid_ratios  # [N,L,2]
+    centres = []
+    for level, (height, width) in enumerate(levels.spatial_shapes):
+        grid = grid_centres(height, width, ratios)  # [H*W,2], in cells
+        centres.append(grid[None] / (ratios[:, None, level] * levels.sizes[level]))
+    return torch.cat(centres, dim=1)[:, :, None] * ratios[:, None]

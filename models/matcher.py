@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert
 
 from util.batch import Target
-from util.box_ops import cxcywh_to_xyxy, generalized_iou
 
 _NOT_FINITE = 1e6  # the cost of what has none: far above any other
 
@@ -45,21 +45,39 @@ class Matches:
 
 def pad_targets(targets: Sequence[Target], device: torch.device) -> PaddedTargets:
     """Put the targets of a batch into rectangular tensors on `device`."""
-    counts = [len(t["labels"]) for t in targets]
-    longest = max(counts, default=0)
-    labels = [F.pad(t["labels"], (0, longest - n)) for t, n in zip(targets, counts, strict=True)]
-    boxes = [
-        F.pad(t["boxes"], (0, 0, 0, longest - n)) for t, n in zip(targets, counts, strict=True)
-    ]
+    labels, boxes = (
+        pad_sequence([t[name] for t in targets], batch_first=True) for name in ("labels", "boxes")
+    )
     return PaddedTargets(
-        torch.stack(labels).to(device, non_blocking=True),
-        torch.stack(boxes).to(device, non_blocking=True),
-        counts,
+        labels.to(device, non_blocking=True),
+        boxes.to(device, non_blocking=True),
+        [len(t["labels"]) for t in targets],
     )
 
 
+def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Return the GIoU of boxes that broadcast against each other (arXiv 1902.09630).
+
+    Shape: a, b [...,4] xyxy -> [...]; pairwise: `generalized_iou(a[:, None], b[None])`.
+    Range: -1..1; boxes without area are legal.
+    """
+    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
+    hull = (high - low).clamp(min=0).prod(-1)
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    overlap = (high - low).clamp(min=0).prod(-1)
+    area_a, area_b = ((box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b))
+    union = area_a + area_b - overlap
+    # two boxes without area share nothing: 0, where 0 / 0 would spread NaN through the loss
+    tiny = torch.finfo(union.dtype).tiny
+    return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
 class HungarianMatcher:
-    """Match with a cost of class, box distance and GIoU (Deformable DETR, Appendix A.4)."""
+    """Find the cheapest assignment by class, box distance and GIoU (DETR, Sec. 3.1).
+
+    The costs are those that the losses punish, and are weighted alike: of all ways to share the
+    objects out among the queries, the one that is closest to being right is what they learn.
+    """
 
     def __init__(
         self,
@@ -85,12 +103,13 @@ class HungarianMatcher:
         index = targets.labels[None, :, None].expand(*logits.shape[:3], -1)
         logit = logits.gather(3, index)  # [G,N,Q,T], of the target's class
         probability = logit.sigmoid()
-        # focal loss if the query took the target, less that if it stayed background
+        # how much more focal loss the query would have with the target than as background
         positive = self.focal_alpha * (1 - probability) ** 2 * -(probability + 1e-8).log()
         negative = (1 - self.focal_alpha) * probability**2 * -(1 - probability + 1e-8).log()
         distance = (boxes[:, :, :, None] - target[None, :, None]).abs().sum(-1)
         giou = generalized_iou(
-            cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(target)[None, :, None]
+            box_convert(boxes, "cxcywh", "xyxy")[:, :, :, None],
+            box_convert(target, "cxcywh", "xyxy")[None, :, None],
         )
         return (
             self.cost_class * (positive - negative)
@@ -108,28 +127,23 @@ class HungarianMatcher:
         costs = [self.cost(*group) for group in groups]
         flat = torch.cat([c.flatten() for c in costs]).cpu().numpy()
         flat[~np.isfinite(flat)] = _NOT_FINITE
-        matches, start = [], 0
-        for cost, (_, _, targets) in zip(costs, groups, strict=True):
-            block = flat[start : start + cost.numel()].reshape(cost.shape)
-            start += cost.numel()
-            matches.append(_assign(block, targets.counts, cost.device))
-        return matches
+        ends = np.cumsum([cost.numel() for cost in costs])
+        return [
+            _assign(block.reshape(cost.shape), targets.counts, cost.device)
+            for block, cost, (_, _, targets) in zip(
+                np.split(flat, ends[:-1]), costs, groups, strict=True
+            )
+        ]
 
 
 def _assign(cost: "np.ndarray[Any, Any]", counts: Sequence[int], device: torch.device) -> Matches:
     """Solve every layer and image of a cost block [G,N,Q,T] on the host."""
-    layers, _, num_queries, _ = cost.shape
-    kept = [min(count, num_queries) for count in counts]
-    query = np.empty((layers, sum(kept)), dtype=np.int64)
-    target = np.empty_like(query)
-    for layer in range(layers):
-        start = 0
-        for image, count in enumerate(counts):
-            block = cost[layer, image, :, :count]
-            end = start + kept[image]
-            query[layer, start:end], target[layer, start:end] = linear_sum_assignment(block)
-            start = end
-    images = np.repeat(np.arange(len(counts)), kept)
+    pairs = [
+        [linear_sum_assignment(c[:, :n]) for c, n in zip(layer, counts, strict=True)]
+        for layer in cost
+    ]
+    query, target = np.stack([np.concatenate(layer, axis=1) for layer in pairs], axis=1)  # [G,P]
+    images = np.repeat(np.arange(len(counts)), [min(n, cost.shape[2]) for n in counts])
     packed = torch.from_numpy(np.concatenate([images[None], query, target]))
     packed = packed.to(device, non_blocking=True)
-    return Matches(packed[0], packed[1 : layers + 1], packed[layers + 1 :])
+    return Matches(packed[0], packed[1 : len(cost) + 1], packed[len(cost) + 1 :])

@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, box_convert
 
-from models.outputs import DetectorOutput
-from util.box_ops import cxcywh_to_xyxy
+from models.queries import DetectorOutput
 
 _CANDIDATES = 3  # for each detection, where some are suppressed
 
@@ -37,7 +36,7 @@ class PostProcess:
         count = min(self.max_detections * (_CANDIDATES if suppress else 1), q * classes)
         scores, index = probability.view(n, -1).topk(count, dim=1)
         query, labels = index // classes, index % classes
-        boxes = cxcywh_to_xyxy(outputs["pred_boxes"].to(exact))
+        boxes = box_convert(outputs["pred_boxes"].to(exact), "cxcywh", "xyxy")
         boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
         height, width = orig_sizes.to(boxes).unbind(1)
         boxes = boxes * torch.stack([width, height, width, height], dim=1)[:, None]

@@ -1,25 +1,31 @@
-"""Groups of object queries, and a two-stage model's proposals for them (Sec. 4.2)."""
+"""Groups of object queries: what they start from, what they predict, and how they learn."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from models.layers import sine_embedding
 from models.levels import FeatureLevels, grid_centres
-from models.matcher import Matches
-from models.outputs import TargetsOf
+from models.matcher import Matches, PaddedTargets
 
-# N batch, S tokens, Q queries, C width.
+# G prediction layers, N batch, S tokens, Q queries, C width.
+
+TargetsOf = Callable[[PaddedTargets], PaddedTargets]
 
 
 @dataclass(frozen=True)
 class QueryGroup:
-    """Queries that attend to each other alone, and how they learn, see `outputs.GroupOutput`.
+    """Queries that attend to each other alone, and how they learn.
 
     The decoder works on all groups at once, but no group sees another: what the queries that
     detect compute does not depend on the groups that only train.
+
+    `name` is the suffix of the group's losses, empty for the queries that detect. `targets` turns
+    the batch's targets into the group's if these are others, `matches` are its pairs if they are
+    known beforehand (their layer axis may be 1), and its losses are divided by `divisor` as well.
 
     Shape: content, position [N,Q,C]; reference [N,Q,2 or 4], fractions, with as many numbers as
     the other groups have; blocked [Q,Q], True where a query (row) must not attend to another.
@@ -36,8 +42,36 @@ class QueryGroup:
 
 
 @dataclass(frozen=True)
+class GroupOutput:
+    """Predictions of one group in every supervised layer; the rest is that of `QueryGroup`.
+
+    Shape: logits [G,N,Q,classes]; boxes [G,N,Q,4], normalised cxcywh of the unpadded image.
+    """
+
+    name: str
+    logits: Tensor
+    boxes: Tensor
+    targets: TargetsOf | None = None
+    matches: Matches | None = None
+    divisor: float = 1.0
+
+
+class DetectorOutput(TypedDict, total=False):
+    """Predictions. Boxes are normalised cxcywh relative to the unpadded image.
+
+    `pred_logits` [N,Q,classes] and `pred_boxes` [N,Q,4] are the detections: the last decoder
+    layer's. `groups` is what learns: first the queries that detect, with every supervised layer,
+    then those of recipes, in training, then a two-stage encoder's proposals, "_enc".
+    """
+
+    pred_logits: Tensor
+    pred_boxes: Tensor
+    groups: list[GroupOutput]
+
+
+@dataclass(frozen=True)
 class Proposals:
-    """The boxes that a two-stage encoder predicts, one at each token.
+    """The boxes that a two-stage encoder predicts, one at each token (Sec. 4.2).
 
     Shape: logits [N,S,classes]; box_logits [N,S,4], cxcywh in logit space; padding_mask [N,S].
     """
@@ -54,12 +88,26 @@ class Proposals:
         Shape: [N,last-first,4] cxcywh, fractions.
         """
         # class 0 stands for "object" here: the encoder's targets all carry label 0
-        scores, boxes = self.logits[..., 0].detach(), self.box_logits.detach()
-        return select_proposals(scores, boxes, self.padding_mask, last)[:, first:].sigmoid()
+        scores = self.logits[..., 0].detach().masked_fill(self.padding_mask, -math.inf)
+        ranked = scores.topk(min(last, scores.shape[1]), dim=1).indices
+        boxes = self.box_logits.detach().gather(1, ranked[..., None].expand(-1, -1, 4))
+        return boxes[:, first:].sigmoid()
+
+    def output(self) -> GroupOutput:
+        """Return what the encoder learns from: it only tells objects from background."""
+        boxes = self.box_logits.sigmoid()
+        return GroupOutput("_enc", self.logits[None], boxes[None], targets=objects_of_one_class)
+
+
+def objects_of_one_class(targets: PaddedTargets) -> PaddedTargets:
+    """Return the targets with label 0, which stands for any object (Sec. 4.2)."""
+    return replace(targets, labels=torch.zeros_like(targets.labels))
 
 
 def token_proposals(levels: FeatureLevels) -> Tensor:
-    """Return a box around each token, 0.05 * 2**level in size, in logit space.
+    """Return a box around each token, 0.05 * 2**level in size, in logit space (Appendix A.4).
+
+    Coarse levels are for large objects: from the right size, a box is a small correction away.
 
     Shape: [N,S,4] cxcywh relative to the unpadded image; infinite where the token is padding or
     its centre lies within 1 % of the border, so that its box can never be moved.
@@ -74,18 +122,3 @@ def token_proposals(levels: FeatureLevels) -> Tensor:
     usable = ((proposals > 0.01) & (proposals < 0.99)).all(-1) & ~levels.padding_mask
     logits = torch.log(proposals / (1 - proposals))
     return logits.masked_fill(~usable[..., None], math.inf)
-
-
-def proposal_embedding(boxes: Tensor, dims: int) -> Tensor:
-    """Embed cxcywh boxes by sines. Shape: [N,Q,4] in 0..1 -> [N,Q,4*dims]."""
-    return sine_embedding(boxes * 2 * math.pi, dims).flatten(-2)
-
-
-def select_proposals(scores: Tensor, boxes: Tensor, padding_mask: Tensor, count: int) -> Tensor:
-    """Return the `count` best boxes, or all where there are fewer tokens.
-
-    Shape: scores [N,S]; boxes [N,S,4]; padding_mask [N,S]; returns [N,min(count,S),4].
-    """
-    ranked = scores.masked_fill(padding_mask, -math.inf)
-    best = ranked.topk(min(count, scores.shape[1]), dim=1).indices
-    return boxes.gather(1, best[..., None].expand(-1, -1, 4))

@@ -10,33 +10,25 @@ from models.deformable_detr import DeformableDETR
 from util.errors import ConfigError, nearest_hint
 
 
-def frozen_parts(model: DeformableDETR, part: str) -> list[nn.Module]:
-    """Return the modules that a choice of `freeze` keeps as they are, except the heads.
-
-    "encoder" has all that comes before the decoder, "all_but_heads" what comes before the heads.
-    As nothing that learns comes before what is frozen, autograd records nothing of it.
-    """
-    if part == "none":
-        return []
-    if part == "backbone":
-        return [model.backbone[0]]
-    before_decoder = [model.backbone, model.input_proj, model.neck]
-    if part == "encoder":
-        return [*before_decoder, model.transformer.encoder]
-    queries = [] if model.query_embed is None else [model.query_embed]
-    return [*before_decoder, *queries, model.transformer]
-
-
 def freeze(model: DeformableDETR, part: str, *, fresh: Collection[str] = ()) -> None:
     """Freeze a part of the model: no gradients, and evaluation mode, thus no dropout.
 
-    `part`: "none", "backbone", "encoder" or "all_but_heads", see `frozen_parts`. `fresh`: names of
-    the parameters that have random values.
+    `part`: "none", "backbone", "encoder" (all that comes before the decoder) or "all_but_heads"
+    (all that comes before the heads, the queries of recipes too). As nothing that learns comes
+    before what is frozen, autograd records nothing of it. `fresh`: names of the parameters that
+    have random values.
 
     Raises:
         ConfigError: one of these would stay random.
     """
-    parts = frozen_parts(model, part)
+    before_decoder = [model.backbone, model.input_proj, model.neck]
+    queries = [] if model.query_embed is None else [model.query_embed]
+    parts: list[nn.Module] = {
+        "none": [],
+        "backbone": [model.backbone[0]],
+        "encoder": [*before_decoder, model.transformer.encoder],
+        "all_but_heads": [*before_decoder, *queries, model.transformer, model.recipes],
+    }[part]
     # a refining decoder holds the box heads too
     heads = {id(p) for m in (model.class_embed, model.bbox_embed) for p in m.parameters()}
     frozen = {id(p) for module in parts for p in module.parameters()} - heads
@@ -74,12 +66,10 @@ PARTS = ("backbone", "encoder", "decoder")
 
 
 def set_checkpointing(model: DeformableDETR, parts: Collection[str]) -> None:
-    """Enable activation checkpointing for the named parts.
+    """Enable activation checkpointing for the named parts, of `PARTS`, alone.
 
-    They drop their activations and compute them again in the backward pass.
-
-    Gradients are the same to the last bit, dropout included. `parts` are of "backbone", "encoder"
-    and "decoder"; the others keep their activations.
+    They drop their activations and compute them again in the backward pass. Gradients are the same
+    to the last bit, dropout included.
 
     Raises:
         ConfigError: there is no such part.
@@ -90,6 +80,7 @@ def set_checkpointing(model: DeformableDETR, parts: Collection[str]) -> None:
                 f"activation_checkpointing: the model has no part '{part}'. "
                 f"{nearest_hint(part, PARTS)}"
             )
-    model.backbone.backbone.checkpointing = "backbone" in parts
-    model.transformer.encoder.checkpointing = "encoder" in parts
-    model.transformer.decoder.checkpointing = "decoder" in parts
+    transformer = model.transformer
+    modules: tuple[Any, ...] = (model.backbone[0], transformer.encoder, transformer.decoder)
+    for part, module in zip(PARTS, modules, strict=True):
+        module.checkpointing = part in parts

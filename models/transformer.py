@@ -1,5 +1,6 @@
 """The deformable transformer: levels to memory, memory to object queries."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +10,14 @@ from torch import Tensor, nn
 
 from models.decoder import DecoderOutput, DeformableDecoder
 from models.encoders import Encoder
-from models.layers import ExactLayerNorm, ExactLinear
+from models.layers import ExactLayerNorm, ExactLinear, sine_embedding
 from models.levels import FeatureLevels, join_levels
-from models.queries import Proposals, QueryGroup, proposal_embedding, token_proposals
-from ops import MSDeformAttn
+from models.queries import Proposals, QueryGroup, token_proposals
 
 # N batch, S tokens, Q queries, L levels, C width.
 
 # Memory, and a two-stage encoder's proposals -> groups of queries beside those that detect.
 MoreQueries = Callable[[Tensor, Proposals | None], list[QueryGroup]]
-
 
 _MAX_LOGIT = 1e4  # far beyond the logit whose sigmoid is 1
 
@@ -51,7 +50,8 @@ class DeformableTransformer(nn.Module):
         self.num_queries = num_queries
         self.encoder = encoder
         self.decoder = decoder
-        self.level_embed = nn.Parameter(torch.empty(num_feature_levels, d_model))
+        # distinguishes tokens of different levels, whose sines may be the same (Sec. 4.1)
+        self.level_embed = nn.Parameter(torch.zeros(num_feature_levels, d_model))
         if two_stage:
             self.enc_output = nn.Linear(d_model, d_model)
             self.enc_output_norm = ExactLayerNorm(d_model)
@@ -59,21 +59,6 @@ class DeformableTransformer(nn.Module):
             self.pos_trans_norm = ExactLayerNorm(d_model * 2)
         else:
             self.reference_points = ExactLinear(d_model, 2)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise as the official implementation does; heads are initialised by themselves."""
-        lists = (self.decoder.heads.bbox_embed, self.decoder.heads.class_embed)
-        heads = {id(p) for heads in lists for p in heads.parameters()}
-        for parameter in self.parameters():
-            if parameter.dim() > 1 and id(parameter) not in heads:
-                nn.init.xavier_uniform_(parameter)
-        for module in self.modules():
-            if isinstance(module, MSDeformAttn):
-                module.reset_parameters()
-        if not self.two_stage:
-            nn.init.zeros_(self.reference_points.bias)
-        nn.init.normal_(self.level_embed)
 
     def forward(
         self,
@@ -102,7 +87,11 @@ class DeformableTransformer(nn.Module):
     def from_embedding(
         self, name: str, embedding: Tensor, batch_size: int, **learning: Any
     ) -> QueryGroup:
-        """Return learned queries, the same for every image. Shape: embedding [Q,2C]."""
+        """Return learned queries, the same for every image (Sec. 4.1).
+
+        A query's position says where it looks first: attention samples around that point, and
+        boxes are predicted relative to it. Shape: embedding [Q,2C].
+        """
         position, content = embedding.chunk(2, dim=-1)
         position = position[None].expand(batch_size, -1, -1)
         content = content[None].expand(batch_size, -1, -1)
@@ -111,7 +100,7 @@ class DeformableTransformer(nn.Module):
 
     def from_boxes(self, name: str, boxes: Tensor, **learning: Any) -> QueryGroup:
         """Return queries of a two-stage model that start from boxes [N,Q,4] cxcywh (Sec. 4.2)."""
-        embedded = proposal_embedding(boxes, self.d_model // 2)
+        embedded = sine_embedding(boxes * 2 * math.pi, self.d_model // 2).flatten(-2)
         position, content = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=-1)
         return QueryGroup(name, content, position, boxes, **learning)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from configs.options import Checked, option
 from configs.schema import SECTIONS as RUN
@@ -19,7 +20,6 @@ from datasets.samplers import split_batch
 from models.backbones import create_backbone
 from models.recipes import RecipeOptions
 from util.batch import Target
-from util.box_ops import cxcywh_to_xyxy
 from util.classes import Classes
 from util.console import console
 from util.draw import draw_boxes
@@ -108,7 +108,7 @@ def draw(
     image: Image.Image, target: Target, size: tuple[int, int], classes: Classes
 ) -> Image.Image:
     """Return the image with its boxes, which are fractions of `size`, its width and height."""
-    corners = cxcywh_to_xyxy(target["boxes"]) * torch.tensor(size * 2)
+    corners = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor(size * 2)
     labels = target["labels"].tolist()
     return draw_boxes(image, corners, labels, [classes.shown(label) for label in labels])
 

@@ -13,8 +13,8 @@ from engine.evaluation.evaluator import EvalResult, Evaluator
 from engine.guards.unreadable import UnreadableImages
 from engine.metrics import Averages, official_log_values
 from models.criterion import SetCriterion
-from models.outputs import DetectorOutput
 from models.postprocess import PostProcess
+from models.queries import DetectorOutput
 from util.batch import Batch, PaddedBatch, Target, pad_images
 from util.errors import DataError, UserError
 from util.world import World

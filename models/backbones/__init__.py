@@ -1,6 +1,81 @@
-"""Backbones: images to feature maps, behind one contract."""
+"""Backbones: images to feature maps, each kind in a file of its own, chosen by name."""
 
-from models.backbones.joiner import Joiner
-from models.backbones.registry import BACKBONES, Backbone, create_backbone
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
-__all__ = ["BACKBONES", "Backbone", "Joiner", "create_backbone"]
+from torch import Tensor
+
+from util.errors import CheckpointError
+from util.registry import Registry
+from util.tensor_files import load_safely
+
+
+@dataclass(frozen=True)
+class BackboneOptions:
+    """What a backbone is built from.
+
+    `single_level`: only the last map, else the last three. `weights`: "imagenet", "none" or a
+    file. `frozen_stages`: 0 none, 1 stem, 2 stem and first stage, 5 all. `train_norm`: batch
+    norms learn, else they stay as loaded.
+    """
+
+    variant: str
+    single_level: bool = False
+    dilation: bool = False
+    weights: str = "none"
+    frozen_stages: int = 2
+    train_norm: bool = False
+
+
+class Backbone(Protocol):
+    """Map images to feature maps, finest level first."""
+
+    channels: tuple[int, ...]  # per returned map
+    strides: tuple[int, ...]  # input pixels per cell
+    mean: tuple[float, float, float]  # of the images it was trained on, 0..1, RGB
+    std: tuple[float, float, float]
+    checkpointing: bool  # activations are computed again in the backward pass, not kept
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Shape: [N,3,H,W] -> maps [N,C,H/stride,W/stride]."""
+
+
+BACKBONES: Registry[Callable[[BackboneOptions], Backbone]] = Registry(
+    "backbone source", __name__, {"torchvision": ".resnet", "timm": ".timm_build"}
+)
+
+
+def create_backbone(
+    name: str,
+    *,
+    single_level: bool = False,
+    dilation: bool = False,
+    weights: str = "none",
+    frozen_stages: int = 2,
+    train_norm: bool = False,
+) -> Backbone:
+    """Build the backbone called 'source/variant'; a bare name is torchvision's.
+
+    Raises:
+        ConfigError: unknown name, or weights that are missing or do not fit.
+    """
+    source, _, variant = name.rpartition("/") if "/" in name else ("torchvision", "", name)
+    options = BackboneOptions(variant, single_level, dilation, weights, frozen_stages, train_norm)
+    return BACKBONES[source](options)
+
+
+def weights_from_file(file: str, network: str) -> Mapping[str, Tensor]:
+    """Read a state dict for a network of this name.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
+    state = load_safely(Path(file))
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"`backbone_weights {file}`: holds a {type(state).__name__}, not a state dict. "
+            f"Give the weights of {network}."
+        )
+    return state

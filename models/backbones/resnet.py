@@ -1,7 +1,5 @@
 """ResNets of torchvision, as DETR uses them."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import cast
 
@@ -9,14 +7,36 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops import FrozenBatchNorm2d
 
-from models.backbones.registry import BACKBONES, Backbone, BackboneOptions
-from models.layers import FrozenBatchNorm2d, conv_norm
-from models.recompute import checkpointed
+from models.backbones import BACKBONES, Backbone, BackboneOptions, weights_from_file
+from models.layers import checkpointed
 from util.errors import CheckpointError, ConfigError, nearest_hint
-from util.tensor_files import load_safely
 
 _STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+
+
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """Return a convolution, which has no bias of its own, and its norm.
+
+    A frozen norm becomes part of the convolution's weights: its own pass over the map, and its
+    copy of the map for the backward pass, are saved.
+
+    Shape: x [N,C,H,W].
+    """
+    if not isinstance(norm, FrozenBatchNorm2d):
+        output: Tensor = norm(conv(x))
+        return output
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return F.conv2d(
+        x,
+        conv.weight * scale[:, None, None, None],
+        norm.bias - norm.running_mean * scale,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+    )
 
 
 class Residual(nn.Module):
@@ -65,30 +85,27 @@ _BLOCKS: dict[str, tuple[type[Residual], list[int]]] = {
 class ResNetBackbone(nn.Module):
     """A ResNet that returns its last map or its last three (strides 8, 16, 32)."""
 
-    channels: tuple[int, ...]
-    strides: tuple[int, ...]
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
     checkpointing = False
 
     def __init__(self, options: BackboneOptions) -> None:
         super().__init__()
-        norm = nn.BatchNorm2d if options.train_norm else FrozenBatchNorm2d
         block, counts = _BLOCKS[options.variant]
         network = torchvision.models.ResNet(
             block,
             counts,
             replace_stride_with_dilation=[False, False, options.dilation],
-            norm_layer=norm,
+            norm_layer=nn.BatchNorm2d if options.train_norm else FrozenBatchNorm2d,
         )
         load_resnet_weights(network, options)
-        children = dict(network.named_children())
-        self.body = nn.ModuleDict({name: children[name] for stage in _STAGES for name in stage})
+        self.body = nn.ModuleDict(
+            {name: network.get_submodule(name) for stage in _STAGES for name in stage}
+        )
         self._first = 4 if options.single_level else 2
         width = 64 * block.expansion
         self.channels = tuple(width * 2**i for i in range(self._first - 1, 4))
-        last_stride = 16 if options.dilation else 32
-        self.strides = (last_stride,) if options.single_level else (8, 16, last_stride)
+        self.strides = (4, 8, 16, 16 if options.dilation else 32)[self._first - 1 :]
         for stage in _STAGES[: options.frozen_stages]:
             for name in stage:
                 self.body[name].requires_grad_(False)
@@ -126,15 +143,13 @@ def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
                 f"Fetch {enum['IMAGENET1K_V1'].url} elsewhere and pass the file."
             ) from error
     else:
-        state = load_safely(Path(options.weights))
-        if not isinstance(state, Mapping):
-            raise CheckpointError(
-                f"`backbone_weights {options.weights}`: holds a {type(state).__name__}, not a "
-                f"state dict. Give the weights of {options.variant}."
-            )
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    if not options.train_norm:
-        state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+        state = weights_from_file(options.weights, options.variant)
+    unused = () if options.train_norm else ("num_batches_tracked",)
+    state = {
+        key: value
+        for key, value in state.items()
+        if not (key.startswith("fc.") or key.endswith(unused))
+    }
     expected = {key for key in network.state_dict() if not key.startswith("fc.")}
     odd = sorted(expected.symmetric_difference(state))
     if odd:

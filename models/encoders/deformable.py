@@ -4,36 +4,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.encoders import ENCODERS, Encoder, EncoderOptions
-from models.layers import Dropout, ExactLayerNorm
+from models.layers import Dropout, ExactLayerNorm, checkpointed
 from models.levels import FeatureLevels, cell_centres
-from models.recompute import checkpointed
 from ops import MSDeformAttn
 
 # N batch, S tokens of all levels, L levels, C width.
 
 
 class DeformableEncoderLayer(nn.Module):
-    """Deformable self-attention over all levels, then a feed-forward block."""
+    """Deformable self-attention over all levels, then a feed-forward block (Sec. 4.1).
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        d_ffn: int,
-        dropout: float,
-        n_levels: int,
-        n_heads: int,
-        n_points: int,
-    ) -> None:
+    A token predicts where to look and how much each place counts, and is never compared with keys
+    (Eq. 3): there are no dot products to divide by the square root of their length.
+    """
+
+    def __init__(self, options: EncoderOptions) -> None:
         super().__init__()
-        self.self_attn = MSDeformAttn(
-            d_model, n_levels=n_levels, n_heads=n_heads, n_points=n_points
-        )
-        self.norm1 = ExactLayerNorm(d_model)
-        self.linear1 = nn.Linear(d_model, d_ffn)
-        self.linear2 = nn.Linear(d_ffn, d_model)
-        self.norm2 = ExactLayerNorm(d_model)
-        self.dropout = Dropout(dropout)
+        width = options.d_model
+        self.self_attn = MSDeformAttn(width, options.n_levels, options.n_heads, options.n_points)
+        self.norm1 = ExactLayerNorm(width)
+        self.linear1 = nn.Linear(width, options.d_ffn)
+        self.linear2 = nn.Linear(options.d_ffn, width)
+        self.norm2 = ExactLayerNorm(width)
+        self.dropout = Dropout(options.dropout)
 
     def forward(self, x: Tensor, levels: FeatureLevels, reference_points: Tensor) -> Tensor:
         """Shape: x [N,S,C]; reference_points [N,S,L,2]; returns [N,S,C]."""
@@ -50,11 +43,13 @@ class DeformableEncoderLayer(nn.Module):
         return output
 
 
+@ENCODERS.register("deformable")
 class DeformableEncoder(Encoder):
-    """A stack of encoder layers; each token's reference is its own cell centre."""
+    """The paper's encoder: each token looks around its own cell's centre, on every level."""
 
-    def __init__(self, layers: list[DeformableEncoderLayer]) -> None:
+    def __init__(self, options: EncoderOptions) -> None:
         super().__init__()
+        layers = [DeformableEncoderLayer(options) for _ in range(options.num_layers)]
         self.layers = nn.ModuleList(layers)
 
     def forward(self, levels: FeatureLevels) -> Tensor:
@@ -64,20 +59,3 @@ class DeformableEncoder(Encoder):
         for layer in self.layers:
             x = checkpointed(layer, x, levels, reference_points, enabled=self.checkpointing)
         return x
-
-
-@ENCODERS.register("deformable")
-def create_deformable_encoder(options: EncoderOptions) -> Encoder:
-    """Build the paper's encoder."""
-    layers = [
-        DeformableEncoderLayer(
-            options.d_model,
-            d_ffn=options.d_ffn,
-            dropout=options.dropout,
-            n_levels=options.n_levels,
-            n_heads=options.n_heads,
-            n_points=options.n_points,
-        )
-        for _ in range(options.num_layers)
-    ]
-    return DeformableEncoder(layers)

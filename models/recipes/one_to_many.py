@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from configs.options import Checked, option
 from models.matcher import PaddedTargets
 from models.queries import Proposals, QueryGroup
-from models.recipes import RECIPES
-from models.recipes.base import Recipe
+from models.recipes import RECIPES, Recipe
 from models.transformer import DeformableTransformer
 from util.batch import Target
 

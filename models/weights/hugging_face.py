@@ -12,14 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.weights.class_names import NUM_COCO_LOGITS, coco_logit_classes
-from models.weights.official import complete_heads, published_weights, require_published_parts
+from models.weights.official import RESNETS, complete_heads, published_weights
 from util.classes import Classes
 from util.errors import CheckpointError
 
 _ENCODER = {"self_attn": "self_attn", "norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"}
 _DECODER = {
     "cross_attn": "encoder_attn",
-    "self_attn.out_proj": "self_attn.out_proj",
+    **{f"self_attn.{part}_proj": f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")},
     "norm1": "encoder_attn_layer_norm",
     "norm2": "self_attn_layer_norm",
     "norm3": "final_layer_norm",
@@ -64,14 +64,7 @@ _NAMES_OF_5 = (
     (r"\.self_attn\.o_proj\.", ".self_attn.out_proj."),
     (r"(\.layers\.\d+)\.mlp\.(fc[12])\.", r"\1.\2."),
 )
-_FUSED = re.compile(r"(transformer\.decoder\.layers\.\d+\.self_attn)\.in_proj_(weight|bias)")
-_SPLIT = re.compile(r"(model\.decoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)")
-_RESNET_DEPTHS = {
-    ("basic", (2, 2, 2, 2)): "resnet18",
-    ("basic", (3, 4, 6, 3)): "resnet34",
-    ("bottleneck", (3, 4, 6, 3)): "resnet50",
-    ("bottleneck", (3, 4, 23, 3)): "resnet101",
-}
+_PROJECTION = re.compile(r"(?<=\.self_attn\.)[qkv]_proj\.")  # ours are one, in_proj
 _HIDDEN_SIZES = {"basic": [64, 128, 256, 512], "bottleneck": [256, 512, 1024, 2048]}
 _OPTIONS = {
     "position_embedding_type": "position_embedding",
@@ -122,13 +115,7 @@ def to_official(
     body = _OWN_BODY if own else _TIMM_BODY
     rename = _renamer({theirs: ours for ours, theirs in (_MODULES | body).items()})
     converted: dict[str, Tensor] = {}
-    projections: dict[str, dict[str, Tensor]] = {}
     for key, name in names.items():
-        split = _SPLIT.fullmatch(name)
-        if split:
-            layer = split[1].replace("model.", "transformer.", 1)
-            projections.setdefault(f"{layer}.in_proj_{split[3]}", {})[split[2]] = state_dict[key]
-            continue
         renamed = rename(name)
         if renamed is None:
             raise CheckpointError(
@@ -136,10 +123,15 @@ def to_official(
                 "Save that model with save_pretrained()."
             )
         converted[renamed] = state_dict[key]
-    for fused, parts in projections.items():
-        if set(parts) != {"q", "k", "v"}:
-            raise CheckpointError(f"{source}: '{fused}' lacks a projection. Download it again.")
-        converted[fused] = torch.cat([parts[part] for part in "qkv"])
+    split = [name for name in converted if _PROJECTION.search(name)]
+    for fused in dict.fromkeys(_PROJECTION.sub("in_proj_", name) for name in split):
+        try:
+            parts = [converted.pop(fused.replace("in_proj_", f"{part}_proj.")) for part in "qkv"]
+        except KeyError as error:
+            raise CheckpointError(
+                f"{source}: '{fused}' lacks a projection. Download it again."
+            ) from error
+        converted[fused] = torch.cat(parts)
     return complete_heads(converted, options)
 
 
@@ -151,16 +143,17 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], *, timm_backbone: bool) ->
     rename = _renamer(_MODULES | (_TIMM_BODY if timm_backbone else _OWN_BODY))
     converted: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
-        fused = _FUSED.fullmatch(key)
-        if fused:
-            layer = fused[1].replace("transformer.", "model.", 1)
-            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-                converted[f"{layer}.{part}_proj.{fused[2]}"] = piece.clone()
-            continue
-        renamed = rename(key)
-        if renamed is None:
-            raise ValueError(f"'{key}' is no official key")
-        converted[renamed] = tensor
+        parts = {key: tensor}
+        if ".in_proj_" in key:
+            parts = {
+                key.replace("in_proj_", f"{part}_proj."): piece.clone()
+                for part, piece in zip("qkv", tensor.chunk(3), strict=True)
+            }
+        for name, part in parts.items():
+            renamed = rename(name)
+            if renamed is None:
+                raise ValueError(f"'{name}' is no official key")
+            converted[renamed] = part
     return converted
 
 
@@ -185,8 +178,7 @@ def save_hugging_face(
     Raises:
         CheckpointError: transformers has no such model, or the folder cannot be written.
     """
-    require_published_parts(options, folder)
-    weights, left_out = published_weights(state_dict)
+    weights, left_out = published_weights(state_dict, options, folder)
     timm_backbone = bool(options.get("dilation"))  # transformers' own ResNet cannot dilate
     renamed = to_hugging_face(weights, timm_backbone=timm_backbone)
     # a copy of each: the format has no tensors that share memory, as heads of all layers may
@@ -239,7 +231,7 @@ def _config(options: Mapping[str, Any], classes: Classes, *, timm_backbone: bool
     backbone = str(options["backbone"])
     if timm_backbone:
         return config | {"backbone": backbone, "backbone_config": None}
-    ((kind, depths),) = (key for key, name in _RESNET_DEPTHS.items() if name == backbone)
+    ((kind, depths),) = (key for key, name in RESNETS.items() if name == backbone)
     stages = (
         ["stage4"] if options.get("num_feature_levels") == 1 else ["stage2", "stage3", "stage4"]
     )
@@ -321,12 +313,12 @@ def _backbone(config: Mapping[str, Any], source: str) -> str:
         and not own.get("downsample_in_bottleneck")
         and not own.get("downsample_in_first_stage")
     )
-    if not regular or (kind, depths) not in _RESNET_DEPTHS:
+    if not regular or (kind, depths) not in RESNETS:
         raise CheckpointError(
             f"{source}: the backbone {own.get('model_type')} with depths {list(depths)} is not "
             "supported, only a ResNet 18, 34, 50 or 101, or one from timm."
         )
-    return _RESNET_DEPTHS[kind, depths]
+    return RESNETS[kind, depths]
 
 
 def config_classes(config: Mapping[str, Any], num_logits: int) -> Classes:

@@ -36,15 +36,14 @@ class Pretrained:
     threshold by class name, of classes that have one.
     """
 
+    kind: Literal["ours", "official", "hugging_face"]
     state_dict: dict[str, Tensor]
     model_options: dict[str, Any]
     classes: Classes
-    config: dict[str, Any] | None
-    image_mean: Triple | None
-    image_std: Triple | None
-    image_size: tuple[int, int] | None
-    kind: Literal["ours", "official", "hugging_face"]
-    source: str
+    config: dict[str, Any] | None = None
+    image_mean: Triple | None = None
+    image_std: Triple | None = None
+    image_size: tuple[int, int] | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -58,24 +57,24 @@ def load_pretrained(source: str, *, ema: bool = True) -> Pretrained:
             Deformable DETR.
     """
     path = Path(source)
-    if source.startswith("hf:"):
-        return _from_folder(_download(source.removeprefix("hf:"), source), source)
-    if path.is_dir():
-        return _from_folder(path, source)
     is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
-    if not path.exists() and is_hub_name and path.suffix not in _WEIGHT_SUFFIXES:
-        return _from_folder(_download(source, source), source)
-    return _from_file(path, ema=ema)
+    if source.startswith("hf:") or (
+        is_hub_name and not path.exists() and path.suffix not in _WEIGHT_SUFFIXES
+    ):
+        return _from_folder(_download(source.removeprefix("hf:"), source), source)
+    return _from_folder(path, source) if path.is_dir() else _from_file(path, ema=ema)
 
 
-def _from_file(path: Path, *, ema: bool = True) -> Pretrained:
+def _from_file(path: Path, *, ema: bool) -> Pretrained:
     content = load_safely(path)
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path}: holds a {type(content).__name__}, not a checkpoint. "
             "Pass our checkpoint, an official file or a state dict."
         )
-    if "model" in content and _is_ours(content):
+    config = content.get("config")  # other files may hold one of any kind
+    sections = isinstance(config, Mapping) and isinstance(config.get("model"), Mapping)
+    if "model" in content and (sections or {"config", "classes"} <= content.keys()):
         with _parts_of(path, "checkpoint of a run"):
             return _ours(content, str(path), ema=ema)
     weights = content.get("model", content)
@@ -92,13 +91,6 @@ def _from_file(path: Path, *, ema: bool = True) -> Pretrained:
             "Pass the folder that save_pretrained() wrote."
         )
     return _official(weights, content.get("args"), str(path))
-
-
-def _is_ours(content: Mapping[str, Any]) -> bool:
-    """Return whether a file is our checkpoint; others may hold a `config` of any kind."""
-    config = content.get("config")
-    by_section = isinstance(config, Mapping) and isinstance(config.get("model"), Mapping)
-    return by_section or ("config" in content and "classes" in content)
 
 
 @contextlib.contextmanager
@@ -120,15 +112,13 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
     weights = dict(averages["model"] if ema and averages else content["model"])
     classes = content.get("classes")
     return Pretrained(
-        state_dict=weights,
+        "ours",
+        weights,
         model_options=config["model"],
         classes=Classes.from_json(classes) if classes else official_classes(weights),
         config=config,
         image_mean=_triple(preprocessing.get("mean")),
         image_std=_triple(preprocessing.get("std")),
-        image_size=None,
-        kind="ours",
-        source=source,
         thresholds=dict(content.get("thresholds") or {}),
     )
 
@@ -141,20 +131,11 @@ def _official(weights: Mapping[str, Tensor], args: Any, source: str) -> Pretrain
             f"{source}: these are not weights of Deformable DETR; the keys are {_few(plain)}. "
             "Other models cannot be loaded."
         )
-    namespace = args if isinstance(args, argparse.Namespace) else None
-    options = official_options(plain, namespace, source)
-    complete = complete_heads(plain, options)
-    return Pretrained(
-        state_dict=complete,
-        model_options=options,
-        classes=official_classes(complete),
-        config=None,
-        image_mean=None,
-        image_std=None,
-        image_size=None,
-        kind="official",
-        source=source,
+    options = official_options(
+        plain, args if isinstance(args, argparse.Namespace) else None, source
     )
+    complete = complete_heads(plain, options)
+    return Pretrained("official", complete, options, official_classes(complete))
 
 
 def _from_folder(folder: Path, source: str) -> Pretrained:
@@ -187,22 +168,17 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
         mean, std = (_triple(preprocessing.get(f"image_{name}")) for name in ("mean", "std"))
         size = _image_size(preprocessing)
     return Pretrained(
-        state_dict=weights,
-        model_options=options,
-        classes=classes,
-        config=None,
+        "hugging_face",
+        weights,
+        options,
+        classes,
         image_mean=mean,
         image_std=std,
         image_size=size,
-        kind="hugging_face",
-        source=source,
     )
 
 
 def _download(name: str, source: str) -> Path:
-    advice = (
-        "Check the name and the network, or download the repository elsewhere and pass its folder."
-    )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -220,7 +196,8 @@ def _download(name: str, source: str) -> Path:
         reason = " ".join(str(error).split()).split(". ")[0][:120]
         raise CheckpointError(
             f"{source}: {local}it cannot be downloaded from the Hugging Face hub "
-            f"({type(error).__name__}: {reason}). {advice}"
+            f"({type(error).__name__}: {reason}). Check the name and the network, or download the "
+            "repository elsewhere and pass its folder."
         ) from error
     return folder
 
@@ -228,7 +205,7 @@ def _download(name: str, source: str) -> Path:
 def _triple(values: Any) -> Triple | None:
     if not values:
         return None
-    red, green, blue = (float(value) for value in values)
+    red, green, blue = map(float, values)
     return red, green, blue
 
 

@@ -18,12 +18,12 @@ from util.classes import Classes
 from util.errors import CheckpointError
 from util.tensor_files import save_whole
 
-# (has three convolutions per block, blocks per stage) -> torchvision's name
-_RESNETS: dict[tuple[bool, tuple[int, ...]], str] = {
-    (False, (2, 2, 2, 2)): "resnet18",
-    (False, (3, 4, 6, 3)): "resnet34",
-    (True, (3, 4, 6, 3)): "resnet50",
-    (True, (3, 4, 23, 3)): "resnet101",
+# (kind of block, blocks per stage) -> torchvision's name
+RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
+    ("basic", (2, 2, 2, 2)): "resnet18",
+    ("basic", (3, 4, 6, 3)): "resnet34",
+    ("bottleneck", (3, 4, 6, 3)): "resnet50",
+    ("bottleneck", (3, 4, 23, 3)): "resnet101",
 }
 # Options that shapes do not show; the names are the official ones.
 _ONLY_IN_ARGS = ("backbone", "dilation", "dropout", "nheads", "num_queries", "aux_loss")
@@ -93,15 +93,11 @@ def _options_from_shapes(state_dict: Mapping[str, Tensor], nheads: int) -> dict[
         options["num_queries"] = len(state_dict["query_embed.weight"])
     if "backbone.1.row_embed.weight" in state_dict:
         options["position_embedding"] = "learned"
-    resnet = resnet_name(state_dict)
-    return options | ({"backbone": resnet} if resnet else {})
-
-
-def resnet_name(state_dict: Mapping[str, Any]) -> str | None:
-    """Return the torchvision name of the ResNet among the keys, or None."""
     body = "backbone.0.body.layer"
+    kind = "bottleneck" if f"{body}1.0.conv3.weight" in state_dict else "basic"
     blocks = tuple(count_layers(state_dict, f"{body}{stage}") for stage in range(1, 5))
-    return _RESNETS.get((f"{body}1.0.conv3.weight" in state_dict, blocks))
+    resnet = RESNETS.get((kind, blocks))
+    return options | ({"backbone": resnet} if resnet else {})
 
 
 def _refines(state_dict: Mapping[str, Tensor]) -> bool:
@@ -121,22 +117,22 @@ def complete_heads(
     Without refinement all layers share one head, with it the decoder holds the box heads (and
     in two-stage the class heads) too; files that store shared tensors once lack the other names.
     """
-    complete = dict(state_dict)
-    in_decoder = {"bbox_embed": options["with_box_refine"], "class_embed": options["two_stage"]}
+    complete, prefix = dict(state_dict), "transformer.decoder."
     count = options["dec_layers"] + int(options["two_stage"])
-    for head, repeated in in_decoder.items():
-        pattern = re.compile(rf"(transformer\.decoder\.)?{head}\.(\d+)\.(.+)")
-        found = [m for m in map(pattern.fullmatch, state_dict) if m]
-        for match in found:
-            complete.setdefault(f"{head}.{match[2]}.{match[3]}", state_dict[match[0]])
-        shared = {int(match[2]) for match in found} == {0}
-        for tail in {match[3] for match in found}:
-            for index in range(count):
-                name = f"{head}.{index}.{tail}"
-                if shared:
-                    complete.setdefault(name, complete[f"{head}.0.{tail}"])
-                if repeated and name in complete:
-                    complete.setdefault(f"transformer.decoder.{name}", complete[name])
+    for head, repeated in (
+        ("bbox_embed", options["with_box_refine"]),
+        ("class_embed", options["two_stage"]),
+    ):
+        heads: dict[str, Tensor] = {}
+        for place in (prefix, ""):
+            found = (key for key in state_dict if key.startswith(f"{place}{head}."))
+            heads |= {key.removeprefix(place): state_dict[key] for key in found}
+        if all(key.startswith(f"{head}.0.") for key in heads):  # shared, and stored once
+            tails = {key.removeprefix(f"{head}.0."): tensor for key, tensor in heads.items()}
+            heads = {f"{head}.{i}.{tail}": t for i in range(count) for tail, t in tails.items()}
+        if repeated:
+            heads |= {f"{prefix}{key}": tensor for key, tensor in heads.items()}
+        complete = heads | complete
     return complete
 
 
@@ -163,15 +159,20 @@ def save_official(
     Raises:
         CheckpointError: the official code has no such model, or the file cannot be written.
     """
-    require_published_parts(options, path)
-    weights, left_out = published_weights(state_dict)
-    args = argparse.Namespace(**dict(options))
+    weights, left_out = published_weights(state_dict, options, path)
+    args = argparse.Namespace(**options)
     save_whole(path, {"model": weights, "args": args, "epoch": epoch})
     return left_out
 
 
-def require_published_parts(options: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError unless a model is one that other implementations have too."""
+def published_weights(
+    state_dict: Mapping[str, Tensor], options: Mapping[str, Any], path: Path
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the weights of the published model, and the names of those that recipes added.
+
+    Raises:
+        CheckpointError: other implementations have no such model.
+    """
     for name, usual in (("backbone", r"resnet\d+"), ("encoder", "deformable"), ("neck", "none")):
         value = str(options.get(name, "" if name == "backbone" else usual))
         if not re.fullmatch(usual, value):
@@ -179,10 +180,6 @@ def require_published_parts(options: Mapping[str, Any], path: Path) -> None:
                 f"{path}: cannot be written: other implementations have no {name} '{value}', only "
                 "torchvision's ResNets and the paper's encoder. Keep our own checkpoint."
             )
-
-
-def published_weights(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the weights of the published model, and the names of those that recipes added."""
     left_out = [name for name in state_dict if name.startswith("recipes.")]
     return {
         name: tensor.detach().cpu()

@@ -2,8 +2,9 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -88,24 +89,18 @@ class TransferReport:
             other = _some(f"{ours} from {theirs}" for ours, theirs in self.renamed.items())
             by_name += f" ({other})"
         if self.fresh_classes:
-            by_name += f", fresh: {_some(map(self._fresh, self.fresh_classes))}"
+            others = {n: f" (not the only one for {o})" for n, o in self.contested.items()}
+            by_name += f", fresh: {_some(n + others.get(n, '') for n in self.fresh_classes)}"
+        fresh = self.reinitialised
+        ours = {*self.copied, *self.by_name, *self.adapted, *fresh}
         rows = [
-            ("copied", len(self.copied), ""),
-            ("rows by class name", len(self.by_name), by_name),
+            ("copied", self.copied, ""),
+            ("rows by class name", self.by_name, by_name),
+            ("adapted", self.adapted, _groups(self.adapted, ours - self.adapted.keys())),
+            ("re-initialised", fresh, _groups(fresh, ours - fresh.keys())),
+            ("ignored", self.ignored, _groups(self.ignored, ours)),
         ]
-        ours = {*self.copied, *self.by_name, *self.adapted, *self.reinitialised}
-        for title, entries, others in (
-            ("adapted", self.adapted, ours - self.adapted.keys()),
-            ("re-initialised", self.reinitialised, ours - self.reinitialised.keys()),
-            ("ignored", self.ignored, ours),
-        ):
-            rows.append((title, len(entries), _groups(entries, others)))
-        return "\n".join(f"{a:<18} {n:>4} tensors  {text}".rstrip() for a, n, text in rows)
-
-    def _fresh(self, name: str) -> str:
-        if name not in self.contested:
-            return name
-        return f"{name} (not the only one for {self.contested[name]})"
+        return "\n".join(f"{a:<18} {len(e):>4} tensors  {text}".rstrip() for a, e, text in rows)
 
 
 def transfer(
@@ -129,22 +124,16 @@ def transfer(
         CheckpointError: of the parameters behind the backbone, less than a third could be copied.
     """
     pairs = matching_names(source_classes.names, target_classes.names)
-    matched = {target for _, target in pairs}
-    report = TransferReport(
-        matched_classes=tuple(target_classes.names[i] for i in sorted(matched)),
-        fresh_classes=tuple(n for i, n in enumerate(target_classes.names) if i not in matched),
-        renamed={
-            target_classes.names[ours]: source_classes.names[theirs]
-            for theirs, ours in pairs
-            if target_classes.names[ours].casefold() != source_classes.names[theirs].casefold()
-        },
-        nameless=not any(source_classes.names),
+    report = _report_on_classes(source_classes.names, target_classes.names, pairs)
+    source, target = (
+        {
+            name: tensor
+            for name, tensor in tensors.items()
+            if not name.endswith(_COUNTER) and (backbone or not name.startswith(BACKBONE))
+        }
+        for tensors in (state_dict, model.state_dict())
     )
-    for name in report.fresh_classes:
-        if other := of_same_meaning(name, source_classes.names):
-            report.contested[name] = other
-    source, target = (_compared(t, backbone) for t in (state_dict, model.state_dict()))
-    origin = _origins(source, target)
+    origin, proposals = _origins(source, target), _proposal_index(target)
     used = set(origin.values())
     with torch.no_grad():
         for name, tensor in target.items():
@@ -152,21 +141,39 @@ def transfer(
                 report.reinitialised[name] = "not in the checkpoint"
             elif name == _QUERIES:
                 _fill_queries(tensor, source, report)
+            elif head := _CLASS_HEAD.fullmatch(name):
+                rows = _RANKING_ROW if int(head[1]) == proposals else pairs
+                _fill(name, tensor, source[origin[name]], rows, report)
             else:
-                _fill(name, tensor, source[origin[name]], _rows_for(name, target, pairs), report)
-    _drop_aliases(report, target)
+                _fill(name, tensor, source[origin[name]], None, report)
+    filled = {target[n].data_ptr() for n in [*report.copied, *report.by_name, *report.adapted]}
+    # a tensor filled under one name is not fresh under another
+    aliases = [name for name in report.reinitialised if target[name].data_ptr() in filled]
+    report.copied += aliases
+    for name in aliases:
+        del report.reinitialised[name]
     report.ignored.update({k: "not in the model" for k in source if k not in used})
-    _check_enough(report, source, target)
+    _check_enough(filled, source, target)
     return report
 
 
-def _compared(tensors: Mapping[str, Tensor], backbone: bool) -> dict[str, Tensor]:
-    """Return the tensors that a transfer is about."""
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not name.endswith(_COUNTER) and (backbone or not name.startswith(BACKBONE))
-    }
+def _report_on_classes(
+    theirs: Sequence[str], ours: Sequence[str], pairs: list[tuple[int, int]]
+) -> TransferReport:
+    """Return a report that says which classes are known; pairs are positions (theirs, ours)."""
+    matched = {target for _, target in pairs}
+    report = TransferReport(
+        matched_classes=tuple(ours[i] for i in sorted(matched)),
+        fresh_classes=tuple(n for i, n in enumerate(ours) if i not in matched),
+        renamed={
+            ours[j]: theirs[i] for i, j in pairs if ours[j].casefold() != theirs[i].casefold()
+        },
+        nameless=not any(theirs),
+    )
+    for name in report.fresh_classes:
+        if other := of_same_meaning(name, theirs):
+            report.contested[name] = other
+    return report
 
 
 def _proposal_index(state_dict: Mapping[str, Tensor]) -> int | None:
@@ -186,12 +193,11 @@ def _origins(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict
     origins = {}
     for name in target:
         candidates = [name]
-        head = _HEAD.fullmatch(name)
-        if head:
+        if head := _HEAD.fullmatch(name):
             index = int(head[2])
-            if (index == ours and theirs is None) or (index != ours and index == theirs):
-                continue
             number = theirs if index == ours else index
+            if number is None or (number == theirs and index != ours):
+                continue
             stem = head[1].removeprefix("transformer.decoder.")
             candidates = [f"{head[1]}.{number}.{head[3]}"]
             candidates += [f"{p}{stem}.{number}.{head[3]}" for p in ("", "transformer.decoder.")]
@@ -201,16 +207,6 @@ def _origins(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict
     return origins
 
 
-def _rows_for(
-    name: str, target: Mapping[str, Tensor], pairs: list[tuple[int, int]]
-) -> list[tuple[int, int]] | None:
-    """Return which rows to copy, None to copy the tensor whole."""
-    head = _CLASS_HEAD.fullmatch(name)
-    if head is None:
-        return None
-    return _RANKING_ROW if int(head[1]) == _proposal_index(target) else pairs
-
-
 def _fill(
     name: str,
     tensor: Tensor,
@@ -218,6 +214,7 @@ def _fill(
     rows: list[tuple[int, int]] | None,
     report: TransferReport,
 ) -> None:
+    """Copy the rows given as (in the checkpoint, in the model), the whole tensor for None."""
     if rows == []:
         report.reinitialised[name] = "no class of a known name"
     elif rows is not None and tensor.shape[1:] == given.shape[1:]:
@@ -242,18 +239,15 @@ def _fill_queries(tensor: Tensor, source: Mapping[str, Tensor], report: Transfer
     count = len(given)
     report.adapted[_QUERIES] = f"{count} queries to {len(tensor)}"
     if len(tensor) < count:
-        tensor.copy_(given[_farthest_apart(_reference_points(source), len(tensor))])
+        # where each query looks first, in fractions of the image
+        weight, bias = (source[f"transformer.reference_points.{p}"] for p in ("weight", "bias"))
+        position = given.chunk(2, dim=1)[0]
+        points = F.linear(position.float(), weight.float(), bias.float()).sigmoid()
+        tensor.copy_(given[_farthest_apart(points, len(tensor))])
         return
     tensor.copy_(given[torch.arange(len(tensor), device=given.device) % count])
     extra = tensor[count:]
     extra += torch.randn_like(extra) * (_QUERY_NOISE * float(given.float().std()))
-
-
-def _reference_points(source: Mapping[str, Tensor]) -> Tensor:
-    """Return where each query looks first, in fractions of the image. Shape: [Q,2]."""
-    query_pos = source[_QUERIES].chunk(2, dim=1)[0]
-    weight, bias = (source[f"transformer.reference_points.{part}"] for part in ("weight", "bias"))
-    return F.linear(query_pos.float(), weight.float(), bias.float()).sigmoid()
 
 
 def _farthest_apart(points: Tensor, count: int) -> Tensor:
@@ -270,21 +264,12 @@ def _farthest_apart(points: Tensor, count: int) -> Tensor:
     return torch.tensor(sorted(chosen), device=points.device)
 
 
-def _drop_aliases(report: TransferReport, target: Mapping[str, Tensor]) -> None:
-    """A tensor filled under one name is not fresh under another."""
-    filled = {target[n].data_ptr() for n in [*report.copied, *report.by_name, *report.adapted]}
-    for name in list(report.reinitialised):
-        if target[name].data_ptr() in filled:
-            del report.reinitialised[name]
-            report.copied.append(name)
-
-
 def _check_enough(
-    report: TransferReport, source: Mapping[str, Tensor], target: Mapping[str, Tensor]
+    filled: set[int], source: Mapping[str, Tensor], target: Mapping[str, Tensor]
 ) -> None:
+    """Raise CheckpointError if too little of the model is in the tensors at these addresses."""
     other = (BACKBONE, RECIPES)
     sizes = {t.data_ptr(): t.numel() for k, t in target.items() if not k.startswith(other)}
-    filled = {target[n].data_ptr() for n in [*report.copied, *report.by_name, *report.adapted]}
     share = sum(sizes.get(pointer, 0) for pointer in filled) / max(sum(sizes.values()), 1)
     if share >= _MIN_COPIED:
         return
@@ -330,5 +315,4 @@ def _groups(entries: Mapping[str, str], others: Iterable[str]) -> str:
 
 def _prefixes(name: str) -> list[str]:
     """Return the modules that a tensor is in, from the outermost, and the tensor."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return list(accumulate(name.split("."), "{}.{}".format))

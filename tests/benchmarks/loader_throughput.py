@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from configs.schema import DataConfig
 from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection, seeded_generator
 from datasets.sample import draw_chance, draw_integer, resized_size
 from util.batch import UnreadableImage
-from util.box_ops import cxcywh_to_xyxy
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -87,7 +87,8 @@ def compare(dataset: CocoDetection, cfg: DataConfig, epoch: int) -> list[tuple[f
         ours, target = item
         assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
         height, width = ours.shape[-2:]
-        our_boxes = cxcywh_to_xyxy(target["boxes"]) * torch.tensor([width, height] * 2)
+        our_boxes = box_convert(target["boxes"], "cxcywh", "xyxy")
+        our_boxes *= torch.tensor([width, height] * 2)
         torch.testing.assert_close(our_boxes, their_boxes, rtol=1e-5, atol=1e-3)
         steps = (ours - theirs).abs() * torch.tensor(STD).view(3, 1, 1) * 255
         rows.append((middle - started, ended - middle, float(steps.mean()), float(steps.max())))

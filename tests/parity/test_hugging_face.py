@@ -27,7 +27,7 @@ from torch import Tensor
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model
 from models.deformable_detr import DeformableDETR
-from models.outputs import DetectorOutput
+from models.queries import DetectorOutput
 from models.weights.hugging_face import to_official
 from models.weights.transfer import load_strict
 from tests.unit.models.definitions import Target, random_targets

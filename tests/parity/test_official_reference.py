@@ -22,8 +22,8 @@ from configs.schema import LossConfig, ModelConfig
 from models.build import build_criterion, build_model
 from models.deformable_detr import DeformableDETR
 from models.matcher import HungarianMatcher, pad_targets
-from models.outputs import DetectorOutput
 from models.postprocess import PostProcess
+from models.queries import DetectorOutput
 from tests.unit.models.small import group_of
 from util.batch import pad_images
 

@@ -19,9 +19,9 @@ from configs.schema import DataConfig, LossConfig
 from datasets.build import load_index
 from datasets.formats.registry import FORMATS
 from main import main
-from models.backbones.registry import BACKBONES
+from models.backbones import BACKBONES
 from models.build import build_criterion, build_model
-from models.losses import LOSSES
+from models.criterion import LOSSES
 from models.matcher import pad_targets
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import group_of, random_images, small_config, small_model

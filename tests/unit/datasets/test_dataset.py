@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.ops import box_convert
 
 from datasets.dataset import CocoDetection
 from datasets.index import CocoIndex
@@ -16,7 +17,6 @@ from datasets.transforms import EvalTransform, TrainTransform
 from engine.evaluation.evaluator import Evaluator
 from engine.evaluation.matching import Detections, Truth
 from util.batch import UnreadableImage
-from util.box_ops import cxcywh_to_xyxy
 from util.classes import Classes
 from util.errors import DataError
 
@@ -53,7 +53,7 @@ def test_labels_follow_category_ids_and_boxes_their_images(content: Content, wri
         assert image.shape == (3, 60, 80)
         assert target["labels"].tolist() == [label]
         assert target["labels"].dtype == torch.int64
-        pixels = cxcywh_to_xyxy(target["boxes"]) * torch.tensor([40.0, 30, 40, 30])
+        pixels = box_convert(target["boxes"], "cxcywh", "xyxy") * torch.tensor([40.0, 30, 40, 30])
         np.testing.assert_allclose(pixels[0].numpy(), box, atol=1e-4)
         assert target["orig_size"].tolist() == [30, 40]
         assert target["size"].tolist() == [60, 80]

@@ -21,8 +21,7 @@ from engine.detector import Detector
 from engine.evaluation.evaluate import detect
 from models.build import build_model
 from models.postprocess import PostProcess
-from models.recipes import RECIPES
-from models.recipes.base import Recipe
+from models.recipes import RECIPES, Recipe
 from models.transformer import DeformableTransformer
 from models.weights.load import load_pretrained
 from util.batch import Batch, pad_images

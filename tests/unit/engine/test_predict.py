@@ -23,7 +23,7 @@ from engine.commands.predict import (
 )
 from engine.detector import Detector
 from models.deformable_detr import DeformableDETR
-from models.outputs import DetectorOutput
+from models.queries import DetectorOutput
 from util.batch import PaddedBatch
 from util.classes import Classes
 from util.console import log

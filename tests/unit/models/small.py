@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from configs.schema import ModelConfig
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
-from models.outputs import DetectorOutput, GroupOutput
+from models.queries import DetectorOutput, GroupOutput
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

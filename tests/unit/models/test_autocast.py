@@ -8,7 +8,7 @@ from models.backbones import create_backbone
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.layers import ExactLayerNorm
-from models.outputs import DetectorOutput
+from models.queries import DetectorOutput
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
 from util.batch import PaddedBatch, pad_images
 

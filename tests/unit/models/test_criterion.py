@@ -10,7 +10,7 @@ from torch import Tensor
 
 from configs.schema import LossConfig
 from models.build import build_criterion
-from models.outputs import DetectorOutput, GroupOutput, objects_of_one_class
+from models.queries import DetectorOutput, GroupOutput, objects_of_one_class
 from tests.unit.models.definitions import Coefficients, Target, random_targets, total_loss
 
 CLASSES = 3

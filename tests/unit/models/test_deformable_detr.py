@@ -8,7 +8,7 @@ from torch import Tensor
 
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model
-from models.outputs import DetectorOutput
+from models.queries import DetectorOutput
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, group_of, random_images, small_config, small_model
 from util.batch import pad_images

@@ -9,6 +9,7 @@ from torch import nn
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model
 from models.deformable_detr import DeformableDETR
+from models.recipes.one_to_many import Options
 from models.switches import freeze
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
@@ -102,6 +103,26 @@ def test_frozen_models_answer_alike_twice() -> None:
     batch = pad_images([image.float() for image in random_images((60, 90))])
     first, second = model(batch)["pred_logits"], model(batch)["pred_logits"]
     assert first.equal(second)  # no dropout, and no statistics that follow the batch
+
+
+@pytest.mark.parametrize("part", ["none", "backbone", "encoder", "all_but_heads"])
+def test_queries_of_a_recipe_learn_unless_only_the_heads_do(part: str) -> None:
+    recipes = {"one_to_many": Options(num_queries_one2many=4, k_one2many=2)}
+    model = build_model(small_config(), num_classes=5, recipes=recipes).train()
+    name = "recipes.one_to_many.query_embed.weight"
+    if part == "all_but_heads":
+        with pytest.raises(ConfigError, match=f"'{name}' would stay random"):
+            freeze(model, part, fresh=[name])
+    freeze(model, part)
+    assert model.get_parameter(name).requires_grad == (part != "all_but_heads")
+    assert model.recipes.training == (part != "all_but_heads")
+    batch = pad_images([image.float() for image in random_images((60, 90))])
+    targets = [{**t, "boxes": t["boxes"].float()} for t in random_targets([3], 5)]
+    torch.autograd.backward(build_criterion(LossConfig())(model(batch, targets), targets)["loss"])
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        if part == "all_but_heads":
+            assert parameter.requires_grad == name.startswith(HEADS), name
 
 
 def test_what_would_stay_random_is_not_frozen() -> None:

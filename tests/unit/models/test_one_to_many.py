@@ -10,7 +10,7 @@ from torch import Tensor
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model
 from models.deformable_detr import DeformableDETR
-from models.outputs import DetectorOutput, GroupOutput
+from models.queries import DetectorOutput, GroupOutput
 from models.recipes import RECIPES
 from models.recipes.one_to_many import OneToMany, Options
 from models.weights.transfer import load_strict, transfer

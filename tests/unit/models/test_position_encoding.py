@@ -8,11 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.position_encoding import (
-    PositionEmbeddingLearned,
-    PositionEmbeddingSine,
-    build_position_encoding,
-)
+from models.levels import PositionEmbeddingLearned, PositionEmbeddingSine
+from tests.unit.models.small import small_model
 
 
 def padded_mask(height: int, width: int, valid: tuple[int, int]) -> Tensor:
@@ -80,7 +77,8 @@ def test_learned_tables_stretch_over_larger_maps() -> None:
 
 
 def test_the_option_names_the_encoding() -> None:
-    assert isinstance(build_position_encoding("sine", 32), PositionEmbeddingSine)
-    learned = build_position_encoding("learned", 32)
-    assert isinstance(learned, PositionEmbeddingLearned)
-    assert learned(torch.zeros(1, 2, 2, dtype=torch.bool), torch.float32).shape == (1, 32, 2, 2)
+    for name, kind in (("sine", PositionEmbeddingSine), ("learned", PositionEmbeddingLearned)):
+        encoding = small_model(position_embedding=name).backbone[1]
+        assert isinstance(encoding, kind)
+        mask = torch.zeros(1, 2, 2, dtype=torch.bool)
+        assert encoding(mask, torch.float32).shape == (1, 64, 2, 2)

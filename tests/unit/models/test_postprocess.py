@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from models.outputs import DetectorOutput
 from models.postprocess import PostProcess
+from models.queries import DetectorOutput
 
 
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 20), st.integers(0, 2**32))

@@ -12,8 +12,7 @@ from configs.schema import LossConfig
 from models.build import build_criterion
 from models.decoder import DecoderOutput
 from models.matcher import HungarianMatcher, Matches, PaddedTargets, pad_targets
-from models.outputs import DetectorOutput, GroupOutput
-from models.queries import QueryGroup
+from models.queries import DetectorOutput, GroupOutput, QueryGroup
 from models.transformer import TransformerOutput
 from tests.unit.models.definitions import Coefficients, layer_losses, random_targets
 from tests.unit.models.small import VARIANTS, random_images, small_model

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from models.heads import apply_delta
 from models.layers import inverse_sigmoid
-from models.levels import FeatureLevels, cell_centres, valid_ratio
-from models.position_encoding import PositionEmbeddingSine
-from models.queries import proposal_embedding, select_proposals, token_proposals
+from models.levels import FeatureLevels, PositionEmbeddingSine, cell_centres, valid_ratio
+from models.queries import Proposals, token_proposals
 from models.transformer import DeformableTransformer, TransformerOutput
 from ops import MSDeformAttn
 from tests.unit.models.small import VARIANTS, perturb, small_model
@@ -137,22 +136,29 @@ def test_tokens_at_the_very_border_or_on_too_coarse_levels_propose_nothing() -> 
     assert infinite.nonzero().flatten().tolist() == [0, 59, 64]
 
 
-def test_proposal_embedding_interleaves_sines_of_each_number() -> None:
+def test_queries_from_boxes_start_from_interleaved_sines_of_each_number() -> None:
+    transformer = build_small_transformer("two_stage")
+    seen: list[Tensor] = []
+    transformer.pos_trans.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     boxes = torch.rand(1, 2, 4, dtype=torch.float64)
-    embedded = proposal_embedding(boxes, 6)
-    assert embedded.shape == (1, 2, 24)
-    for q, number, i in itertools.product(range(2), range(4), range(6)):
-        angle = float(boxes[0, q, number]) * 2 * math.pi / 10000 ** (2 * (i // 2) / 6)
+    group = transformer.from_boxes("_a", boxes)
+    assert group.content.shape == group.position.shape == (1, 2, 64)
+    assert group.reference is boxes
+    for q, number, i in itertools.product(range(2), range(4), range(32)):
+        angle = float(boxes[0, q, number]) * 2 * math.pi / 10000 ** (2 * (i // 2) / 32)
         expected = math.cos(angle) if i % 2 else math.sin(angle)
-        assert embedded[0, q, number * 6 + i].item() == pytest.approx(expected, abs=1e-12)
+        assert seen[0][0, q, number * 32 + i].item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_padding_is_never_chosen_while_pixels_are_left() -> None:
     scores = torch.tensor([[0.0, 9.0, -5.0, 8.0], [1.0, 2.0, 3.0, 4.0]])
     padding = torch.tensor([[False, True, False, True], [False, False, False, False]])
     boxes = torch.arange(8.0).reshape(2, 4, 1).expand(-1, -1, 4)
-    assert select_proposals(scores, boxes, padding, 2)[..., 0].tolist() == [[0, 2], [7, 6]]
-    assert select_proposals(scores, boxes, padding, 99).shape == (2, 4, 4)
+    proposals = Proposals(scores[..., None], boxes, padding)
+    best, second = (proposals.best(first, 2)[..., 0].logit() for first in (0, 1))
+    torch.testing.assert_close(best, torch.tensor([[0.0, 2], [7, 6]]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(second, best[:, 1:])
+    assert proposals.best(0, 99).shape == (2, 4, 4)
 
 
 @given(st.floats(0, 1))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.ops import box_convert
 
 from engine.guards.memory import (
     Probe,
@@ -20,7 +21,6 @@ from engine.guards.memory import (
     total_memory,
 )
 from util.batch import PaddedBatch, Target
-from util.box_ops import cxcywh_to_xyxy
 from util.errors import UserError
 
 ROOT = Path(__file__).parents[4]
@@ -128,7 +128,7 @@ def test_a_probe_runs_one_batch_of_the_given_size(
         assert set(target) == {"image_id", "labels", "boxes", "orig_size", "size"}
         assert target["labels"].tolist() == [0] * num_boxes
         assert target["size"].tolist() == target["orig_size"].tolist() == list(shape)
-        corners = cxcywh_to_xyxy(target["boxes"])
+        corners = box_convert(target["boxes"], "cxcywh", "xyxy")
         assert corners.shape == (num_boxes, 4)
         assert bool(((corners > -1e-6) & (corners < 1 + 1e-6)).all())
         assert bool((corners[:, 2:] > corners[:, :2]).all())

@@ -1,6 +1,7 @@
 """Models made and saved by transformers itself, read into ours: same keys, same predictions."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from configs.schema import ModelConfig
 from models.build import build_model
-from models.queries import proposal_embedding
+from models.layers import sine_embedding
 from models.recipes.one_to_many import Options
 from models.weights.class_names import COCO_CATEGORIES, coco_logit_classes
 from models.weights.hugging_face import (
@@ -85,7 +86,7 @@ def test_saved_model_predicts_the_same_here(tmp_path: Path, variant: str) -> Non
     pretrained = load_pretrained(str(tmp_path))
     assert pretrained.kind == "hugging_face"
     ours = build_model(ModelConfig(**pretrained.model_options), num_classes=5).eval()
-    load_strict(ours, pretrained.state_dict, pretrained.source)
+    load_strict(ours, pretrained.state_dict, "folder")
     # Their two-stage model may take padding for a proposal; ours never does.
     second = (128, 128) if "two_stage" in variant else (96, 80)
     batch = pad_images([torch.randn(3, 128, 128), torch.randn(3, *second)])
@@ -270,9 +271,9 @@ def test_transformers_loads_what_we_save_and_predicts_the_same(
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     if variant == "two_stage":  # their own rounds to float32
-        theirs.model.get_proposal_pos_embed = lambda boxes: proposal_embedding(
-            boxes.sigmoid(), config.hidden_dim // 2
-        )
+        theirs.model.get_proposal_pos_embed = lambda boxes: sine_embedding(
+            boxes.sigmoid() * 2 * math.pi, config.hidden_dim // 2
+        ).flatten(-2)
     images = torch.randn(2, 3, 128, 96, dtype=torch.float64)  # without padding, see above
     with torch.no_grad():
         expected = theirs.eval()(images, pixel_mask=torch.ones(2, 128, 96, dtype=torch.long))

@@ -3,12 +3,14 @@
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from configs.schema import Config, ModelConfig
 from engine.checkpoint import save_checkpoint
@@ -100,7 +102,7 @@ def test_official_file_goes_out_and_comes_back(tmp_path: Path, variant: str) -> 
     pretrained = load_pretrained(str(tmp_path / "o.pth"))
     assert ModelConfig(**pretrained.model_options) == config
     other = build_model(config, num_classes=3)
-    load_strict(other, pretrained.state_dict, pretrained.source)
+    load_strict(other, pretrained.state_dict, "file")
     assert same(other.state_dict(), model.state_dict())
 
 
@@ -149,14 +151,19 @@ def test_coco_names_are_those_of_its_files() -> None:
     assert {c["id"]: c["name"] for c in categories} == COCO_CATEGORIES
 
 
+def checkpoint_of_ours(path: Path, model: nn.Module, **parts: Any) -> None:
+    """Write what a run saves."""
+    content = {"optimizer": {}, "lr_scheduler": {}, "epoch": 3, "progress": {}, "best": {}}
+    content |= {"model": model.state_dict(), "versions": {}, **parts}
+    content |= {"preprocessing": {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.5, 0.5]}}
+    save_checkpoint(path, content)
+
+
 def test_our_checkpoint_brings_everything(tmp_path: Path) -> None:
     config, model = fresh({})
     classes = Classes((3, 7, 90), ("cat", "dog", "cow"))
     sections = {"model": dict(vars(config)), "data": {"max_size": 640}}
-    content = {"optimizer": {}, "lr_scheduler": {}, "epoch": 3, "progress": {}, "best": {}}
-    content |= {"model": model.state_dict(), "classes": classes.to_json(), "config": sections}
-    content |= {"versions": {}, "preprocessing": {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.5, 0.5]}}
-    save_checkpoint(tmp_path / "best.pth", content)
+    checkpoint_of_ours(tmp_path / "best.pth", model, classes=classes.to_json(), config=sections)
     pretrained = load_pretrained(str(tmp_path / "best.pth"))
     assert pretrained.kind == "ours"
     assert pretrained.classes == classes
@@ -164,6 +171,29 @@ def test_our_checkpoint_brings_everything(tmp_path: Path) -> None:
     assert pretrained.config == sections
     assert ModelConfig(**pretrained.model_options) == config == Config(model=config).model
     assert same(pretrained.state_dict, model.state_dict())
+
+
+def test_the_documented_lines_save_for_other_implementations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[4] / "docs" / "python.md").read_text(encoding="utf-8")
+    (lines,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "save_official" in b]
+    lines = lines.replace("deformable_detr.models", "models").replace("deformable_detr", "engine")
+    config, model = fresh({})
+    classes = Classes((3, 7, 90), ("cat", "dog", "cow"))
+    sections = {"model": dict(vars(config)), "data": {"eval_scale": 480, "max_size": 640}}
+    monkeypatch.chdir(tmp_path)
+    checkpoint_of_ours(
+        Path("runs/mine/best.pth"), model, classes=classes.to_json(), config=sections
+    )
+    exec(lines, {})
+    official, theirs = (load_pretrained(name) for name in ("official.pth", "for_transformers"))
+    for saved in (official, theirs):
+        assert same(saved.state_dict, model.state_dict())
+        assert build_model(ModelConfig(**saved.model_options), num_classes=3)
+    assert theirs.classes.names == classes.names
+    assert theirs.image_mean == (0.5, 0.4, 0.3)
+    assert theirs.image_size == (480, 640)
 
 
 def test_distributed_prefix_is_dropped(tmp_path: Path) -> None:
