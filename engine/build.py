@@ -15,7 +15,7 @@ from configs.schema import Config
 from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection
 from datasets.index import CocoIndex
-from datasets.loader import TrainLoader, eval_loader, loader_processes, train_loader
+from datasets.loader import TrainLoader, eval_loader, loader_processes
 from datasets.samplers import BatchSplit
 from engine.checkpoint import CheckpointFolder
 from engine.ema import Ema
@@ -85,7 +85,7 @@ def build_trainer(
     )
     val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
     num_workers = loader_processes(data.num_workers, local_size=world.local_size)
-    loader = train_loader(
+    loader = TrainLoader(
         train_set,
         share,
         num_workers=num_workers,
