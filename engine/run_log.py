@@ -2,13 +2,15 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from util.files import make_output_dir, write_atomic
 
@@ -39,7 +41,7 @@ def _keep_until(path: Path, key: str, last: int) -> None:
     write_atomic(path, "".join(kept))
 
 
-class RunLog:
+class RunLog(AbstractContextManager["RunLog"]):
     """Append-only logs in a run's folder; a context manager.
 
     `metrics.jsonl` has a line per step, `log.txt` a line per epoch, `tensorboard/` the same as
@@ -58,15 +60,7 @@ class RunLog:
         self._files: dict[Path, TextIO] = {}
         self._writer: Any = None
 
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -114,6 +108,19 @@ class RunLog:
         writer = self._tensorboard()
         if writer is not None:
             writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def progress_bar(self, total: int, *, done: int) -> "tqdm[Any]":
+        """Return a bar over the steps of the run."""
+        interval = 0.1 if sys.stderr.isatty() else 30.0
+        return tqdm(
+            total=total,
+            initial=done,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=interval,
+            maxinterval=max(interval, 10.0),
+            disable=not self._enabled,
+        )
 
     def _append(self, path: Path, values: Mapping[str, Any]) -> None:
         if not self._enabled:

@@ -3,6 +3,8 @@
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -18,37 +20,37 @@ class StepTimer:
     def __init__(self, device: torch.device) -> None:
         """Start the clock."""
         self._device = device
-        self._finished: deque[list[tuple[str, _Moment]]] = deque()
+        self._finished: deque[tuple[int, list[tuple[str, Any]]]] = deque()
         self.restart()
 
     def restart(self) -> None:
         """Restart the clock, as after an evaluation; forget the present step."""
-        self._marks: list[tuple[str, _Moment]] = [("", self._now())]
+        self._marks: list[tuple[str, Any]] = [("", self._now())]
 
     def mark(self, part: str) -> None:
         """Count the time since the last mark as `part`; equal parts of a step add up."""
         self._marks.append((part, self._now()))
 
-    def finish_step(self) -> None:
-        """End the step at its last mark, where the next one starts."""
-        self._finished.append(self._marks)
+    def finish_step(self, step: int) -> None:
+        """End the step of this number at its last mark, where the next one starts."""
+        self._finished.append((step, self._marks))
         self._marks = [("", self._marks[-1][1])]
 
-    def collect(self) -> list[dict[str, float]]:
-        """Return the seconds of each part of every step that is done, oldest first, once.
+    def collect(self) -> dict[int, dict[str, float]]:
+        """Return the seconds of each part of every step that is done, by its number, once.
 
         Steps that the device has not finished yet are left for a later call.
         """
-        steps = []
-        while self._finished and _is_past(self._finished[0][-1][1]):
-            marks = self._finished.popleft()
+        steps: dict[int, dict[str, float]] = {}
+        while self._finished and _is_past(self._finished[0][1][-1][1]):
+            step, marks = self._finished.popleft()
             seconds: dict[str, float] = {}
-            for (_, before), (part, after) in zip(marks, marks[1:], strict=False):
+            for (_, before), (part, after) in pairwise(marks):
                 seconds[part] = seconds.get(part, 0.0) + _seconds(before, after)
-            steps.append(seconds)
+            steps[step] = seconds
         return steps
 
-    def _now(self) -> "_Moment":
+    def _now(self) -> Any:
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -56,18 +58,13 @@ class StepTimer:
         return event
 
 
-_Moment = float | torch.cuda.Event
+def _is_past(moment: Any) -> bool:
+    return isinstance(moment, float) or bool(moment.query())
 
 
-def _is_past(moment: _Moment) -> bool:
-    return isinstance(moment, float) or bool(moment.query())  # type: ignore[no-untyped-call]
-
-
-def _seconds(before: _Moment, after: _Moment) -> float:
-    if isinstance(before, float) or isinstance(after, float):
-        assert isinstance(before, float)
-        assert isinstance(after, float)
-        return after - before
+def _seconds(before: Any, after: Any) -> float:
+    if isinstance(before, float):
+        return float(after - before)
     return float(before.elapsed_time(after)) / 1000  # milliseconds
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine.guards.guard import LoggedStep
 from engine.guards.nonfinite import NonFiniteSteps, first_nonfinite
-from engine.precision import Precision
+from engine.optim import Precision
 from tests.unit.models.small import random_images, small_model
 from util.batch import Batch, PaddedBatch, pad_images
 from util.errors import UserError

@@ -1,4 +1,4 @@
-"""Precision: what is refused, updates dropped without a trace, and the loss scale."""
+"""Precision and schedule: what is refused, updates dropped without a trace, scale and rate."""
 
 import math
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.precision import Precision
+from engine.optim import Precision, learning_rate_factor
 from util.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -181,3 +181,20 @@ def test_fp16_drops_an_overflow_without_waiting_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert precision.current_scale() == 2.0**15
     assert all(a.equal(b) for a, b in zip(everything(model, optimizer), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "drop_epochs", "expected"),
+    [
+        ("step", (), [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1]),
+        ("step", (1, 2), [0.25, 0.5, 0.75, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01]),
+        ("cosine", (), [0.25, 0.4665063509461097, 0.5625, 0.5, 0.25, 0.0669872981077807, 0.0, 0.0]),
+    ],
+)
+def test_the_rate_warms_up_and_falls(
+    kind: str, drop_epochs: tuple[int, ...], expected: list[float]
+) -> None:
+    factor = learning_rate_factor(
+        kind, 3, epochs=2, warmup_steps=4, drop_every=2, drop_epochs=drop_epochs
+    )
+    assert [factor(step) for step in range(len(expected))] == pytest.approx(expected)
