@@ -98,7 +98,11 @@ def build_trainer(
             "classes": classes.to_json(),
             "config": asdict(config),
             "preprocessing": {"mean": list(mean), "std": list(std)},
-            "versions": versions(),
+            "versions": {
+                "python": sys.version.split()[0],
+                "torch": str(torch.__version__),
+                "deformable_detr": __version__,
+            },
         },
     )
     log.info(
@@ -114,15 +118,6 @@ def build_trainer(
         try_largest_step(trainer, train_set, share.batch_size)
     torch.manual_seed(options.seed + world.rank)  # dropout differs between processes
     return trainer
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a checkpoint records."""
-    return {
-        "python": sys.version.split()[0],
-        "torch": str(torch.__version__),
-        "deformable_detr": __version__,
-    }
 
 
 def load_data(plan: RunPlan, world: World) -> tuple[CocoIndex, CocoIndex]:

@@ -1,6 +1,5 @@
 """Checkpoints of a run: written whole or not at all, plain tensors and JSON values inside."""
 
-import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -115,8 +114,7 @@ class CheckpointFolder:
         if step == next_step:
             return  # an epoch's end is saved before and after its evaluation
         aside = self._folder / f"step_{step:08d}.pth"
-        with contextlib.suppress(FileNotFoundError):
-            aside.unlink()
+        aside.unlink(missing_ok=True)
         try:
             os.link(self.last, aside)
         except OSError:  # no hard links here: for a moment there is no last.pth
@@ -138,8 +136,8 @@ class CheckpointFolder:
                 check_content(path)
             except CheckpointError as error:
                 log.warning(error)
-                continue
-            return path
+            else:
+                return path
         if candidates:
             raise CheckpointError(
                 f"{self._folder}: all {len(candidates)} checkpoints are damaged. "

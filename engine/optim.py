@@ -19,7 +19,7 @@ class Precision:
 
     The order in a step: forward within `autocast()`, `scale(loss).backward()`, `unscale_`, clip,
     `step`. Weights and gradients are always float32. `found_inf` is 1 where the last `step` was
-    dropped and 0 where it was made: float32 [], on the device. `scaler` works for fp16 alone.
+    dropped and 0 where it was made: float32 [], on the device. `scaler` scales for fp16 alone.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -70,19 +70,6 @@ class Precision:
         elif not self.found_inf.item():
             optimizer.step()
         self.scaler.update()
-
-    def current_scale(self) -> float:
-        """Return the loss scale, 1 where there is none; waits for the device."""
-        return float(self.scaler.get_scale())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the loss scale's state as plain values; empty where there is none."""
-        return dict(self.scaler.state_dict())
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a loss scale; nothing changes for a run that had none, or needs none."""
-        if state:
-            self.scaler.load_state_dict(dict(state))
 
 
 def _check_available(name: str, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""A training run: the step, the epochs around it, evaluation and checkpoints."""
+"""A training run: the step, the epochs around it, and what a checkpoint holds."""
 
 import math
 import time
@@ -89,7 +89,7 @@ class Trainer:
         128 + the signal's number.
         """
         if not self.unfinished():
-            limit = f" of --max_steps {self.max_steps}" if self.max_steps else ""
+            limit = f" of `max_steps {self.max_steps}`" if self.max_steps else ""
             log.info(
                 f"this run is finished: {self.epoch} of {self.epochs} epochs, step {self.step}"
                 f"{limit}. Raise `epochs` or `max_steps` to continue."
@@ -256,7 +256,8 @@ class Trainer:
         """
         self.detector.load_state_dict(content["model"])
         restore_optimizer(self.optimizer, self.scheduler, content)
-        self.precision.load_state_dict(content["scaler"])
+        if content["scaler"]:  # of a run in fp16
+            self.precision.scaler.load_state_dict(content["scaler"])
         if self.ema is not None and content["ema"]:
             self.ema.load_state_dict(content["ema"])
         progress = content["progress"]
@@ -295,7 +296,7 @@ class Trainer:
             "ema": self.ema.state_dict() if self.ema is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.scheduler.state_dict(),
-            "scaler": self.precision.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
             "epoch": self.epoch - 1 if self.epoch_step == 0 else self.epoch,
             "progress": progress,
             "best": self.best,

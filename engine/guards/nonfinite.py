@@ -70,17 +70,14 @@ class NonFiniteSteps(Guard):
         while len(self._unchecked) > keep:
             step, micro_batches, finite = self._unchecked.popleft()
             if not finite:
-                self._causes[step] = self._find_cause(micro_batches)
+                causes = map(self._find_cause, micro_batches)
+                self._causes[step] = next((c for c in causes if c != _ALL_FINITE), _ALL_FINITE)
 
-    def _find_cause(self, micro_batches: Sequence[Batch]) -> str:
-        for batch in micro_batches:
-            assert batch.images is not None
-            with self._precision.autocast():
-                images = batch.images.to(self._precision.device)
-                found = first_nonfinite(self._model, images, batch.targets)
-            if found != _ALL_FINITE:
-                return found
-        return _ALL_FINITE
+    def _find_cause(self, batch: Batch) -> str:
+        assert batch.images is not None
+        with self._precision.autocast():
+            images = batch.images.to(self._precision.device)
+            return first_nonfinite(self._model, images, batch.targets)
 
     def on_log(self, step: LoggedStep) -> None:
         """Write what is known of a step that was not finite.
@@ -94,7 +91,7 @@ class NonFiniteSteps(Guard):
         if step.finite:
             self.in_a_row = 0
             return
-        scale = self._precision.current_scale()
+        scale = self._precision.scaler.get_scale()  # 1 where there is none
         if scale > 1 and math.isfinite(step.values["loss"]):
             return  # float16 looks for the largest scale that fits
         self.total += 1

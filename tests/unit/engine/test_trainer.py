@@ -223,6 +223,18 @@ def test_more_steps_continue_an_epoch_whose_evaluation_was_interrupted(
     assert trainer.unevaluated == (max_steps == 1)
 
 
+def test_a_run_that_had_no_loss_scale_goes_on_with_the_first_one(tmp_path: Path) -> None:
+    with RunLog(tmp_path, tensorboard=False) as log:
+        trainer = small_trainer(tmp_path, log, [])
+        trainer.identity = {"classes": {"ids": []}, "config": {}, "versions": {}}
+        trainer.save()
+        content = load_checkpoint(tmp_path / "last.pth")
+        assert content["scaler"] == {}
+        trainer.precision.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        trainer.load_state_dict(content)
+    assert trainer.precision.scaler.get_scale() == 64.0
+
+
 def test_a_step_that_does_not_fit_into_memory_says_what_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
