@@ -16,6 +16,7 @@ from engine.evaluation.evaluator import Evaluator, save_results
 from engine.evaluation.gallery import draw_gallery, evenly_spaced
 from engine.evaluation.matching import Detections, Truth
 from engine.evaluation.outcomes import thresholds_by_name
+from engine.guards.timer import shares
 from engine.guards.unreadable import list_unreadable
 from engine.metrics import StepLog, official_log_values
 from engine.optim import Precision
@@ -28,8 +29,13 @@ from util.distributed import World
 from util.errors import UserError
 
 
-def training_values(steps: StepLog, output_dir: Path) -> dict[str, Any]:
-    """Return what the log says of the steps of an epoch; images lost go to the data report."""
+def training_values(steps: StepLog, label: str, output_dir: Path) -> dict[str, Any]:
+    """Return what the log says of the steps of an epoch, and print how they spent their time.
+
+    Images that could not be read go to the data report.
+    """
+    if steps.times:
+        log.info(f"{label}: {shares(steps.times)}")
     means = official_log_values(steps.averages.means(), steps.criterion)
     unreadable = steps.guards.unreadable
     report = output_dir / "data_report.json"
@@ -38,6 +44,11 @@ def training_values(steps: StepLog, output_dir: Path) -> dict[str, Any]:
         "train_unreadable_images": list_unreadable(report, unreadable, steps.world),
         "train_skipped_steps": steps.guards.nonfinite.total,
     }
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @dataclass(kw_only=True)

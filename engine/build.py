@@ -18,7 +18,7 @@ from datasets.dataset import CocoDetection
 from datasets.index import CocoIndex
 from datasets.loader import TrainLoader, eval_loader, loader_processes
 from datasets.samplers import BatchSplit
-from engine.between_epochs import Validation
+from engine.between_epochs import Validation, count_parameters
 from engine.checkpoint import CheckpointFolder
 from engine.ema import Ema
 from engine.guards import FlatLoss, Guards, MemoryGuard, NonFiniteSteps, UnreadableImages
@@ -28,7 +28,7 @@ from engine.optim import Precision, learning_rate_factor
 from engine.plan import RunPlan
 from engine.probe import try_largest_step
 from engine.run_log import RunLog
-from engine.trainer import Trainer, count_parameters
+from engine.trainer import Trainer
 from models.build import ALL_STAGES, build_criterion, build_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess

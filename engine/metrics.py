@@ -64,7 +64,6 @@ class StepLog:
     averages: Averages = field(default_factory=Averages)
     times: list[dict[str, float]] = field(default_factory=list)  # of the epoch's steps
     _pending: list[tuple[LoggedStep, list[str], Tensor]] = field(default_factory=list)
-    _times: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def add(
         self,
@@ -98,13 +97,11 @@ class StepLog:
         rows = torch.stack([values for *_, values in records]).double()
         total = self.world.sum(rows.flatten().tolist())
         rows = torch.tensor(total, dtype=torch.float64).view_as(rows) / self.world.size
-        times = self.timer.collect()
-        self.times += times.values()
-        self._times |= times  # of those that are kept back, too
         for (step, names, _), row in zip(records, rows.tolist(), strict=True):
             means = dict(zip(names, row, strict=True))
             latest = official_log_values(means, self.criterion)
-            parts = self._times.pop(step.step, {})
+            parts = self.timer.take(step.step)
+            self.times.append(parts)
             timed = {f"time_{part}": seconds for part, seconds in parts.items()}
             timed["time"] = sum(parts.values())
             self.log.step(step.step, {**latest, **step.rates, **timed})

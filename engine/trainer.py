@@ -16,12 +16,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from datasets.loader import TrainLoader
-from engine.between_epochs import Validation, training_values
+from engine.between_epochs import Validation, count_parameters, training_values
 from engine.checkpoint import CheckpointFolder
 from engine.ema import Ema
 from engine.evaluation.evaluate import Interrupted
 from engine.guards import Guards
-from engine.guards.timer import StepTimer, shares
+from engine.guards.timer import StepTimer
 from engine.metrics import StepLog
 from engine.optim import Precision, restore_optimizer
 from engine.processes import StopSignals
@@ -206,13 +206,12 @@ class Trainer:
         if evaluating:  # whatever happens in the evaluation, the epoch is not lost
             self.unevaluated = True
             self.save()
-        if self.steps.times:
-            log.info(f"epoch {epoch + 1}/{self.epochs}: {shares(self.steps.times)}")
+        label = f"epoch {epoch + 1}/{self.epochs}"
         values = {
             "train_lr": self.optimizer.param_groups[0]["lr"],
             "train_steps": self.epoch_step,
             "train_seconds": self.seconds,
-            **training_values(self.steps, self.output_dir),
+            **training_values(self.steps, label, self.output_dir),
             "n_parameters": count_parameters(self.detector),
         }
         if whole:
@@ -225,7 +224,7 @@ class Trainer:
                     self.detector,
                     None if self.ema is None else self.ema.model,
                     step=self.step,
-                    label=f"epoch {epoch + 1}/{self.epochs}",
+                    label=label,
                     stopping=lambda: bool(self.stop.number),
                 )
             except Interrupted:
@@ -309,8 +308,3 @@ class Trainer:
         content = self.state_dict()
         if self.world.main:
             self.checkpoints.save(content, best=best)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,7 +1,6 @@
 """How long the parts of a training step take, measured where the work is done."""
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,7 +19,7 @@ class StepTimer:
     def __init__(self, device: torch.device) -> None:
         """Start the clock."""
         self._device = device
-        self._finished: deque[tuple[int, list[tuple[str, Any]]]] = deque()
+        self._finished: dict[int, list[tuple[str, Any]]] = {}
         self.restart()
 
     def restart(self) -> None:
@@ -33,22 +32,20 @@ class StepTimer:
 
     def finish_step(self, step: int) -> None:
         """End the step of this number at its last mark, where the next one starts."""
-        self._finished.append((step, self._marks))
+        self._finished[step] = self._marks
         self._marks = [("", self._marks[-1][1])]
 
-    def collect(self) -> dict[int, dict[str, float]]:
-        """Return the seconds of each part of every step that is done, by its number, once.
+    def take(self, step: int) -> dict[str, float]:
+        """Return the seconds of each part of a finished step, once.
 
-        Steps that the device has not finished yet are left for a later call.
+        Empty as long as the device has not finished the step.
         """
-        steps: dict[int, dict[str, float]] = {}
-        while self._finished and _is_past(self._finished[0][1][-1][1]):
-            step, marks = self._finished.popleft()
-            seconds: dict[str, float] = {}
-            for (_, before), (part, after) in pairwise(marks):
+        marks = self._finished[step]
+        seconds: dict[str, float] = {}
+        if _is_past(marks[-1][1]):
+            for (_, before), (part, after) in pairwise(self._finished.pop(step)):
                 seconds[part] = seconds.get(part, 0.0) + _seconds(before, after)
-            steps[step] = seconds
-        return steps
+        return seconds
 
     def _now(self) -> Any:
         if self._device.type != "cuda":
