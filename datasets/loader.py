@@ -6,19 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datasets.dataset import CocoDetection, ImageList, seeded_generator
-from datasets.samplers import (
-    AspectRatioBatchSampler,
-    BatchSplit,
-    NumberedBatches,
-    ShuffledBatchSampler,
-    same_size_batches,
-)
+from datasets.samplers import BatchSplit, ShuffledBatchSampler, same_size_batches
 from util.batch import Batch, Target, UnreadableImage, pad_images
 from util.cores import available_cores
 
@@ -83,46 +78,50 @@ def loader_processes(num_workers: int, *, local_size: int = 1) -> int:
     return max(1, min(_MAX_WORKERS, available_cores() // local_size))
 
 
-def _start_method(num_workers: int) -> str | None:
-    """Return how loader processes begin: on Linux as copies, which share the index with us.
-
-    Since 3.14 Python would by default send each of them a copy of the index.
-    """
-    return "fork" if num_workers and sys.platform == "linux" else None
+def _reading(num_workers: int, *, pin_memory: bool, seed: int) -> dict[str, Any]:
+    """Return how a `DataLoader` reads, whatever it reads."""
+    num_workers = loader_processes(num_workers)
+    return {
+        "num_workers": num_workers,
+        "pin_memory": pin_memory,
+        "persistent_workers": num_workers > 0,
+        "worker_init_fn": ignore_sigint,
+        # As copies, which share the index with us: since 3.14 Python would by default send each
+        # of them a copy of it.
+        "multiprocessing_context": "fork" if num_workers and sys.platform == "linux" else None,
+        # Its own generator: loading data leaves the model's random numbers alone.
+        "generator": seeded_generator(seed),
+    }
 
 
 class TrainLoader(DataLoader[Item]):
-    """A loader whose `set_epoch` sets the order and the augmentation together.
+    """Shuffled training batches, the part of one process.
 
-    Iteration gives micro-batches as they are, `accumulation` of them for each of `steps` steps an
-    epoch; `effective_batches` gives a step's together, none without an image.
+    `set_epoch` sets the order and the augmentation together. Iteration gives micro-batches as they
+    are, `accumulation` of them for each of `steps` steps an epoch; `effective_batches` gives a
+    step's together, none without an image.
     """
 
     def __init__(
         self,
         dataset: CocoDetection,
-        batch_sampler: ShuffledBatchSampler,
+        split: BatchSplit,
         *,
         num_workers: int,
-        pin_memory: bool,
         seed: int,
-        pad_multiple: int,
+        aspect_ratio_grouping: bool = False,
+        pin_memory: bool = False,
+        pad_multiple: int = 1,
     ) -> None:
-        self._augmentation, self._order = dataset, NumberedBatches(batch_sampler)
-        self._world_size = batch_sampler.world_size
-        self.steps, self.accumulation = batch_sampler.steps, batch_sampler.accumulation
-        num_workers = loader_processes(num_workers)
+        sizes = dataset.image_sizes() if aspect_ratio_grouping else ()
+        self._order = ShuffledBatchSampler(len(dataset), split, seed=seed, sizes=sizes)
+        self._augmentation, self._alone = dataset, split.world_size == 1
+        self.steps, self.accumulation = self._order.steps, self._order.accumulation
         super().__init__(
             dataset,
             batch_sampler=self._order,
-            num_workers=num_workers,
             collate_fn=partial(collate, pad_multiple=pad_multiple),
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-            worker_init_fn=ignore_sigint,
-            multiprocessing_context=_start_method(num_workers),
-            # Its own generator: loading data leaves the model's random numbers alone.
-            generator=seeded_generator(seed),
+            **_reading(num_workers, pin_memory=pin_memory, seed=seed),
         )
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
@@ -137,33 +136,7 @@ class TrainLoader(DataLoader[Item]):
         """Yield this process's micro-batches of every step; see `with_images`."""
         batches: Iterator[Batch] = iter(self)
         while group := list(islice(batches, self.accumulation)):
-            yield with_images(group, alone=self._world_size == 1)
-
-
-def train_loader(
-    dataset: CocoDetection,
-    split: BatchSplit,
-    *,
-    num_workers: int,
-    seed: int,
-    aspect_ratio_grouping: bool = False,
-    pin_memory: bool = False,
-    pad_multiple: int = 1,
-) -> TrainLoader:
-    """Return shuffled training batches (`Batch`), the part of one process."""
-    sampler = (
-        AspectRatioBatchSampler(dataset.image_sizes(), split, seed=seed)
-        if aspect_ratio_grouping
-        else ShuffledBatchSampler(len(dataset), split, seed=seed)
-    )
-    return TrainLoader(
-        dataset,
-        sampler,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        seed=seed,
-        pad_multiple=pad_multiple,
-    )
+            yield with_images(group, alone=self._alone)
 
 
 def eval_loader(
@@ -176,7 +149,6 @@ def eval_loader(
     world_size: int = 1,
 ) -> DataLoader[Item]:
     """Return batches (`Batch`) of every image once; the parts of processes do not overlap."""
-    num_workers = loader_processes(num_workers)
     sizes = [
         dataset.output_size(*size) or (0, 0) if all(size) else (0, 0)
         for size in dataset.image_sizes()
@@ -186,11 +158,6 @@ def eval_loader(
         batch_sampler=same_size_batches(
             sizes, batch_size=batch_size, rank=rank, world_size=world_size
         ),
-        num_workers=num_workers,
         collate_fn=collate,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=ignore_sigint,
-        multiprocessing_context=_start_method(num_workers),
-        generator=seeded_generator(0),
+        **_reading(num_workers, pin_memory=pin_memory, seed=0),
     )

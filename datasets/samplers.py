@@ -1,5 +1,6 @@
 """The order of images: how effective batches are split, and which images each holds."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -50,38 +51,39 @@ def split_batch(effective: int, *, max_size: int, rank: int = 0, world_size: int
     return BatchSplit(size, own // size, rank, world_size)
 
 
-class ShuffledBatchSampler(Sampler[list[int]]):
-    """Micro-batches whose order depends on (seed, epoch) alone.
+class ShuffledBatchSampler(Sampler[list[SampleKey]]):
+    """Micro-batches of one process, whose order depends on (seed, epoch) alone.
 
     The images of each effective batch depend on its size, not on how it is split. What is left
     over waits for another epoch's order. Data too small for one effective batch is one step, with
     an image repeated if the processes cannot share it evenly.
+
+    `steps` are the effective batches of an epoch, `accumulation` the micro-batches of each. Every
+    image comes with the number of its step in the epoch.
     """
 
-    def __init__(self, num_samples: int, split: BatchSplit, *, seed: int) -> None:
-        self._num_samples = num_samples
+    def __init__(
+        self,
+        num_images: int,
+        split: BatchSplit,
+        *,
+        seed: int,
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """With the (height, width) of each image, a step's are all portrait or all landscape."""
         self._split = split
         self._seed = seed
-        self._epoch = 0
-        self._first_step = 0
-
-    @property
-    def world_size(self) -> int:
-        """Return the number of processes that share the data."""
-        return self._split.world_size
-
-    @property
-    def steps(self) -> int:
-        """Return the effective batches of an epoch."""
-        return max(1, self._num_full())
-
-    @property
-    def accumulation(self) -> int:
-        """Return the micro-batches of a step."""
-        if self._num_full():
-            return self._split.accumulation
-        own = -(-self._num_samples // self._split.world_size)
-        return -(-own // self._split.batch_size)
+        self._portrait = [height > width for height, width in sizes]
+        portrait = sum(self._portrait)
+        if min(portrait, num_images - portrait) < split.effective:
+            # too few of one kind to fill a batch: they would never be seen
+            self._portrait = [False] * num_images
+        full = sum(n // split.effective for n in Counter(self._portrait).values())
+        own = split.batch_size * split.accumulation if full else -(-num_images // split.world_size)
+        self.steps = max(1, full)
+        self.accumulation = -(-own // split.batch_size)
+        self._too_small = full == 0
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Choose the order of `epoch` for the next iteration, and how many steps to skip."""
@@ -90,47 +92,18 @@ class ShuffledBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.steps * self.accumulation
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for images in islice(self._effective_batches(), self._first_step, None):
-            own = images[self._split.rank :: self._split.world_size]
-            for start in range(0, len(own), self._split.batch_size):
-                yield own[start : start + self._split.batch_size]
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        split = self._split
+        for step, images in islice(enumerate(self._effective_batches()), self._first_step, None):
+            own = [SampleKey(position, step) for position in images[split.rank :: split.world_size]]
+            for start in range(0, len(own), split.batch_size):
+                yield own[start : start + split.batch_size]
 
     def _effective_batches(self) -> Iterator[list[int]]:
         generator = seeded_generator(self._seed, self._epoch)
-        order = torch.randperm(self._num_samples, generator=generator).tolist()
-        if self._num_full():
-            return self._full_batches(order)
-        world_size = self._split.world_size
-        return iter([list(islice(cycle(order), -(-len(order) // world_size) * world_size))])
-
-    def _num_full(self) -> int:
-        """Count the whole effective batches of an epoch."""
-        return self._num_samples // self._split.effective
-
-    def _full_batches(self, order: list[int]) -> Iterator[list[int]]:
-        size = self._split.effective
-        for start in range(0, len(order) - size + 1, size):
-            yield order[start : start + size]
-
-
-class AspectRatioBatchSampler(ShuffledBatchSampler):
-    """Shuffled batches that hold portrait or landscape images only, which saves padding."""
-
-    def __init__(self, sizes: Sequence[tuple[int, int]], split: BatchSplit, *, seed: int) -> None:
-        """Take the (height, width) of each image."""
-        super().__init__(len(sizes), split, seed=seed)
-        self._portrait = [height > width for height, width in sizes]
-        portrait = sum(self._portrait)
-        if min(portrait, len(sizes) - portrait) < split.effective:
-            # too few of one kind to fill a batch: they would never be seen
-            self._portrait = [False] * len(sizes)
-
-    def _num_full(self) -> int:
-        portrait, size = sum(self._portrait), self._split.effective
-        return portrait // size + (self._num_samples - portrait) // size
-
-    def _full_batches(self, order: list[int]) -> Iterator[list[int]]:
+        order = torch.randperm(len(self._portrait), generator=generator).tolist()
+        if self._too_small:
+            yield list(islice(cycle(order), -len(order) % self._split.world_size + len(order)))
         waiting: dict[bool, list[int]] = {True: [], False: []}
         for position in order:
             group = waiting[self._portrait[position]]
@@ -158,23 +131,3 @@ def same_size_batches(
         for start in range(0, len(group), batch_size)
     ]
     return batches[rank::world_size]
-
-
-class NumberedBatches(Sampler[list[SampleKey]]):
-    """The batches of a sampler, each image with the number of its step in the epoch."""
-
-    def __init__(self, order: ShuffledBatchSampler) -> None:
-        self._order, self._first_step = order, 0
-
-    def set_epoch(self, epoch: int, first_step: int) -> None:
-        """See `ShuffledBatchSampler.set_epoch`."""
-        self._order.set_epoch(epoch, first_step)
-        self._first_step = first_step
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        for number, batch in enumerate(self._order):
-            step = self._first_step + number // self._order.accumulation
-            yield [SampleKey(position, step) for position in batch]

@@ -3,37 +3,39 @@
 import inspect
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 
-from configs.schema import Config
+from configs.schema import Config, OptimConfig
 from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection
 from datasets.index import CocoIndex
-from datasets.loader import TrainLoader, eval_loader, loader_processes, train_loader
+from datasets.loader import TrainLoader, eval_loader, loader_processes
 from datasets.samplers import BatchSplit
+from engine.between_epochs import Validation, count_parameters
 from engine.checkpoint import CheckpointFolder
 from engine.ema import Ema
 from engine.guards import FlatLoss, Guards, MemoryGuard, NonFiniteSteps, UnreadableImages
-from engine.guards.memory import probe
 from engine.guards.timer import StepTimer
 from engine.guards.unreadable import write_data_report
-from engine.optim import build_optimizer, build_scheduler
-from engine.precision import Precision
+from engine.optim import Precision, learning_rate_factor
+from engine.plan import RunPlan
+from engine.probe import try_largest_step
 from engine.run_log import RunLog
-from engine.trainer import Trainer, count_parameters
+from engine.trainer import Trainer
 from models.build import ALL_STAGES, build_criterion, build_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
 from models.switches import compile_model, freeze, set_checkpointing
 from models.weights.load import Pretrained
 from models.weights.transfer import BACKBONE, transfer
-from util.batch import Batch, PaddedBatch, Target
+from util.batch import Batch
 from util.classes import Classes
 from util.console import log
 from util.errors import CheckpointError, ConfigError
@@ -41,27 +43,7 @@ from util.random_state import seed_everything
 from util.version import __version__
 from util.world import World
 
-
-@dataclass(frozen=True)
-class RunPlan:
-    """What a run does: its options, and the weights or the checkpoint it starts from."""
-
-    config: Config
-    pretrained: Pretrained | None = None
-    checkpoint: Path | None = None
-    preprocessing: Mapping[str, Sequence[float]] | None = None  # the checkpoint's
-
-    @property
-    def output_dir(self) -> Path:
-        """Return the run's folder."""
-        return Path(self.config.run.output_dir)
-
-    @property
-    def in_place(self) -> bool:
-        """Return whether the run continues in the folder of its checkpoint."""
-        if self.checkpoint is None:
-            return False
-        return self.output_dir.resolve() == self.checkpoint.parent.resolve()
+_LINEAR_PROJ = ("reference_points", "sampling_offsets")
 
 
 def build_trainer(
@@ -85,7 +67,7 @@ def build_trainer(
     )
     val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
     num_workers = loader_processes(data.num_workers, local_size=world.local_size)
-    loader = train_loader(
+    loader = TrainLoader(
         train_set,
         share,
         num_workers=num_workers,
@@ -116,7 +98,11 @@ def build_trainer(
             "classes": classes.to_json(),
             "config": asdict(config),
             "preprocessing": {"mean": list(mean), "std": list(std)},
-            "versions": versions(),
+            "versions": {
+                "python": sys.version.split()[0],
+                "torch": str(torch.__version__),
+                "deformable_detr": __version__,
+            },
         },
     )
     log.info(
@@ -132,15 +118,6 @@ def build_trainer(
         try_largest_step(trainer, train_set, share.batch_size)
     torch.manual_seed(options.seed + world.rank)  # dropout differs between processes
     return trainer
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a checkpoint records."""
-    return {
-        "python": sys.version.split()[0],
-        "torch": str(torch.__version__),
-        "deformable_detr": __version__,
-    }
 
 
 def load_data(plan: RunPlan, world: World) -> tuple[CocoIndex, CocoIndex]:
@@ -234,7 +211,7 @@ def load_pretrained_weights(
     if not backbone:
         log.info(
             f"backbone: {config.model.backbone} with weights '{config.run.backbone_weights}'; "
-            f"that of --finetune is {pretrained.model_options['backbone']} and is not used"
+            f"that of `finetune` is {pretrained.model_options['backbone']} and is not used"
         )
     return set(report.reinitialised)
 
@@ -259,30 +236,39 @@ def assemble_trainer(
     ema = Ema(model, optim.ema_decay) if optim.ema_decay else None
     if optim.compile:
         compile_model(model)
-    optimizer = build_optimizer(model, optim)
+    optimizer, scheduler = build_optimizer(model, optim, loader.steps)
+    criterion, output_dir = build_criterion(config.loss), Path(options.output_dir)
     return Trainer(
         detector=model,
         model=distributed(model, world, exchange_norms=config.model.train_backbone_norm),
-        criterion=build_criterion(config.loss),
+        criterion=criterion,
         optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, optim, loader.steps),
+        scheduler=scheduler,
         precision=precision,
         ema=ema,
         clip_max_norm=optim.clip_max_norm,
         world=world,
         device=device,
         loader=loader,
-        val_set=val_set,
-        val_batches=val_batches,
-        postprocess=PostProcess(nms_iou=config.data.nms_iou),
-        num_images=options.num_images,
+        validation=Validation(
+            dataset=val_set,
+            batches=val_batches,
+            postprocess=PostProcess(nms_iou=config.data.nms_iou),
+            criterion=criterion,
+            precision=precision,
+            world=world,
+            device=device,
+            log=run_log,
+            output_dir=output_dir,
+            num_images=options.num_images,
+        ),
         guards=Guards(
             UnreadableImages(),
             MemoryGuard(loader.accumulation),
             NonFiniteSteps(
                 model,
                 precision,
-                Path(options.output_dir),
+                output_dir,
                 rank=world.rank,
                 limit=options.max_nonfinite,
             ),
@@ -295,7 +281,7 @@ def assemble_trainer(
         ),
         timer=StepTimer(device),
         log=run_log,
-        output_dir=Path(options.output_dir),
+        output_dir=output_dir,
         checkpoints=folder,
         identity=identity,
         epochs=optim.epochs,
@@ -303,6 +289,41 @@ def assemble_trainer(
         save_every=options.save_every,
         max_steps=options.max_steps,
     )
+
+
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, steps_per_epoch: int
+) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """Build AdamW over the three official groups, and the schedule, stepped once per step.
+
+    The groups are transformer and heads, backbone, and linear projections. Parameters that need no
+    gradient are left out; weight decay holds for everything.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"transformer": [], "backbone": [], "linear_proj": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            linear = any(part in name for part in _LINEAR_PROJ)
+            group = "linear_proj" if linear else "transformer"
+            groups["backbone" if name.startswith(BACKBONE) else group].append(parameter)
+    rates = (optim.lr, optim.lr_backbone, optim.lr * optim.lr_linear_proj_mult)
+    optimizer = torch.optim.AdamW(
+        [
+            {"name": name, "params": parameters, "lr": rate}
+            for (name, parameters), rate in zip(groups.items(), rates, strict=True)
+        ],
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        fused=all(p.device.type in ("cpu", "cuda") for p in model.parameters()),
+    )
+    factor = learning_rate_factor(
+        optim.lr_scheduler,
+        steps_per_epoch,
+        epochs=optim.epochs,
+        warmup_steps=optim.warmup_steps,
+        drop_every=optim.lr_drop,
+        drop_epochs=optim.lr_drop_epochs,
+    )
+    return optimizer, LambdaLR(optimizer, factor)
 
 
 def distributed(model: DeformableDETR, world: World, *, exchange_norms: bool) -> nn.Module:
@@ -314,44 +335,3 @@ def distributed(model: DeformableDETR, world: World, *, exchange_norms: bool) ->
     options: dict[str, Any] = {new if new in known else old: exchange_norms}
     # no device_ids: the batch is on the device already, and targets stay on the host
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
-
-
-def try_largest_step(trainer: Trainer, dataset: CocoDetection, batch_size: int) -> None:
-    """Run one step of the largest shape with the most boxes, which changes nothing; report it."""
-    sizes = [s for s in (dataset.largest_size(*size) for size in dataset.image_sizes()) if s]
-    if not sizes:
-        return
-    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-    if batch_size == 1:
-        height, width = max(sizes, key=lambda size: size[0] * size[1])
-    parameters = trainer.detector.parameters()
-    result = probe(
-        lambda images, targets: try_step(trainer, images, targets),
-        device=trainer.device,
-        shape=(height, width),
-        num_boxes=int(dataset.index.boxes_per_image.max(initial=0)),
-        batch_size=batch_size,
-        later=sum(2 * p.nbytes for p in parameters if p.requires_grad),  # AdamW's moments
-    )
-    log.info(result.line())
-
-
-def try_step(trainer: Trainer, images: PaddedBatch, targets: list[Target]) -> None:
-    """Run forward and backward of a micro-batch on the device, and undo what they change.
-
-    Raises:
-        UserError: it does not fit into memory.
-    """
-    model = trainer.detector.train()
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        with trainer.guards.watch(trainer.step, [Batch(images, targets, [])]):
-            with trainer.precision.autocast():
-                outputs = model(images, targets)
-            losses = trainer.criterion(outputs, targets)
-            torch.autograd.backward(trainer.precision.scale(losses["loss"]))
-    finally:
-        trainer.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)

@@ -1,9 +1,8 @@
 """Checkpoints of a run: written whole or not at all, plain tensors and JSON values inside."""
 
-import contextlib
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,18 @@ KEYS = (
 _LEAVES = (type(None), bool, int, float, str, Tensor, nn.Parameter)
 
 
-def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace `path` by `content` in one step, making its folder if needed.
-
-    A crash at any moment leaves the previous file or the new one.
+def save_checkpoint(
+    path: Path, content: Mapping[str, Any], *, before_replacing: Callable[[], None] = lambda: None
+) -> None:
+    """Replace `path` by `content` in one step, making its folder if needed; see `save_whole`.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; the previous file is
             untouched.
         TypeError: a value would not load again (`load_safely` builds no foreign objects).
     """
-    _check_plain(dict(content), "checkpoint")
-    save_whole(path, dict(content))
+    _check_plain(content, "checkpoint")
+    save_whole(path, dict(content), before_replacing=before_replacing)
 
 
 def _check_plain(value: Any, place: str) -> None:
@@ -62,10 +61,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, or does not hold a whole run.
     """
     content = load_safely(path)
-    missing = [key for key in KEYS if not (isinstance(content, dict) and key in content)]
+    found = content if isinstance(content, dict) else {}
+    missing = [key for key in KEYS if key not in found]
     if not missing:
-        return dict(content)
-    if isinstance(content, dict) and "args" in content and "model" in content:
+        return found
+    if "args" in found and "model" in found:
         raise CheckpointError(
             f"{path}: is an official checkpoint, which cannot be resumed. Use it with `finetune`, "
             "or in eval and predict."
@@ -89,18 +89,18 @@ class CheckpointFolder:
         for path in self._folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
 
-    def save(self, content: Mapping[str, Any]) -> None:
+    def save(self, content: Mapping[str, Any], *, best: bool = False) -> None:
         """Write a new `last.pth`; the present one stays beside it under its step's name.
 
+        The `best` so far becomes `best.pth`, too.
+
         Raises:
-            CheckpointError: it cannot be written; nothing has changed then.
+            CheckpointError: it cannot be written; the present `last.pth` is untouched.
         """
-        _check_plain(dict(content), "checkpoint")
-        save_whole(
-            self.last,
-            dict(content),
-            before_replacing=lambda: self._set_aside(content["progress"]["step"]),
-        )
+        if best:
+            save_checkpoint(self._folder / "best.pth", content)
+        step = content["progress"]["step"]
+        save_checkpoint(self.last, content, before_replacing=lambda: self._set_aside(step))
         for path in self._earlier()[self._keep - 1 :]:
             path.unlink(missing_ok=True)
 
@@ -114,8 +114,7 @@ class CheckpointFolder:
         if step == next_step:
             return  # an epoch's end is saved before and after its evaluation
         aside = self._folder / f"step_{step:08d}.pth"
-        with contextlib.suppress(FileNotFoundError):
-            aside.unlink()
+        aside.unlink(missing_ok=True)
         try:
             os.link(self.last, aside)
         except OSError:  # no hard links here: for a moment there is no last.pth
@@ -137,8 +136,8 @@ class CheckpointFolder:
                 check_content(path)
             except CheckpointError as error:
                 log.warning(error)
-                continue
-            return path
+            else:
+                return path
         if candidates:
             raise CheckpointError(
                 f"{self._folder}: all {len(candidates)} checkpoints are damaged. "
@@ -164,4 +163,17 @@ def check_same(
         raise CheckpointError(
             f"{path}: was saved with different options for the {what} ({'; '.join(differing)}). "
             "Resume with the checkpoint's options, or start a new run with `finetune`."
+        )
+
+
+def check_classes(saved: Mapping[str, Any], current: Mapping[str, Any], path: Path) -> None:
+    """Compare the classes of a checkpoint with those of the data, as `Classes.to_json` writes them.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if saved != current:
+        raise CheckpointError(
+            f"{path}: its {len(saved['ids'])} classes are not those of the data, which has "
+            f"{len(current['ids'])}. Start a new run from it with `finetune`."
         )

@@ -21,7 +21,7 @@ from datasets.loader import eval_loader, loader_processes
 from engine.evaluation.evaluate import detect, evaluate
 from engine.evaluation.evaluator import Backend, EvalResult, Evaluator
 from engine.evaluation.matching import Truth
-from engine.precision import Precision
+from engine.optim import Precision
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess

@@ -18,6 +18,7 @@ class Ema:
     After update number n, counted from 0, an average is `d * average + (1 - d) * value` with
     d = min(decay, (1 + n) / (10 + n)): the first weights, which are random, fade soon. Integers,
     such as counters, are copied. What the model shares under several names is averaged once.
+    `model` has the averages, and can be evaluated.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -26,12 +27,7 @@ class Ema:
         self.count = 0
         self._averaged = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
         self._averaged.n_averaged.fill_(1)  # at 0 it would only copy the model
-
-    @property
-    def model(self) -> nn.Module:
-        """Return the model with the averages, which can be evaluated."""
-        module: nn.Module = self._averaged.module
-        return module
+        self.model: nn.Module = self._averaged.module
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

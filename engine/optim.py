@@ -1,52 +1,130 @@
-"""Optimiser, its parameter groups, and the learning-rate schedule."""
+"""Updates of the weights: number formats, what is dropped on the device, the learning rate."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
-from configs.schema import OptimConfig
+from util.errors import ConfigError
 
-_BACKBONE = "backbone.0."
-_LINEAR_PROJ = ("reference_points", "sampling_offsets")
+_AUTOCAST: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
-    """Return the three official groups: transformer and heads, backbone, linear projections.
+class Precision:
+    """How a training step computes, and whether its update is kept.
 
-    Parameters that need no gradient are left out; weight decay holds for everything.
+    The order in a step: forward within `autocast()`, `scale(loss).backward()`, `unscale_`, clip,
+    `step`. Weights and gradients are always float32. `found_inf` is 1 where the last `step` was
+    dropped and 0 where it was made: float32 [], on the device. `scaler` scales for fp16 alone.
     """
-    groups: dict[str, list[nn.Parameter]] = {"transformer": [], "backbone": [], "linear_proj": []}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.startswith(_BACKBONE):
-            groups["backbone"].append(parameter)
-        elif any(part in name for part in _LINEAR_PROJ):
-            groups["linear_proj"].append(parameter)
-        else:
-            groups["transformer"].append(parameter)
-    rates = {
-        "transformer": config.lr,
-        "backbone": config.lr_backbone,
-        "linear_proj": config.lr * config.lr_linear_proj_mult,
-    }
-    return [{"name": n, "params": groups[n], "lr": rates[n]} for n in groups]
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        """Refuse what the device cannot do; on CUDA, set how float32 products are made.
+
+        Raises:
+            ConfigError: the device has no such precision.
+        """
+        _check_available(name, device)
+        self.name = name
+        self.device = device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        self.found_inf = torch.zeros((), device=device)
+        if device.type == "cuda":  # torch's own default rounds convolutions to TF32
+            torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+            torch.backends.cudnn.allow_tf32 = name == "tf32"
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return a new context for one forward pass of the model."""
+        if self.name not in _AUTOCAST:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.name])
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Return the loss to call `backward` on."""
+        return self.scaler.scale(loss)
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the loss scale, once a step and before they are clipped."""
+        self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+        """Update the weights, unless the norm of their gradients is not finite.
+
+        Then weights, moments and step counts stay as they are. A fused optimiser decides this on
+        the device; others make the host wait for the norm. In fp16 the loss scale shrinks after
+        gradients that are not finite, and grows after many that are.
+        """
+        self.found_inf = (~norm.detach().isfinite()).to(torch.float32)
+        # what a checkpoint of another device says replaces the option the optimiser was built with
+        if all(group.get("fused") for group in optimizer.param_groups):
+            # as torch's scaler passes the flag to the fused kernel
+            optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.found_inf  # type: ignore[attr-defined]
+        elif not self.found_inf.item():
+            optimizer.step()
+        self.scaler.update()
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Build AdamW over the official parameter groups."""
-    groups = parameter_groups(model, config)
-    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+def _check_available(name: str, device: torch.device) -> None:
+    cuda = device.type == "cuda"
+    available, instead = {
+        "fp32": (True, ""),
+        "tf32": (cuda and not torch.version.hip, "fp32"),
+        "fp16": (cuda, "bf16"),
+        "bf16": (_has_bfloat16(device), "fp16" if cuda else "fp32"),
+    }[name]
+    if not available:
+        raise ConfigError(
+            f"precision {name}: this device, {device.type}, does not have it. "
+            f"Use `precision {instead}`."
+        )
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return torch.amp.is_autocast_available(device.type)
+
+
+def learning_rate_factor(
+    kind: str,
+    steps_per_epoch: int,
+    *,
+    epochs: int,
+    warmup_steps: int,
+    drop_every: int,
+    drop_epochs: Sequence[int],
+) -> Callable[[int], float]:
+    """Return the factor on every group's rate as a function of the steps done.
+
+    "step": a tenth after every `drop_every` epochs, or after each of `drop_epochs`. "cosine": from
+    1 to 0 over all epochs. Both start with `warmup_steps` of linear warm-up.
+    """
+    total = max(epochs * steps_per_epoch, 1)
+
+    def factor(step: int) -> float:
+        warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+        if kind == "cosine":
+            return warmup * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
+        epoch = step // max(steps_per_epoch, 1)
+        drops = sum(epoch >= e for e in drop_epochs) if drop_epochs else epoch // drop_every
+        return warmup * float(0.1**drops)
+
+    return factor
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LambdaLR,
-    content: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer, scheduler: LambdaLR, content: Mapping[str, Any]
 ) -> None:
     """Load the state of both, but keep the rates and the weight decay they were built with."""
     built = [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
@@ -58,33 +136,3 @@ def restore_optimizer(
     ):
         now = rate * factor(scheduler.last_epoch)
         group.update(initial_lr=rate, weight_decay=decay, lr=now)
-
-
-def learning_rate_factor(config: OptimConfig, steps_per_epoch: int) -> Callable[[int], float]:
-    """Return the factor on every group's rate as a function of the steps done.
-
-    "step": a tenth after every `lr_drop` epochs, or after each of `lr_drop_epochs`. "cosine": from
-    1 to 0 over all epochs. Both start with `warmup_steps` of linear warm-up.
-    """
-    total = max(config.epochs * steps_per_epoch, 1)
-
-    def factor(step: int) -> float:
-        warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        if config.lr_scheduler == "cosine":
-            return warmup * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
-        epoch = step // max(steps_per_epoch, 1)
-        drops = sum(epoch >= e for e in config.lr_drop_epochs)
-        if not config.lr_drop_epochs:
-            drops = epoch // config.lr_drop
-        return warmup * float(0.1**drops)
-
-    return factor
-
-
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, steps_per_epoch: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Build the schedule; it is stepped once per training step."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, learning_rate_factor(config, steps_per_epoch)
-    )

@@ -2,13 +2,15 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from util.files import make_output_dir, write_atomic
 
@@ -39,7 +41,7 @@ def _keep_until(path: Path, key: str, last: int) -> None:
     write_atomic(path, "".join(kept))
 
 
-class RunLog:
+class RunLog(AbstractContextManager["RunLog"]):
     """Append-only logs in a run's folder; a context manager.
 
     `metrics.jsonl` has a line per step, `log.txt` a line per epoch, `tensorboard/` the same as
@@ -55,41 +57,22 @@ class RunLog:
         self._log_path = output_dir / "log.txt"
         self._tensorboard_dir = output_dir / "tensorboard" if tensorboard and enabled else None
         self._purge_step: int | None = None
-        self._files: dict[Path, TextIO] = {}
         self._writer: Any = None
 
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Flush and close all files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+    def __exit__(self, *_: object) -> None:
         if self._writer is not None:
             self._writer.close()
-            self._writer = None
 
     def truncate_after(self, step: int, epoch: int) -> None:
-        """Remove what was logged past the checkpoint that a run continues from.
+        """Remove what was logged past the checkpoint that a run continues from, before it does.
 
         Lines of `metrics.jsonl` with a greater `step`, lines of `log.txt` with a greater `epoch`
         and TensorBoard values of later steps go.
         """
-        self.close()
-        if not self._enabled:
-            return
-        _keep_until(self._metrics_path, "step", step)
-        _keep_until(self._log_path, "epoch", epoch)
-        self._purge_step = step + 1
+        if self._enabled:
+            _keep_until(self._metrics_path, "step", step)
+            _keep_until(self._log_path, "epoch", epoch)
+            self._purge_step = step + 1
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Log the values of a training step."""
@@ -115,12 +98,23 @@ class RunLog:
         if writer is not None:
             writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
+    def progress_bar(self, total: int, *, done: int) -> "tqdm[Any]":
+        """Return a bar over the steps of the run."""
+        interval = 0.1 if sys.stderr.isatty() else 30.0
+        return tqdm(
+            total=total,
+            initial=done,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=interval,
+            maxinterval=max(interval, 10.0),
+            disable=not self._enabled,
+        )
+
     def _append(self, path: Path, values: Mapping[str, Any]) -> None:
-        if not self._enabled:
-            return
-        if path not in self._files:
-            self._files[path] = path.open("a", encoding="utf-8", buffering=1)
-        self._files[path].write(json.dumps(_finite(values), allow_nan=False) + "\n")
+        if self._enabled:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
 
     def _tensorboard(self) -> Any:
         if self._writer is None and self._tensorboard_dir is not None:

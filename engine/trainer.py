@@ -1,9 +1,8 @@
-"""A training run: the step, the epochs around it, evaluation and checkpoints."""
+"""A training run: the step, the epochs around it, and what a checkpoint holds."""
 
 import math
-import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,34 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from datasets.dataset import CocoDetection
 from datasets.loader import TrainLoader
-from engine.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
+from engine.between_epochs import Validation, count_parameters, training_values
+from engine.checkpoint import CheckpointFolder
 from engine.ema import Ema
-from engine.evaluation.evaluate import Interrupted, evaluate
-from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
-from engine.evaluation.gallery import draw_gallery, evenly_spaced
-from engine.evaluation.matching import Truth
-from engine.evaluation.outcomes import thresholds_by_name
+from engine.evaluation.evaluate import Interrupted
 from engine.guards import Guards
-from engine.guards.timer import StepTimer, shares
-from engine.guards.unreadable import list_unreadable
-from engine.metrics import StepLog, official_log_values
-from engine.optim import restore_optimizer
-from engine.precision import Precision
+from engine.guards.timer import StepTimer
+from engine.metrics import StepLog
+from engine.optim import Precision, restore_optimizer
 from engine.processes import StopSignals
 from engine.run_log import RunLog
 from models.criterion import SetCriterion
 from models.deformable_detr import DeformableDETR
-from models.postprocess import PostProcess
 from util.batch import Batch, Uploads
 from util.console import log
-from util.errors import CheckpointError, UserError
 from util.plot import plot_curves
 from util.random_state import rng_state, set_rng_state
 from util.world import World
@@ -64,10 +54,7 @@ class Trainer:
     world: World
     device: torch.device
     loader: TrainLoader
-    val_set: CocoDetection
-    val_batches: Iterable[Batch]
-    postprocess: PostProcess
-    num_images: int  # drawn after each evaluation
+    validation: Validation
     guards: Guards
     timer: StepTimer
     log: RunLog
@@ -101,14 +88,16 @@ class Trainer:
         128 + the signal's number.
         """
         if not self.unfinished():
-            limit = f" of --max_steps {self.max_steps}" if self.max_steps else ""
+            limit = f" of `max_steps {self.max_steps}`" if self.max_steps else ""
             log.info(
                 f"this run is finished: {self.epoch} of {self.epochs} epochs, step {self.step}"
-                f"{limit}. Raise --epochs or --max_steps to continue."
+                f"{limit}. Raise `epochs` or `max_steps` to continue."
             )
             return 0
         self.log.truncate_after(self.step - 1, self.epoch - 1)
-        with self.stop, self.progress_bar() as bar:
+        total = self.epochs * self.loader.steps
+        total = min(total, self.max_steps) if self.max_steps else total
+        with self.stop, self.log.progress_bar(total, done=self.step) as bar:
             while self.unfinished() and not self.stop.number:
                 if not self.unevaluated:
                     self.train_epoch(bar)
@@ -128,15 +117,16 @@ class Trainer:
         clock = time.perf_counter()
         self.timer.restart()
         for micro_batches in self.loader.effective_batches():
-            own = sum(len(b.targets) for b in micro_batches if not b.blank)
-            images, stop = self.world.sum([own, self.stop.number])
+            own_images = sum(len(b.targets) for b in micro_batches if not b.blank)
+            own_boxes = sum(len(t["labels"]) for b in micro_batches for t in b.targets)
+            images, boxes, stop = self.world.sum([own_images, own_boxes, self.stop.number])
             if stop:
                 break
             self.timer.mark("data")
             with self.guards.watch(self.step, micro_batches):
                 if images:
                     rates = {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
-                    metrics = self.train_step(micro_batches)
+                    metrics = self.train_step(micro_batches, boxes)
                     self.steps.add(self.step, self.epoch, micro_batches, metrics, rates)
                     for guard in self.guards:
                         guard.after_step(self.step, micro_batches, metrics)
@@ -158,14 +148,15 @@ class Trainer:
         self.steps.flush()
 
     # ---------------------------------------------------------------------------------------------
-    def train_step(self, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def train_step(self, micro_batches: Sequence[Batch], boxes: float) -> dict[str, Tensor]:
         """Update the weights once, with the gradient of one effective batch however it is split.
+
+        `boxes` are those of the effective batch, in all processes.
 
         Returns the losses of this process, whose mean over the processes is that of the batch,
         and the norm of the gradient.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        (boxes,) = self.world.sum([sum(len(t["labels"]) for b in micro_batches for t in b.targets)])
         num_boxes = max(boxes, 1.0) / self.world.size  # every loss is a sum over boxes
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(self.upload(micro_batches)):
@@ -214,109 +205,39 @@ class Trainer:
         if evaluating:  # whatever happens in the evaluation, the epoch is not lost
             self.unevaluated = True
             self.save()
-        values = self.training_values()
+        label = f"epoch {epoch + 1}/{self.epochs}"
+        values = {
+            "train_lr": self.optimizer.param_groups[0]["lr"],
+            "train_steps": self.epoch_step,
+            "train_seconds": self.seconds,
+            **training_values(self.steps, label, self.output_dir),
+            "n_parameters": count_parameters(self.detector),
+        }
         if whole:
             self.epoch, self.epoch_step, self.seconds = epoch + 1, 0, 0.0
             self.steps.begin_epoch()
         improved = False
         if evaluating:
             try:
-                result, more = self.validate(f"epoch {epoch + 1}/{self.epochs}")
+                stats, self.thresholds, more = self.validation(
+                    self.detector,
+                    None if self.ema is None else self.ema.model,
+                    step=self.step,
+                    label=label,
+                    stopping=lambda: bool(self.stop.number),
+                )
             except Interrupted:  # here or in another process; it was saved before
                 self.stop.number = self.stop.number or SIGTERM
                 return
             values |= more
             self.unevaluated = False
-            improved = result.stats["AP"] > self.best.get("AP", -2.0)
+            improved = stats["AP"] > self.best.get("AP", -2.0)
             if improved:
-                self.best = {**result.stats, "epoch": float(epoch)}
+                self.best = {**stats, "epoch": float(epoch)}
         self.log.epoch({**values, "epoch": epoch})
         self.save(best=improved)
         if self.world.main:
             plot_curves(self.output_dir / "log.txt", self.output_dir / "curves.png")
-
-    def training_values(self) -> dict[str, Any]:
-        """Return what the log says of an epoch's training."""
-        means = official_log_values(self.steps.averages.means(), self.criterion)
-        if self.steps.times:
-            log.info(f"epoch {self.epoch + 1}/{self.epochs}: {shares(self.steps.times)}")
-        report = self.output_dir / "data_report.json"
-        return {
-            "train_lr": self.optimizer.param_groups[0]["lr"],
-            **{f"train_{name}": value for name, value in means.items()},
-            "train_steps": self.epoch_step,
-            "train_seconds": self.seconds,
-            "train_unreadable_images": list_unreadable(report, self.guards.unreadable, self.world),
-            "train_skipped_steps": self.guards.nonfinite.total,
-            "n_parameters": count_parameters(self.detector),
-        }
-
-    def validate(self, label: str) -> tuple[EvalResult, dict[str, Any]]:
-        """Evaluate; return the numbers by which checkpoints are compared, and all for the log.
-
-        Averaged weights, where there are some, are the ones compared: `eval` and `predict` use
-        them too.
-
-        Raises:
-            Interrupted: the run was asked to stop.
-            UserError: the model's outputs are not finite.
-        """
-        result, values = self._validate(self.detector, label, "")
-        if self.ema is not None:
-            result, more = self._validate(self.ema.model, f"{label}: averaged weights", "ema_")
-            values |= more
-        return result, values
-
-    def _validate(
-        self, model: nn.Module, label: str, prefix: str
-    ) -> tuple[EvalResult, dict[str, Any]]:
-        share_statistics(model, self.world)
-        started, index = time.perf_counter(), self.val_set.index
-        truth = Truth.of(index.classes, index.images, index.annotations)
-        evaluator = Evaluator(truth, self.val_set.label_to_category)
-        try:
-            # images of many sizes, not worth compiling for
-            with torch.compiler.set_stance("force_eager"):
-                result, losses = evaluate(
-                    model,
-                    self.postprocess,
-                    self.val_batches,
-                    evaluator,
-                    device=self.device,
-                    criterion=self.criterion,
-                    autocast=self.precision.autocast,
-                    world=self.world,
-                    stopping=lambda: bool(self.stop.number),
-                )
-        except FloatingPointError as error:
-            raise UserError(
-                f"evaluation after step {self.step}: {error}. The run diverged or the data is not "
-                "finite: resume from last.pth with a lower `lr`, or start a new run with "
-                "`warmup_steps`."
-            ) from error
-        stats = result.stats
-        log.info(
-            f"{label}: AP {stats['AP']:.4f}, AP50 {stats['AP50']:.4f}, step {self.step}, "
-            f"evaluated in {time.perf_counter() - started:.0f} s"
-        )
-        if self.world.main:
-            self.thresholds = thresholds_by_name(evaluator)
-            detections = evaluator.detections()
-            save_results(self.output_dir, result, detections.to_coco(truth))
-            last, curve = self.step - 1, f"{prefix}val"
-            shown = {**stats, **{n: losses[n] for n in ("loss",) if n in losses}}
-            self.log.scalars(last, {f"{curve}/{name}": value for name, value in shown.items()})
-            ids = evenly_spaced(truth.image_ids.tolist(), self.num_images)
-            drawn = draw_gallery(detections, truth, ids, self.val_set.read_image)
-            for image_id, image in drawn.items():
-                path = self.output_dir / "pictures" / f"image_{image_id}.png"
-                path.parent.mkdir(exist_ok=True)
-                image.save(path)
-                self.log.image(f"{curve}/image_{image_id}", image, last)
-        return result, {
-            **{f"{prefix}test_{name}": value for name, value in losses.items()},
-            f"{prefix}test_coco_eval_bbox": list(stats.values()),
-        }
 
     def unfinished(self) -> bool:
         """Return whether something is left to do."""
@@ -326,39 +247,16 @@ class Trainer:
         """Return whether `max_steps` is reached."""
         return bool(self.max_steps) and self.step >= self.max_steps
 
-    def progress_bar(self) -> "tqdm[Any]":
-        """Return a bar over the steps of the run."""
-        total = self.epochs * self.loader.steps
-        interval = 0.1 if sys.stderr.isatty() else 30.0
-        return tqdm(
-            total=min(total, self.max_steps) if self.max_steps else total,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=interval,
-            maxinterval=max(interval, 10.0),
-            disable=not self.world.main,
-        )
-
-    def resume(self, path: Path) -> None:
+    def load_state_dict(self, content: Mapping[str, Any]) -> None:
         """Restore the state and the position of a checkpoint of this run.
 
         Rates and weight decay are those of the present options, at the checkpoint's place in the
         schedule.
-
-        Raises:
-            CheckpointError: the checkpoint cannot be read, or its classes are not the data's.
         """
-        content = load_checkpoint(path)
-        if content["classes"] != self.identity["classes"]:
-            raise CheckpointError(
-                f"{path}: its {len(content['classes']['ids'])} classes are not those of the data, "
-                f"which has {len(self.identity['classes']['ids'])}. Start a new run from it with "
-                "`finetune`."
-            )
         self.detector.load_state_dict(content["model"])
         restore_optimizer(self.optimizer, self.scheduler, content)
-        self.precision.load_state_dict(content["scaler"])
+        if content["scaler"]:  # of a run in fp16
+            self.precision.scaler.load_state_dict(content["scaler"])
         if self.ema is not None and content["ema"]:
             self.ema.load_state_dict(content["ema"])
         progress = content["progress"]
@@ -376,7 +274,7 @@ class Trainer:
             set_rng_state(states[self.world.rank])
         else:
             log.info(
-                f"{path}: was saved by {len(states)} processes, now there are {self.world.size}: "
+                f"the checkpoint is of {len(states)} processes, now there are {self.world.size}: "
                 "dropout draws different numbers from here on"
             )
 
@@ -397,7 +295,7 @@ class Trainer:
             "ema": self.ema.state_dict() if self.ema is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.scheduler.state_dict(),
-            "scaler": self.precision.state_dict(),
+            "scaler": self.precision.scaler.state_dict(),
             "epoch": self.epoch - 1 if self.epoch_step == 0 else self.epoch,
             "progress": progress,
             "best": self.best,
@@ -409,26 +307,4 @@ class Trainer:
         """Write `last.pth`, and `best.pth` if it is the best so far; all processes must call it."""
         content = self.state_dict()
         if self.world.main:
-            if best:
-                save_checkpoint(self.output_dir / "best.pth", content)
-            self.checkpoints.save(content)
-
-
-@torch.no_grad()
-def share_statistics(model: nn.Module, world: World) -> None:
-    """Give all processes the main one's batch-norm statistics, which are those that are saved.
-
-    In training each takes in its own images, until the next step begins with the main one's.
-    """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    if world.size == 1 or not norms:
-        return
-    buffers = [buffer for norm in norms for buffer in norm.buffers()]
-    values = world.broadcast([b.cpu() for b in buffers] if world.main else [])
-    for buffer, value in zip(buffers, values, strict=True):
-        buffer.copy_(value)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+            self.checkpoints.save(content, best=best)

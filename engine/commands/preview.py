@@ -15,7 +15,7 @@ from configs.options import Checked, option
 from configs.schema import SECTIONS as RUN
 from configs.schema import Config
 from datasets.build import build_dataset, load_index
-from datasets.loader import TrainLoader, train_loader
+from datasets.loader import TrainLoader
 from datasets.samplers import split_batch
 from models.backbones import create_backbone
 from models.recipes import RecipeOptions
@@ -61,7 +61,7 @@ def main(config: Config, options: PreviewOptions) -> int:
         config.data, index, train=True, mean=backbone.mean, std=backbone.std,
         seed=config.run.seed, epochs=config.optim.epochs,
     )  # fmt: skip
-    loader = train_loader(
+    loader = TrainLoader(
         dataset,
         split_batch(config.optim.effective_batch_size, max_size=config.optim.batch_size),
         num_workers=0,

@@ -150,7 +150,7 @@ def evaluate(
         if not values.isfinite().all():
             images = ", ".join(str(int(t["image_id"])) for t in targets)
             raise FloatingPointError(f"the loss of image {images} is not finite")
-        averages.add(list(losses), values.tolist())
+        averages.add(dict(zip(losses, values.tolist(), strict=True)))
 
     results = detect(
         model,
@@ -166,7 +166,7 @@ def evaluate(
     parts = world.gather((evaluator.detections(), averages))
     for found, means in parts[1:]:
         evaluator.add(found)
-        averages.merge([means])
+        averages.merge(means)
     result, averages = world.broadcast(
         (evaluator.evaluate(), averages) if world.main else (None, averages)
     )

@@ -8,15 +8,15 @@ from engine.guards.guard import Guard, LoggedStep
 from util.console import log
 
 _BLOCKS = 5  # of a window: its first and its last fifth are compared
+_TOLERANCE = 0.1  # of a loss that is near its start
 
 
 class FlatLoss(Guard):
     """Warns once when a run does not learn.
 
     A window is flat when its last fifth has not fallen below its first by more than two standard
-    errors of their difference, or 1 %. It is worth a warning only while the loss is within
-    `tolerance` (a fraction) of the first fifth of the first window: a run that has learnt and
-    converged is flat, too.
+    errors of their difference, or 1 %. It is worth a warning only while the loss is within a tenth
+    of the first fifth of the first window: a run that has learnt and converged is flat, too.
     """
 
     name = "watchdog"
@@ -27,7 +27,6 @@ class FlatLoss(Guard):
         effective_batch: int,
         lr: float,
         window: int = 500,
-        tolerance: float = 0.1,
         first_step: int = 0,
         quiet: bool = False,
     ) -> None:
@@ -40,7 +39,6 @@ class FlatLoss(Guard):
             raise ValueError(f"window: {window} steps are too few, use at least {2 * _BLOCKS}")
         self.effective_batch = effective_batch
         self.lr = lr
-        self.tolerance = tolerance
         self.first_step = first_step
         self.quiet = quiet
         self._size = window // _BLOCKS
@@ -84,19 +82,19 @@ class FlatLoss(Guard):
         assert self._start is not None
         (first, before, error_before), (_, now, error_now) = self._blocks[0], self._blocks[-1]
         level = now / self._start if self._start else 0.0
-        if level < 1 - 2 * self.tolerance:  # farther than noise leads
+        if level < 1 - 2 * _TOLERANCE:  # farther than noise leads
             self._warned = False
         needed = max(2 * math.sqrt(error_before + error_now), 0.01 * before)
         flat = len(self._blocks) == _BLOCKS and before - now <= needed
-        near_start = level >= 1 - self.tolerance
+        near_start = level >= 1 - _TOLERANCE
         if self._warned or not (flat and near_start):
             return None
         self._warned = True
         return (
             f"the loss has not fallen from step {int(first)} to {step}: it was "
             f"{before:.4g} and is {now:.4g}, with an effective batch of {self.effective_batch} and "
-            f"--lr {self.lr:g}. Look at the boxes in pictures/: do they fit their objects? Then "
-            "try --effective_batch_size 32, a lower --lr, or --warmup_steps 1000; "
+            f"`lr {self.lr:g}`. Look at the boxes in pictures/: do they fit their objects? Then "
+            "try `effective_batch_size 32`, a lower `lr`, or `warmup_steps 1000`; "
             "`python main.py doctor` checks the attention kernel."
         )
 

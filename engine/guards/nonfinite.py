@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.guards.guard import Guard, LoggedStep
-from engine.precision import Precision
+from engine.optim import Precision
 from util.batch import Batch, PaddedBatch, Target
 from util.errors import UserError
 from util.files import write_atomic
@@ -70,17 +70,14 @@ class NonFiniteSteps(Guard):
         while len(self._unchecked) > keep:
             step, micro_batches, finite = self._unchecked.popleft()
             if not finite:
-                self._causes[step] = self._find_cause(micro_batches)
+                causes = map(self._find_cause, micro_batches)
+                self._causes[step] = next((c for c in causes if c != _ALL_FINITE), _ALL_FINITE)
 
-    def _find_cause(self, micro_batches: Sequence[Batch]) -> str:
-        for batch in micro_batches:
-            assert batch.images is not None
-            with self._precision.autocast():
-                images = batch.images.to(self._precision.device)
-                found = first_nonfinite(self._model, images, batch.targets)
-            if found != _ALL_FINITE:
-                return found
-        return _ALL_FINITE
+    def _find_cause(self, batch: Batch) -> str:
+        assert batch.images is not None
+        with self._precision.autocast():
+            images = batch.images.to(self._precision.device)
+            return first_nonfinite(self._model, images, batch.targets)
 
     def on_log(self, step: LoggedStep) -> None:
         """Write what is known of a step that was not finite.
@@ -94,7 +91,7 @@ class NonFiniteSteps(Guard):
         if step.finite:
             self.in_a_row = 0
             return
-        scale = self._precision.current_scale()
+        scale = self._precision.scaler.get_scale()  # 1 where there is none
         if scale > 1 and math.isfinite(step.values["loss"]):
             return  # float16 looks for the largest scale that fits
         self.total += 1
@@ -105,8 +102,8 @@ class NonFiniteSteps(Guard):
             "epoch": step.epoch,
             "rank": self._rank,
             "image_ids": list(step.image_ids),
-            "losses": step.values,
-            "grad_norm": step.values["grad_norm"],
+            "losses": {name: _as_json(value) for name, value in step.values.items()},
+            "grad_norm": _as_json(step.values["grad_norm"]),
             "scale": scale,
             "learning_rates": step.rates,
             "first_nonfinite": cause,
@@ -114,7 +111,7 @@ class NonFiniteSteps(Guard):
             "total": self.total,
         }
         try:
-            write_atomic(path, json.dumps(_as_json(content), indent=2, allow_nan=False) + "\n")
+            write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written: {error.strerror or error}. "
@@ -137,13 +134,9 @@ class NonFiniteSteps(Guard):
         self.total, self.in_a_row = state["total"], 0
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: float) -> float | str:
     """Replace numbers that JSON has no words for by "nan", "inf" and "-inf"."""
-    if isinstance(value, Mapping):
-        return {key: _as_json(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_as_json(item) for item in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
+    return value if math.isfinite(value) else str(value)
 
 
 def first_nonfinite(
@@ -195,10 +188,8 @@ def _is_finite(value: Any) -> bool:
     """Return whether every number in tensors, dataclasses and containers of them is finite."""
     if isinstance(value, Tensor):
         return bool(value.isfinite().all())
-    if isinstance(value, Mapping):
-        return all(_is_finite(item) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(_is_finite(item) for item in value)
     if hasattr(value, "__dataclass_fields__"):
-        return all(_is_finite(item) for item in vars(value).values())
-    return True
+        value = vars(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return not isinstance(value, (list, tuple)) or all(_is_finite(item) for item in value)

@@ -1,8 +1,9 @@
 """How long the parts of a training step take, measured where the work is done."""
 
 import time
-from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -18,37 +19,35 @@ class StepTimer:
     def __init__(self, device: torch.device) -> None:
         """Start the clock."""
         self._device = device
-        self._finished: deque[list[tuple[str, _Moment]]] = deque()
+        self._finished: dict[int, list[tuple[str, Any]]] = {}
         self.restart()
 
     def restart(self) -> None:
         """Restart the clock, as after an evaluation; forget the present step."""
-        self._marks: list[tuple[str, _Moment]] = [("", self._now())]
+        self._marks: list[tuple[str, Any]] = [("", self._now())]
 
     def mark(self, part: str) -> None:
         """Count the time since the last mark as `part`; equal parts of a step add up."""
         self._marks.append((part, self._now()))
 
-    def finish_step(self) -> None:
-        """End the step at its last mark, where the next one starts."""
-        self._finished.append(self._marks)
+    def finish_step(self, step: int) -> None:
+        """End the step of this number at its last mark, where the next one starts."""
+        self._finished[step] = self._marks
         self._marks = [("", self._marks[-1][1])]
 
-    def collect(self) -> list[dict[str, float]]:
-        """Return the seconds of each part of every step that is done, oldest first, once.
+    def take(self, step: int) -> dict[str, float]:
+        """Return the seconds of each part of a finished step, once.
 
-        Steps that the device has not finished yet are left for a later call.
+        Empty as long as the device has not finished the step.
         """
-        steps = []
-        while self._finished and _is_past(self._finished[0][-1][1]):
-            marks = self._finished.popleft()
-            seconds: dict[str, float] = {}
-            for (_, before), (part, after) in zip(marks, marks[1:], strict=False):
+        marks = self._finished[step]
+        seconds: dict[str, float] = {}
+        if _is_past(marks[-1][1]):
+            for (_, before), (part, after) in pairwise(self._finished.pop(step)):
                 seconds[part] = seconds.get(part, 0.0) + _seconds(before, after)
-            steps.append(seconds)
-        return steps
+        return seconds
 
-    def _now(self) -> "_Moment":
+    def _now(self) -> Any:
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -56,18 +55,13 @@ class StepTimer:
         return event
 
 
-_Moment = float | torch.cuda.Event
+def _is_past(moment: Any) -> bool:
+    return isinstance(moment, float) or bool(moment.query())
 
 
-def _is_past(moment: _Moment) -> bool:
-    return isinstance(moment, float) or bool(moment.query())  # type: ignore[no-untyped-call]
-
-
-def _seconds(before: _Moment, after: _Moment) -> float:
-    if isinstance(before, float) or isinstance(after, float):
-        assert isinstance(before, float)
-        assert isinstance(after, float)
-        return after - before
+def _seconds(before: Any, after: Any) -> float:
+    if isinstance(before, float):
+        return float(after - before)
     return float(before.elapsed_time(after)) / 1000  # milliseconds
 
 

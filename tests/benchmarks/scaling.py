@@ -29,7 +29,7 @@ from datasets.loader import TrainLoader
 from datasets.samplers import split_batch
 from engine.build import assemble_trainer
 from engine.checkpoint import CheckpointFolder
-from engine.guards.memory import peak_memory
+from engine.probe import peak_memory
 from engine.run_log import RunLog
 from models.build import build_model
 from util.batch import Batch, Target, pad_images
@@ -110,9 +110,9 @@ def run_setting(options: argparse.Namespace) -> None:
         )
         train_step = trainer.train_step
 
-        def timed(micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        def timed(micro_batches: Sequence[Batch], boxes: float) -> dict[str, Tensor]:
             started = time.perf_counter()
-            metrics = train_step(micro_batches)
+            metrics = train_step(micro_batches, boxes)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)

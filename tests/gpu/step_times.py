@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor, nn
 
 from configs.schema import LossConfig, ModelConfig
-from engine.precision import Precision
+from engine.optim import Precision
 from models.build import build_criterion, build_model
 from models.switches import compile_model, set_checkpointing
 from tests.gpu.results import emit, remaining

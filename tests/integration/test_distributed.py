@@ -118,7 +118,7 @@ def uneven_data(shapes: Path, folder: Path) -> Path:
         sampler = ShuffledBatchSampler(
             8, split_batch(2, max_size=1, rank=rank, world_size=2), seed=SEED
         )
-        orders.append([images[position] for (position,) in sampler])
+        orders.append([images[position] for ((position, _),) in sampler])
     boxed = {image["id"] for image in orders[0]}
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in boxed]
     file.write_text(json.dumps(content))

@@ -87,7 +87,7 @@ def test_the_lock_of_another_host_is_waited_for(tmp_path: Path) -> None:
         begun = time.monotonic()
         waiting.wait_until(lambda: time.monotonic() > begun + 17)  # it would refuse its own host's
         (line,) = [x for x in waiting.output.splitlines() if "another.host" in x]
-        place = f"--output_dir {tmp_path}: "
+        place = f"output_dir {tmp_path}: "
         assert line.startswith(place + "waiting up to 100 s for process 7 on another.host to end")
         holder.communicate()
     assert waiting.end() == 2  # there are no such data

@@ -12,7 +12,7 @@ from PIL import Image
 from configs.schema import DataConfig
 from datasets.build import build_dataset, load_index
 from datasets.dataset import ImageCache
-from datasets.loader import train_loader
+from datasets.loader import TrainLoader
 from datasets.samplers import BatchSplit
 from util.errors import ConfigError
 
@@ -54,7 +54,7 @@ def test_epochs_from_the_cache_are_those_from_the_files(
     )
     index = load_index(cfg, "train")
     dataset = build_dataset(cfg, index, train=True, mean=MEAN, std=STD)
-    loader = train_loader(dataset, BatchSplit(1), num_workers=num_workers, seed=0)
+    loader = TrainLoader(dataset, BatchSplit(1), num_workers=num_workers, seed=0)
 
     def epoch(number: int) -> list[torch.Tensor]:
         loader.set_epoch(number)

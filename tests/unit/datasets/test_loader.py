@@ -14,11 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from datasets.dataset import CocoDetection
+from datasets.dataset import CocoDetection, SampleKey
 from datasets.index import CocoIndex
-from datasets.loader import collate, eval_loader, train_loader, with_images
+from datasets.loader import TrainLoader, collate, eval_loader, with_images
 from datasets.samplers import (
-    AspectRatioBatchSampler,
     BatchSplit,
     ShuffledBatchSampler,
     same_size_batches,
@@ -74,7 +73,7 @@ def plain(count: int, *, seed: int = 3) -> Order:
 
 def grouped(sizes: list[tuple[int, int]]) -> Order:
     """Return what makes a sampler of images of these sizes for a process's share."""
-    return lambda share: AspectRatioBatchSampler(sizes, share, seed=3)
+    return lambda share: ShuffledBatchSampler(len(sizes), share, seed=3, sizes=sizes)
 
 
 def epoch_of(order: Order, effective: int, most: int, world_size: int) -> list[list[list[int]]]:
@@ -91,7 +90,9 @@ def epoch_of(order: Order, effective: int, most: int, world_size: int) -> list[l
         assert len(batches) == len(sampler) == sampler.steps * sampler.accumulation
         assert all(0 < len(batch) <= most for batch in batches)
         size = sampler.accumulation
-        ranks.append([list(chain(*batches[i : i + size])) for i in range(0, len(batches), size)])
+        parts = [list(chain(*batches[i : i + size])) for i in range(0, len(batches), size)]
+        assert all(key.batch == step for step, part in enumerate(parts) for key in part)
+        ranks.append([[key.position for key in part] for part in parts])
     assert len({len(steps) for steps in ranks}) == 1
     return [list(step) for step in zip(*ranks, strict=True)]
 
@@ -154,7 +155,7 @@ def test_an_epoch_resumed_after_any_step_gives_exactly_the_rest(
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
-    def order(seed: int, epoch: int) -> list[list[int]]:
+    def order(seed: int, epoch: int) -> list[list[SampleKey]]:
         sampler = plain(40, seed=seed)(BatchSplit(4))
         sampler.set_epoch(epoch)
         return list(sampler)
@@ -168,7 +169,7 @@ def test_the_few_images_of_the_other_orientation_are_seen_too() -> None:
     seen: set[int] = set()
     for epoch in range(20):
         sampler.set_epoch(epoch)
-        seen |= {i for batch in sampler for i in batch}
+        seen |= {key.position for batch in sampler for key in batch}
     assert seen == set(range(23))
 
 
@@ -239,7 +240,7 @@ def digest(batch: Batch) -> tuple[list[int], float]:
 def test_training_is_the_same_with_and_without_workers(index: CocoIndex) -> None:
     epochs = {}
     for num_workers in (0, 2):
-        loader = train_loader(
+        loader = TrainLoader(
             CocoDetection(index, RANDOM, seed=5), BatchSplit(5), num_workers=num_workers, seed=5
         )
         assert len(loader) == 2
@@ -260,7 +261,7 @@ def test_workers_share_the_index_whatever_python_starts_processes_with(index: Co
     usual = multiprocessing.get_start_method()
     multiprocessing.set_start_method("spawn", force=True)
     try:
-        train = train_loader(dataset, BatchSplit(5), num_workers=1, seed=5)
+        train = TrainLoader(dataset, BatchSplit(5), num_workers=1, seed=5)
         val = eval_loader(dataset, batch_size=5, num_workers=1)
         assert len(list(train)) == 2
         assert sum(len(batch.targets) for batch in val) == 11
@@ -272,7 +273,7 @@ def test_one_scale_for_a_batch_pads_nothing(index: CocoIndex) -> None:
     (index.image_dir / "108.png").write_bytes((index.image_dir / "107.png").read_bytes())
     shared = replace(RANDOM, random_crop=False, one_scale_per_batch=True)
     dataset = CocoDetection(index, shared, seed=2)
-    loader = train_loader(dataset, BatchSplit(3), num_workers=0, seed=2)
+    loader = TrainLoader(dataset, BatchSplit(3), num_workers=0, seed=2)
     by_epoch = []
     for epoch in range(6):
         loader.set_epoch(epoch)
@@ -290,7 +291,7 @@ def test_one_scale_for_a_batch_pads_nothing(index: CocoIndex) -> None:
 
 
 def test_resumed_epoch_goes_on_where_it_stopped(index: CocoIndex) -> None:
-    loader = train_loader(CocoDetection(index, RANDOM), BatchSplit(3), num_workers=0, seed=0)
+    loader = TrainLoader(CocoDetection(index, RANDOM), BatchSplit(3), num_workers=0, seed=0)
     loader.set_epoch(4)
     whole = [digest(batch) for batch in loader]
     loader.set_epoch(4, first_step=3)
@@ -309,7 +310,7 @@ def test_images_are_augmented_alike_however_a_step_is_shared_out(index: CocoInde
     ):
         sums: dict[int, float] = {}
         for share in shares:
-            loader = train_loader(CocoDetection(index, shared), share, num_workers=0, seed=1)
+            loader = TrainLoader(CocoDetection(index, shared), share, num_workers=0, seed=1)
             loader.set_epoch(1, first_step=1)
             for batch in loader:
                 for i, target in enumerate(batch.targets):
@@ -323,14 +324,14 @@ def test_images_are_augmented_alike_however_a_step_is_shared_out(index: CocoInde
 
 
 def test_loading_leaves_the_global_random_numbers_alone(index: CocoIndex) -> None:
-    loader = train_loader(CocoDetection(index, RANDOM), BatchSplit(4), num_workers=0, seed=0)
+    loader = TrainLoader(CocoDetection(index, RANDOM), BatchSplit(4), num_workers=0, seed=0)
     before = torch.get_rng_state()
     list(loader)
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_data_smaller_than_a_batch_is_one_batch(index: CocoIndex) -> None:
-    loader = train_loader(
+    loader = TrainLoader(
         CocoDetection(index, RANDOM),
         BatchSplit(50),
         num_workers=0,

@@ -10,7 +10,7 @@ import torch
 from configs.load import Given
 from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection
-from datasets.loader import loader_processes, train_loader
+from datasets.loader import TrainLoader, loader_processes
 from datasets.samplers import BatchSplit
 
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -31,7 +31,7 @@ def test_mixed_images_do_not_depend_on_loader_processes(
     epochs = []
     for num_workers in (0, 2):
         dataset = strong(content, write, mosaic=0.5, mixup=1.0)
-        loader = train_loader(dataset, BatchSplit(3), num_workers=num_workers, seed=0)
+        loader = TrainLoader(dataset, BatchSplit(3), num_workers=num_workers, seed=0)
         loader.set_epoch(4)
         epochs.append(next(iter(loader)))
     first, second = (batch.images for batch in epochs)

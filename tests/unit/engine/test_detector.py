@@ -16,9 +16,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from configs.options import Checked, option
 from configs.schema import Config, ModelConfig, OptimConfig, RunConfig
-from engine.build import RunPlan, build_training_model
+from engine.build import build_training_model
 from engine.detector import Detector
 from engine.evaluation.evaluate import detect
+from engine.plan import RunPlan
 from models.build import build_model
 from models.postprocess import PostProcess
 from models.recipes import RECIPES, Recipe
@@ -202,7 +203,7 @@ def test_another_backbone_keeps_its_own_weights(
         own = name.startswith("backbone.0.")
         assert tensor.equal(untouched[name] if own else content["model"][name]), name
     assert mean == model.backbone.mean
-    assert "that of --finetune is resnet18 and is not used" in capsys.readouterr().out
+    assert "that of `finetune` is resnet18 and is not used" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch import nn
 from engine.guards import FlatLoss, Guards, MemoryGuard, NonFiniteSteps, UnreadableImages
 from engine.guards.timer import StepTimer
 from engine.metrics import Averages, StepLog, official_log_values
-from engine.precision import Precision
+from engine.optim import Precision
 from engine.run_log import RunLog
 from models.criterion import SetCriterion
 from models.matcher import HungarianMatcher
@@ -152,9 +152,10 @@ def test_merged_means_are_those_of_all_values(processes: list[list[list[float]]]
     for rows in processes:
         part = Averages()
         for row in rows:
-            part.add(["a", "b"], row)
+            part.add(dict(zip("ab", row, strict=True)))
         parts.append(part)
-    parts[0].merge(parts[1:])
+    for other in parts[1:]:
+        parts[0].merge(other)
     every = [row for rows in processes for row in rows]
     assert parts[0].count == len(every)
     means = parts[0].means()
@@ -164,8 +165,8 @@ def test_merged_means_are_those_of_all_values(processes: list[list[list[float]]]
 
 
 def test_means_begin_anew_when_a_resumed_run_has_other_losses() -> None:
-    means = Averages(["loss", "loss_ce"], [6.0, 4.0], 2)
-    means.add(["loss", "loss_iou", "loss_ce"], [5.0, 2.0, 1.0])
+    means = Averages({"loss": 6.0, "loss_ce": 4.0}, 2)
+    means.add({"loss": 5.0, "loss_iou": 2.0, "loss_ce": 1.0})
     assert means.means() == {"loss": 5.0, "loss_iou": 2.0, "loss_ce": 1.0}
 
 

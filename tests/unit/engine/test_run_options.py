@@ -1,15 +1,19 @@
 """What a run's own options are when it goes on from a checkpoint."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from configs.load import Given
 from configs.schema import RunConfig
-from engine.checkpoint import KEYS
-from engine.commands.train import processes
+from engine import plan
+from engine.checkpoint import KEYS, load_checkpoint
+from engine.plan import forget_saved_run, plan_run, processes, saved_run
+from util.world import World
 
 
 def test_device_processes_and_determinism_are_those_of_the_checkpoint(tmp_path: Path) -> None:
@@ -26,3 +30,31 @@ def test_device_processes_and_determinism_are_those_of_the_checkpoint(tmp_path: 
 def test_without_a_checkpoint_they_are_those_given() -> None:
     given = Given({"run": {"resume": "auto", "gpus": 3}})
     assert processes(given) == RunConfig(resume="auto", gpus=3)
+
+
+def test_the_checkpoint_to_resume_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def counting(path: Path) -> dict[str, Any]:
+        read.append(path)
+        return load_checkpoint(path)
+
+    monkeypatch.setattr(plan, "load_checkpoint", counting)
+    config = asdict(Given({"run": {"output_dir": str(tmp_path)}}).config())
+    content = {**dict.fromkeys(KEYS, 0), "config": config, "preprocessing": {}}
+    path = tmp_path / "last.pth"
+    torch.save(content, path)
+    given = Given({"run": {"resume": str(path)}})
+    for _ in range(2):  # the program asks for the number of processes, then the command runs
+        options = processes(given)
+    assert plan_run(given, options, World()).checkpoint == path
+    saved_run(path)  # the state
+    assert read == [path]
+    torch.save({**content, "epoch": 1}, path)
+    os.utime(path, ns=(0, 0))
+    assert saved_run(path)["epoch"] == 1  # it has changed
+    forget_saved_run()
+    saved_run(path)
+    assert read == [path] * 3

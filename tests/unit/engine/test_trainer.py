@@ -2,6 +2,7 @@
 
 import signal
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from torch.multiprocessing.spawn import start_processes
 
 from configs.schema import Config, OptimConfig, RunConfig
 from datasets.samplers import BatchSplit
-from engine.build import try_step
+from engine.checkpoint import load_checkpoint
 from engine.guards import UnreadableImages
+from engine.probe import try_step
 from engine.run_log import RunLog
 from engine.trainer import Trainer
 from models.build import build_model
 from tests.unit.engine.shared_steps import (
+    BOXES,
     BROKEN,
     CASES,
     CLASSES,
@@ -120,6 +123,31 @@ def small_trainer(folder: Path, log: RunLog, batches: list[Batch], **options: fl
     return make_trainer(config, model, batches, BatchSplit(IMAGES), World(), log)
 
 
+class CountingWorld(World):
+    """A single process that notes its exchanges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["sums"] = []
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Take note of what is added up."""
+        self.__dict__["sums"].append(list(values))
+        return super().sum(values)
+
+
+def test_a_step_makes_one_exchange_between_the_hosts(tmp_path: Path) -> None:
+    batches = micro_batches(BatchSplit(IMAGES), broken=BROKEN, poisoned=-1)
+    with RunLog(tmp_path, tensorboard=False) as log:
+        trainer = small_trainer(tmp_path, log, batches)
+        trainer.world = world = CountingWorld()
+        trainer.flush_every = 9
+        train_epoch(trainer)
+    images = IMAGES - len(BROKEN)
+    boxes = sum(n for i, n in enumerate(BOXES) if i not in BROKEN)
+    assert world.__dict__["sums"] == [[images, boxes, 0]] * STEPS
+
+
 def weights(model: nn.Module) -> list[torch.Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
@@ -191,8 +219,20 @@ def test_more_steps_continue_an_epoch_whose_evaluation_was_interrupted(
         trainer.unevaluated = True  # at the end of --max_steps 1
         trainer.save()
         trainer.max_steps = max_steps
-        trainer.resume(tmp_path / "last.pth")
+        trainer.load_state_dict(load_checkpoint(tmp_path / "last.pth"))
     assert trainer.unevaluated == (max_steps == 1)
+
+
+def test_a_run_that_had_no_loss_scale_goes_on_with_the_first_one(tmp_path: Path) -> None:
+    with RunLog(tmp_path, tensorboard=False) as log:
+        trainer = small_trainer(tmp_path, log, [])
+        trainer.identity = {"classes": {"ids": []}, "config": {}, "versions": {}}
+        trainer.save()
+        content = load_checkpoint(tmp_path / "last.pth")
+        assert content["scaler"] == {}
+        trainer.precision.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        trainer.load_state_dict(content)
+    assert trainer.precision.scaler.get_scale() == 64.0
 
 
 def test_a_step_that_does_not_fit_into_memory_says_what_it_was(
@@ -215,11 +255,10 @@ def test_a_step_that_does_not_fit_into_memory_says_what_it_was(
 
 def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:
     (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=-1)
-    assert batch.images is not None
     with RunLog(tmp_path, tensorboard=False) as log:
         trainer = small_trainer(tmp_path, log, [batch])
         before = {k: v.clone() for k, v in trainer.detector.state_dict().items()}
-        try_step(trainer, batch.images, batch.targets)
+        try_step(trainer, batch)
     assert all(v.equal(before[k]) for k, v in trainer.detector.state_dict().items())
     assert all(p.grad is None for p in trainer.detector.parameters())
     assert not (tmp_path / "metrics.jsonl").exists()

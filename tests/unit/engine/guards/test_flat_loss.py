@@ -98,8 +98,8 @@ def test_the_warning_says_what_was_seen_and_what_to_try() -> None:
     told = [text for step in range(100, 120) if (text := dog.add(step, 31.5))]
     (text,) = told
     for words in (
-        "from step 100 to 119", "31.5", "effective batch of 4", "--lr 0.0002", "pictures/",
-        "--effective_batch_size 32", "--warmup_steps", "main.py doctor",
+        "from step 100 to 119", "31.5", "effective batch of 4", "`lr 0.0002`", "pictures/",
+        "`effective_batch_size 32`", "`warmup_steps 1000`", "main.py doctor",
     ):  # fmt: skip
         assert words in text
     assert "\n" not in text

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine.guards.guard import LoggedStep
 from engine.guards.nonfinite import NonFiniteSteps, first_nonfinite
-from engine.precision import Precision
+from engine.optim import Precision
 from tests.unit.models.small import random_images, small_model
 from util.batch import Batch, PaddedBatch, pad_images
 from util.errors import UserError
@@ -83,11 +83,11 @@ def test_float16_looking_for_its_scale_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guard = make_guard(tmp_path)
-    monkeypatch.setattr(Precision, "current_scale", lambda self: 1024.0)
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 1024.0)
     assert not log_step(guard, 0, loss=1.0).exists()
     assert guard.total == 0
     assert log_step(guard, 1, loss=math.nan).exists()
-    monkeypatch.setattr(Precision, "current_scale", lambda self: 1.0)
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 1.0)
     assert log_step(guard, 2, loss=1.0).exists()
 
 

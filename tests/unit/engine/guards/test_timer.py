@@ -18,28 +18,28 @@ def test_parts_last_as_long_as_they_did_and_add_up() -> None:
     ):  # fmt: skip
         time.sleep(seconds)
         timer.mark(part)
-    timer.finish_step()
+    timer.finish_step(3)
     elapsed = time.perf_counter() - started
-    (step,) = timer.collect()
+    step = timer.take(3)
     assert list(step) == ["data", "forward", "backward", "update"]
     assert step["forward"] >= 0.06
     assert step["backward"] >= 0.02
     assert sum(step.values()) == pytest.approx(elapsed, abs=2e-3)
-    assert timer.collect() == []
+    with pytest.raises(KeyError):
+        timer.take(3)
 
 
 def test_a_step_starts_where_the_last_one_ended() -> None:
     timer = StepTimer(torch.device("cpu"))
     timer.mark("forward")
-    timer.finish_step()
+    timer.finish_step(0)
     time.sleep(0.02)  # before the first mark of the second step
     timer.mark("data")
-    timer.finish_step()
+    timer.finish_step(1)
     timer.mark("data")  # of a step that is not finished
-    first, second = timer.collect()
+    second, first = timer.take(1), timer.take(0)
     assert list(first) == ["forward"]
     assert second["data"] >= 0.02
-    assert timer.collect() == []
 
 
 def test_restart_forgets_what_ran_in_between() -> None:
@@ -48,8 +48,8 @@ def test_restart_forgets_what_ran_in_between() -> None:
     time.sleep(0.05)
     timer.restart()
     timer.mark("data")
-    timer.finish_step()
-    (step,) = timer.collect()
+    timer.finish_step(0)
+    step = timer.take(0)
     assert list(step) == ["data"]
     assert step["data"] < 0.04
 
@@ -72,11 +72,11 @@ def test_cuda_is_timed_on_the_device_without_waiting() -> None:
         for _ in range(200):
             matrix = matrix @ matrix
         timer.mark("forward")
-        timer.finish_step()
-        assert timer.collect() == []  # the device is still at it
+        timer.finish_step(0)
+        assert timer.take(0) == {}  # the device is still at it
     finally:
         torch.cuda.set_sync_debug_mode("default")
     started = time.perf_counter()
     torch.cuda.synchronize()
-    (step,) = timer.collect()
+    step = timer.take(0)
     assert step["forward"] >= time.perf_counter() - started > 0

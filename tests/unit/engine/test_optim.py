@@ -1,4 +1,4 @@
-"""Precision: what is refused, updates dropped without a trace, and the loss scale."""
+"""Precision and schedule: what is refused, updates dropped without a trace, scale and rate."""
 
 import math
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.precision import Precision
+from engine.optim import Precision, learning_rate_factor
 from util.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -112,17 +112,15 @@ def test_the_scale_shrinks_with_each_dropped_update_and_is_resumed() -> None:
     scales, states = [], []
     for factor in (1.0, math.nan, 1.0, 1.0, 1.0):
         norm = train_step(precision, model, optimizer, factor)
-        scales.append(precision.current_scale())
-        states.append(precision.state_dict())
+        scales.append(precision.scaler.get_scale())
+        states.append(precision.scaler.state_dict())
     assert scales == [64.0, 32.0, 32.0, 64.0, 64.0]
     assert 1e-3 < norm < 1e2  # of unscaled gradients
     resumed = Precision("fp32", CPU)
     resumed.scaler = torch.amp.GradScaler("cpu")
-    resumed.load_state_dict(states[2])
+    resumed.scaler.load_state_dict(states[2])
     train_step(resumed, model, optimizer)
-    assert resumed.current_scale() == 64.0  # the second good step in a row, counted on
-    resumed.load_state_dict({})
-    assert resumed.current_scale() == 64.0
+    assert resumed.scaler.get_scale() == 64.0  # the second good step in a row, counted on
 
 
 def test_scaled_gradients_are_those_of_the_loss() -> None:
@@ -141,10 +139,10 @@ def test_no_scale_without_fp16() -> None:
     precision = Precision("bf16", CPU)
     loss = torch.ones((), requires_grad=True)
     assert precision.scale(loss) is loss
-    assert precision.current_scale() == 1.0
-    assert precision.state_dict() == {}
-    precision.load_state_dict({"scale": 4.0})
-    assert precision.current_scale() == 1.0
+    assert precision.scaler.get_scale() == 1.0
+    assert precision.scaler.state_dict() == {}
+    precision.scaler.load_state_dict({"scale": 4.0})
+    assert precision.scaler.get_scale() == 1.0
 
 
 @pytest.mark.parametrize(("name", "instead"), [("fp16", "bf16"), ("tf32", "fp32")])
@@ -179,5 +177,22 @@ def test_fp16_drops_an_overflow_without_waiting_for_the_device() -> None:
         train_step(precision, model, optimizer, 1e38)  # times 65536 is beyond float32
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert precision.current_scale() == 2.0**15
+    assert precision.scaler.get_scale() == 2.0**15
     assert all(a.equal(b) for a, b in zip(everything(model, optimizer), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "drop_epochs", "expected"),
+    [
+        ("step", (), [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1]),
+        ("step", (1, 2), [0.25, 0.5, 0.75, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01]),
+        ("cosine", (), [0.25, 0.4665063509461097, 0.5625, 0.5, 0.25, 0.0669872981077807, 0.0, 0.0]),
+    ],
+)
+def test_the_rate_warms_up_and_falls(
+    kind: str, drop_epochs: tuple[int, ...], expected: list[float]
+) -> None:
+    factor = learning_rate_factor(
+        kind, 3, epochs=2, warmup_steps=4, drop_every=2, drop_epochs=drop_epochs
+    )
+    assert [factor(step) for step in range(len(expected))] == pytest.approx(expected)

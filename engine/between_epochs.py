@@ -1,0 +1,163 @@
+"""Between epochs: what the log says of the last one, and the evaluation of its weights."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from datasets.dataset import CocoDetection
+from engine.evaluation.evaluate import evaluate
+from engine.evaluation.evaluator import Evaluator, save_results
+from engine.evaluation.gallery import draw_gallery, evenly_spaced
+from engine.evaluation.matching import Detections, Truth
+from engine.evaluation.outcomes import thresholds_by_name
+from engine.guards.timer import shares
+from engine.guards.unreadable import list_unreadable
+from engine.metrics import StepLog, official_log_values
+from engine.optim import Precision
+from engine.run_log import RunLog
+from models.criterion import SetCriterion
+from models.postprocess import PostProcess
+from util.batch import Batch
+from util.console import log
+from util.errors import UserError
+from util.world import World
+
+
+def training_values(steps: StepLog, label: str, output_dir: Path) -> dict[str, Any]:
+    """Return what the log says of the steps of an epoch, and print how they spent their time.
+
+    Images that could not be read go to the data report.
+    """
+    if steps.times:
+        log.info(f"{label}: {shares(steps.times)}")
+    means = official_log_values(steps.averages.means(), steps.criterion)
+    unreadable = steps.guards.unreadable
+    report = output_dir / "data_report.json"
+    return {
+        **{f"train_{name}": value for name, value in means.items()},
+        "train_unreadable_images": list_unreadable(report, unreadable, steps.world),
+        "train_skipped_steps": steps.guards.nonfinite.total,
+    }
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@dataclass(kw_only=True)
+class Validation:
+    """Evaluates models on the validation data, as its share in each process of the run."""
+
+    dataset: CocoDetection
+    batches: Iterable[Batch]
+    postprocess: PostProcess
+    criterion: SetCriterion
+    precision: Precision
+    world: World
+    device: torch.device
+    log: RunLog
+    output_dir: Path
+    num_images: int  # drawn after each evaluation
+
+    def __call__(
+        self,
+        model: nn.Module,
+        averaged: nn.Module | None,
+        *,
+        step: int,
+        label: str,
+        stopping: Callable[[], bool],
+    ) -> tuple[dict[str, float], dict[str, float], dict[str, Any]]:
+        """Evaluate a model after `step` steps, and its averaged weights if there are some.
+
+        Returns COCO's numbers by name and, in the main process, the best threshold of each class,
+        both of the averaged weights where there are some, as `eval` and `predict` use them too;
+        and all values for the log.
+
+        Raises:
+            Interrupted: `stopping()` held between two batches.
+            UserError: the model's outputs are not finite.
+        """
+        stats, thresholds, values = self._evaluate(model, step, label, "", stopping)
+        if averaged is not None:
+            label = f"{label}: averaged weights"
+            stats, thresholds, more = self._evaluate(averaged, step, label, "ema_", stopping)
+            values |= more
+        return stats, thresholds, values
+
+    def _evaluate(
+        self, model: nn.Module, step: int, label: str, prefix: str, stopping: Callable[[], bool]
+    ) -> tuple[dict[str, float], dict[str, float], dict[str, Any]]:
+        share_statistics(model, self.world)
+        started, index = time.perf_counter(), self.dataset.index
+        truth = Truth.of(index.classes, index.images, index.annotations)
+        evaluator = Evaluator(truth, self.dataset.label_to_category)
+        try:
+            # images of many sizes, not worth compiling for
+            with torch.compiler.set_stance("force_eager"):
+                result, losses = evaluate(
+                    model,
+                    self.postprocess,
+                    self.batches,
+                    evaluator,
+                    device=self.device,
+                    criterion=self.criterion,
+                    autocast=self.precision.autocast,
+                    world=self.world,
+                    stopping=stopping,
+                )
+        except FloatingPointError as error:
+            raise UserError(
+                f"evaluation after step {step}: {error}. The run diverged or the data is not "
+                "finite: resume from last.pth with a lower `lr`, or start a new run with "
+                "`warmup_steps`."
+            ) from error
+        stats = result.stats
+        log.info(
+            f"{label}: AP {stats['AP']:.4f}, AP50 {stats['AP50']:.4f}, step {step}, "
+            f"evaluated in {time.perf_counter() - started:.0f} s"
+        )
+        thresholds: dict[str, float] = {}
+        if self.world.main:
+            thresholds = thresholds_by_name(evaluator)
+            detections = evaluator.detections()
+            save_results(self.output_dir, result, detections.to_coco(truth))
+            shown = {**stats, **{n: losses[n] for n in ("loss",) if n in losses}}
+            curves = {f"{prefix}val/{name}": value for name, value in shown.items()}
+            self.log.scalars(step - 1, curves)
+            self._draw(detections, truth, step - 1, f"{prefix}val")
+        values: dict[str, Any] = {f"{prefix}test_{name}": value for name, value in losses.items()}
+        values[f"{prefix}test_coco_eval_bbox"] = list(stats.values())
+        return stats, thresholds, values
+
+    def _draw(self, detections: Detections, truth: Truth, step: int, name: str) -> None:
+        """Save pictures of what was found beside what is there."""
+        folder = self.output_dir / "pictures"
+        ids = evenly_spaced(truth.image_ids.tolist(), self.num_images)
+        drawn = draw_gallery(detections, truth, ids, self.dataset.read_image)
+        for image_id, image in drawn.items():
+            folder.mkdir(exist_ok=True)
+            image.save(folder / f"image_{image_id}.png")
+            self.log.image(f"{name}/image_{image_id}", image, step)
+
+
+@torch.no_grad()
+def share_statistics(model: nn.Module, world: World) -> None:
+    """Give all processes the main one's batch-norm statistics, which are those that are saved.
+
+    In training each takes in its own images, until the next step begins with the main one's.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    if world.size == 1 or not norms:
+        return
+    buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    values = world.broadcast([b.cpu() for b in buffers] if world.main else [])
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.copy_(value)
