@@ -13,10 +13,11 @@ from datasets.formats.coco import coco_layout, read_coco_file
 from datasets.formats.registry import FORMATS, Source, read_source
 from datasets.index import CocoIndex
 from datasets.sample import CHANNELS
+from datasets.samplers import BatchSplit
 from datasets.transforms import EvalTransform, Mixing, TrainTransform, Transform
 from util.classes import Classes
 from util.console import console
-from util.errors import DataError
+from util.errors import ConfigError, DataError
 
 Split = Literal["train", "val"]
 
@@ -117,6 +118,27 @@ def load_index(cfg: DataConfig, split: Split, *, need_boxes: bool = True) -> Coc
         return CocoIndex.from_source(read_split(cfg, split), need_boxes=need_boxes)
     image_dir, annotation_file = data_paths(cfg, split)
     return CocoIndex.load(annotation_file, image_dir, need_boxes=need_boxes, cache=cfg.index_cache)
+
+
+def split_batch(effective: int, *, max_size: int, rank: int = 0, world_size: int = 1) -> BatchSplit:
+    """Divide an effective batch among processes, and each part into micro-batches.
+
+    A micro-batch has at most `max_size` images; an effective batch of 0 means one such in each
+    process.
+
+    Raises:
+        ConfigError: the processes cannot share it evenly.
+    """
+    if effective == 0:
+        return BatchSplit(max_size, 1, rank, world_size)
+    own, odd = divmod(effective, world_size)
+    if odd:
+        raise ConfigError(
+            f"effective_batch_size {effective}: not a multiple of the {world_size} processes. "
+            f"Use {max(own, 1) * world_size}, or another number of processes."
+        )
+    size = next(size for size in range(min(max_size, own), 0, -1) if own % size == 0)
+    return BatchSplit(size, own // size, rank, world_size)
 
 
 def build_dataset(

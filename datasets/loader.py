@@ -1,23 +1,19 @@
-"""Batches from data sets: collation, and the two kinds of loader."""
+"""Training batches: collation, and a step's micro-batches together."""
 
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datasets.dataset import CocoDetection, ImageList, seeded_generator
-from datasets.samplers import BatchSplit, ShuffledBatchSampler, same_size_batches
+from datasets.dataset import CocoDetection
+from datasets.samplers import BatchSplit, ShuffledBatchSampler
+from datasets.workers import reading
 from util.batch import Batch, Target, UnreadableImage, pad_images
-from util.cores import available_cores
 
-_MAX_WORKERS = 8  # by default: each holds batches in memory
 _BLANK_SIDE = 64  # pixels of the image that stands in where a process has none
 
 Item = tuple[Tensor, Target] | UnreadableImage
@@ -31,15 +27,6 @@ def collate(items: Sequence[Item], *, pad_multiple: int = 1) -> Batch:
         targets=[target for _, target in read],
         unreadable=[item for item in items if isinstance(item, UnreadableImage)],
     )
-
-
-def ignore_sigint(worker: int) -> None:
-    """Let a worker continue when all processes get Ctrl-C or SIGTERM: the main one saves first.
-
-    After SIGTERM it lives for at most half a minute, so that nothing waits for it in vain.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def with_images(micro_batches: Sequence[Batch], *, alone: bool) -> list[Batch]:
@@ -66,32 +53,6 @@ def _blank(unreadable: list[UnreadableImage]) -> Batch:
     }
     images = pad_images([torch.zeros(3, _BLANK_SIDE, _BLANK_SIDE)])
     return Batch(images, [target], unreadable, blank=True)
-
-
-def loader_processes(num_workers: int, *, local_size: int = 1) -> int:
-    """Return how many processes load data for each of the `local_size` of a run on this machine.
-
-    See the option `num_workers`.
-    """
-    if num_workers >= 0:
-        return num_workers
-    return max(1, min(_MAX_WORKERS, available_cores() // local_size))
-
-
-def _reading(num_workers: int, *, pin_memory: bool, seed: int) -> dict[str, Any]:
-    """Return how a `DataLoader` reads, whatever it reads."""
-    num_workers = loader_processes(num_workers)
-    return {
-        "num_workers": num_workers,
-        "pin_memory": pin_memory,
-        "persistent_workers": num_workers > 0,
-        "worker_init_fn": ignore_sigint,
-        # As copies, which share the index with us: since 3.14 Python would by default send each
-        # of them a copy of it.
-        "multiprocessing_context": "fork" if num_workers and sys.platform == "linux" else None,
-        # Its own generator: loading data leaves the model's random numbers alone.
-        "generator": seeded_generator(seed),
-    }
 
 
 class TrainLoader(DataLoader[Item]):
@@ -121,7 +82,7 @@ class TrainLoader(DataLoader[Item]):
             dataset,
             batch_sampler=self._order,
             collate_fn=partial(collate, pad_multiple=pad_multiple),
-            **_reading(num_workers, pin_memory=pin_memory, seed=seed),
+            **reading(num_workers, pin_memory=pin_memory, seed=seed),
         )
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
@@ -137,27 +98,3 @@ class TrainLoader(DataLoader[Item]):
         batches: Iterator[Batch] = iter(self)
         while group := list(islice(batches, self.accumulation)):
             yield with_images(group, alone=self._alone)
-
-
-def eval_loader(
-    dataset: CocoDetection | ImageList,
-    *,
-    batch_size: int,
-    num_workers: int,
-    pin_memory: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataLoader[Item]:
-    """Return batches (`Batch`) of every image once; the parts of processes do not overlap."""
-    sizes = [
-        dataset.output_size(*size) or (0, 0) if all(size) else (0, 0)
-        for size in dataset.image_sizes()
-    ]
-    return DataLoader(
-        dataset,
-        batch_sampler=same_size_batches(
-            sizes, batch_size=batch_size, rank=rank, world_size=world_size
-        ),
-        collate_fn=collate,
-        **_reading(num_workers, pin_memory=pin_memory, seed=0),
-    )

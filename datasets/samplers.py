@@ -9,7 +9,6 @@ import torch
 from torch.utils.data import Sampler
 
 from datasets.dataset import SampleKey, seeded_generator
-from util.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -28,27 +27,6 @@ class BatchSplit:
     def effective(self) -> int:
         """Return the images of a step on all processes."""
         return self.batch_size * self.accumulation * self.world_size
-
-
-def split_batch(effective: int, *, max_size: int, rank: int = 0, world_size: int = 1) -> BatchSplit:
-    """Divide an effective batch among processes, and each part into micro-batches.
-
-    A micro-batch has at most `max_size` images; an effective batch of 0 means one such in each
-    process.
-
-    Raises:
-        ConfigError: the processes cannot share it evenly.
-    """
-    if effective == 0:
-        return BatchSplit(max_size, 1, rank, world_size)
-    own, odd = divmod(effective, world_size)
-    if odd:
-        raise ConfigError(
-            f"effective_batch_size {effective}: not a multiple of the {world_size} processes. "
-            f"Use {max(own, 1) * world_size}, or another number of processes."
-        )
-    size = next(size for size in range(min(max_size, own), 0, -1) if own % size == 0)
-    return BatchSplit(size, own // size, rank, world_size)
 
 
 class ShuffledBatchSampler(Sampler[list[SampleKey]]):
@@ -111,23 +89,3 @@ class ShuffledBatchSampler(Sampler[list[SampleKey]]):
             if len(group) == self._split.effective:
                 yield group.copy()
                 group.clear()
-
-
-def same_size_batches(
-    sizes: Sequence[tuple[int, int]], *, batch_size: int, rank: int = 0, world_size: int = 1
-) -> list[list[int]]:
-    """Return batches of images that have one of `sizes` (height, width) after the transform.
-
-    Nothing is padded then, so that results do not depend on the batch size. Large sizes come
-    first: what does not fit into memory fails at once. The batches of all ranks hold every image
-    once.
-    """
-    groups: dict[tuple[int, int], list[int]] = {}
-    for position, size in enumerate(sizes):
-        groups.setdefault(size, []).append(position)
-    batches = [
-        group[start : start + batch_size]
-        for _, group in sorted(groups.items(), key=lambda item: -item[0][0] * item[0][1])
-        for start in range(0, len(group), batch_size)
-    ]
-    return batches[rank::world_size]

@@ -15,9 +15,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from configs.schema import Config, OptimConfig
 from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection
+from datasets.eval_loader import eval_loader
 from datasets.index import CocoIndex
-from datasets.loader import TrainLoader, eval_loader, loader_processes
+from datasets.loader import TrainLoader
 from datasets.samplers import BatchSplit
+from datasets.workers import loader_processes
 from engine.between_epochs import Validation, count_parameters
 from engine.checkpoint import CheckpointFolder
 from engine.ema import Ema

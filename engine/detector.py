@@ -17,7 +17,8 @@ from configs.load import Given
 from configs.schema import DataConfig
 from datasets.build import build_dataset, build_transform, load_index
 from datasets.dataset import CocoDetection, ImageList, ImageSource
-from datasets.loader import eval_loader, loader_processes
+from datasets.eval_loader import eval_loader
+from datasets.workers import loader_processes
 from engine.evaluation.evaluate import detect, evaluate
 from engine.evaluation.evaluator import Backend, EvalResult, Evaluator
 from engine.evaluation.matching import Truth

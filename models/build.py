@@ -16,7 +16,8 @@ from models.deformable_detr import DeformableDETR
 from models.encoders import ENCODERS, EncoderOptions
 from models.heads import MLP, DetectionHeads
 from models.layers import ExactLinear
-from models.levels import Joiner, PositionEmbeddingLearned, PositionEmbeddingSine
+from models.learned_positions import PositionEmbeddingLearned
+from models.levels import Joiner, PositionEmbeddingSine
 from models.matcher import HungarianMatcher
 from models.necks import NECKS, NeckOptions
 from models.recipes import RECIPES

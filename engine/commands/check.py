@@ -12,7 +12,7 @@ from datasets.build import Split, read_split
 from datasets.checks.boxes import Limits
 from datasets.checks.diagnosis import Diagnosis, corrected, examine
 from datasets.checks.report import page, summary
-from datasets.loader import loader_processes
+from datasets.workers import loader_processes
 from models.recipes import RecipeOptions
 from util.console import console
 from util.errors import ConfigError

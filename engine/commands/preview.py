@@ -14,9 +14,8 @@ from torchvision.ops import box_convert
 from configs.options import Checked, option
 from configs.schema import SECTIONS as RUN
 from configs.schema import Config
-from datasets.build import build_dataset, load_index
+from datasets.build import build_dataset, load_index, split_batch
 from datasets.loader import TrainLoader
-from datasets.samplers import split_batch
 from models.backbones import create_backbone
 from models.recipes import RecipeOptions
 from util.batch import Target

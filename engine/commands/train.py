@@ -8,7 +8,7 @@ import torch
 
 from configs.load import Given, changed_options, to_yaml
 from configs.schema import SECTIONS, RunConfig
-from datasets.samplers import split_batch
+from datasets.build import split_batch
 from engine.build import build_trainer
 from engine.checkpoint import CheckpointFolder, check_classes
 from engine.plan import forget_saved_run, plan_run, processes, restarted, saved_run

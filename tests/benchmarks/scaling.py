@@ -24,9 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.load import read_options
+from datasets.build import split_batch
 from datasets.dataset import CocoDetection
 from datasets.loader import TrainLoader
-from datasets.samplers import split_batch
 from engine.build import assemble_trainer
 from engine.checkpoint import CheckpointFolder
 from engine.probe import peak_memory

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from datasets.build import build_dataset, load_index
-from datasets.loader import eval_loader
+from datasets.eval_loader import eval_loader
 from engine.detector import Detector
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.evaluator import Evaluator

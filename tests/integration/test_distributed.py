@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from datasets.samplers import ShuffledBatchSampler, split_batch
+from datasets.build import split_batch
+from datasets.samplers import ShuffledBatchSampler
 from tests.integration.conftest import ROOT, TINY, read_log
 
 SEED = 42  # the default one

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from datasets.dataset import ImageList, find_images
-from datasets.loader import eval_loader
+from datasets.eval_loader import eval_loader
 from datasets.transforms import EvalTransform
 from util.batch import UnreadableImage
 from util.errors import DataError

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from datasets.build import split_batch
 from datasets.dataset import CocoDetection, SampleKey
+from datasets.eval_loader import eval_loader, same_size_batches
 from datasets.index import CocoIndex
-from datasets.loader import TrainLoader, collate, eval_loader, with_images
+from datasets.loader import TrainLoader, collate, with_images
 from datasets.samplers import (
     BatchSplit,
     ShuffledBatchSampler,
-    same_size_batches,
-    split_batch,
 )
 from datasets.transforms import EvalTransform, TrainTransform
 from util.batch import Batch, Target, UnreadableImage, pad_images

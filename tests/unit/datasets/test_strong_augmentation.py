@@ -10,8 +10,9 @@ import torch
 from configs.load import Given
 from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection
-from datasets.loader import TrainLoader, loader_processes
+from datasets.loader import TrainLoader
 from datasets.samplers import BatchSplit
+from datasets.workers import loader_processes
 
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 Write = Callable[[dict[str, Any]], tuple[Path, Path]]

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.levels import PositionEmbeddingLearned, PositionEmbeddingSine
+from models.learned_positions import PositionEmbeddingLearned
+from models.levels import PositionEmbeddingSine
 from tests.unit.models.small import small_model
 
 

@@ -1,0 +1,45 @@
+"""Loader processes: how many there are, and how they start and end."""
+
+import signal
+import sys
+from typing import Any
+
+from datasets.dataset import seeded_generator
+from util.cores import available_cores
+
+_MAX_WORKERS = 8  # by default: each holds batches in memory
+
+
+def loader_processes(num_workers: int, *, local_size: int = 1) -> int:
+    """Return how many processes load data for each of the `local_size` of a run on this machine.
+
+    See the option `num_workers`.
+    """
+    if num_workers >= 0:
+        return num_workers
+    return max(1, min(_MAX_WORKERS, available_cores() // local_size))
+
+
+def reading(num_workers: int, *, pin_memory: bool, seed: int) -> dict[str, Any]:
+    """Return how a `DataLoader` reads, whatever it reads."""
+    num_workers = loader_processes(num_workers)
+    return {
+        "num_workers": num_workers,
+        "pin_memory": pin_memory,
+        "persistent_workers": num_workers > 0,
+        "worker_init_fn": ignore_sigint,
+        # As copies, which share the index with us: since 3.14 Python would by default send each
+        # of them a copy of it.
+        "multiprocessing_context": "fork" if num_workers and sys.platform == "linux" else None,
+        # Its own generator: loading data leaves the model's random numbers alone.
+        "generator": seeded_generator(seed),
+    }
+
+
+def ignore_sigint(worker: int) -> None:
+    """Let a worker continue when all processes get Ctrl-C or SIGTERM: the main one saves first.
+
+    After SIGTERM it lives for at most half a minute, so that nothing waits for it in vain.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
