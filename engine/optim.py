@@ -74,15 +74,15 @@ class Precision:
 
 def _check_available(name: str, device: torch.device) -> None:
     cuda = device.type == "cuda"
-    available, instead = {
-        "fp32": (True, ""),
-        "tf32": (cuda and not torch.version.hip, "fp32"),
-        "fp16": (cuda, "bf16"),
-        "bf16": (_has_bfloat16(device), "fp16" if cuda else "fp32"),
+    available, needed, instead = {
+        "fp32": (True, "", ""),
+        "tf32": (cuda and not torch.version.hip, "a CUDA device with TensorFloat-32", "fp32"),
+        "fp16": (cuda, "a CUDA device", "bf16"),
+        "bf16": (_has_bfloat16(device), "a device with bfloat16", "fp16" if cuda else "fp32"),
     }[name]
     if not available:
         raise ConfigError(
-            f"precision {name}: this device, {device.type}, does not have it. "
+            f"precision {name}: needs {needed}; this one is {device.type}. "
             f"Use `precision {instead}`."
         )
 

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.guards.flat_loss import FlatLoss
 from engine.guards.guard import Guard
@@ -15,17 +14,13 @@ from util.batch import Batch
 __all__ = ["FlatLoss", "Guard", "Guards", "MemoryGuard", "NonFiniteSteps", "UnreadableImages"]
 
 
-@dataclass
-class Guards:
+class Guards(NamedTuple):
     """The guards of a run; see `Guard` for what each of them can do."""
 
     unreadable: UnreadableImages
     memory: MemoryGuard
     nonfinite: NonFiniteSteps
     flat_loss: FlatLoss
-
-    def __iter__(self) -> Iterator[Guard]:
-        return iter((self.unreadable, self.memory, self.nonfinite, self.flat_loss))
 
     @contextmanager
     def watch(self, step: int, micro_batches: Sequence[Batch]) -> Iterator[None]:

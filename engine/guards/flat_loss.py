@@ -75,19 +75,14 @@ class FlatLoss(Guard):
             [first, mean, deviations / (count - 1) / count],
         ]
         self._start = mean if self._start is None else self._start
-        return self._judge(step)
-
-    def _judge(self, step: int) -> str | None:
-        """Compare the first and the last block of a whole window."""
-        assert self._start is not None
+        # the first and the last block of a whole window
         (first, before, error_before), (_, now, error_now) = self._blocks[0], self._blocks[-1]
         level = now / self._start if self._start else 0.0
         if level < 1 - 2 * _TOLERANCE:  # farther than noise leads
             self._warned = False
         needed = max(2 * math.sqrt(error_before + error_now), 0.01 * before)
         flat = len(self._blocks) == _BLOCKS and before - now <= needed
-        near_start = level >= 1 - _TOLERANCE
-        if self._warned or not (flat and near_start):
+        if self._warned or not flat or level < 1 - _TOLERANCE:
             return None
         self._warned = True
         return (

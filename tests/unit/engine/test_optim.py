@@ -147,12 +147,16 @@ def test_no_scale_without_fp16() -> None:
 
 @pytest.mark.parametrize(("name", "instead"), [("fp16", "bf16"), ("tf32", "fp32")])
 def test_what_a_cpu_cannot_do_is_refused(name: str, instead: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^precision {name}: .*`precision {instead}`"):
+    with pytest.raises(
+        ConfigError, match=rf"^precision {name}: needs a CUDA device.*`precision {instead}`"
+    ):
         Precision(name, CPU)
 
 
 def test_a_device_without_bfloat16_is_refused() -> None:
-    with pytest.raises(ConfigError, match="^precision bf16: .*meta.*Use `precision fp32`"):
+    with pytest.raises(
+        ConfigError, match="^precision bf16: needs .* bfloat16.*meta.*Use `precision fp32`"
+    ):
         Precision("bf16", torch.device("meta"))
 
 
