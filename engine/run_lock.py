@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,34 +50,28 @@ def run_lock(folder: Path, world: World) -> Iterator[None]:
 def _acquire(folder: Path) -> tuple[FileLock | None, str]:
     """Return the lock of the folder, and the name of the process that holds it instead of us."""
     make_output_dir(folder)
-    lock, holder = FileLock(folder / _LOCK), folder / _HOLDER
-    begun, reported = time.monotonic(), False
-    while True:
+    lock, holder, other = FileLock(folder / _LOCK), folder / _HOLDER, "another process"
+    try:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            other = "another process"
             with contextlib.suppress(OSError):
                 other = holder.read_text(encoding="utf-8").strip() or other
             far = " on " in other and not other.endswith(f" on {socket.gethostname()}")
             patience = _FAR_PATIENCE if far else _PATIENCE
-            if time.monotonic() > begun + patience:
-                return None, other
-            if not reported:
-                reported = True
-                expiry = ", or for its lock to expire if that host is dead" if far else ""
-                log.info(
-                    f"output_dir {folder}: waiting up to {patience:.0f} s for {other} to end"
-                    f"{expiry}"
-                )
-            time.sleep(0.2)
-            continue
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            return None, ""
-        with holder.open("w", encoding="utf-8") as file:
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            os.fsync(file.fileno())  # other hosts read it
-        return lock, ""
+            expiry = ", or for its lock to expire if that host is dead" if far else ""
+            log.info(
+                f"output_dir {folder}: waiting up to {patience:.0f} s for {other} to end{expiry}"
+            )
+            lock.acquire(timeout=patience, poll_interval=0.2)
+    except Timeout:
+        return None, other
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None, ""
+    with holder.open("w", encoding="utf-8") as file:
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        os.fsync(file.fileno())  # other hosts read it
+    return lock, ""

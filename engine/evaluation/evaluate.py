@@ -166,7 +166,8 @@ def evaluate(
     parts = world.gather((evaluator.detections(), averages))
     for found, means in parts[1:]:
         evaluator.add(found)
-        averages.merge(means)
+        if means.count:
+            averages.add(means.totals, means.count)
     result, averages = world.broadcast(
         (evaluator.evaluate(), averages) if world.main else (None, averages)
     )
