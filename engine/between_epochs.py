@@ -16,8 +16,8 @@ from engine.evaluation.evaluator import Evaluator, save_results
 from engine.evaluation.gallery import draw_gallery, evenly_spaced
 from engine.evaluation.matching import Detections, Truth
 from engine.evaluation.outcomes import thresholds_by_name
+from engine.guards.guard import list_unreadable
 from engine.guards.timer import shares
-from engine.guards.unreadable import list_unreadable
 from engine.metrics import StepLog, official_log_values
 from engine.optim import Precision
 from engine.run_log import RunLog

@@ -64,7 +64,7 @@ def try_step(trainer: Trainer, batch: Batch) -> None:
             with trainer.precision.autocast():
                 outputs = model(batch.images.to(trainer.device), batch.targets)
             losses = trainer.criterion(outputs, batch.targets)
-            torch.autograd.backward(trainer.precision.scale(losses["loss"]))
+            torch.autograd.backward(trainer.precision.scaler.scale(losses["loss"]))
     finally:
         trainer.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():

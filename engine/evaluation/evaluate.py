@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.evaluation.evaluator import EvalResult, Evaluator
-from engine.guards.unreadable import UnreadableImages
+from engine.guards.guard import UnreadableImages
 from engine.metrics import Averages, official_log_values
 from models.criterion import SetCriterion
 from models.postprocess import PostProcess

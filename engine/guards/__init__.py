@@ -5,13 +5,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from engine.guards.flat_loss import FlatLoss
-from engine.guards.guard import Guard
-from engine.guards.memory import MemoryGuard
+from engine.guards.guard import MemoryGuard, UnreadableImages
 from engine.guards.nonfinite import NonFiniteSteps
-from engine.guards.unreadable import UnreadableImages
 from util.batch import Batch
 
-__all__ = ["FlatLoss", "Guard", "Guards", "MemoryGuard", "NonFiniteSteps", "UnreadableImages"]
+__all__ = ["FlatLoss", "Guards", "MemoryGuard", "NonFiniteSteps", "UnreadableImages"]
 
 
 class Guards(NamedTuple):
@@ -37,11 +35,10 @@ class Guards(NamedTuple):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the guards' states by name, for a checkpoint."""
-        return {guard.name: guard.state_dict() for guard in self if guard.name}
+        """Return the guards' states as plain values, for a checkpoint."""
+        return {"nonfinite": self.nonfinite.state_dict(), "watchdog": self.flat_loss.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        for guard in self:
-            if guard.name:
-                guard.load_state_dict(state[guard.name])
+        self.nonfinite.load_state_dict(state["nonfinite"])
+        self.flat_loss.load_state_dict(state["watchdog"])

@@ -19,8 +19,6 @@ class FlatLoss(Guard):
     of the first fifth of the first window: a run that has learnt and converged is flat, too.
     """
 
-    name = "watchdog"
-
     def __init__(
         self,
         *,
@@ -94,6 +92,7 @@ class FlatLoss(Guard):
         )
 
     def state_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
         return {
             "start": self._start,
             "warned": self._warned,
@@ -102,6 +101,7 @@ class FlatLoss(Guard):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self._start = state["start"]
         self._warned = state["warned"]
         self._blocks = [list(block) for block in state["blocks"]]

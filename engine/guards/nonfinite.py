@@ -32,8 +32,6 @@ class NonFiniteSteps(Guard):
     later, so that nothing waits for the device. After `limit` such steps in a row the run ends.
     """
 
-    name = "nonfinite"
-
     def __init__(
         self, model: nn.Module, precision: Precision, output_dir: Path, *, rank: int, limit: int
     ) -> None:
@@ -127,6 +125,7 @@ class NonFiniteSteps(Guard):
             )
 
     def state_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
         return {"total": self.total}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -37,8 +37,8 @@ def train_step(
         output = model(numbers)
     loss = output.float().square().mean() * factor
     optimizer.zero_grad(set_to_none=True)
-    precision.scale(loss).backward()  # type: ignore[no-untyped-call]
-    precision.unscale_(optimizer)
+    precision.scaler.scale(loss).backward()
+    precision.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     precision.step(optimizer, norm)
     return norm
@@ -138,7 +138,7 @@ def test_scaled_gradients_are_those_of_the_loss() -> None:
 def test_no_scale_without_fp16() -> None:
     precision = Precision("bf16", CPU)
     loss = torch.ones((), requires_grad=True)
-    assert precision.scale(loss) is loss
+    assert precision.scaler.scale(loss) is loss
     assert precision.scaler.get_scale() == 1.0
     assert precision.scaler.state_dict() == {}
     precision.scaler.load_state_dict({"scale": 4.0})
