@@ -96,8 +96,7 @@ class Validation:
         self, model: nn.Module, step: int, label: str, prefix: str, stopping: Callable[[], bool]
     ) -> tuple[dict[str, float], dict[str, float], dict[str, Any]]:
         share_statistics(model, self.world)
-        started, index = time.perf_counter(), self.dataset.index
-        truth = Truth.of(index.classes, index.images, index.annotations)
+        started, truth = time.perf_counter(), Truth.of(self.dataset.index)
         evaluator = Evaluator(truth, self.dataset.label_to_category)
         try:
             # images of many sizes, not worth compiling for
@@ -154,10 +153,10 @@ def share_statistics(model: nn.Module, world: World) -> None:
 
     In training each takes in its own images, until the next step begins with the main one's.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    if world.size == 1 or not norms:
-        return
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
     buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    if world.size == 1 or not buffers:
+        return
     values = world.broadcast([b.cpu() for b in buffers] if world.main else [])
     for buffer, value in zip(buffers, values, strict=True):
         buffer.copy_(value)

@@ -15,17 +15,6 @@ from tqdm import tqdm
 from util.files import make_output_dir, write_atomic
 
 
-def _finite(value: Any) -> Any:
-    """Return `value` with non-finite floats, which JSON does not know, as None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
-
-
 def _keep_until(path: Path, key: str, last: int) -> None:
     """Rewrite a log without the lines whose `key` lies past `last` and without a torn one."""
     if not path.is_file():
@@ -113,8 +102,10 @@ class RunLog(AbstractContextManager["RunLog"]):
 
     def _append(self, path: Path, values: Mapping[str, Any]) -> None:
         if self._enabled:
+            # NaN and infinities, which JSON does not know, become null
+            strict = json.loads(json.dumps(values), parse_constant=lambda _: None)
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
+                file.write(json.dumps(strict) + "\n")
 
     def _tensorboard(self) -> Any:
         if self._writer is None and self._tensorboard_dir is not None:

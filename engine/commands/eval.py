@@ -139,8 +139,7 @@ def read_truth(data: DataConfig) -> tuple[Truth, ReadImage | None, list[str]]:
         index = CocoIndex.from_source(read_split(data, "val"), need_boxes=False)
         dataset = build_dataset(data, index, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
         read_image = dataset.read_image
-    truth = Truth.of(index.classes, index.images, index.annotations)
-    return truth, read_image, index.notices
+    return Truth.of(index), read_image, index.notices
 
 
 def _report(

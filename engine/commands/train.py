@@ -11,9 +11,15 @@ from configs.schema import SECTIONS, RunConfig
 from datasets.samplers import split_batch
 from engine.build import build_trainer
 from engine.checkpoint import CheckpointFolder, check_classes
-from engine.plan import forget_saved_run, plan_run, processes, restarted, saved_run
+from engine.plan import (
+    forget_saved_run,
+    plan_run,
+    processes,
+    restarted,
+    run_lock,
+    saved_run,
+)
 from engine.processes import process_group
-from engine.run_lock import run_lock
 from engine.run_log import RunLog
 from engine.trainer import Trainer
 from models.recipes import RecipeOptions

@@ -223,12 +223,12 @@ def _by_number_of_objects(truth: Truth, detections: Detections, max_dets: int) -
     for low, high in _OBJECTS:
         chosen = (objects >= low) & (objects <= (high or objects.max(initial=0)))
         if chosen.any():
-            precision = accumulate(
+            precision, _ = accumulate(
                 truth.select(chosen[truth.image]),
                 detections.select(chosen[detections.image]),
                 area_ranges=AREA_RANGES[:1],
                 max_dets=max_dets,
-            ).precision
+            )
             AP, AP50 = (_or_none(mean_of_valid(values)) for values in (precision, precision[0]))
             name = str(low) if low == high else f"{low}-{high}" if high else f"{low} or more"
             rows.append(ByCount(name, int(chosen.sum()), AP, AP50))
