@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from datasets.dataset import CocoDetection
+from engine.evaluation.analysis import draw_gallery, evenly_spaced
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.evaluator import Evaluator, save_results
-from engine.evaluation.gallery import draw_gallery, evenly_spaced
 from engine.evaluation.matching import Detections, Truth
 from engine.evaluation.outcomes import thresholds_by_name
 from engine.guards.guard import list_unreadable

@@ -274,15 +274,6 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the checkpoint of the present position in the main process; all must call it."""
-        progress = {
-            "step": self.step,
-            "next_epoch": self.epoch,
-            "next_step": self.epoch_step,
-            "seconds": self.seconds,
-            "unevaluated": self.unevaluated,
-            "steps": self.steps.state_dict(),
-            "rng": self.world.gather(rng_state()),
-        }
         return {
             # plain strides, for readers that know no channels-last tensors
             "model": {k: v.contiguous() for k, v in self.detector.state_dict().items()},
@@ -291,7 +282,15 @@ class Trainer:
             "lr_scheduler": self.scheduler.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "epoch": self.epoch - 1 if self.epoch_step == 0 else self.epoch,
-            "progress": progress,
+            "progress": {
+                "step": self.step,
+                "next_epoch": self.epoch,
+                "next_step": self.epoch_step,
+                "seconds": self.seconds,
+                "unevaluated": self.unevaluated,
+                "steps": self.steps.state_dict(),
+                "rng": self.world.gather(rng_state()),
+            },
             "best": self.best,
             "thresholds": self.thresholds,
             **self.identity,

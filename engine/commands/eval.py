@@ -12,10 +12,9 @@ from datasets.build import build_dataset, read_split
 from datasets.formats.coco import coco_layout
 from datasets.index import CocoIndex
 from engine.detector import Detector
-from engine.evaluation.analysis import analyse, save_analysis
+from engine.evaluation.analysis import ReadImage, analyse, draw_gallery, save_analysis
 from engine.evaluation.detections import read_detections
 from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
-from engine.evaluation.gallery import ReadImage, draw_gallery
 from engine.evaluation.matching import Truth
 from engine.processes import process_group
 from util.console import console

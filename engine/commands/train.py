@@ -63,8 +63,7 @@ def start(
             f"output_dir {plan.output_dir}: there is a run in it. Continue it with "
             "`resume auto`, or choose another folder."
         )
-    changed = ", ".join(changed_options(plan.config))
-    log.info(f"options that differ from the defaults: {changed}")
+    log.info(f"options that differ from the defaults: {', '.join(changed_options(plan.config))}")
     optim = plan.config.optim
     share = split_batch(
         optim.effective_batch_size,
