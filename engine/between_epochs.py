@@ -14,7 +14,7 @@ from datasets.dataset import CocoDetection
 from engine.evaluation.analysis import draw_gallery, evenly_spaced
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.evaluator import Evaluator, save_results
-from engine.evaluation.matching import Detections, Truth
+from engine.evaluation.matching import Truth
 from engine.evaluation.outcomes import thresholds_by_name
 from engine.guards.guard import list_unreadable
 from engine.guards.timer import shares
@@ -131,20 +131,18 @@ class Validation:
             shown = {**stats, **{n: losses[n] for n in ("loss",) if n in losses}}
             curves = {f"{prefix}val/{name}": value for name, value in shown.items()}
             self.log.scalars(step - 1, curves)
-            self._draw(detections, truth, step - 1, f"{prefix}val")
-        values: dict[str, Any] = {f"{prefix}test_{name}": value for name, value in losses.items()}
-        values[f"{prefix}test_coco_eval_bbox"] = list(stats.values())
+            ids = evenly_spaced(truth.image_ids.tolist(), self.num_images)
+            drawn = draw_gallery(detections, truth, ids, self.dataset.read_image)
+            for image_id, image in drawn.items():
+                folder = self.output_dir / "pictures"
+                folder.mkdir(exist_ok=True)
+                image.save(folder / f"image_{image_id}.png")
+                self.log.image(f"{prefix}val/image_{image_id}", image, step - 1)
+        values = {
+            **{f"{prefix}test_{name}": value for name, value in losses.items()},
+            f"{prefix}test_coco_eval_bbox": list(stats.values()),
+        }
         return stats, thresholds, values
-
-    def _draw(self, detections: Detections, truth: Truth, step: int, name: str) -> None:
-        """Save pictures of what was found beside what is there."""
-        folder = self.output_dir / "pictures"
-        ids = evenly_spaced(truth.image_ids.tolist(), self.num_images)
-        drawn = draw_gallery(detections, truth, ids, self.dataset.read_image)
-        for image_id, image in drawn.items():
-            folder.mkdir(exist_ok=True)
-            image.save(folder / f"image_{image_id}.png")
-            self.log.image(f"{name}/image_{image_id}", image, step)
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from util.console import console
 from util.errors import ConfigError
 from util.files import make_output_dir, write_atomic
 
-_FOUND = 1  # exit code
 _SPLITS: tuple[Split, ...] = ("train", "val")
 
 
@@ -68,7 +67,7 @@ def main(config: Config, options: CheckOptions) -> int:
         console("--output_dir OUT writes all of it, with images, to OUT/check.html.")
     if copies:
         _write_copies(diagnosis, copies)
-    return 0 if diagnosis.healthy else _FOUND
+    return 0 if diagnosis.healthy else 1
 
 
 def _located(data: DataConfig) -> tuple[str, ...]:

@@ -106,9 +106,9 @@ def evaluate_detections(options: EvalOptions, data: DataConfig) -> int:
     # results go to the run's folder if the file is in its eval/, else beside the file
     above = path.parent.parent if path.parent.name == "eval" else path.parent
     output_dir = Path(options.output_dir) if options.output_dir else above
-    results = ("results.json", "analysis.json", "report.html")
     refuse_overwriting(
-        [path, Path(data.val_annotations)], [output_dir / "eval" / name for name in results]
+        [path, Path(data.val_annotations)],
+        [output_dir / "eval" / n for n in ("results.json", "analysis.json", "report.html")],
     )
     truth, read_image, notices = read_truth(data)
     detections, more = read_detections(path, truth)

@@ -129,8 +129,7 @@ class Analysis:
         for kind, error in self.by_cost():
             gain = "   n/a" if error.delta_AP50 is None else f"{error.delta_AP50:6.3f}"
             lines.append(f"  {gain}  {kind:11}{KINDS[kind]}")
-        if self.threshold:
-            t = self.threshold
+        if t := self.threshold:
             lines.append(
                 f"best score threshold for all classes: {t.score:.3f} (precision "
                 f"{t.precision:.3f}, recall {t.recall:.3f}, F1 {t.f1:.3f}); the report has each "

@@ -65,8 +65,8 @@ def detect(
                 outputs = model(images.to(device))
             if on_outputs is not None:
                 on_outputs(outputs, targets)
-            sizes = torch.stack([t["orig_size"] for t in targets])
-            found += postprocess(outputs, sizes.to(device))
+            sizes = torch.stack([t["orig_size"] for t in targets]).to(device)
+            found += postprocess(outputs, sizes)
         on_host = [{k: v.cpu() for k, v in d.items()} for d in found]
         for output, target in zip(on_host, batch.targets, strict=True):
             if not (output["scores"].isfinite().all() and output["boxes"].isfinite().all()):

@@ -29,8 +29,7 @@ class Guards(NamedTuple):
             yield
         except (RuntimeError, MemoryError) as error:
             for guard in self:
-                advice = guard.on_error(error, micro_batches)
-                if advice is not None:
+                if advice := guard.on_error(error, micro_batches):
                     raise advice from error
             raise
 

@@ -74,9 +74,8 @@ class MemoryGuard(Guard):
     ) -> UserError | None:
         if not out_of_memory(error):
             return None
-        asked = re.search(r"tried to allocate ([\d.]+) ?(\w+)", str(error), re.IGNORECASE)
         more = ""
-        if asked:
+        if asked := re.search(r"tried to allocate ([\d.]+) ?(\w+)", str(error), re.IGNORECASE):
             size, unit = asked.groups()
             more = f" ({float(size) / _GIB:.1f} GiB" if unit == "bytes" else f" ({size} {unit}"
             more += " more were needed)"
@@ -138,8 +137,11 @@ def write_data_report(path: Path, report: Mapping[str, Any], *, continued: bool)
 
 def list_unreadable(path: Path, unreadable: UnreadableImages, world: World) -> int:
     """Add the images that any process could not read to the data report; return their number."""
-    gathered = world.gather(unreadable.images)
-    found = {image.path: asdict(image) for images in gathered for image in images.values()}
+    found = {
+        image.path: asdict(image)
+        for images in world.gather(unreadable.images)
+        for image in images.values()
+    }
     if world.main and path.is_file():
         report = json.loads(path.read_text(encoding="utf-8"))
         before = report["train"].get(_KEY, [])  # from before a resume

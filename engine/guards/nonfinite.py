@@ -116,10 +116,10 @@ class NonFiniteSteps(Guard):
                 "Free space, then continue with `resume auto`."
             ) from error
         if self.in_a_row >= self._limit:
-            images = ", ".join(str(i) for i in step.image_ids)
             raise UserError(
                 f"step {step.step}: the loss or gradient was not finite in {self.in_a_row} steps "
-                f"in a row ({cause}; report: {path}). Look at the images ({images}), or continue "
+                f"in a row ({cause}; report: {path}). Look at the images "
+                f"({', '.join(map(str, step.image_ids))}), or continue "
                 "from the last good state with `resume auto` and a lower `lr`, `precision bf16` "
                 "or `precision fp32`."
             )
