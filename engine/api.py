@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from configs.load import Given, read_options
+from configs.load import read_options
 from configs.options import by_section
 from configs.schema import SECTIONS
 from engine.commands import train as command
@@ -18,6 +18,9 @@ from engine.processes import launch
 from util.console import show_messages
 from util.distributed import rank_at_start, started_by_launcher
 from util.errors import UserError
+
+_ROOT = Path(__file__).parents[1]
+_INSTALLED = _ROOT / "__main__.py"  # of the package; a checkout has main.py
 
 
 def train(config: str | os.PathLike[str] | None = None, **options: Any) -> Path:
@@ -43,7 +46,17 @@ def train(config: str | os.PathLike[str] | None = None, **options: Any) -> Path:
     show_messages(rank_at_start())
     run = command.processes(given)
     if run.gpus > 1 and not started_by_launcher():
-        code = _launch(given, processes=run.gpus, device=run.device, restarts=run.max_restarts)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "options.yaml"
+            plain = json.loads(json.dumps(given.values))  # lists in place of tuples
+            file.write_text(yaml.safe_dump(plain), encoding="utf-8")
+            code = launch(
+                _INSTALLED if _INSTALLED.is_file() else _ROOT / "main.py",
+                ["train", "--config", str(file)],
+                processes=run.gpus,
+                device=run.device,
+                restarts=run.max_restarts,
+            )
     else:
         code = command.main(given)
     if code == 128 + signal.SIGINT:
@@ -68,18 +81,3 @@ def evaluate(
     """
     detector = Detector.load(source, **load)
     return detector.evaluate(images, annotations, batch_size=batch_size, precision=precision)
-
-
-def _launch(given: Given, **how: Any) -> int:
-    """Run the command line in several processes, with the options in a file."""
-    root = Path(__file__).parents[1]
-    program = root / "__main__.py"  # of the installed package
-    plain = json.loads(json.dumps(given.values))  # lists in place of tuples
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "options.yaml"
-        file.write_text(yaml.safe_dump(plain), encoding="utf-8")
-        return launch(
-            program if program.is_file() else root / "main.py",
-            ["train", "--config", str(file)],
-            **how,
-        )

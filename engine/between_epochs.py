@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from datasets.dataset import CocoDetection
+from engine.evaluation.analysis import draw_gallery, evenly_spaced
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.evaluator import Evaluator, save_results
-from engine.evaluation.gallery import draw_gallery, evenly_spaced
-from engine.evaluation.matching import Detections, Truth
+from engine.evaluation.matching import Truth
 from engine.evaluation.outcomes import thresholds_by_name
+from engine.guards.guard import list_unreadable
 from engine.guards.timer import shares
-from engine.guards.unreadable import list_unreadable
 from engine.metrics import StepLog, official_log_values
 from engine.optim import Precision
 from engine.run_log import RunLog
@@ -96,8 +96,7 @@ class Validation:
         self, model: nn.Module, step: int, label: str, prefix: str, stopping: Callable[[], bool]
     ) -> tuple[dict[str, float], dict[str, float], dict[str, Any]]:
         share_statistics(model, self.world)
-        started, index = time.perf_counter(), self.dataset.index
-        truth = Truth.of(index.classes, index.images, index.annotations)
+        started, truth = time.perf_counter(), Truth.of(self.dataset.index)
         evaluator = Evaluator(truth, self.dataset.label_to_category)
         try:
             # images of many sizes, not worth compiling for
@@ -132,20 +131,18 @@ class Validation:
             shown = {**stats, **{n: losses[n] for n in ("loss",) if n in losses}}
             curves = {f"{prefix}val/{name}": value for name, value in shown.items()}
             self.log.scalars(step - 1, curves)
-            self._draw(detections, truth, step - 1, f"{prefix}val")
-        values: dict[str, Any] = {f"{prefix}test_{name}": value for name, value in losses.items()}
-        values[f"{prefix}test_coco_eval_bbox"] = list(stats.values())
+            ids = evenly_spaced(truth.image_ids.tolist(), self.num_images)
+            drawn = draw_gallery(detections, truth, ids, self.dataset.read_image)
+            for image_id, image in drawn.items():
+                folder = self.output_dir / "pictures"
+                folder.mkdir(exist_ok=True)
+                image.save(folder / f"image_{image_id}.png")
+                self.log.image(f"{prefix}val/image_{image_id}", image, step - 1)
+        values = {
+            **{f"{prefix}test_{name}": value for name, value in losses.items()},
+            f"{prefix}test_coco_eval_bbox": list(stats.values()),
+        }
         return stats, thresholds, values
-
-    def _draw(self, detections: Detections, truth: Truth, step: int, name: str) -> None:
-        """Save pictures of what was found beside what is there."""
-        folder = self.output_dir / "pictures"
-        ids = evenly_spaced(truth.image_ids.tolist(), self.num_images)
-        drawn = draw_gallery(detections, truth, ids, self.dataset.read_image)
-        for image_id, image in drawn.items():
-            folder.mkdir(exist_ok=True)
-            image.save(folder / f"image_{image_id}.png")
-            self.log.image(f"{name}/image_{image_id}", image, step)
 
 
 @torch.no_grad()
@@ -154,10 +151,10 @@ def share_statistics(model: nn.Module, world: World) -> None:
 
     In training each takes in its own images, until the next step begins with the main one's.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    if world.size == 1 or not norms:
-        return
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
     buffers = [buffer for norm in norms for buffer in norm.buffers()]
+    if world.size == 1 or not buffers:
+        return
     values = world.broadcast([b.cpu() for b in buffers] if world.main else [])
     for buffer, value in zip(buffers, values, strict=True):
         buffer.copy_(value)

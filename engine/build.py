@@ -24,8 +24,8 @@ from engine.between_epochs import Validation, count_parameters
 from engine.checkpoint import CheckpointFolder
 from engine.ema import Ema
 from engine.guards import FlatLoss, Guards, MemoryGuard, NonFiniteSteps, UnreadableImages
+from engine.guards.guard import write_data_report
 from engine.guards.timer import StepTimer
-from engine.guards.unreadable import write_data_report
 from engine.optim import Precision, learning_rate_factor
 from engine.plan import RunPlan
 from engine.probe import try_largest_step

@@ -301,9 +301,8 @@ class Detector:
         in the main one.
         """
         world = world or World()
-        index = dataset.index
         evaluator = Evaluator(
-            Truth.of(index.classes, index.images, index.annotations),
+            Truth.of(dataset.index),
             dataset.label_to_category,
             backend=backend,
             max_dets=max_dets,

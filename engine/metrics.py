@@ -30,11 +30,6 @@ class Averages:
         self.totals = {name: total + values[name] for name, total in self.totals.items()}
         self.count += count
 
-    def merge(self, other: "Averages") -> None:
-        """Take in those of another process."""
-        if other.count:
-            self.add(other.totals, other.count)
-
     def means(self) -> dict[str, float]:
         """Return the mean of each value; empty when nothing was added."""
         return {name: total / self.count for name, total in self.totals.items()}

@@ -17,9 +17,10 @@ _AUTOCAST: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.fl
 class Precision:
     """How a training step computes, and whether its update is kept.
 
-    The order in a step: forward within `autocast()`, `scale(loss).backward()`, `unscale_`, clip,
-    `step`. Weights and gradients are always float32. `found_inf` is 1 where the last `step` was
-    dropped and 0 where it was made: float32 [], on the device. `scaler` scales for fp16 alone.
+    The order in a step: forward within `autocast()`, `scaler.scale(loss).backward()`,
+    `scaler.unscale_(optimizer)`, clip, `step`. Weights and gradients are always float32.
+    `found_inf` is 1 where the last `step` was dropped and 0 where it was made: float32 [], on the
+    device. `scaler` scales for fp16 alone.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -42,14 +43,6 @@ class Precision:
         if self.name not in _AUTOCAST:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=_AUTOCAST[self.name])
-
-    def scale(self, loss: Tensor) -> Tensor:
-        """Return the loss to call `backward` on."""
-        return self.scaler.scale(loss)
-
-    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients by the loss scale, once a step and before they are clipped."""
-        self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
         """Update the weights, unless the norm of their gradients is not finite.
@@ -74,15 +67,15 @@ class Precision:
 
 def _check_available(name: str, device: torch.device) -> None:
     cuda = device.type == "cuda"
-    available, instead = {
-        "fp32": (True, ""),
-        "tf32": (cuda and not torch.version.hip, "fp32"),
-        "fp16": (cuda, "bf16"),
-        "bf16": (_has_bfloat16(device), "fp16" if cuda else "fp32"),
+    available, needed, instead = {
+        "fp32": (True, "", ""),
+        "tf32": (cuda and not torch.version.hip, "a CUDA device with TensorFloat-32", "fp32"),
+        "fp16": (cuda, "a CUDA device", "bf16"),
+        "bf16": (_has_bfloat16(device), "a device with bfloat16", "fp16" if cuda else "fp32"),
     }[name]
     if not available:
         raise ConfigError(
-            f"precision {name}: this device, {device.type}, does not have it. "
+            f"precision {name}: needs {needed}; this one is {device.type}. "
             f"Use `precision {instead}`."
         )
 

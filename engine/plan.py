@@ -1,11 +1,16 @@
-"""How a run starts: fresh, from other weights, or from a checkpoint, and with which options."""
+"""How a run starts: alone in its folder, from what, and with which options."""
 
+import contextlib
+import errno
 import os
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from configs.load import Given
 from configs.schema import Config, RunConfig
@@ -13,8 +18,15 @@ from engine.checkpoint import CheckpointFolder, check_same, load_checkpoint
 from engine.detector import saved_options
 from models.build import ALL_STAGES
 from models.weights.load import Pretrained, load_pretrained
+from util.console import log
 from util.errors import ConfigError
+from util.files import make_output_dir
 from util.world import World
+
+_LOCK, _HOLDER = ".lock", ".lock_holder"
+_PATIENCE = 15.0  # seconds that the processes of a killed run may take to end
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from some network drives
+_FAR_PATIENCE = 100.0  # NFSv4 servers keep the locks of a host that died for some 90 s
 
 
 @dataclass(frozen=True)
@@ -34,9 +46,8 @@ class RunPlan:
     @property
     def in_place(self) -> bool:
         """Return whether the run continues in the folder of its checkpoint."""
-        if self.checkpoint is None:
-            return False
-        return self.output_dir.resolve() == self.checkpoint.parent.resolve()
+        parent = None if self.checkpoint is None else self.checkpoint.parent.resolve()
+        return self.output_dir.resolve() == parent
 
 
 def restarted() -> bool:
@@ -95,23 +106,21 @@ def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
     before, config = saved.config(), given.on(saved).config()
     check_same("model", asdict(before.model), asdict(config.model), checkpoint)
     check_same("recipes", asdict(before)["recipes"], asdict(config)["recipes"], checkpoint)
-    fixed = _fixed_on_resume(before), _fixed_on_resume(config)
-    check_same("batches and frozen parts", *fixed, checkpoint)
+    # what the place in an epoch and the optimiser's state depend on
+    fixed_before, fixed_now = (
+        {
+            "effective_batch_size": optim.effective_batch_size,
+            "frozen_stages": ALL_STAGES if optim.lr_backbone == 0 else optim.frozen_stages,
+            "freeze": optim.freeze,
+        }
+        for optim in (before.optim, config.optim)
+    )
+    check_same("batches and frozen parts", fixed_before, fixed_now, checkpoint)
     output_dir = asked.output_dir or str(checkpoint.parent)
     run = replace(config.run, output_dir=output_dir, resume="")
     return RunPlan(
         replace(config, run=run), checkpoint=checkpoint, preprocessing=content["preprocessing"]
     )
-
-
-def _fixed_on_resume(config: Config) -> dict[str, Any]:
-    """Return what the place in an epoch and the optimiser's state depend on."""
-    optim = config.optim
-    return {
-        "effective_batch_size": optim.effective_batch_size,
-        "frozen_stages": ALL_STAGES if optim.lr_backbone == 0 else optim.frozen_stages,
-        "freeze": optim.freeze,
-    }
 
 
 def saved_run(path: Path) -> dict[str, Any]:
@@ -129,3 +138,60 @@ def _read(path: Path, changed: int) -> dict[str, Any]:
 
 
 forget_saved_run = _read.cache_clear
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path, world: World) -> Iterator[None]:
+    """Make a run's folder, and keep other runs out of it.
+
+    The main process holds the lock. The system releases it when that process ends, however it
+    ends, so a killed run blocks nothing. On a network drive the lock of a dead host may stay for a
+    while, so the lock of another host is waited for longer. A drive without locks protects nothing.
+
+    Raises:
+        ConfigError: another run uses the folder, or it cannot be made.
+    """
+    lock, other = _acquire(folder) if world.main else (None, "")
+    try:
+        other = world.broadcast(other)
+        if other:
+            raise ConfigError(
+                f"output_dir {folder}: {other} is training there. Wait for its end, or choose "
+                "another folder."
+            )
+        yield
+    finally:
+        if lock is not None:
+            with contextlib.suppress(OSError):  # a folder that has become unwritable
+                (folder / _HOLDER).unlink()
+            lock.release()
+
+
+def _acquire(folder: Path) -> tuple[FileLock | None, str]:
+    """Return the lock of the folder, and the name of the process that holds it instead of us."""
+    make_output_dir(folder)
+    lock, holder, other = FileLock(folder / _LOCK), folder / _HOLDER, "another process"
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            with contextlib.suppress(OSError):
+                other = holder.read_text(encoding="utf-8").strip() or other
+            far = " on " in other and not other.endswith(f" on {socket.gethostname()}")
+            patience = _FAR_PATIENCE if far else _PATIENCE
+            expiry = ", or for its lock to expire if that host is dead" if far else ""
+            log.info(
+                f"output_dir {folder}: waiting up to {patience:.0f} s for {other} to end{expiry}"
+            )
+            lock.acquire(timeout=patience, poll_interval=0.2)
+    except Timeout:
+        return None, other
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None, ""
+    with holder.open("w", encoding="utf-8") as file:
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        os.fsync(file.fileno())  # other hosts read it
+    return lock, ""

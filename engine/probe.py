@@ -64,7 +64,7 @@ def try_step(trainer: Trainer, batch: Batch) -> None:
             with trainer.precision.autocast():
                 outputs = model(batch.images.to(trainer.device), batch.targets)
             losses = trainer.criterion(outputs, batch.targets)
-            torch.autograd.backward(trainer.precision.scale(losses["loss"]))
+            torch.autograd.backward(trainer.precision.scaler.scale(losses["loss"]))
     finally:
         trainer.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -75,20 +75,18 @@ def try_step(trainer: Trainer, batch: Batch) -> None:
 def random_batch(batch_size: int, shape: tuple[int, int], num_boxes: int) -> Batch:
     """Return noise of `shape` (height, width) without padding; boxes of class 0 inside."""
     images = pad_images([torch.randn(3, *shape) for _ in range(batch_size)])
-    size = torch.tensor(shape)
-    targets = []
-    for number in range(batch_size):
-        sides = torch.rand(num_boxes, 2) * 0.45 + 0.05
-        centres = sides / 2 + torch.rand(num_boxes, 2) * (1 - sides)
-        targets.append(
-            {
-                "image_id": torch.tensor(number),
-                "labels": torch.zeros(num_boxes, dtype=torch.int64),
-                "boxes": torch.cat([centres, sides], dim=1),
-                "orig_size": size,
-                "size": size,
-            }
-        )
+    sides = torch.rand(batch_size, num_boxes, 2) * 0.45 + 0.05
+    centres = sides / 2 + torch.rand(batch_size, num_boxes, 2) * (1 - sides)
+    targets = [
+        {
+            "image_id": torch.tensor(number),
+            "labels": torch.zeros(num_boxes, dtype=torch.int64),
+            "boxes": boxes,
+            "orig_size": torch.tensor(shape),
+            "size": torch.tensor(shape),
+        }
+        for number, boxes in enumerate(torch.cat([centres, sides], dim=2))
+    ]
     return Batch(images, targets, [])
 
 
@@ -97,10 +95,9 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")
-    if status.exists():
-        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
+    text = status.read_text() if status.exists() else ""
+    if found := re.search(r"^VmHWM:\s+(\d+) kB", text, re.MULTILINE):
+        return int(found[1]) * 1024
     if sys.platform == "win32":
         return 0
     import resource  # not on Windows

@@ -8,10 +8,9 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -54,24 +53,19 @@ def process_group(device: str) -> Iterator[tuple[World, torch.device]]:
         destroy_process_group()
 
 
-class StopSignals:
+class StopSignals(contextlib.ExitStack):
     """Catches Ctrl-C, SIGTERM and SIGUSR1 inside a `with` block: the first asks to stop.
 
     `number` is that of the signal, 0 before. A second signal raises KeyboardInterrupt.
     """
 
-    def __init__(self) -> None:
-        self.number = 0
-        self._since = 0.0
-        self._handlers: dict[int, Any] = {}
+    number = 0
+    _since = 0.0
 
     def __enter__(self) -> "StopSignals":
-        self._handlers = {number: signal.signal(number, self._stop) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
+            self.callback(signal.signal, number, signal.signal(number, self._stop))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -100,12 +94,6 @@ def launch(
             f"gpus {processes}: this machine has {torch.cuda.device_count()} GPUs. "
             "Use as many, or `device cpu`."
         )
-    variables = {
-        "OMP_NUM_THREADS": str(max(1, available_cores() // processes)),  # else every core
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
-        **os.environ,
-        _LAUNCHED: str(os.getpid()),
-    }
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it shorter
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex,
@@ -120,26 +108,20 @@ def launch(
 
     if hasattr(signal, "SIGUSR1"):  # Windows has none
         signal.signal(signal.SIGUSR1, terminate)
-    try:
-        with _environment(variables):
-            elastic_launch(config, entrypoint=sys.executable)(str(program), *argv)
+    before = dict(os.environ)
+    os.environ[_LAUNCHED] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    try:  # the processes inherit these variables
+        elastic_launch(config, entrypoint=sys.executable)(str(program), *argv)
     except SignalException as error:
         return 128 + int(asked[0] if asked else error.sigval)
     except ChildFailedError as error:
         return _report(error)
-    return 0
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set variables, which child processes inherit, while the block runs."""
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+    return 0
 
 
 def exit_with_parent() -> None:

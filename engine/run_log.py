@@ -4,7 +4,8 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from util.files import make_output_dir, write_atomic
-
-
-def _finite(value: Any) -> Any:
-    """Return `value` with non-finite floats, which JSON does not know, as None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
 
 
 def _keep_until(path: Path, key: str, last: int) -> None:
@@ -41,7 +31,7 @@ def _keep_until(path: Path, key: str, last: int) -> None:
     write_atomic(path, "".join(kept))
 
 
-class RunLog(AbstractContextManager["RunLog"]):
+class RunLog(ExitStack):
     """Append-only logs in a run's folder; a context manager.
 
     `metrics.jsonl` has a line per step, `log.txt` a line per epoch, `tensorboard/` the same as
@@ -50,6 +40,7 @@ class RunLog(AbstractContextManager["RunLog"]):
     """
 
     def __init__(self, output_dir: Path, *, tensorboard: bool, enabled: bool = True) -> None:
+        super().__init__()
         if enabled:
             make_output_dir(output_dir)
         self._enabled = enabled
@@ -57,11 +48,6 @@ class RunLog(AbstractContextManager["RunLog"]):
         self._log_path = output_dir / "log.txt"
         self._tensorboard_dir = output_dir / "tensorboard" if tensorboard and enabled else None
         self._purge_step: int | None = None
-        self._writer: Any = None
-
-    def __exit__(self, *_: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
 
     def truncate_after(self, step: int, epoch: int) -> None:
         """Remove what was logged past the checkpoint that a run continues from, before it does.
@@ -87,16 +73,15 @@ class RunLog(AbstractContextManager["RunLog"]):
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add points to TensorBoard's curves."""
-        writer = self._tensorboard()
-        if writer is not None:
+        if self._writer is not None:
             for name, value in values.items():
-                writer.add_scalar(name, value, step)
+                self._writer.add_scalar(name, value, step)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Add an image to TensorBoard."""
-        writer = self._tensorboard()
-        if writer is not None:
-            writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        if self._writer is not None:
+            pixels = np.asarray(image.convert("RGB"))
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def progress_bar(self, total: int, *, done: int) -> "tqdm[Any]":
         """Return a bar over the steps of the run."""
@@ -113,13 +98,18 @@ class RunLog(AbstractContextManager["RunLog"]):
 
     def _append(self, path: Path, values: Mapping[str, Any]) -> None:
         if self._enabled:
+            # NaN and infinities, which JSON does not know, become null
+            strict = json.loads(json.dumps(values), parse_constant=lambda _: None)
             with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(values), allow_nan=False) + "\n")
+                file.write(json.dumps(strict) + "\n")
 
-    def _tensorboard(self) -> Any:
-        if self._writer is None and self._tensorboard_dir is not None:
-            # Imported on use: it takes a second, and runs without TensorBoard do not need it.
-            from torch.utils.tensorboard import SummaryWriter
+    @cached_property
+    def _writer(self) -> Any:
+        if self._tensorboard_dir is None:
+            return None
+        # Imported on use: it takes a second, and runs without TensorBoard do not need it.
+        from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
-        return self._writer
+        writer = SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
+        self.callback(writer.close)
+        return writer

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGTERM, Signals
@@ -160,34 +160,28 @@ class Trainer:
         num_boxes = max(boxes, 1.0) / self.world.size  # every loss is a sum over boxes
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(self.upload(micro_batches)):
-            with self.sync_gradients(last=i + 1 == len(micro_batches)):
+            earlier = i + 1 < len(micro_batches)  # the last exchanges gradients between processes
+            with (
+                self.model.no_sync()
+                if earlier and isinstance(self.model, DistributedDataParallel)
+                else nullcontext()
+            ):
                 with self.precision.autocast():
                     outputs = self.model(batch.images, batch.targets)
                 self.timer.mark("forward")
                 divisor = math.inf if batch.blank else num_boxes
                 losses = self.criterion(outputs, batch.targets, divisor)
                 self.timer.mark("match")
-                torch.autograd.backward(self.precision.scale(losses["loss"]))
+                torch.autograd.backward(self.precision.scaler.scale(losses["loss"]))
                 self.timer.mark("backward")
             total = total + torch.stack([value.detach() for value in losses.values()])
-        grad_norm = self.update()
-        self.timer.mark("optimiser")
-        return {**dict(zip(losses, total, strict=True)), "grad_norm": grad_norm}
-
-    def update(self) -> Tensor:
-        """Clip and step; a gradient that is not finite changes no weights."""
-        self.precision.unscale_(self.optimizer)
+        self.precision.scaler.unscale_(self.optimizer)
         parameters = (p for group in self.optimizer.param_groups for p in group["params"])
         grad_norm = nn.utils.clip_grad_norm_(parameters, self.clip_max_norm or math.inf)
-        self.precision.step(self.optimizer, grad_norm)
+        self.precision.step(self.optimizer, grad_norm)  # none if the norm is not finite
         self.scheduler.step()
-        return grad_norm.detach()
-
-    def sync_gradients(self, *, last: bool) -> AbstractContextManager[None]:
-        """Exchange gradients between processes in the last micro-batch's backward only."""
-        if last or not isinstance(self.model, DistributedDataParallel):
-            return nullcontext()
-        return self.model.no_sync()
+        self.timer.mark("optimiser")
+        return {**dict(zip(losses, total, strict=True)), "grad_norm": grad_norm.detach()}
 
     # ---------------------------------------------------------------------------------------------
 
@@ -280,15 +274,6 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the checkpoint of the present position in the main process; all must call it."""
-        progress = {
-            "step": self.step,
-            "next_epoch": self.epoch,
-            "next_step": self.epoch_step,
-            "seconds": self.seconds,
-            "unevaluated": self.unevaluated,
-            "steps": self.steps.state_dict(),
-            "rng": self.world.gather(rng_state()),
-        }
         return {
             # plain strides, for readers that know no channels-last tensors
             "model": {k: v.contiguous() for k, v in self.detector.state_dict().items()},
@@ -297,7 +282,15 @@ class Trainer:
             "lr_scheduler": self.scheduler.state_dict(),
             "scaler": self.precision.scaler.state_dict(),
             "epoch": self.epoch - 1 if self.epoch_step == 0 else self.epoch,
-            "progress": progress,
+            "progress": {
+                "step": self.step,
+                "next_epoch": self.epoch,
+                "next_step": self.epoch_step,
+                "seconds": self.seconds,
+                "unevaluated": self.unevaluated,
+                "steps": self.steps.state_dict(),
+                "rng": self.world.gather(rng_state()),
+            },
             "best": self.best,
             "thresholds": self.thresholds,
             **self.identity,

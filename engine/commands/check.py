@@ -18,7 +18,6 @@ from util.console import console
 from util.errors import ConfigError
 from util.files import make_output_dir, write_atomic
 
-_FOUND = 1  # exit code
 _SPLITS: tuple[Split, ...] = ("train", "val")
 
 
@@ -44,7 +43,14 @@ def main(config: Config, options: CheckOptions) -> int:
     splits = [split for split in _SPLITS if split in (options.splits or _located(config.data))]
     output_dir = Path(config.run.output_dir) if config.run.output_dir else None
     if output_dir:
-        _claim(output_dir)
+        make_output_dir(output_dir)
+        for name, mark in (("check.json", b'"check": 1'), ("check.html", b"<title>Check: ")):
+            file = output_dir / name
+            if file.exists() and not (file.is_file() and mark in file.read_bytes()[:400]):
+                raise ConfigError(
+                    f"--output_dir {output_dir}: it holds another file called {name}, not from an "
+                    "earlier check. Choose another folder."
+                )
     copies = _copies(options.fix, splits, output_dir)
     sources = {str(split): read_split(config.data, split) for split in splits}
     limits = Limits(config.model.num_queries, min(config.data.train_scales), config.data.max_size)
@@ -61,7 +67,7 @@ def main(config: Config, options: CheckOptions) -> int:
         console("--output_dir OUT writes all of it, with images, to OUT/check.html.")
     if copies:
         _write_copies(diagnosis, copies)
-    return 0 if diagnosis.healthy else _FOUND
+    return 0 if diagnosis.healthy else 1
 
 
 def _located(data: DataConfig) -> tuple[str, ...]:
@@ -72,22 +78,6 @@ def _located(data: DataConfig) -> tuple[str, ...]:
         if getattr(data, f"{split}_images") or getattr(data, f"{split}_annotations")
     )
     return explicit if explicit and not (data.data_path or data.coco_path) else _SPLITS
-
-
-def _claim(output_dir: Path) -> None:
-    """Make the folder; refuse to overwrite a file that is not from an earlier check.
-
-    Raises:
-        ConfigError: the folder cannot be made, or holds another check.json or check.html.
-    """
-    make_output_dir(output_dir)
-    for name, mark in (("check.json", b'"check": 1'), ("check.html", b"<title>Check: ")):
-        file = output_dir / name
-        if file.exists() and not (file.is_file() and mark in file.read_bytes()[:400]):
-            raise ConfigError(
-                f"--output_dir {output_dir}: it holds another file called {name}, not from an "
-                "earlier check. Choose another folder."
-            )
 
 
 def _copies(fix: str, splits: list[Split], output_dir: Path | None) -> dict[str, Path]:

@@ -8,7 +8,7 @@ from configs.schema import VocOptions
 from datasets.build import format_options
 from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
-from datasets.formats.registry import FORMATS, Source, read_source
+from datasets.formats.registry import FORMATS, read_source
 from util.console import console
 from util.errors import ConfigError, nearest_hint
 
@@ -49,9 +49,17 @@ def main(options: ConvertOptions) -> int:
     for name in ("data_path", "output_dir"):
         if not getattr(options, name):
             raise ConfigError(f"{name}: is missing. Add it.")
+    place = Path(options.data_path)
+    reading = format_options(options, options.data_format)
     writing = format_options(options, options.to)
+    sources = {
+        split: read_coco_file(place, Path(options.images))
+        if options.images
+        else read_source(options.data_format, place, split, **reading)
+        for split in options.splits
+    }
     lines = convert(
-        {split: _read(options, split) for split in options.splits},
+        sources,
         options.to,
         Path(options.output_dir),
         copy=options.copy_images,
@@ -59,11 +67,3 @@ def main(options: ConvertOptions) -> int:
     )
     console("\n".join([*lines, f"written: {options.output_dir}"]))
     return 0
-
-
-def _read(options: ConvertOptions, split: str) -> Source:
-    place = Path(options.data_path)
-    if options.images and options.data_format == "coco":
-        return read_coco_file(place, Path(options.images))
-    reading = format_options(options, options.data_format)
-    return read_source(options.data_format, place, split, **reading)

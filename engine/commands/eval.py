@@ -12,10 +12,9 @@ from datasets.build import build_dataset, read_split
 from datasets.formats.coco import coco_layout
 from datasets.index import CocoIndex
 from engine.detector import Detector
-from engine.evaluation.analysis import analyse, save_analysis
+from engine.evaluation.analysis import ReadImage, analyse, draw_gallery, save_analysis
 from engine.evaluation.detections import read_detections
 from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
-from engine.evaluation.gallery import ReadImage, draw_gallery
 from engine.evaluation.matching import Truth
 from engine.processes import process_group
 from util.console import console
@@ -107,9 +106,9 @@ def evaluate_detections(options: EvalOptions, data: DataConfig) -> int:
     # results go to the run's folder if the file is in its eval/, else beside the file
     above = path.parent.parent if path.parent.name == "eval" else path.parent
     output_dir = Path(options.output_dir) if options.output_dir else above
-    results = ("results.json", "analysis.json", "report.html")
     refuse_overwriting(
-        [path, Path(data.val_annotations)], [output_dir / "eval" / name for name in results]
+        [path, Path(data.val_annotations)],
+        [output_dir / "eval" / n for n in ("results.json", "analysis.json", "report.html")],
     )
     truth, read_image, notices = read_truth(data)
     detections, more = read_detections(path, truth)
@@ -139,8 +138,7 @@ def read_truth(data: DataConfig) -> tuple[Truth, ReadImage | None, list[str]]:
         index = CocoIndex.from_source(read_split(data, "val"), need_boxes=False)
         dataset = build_dataset(data, index, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)
         read_image = dataset.read_image
-    truth = Truth.of(index.classes, index.images, index.annotations)
-    return truth, read_image, index.notices
+    return Truth.of(index), read_image, index.notices
 
 
 def _report(

@@ -13,7 +13,6 @@ from configs.options import Checked, option
 from datasets.dataset import find_images
 from datasets.images import read_rgb
 from engine.detector import Box, Detector
-from util.classes import Classes
 from util.console import console
 from util.draw import draw_boxes
 from util.errors import ConfigError, DataError
@@ -111,7 +110,15 @@ def write_predictions(
         ):
             shown = [box for box in boxes if box.score >= thresholds[box.name]]
             drawn += len(shown)
-            _save_drawn(paths[i], outputs[i], shown, detector.classes)
+            picture = draw_boxes(
+                read_rgb(paths[i], None),
+                torch.tensor([box.xyxy for box in shown]).reshape(-1, 4),
+                [detector.classes.label_of[box.category_id] for box in shown],
+                [box.name for box in shown],
+                [box.score for box in shown],
+            )
+            outputs[i].parent.mkdir(parents=True, exist_ok=True)
+            picture.save(outputs[i], quality=95)  # of JPEG; the suffix says which format
             text = json.dumps(_to_json(i, names[i], boxes), indent=1)
             places[i] = entries.tell(), entries.write(text[2:-2])
         if not places:
@@ -157,19 +164,6 @@ def output_paths(names: Sequence[Path], output_dir: Path) -> list[Path]:
         taken.add(str(candidate).casefold())
         outputs.append(output_dir / candidate)
     return outputs
-
-
-def _save_drawn(image: Path, output: Path, boxes: Sequence[Box], classes: Classes) -> None:
-    """Save a copy of an image with boxes; its suffix says whether as PNG or JPEG."""
-    drawn = draw_boxes(
-        read_rgb(image, None),
-        torch.tensor([box.xyxy for box in boxes]).reshape(-1, 4),
-        [classes.label_of[box.category_id] for box in boxes],
-        [box.name for box in boxes],
-        [box.score for box in boxes],
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    drawn.save(output, quality=95)  # of JPEG
 
 
 def _to_json(image_id: int, name: Path, boxes: Sequence[Box]) -> list[dict[str, object]]:

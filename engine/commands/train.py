@@ -11,9 +11,15 @@ from configs.schema import SECTIONS, RunConfig
 from datasets.build import split_batch
 from engine.build import build_trainer
 from engine.checkpoint import CheckpointFolder, check_classes
-from engine.plan import forget_saved_run, plan_run, processes, restarted, saved_run
+from engine.plan import (
+    forget_saved_run,
+    plan_run,
+    processes,
+    restarted,
+    run_lock,
+    saved_run,
+)
 from engine.processes import process_group
-from engine.run_lock import run_lock
 from engine.run_log import RunLog
 from engine.trainer import Trainer
 from models.recipes import RecipeOptions
@@ -57,8 +63,7 @@ def start(
             f"output_dir {plan.output_dir}: there is a run in it. Continue it with "
             "`resume auto`, or choose another folder."
         )
-    changed = ", ".join(changed_options(plan.config))
-    log.info(f"options that differ from the defaults: {changed}")
+    log.info(f"options that differ from the defaults: {', '.join(changed_options(plan.config))}")
     optim = plan.config.optim
     share = split_batch(
         optim.effective_batch_size,

@@ -1,12 +1,13 @@
-"""Everything reported about an evaluation beyond COCO's numbers, and the page that shows it."""
+"""Everything reported about an evaluation beyond COCO's numbers: errors, a page, pictures."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from engine.evaluation.evaluator import EvalResult, Evaluator, mean_of_valid
@@ -35,9 +36,12 @@ from engine.evaluation.outcomes import (
     thresholds,
     wrong_by_class,
 )
+from util.draw import draw_boxes, side_by_side
 from util.files import write_atomic
 from util.html import inline_image, render, svg
 from util.plot import curve_chart
+
+ReadImage = Callable[[int], Image.Image | None]  # by image id; None if it cannot be read
 
 _OBJECTS = ((1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, None))
 _WORST_IMAGES = 24
@@ -125,8 +129,7 @@ class Analysis:
         for kind, error in self.by_cost():
             gain = "   n/a" if error.delta_AP50 is None else f"{error.delta_AP50:6.3f}"
             lines.append(f"  {gain}  {kind:11}{KINDS[kind]}")
-        if self.threshold:
-            t = self.threshold
+        if t := self.threshold:
             lines.append(
                 f"best score threshold for all classes: {t.score:.3f} (precision "
                 f"{t.precision:.3f}, recall {t.recall:.3f}, F1 {t.f1:.3f}); the report has each "
@@ -223,12 +226,12 @@ def _by_number_of_objects(truth: Truth, detections: Detections, max_dets: int) -
     for low, high in _OBJECTS:
         chosen = (objects >= low) & (objects <= (high or objects.max(initial=0)))
         if chosen.any():
-            precision = accumulate(
+            precision, _ = accumulate(
                 truth.select(chosen[truth.image]),
                 detections.select(chosen[detections.image]),
                 area_ranges=AREA_RANGES[:1],
                 max_dets=max_dets,
-            ).precision
+            )
             AP, AP50 = (_or_none(mean_of_valid(values)) for values in (precision, precision[0]))
             name = str(low) if low == high else f"{low}-{high}" if high else f"{low} or more"
             rows.append(ByCount(name, int(chosen.sum()), AP, AP50))
@@ -266,3 +269,46 @@ def _or_none(value: float) -> float | None:
 
 def _rounded(values: Floats) -> list[float]:
     return [round(float(v), 4) for v in values]
+
+
+def evenly_spaced(ids: Sequence[int], count: int) -> list[int]:
+    """Return `count` ids spread over the whole list, the same ones every time."""
+    count = min(count, len(ids))
+    return [ids[i * len(ids) // count] for i in range(count)]
+
+
+def draw_gallery(
+    detections: Detections,
+    truth: Truth,
+    image_ids: Sequence[int],
+    read_image: ReadImage,
+    *,
+    score_threshold: float | None = 0.3,
+) -> dict[int, Image.Image]:
+    """Draw, by image id, the detections from a score on beside the ground truth.
+
+    None for the threshold draws all of them. An image that cannot be read is left out.
+    """
+    title = "predictions"
+    if score_threshold is not None:
+        detections = detections.select(detections.score >= score_threshold)
+        title += f", score >= {score_threshold}"
+    drawn = {}
+    for image_id in image_ids:
+        image = read_image(image_id)
+        if image is None:
+            continue
+        position = int(np.searchsorted(truth.image_ids, image_id))
+        left, right = (
+            _draw(image, boxes.select(boxes.image == position), truth.class_names)
+            for boxes in (detections, truth)
+        )
+        drawn[image_id] = side_by_side(left, right, (title, "ground truth"))
+    return drawn
+
+
+def _draw(image: Image.Image, boxes: Detections | Truth, class_names: Sequence[str]) -> Image.Image:
+    corners = torch.from_numpy(np.hstack([boxes.box[:, :2], boxes.box[:, :2] + boxes.box[:, 2:]]))
+    labels = boxes.category.tolist()
+    scores = boxes.score.tolist() if isinstance(boxes, Detections) else None
+    return draw_boxes(image, corners, labels, [class_names[label] for label in labels], scores)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.evaluation.evaluator import EvalResult, Evaluator
-from engine.guards.unreadable import UnreadableImages
+from engine.guards.guard import UnreadableImages
 from engine.metrics import Averages, official_log_values
 from models.criterion import SetCriterion
 from models.postprocess import PostProcess
@@ -65,8 +65,8 @@ def detect(
                 outputs = model(images.to(device))
             if on_outputs is not None:
                 on_outputs(outputs, targets)
-            sizes = torch.stack([t["orig_size"] for t in targets])
-            found += postprocess(outputs, sizes.to(device))
+            sizes = torch.stack([t["orig_size"] for t in targets]).to(device)
+            found += postprocess(outputs, sizes)
         on_host = [{k: v.cpu() for k, v in d.items()} for d in found]
         for output, target in zip(on_host, batch.targets, strict=True):
             if not (output["scores"].isfinite().all() and output["boxes"].isfinite().all()):
@@ -166,7 +166,8 @@ def evaluate(
     parts = world.gather((evaluator.detections(), averages))
     for found, means in parts[1:]:
         evaluator.add(found)
-        averages.merge(means)
+        if means.count:
+            averages.add(means.totals, means.count)
     result, averages = world.broadcast(
         (evaluator.evaluate(), averages) if world.main else (None, averages)
     )

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.evaluation.matching import (
-    Detections,
-    Floats,
-    PrecisionRecall,
-    Truth,
-    accumulate,
-)
+from engine.evaluation.matching import Detections, Floats, Truth, accumulate
 from util.files import write_atomic
 
 Backend = Literal["fast", "pycocotools"]
@@ -118,9 +113,8 @@ def _class_lines(per_class: Sequence[ClassResult]) -> list[str]:
     if len(rows) <= 20:
         return [header, *rows]
     half = (len(rows) + 1) // 2
-    left, right = [header, *rows[:half]], [header, *rows[half:]]
-    right += [""] * (len(left) - len(right))
-    return [f"{a}    {b}".rstrip() for a, b in zip(left, right, strict=True)]
+    pairs = zip_longest([header, *rows[:half]], [header, *rows[half:]], fillvalue="")
+    return ["    ".join(pair).rstrip() for pair in pairs]
 
 
 class Evaluator:
@@ -200,20 +194,20 @@ class Evaluator:
         """Compute the metrics over all images; one never fed counts as missed."""
         detections = self.detections()
         compute = _accumulate_pycocotools if self._backend == "pycocotools" else accumulate
-        result, beyond = compute(self.truth, detections, max_dets=100), None
+        (precision, recall), beyond = compute(self.truth, detections, max_dets=100), None
         if self.max_dets > 100:
-            more = compute(self.truth, detections, max_dets=self.max_dets)
+            more_precision, more_recall = compute(self.truth, detections, max_dets=self.max_dets)
             beyond = {
                 "max_dets": float(self.max_dets),
-                **_summary(more),
-                "AR": mean_of_valid(more.recall[:, :, 0, -1]),
+                **_summary(more_precision),
+                "AR": mean_of_valid(more_recall[:, :, 0, -1]),
             }
         truth, sizes = self.truth, range(1, 4)
         stats = [
-            *_summary(result).values(),
-            *(mean_of_valid(result.precision[..., a]) for a in sizes),
-            *(mean_of_valid(result.recall[:, :, 0, m]) for m in range(3)),
-            *(mean_of_valid(result.recall[:, :, a, 2]) for a in sizes),
+            *_summary(precision).values(),
+            *(mean_of_valid(precision[..., a]) for a in sizes),
+            *(mean_of_valid(recall[:, :, 0, m]) for m in range(3)),
+            *(mean_of_valid(recall[:, :, a, 2]) for a in sizes),
         ]
         boxes = np.bincount(truth.category[~truth.crowd], minlength=len(truth.category_ids))
         return EvalResult(
@@ -222,8 +216,8 @@ class Evaluator:
                 ClassResult(
                     category_id=category_id,
                     name=name,
-                    AP=mean_of_valid(result.precision[:, :, k, 0]),
-                    AP50=mean_of_valid(result.precision[0, :, k, 0]),
+                    AP=mean_of_valid(precision[:, :, k, 0]),
+                    AP50=mean_of_valid(precision[0, :, k, 0]),
                     num_boxes=int(boxes[k]),
                 )
                 for k, (category_id, name) in enumerate(
@@ -238,7 +232,7 @@ class Evaluator:
 
 def _accumulate_pycocotools(
     truth: Truth, detections: Detections, *, max_dets: int
-) -> PrecisionRecall:
+) -> tuple[Floats, Floats]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -270,16 +264,15 @@ def _accumulate_pycocotools(
         evaluation.params.maxDets = [1, 10, max_dets]
         evaluation.evaluate()
         evaluation.accumulate()
-    return PrecisionRecall(evaluation.eval["precision"][..., -1], evaluation.eval["recall"])
+    return evaluation.eval["precision"][..., -1], evaluation.eval["recall"]
 
 
-def _summary(result: PrecisionRecall) -> dict[str, float]:
+def _summary(precision: Floats) -> dict[str, float]:
     """Return AP over all thresholds, at 0.5 and at 0.75."""
-    precision = result.precision[..., 0]
     return {
-        "AP": mean_of_valid(precision),
-        "AP50": mean_of_valid(precision[0]),
-        "AP75": mean_of_valid(precision[5]),
+        "AP": mean_of_valid(precision[..., 0]),
+        "AP50": mean_of_valid(precision[0, ..., 0]),
+        "AP75": mean_of_valid(precision[5, ..., 0]),
     }
 
 

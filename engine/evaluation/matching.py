@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.arrays import Annotations, Images, Names
-from util.classes import Classes
+from datasets.arrays import Names
+from datasets.index import CocoIndex
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -48,16 +48,17 @@ class Truth:
     crowd: Bools
 
     @classmethod
-    def of(cls, classes: Classes, images: Images, annotations: Annotations) -> "Truth":
+    def of(cls, index: CocoIndex) -> "Truth":
         """Order a checked split by image id."""
+        images, annotations = index.images, index.annotations
         order = np.argsort(images.ids)
         position = np.argsort(order)
         return cls(
             image_ids=images.ids[order],
             file_names=Names.of(images.file_names[i] for i in order),
             sizes=images.sizes[order],
-            category_ids=np.array(classes.ids, dtype=np.int64),
-            class_names=classes.names,
+            category_ids=np.array(index.classes.ids, dtype=np.int64),
+            class_names=index.classes.names,
             image=position[annotations.image],
             category=annotations.labels,
             box=annotations.xywh,
@@ -138,7 +139,15 @@ def match(
     """Match the best `max_dets` detections of each image and category to its annotations."""
     outside = (truth.area[:, None] < area_ranges[:, 0]) | (truth.area[:, None] > area_ranges[:, 1])
     ignored = truth.crowd[:, None] | outside
-    order, rank = _by_category_and_score(truth, detections, max_dets)
+    pair = _pair(truth, detections)
+    order = np.lexsort((-detections.score, pair))
+    rank = np.arange(len(order)) - np.searchsorted(pair[order], pair[order])
+    order, rank = order[rank < max_dets], rank[rank < max_dets]
+    # COCO's order: by category and score, of equal scores by image, then as they were given
+    again = np.lexsort(
+        (detections.image[order], -detections.score[order], detections.category[order])
+    )
+    order, rank = order[again], rank[again]
     row, gt, iou = overlaps(truth, detections.select(order), float(iou_thresholds.min()))
     candidate, edge_of = np.unique(row, return_inverse=True)
     thresholds = np.minimum(iou_thresholds, 1 - 1e-10)
@@ -149,22 +158,6 @@ def match(
 def _pair(truth: Truth, boxes: Truth | Detections) -> Ints:
     """Return a number for the image and category of each box."""
     return np.asarray(boxes.image * len(truth.category_ids) + boxes.category)
-
-
-def _by_category_and_score(
-    truth: Truth, detections: Detections, max_dets: int
-) -> tuple[Ints, Ints]:
-    """Return the detections that count in COCO's order, and their rank in image and category."""
-    pair = _pair(truth, detections)
-    order = np.lexsort((-detections.score, pair))
-    ordered = pair[order]
-    rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
-    order, rank = order[rank < max_dets], rank[rank < max_dets]
-    # among equal scores: by image, then as they were given
-    again = np.lexsort(
-        (detections.image[order], -detections.score[order], detections.category[order])
-    )
-    return order[again], rank[again]
 
 
 def overlaps(
@@ -253,24 +246,17 @@ def precision_at_recalls(true: Ints, false: Ints, positives: int) -> Floats:
     return np.asarray(best[np.searchsorted(true / positives, RECALLS, side="left")])
 
 
-@dataclass(frozen=True)
-class PrecisionRecall:
-    """Precision [T,R,K,A] and recall [T,K,A,M] as COCOeval gives them; -1: nothing to find."""
-
-    precision: Floats
-    recall: Floats
-
-
 def accumulate(
     truth: Truth,
     detections: Detections,
     *,
     area_ranges: Floats = AREA_RANGES,
     max_dets: int = 100,
-) -> PrecisionRecall:
-    """Match; return precision with all detections that count, recall with the best 1, 10 and all.
+) -> tuple[Floats, Floats]:
+    """Match; return precision [T,R,K,A] and recall [T,K,A,M] as COCOeval does; -1: nothing to find.
 
-    Those that count are the best `max_dets` of each image and category.
+    Precision is that of all detections that count, the best `max_dets` of each image and category;
+    recall is that of the best 1, 10 and all.
     """
     matches = match(truth, detections, area_ranges=area_ranges, max_dets=max_dets)
     num_areas, num_thresholds = matches.gt.shape[1:]
@@ -301,4 +287,4 @@ def accumulate(
                 recall[t, k, a] = [
                     (rank[part][hit] < best).sum() / positives[k] for best in (1, 10, max_dets)
                 ]
-    return PrecisionRecall(precision, recall)
+    return precision, recall

@@ -2,30 +2,23 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.guards.flat_loss import FlatLoss
-from engine.guards.guard import Guard
-from engine.guards.memory import MemoryGuard
+from engine.guards.guard import MemoryGuard, UnreadableImages
 from engine.guards.nonfinite import NonFiniteSteps
-from engine.guards.unreadable import UnreadableImages
 from util.batch import Batch
 
-__all__ = ["FlatLoss", "Guard", "Guards", "MemoryGuard", "NonFiniteSteps", "UnreadableImages"]
+__all__ = ["FlatLoss", "Guards", "MemoryGuard", "NonFiniteSteps", "UnreadableImages"]
 
 
-@dataclass
-class Guards:
+class Guards(NamedTuple):
     """The guards of a run; see `Guard` for what each of them can do."""
 
     unreadable: UnreadableImages
     memory: MemoryGuard
     nonfinite: NonFiniteSteps
     flat_loss: FlatLoss
-
-    def __iter__(self) -> Iterator[Guard]:
-        return iter((self.unreadable, self.memory, self.nonfinite, self.flat_loss))
 
     @contextmanager
     def watch(self, step: int, micro_batches: Sequence[Batch]) -> Iterator[None]:
@@ -36,17 +29,15 @@ class Guards:
             yield
         except (RuntimeError, MemoryError) as error:
             for guard in self:
-                advice = guard.on_error(error, micro_batches)
-                if advice is not None:
+                if advice := guard.on_error(error, micro_batches):
                     raise advice from error
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the guards' states by name, for a checkpoint."""
-        return {guard.name: guard.state_dict() for guard in self if guard.name}
+        """Return the guards' states as plain values, for a checkpoint."""
+        return {"nonfinite": self.nonfinite.state_dict(), "watchdog": self.flat_loss.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        for guard in self:
-            if guard.name:
-                guard.load_state_dict(state[guard.name])
+        self.nonfinite.load_state_dict(state["nonfinite"])
+        self.flat_loss.load_state_dict(state["watchdog"])

@@ -19,8 +19,6 @@ class FlatLoss(Guard):
     of the first fifth of the first window: a run that has learnt and converged is flat, too.
     """
 
-    name = "watchdog"
-
     def __init__(
         self,
         *,
@@ -75,19 +73,14 @@ class FlatLoss(Guard):
             [first, mean, deviations / (count - 1) / count],
         ]
         self._start = mean if self._start is None else self._start
-        return self._judge(step)
-
-    def _judge(self, step: int) -> str | None:
-        """Compare the first and the last block of a whole window."""
-        assert self._start is not None
+        # the first and the last block of a whole window
         (first, before, error_before), (_, now, error_now) = self._blocks[0], self._blocks[-1]
         level = now / self._start if self._start else 0.0
         if level < 1 - 2 * _TOLERANCE:  # farther than noise leads
             self._warned = False
         needed = max(2 * math.sqrt(error_before + error_now), 0.01 * before)
         flat = len(self._blocks) == _BLOCKS and before - now <= needed
-        near_start = level >= 1 - _TOLERANCE
-        if self._warned or not (flat and near_start):
+        if self._warned or not flat or level < 1 - _TOLERANCE:
             return None
         self._warned = True
         return (
@@ -99,6 +92,7 @@ class FlatLoss(Guard):
         )
 
     def state_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
         return {
             "start": self._start,
             "warned": self._warned,
@@ -107,6 +101,7 @@ class FlatLoss(Guard):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self._start = state["start"]
         self._warned = state["warned"]
         self._blocks = [list(block) for block in state["blocks"]]

@@ -1,14 +1,25 @@
-"""What a guard is: something that watches the steps of a run from outside the step."""
+"""What a guard is, something that watches the steps of a run from outside; the two short ones."""
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from util.batch import Batch
+from util.batch import Batch, UnreadableImage
+from util.console import log
 from util.errors import UserError
+from util.files import write_atomic
+from util.world import World
+
+_GIB = 2**30
+_OUT_OF_MEMORY = ("defaultcpuallocator", "out of memory", "alloc_failed")
+_KEY = "unreadable_in_training"  # of the data report
 
 
 @dataclass(frozen=True)
@@ -32,12 +43,7 @@ class LoggedStep:
 
 
 class Guard:
-    """Does nothing; a guard overrides what it needs.
-
-    `name` is the key of its state in a checkpoint; a guard without one has no state.
-    """
-
-    name = ""
+    """Does nothing; a guard overrides what it needs."""
 
     def before_step(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """See the micro-batches of this process before the step."""
@@ -55,9 +61,92 @@ class Guard:
     def on_log(self, step: LoggedStep) -> None:
         """See a step when it is logged, some steps later."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint."""
-        return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+class MemoryGuard(Guard):
+    """Turns a step that does not fit into memory into advice."""
+
+    def __init__(self, accumulation: int) -> None:
+        """`accumulation`: micro-batches of a step in this process."""
+        self._accumulation = accumulation
+
+    def on_error(
+        self, error: RuntimeError | MemoryError, micro_batches: Sequence[Batch]
+    ) -> UserError | None:
+        if not out_of_memory(error):
+            return None
+        more = ""
+        if asked := re.search(r"tried to allocate ([\d.]+) ?(\w+)", str(error), re.IGNORECASE):
+            size, unit = asked.groups()
+            more = f" ({float(size) / _GIB:.1f} GiB" if unit == "bytes" else f" ({size} {unit}"
+            more += " more were needed)"
+        shapes = [tuple(b.images.images.shape) for b in micro_batches if b.images is not None]
+        micro_batch = max(shape[0] for shape in shapes)
+        smaller = "`activation_checkpointing`, `precision bf16`"
+        if micro_batch > 1:
+            smaller = (
+                f"`batch_size {micro_batch // 2}` with the same `effective_batch_size` (now "
+                f"{micro_batch} x {self._accumulation} in a process; the result is the same), "
+                f"{smaller}"
+            )
+        number, _, height, width = max(shapes, key=lambda s: s[2] * s[3])
+        boxes = max(len(t["labels"]) for batch in micro_batches for t in batch.targets)
+        return UserError(
+            f"training step: out of memory on {number} x {height} x {width} pixels with up to "
+            f"{boxes} boxes an image{more}. Try {smaller}, or smaller images (`train_scales`, "
+            "`max_size`)."
+        )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on the host or on a device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(message in text for message in _OUT_OF_MEMORY)
+
+
+class UnreadableImages(Guard):
+    """Names each image that cannot be read once, and keeps them by path."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, UnreadableImage] = {}
+
+    def before_step(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        for batch in micro_batches:
+            self.report(batch)
+
+    def report(self, batch: Batch) -> None:
+        """Print the batch's unreadable images that were not printed before."""
+        for image in batch.unreadable:
+            if image.path not in self.images:
+                self.images[image.path] = image
+                log.warning(
+                    f"image {image.image_id} '{image.path}' cannot be read ({image.reason}) and "
+                    "is skipped."
+                )
+
+
+def write_data_report(path: Path, report: Mapping[str, Any], *, continued: bool) -> None:
+    """Write what was found in the data of a run; a `continued` one keeps its unreadable images."""
+    if continued and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))["train"].get(_KEY)
+        if before:
+            report = {**report, "train": {**report["train"], _KEY: before}}
+    write_atomic(path, json.dumps(report, indent=1))
+
+
+def list_unreadable(path: Path, unreadable: UnreadableImages, world: World) -> int:
+    """Add the images that any process could not read to the data report; return their number."""
+    found = {
+        image.path: asdict(image)
+        for images in world.gather(unreadable.images)
+        for image in images.values()
+    }
+    if world.main and path.is_file():
+        report = json.loads(path.read_text(encoding="utf-8"))
+        before = report["train"].get(_KEY, [])  # from before a resume
+        found = {image["path"]: image for image in before} | found
+        if found:
+            report["train"][_KEY] = sorted(found.values(), key=lambda image: image["image_id"])
+            write_atomic(path, json.dumps(report, indent=1))
+    return len(found)

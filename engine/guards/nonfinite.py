@@ -4,12 +4,12 @@ import json
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from engine.guards.guard import Guard, LoggedStep
 from engine.optim import Precision
@@ -31,8 +31,6 @@ class NonFiniteSteps(Guard):
     are trained. The search runs the step's images again, right after the step; on a GPU, one step
     later, so that nothing waits for the device. After `limit` such steps in a row the run ends.
     """
-
-    name = "nonfinite"
 
     def __init__(
         self, model: nn.Module, precision: Precision, output_dir: Path, *, rank: int, limit: int
@@ -69,15 +67,15 @@ class NonFiniteSteps(Guard):
         """Look for the causes of all steps but the last `keep`, whose values are still to come."""
         while len(self._unchecked) > keep:
             step, micro_batches, finite = self._unchecked.popleft()
-            if not finite:
-                causes = map(self._find_cause, micro_batches)
-                self._causes[step] = next((c for c in causes if c != _ALL_FINITE), _ALL_FINITE)
-
-    def _find_cause(self, batch: Batch) -> str:
-        assert batch.images is not None
-        with self._precision.autocast():
-            images = batch.images.to(self._precision.device)
-            return first_nonfinite(self._model, images, batch.targets)
+            if finite:
+                continue
+            for batch in micro_batches:
+                assert batch.images is not None
+                images = batch.images.to(self._precision.device)
+                with self._precision.autocast():
+                    self._causes[step] = first_nonfinite(self._model, images, batch.targets)
+                if self._causes[step] != _ALL_FINITE:
+                    break
 
     def on_log(self, step: LoggedStep) -> None:
         """Write what is known of a step that was not finite.
@@ -118,15 +116,16 @@ class NonFiniteSteps(Guard):
                 "Free space, then continue with `resume auto`."
             ) from error
         if self.in_a_row >= self._limit:
-            images = ", ".join(str(i) for i in step.image_ids)
             raise UserError(
                 f"step {step.step}: the loss or gradient was not finite in {self.in_a_row} steps "
-                f"in a row ({cause}; report: {path}). Look at the images ({images}), or continue "
+                f"in a row ({cause}; report: {path}). Look at the images "
+                f"({', '.join(map(str, step.image_ids))}), or continue "
                 "from the last good state with `resume auto` and a lower `lr`, `precision bf16` "
                 "or `precision fp32`."
             )
 
     def state_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
         return {"total": self.total}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -156,32 +155,22 @@ def first_nonfinite(
         ]
         # after the pixels: running statistics take in what these were
         or [f"buffer {n} is not finite" for n, b in model.named_buffers() if not _is_finite(b)]
-        or _nonfinite_outputs(model, (images,) if targets is None else (images, targets))
     )
-    return found[0] if found else _ALL_FINITE
+    if found:
+        return found[0]
+    names = {module: name or "itself" for name, module in model.named_modules()}
 
-
-def _nonfinite_outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[str]:
-    """Run the model and name the first module whose output is not finite, if there is one."""
-    found: list[str] = []
-
-    def look(name: str, module: nn.Module, _: Any, output: Any) -> None:
-        if not found and not _is_finite(output):
+    def look(module: nn.Module, _: Any, output: Any) -> None:
+        if module in names and not found and not _is_finite(output):
             kind = type(module).__name__
-            found.append(f"module {name} ({kind}) has the first output that is not finite")
+            found.append(f"module {names[module]} ({kind}) has the first output that is not finite")
 
-    hooks = [
-        module.register_forward_hook(partial(look, name or "itself"))
-        for name, module in model.named_modules()
-    ]
     own = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        with random_state_kept(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            torch.func.functional_call(model, own, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    eagerly = torch.compiler.set_stance("force_eager")
+    with register_module_forward_hook(look), random_state_kept(), torch.no_grad(), eagerly:
+        inputs = (images,) if targets is None else (images, targets)
+        torch.func.functional_call(model, own, inputs)
+    return found[0] if found else _ALL_FINITE
 
 
 def _is_finite(value: Any) -> bool:

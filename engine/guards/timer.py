@@ -40,11 +40,12 @@ class StepTimer:
 
         Empty as long as the device has not finished the step.
         """
-        marks = self._finished[step]
         seconds: dict[str, float] = {}
-        if _is_past(marks[-1][1]):
+        on_host = self._device.type != "cuda"
+        if on_host or self._finished[step][-1][1].query():
             for (_, before), (part, after) in pairwise(self._finished.pop(step)):
-                seconds[part] = seconds.get(part, 0.0) + _seconds(before, after)
+                passed = after - before if on_host else before.elapsed_time(after) / 1000  # ms
+                seconds[part] = seconds.get(part, 0.0) + passed
         return seconds
 
     def _now(self) -> Any:
@@ -55,26 +56,13 @@ class StepTimer:
         return event
 
 
-def _is_past(moment: Any) -> bool:
-    return isinstance(moment, float) or bool(moment.query())
-
-
-def _seconds(before: Any, after: Any) -> float:
-    if isinstance(before, float):
-        return float(after - before)
-    return float(before.elapsed_time(after)) / 1000  # milliseconds
-
-
 def shares(steps: Sequence[dict[str, float]]) -> str:
     """Return "data 2 %, forward 31 %, ...": each part's share of the time of all steps.
 
     Parts come in the order of their first mark; the text is empty without steps.
     """
-    totals: dict[str, float] = {}
-    for step in steps:
-        for part, seconds in step.items():
-            totals[part] = totals.get(part, 0.0) + seconds
+    parts = dict.fromkeys(part for step in steps for part in step)
+    totals = {part: sum(step.get(part, 0.0) for step in steps) for part in parts}
     whole = sum(totals.values())
-    if not whole:
-        return ""
-    return ", ".join(f"{part} {100 * seconds / whole:.0f} %" for part, seconds in totals.items())
+    shown = (f"{part} {100 * seconds / whole:.0f} %" for part, seconds in totals.items())
+    return ", ".join(shown) if whole else ""

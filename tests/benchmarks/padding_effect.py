@@ -32,7 +32,7 @@ def measure(
 ) -> tuple[EvalResult, dict[int, float]]:
     """Return COCO's numbers and each image's best score for these batches."""
     index = dataset.index
-    truth = Truth.of(index.classes, index.images, index.annotations)
+    truth = Truth.of(index)
     evaluator = Evaluator(truth, dataset.label_to_category)
     postprocess = PostProcess()
     for batch in batches:

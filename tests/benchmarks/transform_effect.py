@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         scale_jitter=(1.0, 1.0), zoom_out=0.0, color_jitter=0.0, mosaic=0.0, mixup=0.0,
     )  # fmt: skip
     index = load_index(data, "val")
-    truth = Truth.of(index.classes, index.images, index.annotations)
+    truth = Truth.of(index)
     ways = {
         name: build_dataset(
             options,

@@ -156,8 +156,8 @@ class Steps:
         self.optimizer.zero_grad(set_to_none=True)
         with self.precision.autocast():
             loss = self.loss(self.batch, self.targets)
-        torch.autograd.backward(self.precision.scale(loss))
-        self.precision.unscale_(self.optimizer)
+        torch.autograd.backward(self.precision.scaler.scale(loss))
+        self.precision.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 0.1)
         self.precision.step(self.optimizer, norm)
         float(loss.detach())  # waits

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.run_lock import run_lock
+from engine.plan import run_lock
 from tests.integration.runs import Command, alive, errors, metrics
 from util.world import World
 

@@ -29,7 +29,7 @@ Write = Callable[[Content], tuple[Path, Path]]
 
 def average_precision(index: CocoIndex) -> float:
     """Score the ground truth itself as detections."""
-    truth = Truth.of(index.classes, index.images, index.annotations)
+    truth = Truth.of(index)
     evaluator = Evaluator(truth, backend="pycocotools")
     seen = truth.select(~truth.crowd)
     score = np.full(len(seen.image), 0.9)

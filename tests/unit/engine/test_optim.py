@@ -37,8 +37,8 @@ def train_step(
         output = model(numbers)
     loss = output.float().square().mean() * factor
     optimizer.zero_grad(set_to_none=True)
-    precision.scale(loss).backward()  # type: ignore[no-untyped-call]
-    precision.unscale_(optimizer)
+    precision.scaler.scale(loss).backward()
+    precision.scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     precision.step(optimizer, norm)
     return norm
@@ -138,7 +138,7 @@ def test_scaled_gradients_are_those_of_the_loss() -> None:
 def test_no_scale_without_fp16() -> None:
     precision = Precision("bf16", CPU)
     loss = torch.ones((), requires_grad=True)
-    assert precision.scale(loss) is loss
+    assert precision.scaler.scale(loss) is loss
     assert precision.scaler.get_scale() == 1.0
     assert precision.scaler.state_dict() == {}
     precision.scaler.load_state_dict({"scale": 4.0})
@@ -147,12 +147,16 @@ def test_no_scale_without_fp16() -> None:
 
 @pytest.mark.parametrize(("name", "instead"), [("fp16", "bf16"), ("tf32", "fp32")])
 def test_what_a_cpu_cannot_do_is_refused(name: str, instead: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^precision {name}: .*`precision {instead}`"):
+    with pytest.raises(
+        ConfigError, match=rf"^precision {name}: needs a CUDA device.*`precision {instead}`"
+    ):
         Precision(name, CPU)
 
 
 def test_a_device_without_bfloat16_is_refused() -> None:
-    with pytest.raises(ConfigError, match="^precision bf16: .*meta.*Use `precision fp32`"):
+    with pytest.raises(
+        ConfigError, match="^precision bf16: needs .* bfloat16.*meta.*Use `precision fp32`"
+    ):
         Precision("bf16", torch.device("meta"))
 
 

@@ -20,7 +20,7 @@ from datasets.dataset import CocoDetection
 from datasets.index import CocoIndex
 from datasets.transforms import EvalTransform
 from engine import probe as module
-from engine.guards.memory import MemoryGuard, out_of_memory
+from engine.guards.guard import MemoryGuard, out_of_memory
 from engine.probe import peak_memory, random_batch, total_memory, try_largest_step
 from engine.trainer import Trainer
 from util.batch import Batch

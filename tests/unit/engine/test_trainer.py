@@ -245,10 +245,10 @@ def test_a_step_that_does_not_fit_into_memory_says_what_it_was(
         def fail(error: Exception) -> None:
             raise error
 
-        monkeypatch.setattr(trainer, "update", lambda: fail(MemoryError()))
+        monkeypatch.setattr(trainer.precision, "step", lambda *_: fail(MemoryError()))
         with pytest.raises(UserError, match="out of memory on 12 x 32 x 32 pixels with up to 9"):
             train_epoch(trainer)
-        monkeypatch.setattr(trainer, "update", lambda: fail(RuntimeError("another")))
+        monkeypatch.setattr(trainer.precision, "step", lambda *_: fail(RuntimeError("another")))
         with pytest.raises(RuntimeError, match="another"):
             train_epoch(trainer)
 

@@ -44,7 +44,7 @@ def use(index: CocoIndex) -> tuple[Targets, int]:
     assert all("\n" not in line for line in index.notices)
     json.loads(json.dumps(index.data_report()))
     index.report(num_queries=1)
-    truth = Truth.of(index.classes, index.images, index.annotations)
+    truth = Truth.of(index)
     assert (truth.image_ids[truth.image] == index.images.ids[index.annotations.image]).all()
     dataset = CocoDetection(index, PLAIN)
     found: Targets = {}

@@ -94,7 +94,7 @@ def checked(content: dict[str, Any]) -> Truth:
     place = Path("instances.json")
     entries = check_content(Source(content, Path(), place), need_boxes=False)
     whole = CocoIndex.from_content(entries, place, None, need_boxes=False)
-    return Truth.of(whole.classes, whole.images, whole.annotations)
+    return Truth.of(whole)
 
 
 def truth_in(file: Path) -> Truth:

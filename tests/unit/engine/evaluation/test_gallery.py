@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image, ImageChops
 
-from engine.evaluation.gallery import draw_gallery, evenly_spaced
+from engine.evaluation.analysis import draw_gallery, evenly_spaced
 from tests.unit.engine.evaluation.shared import detections_of, make_coco, truth_of
 
 SCORES = [0.25, 0.75]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.guards.memory import MemoryGuard, out_of_memory
+from engine.guards.guard import MemoryGuard, out_of_memory
 from engine.probe import random_batch
 from util.batch import Batch
 from util.errors import UserError
