@@ -105,7 +105,8 @@ class OptionParser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].partition("=")[0]
-            hint = nearest_hint(name, self.flags, "--help_all lists the options.")
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            hint = nearest_hint(name, flags, "--help_all lists the options.")
             for recipe, section in (recipes or {}).items():
                 if name in [f"--{f.name}" for f in dataclasses.fields(section)]:
                     hint = f"It is an option of a recipe: add --recipes {recipe}."
@@ -115,9 +116,9 @@ class OptionParser(argparse.ArgumentParser):
         return args, by_section(given, self.sections, "--")
 
     @property
-    def flags(self) -> list[str]:
-        """Return every flag, hidden ones too."""
-        return [flag for action in self._actions for flag in action.option_strings]
+    def names(self) -> set[str]:
+        """Return every flag without its dashes, hidden ones too."""
+        return {f.lstrip("-") for action in self._actions for f in action.option_strings}
 
     def format_help(self) -> str:
         """Return the help, which names the way to the options that it leaves out."""

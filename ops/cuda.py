@@ -75,8 +75,7 @@ class Kind:
             )
         name = str(self.dtype).removeprefix("torch.")
         what = f"the CUDA kernel ({name}, {self.channels} channels, {samples} samples)"
-        source = cache.SOURCES / "cuda.cu"
-        return nvrtc.cached_program(source, self.options, target, what)
+        return nvrtc.cached_program(cache.SOURCES / "cuda.cu", self.options, target, what)
 
 
 @functools.cache

@@ -75,7 +75,7 @@ def compile_program(source: str, options: Sequence[str], arch: str) -> bytes:
     """Return machine code (`sm_NN`) or PTX (`compute_NN`) of a CUDA source.
 
     Raises:
-        BackendError: the compiler rejected it; with its full output.
+        BackendError: the compiler rejected it; with its options and full output.
     """
     lib, program = _nvrtc(), ctypes.c_void_p()
     _check(
@@ -88,7 +88,8 @@ def compile_program(source: str, options: Sequence[str], arch: str) -> bytes:
         array = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
         if lib.nvrtcCompileProgram(program, len(flags), array):
             log = _text(program, lib.nvrtcGetProgramLogSize, lib.nvrtcGetProgramLog)
-            raise BackendError(log.rstrip(b"\0").decode(errors="replace"))
+            said = log.rstrip(b"\0").decode(errors="replace")
+            raise BackendError(f"nvrtc {' '.join(flags)}\n\n{said}")
         if arch.startswith("sm_"):
             return _text(program, lib.nvrtcGetCUBINSize, lib.nvrtcGetCUBIN)
         return _text(program, lib.nvrtcGetPTXSize, lib.nvrtcGetPTX)
@@ -195,11 +196,7 @@ def cached_program(source: Path, options: Sequence[str], arch: str, what: str) -
     key = cache.key_of(version(), arch, *options)
 
     def make(path: Path) -> None:
-        try:
-            path.write_bytes(compile_program(text, options, arch))
-        except BackendError as error:
-            command = ["nvrtc", f"--gpu-architecture={arch}", *options, str(source)]
-            raise cache.build_failure(what, key, command, str(error)) from None
+        path.write_bytes(compile_program(text, options, arch))
 
     suffix = "cubin" if arch.startswith("sm_") else "ptx"
     return cache.built(f"cuda-{arch}-{key}.{suffix}", f"{what} for {arch}", make).read_bytes()

@@ -52,11 +52,10 @@ def self_test(backend: str, device: torch.device) -> float:
     with use_backend(backend):
         actual = ms_deform_attn(tested[0], _SHAPES, tested[1], tested[2])
         actual_grads = torch.autograd.grad(actual.square().sum(), tested)
-    exact_results = [t.detach() for t in (expected, *expected_grads)]
-    results = [t.detach().cpu().double() for t in (actual, *actual_grads)]
+    expected, actual = expected.detach(), actual.detach()
+    pairs = zip((expected, *expected_grads), (actual, *actual_grads), strict=True)
     return max(
-        float((a - e).abs().max() / e.abs().max().clamp(min=1))
-        for e, a in zip(exact_results, results, strict=True)
+        float((a.cpu().double() - e).abs().max() / e.abs().max().clamp(min=1)) for e, a in pairs
     )
 
 

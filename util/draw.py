@@ -81,8 +81,7 @@ def draw_boxes(
     for i in reversed(order):
         draw.rectangle(boxes[i], outline=colours[i], width=max(1, round(size / 6)))
     for i, (place, text, font) in reversed(tags.items()):
-        red, green, blue = colours[i]
-        edge = (red // 2, green // 2, blue // 2)  # separates tags of one colour
+        edge = tuple(part // 2 for part in colours[i])  # separates tags of one colour
         draw.rectangle(place, fill=colours[i], outline=edge)
         start = (place[0] + _pad(font), place[1])
         draw.text(start, text, fill=text_colour(colours[i]), font=font)
@@ -95,11 +94,8 @@ def _pad(font: ImageFont.FreeTypeFont) -> int:
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
     text = " ".join(text.split())  # the layout of a line cannot do line breaks
-    if font.getlength(text) <= room:
-        return text
-    while text and font.getlength(text + "…") > room:
-        text = text[:-1]
-    return text + "…"
+    shorter = (f"{text[:end]}…" for end in range(len(text), 0, -1))
+    return next((t for t in (text, *shorter) if font.getlength(t) <= room), "…")
 
 
 def _place_tag(
