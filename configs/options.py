@@ -42,11 +42,10 @@ def option(
     "without ...". `unset` is a value that files of earlier versions have where None is meant now. A
     `rare` option is only listed by --help_all.
     """
-    metadata = {
+    return field(default=default, metadata={
         "help": help, "low": low, "high": high, "above": above, "alias": alias, "off": off,
         "unset": unset, "rare": rare,
-    }  # fmt: skip
-    return field(default=default, metadata=metadata)
+    })  # fmt: skip
 
 
 def _by_name(section: Section) -> dict[str, "dataclasses.Field[Any]"]:

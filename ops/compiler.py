@@ -59,8 +59,7 @@ def cpu_library(instructions: str, *, extra_flags: tuple[str, ...] = ()) -> Path
     """
     cxx = compiler()
     flags = (*_FLAGS, *INSTRUCTIONS[instructions], *extra_flags)
-    version = _run([*cxx, "--version"])
-    key = cache.key_of(version.stdout, platform.machine(), *flags)
+    key = cache.key_of(_run([*cxx, "--version"]).stdout, platform.machine(), *flags)
 
     def make(path: Path) -> None:
         command = [*cxx, *flags, str(cache.SOURCES / "cpu.cpp"), "-o", str(path)]

@@ -100,7 +100,15 @@ class TritonBackend(GpuBackend):
             if capability < _MIN_CAPABILITY:
                 got = (*_MIN_CAPABILITY, *capability)
                 return "Triton needs compute capability {}.{}, got {}.{}".format(*got)
-        return _does_not_compile(device)
+        # the most common kernel, run once: Triton also needs a C compiler and CUDA headers
+        value = torch.zeros(1, 64, 8, 32, device=device)
+        points, weights = value.new_zeros(1, 1, 8, 4, 4, 2), value.new_zeros(1, 1, 8, 4, 4)
+        call = Call.of(value, [4, 4] * 4, points, weights, value.new_zeros(1, 1, 4, 2))
+        try:
+            self.forward(call)
+        except (RuntimeError, OSError, subprocess.SubprocessError, kernels.TritonError) as error:
+            return f"a kernel does not compile: {str(error).strip().splitlines()[0]}"
+        return None
 
     def forward(self, call: Call) -> Tensor:
         """See `Backend`."""
@@ -163,16 +171,3 @@ def _filled(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor
 def _kept(shapes: tuple[tuple[int, int], ...], device: torch.device, stream: int) -> Tensor:
     # one per stream: another stream would have to wait for the fill
     return _filled(shapes, device)
-
-
-def _does_not_compile(device: torch.device) -> str | None:
-    """Run the most common kernel once: Triton also needs a C compiler and CUDA headers."""
-    shapes = [4, 4] * 4
-    value = torch.zeros(1, 64, 8, 32, device=device)
-    points, weights = value.new_zeros(1, 1, 8, 4, 4, 2), value.new_zeros(1, 1, 8, 4, 4)
-    call = Call.of(value, shapes, points, weights, value.new_zeros(1, 1, 4, 2))
-    try:
-        TritonBackend().forward(call)
-    except (RuntimeError, OSError, subprocess.SubprocessError, _kernels().TritonError) as error:
-        return f"a kernel does not compile: {str(error).strip().splitlines()[0]}"
-    return None
