@@ -76,8 +76,7 @@ def run(argv: Sequence[str]) -> int:
     except Exception as error:
         line = str(error) if isinstance(error, BackendError) else in_one_line(error)
         if line is not None:
-            names = {flag.lstrip("-") for flag in parser.flags}
-            line = with_dashes(line, names, about_option=isinstance(error, ConfigError))
+            line = with_dashes(line, parser.flags, about_option=isinstance(error, ConfigError))
         code = report_failure(error, line)
         if code is None or "--debug" in argv:
             raise

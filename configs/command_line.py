@@ -143,8 +143,10 @@ def read_command_line(parser: OptionParser, command: Any, argv: Sequence[str]) -
     if recipes is None:
         return Given(parser.parse_options(argv)[1])
     parser.add_argument("--config", metavar="FILE", help="preset or YAML file of options")
-    what = f"training recipes to use: {', '.join(recipes)}"
-    parser.add_argument("--recipes", metavar="NAME", nargs="*", help=what)
+    parser.add_argument(
+        "--recipes", metavar="NAME", nargs="*",
+        help=f"training recipes to use: {', '.join(recipes)}",
+    )  # fmt: skip
     if {"-h", "--help", "--help_all"}.isdisjoint(argv):
         args, _ = parser.parse_known_args(argv)
         file = read_options(args.config, {}, recipes)
@@ -173,14 +175,14 @@ def arguments(command: Any, given: Given) -> dict[str, Any]:
     return built | {name: given for name, t in hints.items() if t is Given}
 
 
-def with_dashes(message: str, names: Collection[str], *, about_option: bool) -> str:
-    """Write the options that an error names as flags: `name` and `name value` in backticks.
+def with_dashes(message: str, flags: Collection[str], *, about_option: bool) -> str:
+    """Write the options that an error names as `flags`: `name` and `name value` in backticks.
 
     `about_option`: one may be at the beginning, too, as in `name:` and `name value:`.
     """
 
     def flag(match: "re.Match[str]") -> str:
-        return f"--{match[1]}{match[2]}" if match[1] in names else match[0]
+        return f"--{match[1]}{match[2]}" if f"--{match[1]}" in flags else match[0]
 
     message = re.sub(r"`(\w+)((?: [^`]*)?)`", flag, message)
     return re.sub(r"^(\w+)((?: \S+)?)(?=: )", flag, message) if about_option else message

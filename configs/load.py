@@ -130,11 +130,11 @@ def load_file(
 def file_or_preset(folder: Path, name: str, presets: Path | None) -> Path:
     """Return the file that a name means, seen from a folder; see `load_file`."""
     file = folder / name
-    if presets is None or file.is_file() or Path(name).parent.as_posix() not in (".", "configs"):
+    if presets is None or Path(name).parent.as_posix() not in (".", "configs"):
         return file
-    own = folder / f"{name}.yaml"
     preset = presets / f"{Path(name).name.removesuffix('.yaml')}.yaml"
-    return next((path for path in (own, preset) if path.is_file()), file)
+    candidates = (file, folder / f"{name}.yaml", preset)
+    return next((path for path in candidates if path.is_file()), file)
 
 
 def check_sections(

@@ -42,11 +42,10 @@ def option(
     "without ...". `unset` is a value that files of earlier versions have where None is meant now. A
     `rare` option is only listed by --help_all.
     """
-    metadata = {
+    return field(default=default, metadata={
         "help": help, "low": low, "high": high, "above": above, "alias": alias, "off": off,
         "unset": unset, "rare": rare,
-    }  # fmt: skip
-    return field(default=default, metadata=metadata)
+    })  # fmt: skip
 
 
 def _by_name(section: Section) -> dict[str, "dataclasses.Field[Any]"]:
@@ -71,17 +70,13 @@ class Checked:
                         f"{f.name}: must be one of {', '.join(words)}, not '{item}'. "
                         f"{nearest_hint(str(item), words)}"
                     )
-                _check_bounds(f.name, item, f.metadata)
-
-
-def _check_bounds(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
-    bounds = {
-        f"{words} {metadata[key]}": holds(value, metadata[key])
-        for key, (words, holds) in _BOUNDS.items()
-        if metadata[key] is not None
-    }
-    if not all(bounds.values()):
-        raise ConfigError(f"{name}: must be {' and '.join(bounds)}, not {value}.")
+                bounds = {
+                    f"{words} {f.metadata[key]}": holds(item, f.metadata[key])
+                    for key, (words, holds) in _BOUNDS.items()
+                    if f.metadata[key] is not None
+                }
+                if not all(bounds.values()):
+                    raise ConfigError(f"{f.name}: must be {' and '.join(bounds)}, not {item}.")
 
 
 def parts_of(annotation: Any) -> tuple[Any, tuple[Any, ...], bool, bool]:

@@ -24,15 +24,12 @@ class Backend(Protocol):
 
     def unavailable(self, device: torch.device) -> str | None:
         """Return in one line why it cannot run on `device`, or None if it can."""
-        ...
 
     def forward(self, call: Call) -> Tensor:
         """Return the output [N,Q,M*D] in the dtype of the value."""
-        ...
 
     def backward(self, call: Call, grad: Tensor, *, need_reference: bool) -> Gradients:
         """Return the gradients from `grad`, that of the output, [N,Q,M*D] and contiguous."""
-        ...
 
 
 REFERENCE = ReferenceBackend()

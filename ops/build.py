@@ -40,9 +40,8 @@ def requested_targets() -> list[str]:
     Raises:
         BackendError: an entry is not a compute capability.
     """
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     targets = []
-    for entry in re.split(r"[;,\s]+", listed.strip()) if listed.strip() else []:
+    for entry in re.findall(r"[^;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
         match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
         if not match:
             raise BackendError(
@@ -52,10 +51,9 @@ def requested_targets() -> list[str]:
         targets.append(nvrtc.target(capability))
         if match[3]:
             targets.append(f"compute_{capability}")
-    if not listed.strip():
-        for index in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(index)
-            targets.append(nvrtc.target(10 * major + minor))
+    if not targets:
+        here = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        targets = [nvrtc.target(10 * major + minor) for major, minor in here]
     return sorted(set(targets))
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -56,45 +56,34 @@ def built(name: str, what: str, make: Callable[[Path], None]) -> Path:
     Several processes may call this at once: one makes the file, the others wait for it.
 
     Raises:
-        BackendError: raised by `make`.
+        BackendError: raised by `make`, with the compiler's full output. It is saved to a file; the
+            error names the file and has one line of it.
     """
     target = cache_dir() / name
     if target.exists():
         return target
-    with _lock(target.with_suffix(".lock")):
+    with contextlib.ExitStack() as stack:
+        # where a file system has no locks, two processes may both build; the replacement is atomic
+        with contextlib.suppress(OSError, NotImplementedError):
+            stack.enter_context(FileLock(target.with_suffix(".lock")))
         if target.exists():
             return target
         print(f"ms_deform_attn: building {what}, once", end=" ", file=sys.stderr, flush=True)
         start = time.monotonic()
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        part = target.with_name(f"{name}.{os.getpid()}.part")
         try:
             make(part)
             os.replace(part, target)
-        except BackendError:
+        except BackendError as error:
             print("failed", file=sys.stderr, flush=True)
-            raise
+            log = target.with_name(f"failed-{target.stem}.log")
+            log.write_text(str(error))
+            command, *lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            said = [line for line in lines if "error" in line.lower()] or lines[-1:] or [command]
+            raise BackendError(
+                f"building {what} failed: {said[0][:200]} (full output: {log})"
+            ) from None
         finally:
             part.unlink(missing_ok=True)
         print(f"({time.monotonic() - start:.1f} s): {target}", file=sys.stderr, flush=True)
     return target
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    lock = FileLock(path)
-    # where a file system has no locks, two processes may both build; the replacement is atomic
-    with contextlib.suppress(OSError, NotImplementedError):
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def build_failure(what: str, key: str, command: list[str], output: str) -> BackendError:
-    """Save the full output of a failed build to a file; return an error that names the file."""
-    log = cache_dir() / f"failed-{key}.log"
-    log.write_text(" ".join(command) + "\n\n" + output)
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
-    return BackendError(f"building {what} failed: {first[:200]} (full output: {log})")

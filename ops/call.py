@@ -45,8 +45,7 @@ class Call:
         shapes = tuple(zip(flat_shapes[::2], flat_shapes[1::2], strict=True))
         exact = arithmetic_dtype(value.dtype)
         points, weights = points.to(exact).contiguous(), weights.to(exact).contiguous()
-        if reference is not None:
-            reference = reference.to(exact).contiguous()
+        reference = None if reference is None else reference.to(exact).contiguous()
         return cls(value.contiguous(), shapes, points, weights, reference)
 
     @property

@@ -59,18 +59,16 @@ def cpu_library(instructions: str, *, extra_flags: tuple[str, ...] = ()) -> Path
     """
     cxx = compiler()
     flags = (*_FLAGS, *INSTRUCTIONS[instructions], *extra_flags)
-    version = _run([*cxx, "--version"])
-    key = cache.key_of(version.stdout, platform.machine(), *flags)
+    key = cache.key_of(_run([*cxx, "--version"]).stdout, platform.machine(), *flags)
 
     def make(path: Path) -> None:
         command = [*cxx, *flags, str(cache.SOURCES / "cpu.cpp"), "-o", str(path)]
         result = _run(command)
         if result.returncode:
-            raise cache.build_failure("the CPU kernel", key, command, result.stdout)
+            raise BackendError(f"{' '.join(command)}\n\n{result.stdout}")
 
-    return cache.built(
-        f"cpu-{instructions.lower()}-{key}.so", f"the CPU kernel ({instructions})", make
-    )
+    name = f"cpu-{instructions.lower()}-{key}.so"
+    return cache.built(name, f"the CPU kernel ({instructions})", make)
 
 
 @functools.cache

@@ -75,8 +75,7 @@ class Kind:
             )
         name = str(self.dtype).removeprefix("torch.")
         what = f"the CUDA kernel ({name}, {self.channels} channels, {samples} samples)"
-        source = cache.SOURCES / "cuda.cu"
-        return nvrtc.cached_program(source, self.options, target, what)
+        return nvrtc.cached_program(cache.SOURCES / "cuda.cu", self.options, target, what)
 
 
 @functools.cache
@@ -116,19 +115,22 @@ def prepare(
     n, s, m, d = call.value.shape
     queries, levels, per_level = call.points.shape[1], len(call.shapes), call.points.shape[4]
     kind = Kind(call.value.dtype, d, levels, per_level, call.form, to_locations, deterministic)
-    inputs = {"value": call.value, "points": call.points, "weights": call.weights}
-    if call.reference is not None:
-        inputs["reference"] = call.reference
-    arrays = {**inputs, **results}
+    given = {
+        "value": call.value, "reference": call.reference, "points": call.points,
+        "weights": call.weights, **results,
+    }  # fmt: skip
     # rows are read 16 bytes at a time; a view of a tensor may start anywhere
-    arrays = {k: t if t.data_ptr() % 16 == 0 else t.clone() for k, t in arrays.items()}
+    arrays = {
+        name: tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+        for name, tensor in given.items()
+        if tensor is not None
+    }
     heights, widths = zip(*call.shapes, strict=True)
-    starts = [sum(h * w for h, w in call.shapes[:level]) for level in range(levels)]
-    sides = ctypes.c_int * levels
+    starts = tuple(sum(h * w for h, w in call.shapes[:level]) for level in range(levels))
     arguments = arguments_type(levels)(
         **{name: tensor.data_ptr() for name, tensor in arrays.items()},
         scale=scale, batch=n, tokens=s, heads=m, queries=queries,
-        height=sides(*heights), width=sides(*widths), start=sides(*starts),
+        height=heights, width=widths, start=starts,
     )  # fmt: skip
     tiles = -(-queries // (kind.threads // kind.lanes))
     return Launch(kind, arguments, tiles * m * n, arrays)

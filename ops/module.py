@@ -41,9 +41,8 @@ class MSDeformAttn(nn.Module):
         angles = torch.arange(self.n_heads) * (2 * math.pi / self.n_heads)
         direction = torch.stack([angles.cos(), angles.sin()], dim=-1)  # [M,2]
         direction /= direction.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, self.n_points + 1)
-        offsets = direction[:, None, None] * steps[:, None]  # [M,1,K,2], in cells
-        offsets = offsets.expand(-1, self.n_levels, -1, -1)
+        steps = torch.arange(1, self.n_points + 1)[:, None]
+        offsets = (direction[:, None, None] * steps).expand(-1, self.n_levels, -1, -1)  # in cells
         nn.init.zeros_(self.sampling_offsets.weight)
         self.sampling_offsets.bias.copy_(offsets.reshape(-1))
         nn.init.zeros_(self.attention_weights.weight)

@@ -6,6 +6,7 @@ using it would add a second path for the same dozen calls.
 
 import ctypes
 import functools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def compile_program(source: str, options: Sequence[str], arch: str) -> bytes:
     """Return machine code (`sm_NN`) or PTX (`compute_NN`) of a CUDA source.
 
     Raises:
-        BackendError: the compiler rejected it; with its full output.
+        BackendError: the compiler rejected it; with its options and full output.
     """
     lib, program = _nvrtc(), ctypes.c_void_p()
     _check(
@@ -87,8 +88,8 @@ def compile_program(source: str, options: Sequence[str], arch: str) -> bytes:
         flags = [f"--gpu-architecture={arch}", "-std=c++17", *options]
         array = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
         if lib.nvrtcCompileProgram(program, len(flags), array):
-            log = _text(program, lib.nvrtcGetProgramLogSize, lib.nvrtcGetProgramLog)
-            raise BackendError(log.rstrip(b"\0").decode(errors="replace"))
+            log = _text(program, lib.nvrtcGetProgramLogSize, lib.nvrtcGetProgramLog).rstrip(b"\0")
+            raise BackendError(f"nvrtc {' '.join(flags)}\n\n{log.decode(errors='replace')}")
         if arch.startswith("sm_"):
             return _text(program, lib.nvrtcGetCUBINSize, lib.nvrtcGetCUBIN)
         return _text(program, lib.nvrtcGetPTXSize, lib.nvrtcGetPTX)
@@ -176,13 +177,12 @@ def _launch(
 
 def inlined_source(path: Path) -> str:
     """Return a source with the headers beside it inlined, so that no search path is needed."""
-    lines = []
-    for line in path.read_text().splitlines():
-        if line.startswith('#include "'):
-            lines.append(inlined_source(path.parent / line.split('"')[1]))
-        elif line.strip() != "#pragma once":
-            lines.append(line)
-    return "\n".join(lines)
+
+    def header(line: "re.Match[str]") -> str:
+        return inlined_source(path.parent / line[1])
+
+    source = path.read_text().replace("#pragma once\n", "")
+    return re.sub(r'^#include "(.*)"$', header, source, flags=re.M)
 
 
 def cached_program(source: Path, options: Sequence[str], arch: str, what: str) -> bytes:
@@ -191,15 +191,10 @@ def cached_program(source: Path, options: Sequence[str], arch: str, what: str) -
     Raises:
         BackendError: the compiler rejected it; the error names the file with the full output.
     """
-    text = inlined_source(source)
     key = cache.key_of(version(), arch, *options)
 
     def make(path: Path) -> None:
-        try:
-            path.write_bytes(compile_program(text, options, arch))
-        except BackendError as error:
-            command = ["nvrtc", f"--gpu-architecture={arch}", *options, str(source)]
-            raise cache.build_failure(what, key, command, str(error)) from None
+        path.write_bytes(compile_program(inlined_source(source), options, arch))
 
     suffix = "cubin" if arch.startswith("sm_") else "ptx"
     return cache.built(f"cuda-{arch}-{key}.{suffix}", f"{what} for {arch}", make).read_bytes()

@@ -25,7 +25,12 @@ def ms_deform_attn(
 
     See `ops.ms_deform_attn` for shapes and units. Half precision is summed in float32.
     """
-    sampled = _sample(value, spatial_shapes, sampling_locations)  # [N*M, D, Q, L*K]
+    grids = _grids(sampling_locations)
+    levels = [
+        F.grid_sample(maps, grids[:, :, level], padding_mode="zeros", align_corners=False)
+        for level, maps in enumerate(_maps(value, spatial_shapes))
+    ]
+    sampled = torch.cat(levels, dim=-1)  # [N*M, D, Q, L*K]
     output = (sampled * _per_head(attention_weights, sampled.dtype)).sum(-1)  # [N*M, D, Q]
     n, _, m, d = value.shape
     output = output.view(n, m * d, -1).transpose(1, 2).contiguous()
@@ -53,15 +58,6 @@ def level_sizes(spatial_shapes: Shapes, like: Tensor) -> Tensor:
         like.new_full((), side) for height, width in spatial_shapes for side in (width, height)
     ]
     return torch.stack(sides).view(-1, 2)
-
-
-def _sample(value: Tensor, spatial_shapes: Shapes, locations: Tensor) -> Tensor:
-    grids = _grids(locations)
-    sampled = [
-        F.grid_sample(maps, grids[:, :, level], padding_mode="zeros", align_corners=False)
-        for level, maps in enumerate(_maps(value, spatial_shapes))
-    ]
-    return torch.cat(sampled, dim=-1)
 
 
 def _maps(value: Tensor, spatial_shapes: Shapes) -> list[Tensor]:

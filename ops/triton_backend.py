@@ -2,10 +2,10 @@
 
 import contextlib
 import functools
+import itertools
 import subprocess
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,10 +91,24 @@ class TritonBackend(GpuBackend):
         except ImportError as error:
             return f"Triton cannot be imported: {error}"
         if device.type == "cpu":
-            if kernels.INTERPRETED:
-                return None
-            return "computes on the CPU only if TRITON_INTERPRET=1 is set before the import"
-        return _no_gpu_for(device) or _does_not_compile(device)
+            needed = "computes on the CPU only if TRITON_INTERPRET=1 is set before the import"
+            return None if kernels.INTERPRETED else needed
+        if not getattr(torch, device.type).is_available():
+            return "no GPU is visible"
+        if device.type == "cuda" and not torch.version.hip:
+            capability = torch.cuda.get_device_capability(device)
+            if capability < _MIN_CAPABILITY:
+                got = (*_MIN_CAPABILITY, *capability)
+                return "Triton needs compute capability {}.{}, got {}.{}".format(*got)
+        # the most common kernel, run once: Triton also needs a C compiler and CUDA headers
+        value = torch.zeros(1, 64, 8, 32, device=device)
+        points, weights = value.new_zeros(1, 1, 8, 4, 4, 2), value.new_zeros(1, 1, 8, 4, 4)
+        call = Call.of(value, [4, 4] * 4, points, weights, value.new_zeros(1, 1, 4, 2))
+        try:
+            self.forward(call)
+        except (RuntimeError, OSError, subprocess.SubprocessError, kernels.TritonError) as error:
+            return f"a kernel does not compile: {str(error).strip().splitlines()[0]}"
+        return None
 
     def forward(self, call: Call) -> Tensor:
         """See `Backend`."""
@@ -114,7 +128,8 @@ class TritonBackend(GpuBackend):
 
 def _run(name: str, call: Call, launch: Launch, *arrays: Tensor) -> None:
     device = call.value.device
-    with _current(device):
+    on_cpu = device.type == "cpu"
+    with contextlib.nullcontext() if on_cpu else getattr(torch, device.type).device(device):
         levels = _level_table(call.shapes, device)
         reference = call.points if call.reference is None else call.reference  # not read if None
         getattr(_kernels(), name)[(launch.programs,)](
@@ -135,29 +150,19 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make `device` the one that Triton launches on."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    return getattr(torch, device.type).device(device)  # type: ignore[no-any-return]
-
-
 def _level_table(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     """Return height, width and first token of each level. Shape: [L,3], int32."""
-    if device.type == "cpu":
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type == "cpu" or capturing:  # a graph must own what it reads
         return _filled(shapes, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _filled(shapes, device)  # a graph must own what it reads
     stream = getattr(torch, device.type).current_stream(device)
     return _kept(shapes, device, stream.stream_id)
 
 
 def _filled(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
     # filled on the device: a copy from the host would wait for all work queued there
-    numbers, start = [], 0
-    for height, width in shapes:
-        numbers += [height, width, start]
-        start += height * width
+    starts = itertools.accumulate((height * width for height, width in shapes), initial=0)
+    numbers = [n for shape, start in zip(shapes, starts, strict=False) for n in (*shape, start)]
     scalars = [torch.full((), n, dtype=torch.int32, device=device) for n in numbers]
     return torch.stack(scalars).view(-1, 3)
 
@@ -166,27 +171,3 @@ def _filled(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor
 def _kept(shapes: tuple[tuple[int, int], ...], device: torch.device, stream: int) -> Tensor:
     # one per stream: another stream would have to wait for the fill
     return _filled(shapes, device)
-
-
-def _no_gpu_for(device: torch.device) -> str | None:
-    if not getattr(torch, device.type).is_available():
-        return "no GPU is visible"
-    if device.type != "cuda" or torch.version.hip:
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= _MIN_CAPABILITY:
-        return None
-    return "Triton needs compute capability {}.{}, got {}.{}".format(*_MIN_CAPABILITY, *capability)
-
-
-def _does_not_compile(device: torch.device) -> str | None:
-    """Run the most common kernel once: Triton also needs a C compiler and CUDA headers."""
-    shapes = [4, 4] * 4
-    value = torch.zeros(1, 64, 8, 32, device=device)
-    points, weights = value.new_zeros(1, 1, 8, 4, 4, 2), value.new_zeros(1, 1, 8, 4, 4)
-    call = Call.of(value, shapes, points, weights, value.new_zeros(1, 1, 4, 2))
-    try:
-        TritonBackend().forward(call)
-    except (RuntimeError, OSError, subprocess.SubprocessError, _kernels().TritonError) as error:
-        return f"a kernel does not compile: {str(error).strip().splitlines()[0]}"
-    return None

@@ -33,13 +33,16 @@ def _place(queries, HEADS: tl.constexpr, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def _positions(
+def _corners(
     points, reference, levels, row, slot, sample, inside,
     SAMPLES: tl.constexpr, PER_LEVEL: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
-    """Return x, y in cells, cell centres at integers, and height, width, start of the levels.
+    """Return the corners of samples.
 
-    row: image * Q + query; slot: row * M + head; inside: which samples exist.
+    These are the token of the top left one, shares of the right and the lower side, height and
+    width of the level, and which of the left, right, top and bottom sides exist: none for a point
+    more than one cell outside, or NaN. row: image * Q + query; slot: row * M + head; inside: which
+    samples exist.
     """
     level = sample // PER_LEVEL
     present = sample < SAMPLES
@@ -65,23 +68,9 @@ def _positions(
             box_height = tl.load(box + 3, mask=inside, other=0.0)
             x = (centre_x + x * box_width * (0.5 / PER_LEVEL)) * width.to(x.dtype)
             y = (centre_y + y * box_height * (0.5 / PER_LEVEL)) * height.to(y.dtype)
-    return x - 0.5, y - 0.5, height, width, start
+    x -= 0.5  # in cells, cell centres at integers
+    y -= 0.5
 
-
-@triton.jit
-def _corners(
-    points, reference, levels, row, slot, sample, inside,
-    SAMPLES: tl.constexpr, PER_LEVEL: tl.constexpr, FORM: tl.constexpr,
-):  # fmt: skip
-    """Return the corners of samples; for the arguments see `_positions`.
-
-    Token of the top left one, shares of the right and the lower side, height and width of the
-    level, and which of the left, right, top and bottom sides exist: none for a point
-    more than one cell outside, or NaN.
-    """
-    x, y, height, width, start = _positions(
-        points, reference, levels, row, slot, sample, inside, SAMPLES, PER_LEVEL, FORM
-    )
     near = inside & (x > -1) & (x < width.to(x.dtype)) & (y > -1) & (y < height.to(y.dtype))
     x = tl.where(near, x, -2.0)  # keeps the conversions to integers in range
     y = tl.where(near, y, -2.0)
@@ -223,24 +212,6 @@ def _corners_backward(
     return of_attention, of_x, of_y
 
 
-@triton.jit
-def _store_points(
-    grad_points, reference, row, slot, sample, inside, of_x, of_y, height, width,
-    SAMPLES: tl.constexpr, PER_LEVEL: tl.constexpr, FORM: tl.constexpr, TO_LOCATIONS: tl.constexpr,
-):  # fmt: skip
-    """Store gradients of points, given those of positions in cells."""
-    if FORM != 2 or TO_LOCATIONS:
-        of_x *= width.to(of_x.dtype)
-        of_y *= height.to(of_y.dtype)
-    if FORM == 4 and not TO_LOCATIONS:
-        box = reference + (row * (SAMPLES // PER_LEVEL) + sample // PER_LEVEL) * FORM
-        of_x *= tl.load(box + 2, mask=inside, other=0.0) * (0.5 / PER_LEVEL)
-        of_y *= tl.load(box + 3, mask=inside, other=0.0) * (0.5 / PER_LEVEL)
-    to = grad_points + 2 * (slot * SAMPLES + sample)
-    tl.store(to, of_x, mask=inside)
-    tl.store(to + 1, of_y, mask=inside)
-
-
 @triton.jit(do_not_specialize=_VARYING)
 def msda_backward(
     value, levels, reference, points, weights, grad_output, scale, grad_value, grad_points,
@@ -279,10 +250,18 @@ def msda_backward(
         value, grad_value, scale, token, right, down, width, has_left, has_right, has_top,
         has_bottom, grad, attention, channel, ROW, CHANNELS, DETERMINISTIC,
     )  # fmt: skip
-    _store_points(
-        grad_points, reference, row, slot, sample, inside, attention * of_x, attention * of_y,
-        height, width, SAMPLES, PER_LEVEL, FORM, TO_LOCATIONS,
-    )  # fmt: skip
+    of_x *= attention
+    of_y *= attention
+    if FORM != 2 or TO_LOCATIONS:
+        of_x *= width.to(of_x.dtype)
+        of_y *= height.to(of_y.dtype)
+    if FORM == 4 and not TO_LOCATIONS:
+        box = reference + (row * (SAMPLES // PER_LEVEL) + sample // PER_LEVEL) * FORM
+        of_x *= tl.load(box + 2, mask=inside, other=0.0) * (0.5 / PER_LEVEL)
+        of_y *= tl.load(box + 3, mask=inside, other=0.0) * (0.5 / PER_LEVEL)
+    to = grad_points + 2 * (slot * SAMPLES + sample)
+    tl.store(to, of_x, mask=inside)
+    tl.store(to + 1, of_y, mask=inside)
     if FORM != 0:  # the softmax subtracts the mean of all from each
         of_weight = attention * (of_weight - tl.sum(attention * of_weight, 1)[:, None])
     tl.store(grad_weights + slot * SAMPLES + sample, of_weight, mask=inside)

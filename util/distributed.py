@@ -72,8 +72,7 @@ def init_process_group(device_type: str) -> World:
             f"WORLD_SIZE {os.environ['WORLD_SIZE']}: {', '.join(missing)} must be set, too. "
             "Start the run with `gpus`, torchrun or srun."
         )
-    meeting = dist.rendezvous("env://", timeout=TIMEOUT)  # type: ignore[attr-defined]
-    store, rank, size = next(meeting)
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
     # processes that are started again would meet the addresses of those before in the same store
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
@@ -83,13 +82,12 @@ def init_process_group(device_type: str) -> World:
         world_size=size,
         timeout=TIMEOUT,
     )
-    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return World(
         dist.get_rank(),
         dist.get_world_size(),
         int(os.environ.get("LOCAL_RANK", "0")),
         int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        group,
+        dist.new_group(backend="gloo", timeout=TIMEOUT),
     )
 
 

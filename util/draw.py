@@ -59,12 +59,11 @@ def draw_boxes(
     draw = ImageDraw.Draw(image)
     right, bottom = image.width - 1.0, image.height - 1.0
     size = max(9, round(min(image.size) * 0.026))
-    boxes: dict[int, Rectangle] = {}
-    for i, (x0, y0, x1, y1) in enumerate(boxes_xyxy.reshape(-1, 4).tolist()):
-        if x0 < image.width and y0 < image.height and x1 > 0 and y1 > 0 and x0 <= x1 and y0 <= y1:
-            boxes[i] = (
-                min(max(x0, 0.0), right), min(max(y0, 0.0), bottom), min(x1, right), min(y1, bottom)
-            )  # fmt: skip
+    boxes = {
+        i: (min(max(x0, 0.0), right), min(max(y0, 0.0), bottom), min(x1, right), min(y1, bottom))
+        for i, (x0, y0, x1, y1) in enumerate(boxes_xyxy.reshape(-1, 4).tolist())
+        if x0 < image.width and y0 < image.height and x1 > 0 and y1 > 0 and x0 <= x1 and y0 <= y1
+    }
     order = list(boxes) if scores is None else sorted(boxes, key=lambda i: -scores[i])
     colours = {i: label_colour(int(labels[i])) for i in order}
     tags: dict[int, tuple[Rectangle, str, ImageFont.FreeTypeFont]] = {}
@@ -81,11 +80,10 @@ def draw_boxes(
     for i in reversed(order):
         draw.rectangle(boxes[i], outline=colours[i], width=max(1, round(size / 6)))
     for i, (place, text, font) in reversed(tags.items()):
-        red, green, blue = colours[i]
-        edge = (red // 2, green // 2, blue // 2)  # separates tags of one colour
+        edge = tuple(part // 2 for part in colours[i])  # separates tags of one colour
         draw.rectangle(place, fill=colours[i], outline=edge)
-        start = (place[0] + _pad(font), place[1])
-        draw.text(start, text, fill=text_colour(colours[i]), font=font)
+        ink = text_colour(colours[i])
+        draw.text((place[0] + _pad(font), place[1]), text, fill=ink, font=font)
     return image
 
 
@@ -95,11 +93,8 @@ def _pad(font: ImageFont.FreeTypeFont) -> int:
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
     text = " ".join(text.split())  # the layout of a line cannot do line breaks
-    if font.getlength(text) <= room:
-        return text
-    while text and font.getlength(text + "…") > room:
-        text = text[:-1]
-    return text + "…"
+    shorter = (f"{text[:end]}…" for end in range(len(text), 0, -1))
+    return next((t for t in (text, *shorter) if font.getlength(t) <= room), "…")
 
 
 def _place_tag(

@@ -1,5 +1,6 @@
 """Charts: training curves as an image, and those of reports."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from math import ceil
@@ -35,17 +36,23 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
     Epochs without an evaluation are left out of the AP curves, as are AP where there was no
     ground truth and losses that are null. A dotted line marks a drop of the learning rate.
     """
-    epochs = _read(log_path)
-    losses = {
-        name: {e["epoch"] + 1: e[key] for e in epochs if e.get(key) is not None}
-        for name, key in _LOSSES.items()
-    }
+    lines: dict[int, dict[str, Any]] = {}
+    for line in log_path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a torn line
+            entry = json.loads(line)
+            lines[int(entry["epoch"])] = entry  # the last line of an epoch counts
+    epochs = [lines[epoch] for epoch in sorted(lines)]
     numbers = {e["epoch"] + 1: e.get("test_coco_eval_bbox") for e in epochs}
-    metrics = {
-        name: {x: y[i] for x, y in numbers.items() if y and y[i] is not None and y[i] >= 0}
-        for name, i in _METRICS.items()
+    panels = {
+        "training loss": {
+            name: {e["epoch"] + 1: e[key] for e in epochs if e.get(key) is not None}
+            for name, key in _LOSSES.items()
+        },
+        "COCO box AP, validation": {
+            name: {x: y[i] for x, y in numbers.items() if y and y[i] is not None and y[i] >= 0}
+            for name, i in _METRICS.items()
+        },
     }
-    panels = {"training loss": losses, "COCO box AP, validation": metrics}
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for (name, points), colour in zip(curves.items(), _COLOURS, strict=False):
@@ -60,9 +67,8 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
                 axes.axvline(after["epoch"] + 0.5, color="#999999", linewidth=1, linestyle=":")
         _style(axes)
         axes.set_title(title, loc="left", fontsize=11)
-        axes.set_xlabel("epoch")
+        axes.set(xlabel="epoch", xlim=(0.5, (epochs[-1]["epoch"] + 1 if epochs else 1) + 0.5))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.set_xlim(0.5, (epochs[-1]["epoch"] + 1 if epochs else 1) + 0.5)
         if any(curves.values()):
             axes.set_ylim(bottom=0)
             axes.legend(frameon=False, fontsize=9, title="last value", title_fontsize=8)
@@ -101,7 +107,8 @@ def column_chart(
             bar.set_gid(f"{name}, {label}: {count}")
     tallest = max((max(heights) for heights in shares.values()), default=0)
     axes.set(xlabel=xlabel, xlim=(-0.5, len(labels) - 0.5), ylim=(0, ceil(5 * tallest) / 5 or 1))
-    axes.set_xticks(range(len(labels)), [_plain(label) for label in labels])
+    # no dollar starts a formula
+    axes.set_xticks(range(len(labels)), [label.replace("$", r"\$") for label in labels])
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.grid(visible=False, axis="x")
@@ -127,17 +134,12 @@ def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _plain(text: str) -> str:
-    """Return text in which no dollar starts a formula."""
-    return text.replace("$", r"\$")
-
-
 def _legend(axes: Axes) -> None:
     handles, names = axes.get_legend_handles_labels()
     if handles:
         axes.legend(
             handles,
-            [_plain(name) for name in names],
+            [name.replace("$", r"\$") for name in names],  # no dollar starts a formula
             loc="lower left",
             bbox_to_anchor=(0, 1),
             ncols=len(names),
@@ -145,15 +147,3 @@ def _legend(axes: Axes) -> None:
             fontsize=12,
             labelcolor=THEME["soft"],
         )
-
-
-def _read(log_path: Path) -> list[dict[str, Any]]:
-    """Return a line per epoch, skipping a torn one; the last line of an epoch counts."""
-    epochs: dict[int, dict[str, Any]] = {}
-    for line in log_path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        epochs[int(entry["epoch"])] = entry
-    return [epochs[epoch] for epoch in sorted(epochs)]

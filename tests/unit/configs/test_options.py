@@ -328,12 +328,12 @@ def test_changed_options_are_named() -> None:
     ],
 )
 def test_options_that_an_error_names_become_flags(message: str, shown: str | None) -> None:
-    names = {"depth", "device", "the_name"}
-    assert with_dashes(message, names, about_option=True) == (shown or message)
+    flags = {"--depth", "--device", "--the_name"}
+    assert with_dashes(message, flags, about_option=True) == (shown or message)
 
 
 @pytest.mark.parametrize("path", ["depth", "device a", "runs\\the_name", "the_name"])
 def test_a_path_that_is_called_like_an_option_stays_a_path(path: str) -> None:
     message = f"{path}: no such folder. Check `the_name`."
-    shown = with_dashes(message, {"depth", "device", "the_name"}, about_option=False)
+    shown = with_dashes(message, {"--depth", "--device", "--the_name"}, about_option=False)
     assert shown == f"{path}: no such folder. Check --the_name."

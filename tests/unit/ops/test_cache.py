@@ -119,7 +119,9 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
     with pytest.raises(BackendError, match="it failed"):
         built("thing.so", "a thing", fail)
-    assert {path.suffix for path in tmp_path.iterdir()} <= {".lock"}
+    (log,) = tmp_path.glob("failed-*.log")
+    assert log.read_text() == "it failed"
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".lock", ".log"}
     assert built("thing.so", "a thing", Path.touch).exists()
 
 

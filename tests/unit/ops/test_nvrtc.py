@@ -107,7 +107,7 @@ def test_second_call_takes_it_from_the_cache(
     [(["--no-such-option"], "no-such-option"), (["-DMSDA_STORAGE=0"], "MSDA_CHANNELS")],
 )
 def test_failure_names_the_log(options: list[str], said: str, cache: Path) -> None:
-    with pytest.raises(BackendError, match="building the kernel failed: ") as caught:
+    with pytest.raises(BackendError, match="building the kernel for sm_80 failed: ") as caught:
         nvrtc.cached_program(SOURCES / "cuda.cu", options, "sm_80", "the kernel")
     (log,) = cache.glob("failed-*.log")
     assert str(log) in str(caught.value)
