@@ -62,11 +62,8 @@ def compile_model(model: DeformableDETR, backend: str | Callable[..., Any] = "in
     model.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
-PARTS = ("backbone", "encoder", "decoder")
-
-
 def set_checkpointing(model: DeformableDETR, parts: Collection[str]) -> None:
-    """Enable activation checkpointing for the named parts, of `PARTS`, alone.
+    """Enable activation checkpointing for these of "backbone", "encoder" and "decoder" alone.
 
     They drop their activations and compute them again in the backward pass. Gradients are the same
     to the last bit, dropout included.
@@ -74,13 +71,16 @@ def set_checkpointing(model: DeformableDETR, parts: Collection[str]) -> None:
     Raises:
         ConfigError: there is no such part.
     """
+    modules: dict[str, Any] = {
+        "backbone": model.backbone[0],
+        "encoder": model.transformer.encoder,
+        "decoder": model.transformer.decoder,
+    }
     for part in parts:
-        if part not in PARTS:
+        if part not in modules:
             raise ConfigError(
                 f"activation_checkpointing: the model has no part '{part}'. "
-                f"{nearest_hint(part, PARTS)}"
+                f"{nearest_hint(part, modules)}"
             )
-    transformer = model.transformer
-    modules: tuple[Any, ...] = (model.backbone[0], transformer.encoder, transformer.decoder)
-    for part, module in zip(PARTS, modules, strict=True):
+    for part, module in modules.items():
         module.checkpointing = part in parts

@@ -104,8 +104,7 @@ def _refines(state_dict: Mapping[str, Tensor]) -> bool:
     if "transformer.decoder.bbox_embed.0.layers.0.weight" in state_dict:
         return True
     # The decoder's copy may have been stripped: refining heads are distinct all the same.
-    first = state_dict.get("bbox_embed.0.layers.2.bias")
-    second = state_dict.get("bbox_embed.1.layers.2.bias")
+    first, second = (state_dict.get(f"bbox_embed.{i}.layers.2.bias") for i in (0, 1))
     return first is not None and second is not None and not first.equal(second)
 
 
@@ -160,8 +159,7 @@ def save_official(
         CheckpointError: the official code has no such model, or the file cannot be written.
     """
     weights, left_out = published_weights(state_dict, options, path)
-    args = argparse.Namespace(**options)
-    save_whole(path, {"model": weights, "args": args, "epoch": epoch})
+    save_whole(path, {"model": weights, "args": argparse.Namespace(**options), "epoch": epoch})
     return left_out
 
 
