@@ -42,10 +42,10 @@ def _create_body(options: BackboneOptions, count: int) -> Any:
         )
     if options.dilation:
         raise ConfigError(f"dilation: not for timm/{name}. Use a torchvision ResNet.")
-    known = weights in ("none", "imagenet")
-    given = None if known else weights_from_file(weights, f"timm/{name}")
+    of_file = weights not in ("none", "imagenet")
+    given = weights_from_file(weights, f"timm/{name}") if of_file else None
     # else the windows of a Swin are laid out for one size of image
-    of_swin = {"strict_img_size": False} if name.startswith("swin") else {}
+    of_swin: dict[str, Any] = {"strict_img_size": False} if name.startswith("swin") else {}
     try:
         body = timm.create_model(
             name,

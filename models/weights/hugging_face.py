@@ -88,18 +88,21 @@ _ALIKE = {  # of their options, those of the decoder -> what ours takes for both
 }
 
 
-def _renamer(modules: Mapping[str, str]) -> Callable[[str], str | None]:
-    """Return a function that renames a key by the first module it lies in, or gives None."""
+def _renamer(modules: Mapping[str, str]) -> Callable[[str], str]:
+    """Return a function that renames a key by the first module it lies in.
+
+    It raises ValueError for a key that lies in none.
+    """
     rules = [
         (re.compile(re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)"), new.replace("#", r"\1"))
         for old, new in modules.items()
     ]
 
-    def rename(key: str) -> str | None:
+    def rename(key: str) -> str:
         for pattern, replacement in rules:
             if pattern.match(key):
                 return pattern.sub(replacement, key, count=1)
-        return None
+        raise ValueError(f"'{key}' is no key of the model")
 
     return rename
 
@@ -120,13 +123,13 @@ def to_official(
     rename = _renamer({theirs: ours for ours, theirs in (_MODULES | body).items()})
     converted: dict[str, Tensor] = {}
     for key, name in names.items():
-        renamed = rename(name)
-        if renamed is None:
+        try:
+            converted[rename(name)] = state_dict[key]
+        except ValueError as error:
             raise CheckpointError(
                 f"{source}: '{key}' is no weight of DeformableDetrForObjectDetection. "
                 "Save that model with save_pretrained()."
-            )
-        converted[renamed] = state_dict[key]
+            ) from error
     split = [name for name in converted if _PROJECTION.search(name)]
     for fused in dict.fromkeys(_PROJECTION.sub("in_proj_", name) for name in split):
         try:
@@ -153,11 +156,7 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], *, timm_backbone: bool) ->
                 key.replace("in_proj_", f"{part}_proj."): piece.clone()
                 for part, piece in zip("qkv", tensor.chunk(3), strict=True)
             }
-        for name, part in parts.items():
-            renamed = rename(name)
-            if renamed is None:
-                raise ValueError(f"'{name}' is no official key")
-            converted[renamed] = part
+        converted |= {rename(name): part for name, part in parts.items()}
     return converted
 
 

@@ -165,17 +165,15 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
     processor = folder / "preprocessor_config.json"
     preprocessing = hugging_face.read_json(processor) if processor.is_file() else {}
     with _parts_of(processor, "Hugging Face preprocessing description"):
-        mean, std = (_triple(preprocessing.get(f"image_{name}")) for name in ("mean", "std"))
-        size = _image_size(preprocessing)
-    return Pretrained(
-        "hugging_face",
-        weights,
-        options,
-        classes,
-        image_mean=mean,
-        image_std=std,
-        image_size=size,
-    )
+        return Pretrained(
+            "hugging_face",
+            weights,
+            options,
+            classes,
+            image_mean=_triple(preprocessing.get("image_mean")),
+            image_std=_triple(preprocessing.get("image_std")),
+            image_size=_image_size(preprocessing),
+        )
 
 
 def _download(name: str, source: str) -> Path:

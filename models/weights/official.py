@@ -33,8 +33,9 @@ _DEFAULT_HEADS = 8
 
 def is_deformable_detr(state_dict: Mapping[str, Any]) -> bool:
     """Return whether the keys are those of a Deformable DETR in official naming."""
-    heads = ("class_embed.0.bias", "transformer.decoder.class_embed.0.bias")
-    return "transformer.level_embed" in state_dict and any(key in state_dict for key in heads)
+    return "transformer.level_embed" in state_dict and not state_dict.keys().isdisjoint(
+        {"class_embed.0.bias", "transformer.decoder.class_embed.0.bias"}
+    )
 
 
 def official_options(
@@ -86,11 +87,11 @@ def _options_from_shapes(state_dict: Mapping[str, Tensor], nheads: int) -> dict[
         weights = state_dict.get(f"transformer.{side}.layers.0.{attention}.attention_weights.bias")
         if weights is not None:
             options[f"{name}_n_points"] = len(weights) // (nheads * levels)
-    hidden = state_dict.get("transformer.encoder.layers.0.linear1.bias")
-    if hidden is not None:
-        options["dim_feedforward"] = len(hidden)
-    if "query_embed.weight" in state_dict:
-        options["num_queries"] = len(state_dict["query_embed.weight"])
+    lengths = {
+        "dim_feedforward": "transformer.encoder.layers.0.linear1.bias",
+        "num_queries": "query_embed.weight",
+    }
+    options |= {name: len(state_dict[key]) for name, key in lengths.items() if key in state_dict}
     if "backbone.1.row_embed.weight" in state_dict:
         options["position_embedding"] = "learned"
     body = "backbone.0.body.layer"

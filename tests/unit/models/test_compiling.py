@@ -10,10 +10,9 @@ from torch._dynamo import config as dynamo
 from torch._dynamo.testing import CompileCounter
 
 from configs.schema import LossConfig
-from models.build import build_criterion, build_model
+from models.build import build_criterion, build_model, compile_model, set_checkpointing
 from models.deformable_detr import DeformableDETR
 from models.recipes.one_to_many import Options
-from models.switches import compile_model, set_checkpointing
 from tests.lanes import some
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config

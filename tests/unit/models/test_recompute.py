@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from configs.schema import LossConfig
-from models.build import build_criterion, build_model
+from models.build import build_criterion, build_model, set_checkpointing
 from models.deformable_detr import DeformableDETR
-from models.switches import set_checkpointing
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
 from util.batch import pad_images
