@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from markupsafe import Markup, escape
-
 from PIL import Image, ImageOps
 
 from datasets.arrays import FloatArray, IntArray

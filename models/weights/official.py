@@ -77,8 +77,12 @@ def _options_from_shapes(state_dict: Mapping[str, Tensor], nheads: int) -> dict[
         "num_feature_levels": levels,
         "hidden_dim": width,
         "two_stage": "transformer.enc_output.weight" in state_dict,
-        "with_box_refine": _refines(state_dict),
+        "with_box_refine": "transformer.decoder.bbox_embed.0.layers.0.weight" in state_dict,
     }
+    # The decoder's copy may have been stripped: refining heads are distinct all the same.
+    first, second = (state_dict.get(f"bbox_embed.{i}.layers.2.bias") for i in (0, 1))
+    if first is not None and second is not None:
+        options["with_box_refine"] |= not first.equal(second)
     for name, side, attention in (
         ("enc", "encoder", "self_attn"),
         ("dec", "decoder", "cross_attn"),
@@ -99,14 +103,6 @@ def _options_from_shapes(state_dict: Mapping[str, Tensor], nheads: int) -> dict[
     blocks = tuple(count_layers(state_dict, f"{body}{stage}") for stage in range(1, 5))
     resnet = RESNETS.get((kind, blocks))
     return options | ({"backbone": resnet} if resnet else {})
-
-
-def _refines(state_dict: Mapping[str, Tensor]) -> bool:
-    if "transformer.decoder.bbox_embed.0.layers.0.weight" in state_dict:
-        return True
-    # The decoder's copy may have been stripped: refining heads are distinct all the same.
-    first, second = (state_dict.get(f"bbox_embed.{i}.layers.2.bias") for i in (0, 1))
-    return first is not None and second is not None and not first.equal(second)
 
 
 def complete_heads(
