@@ -35,8 +35,7 @@ def read_split(cfg: DataConfig, split: Split) -> Source:
     if _is_foreign(cfg, split):
         place, name = Path(cfg.data_path), getattr(cfg, f"{split}_split")
         return read_source(cfg.data_format, place, name, **format_options(cfg, cfg.data_format))
-    image_dir, annotation_file = data_paths(cfg, split)
-    return read_coco_file(annotation_file, image_dir)
+    return read_coco_file(*data_paths(cfg, split))
 
 
 def format_options(cfg: object, data_format: str) -> dict[str, str]:
@@ -60,7 +59,7 @@ def _explicit_paths(cfg: DataConfig, split: Split) -> tuple[str, str]:
 
 
 def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
-    """Return the image folder and the annotation file of a split in COCO's format.
+    """Return the annotation file and the image folder of a split in COCO's format.
 
     `train_images` and `train_annotations` (or `val_...`) override `data_path`, which overrides
     `coco_path`.
@@ -73,7 +72,7 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
         given, lacking = ("images", "annotations") if images else ("annotations", "images")
         raise DataError(f"`{split}_{given}`: needs `{split}_{lacking}` too. Set both.")
     if images:
-        return Path(images), Path(annotations)
+        return Path(annotations), Path(images)
     if cfg.data_path:
         return coco_layout(Path(cfg.data_path), getattr(cfg, f"{split}_split"))
     if cfg.coco_path:
@@ -116,8 +115,7 @@ def load_index(cfg: DataConfig, split: Split, *, need_boxes: bool = True) -> Coc
     """
     if _is_foreign(cfg, split):
         return CocoIndex.from_source(read_split(cfg, split), need_boxes=need_boxes)
-    image_dir, annotation_file = data_paths(cfg, split)
-    return CocoIndex.load(annotation_file, image_dir, need_boxes=need_boxes, cache=cfg.index_cache)
+    return CocoIndex.load(*data_paths(cfg, split), need_boxes=need_boxes, cache=cfg.index_cache)
 
 
 def split_batch(effective: int, *, max_size: int, rank: int = 0, world_size: int = 1) -> BatchSplit:
@@ -163,8 +161,7 @@ def build_dataset(
         console(f"notice: {notice}")
     mixing = cache = None
     if train and (cfg.mosaic or cfg.mixup):
-        until = epochs - cfg.close_augment_epochs
-        mixing = Mixing(mosaic=cfg.mosaic, mixup=cfg.mixup, until=until)
+        mixing = Mixing(mosaic=cfg.mosaic, mixup=cfg.mixup, until=epochs - cfg.close_augment_epochs)
     if train and cfg.cache_images:
         whole = CHANNELS * int(index.images.sizes.astype(np.int64).prod(axis=1).sum())
         cache = ImageCache(len(index), max(1, min(int(cfg.cache_images * 1e9), whole)))

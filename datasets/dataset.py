@@ -130,7 +130,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
             for i, name in zip(index.classes.ids, index.classes.names, strict=True)
             if i not in mapping
         ]
-        self._transform = transform
+        self.transform = transform
         self._mixing = mixing
         self._cache = cache
         self._seed = seed
@@ -147,15 +147,14 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         try:
             sample = self._read_sample(position)
         except READ_ERRORS as error:
-            path = str(self._path(position))
-            return UnreadableImage(image_id, path, f"{type(error).__name__}: {error}")
+            what = f"{type(error).__name__}: {error}"
+            return UnreadableImage(image_id, str(self._path(position)), what)
         epoch = int(self._epoch)
         generator = seeded_generator(self._seed, epoch, position)
-        batch_generator = seeded_generator(self._seed, epoch, batch, 1)
         size = sample.size
         if self._mixing is not None:
             sample = self._mixing(sample, epoch, self._draw_sample, generator)
-        prepared = self._transform(sample, generator, batch_generator)
+        prepared = self.transform(sample, generator, seeded_generator(self._seed, epoch, batch, 1))
         return prepared.image, make_target(prepared, image_id, size)
 
     def read_image(self, image_id: int) -> Image.Image | None:
@@ -174,14 +173,6 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
     def image_sizes(self) -> list[tuple[int, int]]:
         """Return the (height, width) of each image, (0, 0) where it is unknown."""
         return [(int(h), int(w)) for h, w in self.index.images.sizes]
-
-    def output_size(self, height: int, width: int) -> tuple[int, int] | None:
-        """Return the size after the transform, None where it is random."""
-        return self._transform.output_size(height, width)
-
-    def largest_size(self, height: int, width: int) -> tuple[int, int] | None:
-        """Return the largest size an image of this size may get, None if it is unknown."""
-        return self._transform.largest_size(height, width) if height and width else None
 
     def _path(self, position: int) -> Path:
         return self.index.image_dir / self.index.images.file_names[position]
@@ -202,7 +193,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
             return cached
         height, width = self.index.images.sizes[position].tolist()
         image, size = read_reduced(
-            self._path(position), (height, width), self._transform.decoded_size
+            self._path(position), (height, width), self.transform.decoded_size
         )
         pixels = to_pixels(image)
         if self._cache is not None:
@@ -273,7 +264,7 @@ class ImageList(Dataset[tuple[Tensor, Target] | UnreadableImage]):
 
     def __init__(self, images: Sequence[ImageSource], transform: Transform) -> None:
         self._images = list(images)
-        self._transform = transform
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self._images)
@@ -288,16 +279,12 @@ class ImageList(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         size = (pixels.shape[1], pixels.shape[2])
         sample = Sample(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), size)
         generator = torch.Generator().manual_seed(position)
-        prepared = self._transform(sample, generator, generator)
+        prepared = self.transform(sample, generator, generator)
         return prepared.image, make_target(prepared, position, size)
 
     def image_sizes(self) -> list[tuple[int, int]]:
         """Return the (height, width) of each image, (0, 0) where its header cannot be read."""
         return [_upright_size(source) for source in self._images]
-
-    def output_size(self, height: int, width: int) -> tuple[int, int] | None:
-        """Return the size after the transform, None where it is random."""
-        return self._transform.output_size(height, width)
 
 
 def _upright_size(source: ImageSource) -> tuple[int, int]:

@@ -20,7 +20,7 @@ def eval_loader(
 ) -> DataLoader[Item]:
     """Return batches (`Batch`) of every image once; the parts of processes do not overlap."""
     sizes = [
-        dataset.output_size(*size) or (0, 0) if all(size) else (0, 0)
+        dataset.transform.output_size(*size) or (0, 0) if all(size) else (0, 0)
         for size in dataset.image_sizes()
     ]
     return DataLoader(

@@ -157,13 +157,13 @@ def _reduction(size: tuple[int, int], min_size: tuple[int, int]) -> int:
 
     A side is rounded up by a quarter of a pixel at most: boxes stay on what they enclose.
     """
-    for factor in (8, 4, 2):
-        if all(
-            side // factor >= low and -side % factor <= factor // 4
-            for side, low in zip(size, min_size, strict=True)
-        ):
-            return factor
-    return 1
+    sides = list(zip(size, min_size, strict=True))
+    fitting = (
+        factor
+        for factor in (8, 4, 2)
+        if all(side // factor >= low and -side % factor <= factor // 4 for side, low in sides)
+    )
+    return next(fitting, 1)
 
 
 def orientation_of(image: Image.Image) -> int:

@@ -66,19 +66,27 @@ class CocoIndex:
     ) -> "CocoIndex":
         """Read and check a COCO-format file and the folder of its images, if there is one.
 
-        With `cache`, the content of a large file is kept for the next time.
+        With `cache`, the content of a large file is kept for the next time, for training and
+        evaluation alike.
 
         Raises:
-            DataError: see `require_folder`, `read_content` and `from_content`.
+            DataError: see `require_folder`, `parse_json`, `check_content` and `from_content`.
         """
         if image_dir is not None:
             require_folder(image_dir)
-        return cls.from_content(
-            read_content(json_path, need_boxes=need_boxes, cache=cache),
-            json_path,
-            image_dir,
-            need_boxes=need_boxes,
-        )
+        data = read_bytes(json_path)
+        file = content = None
+        if cache and len(data) >= _MIN_BYTES:
+            file = cache_folder() / f"{hashlib.sha256(data).hexdigest()}-{_VERSION}"
+            content = _load(file)
+        # What was kept without annotations may lack the list of them: that is refused here.
+        if content is None or (need_boxes and not len(content.annotations.ids)):
+            source = Source(parse_json(data, json_path), Path(), json_path)
+            content = check_content(source, need_boxes=need_boxes)
+            with contextlib.suppress(OSError):  # no room or no right to write: read anew next time
+                if file is not None:
+                    _save(file, content)
+        return cls.from_content(content, json_path, image_dir, need_boxes=need_boxes)
 
     @classmethod
     def from_source(cls, source: Source, *, need_boxes: bool) -> "CocoIndex":
@@ -123,8 +131,8 @@ class CocoIndex:
         notices = (*content.notices, *report.notices)
         # Training and evaluation take the numbers as they are, whatever layout they seem to have.
         annotations = content.annotations.with_area()
-        size = report.images.sizes[annotations.image][:, ::-1].astype(np.float64)
-        boxes = clip(annotations.xywh, size)
+        sizes = report.images.sizes[annotations.image].astype(np.float64)
+        boxes = clip(annotations.xywh, sizes[:, ::-1])
         usable = has_area(boxes) & ~annotations.crowd
         if need_boxes and not usable.any():
             raise DataError(
@@ -196,29 +204,6 @@ class CocoIndex:
             f"{int(self.annotations.crowd.sum())} crowd boxes, {len(self.classes)} classes\n"
             f"  boxes by class: {', '.join([*shown, *more])}"
         )
-
-
-def read_content(path: Path, *, need_boxes: bool, cache: bool) -> CocoContent:
-    """Return the checked content of a COCO-format file, from the cache where it is there.
-
-    What is kept serves training and evaluation alike.
-
-    Raises:
-        DataError: see `parse_json` and `check_content`.
-    """
-    data = read_bytes(path)
-    file = content = None
-    if cache and len(data) >= _MIN_BYTES:
-        file = cache_folder() / f"{hashlib.sha256(data).hexdigest()}-{_VERSION}"
-        content = _load(file)
-    # What was kept without annotations may lack the list of them: that is refused here.
-    if content is None or (need_boxes and not len(content.annotations.ids)):
-        source = Source(parse_json(data, path), Path(), path)
-        content = check_content(source, need_boxes=need_boxes)
-        with contextlib.suppress(OSError):  # no room or no right to write: read anew next time
-            if file is not None:
-                _save(file, content)
-    return content
 
 
 def cache_folder() -> Path:

@@ -211,7 +211,7 @@ def _info(split: str, count: int, seed: int) -> dict[str, Any]:
 
 def _check_existing(folder: Path, counts: dict[str, int], seed: int) -> None:
     for split, count in counts.items():
-        image_dir, annotation_file = coco_layout(folder, split)
+        annotation_file, image_dir = coco_layout(folder, split)
         try:
             found = json.loads(annotation_file.read_text(encoding="utf-8"))["info"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -234,7 +234,7 @@ def _check_existing(folder: Path, counts: dict[str, int], seed: int) -> None:
 
 
 def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
-    image_dir, annotation_file = coco_layout(folder, split)
+    annotation_file, image_dir = coco_layout(folder, split)
     image_dir.mkdir(parents=True)
     names = list(CATEGORY_IDS)
     images = []
@@ -263,9 +263,8 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
 def _main() -> int:
     parser = argparse.ArgumentParser(prog="python -m datasets.shapes", allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, required=True, help="a new or empty folder")
-    parser.add_argument("--num_train", type=int, default=2800, help="default: 2800")
-    parser.add_argument("--num_val", type=int, default=200, help="default: 200")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    for name, default in (("num_train", 2800), ("num_val", 200), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     args = parser.parse_args()
     try:
         generate_shapes(**vars(args))

@@ -205,8 +205,8 @@ class Mixing:
         if epoch >= self.until:
             return sample
         if draw_chance(self.mosaic, generator):
-            others = [partner(generator) for _ in range(3)]
-            return mosaic([sample, *(other or sample for other in others)], generator)
+            others = [partner(generator) or sample for _ in range(3)]
+            return mosaic([sample, *others], generator)
         if draw_chance(self.mixup, generator):
             other = partner(generator)
             return sample if other is None else mixup(sample, other, generator)
@@ -243,8 +243,7 @@ def mixup(sample: Sample, other: Sample, generator: torch.Generator) -> Sample:
     Mixup of detectors (arXiv 1902.04103), without weights in the loss.
     """
     _, height, width = sample.image.shape
-    factor = min(height / other.size[0], width / other.size[1])
-    small = resize(other, _times(other.size, factor))
+    small = resize(other, _times(other.size, min(height / other.size[0], width / other.size[1])))
     top = draw_integer(0, height - small.size[0], generator)
     left = draw_integer(0, width - small.size[1], generator)
     share = draw_uniform(*_OWN_SHARE, generator)

@@ -31,10 +31,16 @@ from engine.plan import RunPlan
 from engine.probe import try_largest_step
 from engine.run_log import RunLog
 from engine.trainer import Trainer
-from models.build import ALL_STAGES, build_criterion, build_model
+from models.build import (
+    ALL_STAGES,
+    build_criterion,
+    build_model,
+    compile_model,
+    freeze,
+    set_checkpointing,
+)
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
-from models.switches import compile_model, freeze, set_checkpointing
 from models.weights.load import Pretrained
 from models.weights.transfer import BACKBONE, transfer
 from util.batch import Batch

@@ -23,7 +23,7 @@ def try_largest_step(trainer: Trainer, dataset: CocoDetection, batch_size: int) 
     Raises:
         UserError: it does not fit into memory.
     """
-    sizes = [s for s in (dataset.largest_size(*size) for size in dataset.image_sizes()) if s]
+    sizes = [dataset.transform.largest_size(*size) for size in dataset.image_sizes() if all(size)]
     if not sizes:
         return
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)

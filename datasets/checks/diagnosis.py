@@ -96,8 +96,9 @@ def examine(sources: Mapping[str, Source], limits: Limits, *, processes: int) ->
     for other in splits[1:]:
         _check_leaks(splits[0], other)
         _compare_classes(splits[0], other)
-    flaws = [findings for report in splits for findings in report.findings]
-    found = {kind: [one for some in flaws if some.kind == kind for one in some] for kind in KINDS}
+    found: dict[str, list[Finding]] = {kind: [] for kind in KINDS}
+    for some in chain.from_iterable(report.findings for report in splits):
+        found[some.kind] += some
     return Diagnosis(tuple(splits), {kind: some for kind, some in found.items() if some})
 
 
@@ -110,8 +111,9 @@ def _check_orientation(report: SplitReport, facts: Mapping[int, FileFacts]) -> N
             stored, upright = of_file.possible_sizes
             stated = tuple(report.images.sizes[i].tolist())
             if stored != upright and stated in (stored, upright):
-                how = "upright" if stated == upright else "stored"
-                clear[i] = f"{detail}, boxes on the {how} one"
+                clear[i] = (
+                    f"{detail}, boxes on the {'upright' if stated == upright else 'stored'} one"
+                )
             else:
                 unclear[i] = detail
     report.report_images("exif_rotated", list(clear), clear.__getitem__)
@@ -157,8 +159,11 @@ def _check_leaks(train: SplitReport, other: SplitReport) -> None:
 
 def _check_unused(splits: list[SplitReport]) -> None:
     """Report images that no split names; links stay links, under any name of their folder."""
-    named = [report.path(i) for report in splits for i in range(len(report.images.ids))]
-    used = {_resolve(path.parent) / path.name for path in named}
+    used = {
+        _resolve(path.parent) / path.name
+        for report in splits
+        for path in map(report.path, range(len(report.images.ids)))
+    }
     for report in splits:
         folder, unused = report.source.image_dir, []
         for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
@@ -193,8 +198,7 @@ def _check_classes(report: SplitReport) -> None:
 
 def _compare_classes(train: SplitReport, other: SplitReport) -> None:
     """Report classes of another split that the first one lacks or has no box of."""
-    labels = np.unique(other.annotations.with_area().labels).tolist()
-    annotated = {other.classes.ids[label] for label in labels}
+    annotated = {other.classes.ids[k] for k in np.unique(other.annotations.with_area().labels)}
     names = other.class_names()
     try:
         label_of = map_used_classes(other.classes, train.classes, annotated)

@@ -79,8 +79,7 @@ def read_entries(report: SplitReport) -> None:
     for kind, found in report.source.findings.items():
         report.report_places(kind, found)
     _read_categories(report)
-    left_out = _read_images(report)
-    _read_annotations(report, left_out)
+    _read_annotations(report, left_out=_read_images(report))
 
 
 def _report_entries(

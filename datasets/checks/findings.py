@@ -248,8 +248,8 @@ class SplitReport:
     @property
     def usable(self) -> BoolArray:
         """Which annotations [A] to train on: none of an image that cannot be decoded."""
-        fine = np.asarray(self.flaw == "", dtype=np.bool_)
-        return fine & ~self.annotations.crowd & self.sound[self.annotations.image]
+        found = self.annotations
+        return np.asarray(self.flaw == "") & ~found.crowd & self.sound[found.image]
 
     def boxes_per_image(self) -> IntArray:
         """Return how many usable boxes each image has [N]."""

@@ -50,8 +50,8 @@ def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
     states_size = np.asarray(images.sizes[present].all(axis=1))
     stated = present[states_size]
     facts = {i: FileFacts() for i in missing} | _read_headers(report, present[~states_size])
-    some = stated if every_size else stated[:: max(1, len(stated) // _SIZES_CHECKED)]
-    compared = _read_headers(report, some)
+    step = 1 if every_size else max(1, len(stated) // _SIZES_CHECKED)
+    compared = _read_headers(report, stated[::step])
     if any(found.contradicts(*images.sizes[i].tolist()) for i, found in compared.items()):
         compared = _read_headers(report, stated)
     check_files(report, facts | compared, compared=len(compared))
@@ -137,8 +137,9 @@ def examine_file(path: Path) -> FileFacts:
                 decode(image)
                 orientation = orientation_of(image)
     except READ_ERRORS as error:
-        state = "truncated" if size else "unreadable"
-        return FileFacts(state, size, orientation, digest, _line(error))
+        return FileFacts(
+            "truncated" if size else "unreadable", size, orientation, digest, _line(error)
+        )
     return FileFacts("sound", size, orientation, digest)
 
 

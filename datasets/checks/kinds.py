@@ -218,14 +218,14 @@ def tables() -> str:
             "",
             "| kind | what | training | a corrected copy |",
             "|---|---|---|---|",
-        ]
-        for name, kind in kinds:
-            lines.append(
+            *(
                 f"| `{name}`{' (note)' if kind.note else ''} "
                 f"| {kind.title}: {kind.meaning} | {kind.training} "
                 f"| {kind.fix or 'as it is'} |"
-            )
-        lines.append("")
+                for name, kind in kinds
+            ),
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from markupsafe import Markup, escape
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from datasets.arrays import FloatArray
+from datasets.arrays import FloatArray, IntArray
 from datasets.checks.diagnosis import Diagnosis
 from datasets.checks.findings import NAMED, Finding, SplitReport, first_few, printable
 from datasets.checks.kinds import BOXES, KINDS
@@ -130,7 +129,7 @@ def page(diagnosis: Diagnosis, *, title: str) -> str:
 
 
 def _histogram(
-    title: str, xlabel: str, edges: Sequence[int], values: Mapping[str, NDArray[Any]]
+    title: str, xlabel: str, edges: Sequence[int], values: Mapping[str, IntArray | FloatArray]
 ) -> tuple[str, Markup]:
     """Return a title, and a chart of how many values of splits are from each edge to the next."""
     series = {
@@ -222,9 +221,8 @@ def _draw(
     corners = np.concatenate([ends.min(axis=0), ends.max(axis=0)], axis=1)
     past = np.concatenate([-corners[:, :2], corners[:, 2:] - (width, height)]).max(initial=0)
     border = round(min(past + _BEYOND, margin * _SIDE)) if past > 0 else 0
-    canvas = ImageOps.expand(pixels.resize((width, height)), border, _GREY)
     return draw_boxes(
-        canvas,
+        ImageOps.expand(pixels.resize((width, height)), border, _GREY),
         torch.from_numpy(corners + border),
         labels=[colour for _, _, colour in boxes],
         names=[name for _, name, _ in boxes],

@@ -16,8 +16,7 @@ def read_coco(place: Path, split: str) -> Source:
     Raises:
         DataError: see `read_coco_file`.
     """
-    image_dir, annotation_file = coco_layout(place, split)
-    return read_coco_file(annotation_file, image_dir)
+    return read_coco_file(*coco_layout(place, split))
 
 
 def read_coco_file(path: Path, image_dir: Path) -> Source:
@@ -31,8 +30,8 @@ def read_coco_file(path: Path, image_dir: Path) -> Source:
 
 
 def coco_layout(root: Path, split: str) -> tuple[Path, Path]:
-    """Return the image folder and the annotation file of a split in COCO's own layout."""
-    return root / f"{split}2017", root / "annotations" / f"instances_{split}2017.json"
+    """Return the annotation file and the image folder of a split in COCO's own layout."""
+    return root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
 
 
 def require_folder(image_dir: Path) -> None:
@@ -110,7 +109,7 @@ def write_coco(splits: Sequence[Split], output_dir: Path, placer: Placer) -> lis
     """Write splits in COCO's own layout; see `coco_content`."""
     make_output_dir(output_dir)
     for split in splits:
-        image_dir, annotation_file = coco_layout(output_dir, split.name)
+        annotation_file, image_dir = coco_layout(output_dir, split.name)
         for image in split.images:
             placer.put(image, image_dir / image.name)
         write_atomic(annotation_file, json.dumps(coco_content(split)))

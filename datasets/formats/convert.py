@@ -32,7 +32,16 @@ def convert(
     data_format = FORMATS[target]
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise DataError(f"{output_dir}: not a new or empty folder. Choose another.")
-    indices = [_index(source) for source in sources.values()]
+    indices = [
+        CocoIndex.from_content(
+            check_content(source, need_boxes=True),
+            source.place,
+            source.image_dir,
+            need_boxes=False,
+            every_size=True,
+        )
+        for source in sources.values()
+    ]
     splits = [_gather(name, index) for name, index in zip(sources, indices, strict=True)]
     written = data_format.write(splits, output_dir, Placer(copy=copy), **options)
     lines = []
@@ -41,16 +50,6 @@ def convert(
         lines.append(f"{split.name}: {len(split.images)} images, {boxes} boxes")
         lines += [f"  notice: {notice}" for notice in (*index.notices, *notices)]
     return lines
-
-
-def _index(source: Source) -> CocoIndex:
-    return CocoIndex.from_content(
-        check_content(source, need_boxes=True),
-        source.place,
-        source.image_dir,
-        need_boxes=False,
-        every_size=True,
-    )
 
 
 def _gather(name: str, index: CocoIndex) -> Split:

@@ -135,7 +135,7 @@ def read_list(path: Path) -> list[str]:
         DataError: it is not text in UTF-8.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a list in UTF-8: {error.reason}.") from error
-    return [line for line in lines if line]
+    return [line.strip() for line in lines if line.strip()]

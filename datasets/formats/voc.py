@@ -58,10 +58,9 @@ def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
     stems = _listed(lists / f"{split}.txt", split, files) if lists.is_dir() else set(files)
     trees, damaged = _parse(files)
     named = {_text(found, "name") for tree in trees.values() for found in tree.findall("object")}
-    categories = sorted(named - {""})
-    if not categories:
+    ids = {name: number for number, name in enumerate(sorted(named - {""}), 1)}
+    if not ids:
         raise DataError(f"{folder}: there are no XML files with named objects.")
-    ids = {name: number for number, name in enumerate(categories, 1)}
     there: dict[str, list[str]] = defaultdict(list)
     for path in sorted(images.iterdir()):
         if is_image(path):
@@ -90,8 +89,12 @@ def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
     lost += [(f"{stem}.xml", "no such file") for stem in sorted(stems - files.keys())]
     findings = {"unreadable_annotation": lost}
     if not lists.is_dir():
-        detail = "no lists in ImageSets/Main/: every split is all {} files, train as val"
-        findings["odd_layout"] = [(root.name, detail.format(len(stems)))]
+        findings["odd_layout"] = [
+            (
+                root.name,
+                f"no lists in ImageSets/Main/: every split is all {len(stems)} files, train as val",
+            )
+        ]
     return Source(content, images, root, findings)
 
 
@@ -103,13 +106,12 @@ def _listed(path: Path, split: str, files: dict[str, Path]) -> set[str]:
             f"{path}: the split '{split}' has no list. Lists there: {known}. "
             "Choose with `train_split` and `val_split`."
         )
-    return {_stem(line, files) for line in read_list(path)}
-
-
-def _stem(name: str, files: dict[str, Path]) -> str:
-    """Return what a line of a list names, perhaps with a flag, a suffix or a folder."""
-    plain = _FLAG.sub("", name)
-    return next((s for s in (name, plain, PurePath(plain).stem) if s in files), plain)
+    # a line may have a flag, a suffix or a folder
+    lines = [(line, _FLAG.sub("", line)) for line in read_list(path)]
+    return {
+        next((name for name in (line, plain, PurePath(plain).stem) if name in files), plain)
+        for line, plain in lines
+    }
 
 
 def _parse(
@@ -122,7 +124,7 @@ def _parse(
             trees[stem] = ET.parse(path).getroot()
         except ET.ParseError as error:
             line, column = error.position
-            what = str(error).split(":")[0]
+            what, *_ = str(error).split(":")
             damaged[stem] = (f"{path.name}:{line}", f"{what} at column {column + 1}")
         except (OSError, LookupError, ValueError) as error:  # unreadable, or an unknown encoding
             damaged[stem] = (f"{path.name}:1", str(error))

@@ -42,10 +42,13 @@ def read_yolo(place: Path, split: str) -> Source:
         DataError: data.yaml is missing or damaged, or the split names no images.
     """
     file, options = _load_yaml(place)
-    categories = _categories(options, file)
+    content: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": _categories(options, file),
+    }
     images = _images(options, file, split)
     root = Path(os.path.commonpath([image.parent for image in images]))
-    content: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
     unreadable: list[tuple[str, str]] = []
     named = sorted((image.relative_to(root).as_posix(), image) for image in images)
     for number, (name, image) in enumerate(named, 1):
@@ -256,8 +259,8 @@ def write_yolo(splits: Sequence[Split], output_dir: Path, placer: Placer) -> lis
         )
     make_output_dir(output_dir)
     notices = [_write_labels(split, output_dir, placer) for split in splits]
-    names = dict(enumerate(splits[0].class_names))
-    content = {**{split.name: f"images/{split.name}" for split in splits}, "names": names}
+    content: dict[str, Any] = {split.name: f"images/{split.name}" for split in splits}
+    content["names"] = dict(enumerate(splits[0].class_names))
     write_atomic(
         output_dir / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     )

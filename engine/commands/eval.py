@@ -129,7 +129,7 @@ def read_truth(data: DataConfig) -> tuple[Truth, ReadImage | None, list[str]]:
     """
     annotations, images_exist = data.val_annotations, bool(data.val_images)
     if not annotations and data.coco_path and not data.data_path:
-        folder, file = coco_layout(Path(data.coco_path), "val")
+        file, folder = coco_layout(Path(data.coco_path), "val")
         annotations, images_exist = str(file), folder.is_dir()
     read_image: ReadImage | None = None
     if annotations and not images_exist:

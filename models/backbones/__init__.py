@@ -62,8 +62,9 @@ def create_backbone(
         ConfigError: unknown name, or weights that are missing or do not fit.
     """
     source, _, variant = name.rpartition("/") if "/" in name else ("torchvision", "", name)
-    options = BackboneOptions(variant, single_level, dilation, weights, frozen_stages, train_norm)
-    return BACKBONES[source](options)
+    return BACKBONES[source](
+        BackboneOptions(variant, single_level, dilation, weights, frozen_stages, train_norm)
+    )
 
 
 def weights_from_file(file: str, network: str) -> Mapping[str, Tensor]:

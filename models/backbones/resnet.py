@@ -160,9 +160,9 @@ def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
     try:
         network.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"`backbone_weights {options.weights}`: does not fit {options.variant}: {reason}"
+            f"`backbone_weights {options.weights}`: does not fit {options.variant}: "
+            f"{' '.join(str(error).split())}"
         ) from error
 
 

@@ -42,23 +42,23 @@ def _create_body(options: BackboneOptions, count: int) -> Any:
         )
     if options.dilation:
         raise ConfigError(f"dilation: not for timm/{name}. Use a torchvision ResNet.")
-    known = weights in ("none", "imagenet")
-    given = None if known else weights_from_file(weights, f"timm/{name}")
-    options_of_timm: dict[str, Any] = {
-        "features_only": True,
-        "out_indices": tuple(range(-count, 0)),
-        "pretrained": weights != "none",
-        "pretrained_cfg_overlay": None if given is None else {"state_dict": given},
-    }
-    if name.startswith("swin"):  # else its windows are laid out for one size of image
-        options_of_timm["strict_img_size"] = False
+    of_file = weights not in ("none", "imagenet")
+    given = weights_from_file(weights, f"timm/{name}") if of_file else None
+    # else the windows of a Swin are laid out for one size of image
+    of_swin: dict[str, Any] = {"strict_img_size": False} if name.startswith("swin") else {}
     try:
-        body = timm.create_model(name, **options_of_timm)
+        body = timm.create_model(
+            name,
+            features_only=True,
+            out_indices=tuple(range(-count, 0)),
+            pretrained=weights != "none",
+            pretrained_cfg_overlay=None if given is None else {"state_dict": given},
+            **of_swin,
+        )
     except Exception as error:  # timm and the hub raise many kinds; all mean "not loaded"
-        reason = " ".join(str(error).split())[:300]
-        hint = "Pass a local file as `backbone_weights FILE`, or none to start from scratch."
         raise CheckpointError(
-            f"`backbone timm/{name}`: cannot be built: {reason} {hint}"
+            f"`backbone timm/{name}`: cannot be built: {' '.join(str(error).split())[:300]} "
+            "Pass a local file as `backbone_weights FILE`, or none to start from scratch."
         ) from error
     if given is not None:
         _check_arrival(body, given, f"`backbone_weights {weights}`", name)

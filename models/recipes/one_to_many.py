@@ -41,9 +41,8 @@ class OneToMany(Recipe):
         self.num_queries, self.repeats = options.num_queries_one2many, options.k_one2many
         # the targets are repeated, and with them the number of boxes that losses are divided by
         self.divisor = self.repeats / options.lambda_one2many
-        self.query_embed = None
-        if not transformer.two_stage:
-            self.query_embed = nn.Embedding(self.num_queries, transformer.d_model * 2)
+        width = transformer.d_model * 2
+        self.query_embed = None if transformer.two_stage else nn.Embedding(self.num_queries, width)
 
     def queries(
         self,

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from util.classes import Classes
 
@@ -80,18 +80,15 @@ def matching_names(source: Sequence[str], target: Sequence[str]) -> list[tuple[i
     matched with none of the other. "" is no name.
     """
     ours: dict[int, int] = {}  # target -> source
-    used: set[int] = set()
     levels: tuple[tuple[Callable[[str], str], bool], ...] = (
         (str, True), (_spelled, False), (_meaning, False),
     )  # fmt: skip
     for key, several in levels:
-        given = _positions(source, key, used)
-        for word, wanted in _positions(target, key, ours).items():
+        given = _positions(source, key, ours.values())
+        for word, wanted in _positions(target, key, ours.keys()).items():
             found = given.get(word, [])
             if several or len(found) == len(wanted) == 1:
-                pairs = list(zip(wanted, found, strict=False))
-                ours.update(pairs)
-                used.update(position for _, position in pairs)
+                ours.update(zip(wanted, found, strict=False))
     return [(position, i) for i, position in sorted(ours.items())]
 
 
@@ -102,13 +99,13 @@ def of_same_meaning(name: str, names: Sequence[str]) -> str:
 
 
 def _positions(
-    names: Sequence[str], key: Callable[[str], str], used: set[int] | dict[int, int]
+    names: Sequence[str], key: Callable[[str], str], used: Iterable[int]
 ) -> dict[str, list[int]]:
     """Return the unused positions of the names of each key."""
     positions = defaultdict(list)
-    for i, name in enumerate(names):
-        if name and i not in used:
-            positions[key(name)].append(i)
+    for i in sorted(set(range(len(names))).difference(used)):
+        if names[i]:
+            positions[key(names[i])].append(i)
     return positions
 
 

@@ -26,7 +26,7 @@ _DECODER = {
 }
 _FEED_FORWARD = {"linear1": "fc1", "linear2": "fc2"}
 _BODY, _HF_BODY = "backbone.0.body", "model.backbone.conv_encoder.model"
-# Official module -> theirs, as 4.x names it and every version reads it; # is any number.
+# Official module -> theirs, as 4.x names it and every version reads it; # is one number.
 _MODULES = {
     **{f"transformer.encoder.layers.#.{a}": f"model.encoder.layers.#.{b}"
        for a, b in (_ENCODER | _FEED_FORWARD).items()},
@@ -82,22 +82,27 @@ _OPTIONS = {
     "two_stage": "two_stage",
     "dilation": "dilation",
 }
+_ALIKE = {  # of their options, those of the decoder -> what ours takes for both
+    "decoder_ffn_dim": "encoder_ffn_dim",
+    "decoder_attention_heads": "encoder_attention_heads",
+}
 
 
-def _renamer(modules: Mapping[str, str]) -> Callable[[str], str | None]:
-    """Return a function that renames a key by the first module it lies in, or gives None."""
-    rules = []
-    for old, new in modules.items():
-        numbers = iter(range(1, 10))
-        replacement = re.sub("#", lambda _, n=numbers: rf"\{next(n)}", new)  # type: ignore[misc]
-        pattern = re.escape(old).replace(r"\#", r"(\d+)")
-        rules.append((re.compile(rf"{pattern}(?=\.|$)"), replacement))
+def _renamer(modules: Mapping[str, str]) -> Callable[[str], str]:
+    """Return a function that renames a key by the first module it lies in.
 
-    def rename(key: str) -> str | None:
+    It raises ValueError for a key that lies in none.
+    """
+    rules = [
+        (re.compile(re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)"), new.replace("#", r"\1"))
+        for old, new in modules.items()
+    ]
+
+    def rename(key: str) -> str:
         for pattern, replacement in rules:
             if pattern.match(key):
                 return pattern.sub(replacement, key, count=1)
-        return None
+        raise ValueError(f"'{key}' is no key of the model")
 
     return rename
 
@@ -110,19 +115,21 @@ def to_official(
     Raises:
         CheckpointError: a key belongs to no part of the model.
     """
-    names = {key: _name_of_4(key) for key in state_dict}
+    names = {key: key for key in state_dict}
+    for pattern, name_of_4 in _NAMES_OF_5:
+        names = {key: re.sub(pattern, name_of_4, name) for key, name in names.items()}
     own = any(name.startswith(f"{_HF_BODY}.embedder.") for name in names.values())
     body = _OWN_BODY if own else _TIMM_BODY
     rename = _renamer({theirs: ours for ours, theirs in (_MODULES | body).items()})
     converted: dict[str, Tensor] = {}
     for key, name in names.items():
-        renamed = rename(name)
-        if renamed is None:
+        try:
+            converted[rename(name)] = state_dict[key]
+        except ValueError as error:
             raise CheckpointError(
                 f"{source}: '{key}' is no weight of DeformableDetrForObjectDetection. "
                 "Save that model with save_pretrained()."
-            )
-        converted[renamed] = state_dict[key]
+            ) from error
     split = [name for name in converted if _PROJECTION.search(name)]
     for fused in dict.fromkeys(_PROJECTION.sub("in_proj_", name) for name in split):
         try:
@@ -149,11 +156,7 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], *, timm_backbone: bool) ->
                 key.replace("in_proj_", f"{part}_proj."): piece.clone()
                 for part, piece in zip("qkv", tensor.chunk(3), strict=True)
             }
-        for name, part in parts.items():
-            renamed = rename(name)
-            if renamed is None:
-                raise ValueError(f"'{name}' is no official key")
-            converted[renamed] = part
+        converted |= {rename(name): part for name, part in parts.items()}
     return converted
 
 
@@ -180,17 +183,17 @@ def save_hugging_face(
     """
     weights, left_out = published_weights(state_dict, options, folder)
     timm_backbone = bool(options.get("dilation"))  # transformers' own ResNet cannot dilate
-    renamed = to_hugging_face(weights, timm_backbone=timm_backbone)
-    # a copy of each: the format has no tensors that share memory, as heads of all layers may
-    tensors = {key: tensor.clone().contiguous() for key, tensor in renamed.items()}
+    tensors = {  # copies: the format has no tensors that share memory, as heads of all layers may
+        key: tensor.clone().contiguous()
+        for key, tensor in to_hugging_face(weights, timm_backbone=timm_backbone).items()
+    }
     config = _config(options, classes, timm_backbone=timm_backbone)
     config["dtype"] = str(weights["transformer.level_embed"].dtype).removeprefix("torch.")
-    short, long = image_size
     processor = {
         "image_processor_type": "DeformableDetrImageProcessor",
         "format": "coco_detection",
         "do_resize": True,
-        "size": {"shortest_edge": short, "longest_edge": long},
+        "size": dict(zip(("shortest_edge", "longest_edge"), image_size, strict=True)),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -212,9 +215,7 @@ def save_hugging_face(
 def _config(options: Mapping[str, Any], classes: Classes, *, timm_backbone: bool) -> dict[str, Any]:
     """Return what `config_options` and `config_classes` read, as transformers writes it."""
     config = {theirs: options[ours] for theirs, ours in _OPTIONS.items() if ours in options}
-    for name in ("ffn_dim", "attention_heads"):
-        if f"encoder_{name}" in config:
-            config[f"decoder_{name}"] = config[f"encoder_{name}"]
+    config |= {ours: config[theirs] for ours, theirs in _ALIKE.items() if theirs in config}
     names = [name or "N/A" for name in classes.names]
     if not any(classes.names):
         names = [str(category) for category in classes.ids]
@@ -232,9 +233,7 @@ def _config(options: Mapping[str, Any], classes: Classes, *, timm_backbone: bool
     if timm_backbone:
         return config | {"backbone": backbone, "backbone_config": None}
     ((kind, depths),) = (key for key, name in RESNETS.items() if name == backbone)
-    stages = (
-        ["stage4"] if options.get("num_feature_levels") == 1 else ["stage2", "stage3", "stage4"]
-    )
+    last = options.get("num_feature_levels") == 1
     return config | {
         "backbone": None,
         "backbone_config": {
@@ -243,15 +242,9 @@ def _config(options: Mapping[str, Any], classes: Classes, *, timm_backbone: bool
             "hidden_sizes": _HIDDEN_SIZES[kind],
             "depths": list(depths),
             "layer_type": kind,
-            "out_features": stages,
+            "out_features": ["stage4"] if last else ["stage2", "stage3", "stage4"],
         },
     }
-
-
-def _name_of_4(key: str) -> str:
-    for pattern, name in _NAMES_OF_5:
-        key = re.sub(pattern, name, key)
-    return key
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -277,16 +270,11 @@ def config_options(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """
     _require(config, "model_type", "deformable_detr", source)
     _require(config, "activation_function", "relu", source)
-    for encoder, decoder in (
-        ("encoder_ffn_dim", "decoder_ffn_dim"),
-        ("encoder_attention_heads", "decoder_attention_heads"),
-    ):
+    for decoder, encoder in _ALIKE.items():
         if encoder in config:
             _require(config, decoder, config[encoder], source)
-    options = {ours: config[theirs] for theirs, ours in _OPTIONS.items() if theirs in config}
-    options.setdefault("dec_layers", 6)
-    for name in ("with_box_refine", "two_stage"):
-        options.setdefault(name, False)
+    options: dict[str, Any] = {"dec_layers": 6, "with_box_refine": False, "two_stage": False}
+    options |= {ours: config[theirs] for theirs, ours in _OPTIONS.items() if theirs in config}
     if options["two_stage"]:
         options["num_queries"] = config.get("two_stage_num_proposals", 300)
     options["backbone"] = _backbone(config, source)
@@ -323,12 +311,12 @@ def _backbone(config: Mapping[str, Any], source: str) -> str:
 
 def config_classes(config: Mapping[str, Any], num_logits: int) -> Classes:
     """Return the label space; the published 91-label COCO models use category ids."""
-    names = {int(label): str(name) for label, name in (config.get("id2label") or {}).items()}
+    stated = (config.get("id2label") or {}).items()
+    names = {int(label): "" if name == "N/A" else str(name) for label, name in stated}
     coco = coco_logit_classes()
     if num_logits == NUM_COCO_LOGITS and all(
         names.get(i, name) == name for i, name in zip(coco.ids, coco.names, strict=True) if name
     ):
         return coco
     ids = tuple(range(num_logits))
-    known = (names.get(i, "") for i in ids)
-    return Classes(ids, tuple("" if name == "N/A" else name for name in known))
+    return Classes(ids, tuple(names.get(i, "") for i in ids))

@@ -165,27 +165,20 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
     processor = folder / "preprocessor_config.json"
     preprocessing = hugging_face.read_json(processor) if processor.is_file() else {}
     with _parts_of(processor, "Hugging Face preprocessing description"):
-        mean, std = (_triple(preprocessing.get(f"image_{name}")) for name in ("mean", "std"))
-        size = _image_size(preprocessing)
-    return Pretrained(
-        "hugging_face",
-        weights,
-        options,
-        classes,
-        image_mean=mean,
-        image_std=std,
-        image_size=size,
-    )
+        return Pretrained(
+            "hugging_face",
+            weights,
+            options,
+            classes,
+            image_mean=_triple(preprocessing.get("image_mean")),
+            image_std=_triple(preprocessing.get("image_std")),
+            image_size=_image_size(preprocessing),
+        )
 
 
 def _download(name: str, source: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise CheckpointError(
-            f"{source}: downloading needs huggingface_hub. Run `pip install huggingface_hub`, "
-            "or pass a local folder."
-        ) from error
+    from huggingface_hub import snapshot_download  # slow to import
+
     described = ["config.json", "preprocessor_config.json"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*described, "model.safetensors"]))
@@ -211,10 +204,9 @@ def _triple(values: Any) -> Triple | None:
 
 def _image_size(preprocessing: Mapping[str, Any]) -> tuple[int, int] | None:
     size = preprocessing.get("size")
-    if isinstance(size, Mapping):
-        short, long = size.get("shortest_edge"), size.get("longest_edge")
-    else:
-        short, long = size, preprocessing.get("max_size", 1333)
+    if not isinstance(size, Mapping):  # the short side alone, as old versions wrote it
+        size = {"shortest_edge": size, "longest_edge": preprocessing.get("max_size", 1333)}
+    short, long = size.get("shortest_edge"), size.get("longest_edge")
     return (int(short), int(long)) if short and long else None
 
 

@@ -33,8 +33,9 @@ _DEFAULT_HEADS = 8
 
 def is_deformable_detr(state_dict: Mapping[str, Any]) -> bool:
     """Return whether the keys are those of a Deformable DETR in official naming."""
-    heads = ("class_embed.0.bias", "transformer.decoder.class_embed.0.bias")
-    return "transformer.level_embed" in state_dict and any(key in state_dict for key in heads)
+    return "transformer.level_embed" in state_dict and not state_dict.keys().isdisjoint(
+        {"class_embed.0.bias", "transformer.decoder.class_embed.0.bias"}
+    )
 
 
 def official_options(
@@ -76,8 +77,12 @@ def _options_from_shapes(state_dict: Mapping[str, Tensor], nheads: int) -> dict[
         "num_feature_levels": levels,
         "hidden_dim": width,
         "two_stage": "transformer.enc_output.weight" in state_dict,
-        "with_box_refine": _refines(state_dict),
+        "with_box_refine": "transformer.decoder.bbox_embed.0.layers.0.weight" in state_dict,
     }
+    # The decoder's copy may have been stripped: refining heads are distinct all the same.
+    first, second = (state_dict.get(f"bbox_embed.{i}.layers.2.bias") for i in (0, 1))
+    if first is not None and second is not None:
+        options["with_box_refine"] |= not first.equal(second)
     for name, side, attention in (
         ("enc", "encoder", "self_attn"),
         ("dec", "decoder", "cross_attn"),
@@ -86,11 +91,11 @@ def _options_from_shapes(state_dict: Mapping[str, Tensor], nheads: int) -> dict[
         weights = state_dict.get(f"transformer.{side}.layers.0.{attention}.attention_weights.bias")
         if weights is not None:
             options[f"{name}_n_points"] = len(weights) // (nheads * levels)
-    hidden = state_dict.get("transformer.encoder.layers.0.linear1.bias")
-    if hidden is not None:
-        options["dim_feedforward"] = len(hidden)
-    if "query_embed.weight" in state_dict:
-        options["num_queries"] = len(state_dict["query_embed.weight"])
+    lengths = {
+        "dim_feedforward": "transformer.encoder.layers.0.linear1.bias",
+        "num_queries": "query_embed.weight",
+    }
+    options |= {name: len(state_dict[key]) for name, key in lengths.items() if key in state_dict}
     if "backbone.1.row_embed.weight" in state_dict:
         options["position_embedding"] = "learned"
     body = "backbone.0.body.layer"
@@ -98,15 +103,6 @@ def _options_from_shapes(state_dict: Mapping[str, Tensor], nheads: int) -> dict[
     blocks = tuple(count_layers(state_dict, f"{body}{stage}") for stage in range(1, 5))
     resnet = RESNETS.get((kind, blocks))
     return options | ({"backbone": resnet} if resnet else {})
-
-
-def _refines(state_dict: Mapping[str, Tensor]) -> bool:
-    if "transformer.decoder.bbox_embed.0.layers.0.weight" in state_dict:
-        return True
-    # The decoder's copy may have been stripped: refining heads are distinct all the same.
-    first = state_dict.get("bbox_embed.0.layers.2.bias")
-    second = state_dict.get("bbox_embed.1.layers.2.bias")
-    return first is not None and second is not None and not first.equal(second)
 
 
 def complete_heads(
@@ -160,8 +156,7 @@ def save_official(
         CheckpointError: the official code has no such model, or the file cannot be written.
     """
     weights, left_out = published_weights(state_dict, options, path)
-    args = argparse.Namespace(**options)
-    save_whole(path, {"model": weights, "args": args, "epoch": epoch})
+    save_whole(path, {"model": weights, "args": argparse.Namespace(**options), "epoch": epoch})
     return left_out
 
 

@@ -15,8 +15,7 @@ from models.weights.official import count_layers, official_options
 from util.classes import Classes
 from util.errors import CheckpointError
 
-_CLASS_HEAD = re.compile(r"(?:transformer\.decoder\.)?class_embed\.(\d+)\.(?:weight|bias)")
-_HEAD = re.compile(r"((?:transformer\.decoder\.)?(?:class|bbox)_embed)\.(\d+)\.(.+)")
+_HEAD = re.compile(r"(transformer\.decoder\.)?(class|bbox)_embed\.(\d+)\.(.+)")
 _QUERIES = "query_embed.weight"
 _COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none
 BACKBONE = "backbone.0."
@@ -27,19 +26,15 @@ _QUERY_NOISE = 0.1
 
 
 def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Load every tensor; names and shapes must agree exactly.
-
-    Parameters of recipes that trained the weights are left out where the model does without them.
+    """Load every tensor; names and shapes must agree exactly, those of recipes too.
 
     Raises:
         CheckpointError: some do not; the first few are named.
     """
-    target = {k: v for k, v in model.state_dict().items() if not k.endswith(_COUNTER)}
-    given = {
-        name: tensor
-        for name, tensor in state_dict.items()
-        if not name.endswith(_COUNTER) and (name in target or not name.startswith(RECIPES))
-    }
+    target, given = (
+        {name: tensor for name, tensor in tensors.items() if not name.endswith(_COUNTER)}
+        for tensors in (model.state_dict(), state_dict)
+    )
     wrong = [f"'{k}' is missing" for k in target if k not in given]
     wrong += [f"'{k}' is not in the model" for k in given if k not in target]
     wrong += [
@@ -141,17 +136,16 @@ def transfer(
                 report.reinitialised[name] = "not in the checkpoint"
             elif name == _QUERIES:
                 _fill_queries(tensor, source, report)
-            elif head := _CLASS_HEAD.fullmatch(name):
-                rows = _RANKING_ROW if int(head[1]) == proposals else pairs
+            elif (head := _HEAD.fullmatch(name)) and head[2] == "class":
+                rows = _RANKING_ROW if int(head[3]) == proposals else pairs
                 _fill(name, tensor, source[origin[name]], rows, report)
             else:
                 _fill(name, tensor, source[origin[name]], None, report)
     filled = {target[n].data_ptr() for n in [*report.copied, *report.by_name, *report.adapted]}
     # a tensor filled under one name is not fresh under another
-    aliases = [name for name in report.reinitialised if target[name].data_ptr() in filled]
-    report.copied += aliases
-    for name in aliases:
+    for name in [name for name in report.reinitialised if target[name].data_ptr() in filled]:
         del report.reinitialised[name]
+        report.copied.append(name)
     report.ignored.update({k: "not in the model" for k in source if k not in used})
     _check_enough(filled, source, target)
     return report
@@ -162,18 +156,17 @@ def _report_on_classes(
 ) -> TransferReport:
     """Return a report that says which classes are known; pairs are positions (theirs, ours)."""
     matched = {target for _, target in pairs}
-    report = TransferReport(
+    fresh = tuple(name for i, name in enumerate(ours) if i not in matched)
+    meant = {name: of_same_meaning(name, theirs) for name in fresh}
+    return TransferReport(
         matched_classes=tuple(ours[i] for i in sorted(matched)),
-        fresh_classes=tuple(n for i, n in enumerate(ours) if i not in matched),
+        fresh_classes=fresh,
         renamed={
             ours[j]: theirs[i] for i, j in pairs if ours[j].casefold() != theirs[i].casefold()
         },
+        contested={name: other for name, other in meant.items() if other},
         nameless=not any(theirs),
     )
-    for name in report.fresh_classes:
-        if other := of_same_meaning(name, theirs):
-            report.contested[name] = other
-    return report
 
 
 def _proposal_index(state_dict: Mapping[str, Tensor]) -> int | None:
@@ -194,13 +187,12 @@ def _origins(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict
     for name in target:
         candidates = [name]
         if head := _HEAD.fullmatch(name):
-            index = int(head[2])
-            number = theirs if index == ours else index
-            if number is None or (number == theirs and index != ours):
+            prefix, kind, index, tail = head.groups(default="")
+            number = theirs if int(index) == ours else int(index)
+            if number is None or (number == theirs and int(index) != ours):
                 continue
-            stem = head[1].removeprefix("transformer.decoder.")
-            candidates = [f"{head[1]}.{number}.{head[3]}"]
-            candidates += [f"{p}{stem}.{number}.{head[3]}" for p in ("", "transformer.decoder.")]
+            places = (prefix, "", "transformer.decoder.")
+            candidates = [f"{place}{kind}_embed.{number}.{tail}" for place in places]
         found = next((c for c in candidates if c in source), None)
         if found is not None:
             origins[name] = found

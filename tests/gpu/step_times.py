@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from configs.schema import LossConfig, ModelConfig
 from engine.optim import Precision
-from models.build import build_criterion, build_model
-from models.switches import compile_model, set_checkpointing
+from models.build import build_criterion, build_model, compile_model, set_checkpointing
 from tests.gpu.results import emit, remaining
 from util.batch import PaddedBatch, Target, pad_images
 

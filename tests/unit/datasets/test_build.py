@@ -18,10 +18,10 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 def test_coco_layout_and_explicit_paths() -> None:
     cfg = DataConfig(coco_path="coco", val_images="mine", val_annotations="mine.json")
     assert data_paths(cfg, "train") == (
-        Path("coco/train2017"),
         Path("coco/annotations/instances_train2017.json"),
+        Path("coco/train2017"),
     )
-    assert data_paths(cfg, "val") == (Path("mine"), Path("mine.json"))
+    assert data_paths(cfg, "val") == (Path("mine.json"), Path("mine"))
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def test_data_set_follows_its_options(
     )
     index = load_index(cfg, "train")
     fixed = build_dataset(cfg, index, train=False, mean=MEAN, std=STD)
-    assert fixed.output_size(30, 40) == (60, 80)
+    assert fixed.transform.output_size(30, 40) == (60, 80)
     item = fixed[0]
     assert isinstance(item, tuple)
     assert -2 <= item[0].min() < -1
     assert 1 < item[0].max() <= 2
     random = build_dataset(cfg, index, train=True, mean=MEAN, std=STD, seed=1)
-    assert random.output_size(30, 40) is None
+    assert random.transform.output_size(30, 40) is None
 
 
 def test_published_recipe_is_the_default() -> None:

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from datasets import index as index_module
-from datasets.checks.entries import CocoContent
-from datasets.index import CocoIndex, cache_folder, read_content
+from datasets.index import CocoIndex, cache_folder
 from util.errors import DataError
 
 Content = dict[str, Any]
@@ -33,24 +32,24 @@ def json_path(
     return path
 
 
-def read(path: Path) -> CocoContent:
-    return read_content(path, need_boxes=True, cache=True)
+def read(path: Path, *, need_boxes: bool = True, cache: bool = True) -> CocoIndex:
+    return CocoIndex.load(path, None, need_boxes=need_boxes, cache=cache)
 
 
-def plain(content: CocoContent) -> dict[str, Any]:
-    found = content.annotations
+def plain(index: CocoIndex) -> dict[str, Any]:
+    found = index.annotations
     return {
-        "classes": content.classes.to_json(),
-        "images": [content.images.ids.tolist(), list(content.images.file_names)],
-        "sizes": content.images.sizes.tolist(),
+        "classes": index.classes.to_json(),
+        "images": [index.images.ids.tolist(), list(index.images.file_names)],
+        "sizes": index.images.sizes.tolist(),
         "boxes": [found.ids.tolist(), found.image.tolist(), found.labels.tolist()],
         "values": [found.xywh.tolist(), found.area.tolist(), found.crowd.tolist()],
-        "notices": [notice.to_json() for notice in content.notices],
+        "notices": [notice.to_json() for notice in index.findings],
     }
 
 
 def test_kept_content_is_what_was_read(json_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    anew = plain(read_content(json_path, need_boxes=True, cache=False))
+    anew = plain(read(json_path, cache=False))
     assert not cache_folder().exists()
     assert plain(read(json_path)) == anew
     monkeypatch.setattr(index_module, "check_content", None)  # calling it would fail
@@ -65,7 +64,7 @@ def test_training_and_evaluation_share_what_is_kept(
 ) -> None:
     anew = plain(read(json_path))
     monkeypatch.setattr(index_module, "check_content", None)  # calling it would fail
-    assert plain(read_content(json_path, need_boxes=False, cache=True)) == anew
+    assert plain(read(json_path, need_boxes=False)) == anew
     assert len(list(cache_folder().iterdir())) == 1
 
 
@@ -119,8 +118,8 @@ def test_a_folder_that_cannot_be_written_costs_only_time(json_path: Path, tmp_pa
 
 def test_many_processes_may_write_at_once(json_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        contents = list(pool.map(read, [json_path] * 16))
-    assert all(np.array_equal(c.annotations.ids, [0, 1]) for c in contents)
+        indices = list(pool.map(read, [json_path] * 16))
+    assert all(np.array_equal(index.annotations.ids, [0, 1]) for index in indices)
     assert len(list(cache_folder().iterdir())) == 1
 
 

@@ -10,10 +10,9 @@ from torch._dynamo import config as dynamo
 from torch._dynamo.testing import CompileCounter
 
 from configs.schema import LossConfig
-from models.build import build_criterion, build_model
+from models.build import build_criterion, build_model, compile_model, set_checkpointing
 from models.deformable_detr import DeformableDETR
 from models.recipes.one_to_many import Options
-from models.switches import PARTS, compile_model, set_checkpointing
 from tests.lanes import some
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
@@ -101,7 +100,7 @@ def test_every_size_is_compiled_once_however_many_pytorch_would_compile() -> Non
 def test_autocast_and_checkpointing_compile_too() -> None:
     torch.compiler.reset()
     model = small(backbone="resnet18", dropout=0.1, dec_layers=1).float()
-    set_checkpointing(model, PARTS)
+    set_checkpointing(model, ("backbone", "encoder", "decoder"))
     compile_model(model, backend="aot_eager")
     batch = pad_images([image.float() for image in random_images(*SIZES)])
     with torch.autocast("cpu", torch.bfloat16):

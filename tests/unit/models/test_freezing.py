@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from configs.schema import LossConfig
-from models.build import build_criterion, build_model
+from models.build import build_criterion, build_model, freeze
 from models.deformable_detr import DeformableDETR
 from models.recipes.one_to_many import Options
-from models.switches import freeze
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
 from util.batch import pad_images

@@ -200,7 +200,7 @@ def test_parts_of_an_effective_batch_add_up_to_it() -> None:
         torch.testing.assert_close(total[name], value, check_dtype=False, msg=name)
 
 
-def test_weights_of_a_plain_model_start_it_and_its_own_evaluate_without_it() -> None:
+def test_weights_of_a_plain_model_start_it_and_its_own_start_a_plain_one() -> None:
     hybrid, names = hybrid_model("plain"), tuple("abcde")
     plain = build_model(small_config(dropout=0.0), num_classes=CLASSES).double()
     perturb(plain)
@@ -211,9 +211,12 @@ def test_weights_of_a_plain_model_start_it_and_its_own_evaluate_without_it() -> 
     state = hybrid.state_dict()
     assert torch.equal(state[key], before)
     other = build_model(small_config(dropout=0.0), num_classes=CLASSES).double()
-    load_strict(other, state, "hybrid")
-    assert other.state_dict().keys() == state.keys() - {key}
+    report = transfer(other, state, source_classes=classes, target_classes=classes)
+    assert report.ignored == {key: "not in the model"}
+    assert not report.reinitialised
     for name, value in other.state_dict().items():
         assert torch.equal(value, plain.state_dict()[name]), name
     with pytest.raises(CheckpointError, match="query_embed.weight' is missing"):
         load_strict(hybrid, plain.state_dict(), "plain")
+    with pytest.raises(CheckpointError, match=f"'{key}' is not in the model"):
+        load_strict(plain, state, "hybrid")

@@ -229,7 +229,7 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
 def test_hub_out_of_reach_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
-    pytest.importorskip("huggingface_hub")
+
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="pass its folder") as caught:
