@@ -1,6 +1,6 @@
 # make demo      from nothing to a trained detector
 # make format    rewrite the code as the linter wants it
-# make quick     unit tests, without the slow ones
+# make quick     unit tests that take no more than three seconds each
 # make test      what CI runs: lint, and every test but the slow ones
 # make test_all  lint and every test; before a release
 # make gpu       what only a GPU can answer, in 8 minutes; DRY=1: at toy size on the CPU
@@ -54,7 +54,7 @@ format: env-test
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 quick: env-test
-	$(PYTEST) tests/unit -m "not slow"
+	$(PYTEST) tests/unit -m "not slow and not long"
 
 test: lint
 	$(PYTEST) -m "not slow"

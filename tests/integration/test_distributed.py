@@ -75,7 +75,7 @@ def assert_same_evaluation(folder: Path, expected: Path) -> None:
         assert (folder / "eval" / name).read_bytes() == (expected / "eval" / name).read_bytes()
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", some([2, 3], 2))
 def test_evaluation_shared_out_is_the_same_to_the_last_byte(
     finished_run: Path, tmp_path: Path, processes: int
 ) -> None:

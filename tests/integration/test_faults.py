@@ -126,6 +126,7 @@ def fill(disk: Path) -> Path:
     return ballast
 
 
+@pytest.mark.slow
 @linux
 def test_a_disk_that_becomes_full(
     small_disk: Path, reference: Path, reference_options: Options

@@ -68,6 +68,7 @@ def test_sigkill_at_any_moment(reference: Path, reference_options: Options, tmp_
     assert not list(folder.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_saves_the_step_and_says_so_by_its_exit_code(
     reference: Path, reference_options: Options, tmp_path: Path
 ) -> None:

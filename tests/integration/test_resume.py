@@ -91,6 +91,7 @@ def test_resuming_another_model_names_the_options(finished_run: Path, tmp_path: 
     assert "num_queries: checkpoint 20, run 33" in errors(output)[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_obeys_a_new_learning_rate(shapes: Path, tmp_path: Path) -> None:
     command = Command(tmp_path / "run", ("--coco_path", shapes, "--lr_scheduler", "step",
                                          "--warmup_steps", "0"))  # fmt: skip
@@ -126,6 +127,7 @@ def test_resuming_a_finished_run_changes_nothing(
     assert all(after[name] == before[name] for name in before if name != "config.yaml")
 
 
+@pytest.mark.slow
 def test_unreadable_images_of_before_stay_listed(shapes: Path, tmp_path: Path) -> None:
     data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
     first, second = sorted((data / "train2017").iterdir())[:2]
@@ -152,6 +154,7 @@ def test_a_folder_with_a_run_is_not_overwritten(
     assert "--resume auto" in errors(output)[0]
 
 
+@pytest.mark.slow
 def test_resuming_a_fine_tuned_run_keeps_its_preprocessing_and_needs_no_download(
     finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder)]
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_near_float32(
     reference: Path, reference_options: Options, tmp_path: Path
 ) -> None:
@@ -73,6 +74,7 @@ def evaluated(reference: Path, shapes: Path, folder: Path, *more: str) -> Any:
     return json.loads((folder / "eval" / "detections.json").read_text())
 
 
+@pytest.mark.slow
 def test_evaluation_takes_the_averages_unless_told_otherwise(
     reference: Path, shapes: Path, tmp_path: Path
 ) -> None:

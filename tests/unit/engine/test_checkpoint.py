@@ -114,6 +114,7 @@ except CheckpointError as error:
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file size")
 def test_full_disk_leaves_the_previous_file(tmp_path: Path) -> None:
     path = tmp_path / "last.pth"

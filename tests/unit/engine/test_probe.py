@@ -39,6 +39,7 @@ print(before, peak_memory(torch.device("cpu")))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="the peak is not known there")
 def test_the_peak_of_a_process_holds_what_was_freed() -> None:
     size = 300 * 2**20

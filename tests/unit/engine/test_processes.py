@@ -74,6 +74,7 @@ def test_an_exit_code_is_passed_on(write: Write, capfd: pytest.CaptureFixture[st
     assert last == "error: rank 0: ended with exit code 1; see its message above"
 
 
+@pytest.mark.long
 def test_all_start_again_after_a_failure_as_often_as_asked(
     tmp_path: Path, write: Write, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +96,7 @@ def test_more_gpus_than_there_are_is_refused(write: Write) -> None:
         launch(write(""), [], processes=999, device="cuda", restarts=0)
 
 
+@pytest.mark.long
 def test_a_user_error_of_all_processes_is_one_line(
     write: Write, capfd: pytest.CaptureFixture[str]
 ) -> None:

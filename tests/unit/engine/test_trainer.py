@@ -61,6 +61,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, l
 Results = tuple[Path, dict[int, list[Result]]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("size", "micro"), WAYS)
 @pytest.mark.parametrize("case", FINITE)
 def test_gradients_are_those_of_one_big_batch(
@@ -78,6 +79,7 @@ def test_gradients_are_those_of_one_big_batch(
                 assert error < 1e-8, name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("size", "micro"), WAYS)
 @pytest.mark.parametrize("case", FINITE)
 def test_logged_losses_are_those_of_one_big_batch(
@@ -95,6 +97,7 @@ def test_logged_losses_are_those_of_one_big_batch(
         assert process[f"{case} {micro}"]["averages"] == pytest.approx(means, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("size", "micro"), WAYS)
 def test_one_image_that_is_not_finite_skips_the_step_of_all_processes(
     results: Results, size: int, micro: int

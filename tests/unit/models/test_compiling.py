@@ -46,6 +46,7 @@ def gradients(model: DeformableDETR, counts: Sequence[int] = (3, 2)) -> dict[str
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.long
 @variants
 def test_training_and_evaluation_are_one_graph_each_and_compute_the_same(variant: str) -> None:
     torch.compiler.reset()
@@ -68,6 +69,7 @@ def test_training_and_evaluation_are_one_graph_each_and_compute_the_same(variant
     assert counter.frame_count == 2
 
 
+@pytest.mark.long
 @variants
 def test_a_recipe_compiles_once_for_any_number_of_boxes(variant: str) -> None:
     torch.compiler.reset()
@@ -97,6 +99,7 @@ def test_every_size_is_compiled_once_however_many_pytorch_would_compile() -> Non
     assert counter.frame_count == 3  # 128 x 128 thrice, 64 x 128, 64 x 64
 
 
+@pytest.mark.long
 def test_autocast_and_checkpointing_compile_too() -> None:
     torch.compiler.reset()
     model = small(backbone="resnet18", dropout=0.1, dec_layers=1).float()

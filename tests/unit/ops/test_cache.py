@@ -34,6 +34,7 @@ def run(code: str, cache: Path, **variables: str) -> "subprocess.CompletedProces
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
     environment = {**os.environ, "MSDEFORM_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     processes = [
@@ -58,6 +59,7 @@ def test_the_compiler_may_come_with_arguments(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_no_compiler_is_one_warning_and_the_next_backend(tmp_path: Path) -> None:
     done = run(ATTEND, tmp_path, CXX="no-such-compiler")
     assert done.returncode == 0
@@ -66,6 +68,7 @@ def test_no_compiler_is_one_warning_and_the_next_backend(tmp_path: Path) -> None
     assert "no C++ compiler here (no-such-compiler)" in done.stderr
 
 
+@pytest.mark.long
 def test_a_failed_build_names_its_log_and_is_not_kept(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.write_text(
@@ -125,6 +128,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert built("thing.so", "a thing", Path.touch).exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("instructions", some(instruction_sets(), instruction_sets()[-1]))
 def test_every_set_of_instructions_gives_the_same(instructions: str, tmp_path: Path) -> None:
     code = f"""

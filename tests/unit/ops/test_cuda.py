@@ -145,6 +145,7 @@ def test_gradient_of_reference(
     assert_gradients_near(actual, expected, dtype)
 
 
+@pytest.mark.long
 def test_forward_equals_a_loop_over_samples(emulated: EmulatedBackend) -> None:
     value, shapes, locations, weights = make_inputs(n=2, q=6, m=3, d=6, k=2)
     sides = [side for shape in shapes for side in shape]

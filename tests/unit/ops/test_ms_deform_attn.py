@@ -291,6 +291,7 @@ def test_half_precision_numbers_pass_unchanged(dtype: torch.dtype) -> None:
     torch.testing.assert_close(output, every, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fused", [False, True])
 def test_operators_are_what_they_say(fused: bool) -> None:
     reference = None

@@ -117,6 +117,7 @@ def test_failure_names_the_log(options: list[str], said: str, cache: Path) -> No
     assert not list(cache.glob("*.cubin")) + list(cache.glob("*.part"))
 
 
+@pytest.mark.long
 @needs_nvcc
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[5]], ids=str)

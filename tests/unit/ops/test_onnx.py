@@ -31,6 +31,7 @@ class Attend(torch.nn.Module):
         return output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("numbers", [2, 4])
 def test_an_exported_graph_has_standard_operators_and_the_same_result(
     numbers: int, tmp_path: Path

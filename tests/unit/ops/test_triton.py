@@ -223,6 +223,7 @@ def failures() -> dict[str, str]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [NO_KERNELS, *CHECKS])
 def test_in_the_interpreter(name: str, failures: dict[str, str]) -> None:
     assert name not in failures, failures[name]
@@ -316,6 +317,7 @@ def compiled(target: str, backward: bool, form: int, dtype: torch.dtype, sums: s
     return str(program.asm["ptx" if target.startswith("sm") else "amdgcn"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_for(target: str, backward: bool) -> None:

@@ -146,6 +146,7 @@ def exchange(rank: int, port: int, folder: Path) -> None:
     assert not dist.is_initialized()
 
 
+@pytest.mark.long
 def test_processes_exchange_numbers_and_items_and_notice_a_loss(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -64,6 +64,7 @@ def boxes_of(source: Source) -> Boxes:
     return found
 
 
+@pytest.mark.long
 @settings(max_examples=25, deadline=None, suppress_health_check=SLOW_FOLDERS)
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -288,6 +289,7 @@ def test_the_original_content_is_not_touched(tmp_path: Path) -> None:
     assert json.dumps(data.content) == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", FORMATS)
 def test_each_flaw_of_each_format_is_found_and_mended(target: str, tmp_path: Path) -> None:
     sound = write_sound(tmp_path, target)
