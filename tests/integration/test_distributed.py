@@ -19,6 +19,7 @@ import pytest
 from datasets.build import split_batch
 from datasets.samplers import ShuffledBatchSampler
 from tests.integration.conftest import ROOT, TINY, read_log
+from tests.lanes import some
 
 SEED = 42  # the default one
 LIMIT = 150  # seconds that a command may take
