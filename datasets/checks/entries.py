@@ -186,8 +186,7 @@ def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
         np.array(report.classes.ids, dtype=np.int64),
         *_whole_numbers([entry.get("category_id") for entry in entries]),
     )
-    areas = [entry.get("area") for entry in entries]
-    area = np.array([value if is_area(value) else np.nan for value in areas], dtype=np.float64)
+    area = _areas([entry.get("area") for entry in entries])
     crowds = [entry.get("iscrowd") for entry in entries]
     crowd = np.array([value == 1 for value in crowds], dtype=np.bool_)
     no_crowd = np.array([value not in (0, 1) for value in crowds], dtype=np.bool_)
@@ -231,7 +230,9 @@ def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
     report_some("rotated_bbox", usable & ~computed & _rotated(entries), _rotation)
     broken = np.isnan(xywh).any(axis=1)
     report_some("broken_bbox", usable & broken, lambda e: f"bbox {e.get('bbox')!r:.80}")
-    kept = usable & ~broken & ~np.isin(rows, list(report.dropped))
+    kept = usable & ~broken
+    if report.dropped:
+        kept &= ~np.isin(rows, list(report.dropped))
     report.annotation_rows = rows[kept]
     area = np.where(np.isnan(area), xywh[:, 2] * xywh[:, 3], area)
     report.annotations = Annotations(ids, image, label, xywh, area, crowd).select(kept)
@@ -251,6 +252,8 @@ def _compute_boxes(
 
 def _rotated(entries: Sequence[Mapping[str, Any]]) -> BoolArray:
     """Return which boxes [A] were turned after they were drawn, as CVAT writes it."""
+    if not any(entry.get("attributes") for entry in entries):
+        return np.zeros(len(entries), dtype=np.bool_)
     return np.array([_rotation(entry) != "" for entry in entries], dtype=np.bool_)
 
 
@@ -294,6 +297,16 @@ def _whole_numbers(values: Sequence[object]) -> tuple[IntArray, BoolArray]:
     valid = [is_whole(value) for value in values]
     numbers = [value if ok else 0 for value, ok in zip(values, valid, strict=True)]
     return np.array(numbers, dtype=np.int64), np.array(valid, dtype=np.bool_)
+
+
+def _areas(values: Sequence[object]) -> FloatArray:
+    """Return JSON values as areas [A], NaN for what cannot be one."""
+    if set(map(type, values)) <= {int, float}:
+        with contextlib.suppress(OverflowError):
+            area = np.array(values, dtype=np.float64)
+            area[~((area >= 0) & (area < LIMIT))] = np.nan
+            return area
+    return np.array([value if is_area(value) else np.nan for value in values], dtype=np.float64)
 
 
 def _boxes(values: Sequence[object]) -> FloatArray:

@@ -5,7 +5,6 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as rle
 
 from datasets.checks.values import is_number, is_whole, to_number
 
@@ -43,6 +42,8 @@ def _around_polygons(polygons: Any) -> list[float] | None:
 
 def _around_runs(mask: Mapping[str, Any]) -> list[float] | None:
     """Check all that pycocotools takes on trust: it would read past the end of what it got."""
+    from pycocotools import mask as rle
+
     size, counts = mask.get("size"), mask.get("counts")
     if not isinstance(size, list) or len(size) != 2 or not all(map(is_whole, size)):
         return None

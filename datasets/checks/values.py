@@ -1,7 +1,7 @@
 """What JSON values can stand for: numbers, also written as text, ids, flags, areas."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 LIMIT = 1e9  # of numbers that can be pixels
@@ -64,4 +64,4 @@ def to_box(value: Any) -> list[float] | None:
 
 def column(entries: Sequence[Any], key: str) -> list[Any]:
     """Return what entries have under a key, None where that is nothing."""
-    return [entry.get(key) if isinstance(entry, Mapping) else None for entry in entries]
+    return [entry.get(key) if isinstance(entry, dict) else None for entry in entries]
