@@ -41,6 +41,7 @@ def test_flags() -> None:
 
 
 def test_boxes_of_text() -> None:
+    value: Any
     for value in (["1", 2, "3.5", 4], "1 2 3.5 4", "[1, 2, 3.5, 4]", "(1,2,3.5,4)", "1;2;3.5;4"):
         assert to_box(value) == [1, 2, 3.5, 4]
     for value in ("1 2 3", ["1", 2, 3], ["1", 2, 3, None], "1 2 3 x", ["1e12", 2, 3, 4], 5):
