@@ -93,7 +93,21 @@ class VocOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSource(VocOptions):
+class AnnotationOptions(VocOptions):
+    """How annotations are read."""
+
+    crowd: Literal["keep", "as_objects"] = option(
+        "keep", "annotations with `iscrowd` 1: groups, as in COCO, or as_objects, as some tools "
+        "flag every mask", rare=True,
+    )  # fmt: skip
+    ignore_key: Literal["crowd", "drop", "keep"] = option(
+        "crowd", "annotations with `ignore` 1: like a crowd, drop them, or keep them as objects",
+        rare=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource(AnnotationOptions):
     """Where the data is, or the folder of all its splits."""
 
     coco_path: str = option("", "folder with train2017/, val2017/ and annotations/")

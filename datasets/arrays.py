@@ -1,7 +1,7 @@
 """Images, annotations and names as flat arrays, which loader processes share without copies."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import SupportsIndex
 
 import numpy as np
@@ -44,11 +44,20 @@ class Names:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images in the file's order. Shape: ids [N]; sizes [N,2] (height, width), 0 = not stated."""
+    """Images in the file's order. Shape: ids [N]; sizes [N,2] (height, width), 0 = not stated.
+
+    `texts` are the ids that the file has as text, by the numbers they got.
+    """
 
     ids: IntArray
     file_names: Names
     sizes: IntArray
+    texts: Mapping[int, str] = field(default_factory=dict)
+
+    def select(self, keep: BoolArray) -> "Images":
+        """Return those where `keep` [N] is true."""
+        names = Names.of(name for name, kept in zip(self.file_names, keep, strict=True) if kept)
+        return replace(self, ids=self.ids[keep], file_names=names, sizes=self.sizes[keep])
 
 
 @dataclass(frozen=True, eq=False)

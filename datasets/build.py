@@ -1,16 +1,17 @@
 """Turn data options into data sets."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from configs.schema import DataConfig
+from configs.schema import AnnotationOptions, DataConfig
 from datasets.checks.findings import first_few
 from datasets.dataset import CocoDetection, ImageCache
 from datasets.formats.coco import coco_layout, read_coco_file
-from datasets.formats.registry import FORMATS, Source, read_source
+from datasets.formats.registry import FORMATS, Reading, Source, read_source
 from datasets.index import CocoIndex
 from datasets.sample import CHANNELS
 from datasets.samplers import BatchSplit
@@ -34,8 +35,16 @@ def read_split(cfg: DataConfig, split: Split) -> Source:
     """
     if _is_foreign(cfg, split):
         place, name = Path(cfg.data_path), getattr(cfg, f"{split}_split")
-        return read_source(cfg.data_format, place, name, **format_options(cfg, cfg.data_format))
-    return read_coco_file(*data_paths(cfg, split))
+        options = format_options(cfg, cfg.data_format)
+        source = read_source(cfg.data_format, place, name, **options)
+    else:
+        source = read_coco_file(*data_paths(cfg, split))
+    return replace(source, reading=reading_of(cfg))
+
+
+def reading_of(cfg: AnnotationOptions) -> Reading:
+    """Return what flags of annotations mean."""
+    return Reading(cfg.crowd, cfg.ignore_key)
 
 
 def format_options(cfg: object, data_format: str) -> dict[str, str]:
@@ -115,7 +124,12 @@ def load_index(cfg: DataConfig, split: Split, *, need_boxes: bool = True) -> Coc
     """
     if _is_foreign(cfg, split):
         return CocoIndex.from_source(read_split(cfg, split), need_boxes=need_boxes)
-    return CocoIndex.load(*data_paths(cfg, split), need_boxes=need_boxes, cache=cfg.index_cache)
+    return CocoIndex.load(
+        *data_paths(cfg, split),
+        need_boxes=need_boxes,
+        cache=cfg.index_cache,
+        reading=reading_of(cfg),
+    )
 
 
 def split_batch(effective: int, *, max_size: int, rank: int = 0, world_size: int = 1) -> BatchSplit:

@@ -27,7 +27,9 @@ def map_classes(data: Classes, model: Classes) -> dict[int, int]:
     ]
     if not unknown:
         return {i: model.label_of[i] for i in data.ids}
-    shown = ", ".join(repr(name) for name in unknown[:10]) + (", ..." if len(unknown) > 10 else "")
+    shown = ", ".join(f"{name!r:.100}" for name in unknown[:10]) + (
+        ", ..." if len(unknown) > 10 else ""
+    )
     raise DataError(
         f"classes: the model (in training: the training data) does not know {len(unknown)} of the "
         f"{len(data)} in the data: {shown}. Evaluate on data with its classes, or train on these, "

@@ -19,18 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.arrays import Annotations, Images, Names
-from datasets.checks.boxes import check_boxes, clip, has_area
+from datasets.checks.boxes import check_boxes, trained_boxes
 from datasets.checks.entries import CocoContent, check_content
-from datasets.checks.findings import Notice, SplitReport
+from datasets.checks.findings import Notice, SplitReport, short_name
 from datasets.checks.images import check_headers
 from datasets.formats.coco import parse_json, read_bytes, require_folder
-from datasets.formats.registry import Source
+from datasets.formats.registry import USUAL, Reading, Source
 from util.classes import Classes
 from util.errors import DataError
 from util.files import atomic_path
 
 _CLASSES_SHOWN = 12
-_VERSION = 4  # of the kept arrays and of the checks that fill them
+_VERSION = 5  # of the kept arrays and of the checks that fill them
 _MIN_BYTES = 4_000_000  # smaller files are read again in a moment
 _KEPT = 16  # files
 _DIGEST = 32  # bytes of SHA-256
@@ -63,6 +63,7 @@ class CocoIndex:
         *,
         need_boxes: bool,
         cache: bool = False,
+        reading: Reading = USUAL,
     ) -> "CocoIndex":
         """Read and check a COCO-format file and the folder of its images, if there is one.
 
@@ -77,11 +78,12 @@ class CocoIndex:
         data = read_bytes(json_path)
         file = content = None
         if cache and len(data) >= _MIN_BYTES:
-            file = cache_folder() / f"{hashlib.sha256(data).hexdigest()}-{_VERSION}"
+            meant = "-".join(str(value) for value in asdict(reading).values())
+            file = cache_folder() / f"{hashlib.sha256(data).hexdigest()}-{meant}-{_VERSION}"
             content = _load(file)
         # What was kept without annotations may lack the list of them: that is refused here.
         if content is None or (need_boxes and not len(content.annotations.ids)):
-            source = Source(parse_json(data, json_path), Path(), json_path)
+            source = Source(parse_json(data, json_path), Path(), json_path, reading=reading)
             content = check_content(source, need_boxes=need_boxes)
             with contextlib.suppress(OSError):  # no room or no right to write: read anew next time
                 if file is not None:
@@ -125,15 +127,15 @@ class CocoIndex:
         report = SplitReport(Source({}, image_dir or Path(), place))
         report.classes, report.images = content.classes, content.images
         report.annotations = content.annotations
+        report.image_rows = np.arange(len(content.images.ids))
+        report.annotation_rows = np.arange(len(content.annotations.ids))
         if image_dir is not None:
             check_headers(report, every_size=every_size)
         check_boxes(report)
         notices = (*content.notices, *report.notices)
         # Training and evaluation take the numbers as they are, whatever layout they seem to have.
-        annotations = content.annotations.with_area()
-        sizes = report.images.sizes[annotations.image].astype(np.float64)
-        boxes = clip(annotations.xywh, sizes[:, ::-1])
-        usable = has_area(boxes) & ~annotations.crowd
+        annotations = report.annotations.with_area()
+        boxes, usable = trained_boxes(report, annotations)
         if need_boxes and not usable.any():
             raise DataError(
                 f"{place}: none of the {len(content.annotations.ids)} annotations is a usable box. "
@@ -195,7 +197,8 @@ class CocoIndex:
         """Return a line of counts and a line with the boxes of each class, most frequent first."""
         counts = np.bincount(self.labels, minlength=len(self.classes))
         order = np.argsort(-counts, kind="stable")
-        shown = [f"{self.classes.names[k]} {counts[k]}" for k in order[:_CLASSES_SHOWN]]
+        names = self.classes.names
+        shown = [f"{short_name(names[k])} {counts[k]}" for k in order[:_CLASSES_SHOWN]]
         rest = len(self.classes) - len(shown)
         more = [f"{rest} more with {counts[order[_CLASSES_SHOWN:]].sum()}"] if rest else []
         return (
@@ -217,6 +220,7 @@ def _save(file: Path, content: CocoContent) -> None:
     others = {
         "classes": content.classes.to_json(),
         "notices": [asdict(notice) for notice in content.notices],
+        "texts": list(content.images.texts.items()),
     }
     buffer = io.BytesIO()
     np.savez(
@@ -250,7 +254,10 @@ def _load(file: Path) -> CocoContent | None:
         return CocoContent(
             Classes.from_json(others["classes"]),
             Images(
-                saved["image_ids"], Names(saved["name_data"], saved["name_ends"]), saved["sizes"]
+                saved["image_ids"],
+                Names(saved["name_data"], saved["name_ends"]),
+                saved["sizes"],
+                {int(number): str(text) for number, text in others["texts"]},
             ),
             Annotations(*(saved[f"box_{f.name}"] for f in fields(Annotations))),
             tuple(Notice(**notice) for notice in others["notices"]),

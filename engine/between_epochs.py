@@ -120,7 +120,7 @@ class Validation:
             ) from error
         stats = result.stats
         log.info(
-            f"{label}: AP {stats['AP']:.4f}, AP50 {stats['AP50']:.4f}, step {step}, "
+            f"{label}: AP {_shown(stats['AP'])}, AP50 {_shown(stats['AP50'])}, step {step}, "
             f"evaluated in {time.perf_counter() - started:.0f} s"
         )
         thresholds: dict[str, float] = {}
@@ -158,3 +158,7 @@ def share_statistics(model: nn.Module, world: World) -> None:
     values = world.broadcast([b.cpu() for b in buffers] if world.main else [])
     for buffer, value in zip(buffers, values, strict=True):
         buffer.copy_(value)
+
+
+def _shown(value: float) -> str:
+    return "n/a" if value < 0 else f"{value:.4f}"

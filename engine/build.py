@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from configs.schema import Config, OptimConfig
-from datasets.build import build_dataset, load_index
+from datasets.build import Split, build_dataset, load_index
 from datasets.dataset import CocoDetection
 from datasets.eval_loader import eval_loader
 from datasets.index import CocoIndex
@@ -130,7 +130,10 @@ def build_trainer(
 
 def load_data(plan: RunPlan, world: World) -> tuple[CocoIndex, CocoIndex]:
     """Return training and validation data; data_report.json lists what was fixed or skipped."""
-    indices = {split: load_index(plan.config.data, split) for split in ("train", "val")}
+    splits: tuple[Split, ...] = ("train", "val")
+    indices = {
+        split: load_index(plan.config.data, split, need_boxes=split == "train") for split in splits
+    }
     for index in indices.values():
         log.info(index.report(plan.config.model.num_queries))
     if world.main:

@@ -225,7 +225,7 @@ class Trainer:
                 return
             values |= more
             self.unevaluated = False
-            improved = stats["AP"] > self.best.get("AP", -2.0)
+            improved = stats["AP"] < 0 or stats["AP"] > self.best.get("AP", -1.0)  # below 0: n/a
             if improved:
                 self.best = {**stats, "epoch": float(epoch)}
         self.log.epoch({**values, "epoch": epoch})

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from datasets.checks.boxes import Limits, check_boxes, check_learning
-from datasets.checks.entries import is_area, read_entries
+from datasets.checks.entries import read_entries
 from datasets.checks.findings import SECTIONS, FileFacts, Finding, SplitReport
-from datasets.checks.images import check_files, find_missing, scan
+from datasets.checks.images import check_files, scan
 from datasets.checks.kinds import KINDS
+from datasets.checks.names import find_files
+from datasets.checks.values import is_area
 from datasets.class_mapping import map_used_classes
 from datasets.formats.registry import Source
 from datasets.images import is_image
@@ -22,11 +24,17 @@ from util.errors import DataError
 
 _NEW_AREA = ("normalised_bbox", "xyxy_bbox", "cxcywh_bbox")  # the old one is of other numbers
 _NEW_IDS = {"no_annotation_id", "repeated_annotation"}
+_MEANT = {  # of what is read in another way than it is written
+    *("text_number", "text_id", "matched_name", "name_from_url"),
+    *("crowd_as_object", "ignored_as_crowd"),
+}
 # Kinds whose entries are kept, with other values.
 _KEPT = {
     *_NEW_AREA,
     *_NEW_IDS,
-    *("wrong_size", "size_not_stated", "missing_key", "past_edge", "one_based", "zero_based"),
+    *_MEANT,
+    *("computed_bbox", "wrong_size", "size_not_stated", "missing_key"),
+    *("past_edge", "one_based", "zero_based"),
 }
 
 
@@ -52,7 +60,7 @@ class Diagnosis:
                     "place": str(report.source.place),
                     "images": len(report.section("images")),
                     "annotations": len(report.section("annotations")),
-                    "usable_boxes": sum(report.boxes_by_class().values()),
+                    "usable_boxes": report.num_trained,
                     "boxes_by_class": report.boxes_by_name(),
                 }
                 for report in self.splits
@@ -78,14 +86,16 @@ def examine(sources: Mapping[str, Source], limits: Limits, *, processes: int) ->
     """Decode all images of the splits and check everything their entries say."""
     splits = [SplitReport(source, split) for split, source in sources.items()]
     paths: dict[str, dict[int, Path]] = {}
+    missing: dict[str, dict[int, FileFacts]] = {}
     for report in splits:
         read_entries(report)
-        there = set(range(len(report.images.ids))).difference(find_missing(report))
+        missing[report.split] = find_files(report)
+        there = set(range(len(report.images.ids))).difference(missing[report.split])
         paths[report.split] = {i: report.path(i) for i in sorted(there)}
     scanned = scan(chain.from_iterable(p.values() for p in paths.values()), processes=processes)
     for report in splits:
-        facts = dict.fromkeys(range(len(report.images.ids)), FileFacts())
-        facts |= {i: scanned[path] for i, path in paths[report.split].items()}
+        facts = {i: scanned[path] for i, path in paths[report.split].items()}
+        facts |= missing[report.split]
         _check_orientation(report, facts)
         check_files(report, facts)
         check_boxes(report)
@@ -185,12 +195,13 @@ def _check_classes(report: SplitReport) -> None:
         "empty_class",
         [(name, f"id {number}") for number, name in names.items() if not counts[number]],
     )
-    first = {name: number for number, name in reversed(names.items())}
+    whole = dict(zip(report.classes.ids, report.classes.names, strict=True))
+    first = {name: number for number, name in reversed(whole.items())}
     report.report_places(
         "repeated_name",
         [
-            (name, f"ids {first[name]} and {number}")
-            for number, name in names.items()
+            (names[number], f"ids {first[name]} and {number}")
+            for number, name in whole.items()
             if first[name] != number
         ],
     )
@@ -203,7 +214,8 @@ def _compare_classes(train: SplitReport, other: SplitReport) -> None:
     try:
         label_of = map_used_classes(other.classes, train.classes, annotated)
     except DataError:
-        lacking = [i for i in sorted(annotated) if names[i] not in train.class_names().values()]
+        whole = dict(zip(other.classes.ids, other.classes.names, strict=True))
+        lacking = [i for i in sorted(annotated) if whole[i] not in train.classes.names]
         other.report_places(
             "unknown_class", [(names[i], f"id {i}") for i in lacking or sorted(annotated)]
         )
@@ -240,14 +252,16 @@ def corrected(report: SplitReport) -> tuple[dict[str, Any], list[dict[str, Any]]
         content[section] = []
         for row, entry in enumerate(report.section(section)):
             edit = edits.get((section, row), _Edit())
-            old = entry if isinstance(entry, Mapping) else {}
+            given = report.given(section)[row]
+            old = given if isinstance(given, Mapping) else {}
             if not edit.drop:
-                content[section].append({**old, **edit.values} if edit.reasons else entry)
+                content[section].append({**entry, **edit.values} if edit.reasons else entry)
             if edit.reasons:
-                change: dict[str, Any] = {"change": "left out", "entry": entry}
+                change: dict[str, Any] = {"change": "left out", "entry": given}
                 if not edit.drop:
-                    before = {key: old[key] for key in edit.values if key in old}
-                    change = {"change": "set", "before": before, "after": edit.values}
+                    after = {**_new_values(old, entry), **edit.values}
+                    before = {key: old[key] for key in after if key in old}
+                    change = {"change": "set", "before": before, "after": after}
                 changes.append(
                     {
                         "split": report.split,
@@ -259,6 +273,11 @@ def corrected(report: SplitReport) -> tuple[dict[str, Any], list[dict[str, Any]]
                     }
                 )
     return content, changes
+
+
+def _new_values(given: Mapping[str, Any], read: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an entry has otherwise than the file."""
+    return {key: v for key, v in read.items() if key not in given or given[key] is not v}
 
 
 def _edits(report: SplitReport) -> dict[tuple[str, int], _Edit]:
@@ -285,9 +304,17 @@ def _edits(report: SplitReport) -> dict[tuple[str, int], _Edit]:
                 edits["annotations", box].drop = True
                 edits["annotations", box].reasons.append(why)
         elif image is not None:
-            height, width = report.images.sizes[i].tolist()
-            image.values = {"height": height, "width": width}
+            image.values = _image_values(report, i, image.reasons)
     return edits
+
+
+def _image_values(report: SplitReport, i: int, reasons: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if not {"wrong_size", "size_not_stated"}.isdisjoint(reasons):
+        values["height"], values["width"] = report.images.sizes[i].tolist()
+    if not {"matched_name", "name_from_url"}.isdisjoint(reasons):
+        values["file_name"] = report.images.file_names[i]
+    return values
 
 
 def _values(report: SplitReport, i: int, row: int, reasons: list[str]) -> dict[str, Any]:
@@ -300,7 +327,7 @@ def _values(report: SplitReport, i: int, row: int, reasons: list[str]) -> dict[s
         values["iscrowd"] = 0
     box = report.xywh[i].tolist()
     whole = box[2] * box[3]
-    if fixed:
+    if fixed or "computed_bbox" in reasons:
         values["bbox"] = [round(value, 6) for value in box]
     if not is_area(entry.get("area")) or fixed in _NEW_AREA:
         values["area"] = round(whole, 6)

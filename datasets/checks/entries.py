@@ -5,19 +5,20 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import PurePath
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
 from datasets.arrays import Annotations, BoolArray, FloatArray, Images, IntArray, Names
 from datasets.checks.findings import SECTIONS, Findings, Notice, SplitReport
+from datasets.checks.interpret import interpret
+from datasets.checks.masks import box_around
+from datasets.checks.values import LIMIT, is_area, is_number, is_whole
 from datasets.formats.registry import Source
 from util.classes import Classes
 from util.errors import DataError
 
 _NO_BOX = [float("nan")] * 4
-_LIMIT = 1e9  # of numbers that can be pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,7 @@ def read_entries(report: SplitReport) -> None:
     )
     for kind, found in report.source.findings.items():
         report.report_places(kind, found)
+    interpret(report)
     _read_categories(report)
     _read_annotations(report, left_out=_read_images(report))
 
@@ -104,20 +106,24 @@ def _report_entries(
 
 def _read_categories(report: SplitReport) -> None:
     names: dict[int, str] = {}
-    bad = []
+    bad, unnamed = [], []
+    text_of = {number: text for text, number in report.text_ids["categories"].items()}
     for row, entry in enumerate(report.section("categories")):
         number = entry.get("id") if isinstance(entry, Mapping) else None
         if is_whole(number) and number not in names:
-            names[int(number)] = str(entry.get("name") or int(number))
+            names[int(number)] = str(entry.get("name") or text_of.get(number, int(number)))
+            unnamed += [] if entry.get("name") else [row]
         else:
             bad.append(row)
+    _report_entries(report, "no_name", "categories", unnamed, "id")
     _report_entries(report, "bad_category", "categories", bad, "id")
     ids = tuple(sorted(names))
-    report.classes = Classes(ids, tuple(names[i] for i in ids))
+    texts = tuple(text_of.get(i, "") for i in ids)
+    report.classes = Classes(ids, tuple(names[i] for i in ids), texts if any(texts) else ())
 
 
 def _read_images(report: SplitReport) -> set[int]:
-    """Set the images that have a unique id and a name inside the folder.
+    """Set the images that have a unique id and a name; where its file is, `find_files` says.
 
     Returns the ids of entries that are left out.
     """
@@ -133,8 +139,8 @@ def _read_images(report: SplitReport) -> set[int]:
             continue
         number = int(number)
         name = entry.get("file_name")
-        if not isinstance(name, str) or not is_inside(name):
-            flawed["outside_folder" if isinstance(name, str) else "no_file_name"].append(row)
+        if not isinstance(name, str):
+            flawed["no_file_name"].append(row)
             left_out.add(number)
         elif number in kept:
             flawed["repeated_image"].append(row)
@@ -158,6 +164,7 @@ def _read_images(report: SplitReport) -> set[int]:
         np.array(list(kept), dtype=np.int64),
         Names.of(entry["file_name"] for entry in used),
         np.array(sizes, dtype=np.int64).reshape(-1, 2),
+        {number: text for text, number in report.text_ids["images"].items() if number in kept},
     )
     report.image_rows = np.array(list(kept.values()), dtype=np.int64)
     return left_out
@@ -179,19 +186,19 @@ def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
         np.array(report.classes.ids, dtype=np.int64),
         *_whole_numbers([entry.get("category_id") for entry in entries]),
     )
-    areas = [entry.get("area") for entry in entries]
-    area = np.array([value if is_area(value) else np.nan for value in areas], dtype=np.float64)
+    area = _areas([entry.get("area") for entry in entries])
     crowds = [entry.get("iscrowd") for entry in entries]
     crowd = np.array([value == 1 for value in crowds], dtype=np.bool_)
     no_crowd = np.array([value not in (0, 1) for value in crowds], dtype=np.bool_)
     xywh = _boxes([entry.get("bbox") for entry in entries])
+    names = report.images.file_names
 
     def report_some(
         kind: str, chosen: BoolArray, detail: Callable[[Mapping[str, Any]], str]
     ) -> None:
         def describe(row: int) -> tuple[str, str]:
             i = int(np.searchsorted(rows, row))
-            name = report.images.file_names[image[i]] if image[i] >= 0 else f"annotations[{row}]"
+            name = names[image[i]] if image[i] >= 0 else f"annotations[{row}]"
             return name, detail(entries[i])
 
         report.report(
@@ -218,12 +225,42 @@ def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
     )
     usable = (image >= 0) & (label >= 0)
     report_some("missing_key", usable & (np.isnan(area) | no_crowd), _lacking)
+    computed = _compute_boxes(xywh, entries, usable)
+    report_some("computed_bbox", computed, lambda e: f"bbox {e.get('bbox')!r:.80}")
+    report_some("rotated_bbox", usable & ~computed & _rotated(entries), _rotation)
     broken = np.isnan(xywh).any(axis=1)
     report_some("broken_bbox", usable & broken, lambda e: f"bbox {e.get('bbox')!r:.80}")
     kept = usable & ~broken
+    if report.dropped:
+        kept &= ~np.isin(rows, list(report.dropped))
     report.annotation_rows = rows[kept]
     area = np.where(np.isnan(area), xywh[:, 2] * xywh[:, 3], area)
     report.annotations = Annotations(ids, image, label, xywh, area, crowd).select(kept)
+
+
+def _compute_boxes(
+    xywh: FloatArray, entries: Sequence[Mapping[str, Any]], usable: BoolArray
+) -> BoolArray:
+    """Replace boxes that are none by those around their masks; return which could be [A]."""
+    computed = np.zeros(len(entries), dtype=np.bool_)
+    for i in np.flatnonzero(usable & ~(xywh[:, 2:] > 0).all(axis=1)).tolist():
+        box = box_around(entries[i].get("segmentation"))
+        if box is not None:
+            xywh[i], computed[i] = box, True
+    return computed
+
+
+def _rotated(entries: Sequence[Mapping[str, Any]]) -> BoolArray:
+    """Return which boxes [A] were turned after they were drawn, as CVAT writes it."""
+    if not any(entry.get("attributes") for entry in entries):
+        return np.zeros(len(entries), dtype=np.bool_)
+    return np.array([_rotation(entry) != "" for entry in entries], dtype=np.bool_)
+
+
+def _rotation(entry: Mapping[str, Any]) -> str:
+    attributes = entry.get("attributes")
+    angle: Any = attributes.get("rotation") if isinstance(attributes, Mapping) else None
+    return f"by {angle:g} degrees" if is_number(angle) and angle % 180 else ""
 
 
 def _lacking(entry: Mapping[str, Any]) -> str:
@@ -262,35 +299,23 @@ def _whole_numbers(values: Sequence[object]) -> tuple[IntArray, BoolArray]:
     return np.array(numbers, dtype=np.int64), np.array(valid, dtype=np.bool_)
 
 
+def _areas(values: Sequence[object]) -> FloatArray:
+    """Return JSON values as areas [A], NaN for what cannot be one."""
+    if set(map(type, values)) <= {int, float}:
+        with contextlib.suppress(OverflowError):
+            area = np.array(values, dtype=np.float64)
+            area[~((area >= 0) & (area < LIMIT))] = np.nan
+            return area
+    return np.array([value if is_area(value) else np.nan for value in values], dtype=np.float64)
+
+
 def _boxes(values: Sequence[object]) -> FloatArray:
     """Return JSON values as boxes [A,4], NaN for what is not a list of four finite numbers."""
     boxes = [box if isinstance(box, list) and len(box) == 4 else _NO_BOX for box in values]
     if set(map(type, chain.from_iterable(boxes))) <= {int, float}:
         with contextlib.suppress(OverflowError):
             xywh = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-            xywh[~(np.abs(xywh) < _LIMIT).all(axis=1)] = np.nan
+            xywh[~(np.abs(xywh) < LIMIT).all(axis=1)] = np.nan
             return xywh
     sound = [box if all(map(is_number, box)) else _NO_BOX for box in boxes]
     return np.array(sound, dtype=np.float64).reshape(-1, 4)
-
-
-def is_inside(file_name: str) -> bool:
-    """Return whether a name, joined to a folder, stays in it."""
-    path = PurePath(file_name)
-    return not (path.anchor or ".." in path.parts or "\0" in file_name)
-
-
-def is_whole(value: Any) -> TypeGuard[int]:
-    """Return whether a JSON value is a whole number of 64 bits; 3.0 is, as tables write it."""
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return whole and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def is_area(value: Any) -> TypeGuard[float]:
-    """Return whether a JSON value can be an area."""
-    return is_number(value) and value >= 0
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a JSON value is a finite number (NaN and Infinity fail the comparison)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LIMIT

@@ -147,8 +147,12 @@ class SplitReport:
     `image_rows` [N] and `annotation_rows` [A]. `check_files` notes what it knows of the files in
     `facts`, and puts the sizes that count into `images`. `check_boxes` judges each annotation:
     `xywh` [A,4] is in pixels, whatever the layout of the file; `flaw` [A] is why it is left out and
-    `fixed` [A] why its numbers were changed, "" if not. `hidden` findings only follow from others:
+    `fixed` [A] why its numbers were changed, "" if not; `trained` [A] is whether training takes it,
+    with the numbers that the file has. `hidden` findings only follow from others:
     a corrected copy needs them, a reader does not.
+
+    `interpret` sets `read`, the sections as they are meant, from those of the file; `text_ids`, by
+    section the numbers of ids that are text; and `dropped`, rows of annotations to leave out.
     """
 
     source: Source
@@ -156,6 +160,9 @@ class SplitReport:
     findings: list[Findings] = field(default_factory=list)
     hidden: list[Findings] = field(default_factory=list)
     facts: dict[int, FileFacts] = field(default_factory=dict)
+    read: dict[str, list[Any]] = field(default_factory=dict)
+    text_ids: dict[str, dict[str, int]] = field(default_factory=dict)
+    dropped: set[int] = field(default_factory=set)
     classes: Classes = field(init=False)
     images: Images = field(init=False)
     annotations: Annotations = field(init=False)
@@ -164,8 +171,13 @@ class SplitReport:
     xywh: FloatArray = field(init=False)
     flaw: NDArray[np.object_] = field(init=False)
     fixed: NDArray[np.object_] = field(init=False)
+    trained: BoolArray = field(init=False)
 
     def section(self, name: str) -> list[Any]:
+        """Return a list of the file as it is meant, empty if it is missing."""
+        return self.read[name] if name in self.read else self.given(name)
+
+    def given(self, name: str) -> list[Any]:
         """Return a list of the file, empty if it is missing."""
         found = self.source.content.get(name)
         return found if isinstance(found, list) else []
@@ -247,23 +259,28 @@ class SplitReport:
 
     @property
     def usable(self) -> BoolArray:
-        """Which annotations [A] to train on: none of an image that cannot be decoded."""
+        """Which annotations [A] a corrected copy has, of images that can be decoded."""
         found = self.annotations
         return np.asarray(self.flaw == "") & ~found.crowd & self.sound[found.image]
 
+    @property
+    def num_trained(self) -> int:
+        """How many boxes training takes."""
+        return int(self.trained.sum())
+
     def boxes_per_image(self) -> IntArray:
-        """Return how many usable boxes each image has [N]."""
-        return np.bincount(self.annotations.image[self.usable], minlength=len(self.images.ids))
+        """Return how many boxes training takes of each image [N]."""
+        return np.bincount(self.annotations.image[self.trained], minlength=len(self.images.ids))
 
     def boxes_by_class(self) -> dict[int, int]:
-        """Return how many usable boxes each category id has, the most first."""
-        counts = np.bincount(self.annotations.labels[self.usable], minlength=len(self.classes))
+        """Return how many boxes training takes of each category id, the most first."""
+        counts = np.bincount(self.annotations.labels[self.trained], minlength=len(self.classes))
         order = np.argsort(-counts, kind="stable")  # ids are in order
         return {self.classes.ids[k]: int(counts[k]) for k in order}
 
     def class_names(self) -> dict[int, str]:
         """Return what each category id is called, on one line and with nothing invisible."""
-        return dict(zip(self.classes.ids, map(printable, self.classes.names), strict=True))
+        return dict(zip(self.classes.ids, map(short_name, self.classes.names), strict=True))
 
     def boxes_by_name(self) -> dict[str, int]:
         """Return the same by what each class is called, with the id if several share a name."""
@@ -281,6 +298,12 @@ def first_few(names: Iterable[str], total: int | None = None) -> str:
     more = ", ..." if (len(listed) if total is None else total) > NAMED else ""
     shown = [n if len(n) <= _LONGEST else f"{n[:_LONGEST]}…" for n in listed[:NAMED]]
     return ", ".join(shown) + more
+
+
+def short_name(name: str) -> str:
+    """Return a name as it is printed: on one line, and cut where it is very long."""
+    text = printable(name[:_LONGEST])
+    return text if len(name) <= _LONGEST else f"{text}…"
 
 
 def printable(text: str) -> str:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from datasets.arrays import IntArray
 from datasets.checks.findings import FileFacts, SplitReport, printable
+from datasets.checks.names import find_files
 from datasets.images import READ_ERRORS, decode, open_image, orientation_of, read_header
 from util.errors import DataError
 
@@ -36,20 +37,20 @@ def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
     Raises:
         DataError: none of the images is there.
     """
+    first, total = report.images.file_names[0], len(report.images.ids)
+    missing = find_files(report)
     images = report.images
-    missing = find_missing(report)
     if len(missing) == len(images.ids):
-        hint = (
-            "Write / instead of \\." if "\\" in images.file_names[0] else "Check the image folder."
-        )
+        hint = missing[0].error if missing else ""
         raise DataError(
-            f"{printable(str(report.path(0))):.400}: no such image, nor any other of the "
-            f"{len(images.ids)} in the annotation file. {hint}"
+            f"{printable(str(report.source.image_dir / first)):.400}: no such image, nor any other "
+            f"of the {total} in the annotation file"
+            f"{hint and f'; {printable(hint):.200}'}. Check the image folder."
         )
-    present = np.setdiff1d(np.arange(len(images.ids)), missing)
+    present = np.setdiff1d(np.arange(len(images.ids)), list(missing))
     states_size = np.asarray(images.sizes[present].all(axis=1))
     stated = present[states_size]
-    facts = {i: FileFacts() for i in missing} | _read_headers(report, present[~states_size])
+    facts = missing | _read_headers(report, present[~states_size])
     step = 1 if every_size else max(1, len(stated) // _SIZES_CHECKED)
     compared = _read_headers(report, stated[::step])
     if any(found.contradicts(*images.sizes[i].tolist()) for i, found in compared.items()):
@@ -81,7 +82,7 @@ def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared
             found["wrong_size" if all(stated[i]) else "size_not_stated"].append(i)
             sizes[i] = of_file.size
     report.facts.update(facts)
-    report.report_images("missing_image", found["missing_image"])
+    report.report_images("missing_image", found["missing_image"], lambda i: facts[i].error)
     opened = 0 if len(facts) == len(stated) else len(facts) - len(found["missing_image"])
     for kind in ("unreadable_image", "truncated_image"):
         report.report_images(kind, found[kind], lambda i: facts[i].error, checked=opened)
@@ -93,30 +94,6 @@ def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared
     report.report_images("size_not_stated", found["size_not_stated"])
     report.report_images("wrong_size", found["wrong_size"], difference, checked=compared)
     report.images = replace(report.images, sizes=sizes)
-
-
-def find_missing(report: SplitReport) -> list[int]:
-    """Return the positions of images without a file, listing each folder once."""
-    paths = [os.path.split(file_name) for file_name in report.images.file_names]
-    there = {folder: _files(report.source.image_dir / folder) for folder in {f for f, _ in paths}}
-    return [i for i, (folder, name) in enumerate(paths) if name not in there[folder]]
-
-
-def _files(folder: Path) -> set[str]:
-    """Return the names of the files in a folder; a link counts if it leads to one.
-
-    The listing says what each entry is without asking for it, which takes minutes on some networks.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            return {
-                entry.name
-                for entry in entries
-                if entry.is_file(follow_symlinks=False)
-                or (entry.is_symlink() and os.path.isfile(entry.path))
-            }
-    except (OSError, ValueError):  # no folder, or none that could have this name
-        return set()
 
 
 def examine_file(path: Path) -> FileFacts:

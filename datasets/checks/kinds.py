@@ -88,8 +88,30 @@ KINDS: dict[str, Kind] = {
         "skips them with their boxes", _GONE,
     ),
     "outside_folder": Kind(
-        FILE, "file names that lead out of the folder", "an absolute path, or one with `..`",
+        FILE, "file names that lead out of the folder",
+        "an absolute path or one with `..`, and no file of the folder fits it",
         "skips them with their boxes", _GONE,
+    ),
+    "matched_name": Kind(
+        FILE, "file names written in another way",
+        "there is no such file, but exactly one that the name can mean",
+        "takes that file", "the file's name", note=True,
+    ),
+    "name_from_url": Kind(
+        FILE, "images named by an address", "no `file_name`, but a `coco_url`",
+        "looks for the file at the address's end", "the file's name", note=True,
+    ),
+    "text_number": Kind(
+        FILE, "numbers written as text", "such as \"1\" for 1",
+        "reads them as numbers", "numbers", note=True,
+    ),
+    "text_id": Kind(
+        FILE, "ids that are text", "not just a number",
+        "numbers them; result files have the text again", "the numbers of training", note=True,
+    ),
+    "no_name": Kind(
+        FILE, "categories without a name", "nothing under `name`",
+        "calls them by their ids", note=True,
     ),
     "repeated_image": Kind(
         FILE, "repeated image ids", "two entries with one id",
@@ -123,6 +145,37 @@ KINDS: dict[str, Kind] = {
     ),
     "broken_bbox": Kind(
         BOXES, "broken boxes", "not four finite numbers (missing, NaN, text)", "skips them", _OUT
+    ),
+    "computed_bbox": Kind(
+        BOXES, "boxes computed from masks", "no usable `bbox` beside polygons or an RLE",
+        "takes the smallest box around the mask", "the computed box", note=True,
+    ),
+    "rotated_bbox": Kind(
+        BOXES, "rotated boxes", "`attributes` state a rotation; `bbox` is the box before it",
+        "takes the box before the rotation", note=True,
+    ),
+    "mostly_crowd": Kind(
+        BOXES, "crowds instead of objects",
+        "more than half of the annotations are crowds: `iscrowd` 1, or `ignore` 1",
+        "learns nothing from crowds, and evaluation does not count them; if each is one object, "
+        "set `crowd` to as_objects or `ignore_key` to keep",
+    ),
+    "crowd_as_object": Kind(
+        BOXES, "crowds read as objects", "`iscrowd` is 1 and `crowd` is as_objects",
+        "takes each as one object", "`iscrowd` 0", note=True,
+    ),
+    "ignored_as_crowd": Kind(
+        BOXES, "annotations to ignore, read as crowds", "`ignore` is 1 and `ignore_key` is crowd",
+        "learns nothing from them, and evaluation does not count them; `ignore_key` can be drop or "
+        "keep", "`iscrowd` 1", note=True,
+    ),
+    "ignored_dropped": Kind(
+        BOXES, "annotations to ignore, dropped", "`ignore` is 1 and `ignore_key` is drop",
+        "skips them", _OUT, note=True,
+    ),
+    "ignored_kept": Kind(
+        BOXES, "annotations to ignore, kept as objects", "`ignore` is 1 and `ignore_key` is keep",
+        "takes them as objects", note=True,
     ),
     "zero_bbox": Kind(
         BOXES, "boxes without width or height", "one side is 0", "skips them", _OUT
@@ -180,6 +233,10 @@ KINDS: dict[str, Kind] = {
     "too_many_boxes": Kind(
         BOXES, "images with more boxes than `num_queries`", "the model predicts one box per query",
         "can never find the rest: raise `num_queries`",
+    ),
+    "no_usable_box": Kind(
+        BOXES, "splits without a usable box", "all are left out, or crowds, or there are none",
+        "refuses to train on the split; evaluation has no numbers (n/a)",
     ),
     "no_boxes": Kind(
         BOXES, "images without boxes", "none, or none that can be used",

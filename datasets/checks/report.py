@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from datasets.arrays import FloatArray, IntArray
 from datasets.checks.diagnosis import Diagnosis
-from datasets.checks.findings import NAMED, Finding, SplitReport, first_few, printable
+from datasets.checks.findings import NAMED, Finding, SplitReport, first_few, short_name
 from datasets.checks.kinds import BOXES, KINDS
 from datasets.images import READ_ERRORS, read_rgb
 from util.draw import draw_boxes
@@ -58,7 +58,7 @@ def _of_split(report: SplitReport) -> str:
     more = f", and {len(shown) - _CLASSES} more classes" if len(shown) > _CLASSES else ""
     return (
         f"{report.split}: {len(report.section('images'))} images, "
-        f"{len(report.section('annotations'))} annotations ({sum(by_name.values())} usable boxes)"
+        f"{len(report.section('annotations'))} annotations ({report.num_trained} usable boxes)"
         f", {len(shown)} classes: {', '.join(shown[:_CLASSES])}{more}"
     )
 
@@ -202,7 +202,7 @@ def _with_boxes(
             boxes += [(report.annotations.xywh[row], "as given", 0), (report.xywh[row], "fixed", 1)]
         else:
             label = report.annotations.labels[row]
-            name = printable(report.classes.names[label])
+            name = short_name(report.classes.names[label])
             boxes.append((report.xywh[row], name, abs(report.classes.ids[label])))
     return _draw(pixels, boxes, margin=_MARGIN if given else 0)
 

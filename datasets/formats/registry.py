@@ -11,12 +11,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
 from util.errors import DataError
 from util.registry import Registry
 
 DIGITS = 6  # of a pixel that are read; hides the rounding of numbers written in decimal
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What flags of annotations mean; see the options of the same names."""
+
+    crowd: Literal["keep", "as_objects"] = "keep"
+    ignore_key: Literal["crowd", "drop", "keep"] = "crowd"
+
+
+USUAL = Reading()
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,7 @@ class Source:
     image_dir: Path
     place: Path
     findings: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    reading: Reading = USUAL
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """`main.py convert`: a data set in another format."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.options import option
-from configs.schema import VocOptions
-from datasets.build import format_options
+from configs.schema import AnnotationOptions
+from datasets.build import format_options, reading_of
 from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
 from datasets.formats.registry import FORMATS, read_source
@@ -16,7 +16,7 @@ _NAMES = ", ".join(FORMATS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertOptions(VocOptions):
+class ConvertOptions(AnnotationOptions):
     """What `convert` reads and writes."""
 
     data_format: str = option("coco", f"format of --data_path: {_NAMES}", alias="from")
@@ -52,10 +52,14 @@ def main(options: ConvertOptions) -> int:
     place = Path(options.data_path)
     reading = format_options(options, options.data_format)
     writing = format_options(options, options.to)
+    meaning = reading_of(options)
     sources = {
-        split: read_coco_file(place, Path(options.images))
-        if options.images
-        else read_source(options.data_format, place, split, **reading)
+        split: replace(
+            read_coco_file(place, Path(options.images))
+            if options.images
+            else read_source(options.data_format, place, split, **reading),
+            reading=meaning,
+        )
         for split in options.splits
     }
     lines = convert(

@@ -8,7 +8,7 @@ from configs.load import Given
 from configs.options import option
 from configs.schema import DataConfig, EvalDataConfig, ProcessOptions
 from configs.schema import Precision as PrecisionName
-from datasets.build import build_dataset, read_split
+from datasets.build import build_dataset, read_split, reading_of
 from datasets.formats.coco import coco_layout
 from datasets.index import CocoIndex
 from engine.detector import Detector
@@ -133,7 +133,7 @@ def read_truth(data: DataConfig) -> tuple[Truth, ReadImage | None, list[str]]:
         annotations, images_exist = str(file), folder.is_dir()
     read_image: ReadImage | None = None
     if annotations and not images_exist:
-        index = CocoIndex.load(Path(annotations), None, need_boxes=False)
+        index = CocoIndex.load(Path(annotations), None, need_boxes=False, reading=reading_of(data))
     else:
         index = CocoIndex.from_source(read_split(data, "val"), need_boxes=False)
         dataset = build_dataset(data, index, train=False, mean=(0.0,) * 3, std=(1.0,) * 3)

@@ -13,6 +13,7 @@ from configs.options import Checked, option
 from datasets.dataset import find_images
 from datasets.images import read_rgb
 from engine.detector import Box, Detector
+from util.classes import Classes
 from util.console import console
 from util.draw import draw_boxes
 from util.errors import ConfigError, DataError
@@ -119,7 +120,7 @@ def write_predictions(
             )
             outputs[i].parent.mkdir(parents=True, exist_ok=True)
             picture.save(outputs[i], quality=95)  # of JPEG; the suffix says which format
-            text = json.dumps(_to_json(i, names[i], boxes), indent=1)
+            text = json.dumps(_to_json(i, names[i], boxes, detector.classes), indent=1)
             places[i] = entries.tell(), entries.write(text[2:-2])
         if not places:
             raise DataError(f"`input`: none of the {len(paths)} images can be read.")
@@ -166,12 +167,14 @@ def output_paths(names: Sequence[Path], output_dir: Path) -> list[Path]:
     return outputs
 
 
-def _to_json(image_id: int, name: Path, boxes: Sequence[Box]) -> list[dict[str, object]]:
+def _to_json(
+    image_id: int, name: Path, boxes: Sequence[Box], classes: Classes
+) -> list[dict[str, object]]:
     return [
         {
             "image_id": image_id,
             "file_name": name.as_posix(),
-            "category_id": box.category_id,
+            "category_id": classes.given_id(classes.label_of[box.category_id]),
             "category_name": box.name,
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "score": box.score,

@@ -52,7 +52,7 @@ _NO_THRESHOLD = 0.5  # where nothing is ever right
 class ClassAnalysis:
     """A class: AP (None without ground truth), best threshold, errors above it by kind."""
 
-    category_id: int
+    category_id: int | str
     name: str
     boxes: int
     AP: float | None
@@ -107,11 +107,14 @@ class Analysis:
     confusion: Sequence[Sequence[int]]
     by_objects: Sequence[ByCount]
     worst: Sequence[WorstImage]
+    image_texts: Mapping[int, str]  # ids that the data has as text
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; what could not be measured is null."""
         values = asdict(self)
-        del values["result"], values["min_scores"]
+        del values["result"], values["min_scores"], values["image_texts"]
+        for image in values["worst"]:
+            image["image_id"] = self.image_texts.get(image["image_id"], image["image_id"])
         return {
             "best_thresholds": {c.name: c.threshold.score for c in self.classes if c.threshold},
             "stats": self.result.to_json()["stats"],
@@ -189,6 +192,7 @@ def analyse(evaluator: Evaluator, result: EvalResult) -> Analysis:
         confusion=confusion_matrix(truth, found, above).tolist(),
         by_objects=_by_number_of_objects(truth, detections, max_dets),
         worst=_worst_images(truth, found, above),
+        image_texts=truth.image_texts,
     )
 
 

@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,7 @@ _MAX_NAME_LENGTH = 24
 class ClassResult:
     """AP of one category; -1 where it has no ground truth. Crowds are not in `num_boxes`."""
 
-    category_id: int
+    category_id: int | str
     name: str
     AP: float
     AP50: float
@@ -214,7 +214,7 @@ class Evaluator:
             stats=dict(zip(STAT_NAMES, stats, strict=True)),
             per_class=[
                 ClassResult(
-                    category_id=category_id,
+                    category_id=truth.category_texts.get(category_id, category_id),
                     name=name,
                     AP=mean_of_valid(precision[:, :, k, 0]),
                     AP50=mean_of_valid(precision[0, :, k, 0]),
@@ -258,7 +258,8 @@ def _accumulate_pycocotools(
             strict=True,
         )
     ]
-    results = [{**d, "area": d["bbox"][2] * d["bbox"][3]} for d in detections.to_coco(truth)]
+    numbers = replace(truth, image_texts={}, category_texts={})
+    results = [{**d, "area": d["bbox"][2] * d["bbox"][3]} for d in detections.to_coco(numbers)]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(indexed(annotations), indexed(results), "bbox")
         evaluation.params.maxDets = [1, 10, max_dets]

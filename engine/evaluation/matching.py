@@ -5,8 +5,8 @@ annotations, A area ranges, T IoU thresholds, N detections that count, C of them
 annotation.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,8 @@ class Truth:
     box: Floats
     area: Floats
     crowd: Bools
+    image_texts: Mapping[int, str] = field(default_factory=dict)  # ids that the file has as text
+    category_texts: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, index: CocoIndex) -> "Truth":
@@ -64,6 +66,12 @@ class Truth:
             box=annotations.xywh,
             area=annotations.area,
             crowd=annotations.crowd,
+            image_texts=images.texts,
+            category_texts={
+                number: text
+                for number, text in zip(index.classes.ids, index.classes.texts, strict=False)
+                if text
+            },
         )
 
     def select(self, keep: Bools) -> "Truth":
@@ -100,10 +108,16 @@ class Detections:
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
     def to_coco(self, truth: Truth) -> list[dict[str, Any]]:
-        """Return them in the COCO results format."""
+        """Return them in the COCO results format, with ids as the file of the truth has them."""
         image, category = truth.image_ids[self.image], truth.category_ids[self.category]
+        images, categories = truth.image_texts, truth.category_texts
         return [
-            {"image_id": i, "category_id": c, "bbox": box, "score": score}
+            {
+                "image_id": images.get(i, i),
+                "category_id": categories.get(c, c),
+                "bbox": box,
+                "score": score,
+            }
             for i, c, box, score in zip(
                 *(column.tolist() for column in (image, category, self.box, self.score)),
                 strict=True,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from datasets import index as index_module
+from datasets.formats.registry import Reading
 from datasets.index import CocoIndex, cache_folder
 from util.errors import DataError
 
@@ -129,3 +130,24 @@ def test_the_oldest_files_go(json_path: Path) -> None:
         json_path.write_text(json.dumps({**content, "info": number}))
         read(json_path)
     assert len(list(cache_folder().iterdir())) == 16
+
+
+def test_text_ids_are_kept_and_what_flags_mean_is_told_apart(
+    content: Content, write: Write, json_path: Path
+) -> None:
+    content["images"][1]["id"] = content["annotations"][1]["image_id"] = "nine"
+    content["categories"][0]["id"] = content["annotations"][0]["category_id"] = "seven"
+    content["annotations"][2].update(category_id="seven", iscrowd=1, bbox=[1, 1, 5, 5])
+    content["images"][0]["file_name"] = "/data/5.png"
+    json_path.write_text(json.dumps(content))
+    for _ in range(2):
+        index = read(json_path)
+        assert index.images.texts == {1: "nine"}
+        assert index.classes.texts == ("seven", "")
+        assert list(index.images.file_names)[0] == "/data/5.png", "without a folder, only a name"
+        assert index.annotations.crowd.tolist() == [False, False, True]
+    objects = CocoIndex.load(
+        json_path, None, need_boxes=True, cache=True, reading=Reading(crowd="as_objects")
+    )
+    assert not objects.annotations.crowd.any()
+    assert len(list(cache_folder().iterdir())) == 2

@@ -58,7 +58,7 @@ def places(found: dict[str, Any], source: Source) -> set[str]:
         return set(found["places"])
     images = list(enumerate(source.content["images"]))
     if "image_ids" in found:
-        entries = found["kind"] in ("no_file_name", "outside_folder", "repeated_image")
+        entries = found["kind"] in ("no_file_name", "repeated_image")
         named = {
             f"images[{row}]" if entries else image["file_name"]
             for row, image in images

@@ -39,6 +39,11 @@ class Told(NamedTuple):
         )
 
 
+def noting(kind: str) -> Told:
+    """Return what is reported, but is no flaw."""
+    return Told(Counter({kind: 1}), Counter())
+
+
 NOTHING = Told(Counter(), Counter())
 Flaw = Callable[[str, Path, int], Told]
 
@@ -188,7 +193,7 @@ def yolo(told: Told, line: str) -> Flaw:
     return in_text(told, "0 ", line + "\n{old}")
 
 
-BROKEN: list[object] = [None, [1, 2, 3], [1, 2, float("nan"), 4], [1, 2, "3", 4], {}, 7]
+BROKEN: list[object] = [None, [1, 2, 3], [1, 2, float("nan"), 4], [1, 2, "three", 4], {}, 7]
 _COMMON: list[Flaw] = [remove_image, cut_image, replace_image]
 FLAWS: dict[str, list[Flaw]] = {
     "coco": [
@@ -201,7 +206,7 @@ FLAWS: dict[str, list[Flaw]] = {
             (telling("past_edge"), [30, 5, 40, 3]),
         )),
         in_json(telling("unknown_image_id"), lambda c, i, a: a.update(image_id=777)),
-        in_json(telling("unknown_category_id"), lambda c, i, a: a.update(category_id="3")),
+        in_json(telling("unknown_category_id"), lambda c, i, a: a.update(category_id="lynx")),
         in_json(telling("not_an_object"), lambda c, i, a: c["annotations"].append([1])),
         in_json(telling("repeated_image"), lambda c, i, a: c["images"].append(i)),
         in_json(telling("outside_folder"),
@@ -210,6 +215,12 @@ FLAWS: dict[str, list[Flaw]] = {
         in_json(telling("no_image_id", unknown_image_id=2),
                 lambda c, i, a: i.update(id=None)),
         in_json(telling("missing_key"), lambda c, i, a: a.pop("area")),
+        in_json(noting("text_number"), lambda c, i, a: a.update(bbox="2 3 10 5")),
+        in_json(noting("ignored_as_crowd"), lambda c, i, a: a.update(ignore="true")),
+        in_json(noting("matched_name"),
+                lambda c, i, a: i.update(file_name="far\\away\\" + i["file_name"])),
+        in_json(noting("computed_bbox"),
+                lambda c, i, a: a.update(bbox=[], segmentation=[[2, 3, 12, 3, 12, 8]])),
         in_json(telling("missing_key"), lambda c, i, a: a.update(iscrowd="no")),
         in_json(telling("size_not_stated"), lambda c, i, a: i.pop("width")),
         in_json(telling("wrong_size"), lambda c, i, a: i.update(width=WIDTH + 9)),
