@@ -11,6 +11,7 @@ from datasets.checks.findings import first_few
 from datasets.dataset import CocoDetection, ImageCache
 from datasets.formats.coco import coco_layout, read_coco_file
 from datasets.formats.registry import FORMATS, Source, read_source
+from datasets.images import limit_pixels
 from datasets.index import CocoIndex
 from datasets.sample import CHANNELS
 from datasets.samplers import BatchSplit
@@ -25,6 +26,8 @@ Split = Literal["train", "val"]
 def read_split(cfg: DataConfig, split: Split) -> Source:
     """Read a split's data, of whatever format, unchecked.
 
+    From here on, images are read up to the size that `max_pixels` says.
+
     `train_images` and `train_annotations` (or `val_...`) override `data_path`, which overrides
     `coco_path`.
 
@@ -32,6 +35,7 @@ def read_split(cfg: DataConfig, split: Split) -> Source:
         ConfigError: there is no such data format.
         DataError: see `data_paths` and `read_source`.
     """
+    limit_pixels(cfg.max_pixels)
     if _is_foreign(cfg, split):
         place, name = Path(cfg.data_path), getattr(cfg, f"{split}_split")
         return read_source(cfg.data_format, place, name, **format_options(cfg, cfg.data_format))
@@ -113,6 +117,7 @@ def load_index(cfg: DataConfig, split: Split, *, need_boxes: bool = True) -> Coc
     Raises:
         DataError: see `read_split` and `CocoIndex.from_source`.
     """
+    limit_pixels(cfg.max_pixels)
     if _is_foreign(cfg, split):
         return CocoIndex.from_source(read_split(cfg, split), need_boxes=need_boxes)
     return CocoIndex.load(*data_paths(cfg, split), need_boxes=need_boxes, cache=cfg.index_cache)
