@@ -79,6 +79,8 @@ _OURS: Mapping[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(("iou", "iou_thres", "nms", "nms_thresh", "nms_threshold"), ("nms_iou",)),
     "max_det": ("max_dets",),
+    **dict.fromkeys(("agnostic", "agnostic_nms", "single_cls"), ("class_agnostic",)),
+    **dict.fromkeys(("area_rng", "areas"), ("area_ranges",)),
     **dict.fromkeys(("num_query", "queries", "num_object_queries"), ("num_queries",)),
     **dict.fromkeys(("num_heads", "n_heads", "heads"), ("nheads",)),
     **dict.fromkeys(("d_model", "embed_dim"), ("hidden_dim",)),

@@ -111,8 +111,12 @@ def build_transform(
     )
 
 
-def load_index(cfg: DataConfig, split: Split, *, need_boxes: bool = True) -> CocoIndex:
+def load_index(
+    cfg: DataConfig, split: Split, *, need_boxes: bool = True, classes: Classes | None = None
+) -> CocoIndex:
     """Read and check a split's annotations; without `need_boxes` there may be none.
+
+    `classes` are the categories of a COCO-format file that has none.
 
     Raises:
         DataError: see `read_split` and `CocoIndex.from_source`.
@@ -120,7 +124,9 @@ def load_index(cfg: DataConfig, split: Split, *, need_boxes: bool = True) -> Coc
     limit_pixels(cfg.max_pixels)
     if _is_foreign(cfg, split):
         return CocoIndex.from_source(read_split(cfg, split), need_boxes=need_boxes)
-    return CocoIndex.load(*data_paths(cfg, split), need_boxes=need_boxes, cache=cfg.index_cache)
+    return CocoIndex.load(
+        *data_paths(cfg, split), need_boxes=need_boxes, cache=cfg.index_cache, classes=classes
+    )
 
 
 def split_batch(effective: int, *, max_size: int, rank: int = 0, world_size: int = 1) -> BatchSplit:

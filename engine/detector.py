@@ -284,7 +284,7 @@ class Detector:
         Raises:
             DataError: they cannot be used, or have a class that the model lacks.
         """
-        index = load_index(data, "val", need_boxes=False)
+        index = load_index(data, "val", need_boxes=False, classes=self.classes)
         dataset = build_dataset(
             data, index, train=False, mean=self.mean, std=self.std, classes=self.classes
         )
@@ -300,6 +300,7 @@ class Detector:
         world: World | None = None,
         backend: Backend = "fast",
         max_dets: int = 0,
+        area_bounds: tuple[float, float] | None = None,
     ) -> tuple[EvalResult, Evaluator]:
         """Evaluate on a data set, each process of `world` on its part of the images.
 
@@ -312,6 +313,7 @@ class Detector:
             dataset.label_to_category,
             backend=backend,
             max_dets=max_dets,
+            area_bounds=area_bounds,
         )
         batches = eval_loader(
             dataset,
