@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from configs.command_line import OptionParser, arguments, read_command_line, with_dashes
+from configs.command_line import (
+    OptionParser,
+    arguments,
+    read_command_line,
+    with_dashes,
+    with_underscores,
+)
 from util.errors import EXIT_USER_ERROR, ConfigError, in_one_line, nearest_hint
 
 # Modules of engine/commands; one is imported only when it is chosen.
@@ -51,6 +57,7 @@ def run(argv: Sequence[str]) -> int:
     from util.distributed import rank_at_start, started_by_launcher, take_slurm_variables
 
     logging.getLogger("timm").setLevel(logging.ERROR)  # it lists heads it leaves out on purpose
+    argv = [argv[0], *with_underscores(argv[1:])]
     parser = OptionParser(
         prog=f"main.py {argv[0]}",
         description=COMMANDS[argv[0]],

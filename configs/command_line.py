@@ -18,8 +18,19 @@ from typing import Any, NoReturn
 
 from configs.load import Given, check_sections, read_options
 from configs.options import METAVARS, Section, by_section, parts_of
-from configs.schema import Config
-from util.errors import ConfigError, nearest_hint
+from configs.other_names import unknown_hint
+from configs.schema import SECTIONS, Config
+from util.errors import ConfigError
+
+_FLAG = re.compile(r"^--([A-Za-z][\w-]*)")
+
+
+def with_underscores(argv: Sequence[str]) -> list[str]:
+    """Return a command line whose flags are spelled with `_`, as ours are, where it has `-`."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    return [_FLAG.sub(lambda m: f"--{m[1].replace('-', '_')}", word) for word in argv[:end]] + [
+        *argv[end:]
+    ]
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -105,7 +116,11 @@ class OptionParser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             name = unknown[0].partition("=")[0]
-            hint = nearest_hint(name, self.flags, "--help_all lists the options.")
+            of_train = any(hasattr(section, name.lstrip("-")) for section in SECTIONS.values())
+            hint = unknown_hint(
+                name, self.flags, "--help_all lists the options.",
+                elsewhere="It is an option of main.py train." if of_train else "",
+            )  # fmt: skip
             for recipe, section in (recipes or {}).items():
                 if name in [f"--{f.name}" for f in dataclasses.fields(section)]:
                     hint = f"It is an option of a recipe: add --recipes {recipe}."

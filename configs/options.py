@@ -11,6 +11,7 @@ from dataclasses import field
 from decimal import Decimal
 from typing import Any, Literal, cast
 
+from configs.other_names import unknown_hint
 from util.errors import ConfigError, nearest_hint
 
 Section = type[Any]  # a dataclass of options
@@ -126,7 +127,7 @@ def check_names(
     checked: dict[str, Any] = {}
     for name, value in values.items():
         if name not in fields:
-            hint = nearest_hint(str(name), list(hints))
+            hint = unknown_hint(str(name), list(hints))
             raise ConfigError(f"{source}unknown option '{title}{name}'. {hint}")
         f = fields[name]
         coerced = coerce(value, hints[f.name], f"{source}{title}{f.name}")
@@ -143,7 +144,7 @@ def by_section(
     values: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
         if name not in owners:
-            raise ConfigError(f"{source}unknown option '{name}'. {nearest_hint(name, owners)}")
+            raise ConfigError(f"{source}unknown option '{name}'. {unknown_hint(name, owners)}")
         given = check_names({name: value}, sections[owners[name]], source, "")
         values.setdefault(owners[name], {}).update(given)
     return values

@@ -113,6 +113,10 @@ class DataSource(AnnotationOptions):
     coco_path: str = option("", "folder with train2017/, val2017/ and annotations/")
     data_path: str = option("", "folder of a data set in --data_format; for yolo also data.yaml")
     data_format: str = option("coco", "layout of --data_path: coco, voc or yolo")
+    max_pixels: int | None = option(
+        None, "pixels of the largest image that is read (default: Pillow's 89478485)", low=1,
+        rare=True,
+    )  # fmt: skip
     index_cache: bool = option(
         True, "cache the index of a large COCO-format file in the user's cache folder",
         off="read COCO-format files anew, without an index in the user's cache folder", rare=True,

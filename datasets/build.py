@@ -12,6 +12,7 @@ from datasets.checks.findings import first_few
 from datasets.dataset import CocoDetection, ImageCache
 from datasets.formats.coco import coco_layout, read_coco_file
 from datasets.formats.registry import FORMATS, Reading, Source, read_source
+from datasets.images import limit_pixels
 from datasets.index import CocoIndex
 from datasets.sample import CHANNELS
 from datasets.samplers import BatchSplit
@@ -26,6 +27,8 @@ Split = Literal["train", "val"]
 def read_split(cfg: DataConfig, split: Split) -> Source:
     """Read a split's data, of whatever format, unchecked.
 
+    From here on, images are read up to the size that `max_pixels` says.
+
     `train_images` and `train_annotations` (or `val_...`) override `data_path`, which overrides
     `coco_path`.
 
@@ -33,6 +36,7 @@ def read_split(cfg: DataConfig, split: Split) -> Source:
         ConfigError: there is no such data format.
         DataError: see `data_paths` and `read_source`.
     """
+    limit_pixels(cfg.max_pixels)
     if _is_foreign(cfg, split):
         place, name = Path(cfg.data_path), getattr(cfg, f"{split}_split")
         options = format_options(cfg, cfg.data_format)
@@ -116,12 +120,17 @@ def build_transform(
     )
 
 
-def load_index(cfg: DataConfig, split: Split, *, need_boxes: bool = True) -> CocoIndex:
+def load_index(
+    cfg: DataConfig, split: Split, *, need_boxes: bool = True, classes: Classes | None = None
+) -> CocoIndex:
     """Read and check a split's annotations; without `need_boxes` there may be none.
+
+    `classes` are the categories of a COCO-format file that has none.
 
     Raises:
         DataError: see `read_split` and `CocoIndex.from_source`.
     """
+    limit_pixels(cfg.max_pixels)
     if _is_foreign(cfg, split):
         return CocoIndex.from_source(read_split(cfg, split), need_boxes=need_boxes)
     return CocoIndex.load(
@@ -129,6 +138,7 @@ def load_index(cfg: DataConfig, split: Split, *, need_boxes: bool = True) -> Coc
         need_boxes=need_boxes,
         cache=cfg.index_cache,
         reading=reading_of(cfg),
+        classes=classes,
     )
 
 

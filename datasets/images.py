@@ -65,15 +65,27 @@ def open_image(file: Path | IO[bytes] | Image.Image) -> Iterator[Image.Image]:
     if isinstance(file, Image.Image):
         yield file
         return
-    with _as_read_error():
-        image = Image.open(file)
+    limit = Image.MAX_IMAGE_PIXELS  # beyond it Pillow only warns: a small file can claim any
+    hint = f"the {limit} of `max_pixels`; raise it if the file is sound"
+    try:
+        with _as_read_error():
+            image = Image.open(file)
+    except Image.DecompressionBombError as error:  # of twice the limit
+        raise Image.DecompressionBombError(
+            f"{str(error).split(' exceeds')[0]}: over {hint}"
+        ) from None
     with image:
-        limit = Image.MAX_IMAGE_PIXELS  # beyond it Pillow only warns: a small file can claim any
         if limit is not None and image.width * image.height > limit:
             raise Image.DecompressionBombError(
-                f"{image.width}x{image.height} pixels are more than the {limit} of Pillow's limit"
+                f"{image.width}x{image.height} pixels are more than {hint}"
             )
         yield image
+
+
+def limit_pixels(max_pixels: int | None) -> None:
+    """Set how many pixels the largest image may have; None leaves Pillow's limit as it is."""
+    if max_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = max_pixels
 
 
 def decode(image: Image.Image) -> None:

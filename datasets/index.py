@@ -26,6 +26,7 @@ from datasets.checks.images import check_headers
 from datasets.formats.coco import parse_json, read_bytes, require_folder
 from datasets.formats.registry import USUAL, Reading, Source
 from util.classes import Classes
+from util.console import console
 from util.errors import DataError
 from util.files import atomic_path
 
@@ -64,11 +65,12 @@ class CocoIndex:
         need_boxes: bool,
         cache: bool = False,
         reading: Reading = USUAL,
+        classes: Classes | None = None,
     ) -> "CocoIndex":
         """Read and check a COCO-format file and the folder of its images, if there is one.
 
         With `cache`, the content of a large file is kept for the next time, for training and
-        evaluation alike.
+        evaluation alike. `classes` are the categories of a file that has none.
 
         Raises:
             DataError: see `require_folder`, `parse_json`, `check_content` and `from_content`.
@@ -84,6 +86,14 @@ class CocoIndex:
         # What was kept without annotations may lack the list of them: that is refused here.
         if content is None or (need_boxes and not len(content.annotations.ids)):
             source = Source(parse_json(data, json_path), Path(), json_path, reading=reading)
+            if classes is not None and not source.content.get("categories"):
+                source.content["categories"] = [
+                    {"id": classes.ids[i], "name": classes.shown(i)}
+                    for i in range(len(classes))
+                    if classes.in_use(i)
+                ]
+                console(f"  notice: {json_path}: has no categories, so the model's are taken")
+                file = None  # with another model they would be others
             content = check_content(source, need_boxes=need_boxes)
             with contextlib.suppress(OSError):  # no room or no right to write: read anew next time
                 if file is not None:

@@ -2,9 +2,13 @@
 
 import signal
 import sys
+from functools import partial
 from typing import Any
 
+from PIL import Image
+
 from datasets.dataset import seeded_generator
+from datasets.images import limit_pixels
 from util.cores import available_cores
 
 _MAX_WORKERS = 8  # by default: each holds batches in memory
@@ -27,7 +31,7 @@ def reading(num_workers: int, *, pin_memory: bool, seed: int) -> dict[str, Any]:
         "num_workers": num_workers,
         "pin_memory": pin_memory,
         "persistent_workers": num_workers > 0,
-        "worker_init_fn": ignore_sigint,
+        "worker_init_fn": partial(start_worker, Image.MAX_IMAGE_PIXELS),
         # As copies, which share the index with us: since 3.14 Python would by default send each
         # of them a copy of it.
         "multiprocessing_context": "fork" if num_workers and sys.platform == "linux" else None,
@@ -36,10 +40,12 @@ def reading(num_workers: int, *, pin_memory: bool, seed: int) -> dict[str, Any]:
     }
 
 
-def ignore_sigint(worker: int) -> None:
+def start_worker(max_pixels: int | None, worker: int) -> None:
     """Let a worker continue when all processes get Ctrl-C or SIGTERM: the main one saves first.
 
-    After SIGTERM it lives for at most half a minute, so that nothing waits for it in vain.
+    After SIGTERM it lives for at most half a minute, so that nothing waits for it in vain. Where
+    it is no copy of the main process, `max_pixels` hands on the limit of images.
     """
+    limit_pixels(max_pixels)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))

@@ -18,6 +18,7 @@ from configs.schema import DataConfig
 from datasets.build import build_dataset, build_transform, load_index
 from datasets.dataset import CocoDetection, ImageList, ImageSource
 from datasets.eval_loader import eval_loader
+from datasets.images import limit_pixels
 from datasets.workers import loader_processes
 from engine.evaluation.evaluate import detect, evaluate
 from engine.evaluation.evaluator import Backend, EvalResult, Evaluator
@@ -92,12 +93,13 @@ class Detector:
         eval_scale: int | None = None,
         max_size: int | None = None,
         nms_iou: float | None = None,
+        max_pixels: int | None = None,
     ) -> "Detector":
         """Load a checkpoint of ours, an official file, a Hugging Face folder, or `hf:NAME`.
 
-        `ema` takes the averaged weights, where there are any. The last three replace what the
-        checkpoint says: the short side and the maximum long side of an image in pixels, and the
-        NMS IoU threshold (1 disables NMS).
+        `ema` takes the averaged weights, where there are any. The last four replace what the
+        checkpoint says: the short side and the maximum long side of an image in pixels, the
+        NMS IoU threshold (1 disables NMS), and the pixels of the largest image that is read.
 
         Raises:
             CheckpointError: the source cannot be read, or does not say what model it is of.
@@ -122,7 +124,10 @@ class Detector:
             "data": saved.get("data", dict(size)),
             "recipes": saved.get("recipes", {}),
         }
-        given = {"eval_scale": eval_scale, "max_size": max_size, "nms_iou": nms_iou}
+        given = {
+            "eval_scale": eval_scale, "max_size": max_size, "nms_iou": nms_iou,
+            "max_pixels": max_pixels,
+        }  # fmt: skip
         options = Given(
             {"data": {k: v for k, v in given.items() if v is not None}}, RecipeOptions()
         )
@@ -216,6 +221,7 @@ class Detector:
         Raises:
             DataError: an image cannot be read, unless those are skipped.
         """
+        limit_pixels(self.data.max_pixels)
         dataset = ImageList(
             images, build_transform(self.data, train=False, mean=self.mean, std=self.std)
         )
@@ -278,7 +284,7 @@ class Detector:
         Raises:
             DataError: they cannot be used, or have a class that the model lacks.
         """
-        index = load_index(data, "val", need_boxes=False)
+        index = load_index(data, "val", need_boxes=False, classes=self.classes)
         dataset = build_dataset(
             data, index, train=False, mean=self.mean, std=self.std, classes=self.classes
         )
@@ -294,6 +300,7 @@ class Detector:
         world: World | None = None,
         backend: Backend = "fast",
         max_dets: int = 0,
+        area_bounds: tuple[float, float] | None = None,
     ) -> tuple[EvalResult, Evaluator]:
         """Evaluate on a data set, each process of `world` on its part of the images.
 
@@ -306,6 +313,7 @@ class Detector:
             dataset.label_to_category,
             backend=backend,
             max_dets=max_dets,
+            area_bounds=area_bounds,
         )
         batches = eval_loader(
             dataset,

@@ -129,9 +129,9 @@ def exit_with_parent() -> None:
 
     Nothing else would stop it, and the next run would share its folder.
     """
-    launcher = int(os.environ.get(_LAUNCHED, "0"))
-    if launcher and started_by_launcher():
-        threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
+    launcher = os.environ.get(_LAUNCHED, "")
+    if launcher.isdecimal() and started_by_launcher():
+        threading.Thread(target=_watch, args=(int(launcher),), daemon=True).start()
 
 
 def _watch(launcher: int) -> None:

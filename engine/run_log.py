@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cached_property
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from util.console import progress
 from util.files import make_output_dir, write_atomic
 
 
@@ -85,16 +85,7 @@ class RunLog(ExitStack):
 
     def progress_bar(self, total: int, *, done: int) -> "tqdm[Any]":
         """Return a bar over the steps of the run."""
-        interval = 0.1 if sys.stderr.isatty() else 30.0
-        return tqdm(
-            total=total,
-            initial=done,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=interval,
-            maxinterval=max(interval, 10.0),
-            disable=not self._enabled,
-        )
+        return progress(total=total, done=done, unit="step", enabled=self._enabled, leave=True)
 
     def _append(self, path: Path, values: Mapping[str, Any]) -> None:
         if self._enabled:

@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Collection
 
 EXIT_USER_ERROR = 2
+_LIKE = 0.75  # difflib's measure: one letter of four may differ
+_MAX_WORDS = 30
 _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS,
     errno.EISDIR, errno.ENOTDIR,
@@ -36,11 +38,17 @@ class CheckpointError(UserError):
 
 
 def nearest_hint(name: str, known: Collection[str], otherwise: str | None = None) -> str:
-    """Return a sentence with the known word closest to `name`, else `otherwise` or all words."""
-    close = difflib.get_close_matches(name, known, n=1)
+    """Return a sentence with the known word closest to `name`, else `otherwise` or the words.
+
+    Only a slip of the fingers is corrected: a word that merely looks alike leads astray.
+    """
+    words = {word.lstrip("-"): word for word in known}  # the dashes of flags are no likeness
+    close = difflib.get_close_matches(name.lstrip("-"), words, n=1, cutoff=_LIKE)
     if close:
-        return f"Did you mean '{close[0]}'?"
-    return otherwise or f"Known: {', '.join(sorted(known))}."
+        return f"Did you mean '{words[close[0]]}'?"
+    shown = ", ".join(sorted(known)[:_MAX_WORDS])
+    more = f", ... ({len(known)})" if len(known) > _MAX_WORDS else ""
+    return otherwise or f"Known: {shown}{more}."
 
 
 def in_one_line(error: Exception) -> str | None:

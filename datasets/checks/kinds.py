@@ -30,7 +30,7 @@ KINDS: dict[str, Kind] = {
         "skips them; in evaluation their boxes count as missed", _GONE,
     ),
     "unreadable_image": Kind(
-        IMAGES, "unreadable images", "not an image, or too large to decode safely",
+        IMAGES, "unreadable images", "not an image, or larger than `max_pixels`",
         "skips them; in evaluation their boxes count as missed", _GONE,
     ),
     "truncated_image": Kind(

@@ -9,6 +9,7 @@ from datasets.build import format_options, reading_of
 from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
 from datasets.formats.registry import FORMATS, read_source
+from datasets.images import limit_pixels
 from util.console import console
 from util.errors import ConfigError, nearest_hint
 
@@ -31,6 +32,11 @@ class ConvertOptions(AnnotationOptions):
         False, "copy the images instead of linking to them", alias="copy_pictures"
     )
 
+    max_pixels: int | None = option(
+        None, "pixels of the largest image that is read (default: Pillow's 89478485)", low=1,
+        rare=True,
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.images and len(self.splits) != 1:
@@ -49,6 +55,7 @@ def main(options: ConvertOptions) -> int:
     for name in ("data_path", "output_dir"):
         if not getattr(options, name):
             raise ConfigError(f"{name}: is missing. Add it.")
+    limit_pixels(options.max_pixels)
     place = Path(options.data_path)
     reading = format_options(options, options.data_format)
     writing = format_options(options, options.to)

@@ -15,6 +15,7 @@ from engine.detector import Detector
 from engine.evaluation.analysis import ReadImage, analyse, draw_gallery, save_analysis
 from engine.evaluation.detections import read_detections
 from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
+from engine.evaluation.identify import CategoryIds
 from engine.evaluation.matching import Truth
 from engine.processes import process_group
 from util.console import console
@@ -22,6 +23,7 @@ from util.errors import ConfigError
 from util.files import make_output_dir, refuse_overwriting
 
 _IMAGES_SHOWN = 12
+_WRITTEN = ("results.json", "analysis.json", "images.json", "report.html")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,19 @@ class EvalOptions(ProcessOptions):
         0, "detections per image and class that count, in addition to COCO's 100: 101 or more; "
         "0: as many as an image has boxes of a class", low=0,
     )  # fmt: skip
+    category_ids: CategoryIds = option(
+        "auto", "what those of --detections are: as_is, the data's; from_0 or from_1, positions of "
+        "the data's categories; plus_1 or minus_1, the data's after adding that; auto: as_is, "
+        "unless the boxes show another", rare=True,
+    )  # fmt: skip
+    class_agnostic: bool = option(False, "take all boxes as one class", rare=True)
+    area_ranges: tuple[float, ...] = option(
+        (), "areas in square pixels from which an object is medium and large "
+        "(default: COCO's 1024 9216)", above=0, rare=True,
+    )  # fmt: skip
     analysis: bool = option(
-        True, "write eval/analysis.json and eval/report.html",
-        off="write neither eval/analysis.json nor eval/report.html",
+        True, "write analysis.json, images.json and report.html to eval/",
+        off="write no analysis.json, images.json and report.html to eval/",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -58,6 +70,19 @@ class EvalOptions(ProcessOptions):
                 f"max_dets: must be 0 or more than COCO's 100, which always count, not "
                 f"{self.max_dets}. Raise it, or leave it out."
             )
+        bounds = self.area_ranges
+        if bounds and (len(bounds) != 2 or bounds[0] >= bounds[1]):
+            raise ConfigError(
+                f"area_ranges: must be two areas, the smaller first, not {bounds}. COCO's are "
+                "1024 9216."
+            )
+        if self.category_ids != "auto" and not self.detections:
+            raise ConfigError("category_ids: says how to read `detections`. Give that, too.")
+
+    @property
+    def area_bounds(self) -> tuple[float, float] | None:
+        """Return the areas from which an object is medium and large; None for COCO's."""
+        return (self.area_ranges[0], self.area_ranges[1]) if self.area_ranges else None
 
 
 SECTIONS = {"eval": EvalOptions, "data": EvalDataConfig}
@@ -92,8 +117,14 @@ def main(options: EvalOptions, given: Given) -> int:
             world=world,
             backend=options.evaluator,
             max_dets=options.max_dets,
+            area_bounds=options.area_bounds,
         )
         if world.main:
+            found = evaluator.detections().to_coco(evaluator.truth)
+            if options.class_agnostic:
+                evaluator = evaluator.without_classes()
+                result = evaluator.evaluate()
+            save_results(output_dir, result, found)
             _report(options, output_dir, evaluator, result, dataset.read_image, place.name)
     return 0
 
@@ -108,16 +139,29 @@ def evaluate_detections(options: EvalOptions, data: DataConfig) -> int:
     output_dir = Path(options.output_dir) if options.output_dir else above
     refuse_overwriting(
         [path, Path(data.val_annotations)],
-        [output_dir / "eval" / n for n in ("results.json", "analysis.json", "report.html")],
+        [output_dir / "eval" / name for name in _WRITTEN],
     )
     truth, read_image, notices = read_truth(data)
-    detections, more = read_detections(path, truth)
+    detections, more = read_detections(
+        path,
+        truth,
+        category_ids=options.category_ids,
+        class_agnostic=options.class_agnostic,
+    )
     make_output_dir(output_dir / "eval")
     for notice in (*notices, *more):
         console(f"  notice: {notice}")
-    evaluator = Evaluator(truth, backend=options.evaluator, max_dets=options.max_dets)
+    evaluator = Evaluator(
+        truth,
+        backend=options.evaluator,
+        max_dets=options.max_dets,
+        area_bounds=options.area_bounds,
+    )
     evaluator.add(detections)
-    _report(options, output_dir, evaluator, evaluator.evaluate(), read_image, path.name)
+    evaluator = evaluator.without_classes() if options.class_agnostic else evaluator
+    result = evaluator.evaluate()
+    save_results(output_dir, result, None)  # what was read is never written over
+    _report(options, output_dir, evaluator, result, read_image, path.name)
     return 0
 
 
@@ -149,11 +193,9 @@ def _report(
     read_image: ReadImage | None,
     title: str,
 ) -> None:
-    """Print the numbers, and write them with the detections and what the analysis finds."""
+    """Print the numbers, and write what the analysis finds."""
     console(result.table())
     detections, truth = evaluator.detections(), evaluator.truth
-    # detections that were read from a file are never written over it
-    save_results(output_dir, result, None if options.detections else detections.to_coco(truth))
     written = f"written: {output_dir / 'eval' / 'results.json'}"
     written += "" if options.detections else ", detections.json"
     if options.analysis:
@@ -165,5 +207,5 @@ def _report(
             shown = [w.image_id for w in analysis.worst[:_IMAGES_SHOWN]]
             images = draw_gallery(above, truth, shown, read_image, score_threshold=None)
         save_analysis(output_dir, analysis, images, title=title)
-        written += ", analysis.json, report.html"
+        written += ", analysis.json, images.json, report.html"
     console(written)

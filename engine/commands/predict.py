@@ -46,6 +46,10 @@ class PredictOptions(Checked):
         None, "NMS IoU threshold; 1 disables NMS (default: the checkpoint's)",
         above=0, high=1, unset=0,
     )  # fmt: skip
+    max_pixels: int | None = option(
+        None, "pixels of the largest image that is read (default: the checkpoint's)", low=1,
+        rare=True,
+    )  # fmt: skip
     num_workers: int = option(-1, "data-loading workers; -1: one per core, at most 8", low=-1)
 
 
@@ -63,6 +67,7 @@ def main(options: PredictOptions) -> int:
         eval_scale=options.eval_scale,
         max_size=options.max_size,
         nms_iou=options.nms_iou,
+        max_pixels=options.max_pixels,
     )
     thresholds = detector.min_scores(options.score_threshold)
     output_dir = Path(options.output_dir)

@@ -1,8 +1,8 @@
 """Everything reported about an evaluation beyond COCO's numbers: errors, a page, pictures."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +73,19 @@ class ByCount:
 
 
 @dataclass(frozen=True)
-class WorstImage:
-    """What went wrong in an image, at each class's best threshold.
+class ImageNumbers:
+    """What is right and wrong in an image, at each class's best threshold.
 
-    `lost` is in scores: an object loses 1 minus the score it was found with, whatever that is; a
-    false alarm above the threshold loses its score.
+    `found` and `missed` are its objects, `false_alarms` the other detections. `lost` is in scores:
+    an object loses 1 minus the score it was found with, whatever that is; a false alarm above the
+    threshold loses its score.
     """
 
     image_id: int
     file_name: str
     lost: float
     objects: int
+    found: int
     missed: int
     false_alarms: int
 
@@ -106,15 +108,25 @@ class Analysis:
     errors: Mapping[str, ErrorKind]
     confusion: Sequence[Sequence[int]]
     by_objects: Sequence[ByCount]
-    worst: Sequence[WorstImage]
+    images: Sequence[ImageNumbers]
     image_texts: Mapping[int, str]  # ids that the data has as text
 
+    @property
+    def worst(self) -> list[ImageNumbers]:
+        """Return the images that lose the most score, worst first."""
+        losing = sorted((i for i in self.images if i.lost > 0), key=lambda image: -image.lost)
+        return losing[:_WORST_IMAGES]
+
+    def rows(self, images: Iterable[ImageNumbers]) -> list[dict[str, Any]]:
+        """Return plain values, with the ids that the data has."""
+        texts = self.image_texts
+        return [{**vars(i), "image_id": texts.get(i.image_id, i.image_id)} for i in images]
+
     def to_json(self) -> dict[str, Any]:
-        """Return plain values; what could not be measured is null."""
-        values = asdict(self)
-        del values["result"], values["min_scores"], values["image_texts"]
-        for image in values["worst"]:
-            image["image_id"] = self.image_texts.get(image["image_id"], image["image_id"])
+        """Return plain values; what could not be measured is null; of images, the worst."""
+        values = asdict(replace(self, images=()))
+        del values["result"], values["min_scores"], values["images"], values["image_texts"]
+        values["worst"] = self.rows(self.worst)
         return {
             "best_thresholds": {c.name: c.threshold.score for c in self.classes if c.threshold},
             "stats": self.result.to_json()["stats"],
@@ -191,7 +203,7 @@ def analyse(evaluator: Evaluator, result: EvalResult) -> Analysis:
         errors=error_kinds(truth, found, errors, above),
         confusion=confusion_matrix(truth, found, above).tolist(),
         by_objects=_by_number_of_objects(truth, detections, max_dets),
-        worst=_worst_images(truth, found, above),
+        images=_images(truth, found, above),
         image_texts=truth.image_texts,
     )
 
@@ -199,10 +211,18 @@ def analyse(evaluator: Evaluator, result: EvalResult) -> Analysis:
 def save_analysis(
     output_dir: Path, analysis: Analysis, images: Mapping[int, Image.Image], *, title: str
 ) -> None:
-    """Write `eval/analysis.json` and `eval/report.html`; see `report`."""
+    """Write `analysis.json`, `images.json` and `report.html` to `eval/`; see `report`."""
     text = json.dumps(analysis.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-    page = report(analysis, images, title=title)
-    for name, content in (("analysis.json", text + "\n"), ("report.html", page)):
+    rows = (
+        json.dumps(row, ensure_ascii=False, allow_nan=False)
+        for row in analysis.rows(analysis.images)
+    )
+    contents = {
+        "analysis.json": f"{text}\n",
+        "images.json": "[\n{}\n]\n".format(",\n".join(rows)),
+        "report.html": report(analysis, images, title=title),
+    }
+    for name, content in contents.items():
         write_atomic(output_dir / "eval" / name, content, errors="backslashreplace")
 
 
@@ -242,8 +262,8 @@ def _by_number_of_objects(truth: Truth, detections: Detections, max_dets: int) -
     return rows
 
 
-def _worst_images(truth: Truth, found: Outcomes, above: Bools) -> list[WorstImage]:
-    """Return the images that lose the most score, worst first."""
+def _images(truth: Truth, found: Outcomes, above: Bools) -> list[ImageNumbers]:
+    """Return the numbers of every image, by ascending id."""
     images = len(truth.image_ids)
     image, score, hit = found.detections.image, found.detections.score, found.hit
     won = np.bincount(image[hit], weights=np.minimum(score[hit], 1.0), minlength=images)
@@ -253,17 +273,12 @@ def _worst_images(truth: Truth, found: Outcomes, above: Bools) -> list[WorstImag
     right = np.bincount(image[hit & above], minlength=images)
     alarms = np.bincount(image[alarm], minlength=images)
     lost = objects - won + lost_to_alarms
+    columns = (truth.image_ids, lost, objects, right, objects - right, alarms)
     return [
-        WorstImage(
-            image_id=int(truth.image_ids[i]),
-            file_name=truth.file_names[i],
-            lost=float(lost[i]),
-            objects=int(objects[i]),
-            missed=int(objects[i] - right[i]),
-            false_alarms=int(alarms[i]),
+        ImageNumbers(image_id, name, *numbers)
+        for name, (image_id, *numbers) in zip(
+            truth.file_names, zip(*(c.tolist() for c in columns), strict=True), strict=True
         )
-        for i in np.argsort(-lost, kind="stable")[:_WORST_IMAGES]
-        if lost[i] > 0
     ]
 
 

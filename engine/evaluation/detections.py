@@ -1,67 +1,76 @@
-"""Read detections from a file in the COCO results format."""
+"""Read detections from a file in the COCO results format, as other programs write it."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.evaluation.matching import Detections, Truth
+from engine.evaluation.identify import CategoryIds, Key, find_categories, find_images
+from engine.evaluation.matching import Bools, Detections, Floats, Truth
 from util.errors import DataError
 
 _KEYS = ("image_id", "category_id", "bbox", "score")
 _FORMAT = "Use a file in the COCO results format, such as eval/detections.json."
 
 
-def read_detections(path: Path, truth: Truth) -> tuple[Detections, list[str]]:
+def read_detections(
+    path: Path,
+    truth: Truth,
+    *,
+    category_ids: CategoryIds = "auto",
+    class_agnostic: bool = False,
+) -> tuple[Detections, list[str]]:
     """Read a list of `{"image_id", "category_id", "bbox": [x, y, w, h], "score"}`.
 
-    Returns the detections, and notices: of categories that the data lack, which are skipped, and
-    of boxes that seem to mean something else.
+    Images may be named by their ids, or by names or stems of their files; categories by ids or
+    names. With `class_agnostic`, all are of the first category.
+
+    Returns the detections, and notices: of entries that cannot be read, and of images and
+    categories that the data lack, which are skipped; of how images were named; and of boxes that
+    seem to mean something else.
 
     Raises:
-        DataError: there is no such file, it is not such a list, its boxes are fractions, or it
-            names other images.
+        DataError: there is no such file, it is not such a list, its boxes are fractions, most of
+            its images are not in the data, or its category ids seem to be others.
     """
-    entries = _load(path)
-    for number, entry in enumerate(entries):
-        if fault := _fault(entry):
-            raise DataError(f"{path}: entry {number}: {fault}, in {entry!r:.80}. {_FORMAT}")
-    image_ids = np.array([e["image_id"] for e in entries], dtype=np.int64)
-    category_ids = np.array([e["category_id"] for e in entries], dtype=np.int64)
-    unknown = np.unique(image_ids[~np.isin(image_ids, truth.image_ids)])
-    if len(unknown):
-        raise DataError(
-            f"{path}: {len(unknown)} image ids are not in the data, such as {unknown[0]}. Use the "
-            "annotations of the images that the detections were made on."
+    keys, box, score, notices = _readable(_load(path), path)
+    image, more = find_images([key[0] for key in keys], truth, path)
+    notices += more
+    if class_agnostic:
+        category = np.zeros(len(keys), dtype=np.int64)
+    else:
+        named, found = [key[1] for key in keys], image >= 0
+        category, more = find_categories(
+            named, truth, path, image=image, box=box, score=score, use=found, reading=category_ids
         )
-    known = np.isin(category_ids, truth.category_ids)
-    notices = []
-    if not known.all():
-        notices.append(
-            f"{int((~known).sum())} of {len(entries)} detections skipped: their categories (ids "
-            f"{', '.join(map(str, np.unique(category_ids[~known])[:5]))}) are not in the data"
-        )
-    detections = Detections(
-        image=np.searchsorted(truth.image_ids, image_ids),
-        category=np.searchsorted(truth.category_ids, category_ids),
-        box=np.array([e["bbox"] for e in entries], dtype=np.float64).reshape(-1, 4),
-        score=np.array([e["score"] for e in entries], dtype=np.float64),
-    ).select(known)
-    box = detections.box
+        notices += more
+    detections = Detections(image=image, category=category, box=box, score=score).select(
+        (image >= 0) & (category >= 0)
+    )
+    return detections, notices + _check_boxes(detections.box, _beyond(detections, truth), path)
+
+
+def _check_boxes(box: Floats, outside: Bools, path: Path) -> list[str]:
     if box.size and box.max() <= 1 and (box % 1).any():
         raise DataError(
             f"{path}: all boxes are between 0 and 1, but x, y, width and height must be in pixels. "
             "Multiply them by the image's width and height."
         )
-    size = truth.sizes[detections.image][:, ::-1]
-    outside = (size > 0).all(axis=1) & (box[:, :2] + box[:, 2:] > 1.1 * size).any(axis=1)
-    if 4 * outside.sum() > len(box):
-        notices.append(
-            f"{outside.sum()} of {len(box)} boxes reach far beyond their images; they must be x, "
-            "y, width, height in pixels of the image, not corners or pixels of another size"
-        )
-    return detections, notices
+    if 4 * outside.sum() <= len(box):
+        return []
+    return [
+        f"{outside.sum()} of {len(box)} boxes reach far beyond their images; they must be x, "
+        "y, width, height in pixels of the image, not corners or pixels of another size"
+    ]
+
+
+def _beyond(detections: Detections, truth: Truth) -> Bools:
+    """Return which boxes reach more than a tenth beyond their images."""
+    box, size = detections.box, truth.sizes[detections.image][:, ::-1]
+    inside = box[:, :2] + box[:, 2:] <= 1.1 * size
+    return np.asarray((size > 0).all(axis=1) & ~inside.all(axis=1))
 
 
 def _load(path: Path) -> list[Any]:
@@ -78,21 +87,68 @@ def _load(path: Path) -> list[Any]:
     return entries
 
 
-def _fault(entry: Any) -> str | None:
-    """Return what is wrong with an entry."""
+def _readable(
+    entries: list[Any], path: Path
+) -> tuple[list[tuple[Key, Key]], Floats, Floats, list[str]]:
+    """Return image and category as they are written, box and score of the entries that have them.
+
+    Raises:
+        DataError: none has.
+    """
+    rows: list[tuple[Key, Key, list[float], float]] = []
+    faults: Counter[str] = Counter()
+    first = ""
+    for number, entry in enumerate(entries):
+        row = _row(entry)
+        if not isinstance(row, str):
+            rows.append(row)
+            continue
+        faults[row] += 1
+        first = first or f"entry {number}: {row}, in {entry!r:.80}"
+    if faults and not rows:
+        raise DataError(f"{path}: {first}. {_FORMAT}")
+    notices = []
+    if faults:
+        kinds = "; ".join(f"{count} x {fault}" for fault, count in faults.most_common())
+        notices.append(
+            f"{faults.total()} of {len(entries)} entries skipped: {kinds}; the first is {first}"
+        )
+    box = np.array([row[2] for row in rows], dtype=np.float64).reshape(-1, 4)
+    score = np.array([row[3] for row in rows], dtype=np.float64)
+    return [row[:2] for row in rows], box, score, notices
+
+
+def _row(entry: Any) -> tuple[Key, Key, list[float], float] | str:
+    """Return image, category, box and score of an entry, or what is wrong with it."""
     if not isinstance(entry, dict) or not all(key in entry for key in _KEYS):
         return f"not an object with {', '.join(_KEYS)}"
-    for key in ("image_id", "category_id"):
+    keys: list[Key] = []
+    for name in ("image_id", "category_id"):
+        key = entry[name]
+        if isinstance(key, str) and key.strip():
+            keys.append(key)
         # other programs write 42.0 too; a boolean is an int to Python
-        if not _is_number(entry[key], 2**63) or entry[key] % 1:
-            return f"{key} is not a whole number"
+        elif _number(key, 2**63) is None or isinstance(key, str) or key % 1:
+            return f"{name} is neither a whole number nor a name"
+        else:
+            keys.append(int(key))
     box = entry["bbox"]
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+    corners = [_number(value) for value in box] if isinstance(box, list) else []
+    sides = [value for value in corners if value is not None]
+    if len(corners) != 4 or len(sides) != 4:
         return "bbox is not four finite numbers"
-    if box[2] < 0 or box[3] < 0:
+    if sides[2] < 0 or sides[3] < 0:
         return "bbox has a negative width or height; it must be [x, y, width, height]"
-    return None if _is_number(entry["score"]) else "score is not a finite number"
+    score = _number(entry["score"])
+    return "score is not a finite number" if score is None else (keys[0], keys[1], sides, score)
 
 
-def _is_number(value: Any, limit: float = 1e9) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < limit
+def _number(value: Any, limit: float = 1e9) -> float | None:
+    """Return a number, which may be written as text; None for anything else or beyond a limit."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < limit
+    return value if usable else None

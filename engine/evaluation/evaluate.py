@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from engine.evaluation.evaluator import EvalResult, Evaluator
 from engine.guards.guard import UnreadableImages
@@ -16,6 +15,7 @@ from models.criterion import SetCriterion
 from models.postprocess import PostProcess
 from models.queries import DetectorOutput
 from util.batch import Batch, PaddedBatch, Target, pad_images
+from util.console import progress
 from util.errors import DataError, UserError
 from util.world import World
 
@@ -47,10 +47,8 @@ def detect(
     """
     model.eval()
     unreadable = UnreadableImages()
-    for batch in tqdm(
-        batches, desc=description, unit="batch", dynamic_ncols=True, leave=False,
-        disable=description is None,
-    ):  # fmt: skip
+    enabled = description is not None
+    for batch in progress(batches, unit="batch", description=description or "", enabled=enabled):
         if batch.unreadable and not skip_unreadable:
             image = batch.unreadable[0]
             name = image.path or f"image {image.image_id}"

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.evaluation.matching import Detections, Floats, Truth, accumulate
+from engine.evaluation.matching import AREA_RANGES, Detections, Floats, Truth, accumulate
 from util.files import write_atomic
 
 Backend = Literal["fast", "pycocotools"]
@@ -51,7 +52,8 @@ class EvalResult:
 
     Range: 0..1, or -1 where no ground truth exists to measure on. `beyond_100` has `max_dets`, the
     detections of an image and class that count, AP, AP50, AP75 and AR, where those are more than
-    COCO's 100.
+    COCO's 100. `area_bounds` are the areas (square pixels) from which an object is medium and
+    large, where those are not COCO's.
     """
 
     stats: dict[str, float]
@@ -59,12 +61,15 @@ class EvalResult:
     num_images: int
     num_detections: int
     beyond_100: dict[str, float] | None = None
+    area_bounds: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for a result file; None where there is nothing to measure on."""
         values = asdict(self)
         for numbers in (values["stats"], *values["per_class"], values["beyond_100"] or {}):
             numbers |= {k: None for k, v in numbers.items() if isinstance(v, float) and v < 0}
+        if self.area_bounds is None:
+            del values["area_bounds"]
         return values
 
     def table(self) -> str:
@@ -78,6 +83,11 @@ class EvalResult:
             f"{title:7}" + "".join(f"{_shown(self.stats[n]):>8}" for n in names)
             for title, names in _TABLE_ROWS
         ]
+        if self.area_bounds:
+            medium, large = self.area_bounds
+            lines.append(
+                f"notice: medium is from {medium:g} to {large:g} square pixels, which is not COCO's"
+            )
         if self.stats["AP"] < 0:
             lines.append("n/a: no ground truth")
         else:
@@ -126,7 +136,8 @@ class Evaluator:
     `label_to_category` maps the model's labels to category ids; without it, labels are category
     ids. `backend`: "fast" is ours and gives the same numbers to the last digit. `max_dets`:
     detections of an image and class that count in `EvalResult.beyond_100`, where they are more than
-    COCO's 100; 0 means as many as an image has boxes of a class.
+    COCO's 100; 0 means as many as an image has boxes of a class. `area_bounds`: the areas in square
+    pixels from which an object is medium and large, if not COCO's.
     """
 
     def __init__(
@@ -136,8 +147,10 @@ class Evaluator:
         *,
         backend: Backend = "fast",
         max_dets: int = 0,
+        area_bounds: tuple[float, float] | None = None,
     ) -> None:
         self.truth = truth
+        self.area_bounds = area_bounds
         category = {c: k for k, c in enumerate(truth.category_ids.tolist())}
         labels = {c: c for c in category} if label_to_category is None else label_to_category
         self._category_of = {label: category[c] for label, c in labels.items() if c in category}
@@ -193,10 +206,13 @@ class Evaluator:
     def evaluate(self) -> EvalResult:
         """Compute the metrics over all images; one never fed counts as missed."""
         detections = self.detections()
-        compute = _accumulate_pycocotools if self._backend == "pycocotools" else accumulate
-        (precision, recall), beyond = compute(self.truth, detections, max_dets=100), None
+        backend = _accumulate_pycocotools if self._backend == "pycocotools" else accumulate
+        compute = partial(
+            backend, self.truth, detections, area_ranges=area_ranges(self.area_bounds)
+        )
+        (precision, recall), beyond = compute(max_dets=100), None
         if self.max_dets > 100:
-            more_precision, more_recall = compute(self.truth, detections, max_dets=self.max_dets)
+            more_precision, more_recall = compute(max_dets=self.max_dets)
             beyond = {
                 "max_dets": float(self.max_dets),
                 **_summary(more_precision),
@@ -227,11 +243,39 @@ class Evaluator:
             num_images=len(truth.image_ids),
             num_detections=len(detections),
             beyond_100=beyond,
+            area_bounds=self.area_bounds,
         )
+
+    def without_classes(self) -> "Evaluator":
+        """Return an evaluator of the same boxes, in which all are of one class."""
+        truth, found = self.truth, self.detections()
+        merged = Evaluator(
+            replace(
+                truth,
+                category_ids=np.ones(1, dtype=np.int64),
+                class_names=("object",),
+                category=np.zeros_like(truth.category),
+            ),
+            backend=self._backend,
+            max_dets=0 if self.max_dets == 100 else self.max_dets,
+            area_bounds=self.area_bounds,
+        )
+        merged.add(replace(found, category=np.zeros_like(found.category)))
+        return merged
+
+
+def area_ranges(bounds: tuple[float, float] | None) -> Floats:
+    """Return the least and the largest area of all, small, medium and large objects [4,2]."""
+    if bounds is None:
+        return AREA_RANGES
+    ranges = AREA_RANGES.copy()
+    medium, large = bounds
+    ranges[1, 1], ranges[2], ranges[3, 0] = medium, bounds, large
+    return ranges
 
 
 def _accumulate_pycocotools(
-    truth: Truth, detections: Detections, *, max_dets: int
+    truth: Truth, detections: Detections, *, area_ranges: Floats, max_dets: int
 ) -> tuple[Floats, Floats]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -263,6 +307,7 @@ def _accumulate_pycocotools(
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(indexed(annotations), indexed(results), "bbox")
         evaluation.params.maxDets = [1, 10, max_dets]
+        evaluation.params.areaRng = area_ranges.tolist()
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation.eval["precision"][..., -1], evaluation.eval["recall"]

@@ -1,12 +1,14 @@
 """Backbones: images to feature maps, each kind in a file of its own, chosen by name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from models.weights.unwrap import find_weights, keys_of, largest_state_dict
+from util.console import log
 from util.errors import CheckpointError
 from util.registry import Registry
 from util.tensor_files import load_safely
@@ -67,16 +69,32 @@ def create_backbone(
     )
 
 
-def weights_from_file(file: str, network: str) -> Mapping[str, Tensor]:
-    """Read a state dict for a network of this name.
+def weights_from_file(file: str, network: str, expected: Collection[str]) -> Mapping[str, Tensor]:
+    """Read the weights of a network of this name, however another program has wrapped them.
+
+    Where most of the `expected` names are missing, it is the part of the file with most tensors.
 
     Raises:
         CheckpointError: the file cannot be read, or holds something else.
     """
-    state = load_safely(Path(file))
-    if not isinstance(state, Mapping):
+    place = f"`backbone_weights {file}`"
+    try:
+        content = load_safely(Path(file))
+    except CheckpointError as error:
+        if Path(file).suffix != ".pkl" or not Path(file).is_file():
+            raise
         raise CheckpointError(
-            f"`backbone_weights {file}`: holds a {type(state).__name__}, not a state dict. "
-            f"Give the weights of {network}."
+            f"{place}: is a pickle of arrays, as detectron2's model zoo has: those networks take "
+            f"other images (BGR, 0..255). Give PyTorch's or timm's weights of {network}."
+        ) from error
+    found = find_weights(content, expected, place)
+    tensors = found.tensors if found else largest_state_dict(content)
+    if not tensors:
+        kind = type(content).__name__
+        keys = f" with the keys {keys_of(content)}" if isinstance(content, Mapping) else ""
+        raise CheckpointError(
+            f"{place}: holds a {kind}{keys}, not a state dict. Give the weights of {network}."
         )
-    return state
+    if found and found.place:
+        log.info(f"{place}: weights of {network} found in it: {found.place}")
+    return tensors

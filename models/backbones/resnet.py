@@ -11,6 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from models.backbones import BACKBONES, Backbone, BackboneOptions, weights_from_file
 from models.layers import checkpointed
+from models.weights.unwrap import keys_of
 from util.errors import CheckpointError, ConfigError, nearest_hint
 
 _STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
@@ -143,19 +144,22 @@ def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
                 f"Fetch {enum['IMAGENET1K_V1'].url} elsewhere and pass the file."
             ) from error
     else:
-        state = weights_from_file(options.weights, options.variant)
-    unused = () if options.train_norm else ("num_batches_tracked",)
-    state = {
-        key: value
-        for key, value in state.items()
-        if not (key.startswith("fc.") or key.endswith(unused))
-    }
-    expected = {key for key in network.state_dict() if not key.startswith("fc.")}
-    odd = sorted(expected.symmetric_difference(state))
+        state = weights_from_file(options.weights, options.variant, network.state_dict())
+    # heads are left out; old files lack the counters, which frozen norms do not have
+    parts = {name for name, _ in network.named_children()} - {"fc"}
+    found = list(state)
+    state = {key: tensor for key, tensor in state.items() if key.partition(".")[0] in parts}
+    expected, given = (
+        {k for k in keys if not k.startswith("fc.") and not k.endswith("num_batches_tracked")}
+        for keys in (network.state_dict(), state)
+    )
+    odd = sorted(expected.symmetric_difference(given))
     if odd:
+        which = "missing" if odd[0] in expected else "not in the network"
         raise CheckpointError(
-            f"`backbone_weights {options.weights}`: '{odd[0]}' and {len(odd) - 1} more keys do not "
-            f"fit torchvision's {options.variant}. Pass the state dict of that network."
+            f"`backbone_weights {options.weights}`: does not hold torchvision's {options.variant}: "
+            f"'{odd[0]}' is {which}, and {len(odd) - 1} more keys do not fit. Keys found: "
+            f"{keys_of(found)}; expected: {keys_of(list(network.state_dict()))}."
         )
     try:
         network.load_state_dict(state, strict=False)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.backbones import BACKBONES, Backbone, BackboneOptions, weights_from_file
 from models.backbones.timm_model import TimmBackbone, in_precision_of_weights
+from models.weights.unwrap import keys_of
 from util.errors import CheckpointError, ConfigError, nearest_hint
 
 _PROBE_SIZE = (75, 107)  # a multiple of nothing, as images are
@@ -43,7 +44,10 @@ def _create_body(options: BackboneOptions, count: int) -> Any:
     if options.dilation:
         raise ConfigError(f"dilation: not for timm/{name}. Use a torchvision ResNet.")
     of_file = weights not in ("none", "imagenet")
-    given = weights_from_file(weights, f"timm/{name}") if of_file else None
+    given = None
+    if of_file:  # the names of the whole network: those of its features alone may differ
+        names = timm.create_model(name, pretrained=False).state_dict()
+        given = weights_from_file(weights, f"timm/{name}", names)
     # else the windows of a Swin are laid out for one size of image
     of_swin: dict[str, Any] = {"strict_img_size": False} if name.startswith("swin") else {}
     try:
@@ -81,8 +85,9 @@ def _check_arrival(body: nn.Module, given: Mapping[str, Tensor], place: str, nam
     arrived = sum(mark(p) in known for p in heavy)
     if arrived < 0.9 * len(heavy):
         raise CheckpointError(
-            f"{place}: only {arrived} of {len(heavy)} tensors of timm/{name} are in the file. "
-            "Give the weights of that network."
+            f"{place}: only {arrived} of {len(heavy)} tensors of timm/{name} are in the file. Keys "
+            f"found: {keys_of(given)}; expected: {keys_of(body.state_dict())}. Give the weights of "
+            "that network."
         )
 
 

@@ -17,11 +17,22 @@ from models.weights.official import (
     official_classes,
     official_options,
 )
+from models.weights.unwrap import find_weights, keys_of, largest_state_dict
 from util.classes import Classes
+from util.console import log
 from util.errors import CheckpointError
 from util.tensor_files import load_safely
 
 Triple = tuple[float, float, float]
+# What is in every Deformable DETR, and little else; a class head may be stored in one place only.
+_EXPECTED = (
+    "transformer.level_embed",
+    "class_embed.0.bias",
+    "transformer.decoder.class_embed.0.bias",
+    "transformer.encoder.layers.0.self_attn.sampling_offsets.weight",
+    "input_proj.0.0.weight",
+)
+_USUAL_PLACES = ("", "'model'")  # where the official code saves them
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 
@@ -77,11 +88,12 @@ def _from_file(path: Path, *, ema: bool) -> Pretrained:
     if "model" in content and (sections or {"config", "classes"} <= content.keys()):
         with _parts_of(path, "checkpoint of a run"):
             return _ours(content, str(path), ema=ema)
-    weights = content.get("model", content)
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+    found = find_weights(content, _EXPECTED, str(path), ema=ema)
+    weights = found.tensors if found else largest_state_dict(content)
+    if not weights:
         raise CheckpointError(
-            f"{path}: has no weights under 'model'; its keys are {_few(content)}. "
-            "Pass our checkpoint, an official file or a state dict."
+            f"{path}: holds no weights; its keys are {keys_of(content)}. Pass our checkpoint, an "
+            "official file or a state dict."
         )
     if "model.level_embed" in weights:
         if (path.parent / "config.json").is_file():
@@ -90,6 +102,8 @@ def _from_file(path: Path, *, ema: bool) -> Pretrained:
             f"{path}: there is no config.json beside these Hugging Face weights. "
             "Pass the folder that save_pretrained() wrote."
         )
+    if found and found.place not in _USUAL_PLACES:
+        log.info(f"{path}: weights of Deformable DETR found in it: {found.place}")
     return _official(weights, content.get("args"), str(path))
 
 
@@ -124,17 +138,21 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
 
 
 def _official(weights: Mapping[str, Tensor], args: Any, source: str) -> Pretrained:
-    # Some files were saved from the distributed wrapper.
-    plain = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    if not is_deformable_detr(plain):
+    if not is_deformable_detr(weights):
+        backbone = any(key.endswith("layer1.0.conv1.weight") for key in weights)
+        hint = (
+            "A backbone alone is given as `backbone_weights`."
+            if backbone
+            else "Other models cannot be loaded."
+        )
         raise CheckpointError(
-            f"{source}: these are not weights of Deformable DETR; the keys are {_few(plain)}. "
-            "Other models cannot be loaded."
+            f"{source}: these are not weights of Deformable DETR. Keys found: {keys_of(weights)}; "
+            f"expected: {keys_of(_EXPECTED)}. {hint}"
         )
     options = official_options(
-        plain, args if isinstance(args, argparse.Namespace) else None, source
+        weights, args if isinstance(args, argparse.Namespace) else None, source
     )
-    complete = complete_heads(plain, options)
+    complete = complete_heads(weights, options)
     return Pretrained("official", complete, options, official_classes(complete))
 
 
@@ -208,8 +226,3 @@ def _image_size(preprocessing: Mapping[str, Any]) -> tuple[int, int] | None:
         size = {"shortest_edge": size, "longest_edge": preprocessing.get("max_size", 1333)}
     short, long = size.get("shortest_edge"), size.get("longest_edge")
     return (int(short), int(long)) if short and long else None
-
-
-def _few(keys: Mapping[str, Any]) -> str:
-    shown = ", ".join(f"'{key}'" for key in list(keys)[:3])
-    return f"{shown}, ..." if len(keys) > 3 else shown or "(none)"

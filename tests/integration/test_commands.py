@@ -91,6 +91,40 @@ def test_images_without_annotations_are_evaluated_too(
     assert analysis["best_thresholds"] == {}
 
 
+def test_a_file_without_categories_has_those_of_the_checkpoint(
+    cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    truth = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
+    del truth["categories"]
+    (tmp_path / "val.json").write_text(json.dumps(truth))
+    done = cli("eval", "--checkpoint", finished_run / "last.pth", "--output-dir", tmp_path,
+               "--val-images", shapes / "val2017",
+               "--val-annotations", tmp_path / "val.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "val.json: has no categories, so the model's are taken" in done.stdout
+    expected, actual = (
+        json.loads((folder / "eval" / "results.json").read_text())
+        for folder in (finished_run, tmp_path)
+    )
+    assert actual == expected
+
+
+def test_evaluation_without_classes_keeps_them_in_the_detections(
+    cli: Cli, finished_run: Path, tmp_path: Path
+) -> None:
+    done = cli("eval", "--checkpoint", finished_run / "last.pth", "--output_dir", tmp_path,
+               "--class_agnostic", "--area_ranges", "500", "2000")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "medium is from 500 to 2000 square pixels" in done.stdout
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert [row["name"] for row in results["per_class"]] == ["object"]
+    expected, actual = (
+        json.loads((folder / "eval" / "detections.json").read_text())
+        for folder in (finished_run, tmp_path)
+    )
+    assert actual == expected
+
+
 @pytest.mark.parametrize("batch_size", ["1", "3"])
 def test_detections_do_not_depend_on_the_batch_size(
     cli: Cli, finished_run: Path, tmp_path: Path, batch_size: str

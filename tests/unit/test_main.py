@@ -149,6 +149,18 @@ def test_a_switch_that_is_on_says_in_its_own_words_what_turning_it_off_does() ->
             "--hidden_dim: must be a multiple of --nheads 8, not 100.",
         ),
         (["predict", "--batch_size", "0"], "--batch_size: must be at least 1, not 0."),
+        (["train", "--num-queries", "0"], "--num_queries: must be at least 1, not 0."),
+        (["predict", "--batch-size=0"], "--batch_size: must be at least 1, not 0."),
+        (
+            ["train", "--num-classes", "3"],
+            "command line: unknown option '--num_classes'. The classes and their number come from "
+            "the annotations",
+        ),
+        (
+            ["train", "--local-rank=0"],
+            "command line: unknown option '--local_rank'. Start the processes with --gpus N, tor",
+        ),
+        (["eval", "--weights", "x"], "command line: unknown option '--weights'. Here it is --chec"),
         (["train", "--config", "epochs"], "config file epochs: no such file."),
         (
             ["predict", "--input", "epochs", "--output_dir", "out"],
@@ -160,7 +172,7 @@ def test_a_switch_that_is_on_says_in_its_own_words_what_turning_it_off_does() ->
         ),
         (
             ["doctor", "--device", "cpu"],
-            "command line: unknown option '--device'. --help_all lists the options.",
+            "command line: unknown option '--device'. It is an option of main.py train.",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """JPEGs decoded at a fraction of their size: which fraction, and what it looks like."""
 
+import contextlib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image, ImageFile
 from datasets.checks.images import examine_file
 from datasets.images import (
     READ_ERRORS,
+    limit_pixels,
     open_image,
     read_header,
     read_reduced,
@@ -213,6 +215,33 @@ def test_decompression_bombs_are_refused_before_they_are_decoded(tmp_path: Path)
     assert read_header(path) is None
     with (
         pytest.warns(Image.DecompressionBombWarning),
-        pytest.raises(READ_ERRORS, match="9500x9500 pixels are more than"),
+        pytest.raises(
+            READ_ERRORS, match="9500x9500 pixels are more than the 89478485 of `max_pixels`"
+        ),
     ):
         read_rgb(path, None)
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (299, "20x15 pixels are more than the 299 of `max"),
+        (100, r"300 pixels\): over the 100 of `max"),
+    ],
+)
+def test_the_limit_of_pixels_can_be_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, message: str
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # put back afterwards
+    path = tmp_path / "a.png"
+    Image.new("RGB", (20, 15)).save(path)
+    limit_pixels(limit)
+    with (
+        contextlib.nullcontext() if limit == 100 else pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(Image.DecompressionBombError, match=message),
+    ):
+        read_rgb(path, None)
+    limit_pixels(300)
+    assert read_rgb(path, None).size == (20, 15)
+    limit_pixels(None)
+    assert Image.MAX_IMAGE_PIXELS == 300

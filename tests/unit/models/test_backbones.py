@@ -1,9 +1,11 @@
 """The backbone contract, what is frozen, and what is refused."""
 
 import math
+import pickle
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -188,7 +190,7 @@ def test_weights_come_from_a_file(tmp_path: Path, train_norm: bool) -> None:
 def test_weights_of_another_network_are_refused_in_one_line(tmp_path: Path) -> None:
     torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "r34.pth")
     for name in ("resnet18", "resnet50"):
-        with pytest.raises(CheckpointError, match=f"do not fit torchvision's {name}") as error:
+        with pytest.raises(CheckpointError, match=f"does not hold torchvision's {name}: ") as error:
             create_backbone(name, weights=str(tmp_path / "r34.pth"))
         assert "\n" not in str(error.value)
 
@@ -207,3 +209,93 @@ def test_a_file_that_holds_another_network_is_refused_for_timm(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="tensors of timm/") as error:
         create_backbone(CONVOLUTIONAL, weights=str(tmp_path / "other.pth"))
     assert "\n" not in str(error.value)
+
+
+def small_resnet() -> dict[str, torch.Tensor]:
+    """Return the weights of a ResNet whose tensors all differ."""
+    return {
+        key: torch.randn_like(value) if value.is_floating_point() else value
+        for key, value in torchvision.models.resnet18().state_dict().items()
+    }
+
+
+def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "place"),
+    [
+        (lambda s: {"epoch": 3, "arch": "resnet18", "state_dict": under("module.", s),
+                    "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+         "'state_dict', keys without 'module.'"),  # PyTorch's ImageNet example
+        (lambda s: {"state_dict": under("module.encoder_q.", s)
+                    | under("module.encoder_k.", {k: v + 1 for k, v in s.items()})},
+         "'state_dict', keys without 'module.encoder_q.'"),  # MoCo
+        (lambda s: {"state_dict": {k: v + 1 for k, v in s.items()}, "state_dict_ema": s},
+         "'state_dict_ema'"),  # timm's training
+        (lambda s: {"student": under("module.backbone.", {k: v + 1 for k, v in s.items()}),
+                    "teacher": under("backbone.", s)},
+         "'teacher', keys without 'backbone.'"),  # DINO
+        (lambda s: {"state_dict": under("model.", s), "hyper_parameters": {"lr": 0.1}},
+         "'state_dict', keys without 'model.'"),  # Lightning
+        (lambda s: {"model": under("backbone.0.body.", s)},
+         "'model', keys without 'backbone.0.body.'"),  # a DETR
+        (lambda s: under("_orig_mod.", {k: v for k, v in s.items() if "tracked" not in k}),
+         "keys without '_orig_mod.'"),  # torch.compile, and norms that count nothing
+        (lambda s: s | {"projector.weight": torch.ones(2)}, ""),
+    ],
+)  # fmt: skip
+def test_wrapped_weights_are_found_and_reported(
+    wrap: Any, place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state, file = small_resnet(), tmp_path / "w.pth"
+    torch.save(wrap(state), file)
+    with caplog.at_level("INFO", logger="deformable_detr"):
+        loaded = create("resnet18", weights=str(file)).state_dict()
+    for key, value in state.items():
+        if not key.startswith("fc.") and not key.endswith("num_batches_tracked"):
+            assert torch.equal(loaded[f"body.{key}"], value), key
+    said = [r.getMessage() for r in caplog.records if "weights of resnet18" in r.getMessage()]
+    assert [line.partition("found in it: ")[2] for line in said] == ([place] if place else [])
+
+
+def test_two_copies_that_nothing_tells_apart_are_refused(tmp_path: Path) -> None:
+    state = small_resnet()
+    torch.save({"a": state, "b": state}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="holds 2 copies of the network: 'a' and 'b'"):
+        create_backbone("resnet18", weights=str(tmp_path / "w.pth"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {"stem.conv.weight": torch.ones(2)}},
+         "missing, and 99 more keys do not fit. Keys found: 'stem.conv.weight'; expected: 'conv1"),
+        ({"epoch": 3, "state_dict": {}}, "holds a dict with the keys 'epoch', 'state_dict', not a"),
+        ([1], "holds a list, not a state dict"),
+    ],
+)  # fmt: skip
+def test_the_error_lists_keys_found_and_expected(
+    content: Any, message: str, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError) as error:
+        create_backbone("resnet18", weights=str(tmp_path / "w.pth"))
+    assert message in str(error.value)
+    assert len(str(error.value)) < 500 + len(str(tmp_path))
+
+
+def test_a_pickle_of_detectron2_is_named(tmp_path: Path) -> None:
+    content = {"model": {"stem.conv1.weight": np.ones(3)}, "__author__": "Detectron2 Model Zoo"}
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match="a pickle of arrays, as detectron2's model zoo"):
+        create_backbone("resnet18", weights=str(tmp_path / "R-50.pkl"))
+
+
+def test_wrapped_weights_of_a_timm_network_are_found(tmp_path: Path) -> None:
+    network = timm.create_model("tf_efficientnet_lite0")
+    torch.save({"state_dict": under("module.", network.state_dict())}, tmp_path / "w.pth")
+    loaded = create(CONVOLUTIONAL, weights=str(tmp_path / "w.pth")).state_dict()
+    known = network.state_dict()
+    assert all(torch.equal(v, known[k.removeprefix("body.")]) for k, v in loaded.items())

@@ -9,10 +9,12 @@ import pytest
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
+from main import main
 from util.distributed import (
     destroy_process_group,
     init_process_group,
     lost_contact,
+    rank_at_start,
     started_by_launcher,
     take_slurm_variables,
 )
@@ -20,6 +22,7 @@ from util.errors import ConfigError
 from util.world import World
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+MORE = ("LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "8",
     "SLURM_PROCID": "5",
@@ -32,7 +35,7 @@ SLURM = {
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget what a launcher or a job of this machine has set, and what a test sets."""
-    for name in (*TORCHRUN, *SLURM):
+    for name in (*TORCHRUN, *MORE, *SLURM):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -112,6 +115,44 @@ def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, {"WORLD_SIZE": "2", "RANK": "0"})
     with pytest.raises(ConfigError, match="^WORLD_SIZE 2: MASTER_ADDR, MASTER_PORT must be set"):
         init_process_group("cpu")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE 'two': this variable .* whole number at least 1"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE '0': "),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK 'x': .* from 0 to 1, as WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK '2': .* from 0 to 1"),
+        ({"RANK": "3"}, "RANK '3': .* from 0 to 0, as WORLD_SIZE is 1"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT '99999': .* from 1 to 65535"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK '-1': "),
+        ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK '2': .* LOCAL_WORLD_SIZE is 2"),
+        ({"LOCAL_WORLD_SIZE": "9" * 5000}, "LOCAL_WORLD_SIZE '9{40}': "),
+        ({"TORCHELASTIC_RESTART_COUNT": "no"}, "TORCHELASTIC_RESTART_COUNT 'no': "),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS 'many': "),
+        ({**SLURM, "SLURM_PROCID": "9"}, "RANK '9': .* from 0 to 7"),
+        ({**SLURM, "SLURM_LOCALID": "?"}, r"SLURM_LOCALID '\?': "),
+        ({**SLURM, "SLURM_JOB_ID": ""}, "SLURM_JOB_ID: srun has not set it, although SLURM_STEP_N"),
+    ],
+)
+def test_bad_numbers_of_a_launcher_are_refused_in_one_line(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_all(monkeypatch, {**variables, "SLURM_STEP_NODELIST": "one"})
+    with pytest.raises(ConfigError, match=f"^{message}") as error:
+        take_slurm_variables()
+    assert len(str(error.value)) < 200
+    assert rank_at_start() >= 0  # what reports the error asks this, too
+    started_by_launcher()
+
+
+def test_a_bad_number_is_one_line_of_every_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2x")
+    assert main(["train", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE '2x': this variable of the env")
 
 
 def test_alone_every_exchange_gives_back_what_is_put_in() -> None:

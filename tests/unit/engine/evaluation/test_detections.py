@@ -11,6 +11,7 @@ from PIL import Image
 
 import main
 from engine.evaluation.detections import read_detections
+from engine.evaluation.matching import Truth
 from tests.unit.engine.evaluation.shared import make_coco, truth_of
 from util.errors import DataError
 
@@ -49,17 +50,21 @@ def annotations(folder: Path) -> Path:
     [
         ("{", "not valid JSON"),
         ({"annotations": []}, "a list of detections is needed"),
-        ([GOOD, {"image_id": 4}], "entry 1: not an object with image_id, category_id"),
-        ([{**GOOD, "image_id": "4"}], "entry 0: image_id is not a whole number"),
-        ([{**GOOD, "category_id": True}], "category_id is not a whole number"),
+        ([{"image_id": 4}, 3], "entry 0: not an object with image_id, category_id"),
+        ([{**GOOD, "image_id": " "}], "entry 0: image_id is neither a whole number nor a name"),
+        ([{**GOOD, "category_id": True}], "category_id is neither a whole number nor a name"),
         ([{**GOOD, "bbox": [1, 2, 3]}], "bbox is not four finite numbers"),
         (
             [{**GOOD, "bbox": [60, 50, -10, 5]}],
             r"negative .* be \[x, y, width, height\]",
         ),
         ([{**GOOD, "score": float("nan")}], "score is not a finite number"),
-        ([{**GOOD, "image_id": 5}, GOOD], "1 image ids are not in the data, such as 5"),
-        ([{**GOOD, "image_id": 4.5}], "image_id is not a whole number"),
+        (
+            [{**GOOD, "image_id": 5}, {**GOOD, "image_id": 6}, GOOD],
+            "2 of 3 image ids are not in the data, such as 5",
+        ),
+        ([{**GOOD, "image_id": "shot"}], "1 of 1 image ids are not in the data, such as 'shot'"),
+        ([{**GOOD, "image_id": 4.5}], "image_id is neither a whole number nor a name"),
         ([{**GOOD, "bbox": [0, 0, 1e200, 1e200]}], "bbox is not four finite numbers"),
         ([{**GOOD, "bbox": [0.1, 0.1, 0.5, 1]}], "between 0 and 1, .* must be in pixels"),
         (["two\nlines"], "entry 0: not an object"),
@@ -81,6 +86,171 @@ def test_other_categories_are_left_out_with_a_notice(tmp_path: Path) -> None:
     assert notices == [
         "1 of 2 detections skipped: their categories (ids 8) are not in the data",
     ]
+
+
+def test_entries_that_cannot_be_read_are_counted_and_skipped(tmp_path: Path) -> None:
+    entries = [GOOD, {**GOOD, "bbox": None}, {**GOOD, "score": 0.25}, {**GOOD, "bbox": [1, 2, 3]},
+               {**GOOD, "score": float("inf")}]  # fmt: skip
+    found, notices = read_detections(write(tmp_path / "d.json", entries), TRUTH)
+    assert found.score.tolist() == [0.5, 0.25]
+    (notice,) = notices
+    assert notice.startswith(
+        "3 of 5 entries skipped: 2 x bbox is not four finite numbers; 1 x score is not a finite "
+        "number; the first is entry 1: bbox is not four"
+    )
+
+
+def test_detections_in_other_images_are_counted_and_skipped(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.json", [GOOD, GOOD, {**GOOD, "image_id": 5}])
+    found, notices = read_detections(path, TRUTH)
+    assert len(found) == 2
+    assert notices == [
+        "1 of 3 detections skipped: 1 image ids are not in the data, such as 5",
+    ]
+
+
+NAMES = ["a/b 1.jpg", "a/0012.png", "b/0012.png", "b/cat.v2.jpg"]
+NAMED = replace(
+    TRUTH,
+    image_ids=np.array([2, 3, 4, 12]),
+    file_names=NAMES,
+    sizes=np.full((4, 2), 100),
+    class_names=["dog", "cat"],
+)
+
+
+@pytest.mark.parametrize(
+    ("image_ids", "positions"),
+    [
+        (["b 1", "cat.v2"], [0, 3]),  # ultralytics: the stem
+        (["b 1.jpg", "cat.v2.jpg"], [0, 3]),
+        (NAMES, [0, 1, 2, 3]),
+        (["a\\0012.png", "b 1"], [-1, 0]),
+        (["2", "12", 4], [0, 3, 2]),  # ids as text
+        (["2.0", 3], [0, 1]),
+        ([3, 4, 2], [1, 2, 0]),
+        (["b 1", 12], [0, -1]),  # two files have this stem
+    ],
+)
+def test_images_may_be_named_by_their_files(
+    image_ids: list[Any], positions: list[int], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "d.json", [{**GOOD, "image_id": i} for i in image_ids])
+    found, notices = read_detections(path, NAMED)
+    assert found.image.tolist() == [p for p in positions if p >= 0]
+    by_name = any(isinstance(i, str) and not i.replace(".0", "").isdecimal() for i in image_ids)
+    assert any("named by their files" in notice for notice in notices) == by_name
+    assert any("skipped" in notice for notice in notices) == (-1 in positions)
+
+
+def test_stems_that_are_numbers_are_found_where_ids_are_others(tmp_path: Path) -> None:
+    """Ultralytics writes int(stem)."""
+    truth = replace(NAMED, file_names=["0007.jpg", "000000000139.jpg", "8.jpg", "x.jpg"])
+    path = write(tmp_path / "d.json", [{**GOOD, "image_id": i} for i in (139, 7, "x")])
+    found, notices = read_detections(path, truth)
+    assert found.image.tolist() == [1, 0, 3]
+    assert notices == [
+        "images are named by their files, not by their ids: 3 of 3 names found, such as 139"
+    ]
+
+
+def test_numbers_may_be_text_and_categories_names(tmp_path: Path) -> None:
+    texts = {"image_id": "2", "category_id": "90", "bbox": ["1", "2", "3.5", "4"], "score": "0.25"}
+    path = write(tmp_path / "d.json", [texts, {**GOOD, "image_id": 3, "category_id": "dog"}])
+    found, notices = read_detections(path, NAMED)
+    assert found.category.tolist() == [1, 0]
+    assert found.box[0].tolist() == [1, 2, 3.5, 4]
+    assert (found.score.tolist(), notices) == ([0.25, 0.5], [])
+
+
+def objects(ids: list[int], labels: list[int]) -> Truth:
+    """Return truth with one object of each of some category ids in each image."""
+    return truth_of(
+        make_coco(
+            {
+                "images": [{"id": i, "width": 80, "height": 60} for i in range(len(labels))],
+                "categories": [{"id": i} for i in ids],
+                "annotations": [
+                    {"id": i, "image_id": i, "category_id": c, "bbox": [10, 10, 50, 40]}
+                    for i, c in enumerate(labels)
+                ],
+            }
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "written", "reading"),
+    [
+        ([1, 2, 3], [1, 2, 3, 1], [0, 1, 2, 0], "from_0"),
+        ([0, 1, 2], [0, 1, 2, 0], [1, 2, 3, 1], "from_1"),
+        ([1, 2, 5, 9], [5, 9, 2, 1], [2, 3, 1, 0], "from_0"),
+        ([1, 2, 5, 9], [5, 9, 2, 1], [4, 8, 1, 0], "plus_1"),
+        ([1, 3, 5, 9], [5, 9, 3, 1], [6, 10, 4, 2], "minus_1"),
+        ([7], [7, 7], [0, 0], "from_0"),
+    ],
+)
+def test_category_ids_that_are_others_are_refused_until_an_option_says_so(
+    ids: list[int], labels: list[int], written: list[int], reading: Any, tmp_path: Path
+) -> None:
+    truth = objects(ids, labels)
+    entries = [
+        {**GOOD, "image_id": i, "category_id": c, "bbox": [11, 10, 50, 40]}
+        for i, c in enumerate(written)
+    ]
+    path = write(tmp_path / "d.json", entries)
+    with pytest.raises(DataError, match=f"0% have .* Give `category_ids {reading}`, or"):
+        read_detections(path, truth)
+    found, notices = read_detections(path, truth, category_ids=reading)
+    assert truth.category_ids[found.category].tolist() == labels
+    assert notices == []
+    assert len(read_detections(path, truth, category_ids="as_is")[0]) <= len(labels)
+    agnostic, _ = read_detections(path, truth, class_agnostic=True)
+    assert agnostic.category.tolist() == [0] * len(labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "written"),
+    [
+        ([1, 2, 3, 1], [1, 2, 3, 2]),
+        ([1, 1, 1, 1], [2, 2, 2, 2]),  # a model that has learned one class alone
+        ([1, 2, 3, 3], [2, 1, 3, 1]),
+    ],
+)
+def test_a_model_that_errs_is_no_reason_to_refuse(
+    labels: list[int], written: list[int], tmp_path: Path
+) -> None:
+    entries = [{**GOOD, "image_id": i, "category_id": c} for i, c in enumerate(written)]
+    truth = objects([1, 2, 3], labels)
+    found, notices = read_detections(write(tmp_path / "d.json", entries), truth)
+    assert truth.category_ids[found.category].tolist() == written
+    assert notices == []
+
+
+def test_areas_and_classes_can_be_others(tmp_path: Path) -> None:
+    found = [GOOD, {**GOOD, "image_id": 9, "bbox": [0, 0, 70, 50], "category_id": 7}]
+    flags = ["--detections", str(write(tmp_path / "d.json", found))]
+    flags += ["--val_annotations", str(annotations(tmp_path)), "--no_analysis"]
+
+    def numbers(*more: str) -> dict[str, Any]:
+        for evaluator in ("pycocotools", "fast"):
+            assert main.main(["eval", *flags, *more, "--evaluator", evaluator]) == 0
+            results = json.loads((tmp_path / "eval" / "results.json").read_text())
+            written.append(results)
+        assert written[-1] == written[-2]
+        return dict(written[-1])
+
+    written: list[dict[str, Any]] = []
+    plain = numbers()
+    assert "area_bounds" not in plain
+    assert (plain["stats"]["AP"], plain["stats"]["AP_small"]) == (pytest.approx(0.5), None)
+    ranged = numbers("--area_ranges", "2500", "4000")  # the boxes have 2000 and 3500
+    assert ranged["area_bounds"] == [2500, 4000]
+    areas = {name: ranged["stats"][f"AP_{name}"] for name in ("small", "medium", "large")}
+    assert areas == {"small": pytest.approx(1), "medium": 0, "large": None}
+    agnostic = numbers("--class_agnostic")
+    assert agnostic["stats"]["AP"] == pytest.approx(1)
+    assert [c["name"] for c in agnostic["per_class"]] == ["object"]
 
 
 def test_whole_numbers_may_be_written_as_fractions(tmp_path: Path) -> None:
@@ -120,11 +290,17 @@ def test_saved_detections_are_evaluated_and_stay_as_they_are(
     analysis = json.loads((folder / "analysis.json").read_text())
     assert analysis["best_thresholds"] == {"dog": 0.5}
     assert analysis["worst"][0]["file_name"] == "9.png"
+    rows = {r["image_id"]: r for r in json.loads((folder / "images.json").read_text())}
+    assert rows[4] == {
+        "image_id": 4, "file_name": "4.png", "lost": 0.5, "objects": 1, "found": 1, "missed": 0,
+        "false_alarms": 0,
+    }  # fmt: skip
+    assert (rows[9]["found"], rows[9]["missed"]) == (0, 1)
     assert "<img" not in (folder / "report.html").read_text()
     assert "n/a: no small or large ground truth" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["results.json", "analysis.json", "report.html"])
+@pytest.mark.parametrize("name", ["results.json", "images.json", "report.html"])
 def test_what_was_read_is_never_written_over(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,6 +364,8 @@ def test_images_at_hand_are_shown(tmp_path: Path) -> None:
         ),
         (["--detections", "d.json", "--evaluator", "slow"], "--evaluator"),
         (["--detections", "d.json", "--max_dets", "100"], "more than COCO's 100"),
+        (["--detections", "d.json", "--area_ranges", "9", "3"], "--area_ranges: must be two areas"),
+        (["--checkpoint", "c.pth", "--category_ids", "as_is"], "how to read --detections"),
         (["--detections", "none.json", "--val_annotations", "instances.json"], "none.json"),
         (["--detections", "d.json", "--val_annotations", "none.json"], "none.json"),
     ],

@@ -196,11 +196,39 @@ def test_the_documented_lines_save_for_other_implementations(
     assert theirs.image_size == (480, 640)
 
 
-def test_distributed_prefix_is_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("wrap", "place"),
+    [
+        (lambda s: {"model": under("module.", s)}, "'model', keys without 'module.'"),
+        (lambda s: {"state_dict": under("model.", s), "epoch": 3},
+         "'state_dict', keys without 'model.'"),
+        (lambda s: {"model": {k: v + 1 for k, v in s.items()}, "model_ema": s}, "'model_ema'"),
+        (lambda s: {"ema": {"module": s, "updates": 7}}, "'ema.module'"),
+        (lambda s: {"model": s}, ""),
+        (lambda s: s, ""),
+    ],
+)  # fmt: skip
+def test_wrapped_weights_are_found_and_reported(
+    wrap: Any, place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     _, model = fresh({})
-    wrapped = {f"module.{key}": tensor for key, tensor in model.state_dict().items()}
-    torch.save({"model": wrapped}, tmp_path / "w.pth")
-    assert same(load_pretrained(str(tmp_path / "w.pth")).state_dict, model.state_dict())
+    torch.save(wrap(dict(model.state_dict())), tmp_path / "w.pth")
+    with caplog.at_level("INFO", logger="deformable_detr"):
+        assert same(load_pretrained(str(tmp_path / "w.pth")).state_dict, model.state_dict())
+    said = [r.getMessage().partition("found in it: ")[2] for r in caplog.records]
+    assert said == ([place] if place else [])
+
+
+def test_without_averages_the_trained_copy_is_taken(tmp_path: Path) -> None:
+    _, model = fresh({})
+    state = dict(model.state_dict())
+    torch.save({"model": state, "ema": {k: v + 1 for k, v in state.items()}}, tmp_path / "w.pth")
+    trained = load_pretrained(str(tmp_path / "w.pth"), ema=False)
+    assert same(trained.state_dict, state)
+
+
+def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{key}": value for key, value in state.items()}
 
 
 @pytest.mark.parametrize(
@@ -208,6 +236,11 @@ def test_distributed_prefix_is_dropped(tmp_path: Path) -> None:
     [
         ({"fc.weight": torch.ones(2)}, "not weights of Deformable DETR"),
         ({"model": {"transformer.encoder.layers.0.norm1.bias": torch.ones(2)}}, "Other models"),
+        (
+            {"state_dict": {"module.layer1.0.conv1.weight": torch.ones(2)}},
+            r"Keys found: 'module.layer1.0.conv1.weight'; expected: 'transformer.level_embed', .* "
+            "A backbone alone is given as `backbone_weights`",
+        ),
         ([1, 2], "holds a list"),
         ({"weights": {"a": 1}}, "its keys are 'weights'"),
         ({}, r"\(none\)"),
