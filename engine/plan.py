@@ -14,7 +14,12 @@ from filelock import FileLock, Timeout
 
 from configs.load import Given
 from configs.schema import Config, RunConfig
-from engine.checkpoint import CheckpointFolder, check_same, load_checkpoint
+from engine.checkpoint import (
+    CheckpointFolder,
+    check_same,
+    load_checkpoint,
+    saved_preprocessing,
+)
 from engine.detector import saved_options
 from models.build import ALL_STAGES
 from models.weights.load import Pretrained, load_pretrained
@@ -119,7 +124,9 @@ def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
     output_dir = asked.output_dir or str(checkpoint.parent)
     run = replace(config.run, output_dir=output_dir, resume="")
     return RunPlan(
-        replace(config, run=run), checkpoint=checkpoint, preprocessing=content["preprocessing"]
+        replace(config, run=run),
+        checkpoint=checkpoint,
+        preprocessing=saved_preprocessing(content, checkpoint),
     )
 
 

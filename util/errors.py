@@ -2,13 +2,15 @@
 
 import difflib
 import errno
+import reprlib
 import traceback
 from collections.abc import Collection
+from typing import Any
 
 EXIT_USER_ERROR = 2
 _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS,
-    errno.EISDIR, errno.ENOTDIR,
+    errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE,
 )  # fmt: skip
 
 
@@ -33,6 +35,18 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is damaged, foreign, or does not fit the model."""
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+
+
+def brief(value: Any) -> str:
+    """Return what a value of a file is, in 80 characters or so, however large it is."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python refuses to write an integer of thousands of digits
+        return f"a {type(value).__name__} of very many digits"
 
 
 def nearest_hint(name: str, known: Collection[str], otherwise: str | None = None) -> str:

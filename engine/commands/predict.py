@@ -13,7 +13,7 @@ from configs.options import Checked, option
 from datasets.dataset import find_images
 from datasets.images import read_rgb
 from engine.detector import Box, Detector
-from util.console import console
+from util.console import console, in_line
 from util.draw import draw_boxes
 from util.errors import ConfigError, DataError
 from util.files import atomic_path, make_output_dir, refuse_overwriting, write_atomic
@@ -188,7 +188,11 @@ def report_thresholds(
     path = output_dir / "score_thresholds.json"
     text = json.dumps(thresholds, indent=1, ensure_ascii=False)
     write_atomic(path, f"{text}\n", errors="backslashreplace")
-    shown = [f"{name} {threshold:.2f}" for name, threshold in thresholds.items() if name in known]
+    shown = [
+        f"{in_line(name)} {threshold:.2f}"
+        for name, threshold in thresholds.items()
+        if name in known
+    ]
     if shown:
         more = f", ... ({len(shown)}, all in {path.name})" if len(shown) > _MAX_SHOWN else ""
         others = {f"{threshold:.2f}" for name, threshold in thresholds.items() if name not in known}
