@@ -11,7 +11,8 @@ import yaml
 
 from configs.options import Section, check_names
 from configs.schema import AUGMENTATIONS, AUGMENTED, LOCATIONS, SECTIONS, Config
-from util.errors import ConfigError, nearest_hint
+from util.errors import ConfigError, brief, nearest_hint
+from util.yaml_files import read_yaml
 
 T = TypeVar("T")
 Values = Mapping[str, Mapping[str, Any]]  # by section and name; of recipes also by theirs
@@ -113,12 +114,14 @@ def load_file(
     if path.resolve() in _seen:
         raise ConfigError(f"{where}: its `base` leads back to itself.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        content = read_yaml(path) or {}
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         what = "cannot be read" if isinstance(error, OSError) else "not a YAML file"
         raise ConfigError(f"{where}: {what}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{where}: must hold sections ({', '.join(known)}), not {content!r}.")
+        raise ConfigError(
+            f"{where}: must hold sections ({', '.join(known)}), not {brief(content)}."
+        )
     base = content.pop("base", None)
     below: dict[str, Any] = {}
     if base is not None:

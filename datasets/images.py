@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+from util.files import open_regular
+
+LARGEST_IMAGE = 2**31  # bytes
 # What reading raises of files that are missing, damaged, truncated, huge or no images.
 READ_ERRORS = (
     OSError,
@@ -65,9 +68,15 @@ def open_image(file: Path | IO[bytes] | Image.Image) -> Iterator[Image.Image]:
     if isinstance(file, Image.Image):
         yield file
         return
-    with _as_read_error():
-        image = Image.open(file)
-    with image:
+    with contextlib.ExitStack() as stack:
+        if isinstance(file, Path):
+            file = stack.enter_context(open_regular(file, LARGEST_IMAGE))
+        with _as_read_error():
+            try:
+                image = stack.enter_context(Image.open(file))
+            except UnidentifiedImageError as error:  # which would describe the open file
+                name = getattr(file, "name", "")
+                raise UnidentifiedImageError(f"cannot identify image file {name!r}") from error
         limit = Image.MAX_IMAGE_PIXELS  # beyond it Pillow only warns: a small file can claim any
         if limit is not None and image.width * image.height > limit:
             raise Image.DecompressionBombError(

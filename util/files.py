@@ -61,7 +61,7 @@ def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
         if limit is not None and status.st_size > limit:
             what = f"{status.st_size:,} bytes are more than the {limit:,} that are read"
             raise OSError(errno.EFBIG, what, str(path))
-        return os.fdopen(handle, "rb")
+        return open(path, "rb", opener=lambda *_: handle)  # it knows its name
     except BaseException:
         os.close(handle)
         raise

@@ -30,22 +30,24 @@ class PredictOptions(Checked):
     input: tuple[str, ...] = option((), "images, folders or globs")
     output_dir: str = option("", "folder for images and predictions.json")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    batch_size: int = option(1, "images per step", low=1)
+    batch_size: int = option(1, "images per step", low=1, most=65536)
     score_threshold: float | None = option(
         None, "minimum score to draw (default: per-class thresholds from the checkpoint, else 0.3)",
         low=0, high=1,
     )  # fmt: skip
     eval_scale: int | None = option(
-        None, "short side, pixels (default: the checkpoint's)", low=16, unset=0
+        None, "short side, pixels (default: the checkpoint's)", low=16, most=16384, unset=0
     )
     max_size: int | None = option(
-        None, "maximum long side, pixels (default: the checkpoint's)", low=16, unset=0
+        None, "maximum long side, pixels (default: the checkpoint's)", low=16, most=65536, unset=0
     )
     nms_iou: float | None = option(
         None, "NMS IoU threshold; 1 disables NMS (default: the checkpoint's)",
         above=0, high=1, unset=0,
     )  # fmt: skip
-    num_workers: int = option(-1, "data-loading workers; -1: one per core, at most 8", low=-1)
+    num_workers: int = option(
+        -1, "data-loading workers; -1: one per core, at most 8", low=-1, most=1024
+    )
 
 
 SECTIONS = {"predict": PredictOptions}
