@@ -46,7 +46,7 @@ def poison_a_weight() -> None:
         with torch.no_grad():
             self.detector.get_parameter(WEIGHT)[3, 4] = math.nan
 
-    Trainer.load_state_dict = poisoned  # type: ignore[method-assign]
+    Trainer.load_state_dict = poisoned  # type: ignore[method-assign,assignment]
 
 
 def test_nan_in_a_weight_stops_the_run_and_names_it(

@@ -28,6 +28,10 @@ assert torch.equal(output, torch.ones(1, 2, 4)), output
 """
 
 
+def write_ours(path: Path) -> None:
+    path.write_text("ours")
+
+
 @pytest.fixture(autouse=True)
 def _not_remembered() -> None:
     _usable.cache_clear()
@@ -144,7 +148,7 @@ def test_a_folder_that_others_can_write_is_not_used(
     assert str(own) in line
     planted = open_to_all / "thing.so"
     planted.write_text("planted")
-    assert built("thing.so", "a thing", lambda path: path.write_text("ours")).read_text() == "ours"
+    assert built("thing.so", "a thing", write_ours).read_text() == "ours"
     assert stat.S_IMODE(own.stat().st_mode) == 0o700
 
 
@@ -155,11 +159,11 @@ def test_a_folder_and_a_file_of_another_user_are_not_used(
     foreign = tmp_path / "cache"
     foreign.mkdir()
     monkeypatch.setenv("MSDEFORM_CACHE", str(foreign))
-    made = built("thing.so", "a thing", lambda path: path.write_text("ours"))
+    made = built("thing.so", "a thing", write_ours)
     assert made.parent == foreign
     made.write_text("planted")
     os.chown(made, 12345, 12345)
-    assert built("thing.so", "a thing", lambda path: path.write_text("ours")).read_text() == "ours"
+    assert built("thing.so", "a thing", write_ours).read_text() == "ours"
     os.chown(foreign, 12345, 12345)
     _usable.cache_clear()
     assert cache_dir().parent == temporary
@@ -260,7 +264,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     (log,) = tmp_path.glob("failed-*.log")
     assert log.read_text() == "it failed"
     assert {path.suffix for path in tmp_path.iterdir()} <= {".lock", ".log"}
-    assert built("thing.so", "a thing", lambda path: path.write_text("x")).exists()
+    assert built("thing.so", "a thing", write_ours).exists()
 
 
 @pytest.mark.parametrize("instructions", some(instruction_sets(), instruction_sets()[-1]))
