@@ -94,7 +94,9 @@ def saved_preprocessing(content: Mapping[str, Any], path: Path) -> Mapping[str, 
         CheckpointError: there are none.
     """
     found = content.get("preprocessing")
-    values = [found.get(key) for key in ("mean", "std")] if isinstance(found, dict) else []
+    values: list[Any] = []
+    if isinstance(found, dict):
+        values = [found.get(key) for key in ("mean", "std")]
     if not values or not all(
         isinstance(row, (list, tuple))
         and len(row) == 3

@@ -152,7 +152,7 @@ def test_a_folder_that_others_can_write_is_not_used(
     assert stat.S_IMODE(own.stat().st_mode) == 0o700
 
 
-@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid(), reason="only root gives files away")
+@pytest.mark.skipif(getattr(os, "getuid", lambda: 1)() != 0, reason="only root gives files away")
 def test_a_folder_and_a_file_of_another_user_are_not_used(
     tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
