@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -107,7 +108,7 @@ def load_file(
         ConfigError: the file is missing, is not YAML, or has an unknown section, key or type.
     """
     where = f"config file {path}"
-    if not path.is_file():
+    if not os.path.isfile(path):  # which a name of any length or kind may be asked
         names = sorted(p.stem for p in presets.glob("*.yaml")) if presets else []
         hint = f"{nearest_hint(path.stem, names)} " if names else ""
         raise ConfigError(f"{where}: no such file. {hint}Presets are in configs/.")
@@ -137,7 +138,7 @@ def file_or_preset(folder: Path, name: str, presets: Path | None) -> Path:
         return file
     preset = presets / f"{Path(name).name.removesuffix('.yaml')}.yaml"
     candidates = (file, folder / f"{name}.yaml", preset)
-    return next((path for path in candidates if path.is_file()), file)
+    return next((path for path in candidates if os.path.isfile(path)), file)
 
 
 def check_sections(

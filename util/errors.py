@@ -63,7 +63,8 @@ def in_one_line(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         what = f"{error.filename or 'output'}: cannot be used: {error.strerror}"
-        return f"{what}. Free space or choose another `output_dir`."
+        todo = "Shorten the name" if error.errno == errno.ENAMETOOLONG else "Free space"
+        return f"{what}. {todo} or choose another `output_dir`."
     first: BaseException | None = error
     while first is not None:  # it comes as a signal, and what it interrupts may fail in its turn
         if _loader_ended(first):

@@ -70,7 +70,7 @@ def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
 def read_regular(path: Path, limit: int) -> bytes:
     """Return the bytes of a regular file of at most `limit`; see `open_regular`."""
     with open_regular(path, limit) as file:
-        return file.read(limit)
+        return file.read()  # with a number, room for so many bytes would be made first
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,10 @@ def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"12345")
     (tmp_path / "link").symlink_to("x")
     assert read_regular(tmp_path / "link", 5) == b"12345"
+    tracemalloc.start()
+    read_regular(tmp_path / "link", 2**34)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
     with pytest.raises(OSError, match="5 bytes are more than the 4 that are read"):
         read_regular(tmp_path / "x", 4)
     with open_regular(tmp_path / "x") as file:
