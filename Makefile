@@ -4,13 +4,14 @@
 # make test      what CI runs: lint, and every test but the slow ones
 # make test_all  lint and every test; before a release
 # make gpu       what only a GPU can answer, in 8 minutes; DRY=1: at toy size on the CPU
+# make fuzz      damaged and hostile files by the thousand: an hour or so; FUZZ_EXAMPLES=2000: less
 # make wheel     the installable package, in dist/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo format lint quick test test_all gpu wheel env env-test sanitize clean-demo
+.PHONY: demo format lint quick test test_all fuzz gpu wheel env env-test sanitize clean-demo
 
 env: $(VENV)/.installed
 env-test: $(VENV)/.installed-test
@@ -61,6 +62,12 @@ test: lint
 
 test_all: lint
 	$(PYTEST)
+
+# Whatever these files hold, a reader that takes more than 16 GB fails, too.
+FUZZ_EXAMPLES ?= 50000
+fuzz: env-test
+	ulimit -v 16000000; FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n auto --dist load tests/fuzz
 
 # Makes no environment: a machine with a GPU comes with a PyTorch that fits it.
 gpu:

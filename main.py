@@ -15,6 +15,7 @@ from configs.command_line import (
     with_dashes,
     with_underscores,
 )
+from util.console import error_line, keep_streams, show_messages
 from util.errors import EXIT_USER_ERROR, ConfigError, in_one_line, nearest_hint
 
 # Modules of engine/commands; one is imported only when it is chosen.
@@ -32,10 +33,12 @@ ROOT = f"{__package__}." if __package__ else ""  # the installed package; empty 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's error is one line and exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):  # names may have letters that a terminal or file lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if argv is None:
+        argv = sys.argv[1:]
+        keep_streams()
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: main.py COMMAND [options]\n")
         for name, what in COMMANDS.items():
@@ -44,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else EXIT_USER_ERROR
     if argv[0] not in COMMANDS:
         hint = nearest_hint(argv[0], COMMANDS)
-        print(f"error: command line: unknown command '{argv[0]}'. {hint}", file=sys.stderr)
+        line = error_line(f"command line: unknown command '{argv[0]}'. {hint}")
+        print(f"error: {line}", file=sys.stderr)
         return EXIT_USER_ERROR
     return run(argv)
 
@@ -53,7 +57,6 @@ def run(argv: Sequence[str]) -> int:
     """Run a command of the table in as many processes as its options say."""
     from engine.processes import exit_with_parent, launch, report_failure  # PyTorch, only now
     from ops import BackendError
-    from util.console import show_messages
     from util.distributed import rank_at_start, started_by_launcher, take_slurm_variables
 
     logging.getLogger("timm").setLevel(logging.ERROR)  # it lists heads it leaves out on purpose
@@ -84,6 +87,7 @@ def run(argv: Sequence[str]) -> int:
         line = str(error) if isinstance(error, BackendError) else in_one_line(error)
         if line is not None:
             line = with_dashes(line, parser.flags, about_option=isinstance(error, ConfigError))
+            line = error_line(line)
         code = report_failure(error, line)
         if code is None or "--debug" in argv:
             raise

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import yaml
 
 from configs.options import Section, check_names
 from configs.schema import AUGMENTATIONS, AUGMENTED, LOCATIONS, SECTIONS, Config
-from util.errors import ConfigError, nearest_hint
+from util.errors import ConfigError, brief, nearest_hint
+from util.yaml_files import read_yaml
 
 T = TypeVar("T")
 Values = Mapping[str, Mapping[str, Any]]  # by section and name; of recipes also by theirs
@@ -106,19 +108,21 @@ def load_file(
         ConfigError: the file is missing, is not YAML, or has an unknown section, key or type.
     """
     where = f"config file {path}"
-    if not path.is_file():
+    if not os.path.isfile(path):  # which a name of any length or kind may be asked
         names = sorted(p.stem for p in presets.glob("*.yaml")) if presets else []
         hint = f"{nearest_hint(path.stem, names)} " if names else ""
         raise ConfigError(f"{where}: no such file. {hint}Presets are in configs/.")
     if path.resolve() in _seen:
         raise ConfigError(f"{where}: its `base` leads back to itself.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        content = read_yaml(path) or {}
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         what = "cannot be read" if isinstance(error, OSError) else "not a YAML file"
         raise ConfigError(f"{where}: {what}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{where}: must hold sections ({', '.join(known)}), not {content!r}.")
+        raise ConfigError(
+            f"{where}: must hold sections ({', '.join(known)}), not {brief(content)}."
+        )
     base = content.pop("base", None)
     below: dict[str, Any] = {}
     if base is not None:
@@ -134,7 +138,7 @@ def file_or_preset(folder: Path, name: str, presets: Path | None) -> Path:
         return file
     preset = presets / f"{Path(name).name.removesuffix('.yaml')}.yaml"
     candidates = (file, folder / f"{name}.yaml", preset)
-    return next((path for path in candidates if path.is_file()), file)
+    return next((path for path in candidates if os.path.isfile(path)), file)
 
 
 def check_sections(

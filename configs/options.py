@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import operator
 import os
 import types
@@ -12,7 +13,7 @@ from decimal import Decimal
 from typing import Any, Literal, cast
 
 from configs.other_names import unknown_hint
-from util.errors import ConfigError, nearest_hint
+from util.errors import ConfigError, brief, nearest_hint
 
 Section = type[Any]  # a dataclass of options
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -21,6 +22,7 @@ _BOUNDS = {
     "above": ("more than", operator.gt),
     "high": ("at most", operator.le),
 }
+_MOST = 2**53  # of a whole number, where an option states none
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -31,6 +33,7 @@ def option(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    most: int | None = None,
     alias: str | None = None,
     off: str | None = None,
     unset: Any = None,
@@ -39,13 +42,14 @@ def option(
     """Declare an option: its default, help, and bounds; a `Literal` type lists its choices.
 
     `low` and `high` are inclusive bounds, `above` an exclusive lower bound; for a tuple they hold
-    for each element. `alias` is a second name. `off` is the help of a switch's negative form, else
-    "without ...". `unset` is a value that files of earlier versions have where None is meant now. A
-    `rare` option is only listed by --help_all.
+    for each element. `most` is a bound beyond all use, which protects from files that would take
+    all memory, and is not named before it is passed. `alias` is a second name. `off` is the help of
+    a switch's negative form, else "without ...". `unset` is a value that files of earlier versions
+    have where None is meant now. A `rare` option is only listed by --help_all.
     """
     return field(default=default, metadata={
-        "help": help, "low": low, "high": high, "above": above, "alias": alias, "off": off,
-        "unset": unset, "rare": rare,
+        "help": help, "low": low, "high": high, "above": above, "most": most, "alias": alias,
+        "off": off, "unset": unset, "rare": rare,
     })  # fmt: skip
 
 
@@ -65,6 +69,9 @@ class Checked:
             for item in value if isinstance(value, tuple) else (value,):
                 if item is None:
                     continue
+                most = f.metadata["most"] or (math.inf if isinstance(item, float) else _MOST)
+                if isinstance(item, (int, float)) and (abs(item) > most or abs(item) == math.inf):
+                    raise ConfigError(f"{f.name}: must be at most {most}, not {brief(item)}.")
                 if choices and item not in choices:
                     words = [str(choice) for choice in choices]
                     raise ConfigError(
@@ -111,7 +118,7 @@ def coerce(value: Any, annotation: Any, source: str) -> Any:
                 return int(number)
             if kind is bool or (kind is str and isinstance(value, (str, int, float, os.PathLike))):
                 return kind(value)
-    raise ConfigError(f"{source}: must be {_NAMES[kind]}, not {value!r}.")
+    raise ConfigError(f"{source}: must be {_NAMES[kind]}, not {brief(value)}.")
 
 
 def check_names(

@@ -29,18 +29,22 @@ class ModelConfig(Checked):
     )
     neck: str = option("none", "what mixes the feature levels before the encoder", rare=True)
     encoder: str = option("deformable", "what turns feature levels into memory", rare=True)
-    enc_layers: int = option(6, "encoder layers", low=1)
-    dec_layers: int = option(6, "decoder layers", low=1)
-    dim_feedforward: int = option(1024, "hidden width of the feed-forward blocks", low=1)
-    hidden_dim: int = option(256, "width of the transformer", low=8)
+    enc_layers: int = option(6, "encoder layers", low=1, most=100)
+    dec_layers: int = option(6, "decoder layers", low=1, most=100)
+    dim_feedforward: int = option(
+        1024, "hidden width of the feed-forward blocks", low=1, most=65536
+    )
+    hidden_dim: int = option(256, "width of the transformer", low=8, most=8192)
     dropout: float = option(0.1, "dropout in the transformer", low=0, high=1)
-    nheads: int = option(8, "attention heads", low=1)
-    num_queries: int = option(300, "object queries: the maximum number of objects found", low=1)
+    nheads: int = option(8, "attention heads", low=1, most=1024)
+    num_queries: int = option(
+        300, "object queries: the maximum number of objects found", low=1, most=100000
+    )
     enc_n_points: int = option(
-        4, "sampling points per head and level in the encoder", low=1, rare=True
+        4, "sampling points per head and level in the encoder", low=1, most=64, rare=True
     )
     dec_n_points: int = option(
-        4, "sampling points per head and level in the decoder", low=1, rare=True
+        4, "sampling points per head and level in the decoder", low=1, most=64, rare=True
     )
     with_box_refine: bool = option(False, "iterative bounding box refinement (Sec. 4.2)")
     two_stage: bool = option(False, "queries from encoder proposals (Sec. 4.2)")
@@ -141,14 +145,16 @@ class EvalDataConfig(DataSource):
     val_images: str = option("", "folder of validation images (any COCO-format set)")
     val_annotations: str = option("", "COCO-format JSON file of the validation set")
     val_split: str = option("val", "validation split of --data_path, like --train_split")
-    eval_scale: int = option(800, "short side in evaluation and prediction, pixels", low=16)
-    max_size: int = option(1333, "maximum long side, pixels", low=16)
+    eval_scale: int = option(
+        800, "short side in evaluation and prediction, pixels", low=16, most=16384
+    )
+    max_size: int = option(1333, "maximum long side, pixels", low=16, most=65536)
     nms_iou: float | None = option(
         None, "NMS IoU threshold; none disables NMS, as in the paper (default: none)",
         above=0, high=1, unset=1.0,
     )  # fmt: skip
     num_workers: int = option(
-        -1, "data-loading workers per process; -1: one per core, at most 8", low=-1
+        -1, "data-loading workers per process; -1: one per core, at most 8", low=-1, most=1024
     )
 
 
@@ -159,6 +165,7 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
     train_scales: tuple[int, ...] = option(
         tuple(range(480, 801, 32)),
         "short sides drawn from in training, pixels (with --augment none: --eval_scale)", low=16,
+        most=16384,
     )  # fmt: skip
     one_scale_per_batch: bool = option(
         False, "draw one short side per batch, not per image: less padding"
@@ -173,10 +180,10 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
         off="never crop a part of an image and resize it",
     )  # fmt: skip
     crop_scales: tuple[int, ...] = option(
-        (400, 500, 600), "short sides before the crop, pixels", low=16, rare=True
+        (400, 500, 600), "short sides before the crop, pixels", low=16, most=16384, rare=True
     )
     crop_size: tuple[int, ...] = option(
-        (384, 600), "minimum and maximum side of the crop, pixels", low=16, rare=True
+        (384, 600), "minimum and maximum side of the crop, pixels", low=16, most=16384, rare=True
     )
     scale_jitter: tuple[float, ...] = option(
         (), "minimum and maximum factor on the drawn size; what exceeds that size is cropped",
@@ -259,16 +266,23 @@ class OptimConfig(Checked):
         "part that keeps its loaded weights; encoder: all before the decoder; all_but_heads: the "
         "queries of recipes, too",
     )
-    batch_size: int = option(2, "maximum number of images a process computes at once", low=1)
+    batch_size: int = option(
+        2, "maximum number of images a process computes at once", low=1, most=65536
+    )
     effective_batch_size: int = option(
         0, "images per update, over all processes and micro-batches; 0: batch_size per process",
-        low=0,
+        low=0, most=1000000,
     )  # fmt: skip
     eval_batch_size: int | None = option(
-        None, "images per evaluation step (default: batch_size)", low=1, unset=0, rare=True
+        None,
+        "images per evaluation step (default: batch_size)",
+        low=1,
+        most=65536,
+        unset=0,
+        rare=True,
     )
     weight_decay: float = option(1e-4, "AdamW weight decay", low=0)
-    epochs: int = option(50, "epochs to train", low=1)
+    epochs: int = option(50, "epochs to train", low=1, most=1000000)
     lr_scheduler: Literal["step", "cosine"] = option("step", "learning-rate schedule")
     lr_drop: int = option(40, "schedule step: epoch after which the rate is divided by ten", low=1)
     lr_drop_epochs: tuple[int, ...] = option(
@@ -286,6 +300,7 @@ class OptimConfig(Checked):
     compile: bool = option(False, "compile the model (torch.compile)")
     pad_multiple: int = option(
         1, "pad batches to a multiple of this many pixels: fewer shapes to compile", low=1,
+        most=4096,
         rare=True,
     )  # fmt: skip
 
@@ -295,7 +310,9 @@ class ProcessOptions(Checked):
     """Where a command computes."""
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    gpus: int = option(1, "processes on this machine, one per GPU (or on the CPU)", low=1)
+    gpus: int = option(
+        1, "processes on this machine, one per GPU (or on the CPU)", low=1, most=1024
+    )
     max_restarts: int = option(
         0, "restarts allowed after a failure (with --gpus)", low=0, rare=True
     )
@@ -337,7 +354,7 @@ class RunConfig(ProcessOptions):
         True, "write TensorBoard files", off="write no TensorBoard files", rare=True
     )
     num_images: int = option(
-        8, "validation images drawn after each evaluation", low=0, alias="num_pictures",
+        8, "validation images drawn after each evaluation", low=0, most=10000, alias="num_pictures",
         rare=True,
     )  # fmt: skip
 

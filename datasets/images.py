@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+from util.files import open_regular
+
+LARGEST_IMAGE = 2**31  # bytes
 # What reading raises of files that are missing, damaged, truncated, huge or no images.
 READ_ERRORS = (
     OSError,
@@ -67,14 +70,18 @@ def open_image(file: Path | IO[bytes] | Image.Image) -> Iterator[Image.Image]:
         return
     limit = Image.MAX_IMAGE_PIXELS  # beyond it Pillow only warns: a small file can claim any
     hint = f"the {limit} of `max_pixels`; raise it if the file is sound"
-    try:
-        with _as_read_error():
-            image = Image.open(file)
-    except Image.DecompressionBombError as error:  # of twice the limit
-        raise Image.DecompressionBombError(
-            f"{str(error).split(' exceeds')[0]}: over {hint}"
-        ) from None
-    with image:
+    with contextlib.ExitStack() as stack:
+        if isinstance(file, Path):
+            file = stack.enter_context(open_regular(file, LARGEST_IMAGE))
+        try:
+            with _as_read_error():
+                image = stack.enter_context(Image.open(file))
+        except UnidentifiedImageError as error:  # which would describe the open file
+            name = getattr(file, "name", "")
+            raise UnidentifiedImageError(f"cannot identify image file {name!r}") from error
+        except Image.DecompressionBombError as error:  # of twice the limit
+            size = str(error).split(" exceeds")[0]
+            raise Image.DecompressionBombError(f"{size}: over {hint}") from None
         if limit is not None and image.width * image.height > limit:
             raise Image.DecompressionBombError(
                 f"{image.width}x{image.height} pixels are more than {hint}"

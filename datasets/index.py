@@ -7,6 +7,7 @@ next to the data.
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -26,7 +27,7 @@ from datasets.checks.images import check_headers
 from datasets.formats.coco import parse_json, read_bytes, require_folder
 from datasets.formats.registry import USUAL, Reading, Source
 from util.classes import Classes
-from util.console import console
+from util.console import console, in_line
 from util.errors import DataError
 from util.files import atomic_path
 
@@ -81,8 +82,9 @@ class CocoIndex:
         file = content = None
         if cache and len(data) >= _MIN_BYTES:
             meant = "-".join(str(value) for value in asdict(reading).values())
-            file = cache_folder() / f"{hashlib.sha256(data).hexdigest()}-{meant}-{_VERSION}"
-            content = _load(file)
+            with contextlib.suppress(OSError):  # no home folder
+                file = cache_folder() / f"{hashlib.sha256(data).hexdigest()}-{meant}-{_VERSION}"
+                content = _load(file)
         # What was kept without annotations may lack the list of them: that is refused here.
         if content is None or (need_boxes and not len(content.annotations.ids)):
             source = Source(parse_json(data, json_path), Path(), json_path, reading=reading)
@@ -212,7 +214,7 @@ class CocoIndex:
         rest = len(self.classes) - len(shown)
         more = [f"{rest} more with {counts[order[_CLASSES_SHOWN:]].sum()}"] if rest else []
         return (
-            f"{self.place.name}: {len(self)} images, {len(self.boxes)} boxes, "
+            f"{in_line(self.place.name)}: {len(self)} images, {len(self.boxes)} boxes, "
             f"{int((self.boxes_per_image == 0).sum())} images without boxes, "
             f"{int(self.annotations.crowd.sum())} crowd boxes, {len(self.classes)} classes\n"
             f"  boxes by class: {', '.join([*shown, *more])}"
@@ -220,8 +222,14 @@ class CocoIndex:
 
 
 def cache_folder() -> Path:
-    """Return where indices are kept: in $XDG_CACHE_HOME, by default ~/.cache."""
+    """Return where indices are kept: in $XDG_CACHE_HOME, by default ~/.cache.
+
+    Raises:
+        OSError: there is neither, as for a user without a home folder.
+    """
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if root.startswith("~"):  # it stays as it is where nothing is known of the user
+        raise FileNotFoundError(errno.ENOENT, "no home folder", root)
     return Path(root, "deformable_detr", "index")
 
 

@@ -2,27 +2,27 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from util.console import log
-from util.errors import CheckpointError
+from util.errors import CheckpointError, brief
 from util.tensor_files import check_content, load_safely, save_whole
 
-KEYS = (
-    "model",
-    "optimizer",
-    "lr_scheduler",
-    "epoch",
-    "classes",
-    "config",
-    "progress",
-    "best",
-    "versions",
-)
+KEYS: Mapping[str, type] = {
+    "model": dict,
+    "optimizer": dict,
+    "lr_scheduler": dict,
+    "epoch": int,
+    "classes": dict,
+    "config": dict,
+    "progress": dict,
+    "best": dict,
+    "versions": dict,
+}
 _LEAVES = (type(None), bool, int, float, str, Tensor, nn.Parameter)
 
 
@@ -58,12 +58,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote during a run, to continue it.
 
     Raises:
-        CheckpointError: the file cannot be read, or does not hold a whole run.
+        CheckpointError: the file cannot be read, or does not hold a whole run. What it holds of
+            the run's state is for `check_state` to look at.
     """
     content = load_safely(path)
     found = content if isinstance(content, dict) else {}
     missing = [key for key in KEYS if key not in found]
     if not missing:
+        for key, kind in KEYS.items():
+            if not isinstance(found[key], kind) or isinstance(found[key], bool):
+                raise _unsound(path, f"{key} is {brief(found[key])}, not a {kind.__name__}")
+        step = found["progress"].get("step")
+        if type(step) is not int or step < 0:
+            raise _unsound(path, f"progress['step'] is {brief(step)}, not a count")
         return found
     if "args" in found and "model" in found:
         raise CheckpointError(
@@ -74,6 +81,33 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         f"{path}: is no checkpoint of a run: it lacks {', '.join(missing)}. "
         "Use weights alone with `finetune`."
     )
+
+
+def _unsound(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: is no checkpoint of a run: {what}. Use an earlier one.")
+
+
+def saved_preprocessing(content: Mapping[str, Any], path: Path) -> Mapping[str, Sequence[float]]:
+    """Return the mean and deviation of each channel that a run was trained with.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    found = content.get("preprocessing")
+    values: list[Any] = []
+    if isinstance(found, dict):
+        values = [found.get(key) for key in ("mean", "std")]
+    if not values or not all(
+        isinstance(row, (list, tuple))
+        and len(row) == 3
+        and all(type(v) in (int, float) and abs(v) < 1e6 for v in row)
+        for row in values
+    ):
+        raise _unsound(path, f"preprocessing is {brief(found)}")
+    mean, std = values
+    if min(std) <= 0:
+        raise _unsound(path, f"preprocessing['std'] is {brief(std)}")
+    return {"mean": mean, "std": std}
 
 
 class CheckpointFolder:
@@ -172,8 +206,12 @@ def check_classes(saved: Mapping[str, Any], current: Mapping[str, Any], path: Pa
     Raises:
         CheckpointError: they differ.
     """
-    if saved != current:
+    ids, names = saved.get("ids"), saved.get("names")
+    if type(ids) is not list or type(names) is not list:
+        raise _unsound(path, f"classes is {brief(saved)}")
+    # compared as text: a tensor among them has no truth value
+    if repr([ids, names]) != repr([current["ids"], current["names"]]):
         raise CheckpointError(
-            f"{path}: its {len(saved['ids'])} classes are not those of the data, which has "
+            f"{path}: its {len(ids)} classes are not those of the data, which has "
             f"{len(current['ids'])}. Start a new run from it with `finetune`."
         )

@@ -119,13 +119,27 @@ def learning_rate_factor(
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, scheduler: LambdaLR, content: Mapping[str, Any]
 ) -> None:
-    """Load the state of both, but keep the rates and the weight decay they were built with."""
-    built = [(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups]
-    base_lrs = list(scheduler.base_lrs)
-    optimizer.load_state_dict(content["optimizer"])
-    scheduler.load_state_dict({**content["lr_scheduler"], "base_lrs": base_lrs})
-    for group, (rate, decay), factor in zip(
-        optimizer.param_groups, built, scheduler.lr_lambdas, strict=True
-    ):
-        now = rate * factor(scheduler.last_epoch)
-        group.update(initial_lr=rate, weight_decay=decay, lr=now)
+    """Load the moments and the place in the schedule; all options are those of the run.
+
+    `check_state` must have found both sound.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        key: {name: _laid_out_as(parameters[key], moment) for name, moment in moments.items()}
+        for key, moments in content["optimizer"]["state"].items()
+    }
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+    saved = content["lr_scheduler"]
+    place = {key: saved[key] for key in ("last_epoch", "_step_count", "_last_lr")}
+    scheduler.load_state_dict({**scheduler.state_dict(), **place})
+    for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
+
+
+def _laid_out_as(parameter: Tensor, moment: Tensor) -> Tensor:
+    """Return a moment with the strides of its parameter, which the fused kernel relies on."""
+    if moment.shape != parameter.shape or moment.stride() == parameter.stride():
+        return moment
+    return torch.empty_like(parameter, dtype=moment.dtype, device=moment.device).copy_(moment)

@@ -14,10 +14,16 @@ from filelock import FileLock, Timeout
 
 from configs.load import Given
 from configs.schema import Config, RunConfig
-from engine.checkpoint import CheckpointFolder, check_same, load_checkpoint
+from engine.checkpoint import (
+    CheckpointFolder,
+    check_same,
+    load_checkpoint,
+    saved_preprocessing,
+)
 from engine.detector import saved_options
 from models.build import ALL_STAGES
 from models.weights.load import Pretrained, load_pretrained
+from models.weights.official import check_sizes
 from util.console import log
 from util.errors import ConfigError
 from util.files import make_output_dir
@@ -104,6 +110,7 @@ def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
     content = saved_run(checkpoint)
     saved = saved_options(given, content["config"], str(checkpoint))
     before, config = saved.config(), given.on(saved).config()
+    check_sizes(content["model"], asdict(before.model), str(checkpoint))
     check_same("model", asdict(before.model), asdict(config.model), checkpoint)
     check_same("recipes", asdict(before)["recipes"], asdict(config)["recipes"], checkpoint)
     # what the place in an epoch and the optimiser's state depend on
@@ -119,7 +126,9 @@ def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
     output_dir = asked.output_dir or str(checkpoint.parent)
     run = replace(config.run, output_dir=output_dir, resume="")
     return RunPlan(
-        replace(config, run=run), checkpoint=checkpoint, preprocessing=content["preprocessing"]
+        replace(config, run=run),
+        checkpoint=checkpoint,
+        preprocessing=saved_preprocessing(content, checkpoint),
     )
 
 

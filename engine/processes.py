@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, get_error_handler
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from util.console import log
+from util.console import error_line, log
 from util.cores import available_cores
 from util.device import own_device, pick_device
 from util.distributed import (
@@ -30,10 +30,13 @@ from util.distributed import (
 from util.errors import EXIT_USER_ERROR, ConfigError, UserError
 from util.world import World
 
-# What a run is asked to stop by; Windows lacks the last.
+# What a run is asked to stop by; Windows lacks the last two.
 STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)
 )
+_HANGUP = getattr(signal, "SIGHUP", None)
 EXIT_LOST_CONTACT = 3
 _LAUNCHED = "DEFORMABLE_DETR_LAUNCHED"
 _LOOK_EVERY = 1.0  # seconds, for a launcher that is gone
@@ -54,7 +57,7 @@ def process_group(device: str) -> Iterator[tuple[World, torch.device]]:
 
 
 class StopSignals(contextlib.ExitStack):
-    """Catches Ctrl-C, SIGTERM and SIGUSR1 inside a `with` block: the first asks to stop.
+    """Catches Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP inside a `with` block: the first asks to stop.
 
     `number` is that of the signal, 0 before. A second signal raises KeyboardInterrupt.
     """
@@ -64,6 +67,11 @@ class StopSignals(contextlib.ExitStack):
 
     def __enter__(self) -> "StopSignals":
         for number in STOP_SIGNALS:
+            if (
+                number == getattr(signal, "SIGHUP", None)
+                and signal.getsignal(number) == signal.SIG_IGN
+            ):
+                continue  # nohup has seen to it
             self.callback(signal.signal, number, signal.signal(number, self._stop))
         return self
 
@@ -148,7 +156,7 @@ def _report(error: ChildFailedError) -> int:
         message = f"killed by {name}{hint}"
     elif isinstance(failure.message, dict):  # what the process recorded; torch says str
         message = str(failure.message["message"]).removeprefix(f"{UserError.__name__}: ")
-        message = message.strip().partition("\n")[0]
+        message = error_line(message.strip().partition("\n")[0])
     elif failure.exitcode - 128 in STOP_SIGNALS:
         name = signal.Signals(failure.exitcode - 128).name
         message = f"was asked to stop by {name}, so all stopped; continue with --resume auto"
@@ -168,7 +176,8 @@ def report_failure(error: Exception, line: str | None) -> int | None:
     if started_by_launcher() and line is None and lost_contact(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_PATIENCE)
-        print(f"rank {rank_at_start()}: lost another process: {error}", file=sys.stderr)
+        line = error_line(f"lost another process: {error}")
+        print(f"rank {rank_at_start()}: {line}", file=sys.stderr)
         return EXIT_LOST_CONTACT
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):
         get_error_handler().record_exception(error if line is None else UserError(line))

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from util.console import progress
+from util.console import log, progress
 from util.files import make_output_dir, write_atomic
 
 
@@ -91,6 +91,9 @@ class RunLog(ExitStack):
         if self._enabled:
             # NaN and infinities, which JSON does not know, become null
             strict = json.loads(json.dumps(values), parse_constant=lambda _: None)
+            if not path.parent.is_dir():  # the run itself is not lost by it
+                log.warning(f"{path.parent}: the folder was removed during the run; made anew")
+                make_output_dir(path.parent)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(strict) + "\n")
 

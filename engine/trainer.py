@@ -26,6 +26,7 @@ from engine.metrics import StepLog
 from engine.optim import Precision, restore_optimizer
 from engine.processes import StopSignals
 from engine.run_log import RunLog
+from engine.saved_state import check_state
 from models.criterion import SetCriterion
 from models.deformable_detr import DeformableDETR
 from util.batch import Batch, Uploads
@@ -84,8 +85,8 @@ class Trainer:
     def fit(self) -> int:
         """Train, evaluate and save until the last epoch; return the exit code.
 
-        Ctrl-C, SIGTERM and SIGUSR1 end the run after the step: it saves `last.pth` and returns
-        128 + the signal's number.
+        Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end the run after the step: it saves `last.pth` and
+        returns 128 + the signal's number.
         """
         if not self.unfinished():
             limit = f" of `max_steps {self.max_steps}`" if self.max_steps else ""
@@ -241,16 +242,31 @@ class Trainer:
         """Return whether `max_steps` is reached."""
         return bool(self.max_steps) and self.step >= self.max_steps
 
-    def load_state_dict(self, content: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self, content: Mapping[str, Any], source: Path | str = "checkpoint"
+    ) -> None:
         """Restore the state and the position of a checkpoint of this run.
 
         Rates and weight decay are those of the present options, at the checkpoint's place in the
         schedule.
+
+        Raises:
+            CheckpointError: the content of `source` is not sound; nothing was loaded.
         """
+        check_state(
+            content,
+            source,
+            model=self.detector,
+            averages=None if self.ema is None else self.ema.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+        )
         self.detector.load_state_dict(content["model"])
         restore_optimizer(self.optimizer, self.scheduler, content)
         if content["scaler"]:  # of a run in fp16
-            self.precision.scaler.load_state_dict(content["scaler"])
+            scale = {key: content["scaler"][key] for key in ("scale", "_growth_tracker")}
+            scaler = self.precision.scaler
+            scaler.load_state_dict({**scaler.state_dict(), **scale})
         if self.ema is not None and content["ema"]:
             self.ema.load_state_dict(content["ema"])
         progress = content["progress"]

@@ -15,7 +15,7 @@ from models.decoder import DeformableDecoder, DeformableDecoderLayer
 from models.deformable_detr import DeformableDETR
 from models.encoders import ENCODERS, EncoderOptions
 from models.heads import MLP, DetectionHeads
-from models.layers import ExactLinear
+from models.layers import ExactLinear, GroupNorm
 from models.learned_positions import PositionEmbeddingLearned
 from models.levels import Joiner, PositionEmbeddingSine
 from models.matcher import HungarianMatcher
@@ -161,7 +161,7 @@ def build_input_proj(channels: tuple[int, ...], d_model: int, num_levels: int) -
         assert conv.bias is not None
         nn.init.zeros_(conv.bias)
     groups = 32 if d_model % 32 == 0 else 8
-    return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(groups, d_model)) for conv in layers)
+    return nn.ModuleList(nn.Sequential(conv, GroupNorm(groups, d_model)) for conv in layers)
 
 
 def build_criterion(config: LossConfig) -> SetCriterion:

@@ -21,9 +21,13 @@ def compiler() -> list[str]:
     """Return the C++ compiler and its own arguments: `CXX`, or the first that is found.
 
     Raises:
-        BackendError: none is found.
+        BackendError: none is found, or CXX has a quote without its other one.
     """
-    chosen = shlex.split(os.environ.get("CXX", ""))  # as in CXX="ccache g++"
+    words = os.environ.get("CXX", "")
+    try:
+        chosen = shlex.split(words)  # as in CXX="ccache g++"
+    except ValueError as error:
+        raise BackendError(f"CXX={words[:200]!r} is not a command: {error}. Set it anew.") from None
     names = chosen[:1] or ["c++", "g++", "clang++"]
     for name in names:
         if found := shutil.which(name):

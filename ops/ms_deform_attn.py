@@ -93,6 +93,8 @@ def _check(
             f"ms_deform_attn: value {tuple(value.shape)} and attention {tuple(weights.shape)} must "
             "have the shapes [N,S,M,D] and [N,Q,M,L,K]."
         )
+    if any(min(shape) < 0 for shape in shapes):
+        raise ValueError(f"ms_deform_attn: spatial_shapes {list(shapes)} has a negative side.")
     tokens = sum(height * width for height, width in shapes)
     if value.shape[1] != tokens:
         raise ValueError(

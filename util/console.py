@@ -1,16 +1,49 @@
 """Messages of the program: one logger for all rooms, and what shows it beside progress bars."""
 
+import contextlib
+import errno
 import logging
+import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 _LINE_EVERY = 30.0  # seconds
 
 log = logging.getLogger("deformable_detr")
+_LONGEST_ERROR = 500  # characters
+# What a terminal obeys instead of showing it: control characters, and those that turn the direction
+# of writing. Names in data come from strangers.
+_COMMANDS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069"
+_ESCAPED = re.compile(f"[{_COMMANDS}]")
+_ESCAPED_IN_LINE = re.compile(f"[{_COMMANDS}\t\n]")
+
+
+def printable(text: str) -> str:
+    """Return text of several lines with what a terminal would obey written as in Python."""
+    return _ESCAPED.sub(_escape, text)
+
+
+def in_line(name: str) -> str:
+    """Return a name so that it stays within its line, whatever is in it."""
+    return _ESCAPED_IN_LINE.sub(_escape, name)
+
+
+def _escape(found: "re.Match[str]") -> str:
+    return repr(found[0])[1:-1]
+
+
+def error_line(text: str) -> str:
+    """Return an error as one line of bounded length; of a longer one the middle is left out."""
+    line = in_line(text)
+    if len(line) <= _LONGEST_ERROR:
+        return line
+    end = _LONGEST_ERROR // 3
+    return f"{line[: _LONGEST_ERROR - end - 5]} ... {line[-end:]}"
 
 
 class _Console(logging.Handler):
@@ -22,7 +55,7 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         warning = "warning: " if record.levelno >= logging.WARNING else ""
-        tqdm.write(f"{self._rank}{warning}{record.getMessage()}")
+        tqdm.write(printable(f"{self._rank}{warning}{record.getMessage()}"))
         sys.stdout.flush()  # into a file, it would wait for many lines
 
 
@@ -96,3 +129,43 @@ class _Lines(tqdm):  # type: ignore[misc]  # it comes without types
         parts += [self.postfix] if self.postfix else []
         name = self.desc.removesuffix(": ")  # which tqdm adds
         return ": ".join([*([name] if name else []), ", ".join(parts)])
+
+
+class _Steady:
+    """A stream that goes on without a reader: what is written then is lost, and nothing else."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._or_lose():
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._or_lose():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _or_lose(self) -> Any:
+        try:
+            yield
+        except OSError as error:
+            # `| head` has ended, or the terminal was closed
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def keep_streams() -> None:
+    """Let the program go on when nobody reads what it prints any more, or never did."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before the program began
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (as long as we live)
+        setattr(sys, name, _Steady(stream))

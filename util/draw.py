@@ -1,11 +1,14 @@
 """Images with boxes, class names and scores."""
 
+import bisect
 import colorsys
 import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -14,6 +17,8 @@ Rectangle = tuple[float, float, float, float]
 
 _DARK, _LIGHT = (0, 0, 0), (255, 255, 255)
 _GOLDEN_RATIO = 0.618034
+_MOST_TAGS = 1000  # of an image: beyond, they would hide it and take their time
+_LONGEST_NAME = 2000  # characters
 
 
 def label_colour(label: int) -> Colour:
@@ -50,7 +55,8 @@ def draw_boxes(
     """Return a copy of `image` with boxes and a tag on each.
 
     Unlike torchvision's, tags stay whole and inside the image and avoid each other; where they
-    compete for a place, those of higher score choose first.
+    compete for a place, those of higher score choose first. Where there are very many, only the
+    first of them get one.
 
     Shape: boxes_xyxy [K,4] in pixels; `labels` (which choose the colours), `names` and `scores`
     have K entries. Boxes are clipped to the image; those outside it are skipped.
@@ -67,7 +73,8 @@ def draw_boxes(
     order = list(boxes) if scores is None else sorted(boxes, key=lambda i: -scores[i])
     colours = {i: label_colour(int(labels[i])) for i in order}
     tags: dict[int, tuple[Rectangle, str, ImageFont.FreeTypeFont]] = {}
-    for i in order:
+    taken = np.zeros((len(order[:_MOST_TAGS]), 4))
+    for i in order[:_MOST_TAGS]:
         text = names[i] if scores is None else f"{names[i]} {scores[i]:.2f}".lstrip()
         if text:
             # small objects stand close together: smaller tags leave more of them visible
@@ -75,8 +82,9 @@ def draw_boxes(
             font = _font(max(8, round(size * 0.8)) if small else size)
             text = _shorten(text, font, image.width - 2 * _pad(font) - 1)
             sides = (round(font.getlength(text)) + 2 * _pad(font), sum(font.getmetrics()))
-            taken = [place for place, _, _ in tags.values()]
-            tags[i] = (_place_tag(boxes[i], sides, image.size, taken), text, font)
+            place = _place_tag(boxes[i], sides, image.size, taken[: len(tags)])
+            taken[len(tags)] = place
+            tags[i] = (place, text, font)
     for i in reversed(order):
         draw.rectangle(boxes[i], outline=colours[i], width=max(1, round(size / 6)))
     for i, (place, text, font) in reversed(tags.items()):
@@ -92,13 +100,21 @@ def _pad(font: ImageFont.FreeTypeFont) -> int:
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
-    text = " ".join(text.split())  # the layout of a line cannot do line breaks
-    shorter = (f"{text[:end]}…" for end in range(len(text), 0, -1))
-    return next((t for t in (text, *shorter) if font.getlength(t) <= room), "…")
+    # the layout of a line cannot do line breaks
+    text = " ".join(text[: 4 * _LONGEST_NAME].split())[:_LONGEST_NAME]
+    if font.getlength(text) <= room:
+        return text
+    shown = bisect.bisect_right(
+        range(1, len(text) + 1), room, key=lambda end: font.getlength(f"{text[:end]}…")
+    )
+    return f"{text[:shown]}…"
 
 
 def _place_tag(
-    box: Rectangle, sides: tuple[float, float], image_size: tuple[int, int], taken: list[Rectangle]
+    box: Rectangle,
+    sides: tuple[float, float],
+    image_size: tuple[int, int],
+    taken: NDArray[np.float64],
 ) -> Rectangle:
     """Choose the place along the box, within the image, where the tag covers others least."""
     (x0, y0, x1, y1), (width, height) = box, sides
@@ -111,13 +127,12 @@ def _place_tag(
         x = min(max(x, 0.0), max(end_x - width, 0.0))
         y = min(max(y, 0.0), max(end_y - height, 0.0))
         places.append((x, y, min(x + width, end_x), min(y + height, end_y)))
-    return min(places, key=lambda place: sum(_overlap(place, other) for other in taken))
-
-
-def _overlap(a: Rectangle, b: Rectangle) -> float:
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    return width * height if width > 0 and height > 0 else 0.0
+    corners = np.array(places)[:, None]
+    sides_shared = np.minimum(corners[..., 2:], taken[:, 2:]) - np.maximum(
+        corners[..., :2], taken[:, :2]
+    )
+    covered = sides_shared.clip(min=0.0).prod(axis=2).sum(axis=1)
+    return places[int(covered.argmin())]
 
 
 def side_by_side(left: Image.Image, right: Image.Image, titles: tuple[str, str]) -> Image.Image:

@@ -2,15 +2,17 @@
 
 import difflib
 import errno
+import reprlib
 import traceback
 from collections.abc import Collection
+from typing import Any
 
 EXIT_USER_ERROR = 2
 _LIKE = 0.75  # difflib's measure: one letter of four may differ
 _MAX_WORDS = 30
 _DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS,
-    errno.EISDIR, errno.ENOTDIR,
+    errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE,
 )  # fmt: skip
 
 
@@ -37,6 +39,18 @@ class CheckpointError(UserError):
     """A checkpoint is damaged, foreign, or does not fit the model."""
 
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+
+
+def brief(value: Any) -> str:
+    """Return what a value of a file is, in 80 characters or so, however large it is."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python refuses to write an integer of thousands of digits
+        return f"a {type(value).__name__} of very many digits"
+
+
 def nearest_hint(name: str, known: Collection[str], otherwise: str | None = None) -> str:
     """Return a sentence with the known word closest to `name`, else `otherwise` or the words.
 
@@ -57,7 +71,8 @@ def in_one_line(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         what = f"{error.filename or 'output'}: cannot be used: {error.strerror}"
-        return f"{what}. Free space or choose another `output_dir`."
+        todo = "Shorten the name" if error.errno == errno.ENAMETOOLONG else "Free space"
+        return f"{what}. {todo} or choose another `output_dir`."
     first: BaseException | None = error
     while first is not None:  # it comes as a signal, and what it interrupts may fail in its turn
         if _loader_ended(first):

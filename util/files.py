@@ -1,10 +1,13 @@
 """Output folders, and files that a crash leaves with their old content or the new, never half."""
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from pathlib import Path
+from typing import BinaryIO
 
 from util.errors import ConfigError
 
@@ -35,6 +38,39 @@ def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
                 f"output_dir: '{output}' is one of the inputs and would be overwritten. Choose "
                 "another folder."
             )
+
+
+def open_regular(path: Path, limit: int | None = None) -> BinaryIO:
+    """Open a file to read it; what a link leads to must be a regular file, too.
+
+    Others may never end, as a device, or wait forever for a writer, as a named pipe. `limit` is the
+    most bytes that it may have.
+
+    Raises:
+        OSError: it is none, is too large, or cannot be opened.
+    """
+    # without O_NONBLOCK, opening a pipe alone would wait
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags)
+    try:
+        status = os.fstat(handle)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        if limit is not None and status.st_size > limit:
+            what = f"{status.st_size:,} bytes are more than the {limit:,} that are read"
+            raise OSError(errno.EFBIG, what, str(path))
+        return open(path, "rb", opener=lambda *_: handle)  # it knows its name
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Return the bytes of a regular file of at most `limit`; see `open_regular`."""
+    with open_regular(path, limit) as file:
+        return file.read()  # with a number, room for so many bytes would be made first
 
 
 @contextlib.contextmanager

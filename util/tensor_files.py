@@ -1,6 +1,7 @@
 """Files of tensors: read without running anything they hold, written whole or not at all."""
 
 import argparse
+import mmap
 import os
 import pickle
 import re
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
-from util.errors import CheckpointError
-from util.files import atomic_path
+from util.errors import CheckpointError, brief
+from util.files import atomic_path, open_regular
 
 # Official checkpoints pickle their command line; forks put paths in it.
 _ALLOWED: list[Any] = [
@@ -23,6 +25,9 @@ _ALLOWED: list[Any] = [
     (PurePosixPath, "pathlib.PosixPath"),
     (PurePosixPath, "pathlib._local.PosixPath"),
 ]
+_BYTEARRAYS = (b"builtins\nbytearray\n", b"__builtin__\nbytearray\n")
+_SMALL = 1 << 20  # values: an expanded tensor of so many may be copied
+_QUOTE = "'\""
 _NOT_WEIGHTS = {
     b"version https://git-lfs": "is a Git LFS pointer. Run `git lfs pull` to fetch the file.",
     b"<!doctype html": "is a web page. Download it again: the link led to a page, not to the file.",
@@ -33,8 +38,9 @@ _NOT_WEIGHTS = {
 def load_safely(path: Path) -> Any:
     """Read a `.pth` (any torch version) or `.safetensors` file onto the CPU.
 
-    Only tensors, plain Python values and `argparse.Namespace` are built; a file that asks for
-    anything else is refused before it can run. Tensors may be views of the file on disk.
+    Only plain tensors, plain Python values and `argparse.Namespace` are built; a file that asks for
+    anything else is refused before it can run, and one that claims more than it holds before memory
+    is allocated. Tensors may be views of the file on disk.
 
     Raises:
         CheckpointError: the file is missing, empty, damaged, not a checkpoint, or unsafe.
@@ -43,12 +49,18 @@ def load_safely(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
+        zipped = zipfile.is_zipfile(path)
+        _check_claims(path, zipped=zipped)
         with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
             # Files of old torch versions warn about storage types that load all the same.
             warnings.simplefilter("ignore")
             # A mapped file cannot be replaced on Windows, where a run rewrites its checkpoint.
-            mapped = os.name == "posix" and zipfile.is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            mapped = os.name == "posix" and zipped
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        _check_tensors(content, path)
+        return content
+    except CheckpointError:
+        raise
     except SafetensorError as error:
         raise CheckpointError(
             f"{path}: is damaged, or is not a safetensors file ({_one_line(error)}). "
@@ -108,11 +120,81 @@ def check_content(path: Path) -> None:
         )
 
 
+def _check_claims(path: Path, *, zipped: bool) -> None:
+    """Refuse a file that would become larger in memory than it is.
+
+    PyTorch writes its parts uncompressed and one after the other. Of the calls that its reader
+    allows, `bytearray` alone takes a size.
+    """
+    if not zipped:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+            makes_bytes = any(whole.find(name) >= 0 for name in _BYTEARRAYS)
+    else:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            if any(p.compress_type != zipfile.ZIP_STORED for p in parts) or (
+                sum(p.file_size for p in parts) > path.stat().st_size
+            ):
+                raise CheckpointError(
+                    f"{path}: its parts are compressed or overlap, which PyTorch does not write. "
+                    "Load the file with torch and save it again, if you trust it."
+                )
+            pickles = [archive.read(p) for p in parts if p.filename.endswith(".pkl")]
+        makes_bytes = any(name in text for name in _BYTEARRAYS for text in pickles)
+    if makes_bytes:
+        raise CheckpointError(
+            f"{path}: holds a bytearray, which may take any amount of memory. "
+            "Save the state dict alone and use that."
+        )
+
+
+def _check_tensors(content: Any, path: Path) -> None:
+    """Refuse tensors that are not plain numbers in memory, all of which are in the file.
+
+    What is nested is walked without recursion: a file can be nested arbitrarily deep.
+    """
+    waiting, seen = [("", content)], set()
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, Tensor):
+            if what := _what_is_odd(value):
+                raise CheckpointError(
+                    f"{path}: the tensor '{place[:100]}' is {what}, which no checkpoint needs. "
+                    "Save the state dict again, with plain tensors."
+                )
+        elif isinstance(value, (dict, list, tuple, set, argparse.Namespace)):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            value = vars(value) if isinstance(value, argparse.Namespace) else value
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            if len(place) < 200:
+                waiting += [(f"{place}.{brief(k).strip(_QUOTE)}".lstrip("."), v) for k, v in items]
+            else:
+                waiting += [(place, v) for _, v in items]
+
+
+def _what_is_odd(tensor: Tensor) -> str | None:
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "sparse or nested"
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.is_meta:
+        return "without data"
+    if tensor.is_complex():
+        return "complex"
+    if tensor.numel() > _SMALL and (
+        tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+    ):
+        return f"of {tensor.numel()} values, more than the file holds of it"
+    return None
+
+
 def _check_file(path: Path) -> None:
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder. Name the checkpoint file in it.")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(64)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file. Check the path.") from error

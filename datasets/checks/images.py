@@ -21,8 +21,16 @@ from tqdm import tqdm
 from datasets.arrays import IntArray
 from datasets.checks.findings import FileFacts, SplitReport, printable
 from datasets.checks.names import find_files
-from datasets.images import READ_ERRORS, decode, open_image, orientation_of, read_header
+from datasets.images import (
+    LARGEST_IMAGE,
+    READ_ERRORS,
+    decode,
+    open_image,
+    orientation_of,
+    read_header,
+)
 from util.errors import DataError
+from util.files import read_regular
 
 _SIZES_CHECKED = 100  # images whose stated size is compared with the file when an index is made
 _FEW = 64  # images that one process has decoded before others have started
@@ -99,7 +107,7 @@ def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared
 def examine_file(path: Path) -> FileFacts:
     """Read and decode an image file."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path, LARGEST_IMAGE)
     except FileNotFoundError:
         return FileFacts()
     except (OSError, ValueError) as error:

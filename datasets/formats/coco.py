@@ -7,7 +7,9 @@ from typing import Any
 
 from datasets.formats.registry import FORMATS, Format, Placer, Source, Split
 from util.errors import DataError
-from util.files import make_output_dir, write_atomic
+from util.files import make_output_dir, read_regular, write_atomic
+
+_LARGEST = 2**34  # bytes; the largest public set takes 6 GB
 
 
 def read_coco(place: Path, split: str) -> Source:
@@ -47,7 +49,7 @@ def read_bytes(path: Path) -> bytes:
         DataError: it is not there or cannot be read.
     """
     try:
-        return path.read_bytes()
+        return read_regular(path, _LARGEST)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such COCO-format JSON file. Check the path.") from error
     except (OSError, ValueError) as error:

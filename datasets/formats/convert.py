@@ -1,7 +1,7 @@
 """Write a data set in another format: annotations anew, images linked or copied."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -42,6 +42,8 @@ def convert(
         )
         for source in sources.values()
     ]
+    if copy:
+        _refuse_links_out(indices)
     splits = [_gather(name, index) for name, index in zip(sources, indices, strict=True)]
     written = data_format.write(splits, output_dir, Placer(copy=copy), **options)
     lines = []
@@ -50,6 +52,22 @@ def convert(
         lines.append(f"{split.name}: {len(split.images)} images, {boxes} boxes")
         lines += [f"  notice: {notice}" for notice in (*index.notices, *notices)]
     return lines
+
+
+def _refuse_links_out(indices: Sequence[CocoIndex]) -> None:
+    """Raise DataError if an image is a link to a file outside its set: it may be any file of ours.
+
+    The folder of images may be a link itself.
+    """
+    for index in indices:
+        root = os.path.realpath(index.image_dir)
+        for name in index.images.file_names:
+            file = os.path.realpath(os.path.join(index.image_dir, name))
+            if os.path.isfile(file) and os.path.commonpath([root, file]) != root:
+                raise DataError(
+                    f"{index.image_dir / name}: is a link out of the data set, to '{file}', and is "
+                    "not copied. Replace it by the file, or leave out `copy_images`."
+                )
 
 
 def _gather(name: str, index: CocoIndex) -> Split:

@@ -14,8 +14,10 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from util.errors import DataError
+from util.files import open_regular, read_regular
 from util.registry import Registry
 
+LARGEST_LIST = 2**30  # bytes of a list or of the labels of an image
 DIGITS = 6  # of a pixel that are read; hides the rounding of numbers written in decimal
 
 
@@ -126,7 +128,8 @@ class Placer:
             with contextlib.suppress(OSError):  # a file system or an account without links
                 os.symlink(image.file.resolve(), target)
         if not os.path.lexists(target):  # as for a second entry of one file
-            shutil.copyfile(image.file, target)
+            with open_regular(image.file) as source, target.open("xb") as copied:
+                shutil.copyfileobj(source, copied)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -147,7 +150,7 @@ def read_list(path: Path) -> list[str]:
         DataError: it is not text in UTF-8.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_regular(path, LARGEST_LIST).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a list in UTF-8: {error.reason}.") from error
     return [line.strip() for line in lines if line.strip()]

@@ -28,8 +28,9 @@ from datasets.formats.registry import (
 )
 from datasets.images import is_image
 from util.errors import DataError
-from util.files import make_output_dir, write_atomic
+from util.files import make_output_dir, open_regular, write_atomic
 
+_LARGEST = 10_000_000  # bytes of an XML file
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _FLAG = re.compile(r"\s+-?[01]$")  # lists of one class say after each name whether it is there
 # What XML 1.0 cannot hold, and line breaks, which end a name in a list.
@@ -121,7 +122,8 @@ def _parse(
     trees, damaged = {}, {}
     for stem, path in files.items():
         try:
-            trees[stem] = ET.parse(path).getroot()
+            with open_regular(path, _LARGEST) as file:
+                trees[stem] = ET.parse(file).getroot()
         except ET.ParseError as error:
             line, column = error.position
             what, *_ = str(error).split(":")

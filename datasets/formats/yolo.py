@@ -19,6 +19,7 @@ from datasets.checks.findings import first_few
 from datasets.formats.registry import (
     DIGITS,
     FORMATS,
+    LARGEST_LIST,
     Format,
     Placer,
     Source,
@@ -28,8 +29,9 @@ from datasets.formats.registry import (
     write_text,
 )
 from datasets.images import TURNED, is_image, read_header, stored_point, upright_point
-from util.errors import DataError
-from util.files import make_output_dir, write_atomic
+from util.errors import DataError, brief
+from util.files import make_output_dir, read_regular, write_atomic
+from util.yaml_files import read_yaml
 
 
 def read_yolo(place: Path, split: str) -> Source:
@@ -97,7 +99,7 @@ def _load_yaml(place: Path) -> tuple[Path, Mapping[str, Any]]:
             )
         file = [*usual, *there][0]
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = read_yaml(file)
     except OSError as error:
         raise DataError(
             f"{file}: not a YOLO folder or its data.yaml ({error.strerror}). Check `data_path`."
@@ -108,7 +110,7 @@ def _load_yaml(place: Path) -> tuple[Path, Mapping[str, Any]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
-        raise DataError(f"{file}: must hold `names`, `train` and `val`, not {content!r:.50}.")
+        raise DataError(f"{file}: must hold `names`, `train` and `val`, not {brief(content)}.")
     return file, content
 
 
@@ -121,7 +123,7 @@ def _categories(options: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
         or not all(isinstance(i, int) and 0 <= i < 2**31 for i in numbered)
     ):
         raise DataError(
-            f"{file}: `names` must be a list or index: name pairs, not {names!r:.50}. "
+            f"{file}: `names` must be a list or index: name pairs, not {brief(names)}. "
             "Name the classes."
         )
     return [{"id": int(i), "name": str(name)} for i, name in sorted(numbered.items())]
@@ -134,7 +136,7 @@ def _images(options: Mapping[str, Any], file: Path, split: str) -> list[Path]:
     if not isinstance(entries, list) or not all(isinstance(e, str) for e in entries) or not entries:
         known = ", ".join(k for k in ("train", "val", "test") if options.get(k)) or "none"
         raise DataError(
-            f"{file}: `{split}` must name a folder or a list of images, not {entries!r}. "
+            f"{file}: `{split}` must name a folder or a list of images, not {brief(entries)}. "
             f"Splits there: {known}. Choose with `train_split` and `val_split`."
         )
     here = Path(os.path.abspath(file.parent))
@@ -196,7 +198,7 @@ def _read_labels(
 ) -> tuple[list[tuple[int, list[float]]], list[tuple[str, str]]]:
     """Return (class, cxcywh) of each line that has them, and what is wrong with the others."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_regular(path, LARGEST_LIST).decode("utf-8-sig").splitlines()
     except FileNotFoundError:
         return [], []
     except (OSError, ValueError) as error:

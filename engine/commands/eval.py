@@ -33,7 +33,7 @@ class EvalOptions(ProcessOptions):
     checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
     output_dir: str = option("", "folder for eval/ (default: that of the checkpoint)")
     batch_size: int | None = option(
-        None, "images per step (default: that of the run, else 1)", low=1, unset=0
+        None, "images per step (default: that of the run, else 1)", low=1, most=65536, unset=0
     )
     precision: PrecisionName = option("fp32", "arithmetic of the model")
     ema: bool = option(

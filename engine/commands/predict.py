@@ -14,7 +14,7 @@ from datasets.dataset import find_images
 from datasets.images import read_rgb
 from engine.detector import Box, Detector
 from util.classes import Classes
-from util.console import console
+from util.console import console, in_line
 from util.draw import draw_boxes
 from util.errors import ConfigError, DataError
 from util.files import atomic_path, make_output_dir, refuse_overwriting, write_atomic
@@ -31,16 +31,16 @@ class PredictOptions(Checked):
     input: tuple[str, ...] = option((), "images, folders or globs")
     output_dir: str = option("", "folder for images and predictions.json")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    batch_size: int = option(1, "images per step", low=1)
+    batch_size: int = option(1, "images per step", low=1, most=65536)
     score_threshold: float | None = option(
         None, "minimum score to draw (default: per-class thresholds from the checkpoint, else 0.3)",
         low=0, high=1,
     )  # fmt: skip
     eval_scale: int | None = option(
-        None, "short side, pixels (default: the checkpoint's)", low=16, unset=0
+        None, "short side, pixels (default: the checkpoint's)", low=16, most=16384, unset=0
     )
     max_size: int | None = option(
-        None, "maximum long side, pixels (default: the checkpoint's)", low=16, unset=0
+        None, "maximum long side, pixels (default: the checkpoint's)", low=16, most=65536, unset=0
     )
     nms_iou: float | None = option(
         None, "NMS IoU threshold; 1 disables NMS (default: the checkpoint's)",
@@ -50,7 +50,9 @@ class PredictOptions(Checked):
         None, "pixels of the largest image that is read (default: the checkpoint's)", low=1,
         rare=True,
     )  # fmt: skip
-    num_workers: int = option(-1, "data-loading workers; -1: one per core, at most 8", low=-1)
+    num_workers: int = option(
+        -1, "data-loading workers; -1: one per core, at most 8", low=-1, most=1024
+    )
 
 
 SECTIONS = {"predict": PredictOptions}
@@ -196,7 +198,11 @@ def report_thresholds(
     path = output_dir / "score_thresholds.json"
     text = json.dumps(thresholds, indent=1, ensure_ascii=False)
     write_atomic(path, f"{text}\n", errors="backslashreplace")
-    shown = [f"{name} {threshold:.2f}" for name, threshold in thresholds.items() if name in known]
+    shown = [
+        f"{in_line(name)} {threshold:.2f}"
+        for name, threshold in thresholds.items()
+        if name in known
+    ]
     if shown:
         more = f", ... ({len(shown)}, all in {path.name})" if len(shown) > _MAX_SHOWN else ""
         others = {f"{threshold:.2f}" for name, threshold in thresholds.items() if name not in known}

@@ -81,7 +81,7 @@ def start(
         content = saved_run(plan.checkpoint)
         forget_saved_run()
         check_classes(content["classes"], trainer.identity["classes"], plan.checkpoint)
-        trainer.load_state_dict(content)
+        trainer.load_state_dict(content, plan.checkpoint)
         log.info(f"resuming at epoch {trainer.epoch + 1}, step {trainer.step}")
     if world.main:
         folder.remove_remains()

@@ -10,7 +10,9 @@ import numpy as np
 from engine.evaluation.identify import CategoryIds, Key, find_categories, find_images
 from engine.evaluation.matching import Bools, Detections, Floats, Truth
 from util.errors import DataError
+from util.files import read_regular
 
+_LARGEST = 2**34  # bytes
 _KEYS = ("image_id", "category_id", "bbox", "score")
 _FORMAT = "Use a file in the COCO results format, such as eval/detections.json."
 
@@ -75,7 +77,7 @@ def _beyond(detections: Detections, truth: Truth) -> Bools:
 
 def _load(path: Path) -> list[Any]:
     try:
-        entries = json.loads(path.read_bytes())
+        entries = json.loads(read_regular(path, _LARGEST))
     except OSError as error:
         raise DataError(
             f"{path}: cannot read the detections ({error.strerror}). Check the path."

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.evaluation.matching import AREA_RANGES, Detections, Floats, Truth, accumulate
+from util.console import in_line
 from util.files import write_atomic
 
 Backend = Literal["fast", "pycocotools"]
@@ -112,7 +113,7 @@ def _class_lines(per_class: Sequence[ClassResult]) -> list[str]:
         return [f"{len(per_class)} classes: too many to show, all are in the result file"]
     names = [
         name if len(name) <= _MAX_NAME_LENGTH else f"{name[: _MAX_NAME_LENGTH - 1]}…"
-        for name in (c.name for c in per_class)
+        for name in (in_line(c.name) for c in per_class)
     ]
     width = max(map(len, ["class", *names]))
     header = f"{'class':{width}}{'boxes':>8}{'AP':>8}{'AP50':>8}"

@@ -25,6 +25,7 @@ AREA_RANGES: Floats = np.array(
     [[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]], dtype=np.float64
 )  # all, small, medium, large; square pixels
 _PAIRS_PER_CHUNK = 1 << 20
+_CROWDED = 256  # annotations of a detection's image and category; beyond, most are far from it
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,23 +186,75 @@ def overlaps(
     gt_key, dt_key = (
         boxes.image if any_category else _pair(truth, boxes) for boxes in (truth, detections)
     )
+    threshold = min(min_iou, 1 - 1e-10)
     by_key = np.argsort(gt_key, kind="stable")
     first = np.searchsorted(gt_key[by_key], dt_key)
     count = np.searchsorted(gt_key[by_key], dt_key, side="right") - first
-    rows = np.flatnonzero(count)
-    parts = np.searchsorted(
-        np.cumsum(count[rows]), np.arange(_PAIRS_PER_CHUNK, count.sum(), _PAIRS_PER_CHUNK)
-    )
+    crowded = count > _CROWDED
+    candidates = [(by_key, np.where(crowded, 0, first), np.where(crowded, 0, count))]
+    if crowded.any():
+        candidates += _candidates_by_width(truth, detections, gt_key, dt_key, crowded, threshold)
     found: list[tuple[Ints, Ints, Floats]] = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
-    for part in np.split(rows, parts):
-        row = np.repeat(part, count[part])
-        within = np.arange(len(row)) - np.repeat(np.cumsum(count[part]) - count[part], count[part])
-        gt = by_key[first[row] + within]
-        iou = box_iou(detections.box[row], truth.box[gt], truth.crowd[gt])
-        keep = iou >= min(min_iou, 1 - 1e-10)
-        found.append((row[keep], gt[keep], iou[keep]))
+    for annotations, start, number in candidates:
+        rows = np.flatnonzero(number)
+        parts = np.searchsorted(
+            np.cumsum(number[rows]), np.arange(_PAIRS_PER_CHUNK, number.sum(), _PAIRS_PER_CHUNK)
+        )
+        for part in np.split(rows, parts):
+            row = np.repeat(part, number[part])
+            before = np.repeat(np.cumsum(number[part]) - number[part], number[part])
+            gt = annotations[start[row] + np.arange(len(row)) - before]
+            iou = box_iou(detections.box[row], truth.box[gt], truth.crowd[gt])
+            keep = iou >= threshold
+            found.append((row[keep], gt[keep], iou[keep]))
     row, gt, iou = (np.concatenate(column) for column in zip(*found, strict=True))
+    if crowded.any():
+        order = np.lexsort((gt, row))
+        row, gt, iou = row[order], gt[order], iou[order]
     return row, gt, iou
+
+
+def _candidates_by_width(
+    truth: Truth,
+    detections: Detections,
+    gt_key: Ints,
+    dt_key: Ints,
+    chosen: Bools,
+    min_iou: float,
+) -> list[tuple[Ints, Ints, Ints]]:
+    """Return, for some detections, the annotations with their key that could overlap enough.
+
+    Of boxes that share a part t of their union, each is at least t as wide as the other, and they
+    share as much of the horizontal axis. Annotations of about the same width are sorted by their
+    left sides, so that those are next to each other.
+
+    Returns for each width: annotations, and where those of each detection start and how many [D].
+    """
+    left, width = truth.box[:, 0], truth.box[:, 2]
+    dt_left, dt_width = detections.box[:, 0], detections.box[:, 2]
+    slack = 1e-6 * (1 + np.abs(dt_left) + dt_width)  # for the rounding of either side
+    used = np.isin(gt_key, dt_key[chosen])
+    octave = np.floor(np.log2(np.maximum(width, 1e-6)))
+    result = []
+    for power in np.unique(octave[used]):
+        here = np.flatnonzero(used & (octave == power))
+        lefts = np.sort(left[here])
+        # a place in the order by key and left side, as one number
+        place = gt_key[here] * (len(here) + 1) + np.searchsorted(lefts, left[here])
+        by_place = np.argsort(place, kind="stable")
+        widest = float(width[here].max())
+        fits = chosen & (widest >= min_iou * dt_width - slack)
+        if not truth.crowd[here].any():  # a crowd may be of any size
+            fits &= dt_width >= min_iou * float(width[here].min()) - slack
+        ends = (dt_left - widest - slack, dt_left + dt_width + slack)
+        start, end = (
+            np.searchsorted(
+                place[by_place], dt_key * (len(here) + 1) + np.searchsorted(lefts, edge)
+            )
+            for edge in ends
+        )
+        result.append((here[by_place], start, np.where(fits, end - start, 0)))
+    return result
 
 
 def box_iou(dt: Floats, gt: Floats, crowd: Bools) -> Floats:

@@ -23,8 +23,8 @@ from util.batch import Target
 class Options(Checked):
     """Options of hybrid matching, under their official names."""
 
-    num_queries_one2many: int = option(1500, "additional queries in training", low=1)
-    k_one2many: int = option(6, "how many of these queries learn each object", low=1)
+    num_queries_one2many: int = option(1500, "additional queries in training", low=1, most=100_000)
+    k_one2many: int = option(6, "how many of these queries learn each object", low=1, most=1000)
     lambda_one2many: float = option(1.0, "weight of the losses of these queries", above=0)
 
 

@@ -15,7 +15,9 @@ from models.weights.class_names import NUM_COCO_LOGITS, coco_logit_classes
 from models.weights.official import RESNETS, complete_heads, published_weights
 from util.classes import Classes
 from util.errors import CheckpointError
+from util.files import read_regular
 
+_LARGEST_JSON = 10_000_000  # bytes
 _ENCODER = {"self_attn": "self_attn", "norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"}
 _DECODER = {
     "cross_attn": "encoder_attn",
@@ -254,8 +256,8 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read or is no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_regular(path, _LARGEST_JSON))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, not a {type(content).__name__}.")

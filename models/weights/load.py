@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.weights import hugging_face
 from models.weights.official import (
+    check_sizes,
     complete_heads,
     is_deformable_detr,
     official_classes,
@@ -125,6 +126,7 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
     averages = content.get("ema")
     weights = dict(averages["model"] if ema and averages else content["model"])
     classes = content.get("classes")
+    check_sizes(weights, config["model"], source)
     return Pretrained(
         "ours",
         weights,

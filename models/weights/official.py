@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.weights.class_names import NUM_COCO_LOGITS, coco_logit_classes
 from util.classes import Classes
-from util.errors import CheckpointError
+from util.errors import CheckpointError, brief
 from util.tensor_files import save_whole
 
 # (kind of block, blocks per stage) -> torchvision's name
@@ -25,6 +25,10 @@ RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
     ("bottleneck", (3, 4, 6, 3)): "resnet50",
     ("bottleneck", (3, 4, 23, 3)): "resnet101",
 }
+_SIZES = (
+    "hidden_dim", "num_feature_levels", "enc_layers", "dec_layers", "dim_feedforward",
+    "enc_n_points", "dec_n_points", "num_queries",
+)  # fmt: skip
 # Options that shapes do not show; the names are the official ones.
 _ONLY_IN_ARGS = ("backbone", "dilation", "dropout", "nheads", "num_queries", "aux_loss")
 _POSITION_EMBEDDINGS = {"sine": "sine", "v2": "sine", "learned": "learned", "v3": "learned"}
@@ -103,6 +107,27 @@ def _options_from_shapes(state_dict: Mapping[str, Tensor], nheads: int) -> dict[
     blocks = tuple(count_layers(state_dict, f"{body}{stage}") for stage in range(1, 5))
     resnet = RESNETS.get((kind, blocks))
     return options | ({"backbone": resnet} if resnet else {})
+
+
+def check_sizes(state_dict: Mapping[str, Tensor], options: Mapping[str, Any], source: str) -> None:
+    """Compare the sizes that a checkpoint states with those of its weights.
+
+    A model is built before weights are put in it: without this, a small file could claim one that
+    takes all memory.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if "transformer.level_embed" not in state_dict:
+        return
+    found = _options_from_shapes(state_dict, max(1, int(options.get("nheads", _DEFAULT_HEADS))))
+    for name in _SIZES:
+        stated, real = options.get(name), found.get(name)
+        if stated is not None and real and stated != real:
+            raise CheckpointError(
+                f"{source}: states `{name} {brief(stated)}`, but its weights are of {real}. "
+                "Use another checkpoint, or the weights alone."
+            )
 
 
 def complete_heads(

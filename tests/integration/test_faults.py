@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from datasets.dataset import CocoDetection
+from engine.trainer import Trainer
 from tests.integration.conftest import read_log
 from tests.integration.runs import Command, assert_same, assert_same_runs, errors, metrics, state_of
 
@@ -23,6 +24,7 @@ Options = tuple[str | Path, ...]
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's file systems and /proc")
 POISONED = 5  # an image id of the training set
+WEIGHT = "transformer.decoder.layers.0.linear1.weight"
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:
@@ -35,20 +37,30 @@ def reports(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(file.read_text(), parse_constant=refuse) for file in files]
 
 
+def poison_a_weight() -> None:
+    """Let a weight be NaN once a checkpoint is loaded."""
+    load = Trainer.load_state_dict
+
+    def poisoned(self: Trainer, *content: Any) -> None:
+        load(self, *content)
+        with torch.no_grad():
+            self.detector.get_parameter(WEIGHT)[3, 4] = math.nan
+
+    Trainer.load_state_dict = poisoned  # type: ignore[method-assign,assignment]
+
+
 def test_nan_in_a_weight_stops_the_run_and_names_it(
     reference: Path, reference_options: Options, tmp_path: Path
 ) -> None:
-    name = "transformer.decoder.layers.0.linear1.weight"
     folder = Path(shutil.copytree(reference, tmp_path / "run"))
     source = torch.load(folder / "last.pth", weights_only=True)
-    source["model"][name][3, 4] = math.nan
-    torch.save(source, folder / "last.pth")
+    source["model"][WEIGHT][3, 4] = math.nan
     command = Command(
         folder, (*reference_options, "--resume", "auto", "--epochs", "4", "--max_nonfinite", "3")
     )
-    output = command.run(code=2)
+    output = command.run(code=2, prepare=poison_a_weight)
     assert len(errors(output)) == 1
-    assert f"parameter {name} is not finite" in errors(output)[0]
+    assert f"parameter {WEIGHT} is not finite" in errors(output)[0]
     assert "3 steps in a row" in errors(output)[0]
     assert "Traceback" not in output
     records = reports(command.folder)

@@ -75,7 +75,7 @@ def test_asked_to_stop_it_saves_the_step_and_says_so_by_its_exit_code(
     folder = tmp_path / "run"
     # no saves but those of the epochs: what is saved is due to the signal
     command = Command(folder, (*reference_options, "--save_every", "0", "--resume", "auto"))
-    moments = ((signal.SIGTERM, 143, "step/s"), (signal.SIGUSR1, 138, "step/s"),
+    moments = ((signal.SIGHUP, 129, "step/s"), (signal.SIGUSR1, 138, "step/s"),
                (signal.SIGTERM, 143, "evaluate:"))  # fmt: skip
     for number, code, shown in moments:
         running = command.start()

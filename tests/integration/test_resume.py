@@ -1,8 +1,11 @@
 """What `--resume` goes on from, what it refuses, and how a damaged checkpoint is passed over."""
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +86,35 @@ def test_nothing_but_damaged_checkpoints_is_one_line(
     assert len(errors(output)) == 1
     assert "all 3 checkpoints are damaged" in errors(output)[0]
     assert "Traceback" not in output
+
+
+def one_value(content: Any) -> None:
+    for moments in content["optimizer"]["state"].values():
+        moments["exp_avg"] = torch.zeros(1)
+
+
+def not_a_number(content: Any) -> None:
+    content["model"]["transformer.level_embed"][0, 0] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(one_value, "exp_avg, is (1,)"), (not_a_number, "'transformer.level_embed' are not finite")],
+)
+def test_a_state_that_no_run_could_have_saved_is_one_line(
+    finished_run: Path, shapes: Path, tmp_path: Path, spoil: Callable[[Any], None], words: str
+) -> None:
+    folder = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    content = torch.load(folder / "last.pth", weights_only=True)
+    spoil(content)
+    torch.save(content, folder / "last.pth")
+    before = (folder / "last.pth").read_bytes()
+    options = ("--coco_path", shapes, "--resume", folder / "last.pth", "--epochs", "9")
+    command = Command(folder, options)
+    (line,) = errors(command.run(code=2))
+    assert f"{folder / 'last.pth'}: cannot be resumed: " in line
+    assert words in line
+    assert (folder / "last.pth").read_bytes() == before
 
 
 def test_resuming_another_model_names_the_options(finished_run: Path, tmp_path: Path) -> None:

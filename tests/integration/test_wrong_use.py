@@ -20,6 +20,7 @@ def assert_one_line(done: Any, *parts: str) -> None:
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
+    assert len(lines[0]) <= 520
     for part in parts:
         assert part in lines[0], lines[0]
 
@@ -57,6 +58,32 @@ WRONG_OPTIONS: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = 
     "missing checkpoint": (
         lambda f: ["eval", "--checkpoint", str(f / "none.pth")],
         ("none.pth",),
+    ),
+    "batch beyond sense": (
+        lambda f: ["train", "--batch_size", "1e12"],
+        ("--batch_size: must be at most 65536, not 1000000000000",),
+    ),
+    "workers beyond sense": (
+        lambda f: ["train", "--num_workers", "100000"],
+        ("--num_workers: must be at most 1024",),
+    ),
+    "a number of 5,000 digits": (
+        lambda f: ["train", "--num_queries", "9" * 5000],
+        ("--num_queries: must be at most 100000",),
+    ),
+    "infinite rate": (lambda f: ["train", "--lr", "inf"], ("--lr: must be at most", "inf")),
+    "device without numbers": (
+        lambda f: ["predict", "--checkpoint", "x", "--input", TINY, "--output_dir", str(f / "o"),
+                   "--device", "meta"],
+        ("--device meta: cannot be used here",),
+    ),
+    "name too long": (
+        lambda f: ["train", "--config", TINY, "--output_dir", str(f / ("o" * 5000))],
+        ("--output_dir", "name too long"),
+    ),
+    "names that a terminal obeys": (
+        lambda f: ["eval", "--checkpoint", str(f / "a\x1b[2J\nb.pth")],
+        (r"a\x1b[2J\nb.pth", "no such file"),
     ),
     "no image": (
         lambda f: ["predict", "--checkpoint", "x", "--input", str(f / "none.jpg"),

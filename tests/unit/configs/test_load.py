@@ -234,3 +234,10 @@ def test_given_options_do_not_change_those_below() -> None:
     below: dict[str, dict[str, Any]] = {"data": {"coco_path": "coco", "max_size": 99}}
     Given({"data": {"train_images": "t"}}).on(Given(below))
     assert below == {"data": {"coco_path": "coco", "max_size": 99}}
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\\0b", "\\x1b[2J"])
+def test_a_base_of_any_name_is_one_that_is_missing(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.yaml").write_text(f'base: "{name}"')
+    with pytest.raises(ConfigError, match="no such file"):
+        read_options(str(tmp_path / "x.yaml"), {})

@@ -120,6 +120,17 @@ def make_trainer(
     )
 
 
+def small_trainer(folder: Path, log: RunLog, batches: list[Batch], **options: float) -> Trainer:
+    """Return what trains a small detector in this process, one micro-batch a step."""
+    config = Config(
+        model=small_config(enc_layers=1, dec_layers=1),
+        optim=OptimConfig(**options),  # type: ignore[arg-type]
+        run=RunConfig(output_dir=str(folder), max_nonfinite=2),
+    )
+    model = build_model(config.model, num_classes=CLASSES)
+    return make_trainer(config, model, batches, BatchSplit(IMAGES), World(), log)
+
+
 def train_epoch(trainer: Trainer) -> None:
     """Train an epoch without showing a bar."""
     with tqdm(disable=True) as bar:

@@ -16,7 +16,6 @@ from engine.checkpoint import load_checkpoint
 from engine.guards import UnreadableImages
 from engine.probe import try_step
 from engine.run_log import RunLog
-from engine.trainer import Trainer
 from models.build import build_model
 from tests.unit.engine.shared_steps import (
     BOXES,
@@ -30,6 +29,7 @@ from tests.unit.engine.shared_steps import (
     logged,
     make_trainer,
     micro_batches,
+    small_trainer,
     train_epoch,
     work,
 )
@@ -113,17 +113,6 @@ def test_one_image_that_is_not_finite_skips_the_step_of_all_processes(
     blamed = [path for path in reports if "image" in path.read_text().split("first_nonfinite")[1]]
     assert len(blamed) == STEPS  # by the process that had the image
     assert {path.stem.rsplit("_")[-1] for path in blamed} == {f"rank{2 % size}"}
-
-
-def small_trainer(folder: Path, log: RunLog, batches: list[Batch], **options: float) -> Trainer:
-    """Return what trains a small detector in this process, one micro-batch a step."""
-    config = Config(
-        model=small_config(enc_layers=1, dec_layers=1),
-        optim=OptimConfig(**options),  # type: ignore[arg-type]
-        run=RunConfig(output_dir=str(folder), max_nonfinite=2),
-    )
-    model = build_model(config.model, num_classes=CLASSES)
-    return make_trainer(config, model, batches, BatchSplit(IMAGES), World(), log)
 
 
 class CountingWorld(World):

@@ -2,16 +2,19 @@
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from ops import BackendError
-from ops.cache import built, cache_dir
+from ops.cache import _usable, built, cache_dir
 from ops.compiler import cpu_library, instruction_sets
 from tests.lanes import some
 
@@ -23,6 +26,15 @@ value, at = torch.ones(1, 6, 1, 4), torch.full((1, 2, 1, 1, 1, 2), 0.5)
 output = ms_deform_attn(value, [(2, 3)], at, torch.ones(1, 2, 1, 1, 1))
 assert torch.equal(output, torch.ones(1, 2, 4)), output
 """
+
+
+def write_ours(path: Path) -> None:
+    path.write_text("ours")
+
+
+@pytest.fixture(autouse=True)
+def _not_remembered() -> None:
+    _usable.cache_clear()
 
 
 def run(code: str, cache: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
@@ -113,6 +125,136 @@ def test_a_folder_that_cannot_be_written_is_reported(
         cache_dir()
 
 
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The place of temporary files."""
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    return place
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs owners of files")
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
+def test_a_folder_that_others_can_write_is_not_used(
+    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str], mode: int,
+) -> None:  # fmt: skip
+    open_to_all = tmp_path / "cache"
+    open_to_all.mkdir()
+    open_to_all.chmod(mode)
+    monkeypatch.setenv("MSDEFORM_CACHE", str(open_to_all))
+    own = temporary / f"msdeform-{os.getuid()}"
+    assert [cache_dir(), cache_dir()] == [own, own]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"{open_to_all} is not used for kernels: other users can write it" in line
+    assert str(own) in line
+    planted = open_to_all / "thing.so"
+    planted.write_text("planted")
+    assert built("thing.so", "a thing", write_ours).read_text() == "ours"
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(getattr(os, "getuid", lambda: 1)() != 0, reason="only root gives files away")
+def test_a_folder_and_a_file_of_another_user_are_not_used(
+    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = tmp_path / "cache"
+    foreign.mkdir()
+    monkeypatch.setenv("MSDEFORM_CACHE", str(foreign))
+    made = built("thing.so", "a thing", write_ours)
+    assert made.parent == foreign
+    made.write_text("planted")
+    os.chown(made, 12345, 12345)
+    assert built("thing.so", "a thing", write_ours).read_text() == "ours"
+    os.chown(foreign, 12345, 12345)
+    _usable.cache_clear()
+    assert cache_dir().parent == temporary
+    os.chown(cache_dir(), 12345, 12345)
+    _usable.cache_clear()
+    with pytest.raises(BackendError, match=r"belongs to another user \(id 12345\).*MSDEFORM_CACHE"):
+        cache_dir()
+
+
+def test_a_link_in_place_of_our_folder_is_not_followed(
+    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    (temporary / f"msdeform-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    monkeypatch.delenv("MSDEFORM_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    with pytest.raises(BackendError, match="it is a link"):
+        cache_dir()
+
+
+def test_without_a_home_folder_kernels_are_among_the_temporary_files(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MSDEFORM_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for an unknown user id
+    assert cache_dir() == temporary / f"msdeform-{os.getuid()}"
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def without_its_sum(path: Path) -> None:
+    path.with_name(f"{path.name}.sha256").unlink()
+
+
+def of_another_mode(path: Path) -> None:
+    path.chmod(0o666)
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [half, without_its_sum, of_another_mode, emptied])
+def test_what_is_not_as_it_was_made_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
+) -> None:
+    monkeypatch.setenv("MSDEFORM_CACHE", str(tmp_path))
+    made: list[int] = []
+
+    def make(path: Path) -> None:
+        made.append(1)
+        path.write_bytes(bytes(range(256)) * 40)
+
+    damage(built("thing.so", "a thing", make))
+    again = built("thing.so", "a thing", make)
+    assert again.read_bytes() == bytes(range(256)) * 40
+    built("thing.so", "a thing", make)
+    assert len(made) == 2
+    assert not list(tmp_path.glob("*.part*"))
+
+
+@pytest.mark.slow
+def test_a_library_that_was_cut_is_built_again_and_loads(tmp_path: Path) -> None:
+    assert run(ATTEND, tmp_path).returncode == 0
+    (library,) = tmp_path.glob("cpu-*.so")
+    half(library)
+    done = run(ATTEND, tmp_path)  # loading half a library would be a SIGBUS
+    assert done.returncode == 0, done.stderr
+    assert "building the CPU kernel" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("cxx", "words"), [("g++ 'x", 'CXX="g++ \'x" is not a command'), ("true", "made no file")]
+)
+def test_a_compiler_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cxx: str, words: str
+) -> None:
+    monkeypatch.setenv("MSDEFORM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", cxx)
+    with pytest.raises(BackendError) as caught:
+        cpu_library("DEFAULT")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MSDEFORM_CACHE", str(tmp_path))
 
@@ -125,7 +267,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     (log,) = tmp_path.glob("failed-*.log")
     assert log.read_text() == "it failed"
     assert {path.suffix for path in tmp_path.iterdir()} <= {".lock", ".log"}
-    assert built("thing.so", "a thing", Path.touch).exists()
+    assert built("thing.so", "a thing", write_ours).exists()
 
 
 @pytest.mark.long

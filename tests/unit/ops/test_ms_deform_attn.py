@@ -384,3 +384,10 @@ def test_number_of_threads_changes_no_bit(q: int) -> None:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_negative_side_is_refused() -> None:
+    """Two of them make up for each other in the number of tokens."""
+    value, at = torch.ones(1, 6, 1, 4), torch.full((1, 2, 1, 1, 1, 2), 0.5)
+    with pytest.raises(ValueError, match=r"spatial_shapes \[\(-2, -3\)\] has a negative side"):
+        ms_deform_attn(value, [(-2, -3)], at, torch.ones(1, 2, 1, 1, 1))

@@ -1,72 +1,63 @@
-"""Progress: a bar on a terminal, lines in a file."""
+"""What is printed: names that a terminal would obey, errors of any length, streams nobody reads."""
 
-import io
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from util.console import progress, show_messages
+from util.console import console, error_line, in_line, log, printable
+
+ROOT = Path(__file__).parents[3]
 
 
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        """Return that it is one."""
-        return True
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock that stands still unless its only item is changed."""
-    now = [100.0]
-    monkeypatch.setattr("util.console.time.monotonic", lambda: now[0])
-    return now
-
-
-def test_a_file_gets_a_line_now_and_then(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[2J\x1b]0;owned\x07cat", r"\x1b[2J\x1b]0;owned\x07cat"),
+        ("a\rb\x9b31m\x7f", r"a\rb\x9b31m\x7f"),
+        ("\u202egnp.exe\u2066\u2028", r"\u202egnp.exe\u2066\u2028"),
+        ("Käse, 猫\u3000🐈\u200d⬛", "Käse, 猫\u3000🐈\u200d⬛"),
+        ("first\n\tsecond", "first\n\tsecond"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_written_out(
+    capsys: pytest.CaptureFixture[str], text: str, shown: str
 ) -> None:
-    show_messages()
-    with progress(total=200, done=100, unit="step", leave=True) as bar:
-        bar.set_description("epoch 2/4", refresh=False)
-        bar.set_postfix({"loss": "0.5"}, refresh=False)
-        for _ in range(40):
-            clock[0] += 1
-            bar.update(1)
-    out, err = capsys.readouterr()
-    line = "epoch 2/4: step 130 of 200 (65%), 1 a second, 01:10 to go, loss=0.5"
-    assert (out.splitlines(), err) == ([line], "")
+    assert printable(text) == shown
+    console(text)
+    log.warning(text)
+    assert capsys.readouterr().out == f"{shown}\nwarning: {shown}\n"
 
 
-def test_a_file_gets_lines_of_a_loop(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
-    show_messages()
-    for _ in progress(range(8), unit="batch", description="evaluate"):
-        clock[0] += 20
-    out = capsys.readouterr().out
-    assert "evaluate: batch 2 of 8 (25%), 0.05 a second, 02:00 to go" in out
-    assert len(out.splitlines()) == 4
+def test_a_name_stays_in_its_line() -> None:
+    assert in_line("cat\ndog\t\x1b") == r"cat\ndog\t\x1b"
 
 
-def test_what_is_short_or_switched_off_prints_nothing(
-    clock: list[float], capsys: pytest.CaptureFixture[str]
-) -> None:
-    show_messages()
-    assert list(progress(iter("ab"), unit="batch")) == ["a", "b"]
-    for _ in progress(range(3), unit="batch", enabled=False):
-        clock[0] += 100
-    assert capsys.readouterr() == ("", "")
+def test_an_error_is_one_line_of_500_characters_at_most() -> None:
+    text = f"{'x' * 5000}\n\x1b: is too long. Shorten it."
+    line = error_line(text)
+    assert len(line) == 500
+    assert line.startswith("xxx")
+    assert line.endswith(r"x\n\x1b: is too long. Shorten it.")
+    assert error_line("a: is wrong.") == "a: is wrong."
 
 
-def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = Terminal()
-    monkeypatch.setattr(sys, "stderr", stream)
-    for _ in progress(range(3), unit="batch", description="evaluate"):
-        pass
-    assert "evaluate:" in stream.getvalue()
-    assert "\r" in stream.getvalue()
-    before = stream.tell()
-    assert list(progress(range(3), unit="batch", enabled=False)) == [0, 1, 2]
-    assert stream.tell() == before
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes without a reader")
+@pytest.mark.parametrize("how", ["closed", "ended"])
+def test_a_program_goes_on_when_nobody_reads_its_output(tmp_path: Path, how: str) -> None:
+    code = (
+        "import sys; from pathlib import Path; from util.console import *; keep_streams()\n"
+        "show_messages()\n"
+        "for i in range(20_000): console(f'line {i}')\n"
+        "print('done', file=sys.stderr); Path(sys.argv[1]).write_text('finished')"
+    )
+    more = {"closed": ">&-", "ended": "| head -n 1"}[how]
+    done = subprocess.run(
+        ["bash", "-c", f'"$0" -c "$1" "$2" {more}', sys.executable, code, str(tmp_path / "end")],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stderr == "done\n"
+    assert (tmp_path / "end").read_text() == "finished"
+    assert done.stdout == {"closed": "", "ended": "line 0\n"}[how]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from engine.evaluation.matching import Detections
-from tests.unit.engine.evaluation.shared import both, detections_of, make_coco
+from engine.evaluation import matching
+from engine.evaluation.matching import Detections, overlaps
+from tests.unit.engine.evaluation.shared import both, detections_of, make_coco, truth_of
 
 CATEGORIES = (3, 7, 90)
 
@@ -155,3 +156,22 @@ def test_equal_on_what_trained_models_found_in_real_images(
     ours, theirs = both(coco, found)
     assert ours == theirs
     assert ours.stats["AP"] > minimum
+
+
+@pytest.mark.parametrize("any_category", [False, True])
+@pytest.mark.parametrize("seed", range(12))
+def test_a_crowded_image_has_the_same_overlaps(
+    monkeypatch: pytest.MonkeyPatch, seed: int, any_category: bool
+) -> None:
+    """Far annotations are never compared; what is left, and its order, is the same."""
+    draw = np.random.default_rng(seed)
+    coco = random_ground_truth(draw, most_boxes=120)
+    truth, found = truth_of(coco), random_detections(draw, coco, most_alarms=40)
+    for min_iou in (0.1, 0.5, 1.0):
+        monkeypatch.setattr(matching, "_CROWDED", 10**9)
+        expected = overlaps(truth, found, min_iou, any_category=any_category)
+        for crowded in (0, 5):
+            monkeypatch.setattr(matching, "_CROWDED", crowded)
+            monkeypatch.setattr(matching, "_PAIRS_PER_CHUNK", 100)
+            result = overlaps(truth, found, min_iou, any_category=any_category)
+            assert all(np.array_equal(a, b) for a, b in zip(result, expected, strict=True))

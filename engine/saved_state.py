@@ -1,0 +1,221 @@
+"""What the state in a checkpoint must be, checked whole before any of it is loaded.
+
+A moment of another size would make the fused optimiser write past its end, and a position outside
+NumPy's generator makes it read there: neither is an error that could be caught.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from util.errors import CheckpointError, brief
+from util.random_state import check_rng_state
+
+Spec = Any  # a mapping of specs, a list of one, or a function that raises ValueError
+_MOST = 2**48  # of counts
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+
+
+def check_state(
+    content: Mapping[str, Any],
+    source: object,
+    *,
+    model: nn.Module,
+    averages: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LambdaLR,
+) -> None:
+    """Check every tensor, count, position and random state of a checkpoint of a run.
+
+    `averages` is the model that the run's moving averages are in, if it has any.
+
+    Raises:
+        CheckpointError: something is not what this run could have saved; it begins with `source`.
+    """
+    try:
+        _check_tensors(content["model"], model, "model")
+        if averages is not None and content.get("ema"):
+            _fit(content["ema"], {"model": _mapping, "count": _count}, "ema")
+            _check_tensors(content["ema"]["model"], averages, "ema")
+        _check_optimizer(content["optimizer"], optimizer)
+        rates = len(scheduler.base_lrs)
+        _fit(content["lr_scheduler"], {"last_epoch": _count, "_step_count": _count}, "lr_scheduler")
+        _fit(content["lr_scheduler"], {"_last_lr": _several(_number, rates)}, "lr_scheduler")
+        if content.get("scaler"):
+            _fit(content["scaler"], {"scale": _positive, "_growth_tracker": _count}, "scaler")
+        _fit(content["progress"], _PROGRESS, "progress")
+        for key in ("best", "thresholds"):
+            _numbers(content.get(key, {}), key)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{source}: cannot be resumed: {error}. Use an earlier checkpoint, or start from its "
+            "weights with `finetune`."
+        ) from error
+
+
+def _check_tensors(found: Any, model: nn.Module, place: str) -> None:
+    """Compare named tensors with those of a model."""
+    _mapping(found, place)
+    expected = model.state_dict()
+    for name in expected:
+        if name not in found:
+            raise ValueError(f"{place}: '{name}' is missing")
+    for name, tensor in found.items():
+        if name not in expected:
+            raise ValueError(f"{place}: {brief(name)} is not in the model")
+        _check_tensor(tensor, expected[name], f"{place}: '{name}'")
+        if not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise ValueError(f"{place}: {count} of the {tensor.numel()} values of '{name}' are "
+                             "not finite")  # fmt: skip
+
+
+def _check_tensor(found: Any, expected: Tensor, place: str) -> None:
+    if not isinstance(found, Tensor):
+        raise ValueError(f"{place} is {brief(found)}, not a tensor")
+    if found.shape != expected.shape:
+        raise ValueError(f"{place} is {tuple(found.shape)}, the model's {tuple(expected.shape)}")
+    if found.is_floating_point() != expected.is_floating_point():
+        raise ValueError(f"{place} is {found.dtype}, the model's {expected.dtype}")
+
+
+def _check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Compare groups and moments with the parameters that they are of."""
+    _fit(found, {"state": _mapping, "param_groups": [{"params": [_count]}]}, "optimizer")
+    saved = [list(group["params"]) for group in found["param_groups"]]
+    own = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    if saved != own:
+        sizes = [[len(group) for group in groups] for groups in (saved, own)]
+        raise ValueError(f"optimizer: has groups of {sizes[0]} parameters, this run {sizes[1]}")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, moments in found["state"].items():
+        place = f"optimizer: state {brief(key)}"
+        if type(key) is not int or not 0 <= key < len(parameters):
+            raise ValueError(f"{place} belongs to no parameter")
+        if not isinstance(moments, dict) or set(moments) != _MOMENTS:
+            raise ValueError(f"{place} has other parts than {', '.join(sorted(_MOMENTS))}")
+        _check_tensor(moments["step"], torch.zeros(()), f"{place}, step,")
+        if not 0 <= float(moments["step"]) < _MOST:
+            raise ValueError(f"{place}, step, is {float(moments['step'])}")
+        for name in ("exp_avg", "exp_avg_sq"):
+            _check_tensor(moments[name], parameters[key], f"{place}, {name},")
+            if moments[name].isnan().any():
+                raise ValueError(f"{place}, {name}, is not a number in places")
+        if (moments["exp_avg_sq"] < 0).any():
+            raise ValueError(f"{place}, exp_avg_sq, is negative in places")
+
+
+def _fit(value: Any, spec: Spec, place: str) -> None:
+    """Compare plain values with what they must be.
+
+    Raises:
+        ValueError: something differs; it is named.
+    """
+    if isinstance(spec, Mapping):
+        _mapping(value, place)
+        for key, part in spec.items():
+            if key not in value:
+                raise ValueError(f"{place}: lacks '{key}'")
+            _fit(value[key], part, f"{place}['{key}']")
+    elif isinstance(spec, list):
+        if type(value) not in (list, tuple):
+            raise ValueError(f"{place} is {brief(value)}, not a list")
+        for i, item in enumerate(value):
+            _fit(item, spec[0], f"{place}[{i}]")
+    else:
+        spec(value, place)
+
+
+def _mapping(value: Any, place: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} is {brief(value)}, not a mapping")
+
+
+def _count(value: Any, place: str) -> None:
+    if type(value) is not int or not 0 <= value < _MOST:
+        raise ValueError(f"{place} is {brief(value)}, not a count")
+
+
+def _number(value: Any, place: str) -> None:
+    if type(value) not in (int, float) or not abs(value) < 1e300:
+        raise ValueError(f"{place} is {brief(value)}, not a finite number")
+
+
+def _positive(value: Any, place: str) -> None:
+    _number(value, place)
+    if value <= 0:
+        raise ValueError(f"{place} is {brief(value)}, must be more than 0")
+
+
+def _flag(value: Any, place: str) -> None:
+    if type(value) is not bool:
+        raise ValueError(f"{place} is {brief(value)}, not true or false")
+
+
+def _several(spec: Spec, count: int) -> Callable[[Any, str], None]:
+    def check(value: Any, place: str) -> None:
+        _fit(value, [spec], place)
+        if len(value) != count:
+            raise ValueError(f"{place} has {len(value)} values, not {count}")
+
+    return check
+
+
+def _numbers(value: Any, place: str) -> None:
+    """Check names with numbers, of which those that could not be measured may be NaN."""
+    _mapping(value, place)
+    for name, number in value.items():
+        if not isinstance(name, str) or type(number) not in (int, float):
+            raise ValueError(f"{place}: {brief(name)} is {brief(number)}, not a number")
+
+
+def _averages(value: Any, place: str) -> None:
+    if type(value) not in (list, tuple) or len(value) != 3:
+        raise ValueError(f"{place} is {brief(value)}, not names, totals and a count")
+    names, totals, count = value
+    _count(count, f"{place}: the count")
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{place}: the names are {brief(names)}")
+    _several(_number, len(names))(totals, f"{place}: the totals")
+
+
+def _start(value: Any, place: str) -> None:
+    if value is not None:
+        _number(value, place)
+
+
+def _block(value: Any, place: str) -> None:
+    """Check a step and sums of squares, of which no root could be taken were they negative."""
+    _several(_number, len(value) if type(value) in (list, tuple) else 0)(value, place)
+    if value[0] < 0 or value[-1] < 0 or not math.isfinite(sum(value)):
+        raise ValueError(f"{place} is {brief(value)}")
+
+
+def _random(value: Any, place: str) -> None:
+    try:
+        check_rng_state(value)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _window(value: Any, place: str) -> None:
+    _fit(value, {"start": _start, "warned": _flag, "blocks": [_block], "block": _block}, place)
+    if [len(block) for block in value["blocks"]] != [3] * len(value["blocks"]):
+        raise ValueError(f"{place}: its blocks are not of three numbers")
+    if len(value["block"]) != 4 or value["block"][1] < 0:
+        raise ValueError(f"{place}: its block is {brief(value['block'])}")
+
+
+_PROGRESS: Spec = {
+    "step": _count,
+    "next_epoch": _count,
+    "next_step": _count,
+    "seconds": _number,
+    "unevaluated": _flag,
+    "steps": {"averages": _averages, "nonfinite": {"total": _count}, "watchdog": _window},
+    "rng": [_random],
+}
