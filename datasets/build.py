@@ -1,16 +1,19 @@
 """Turn data options into data sets."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from configs.schema import DataConfig
-from datasets.checks.findings import first_few
+from datasets.checks.findings import SplitReport, first_few
 from datasets.dataset import CocoDetection, ImageCache
-from datasets.formats.coco import coco_layout, read_coco_file
-from datasets.formats.registry import FORMATS, Source, read_source
+from datasets.formats.coco import read_coco_file
+from datasets.formats.coco_layouts import coco_layout, find_coco
+from datasets.formats.detect import Located, locate
+from datasets.formats.registry import FORMATS, Source
 from datasets.index import CocoIndex
 from datasets.sample import CHANNELS
 from datasets.samplers import BatchSplit
@@ -30,12 +33,13 @@ def read_split(cfg: DataConfig, split: Split) -> Source:
 
     Raises:
         ConfigError: there is no such data format.
-        DataError: see `data_paths` and `read_source`.
+        DataError: see `data_paths`, `locate` and `read_source`.
     """
-    if _is_foreign(cfg, split):
-        place, name = Path(cfg.data_path), getattr(cfg, f"{split}_split")
-        return read_source(cfg.data_format, place, name, **format_options(cfg, cfg.data_format))
-    return read_coco_file(*data_paths(cfg, split))
+    located = _locate(cfg, split)
+    if located is None:
+        return read_coco_file(*data_paths(cfg, split))
+    options = format_options(cfg, located.data_format)
+    return located.read(getattr(cfg, f"{split}_split"), **options)
 
 
 def format_options(cfg: object, data_format: str) -> dict[str, str]:
@@ -47,11 +51,11 @@ def format_options(cfg: object, data_format: str) -> dict[str, str]:
     return {name: getattr(cfg, name) for name in FORMATS[data_format].options}
 
 
-def _is_foreign(cfg: DataConfig, split: Split) -> bool:
-    """Return whether a split is in another format than COCO's."""
-    return (
-        cfg.data_path != "" and cfg.data_format != "coco" and not any(_explicit_paths(cfg, split))
-    )
+def _locate(cfg: DataConfig, split: Split) -> Located | None:
+    """Return where `data_path` has a split and in which format, None where it does not count."""
+    if not cfg.data_path or any(_explicit_paths(cfg, split)):
+        return None
+    return locate(Path(cfg.data_path), cfg.data_format)
 
 
 def _explicit_paths(cfg: DataConfig, split: Split) -> tuple[str, str]:
@@ -74,12 +78,12 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
     if images:
         return Path(annotations), Path(images)
     if cfg.data_path:
-        return coco_layout(Path(cfg.data_path), getattr(cfg, f"{split}_split"))
+        return find_coco(Path(cfg.data_path), getattr(cfg, f"{split}_split"))
     if cfg.coco_path:
         return coco_layout(Path(cfg.coco_path), split)
     raise DataError(
         f"{split} data: no option says where it is. Set `coco_path`, or `{split}_images` and "
-        f"`{split}_annotations`, or `data_path` and `data_format`."
+        f"`{split}_annotations`, or `data_path`."
     )
 
 
@@ -113,9 +117,19 @@ def load_index(cfg: DataConfig, split: Split, *, need_boxes: bool = True) -> Coc
     Raises:
         DataError: see `read_split` and `CocoIndex.from_source`.
     """
-    if _is_foreign(cfg, split):
+    located = _locate(cfg, split)
+    if located and located.data_format != "coco":
         return CocoIndex.from_source(read_split(cfg, split), need_boxes=need_boxes)
-    return CocoIndex.load(*data_paths(cfg, split), need_boxes=need_boxes, cache=cfg.index_cache)
+    paths = data_paths(cfg, split)
+    if located:
+        paths = find_coco(located.place, getattr(cfg, f"{split}_split"))
+    index = CocoIndex.load(*paths, need_boxes=need_boxes, cache=cfg.index_cache)
+    if located is None:
+        return index
+    report = SplitReport(Source({}, paths[1], paths[0]))
+    for kind, found in located.findings.items():
+        report.report_places(kind, found)
+    return replace(index, findings=(*report.notices, *index.findings))
 
 
 def split_batch(effective: int, *, max_size: int, rank: int = 0, world_size: int = 1) -> BatchSplit:

@@ -27,7 +27,7 @@ def convert(
 
     Raises:
         ConfigError: there is no such format, or `output_dir` cannot be made.
-        DataError: `output_dir` holds something already, or a split cannot be used.
+        DataError: `output_dir` holds something already, or a split cannot be used or has no box.
     """
     data_format = FORMATS[target]
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
@@ -43,6 +43,8 @@ def convert(
         for source in sources.values()
     ]
     splits = [_gather(name, index) for name, index in zip(sources, indices, strict=True)]
+    for split, index in zip(splits, indices, strict=True):
+        _require_boxes(split, index)
     written = data_format.write(splits, output_dir, Placer(copy=copy), **options)
     lines = []
     for split, index, notices in zip(splits, indices, written, strict=True):
@@ -50,6 +52,16 @@ def convert(
         lines.append(f"{split.name}: {len(split.images)} images, {boxes} boxes")
         lines += [f"  notice: {notice}" for notice in (*index.notices, *notices)]
     return lines
+
+
+def _require_boxes(split: Split, index: CocoIndex) -> None:
+    """Raise DataError if nothing of a split could be read: an empty set helps nobody."""
+    if not any(image.labels for image in split.images):
+        found = "; ".join(index.notices) or "there are no annotations"
+        raise DataError(
+            f"{index.place}: nothing to write of the split '{split.name}', none of its boxes "
+            f"could be read. Found: {found:.1000}."
+        )
 
 
 def _gather(name: str, index: CocoIndex) -> Split:

@@ -9,7 +9,7 @@ from configs.options import option
 from configs.schema import DataConfig, EvalDataConfig, ProcessOptions
 from configs.schema import Precision as PrecisionName
 from datasets.build import build_dataset, read_split
-from datasets.formats.coco import coco_layout
+from datasets.formats.coco_layouts import coco_layout
 from datasets.index import CocoIndex
 from engine.detector import Detector
 from engine.evaluation.analysis import ReadImage, analyse, draw_gallery, save_analysis
