@@ -11,7 +11,7 @@ from configs.schema import DataConfig
 from datasets.checks.findings import SplitReport, first_few
 from datasets.dataset import CocoDetection, ImageCache
 from datasets.formats.coco import read_coco_file
-from datasets.formats.coco_layouts import coco_layout, find_coco
+from datasets.formats.coco_layouts import find_coco
 from datasets.formats.detect import Located, locate
 from datasets.formats.registry import FORMATS, Source
 from datasets.index import CocoIndex
@@ -80,7 +80,7 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
     if cfg.data_path:
         return find_coco(Path(cfg.data_path), getattr(cfg, f"{split}_split"))
     if cfg.coco_path:
-        return coco_layout(Path(cfg.coco_path), split)
+        return find_coco(Path(cfg.coco_path), split)
     raise DataError(
         f"{split} data: no option says where it is. Set `coco_path`, or `{split}_images` and "
         f"`{split}_annotations`, or `data_path`."
@@ -120,14 +120,14 @@ def load_index(cfg: DataConfig, split: Split, *, need_boxes: bool = True) -> Coc
     located = _locate(cfg, split)
     if located and located.data_format != "coco":
         return CocoIndex.from_source(read_split(cfg, split), need_boxes=need_boxes)
-    paths = data_paths(cfg, split)
-    if located:
-        paths = find_coco(located.place, getattr(cfg, f"{split}_split"))
-    index = CocoIndex.load(*paths, need_boxes=need_boxes, cache=cfg.index_cache)
     if located is None:
-        return index
-    report = SplitReport(Source({}, paths[1], paths[0]))
-    for kind, found in located.findings.items():
+        paths = data_paths(cfg, split)
+        return CocoIndex.load(*paths, need_boxes=need_boxes, cache=cfg.index_cache)
+    name = getattr(cfg, f"{split}_split")
+    file, image_dir = find_coco(located.place, name)
+    index = CocoIndex.load(file, image_dir, need_boxes=need_boxes, cache=cfg.index_cache)
+    report = SplitReport(Source({}, image_dir, file))
+    for kind, found in located.told(name, image_dir).items():
         report.report_places(kind, found)
     return replace(index, findings=(*report.notices, *index.findings))
 

@@ -30,7 +30,7 @@ from util.errors import DataError
 from util.files import atomic_path
 
 _CLASSES_SHOWN = 12
-_VERSION = 4  # of the kept arrays and of the checks that fill them
+_VERSION = 5  # of the kept arrays and of the checks that fill them
 _MIN_BYTES = 4_000_000  # smaller files are read again in a moment
 _KEPT = 16  # files
 _DIGEST = 32  # bytes of SHA-256

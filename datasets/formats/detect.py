@@ -1,7 +1,8 @@
 """Find out what format a folder of data has."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets.formats.coco_layouts import has_coco
@@ -29,17 +30,22 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Located:
-    """Where data is and in which format; `findings` say how that was found out."""
+    """Where data is and in which format; `sign` says how that was found out, if it was."""
 
     data_format: str
     place: Path
-    findings: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+    sign: str = ""
 
     def read(self, split: str, **options: str) -> Source:
         """Read a split; see `read_source`."""
         source = read_source(self.data_format, self.place, split, **options)
-        findings = {**self.findings, **source.findings}
-        return Source(source.content, source.image_dir, source.place, findings, source.folders)
+        return replace(source, findings={**self.told(split, source.image_dir), **source.findings})
+
+    def told(self, split: str, image_dir: Path) -> dict[str, list[tuple[str, str]]]:
+        """Return the finding that says what was found out, nothing if the format was given."""
+        where = os.path.relpath(image_dir, self.place)
+        detail = f"{self.data_format}, by {self.sign}; images of {split} in {where}"
+        return {"detected_format": [(self.place.name, detail)]} if self.sign else {}
 
 
 def locate(place: Path, data_format: str) -> Located:
@@ -72,9 +78,7 @@ def locate(place: Path, data_format: str) -> Located:
     if len(found) == 1:
         name, sign = next(iter(found.items()))
         below = "" if folder == place else f"{folder.relative_to(place).as_posix()}/: "
-        return Located(
-            name, folder, {"detected_format": [(place.name, f"{name}, by {below}{sign}")]}
-        )
+        return Located(name, folder, below + sign)
     if found:
         signs = ", ".join(f"{name} ({sign})" for name, sign in found.items())
         raise DataError(

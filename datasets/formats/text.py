@@ -11,6 +11,7 @@ _BOMS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _GUESSES = ("gb18030", "shift_jis", "euc_kr", "cp1252")
+_LOOKED_AT = 100_000  # bytes from the first that is not UTF-8
 _NOT_ASCII = re.compile(rb"[\x80-\xff][^\0-\x2f:<>\"{}\[\]]{0,11}")
 
 
@@ -47,7 +48,7 @@ def not_utf8(data: bytes, start: int) -> str:
     readings = []
     for encoding in _GUESSES:
         try:
-            data.decode(encoding)
+            codecs.getincrementaldecoder(encoding)().decode(data[start : start + _LOOKED_AT])
             shown = (word.group() if word else b"").decode(encoding, "ignore")
         except UnicodeDecodeError:
             continue

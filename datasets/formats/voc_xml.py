@@ -100,11 +100,11 @@ def _box(numbers: list[float], corners: str) -> list[float] | None:
 
 
 def shape_box(found: ET.Element) -> list[float] | None:
-    """Return the box around an object's polygon or rotated box, of one that has no `bndbox`.
+    """Return the box around an object's polygon or rotated box, of one without four corners.
 
     Polygons are x1, y1, x2, ... or points of x and y; rotated boxes are those of roLabelImg.
     """
-    if found.find("bndbox") is not None:
+    if len(_numbers(found)) == 4:
         return None
     turned = [_number(text_of(found, f"robndbox/{tag}")) for tag in ("cx", "cy", "w", "h", "angle")]
     sides = [value for value in turned if value is not None]

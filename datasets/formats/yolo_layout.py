@@ -22,6 +22,7 @@ from datasets.images import is_image
 from util.errors import DataError
 
 _NAMES = ("classes.txt", "obj.names", "_darknet.labels", "classes.names", "labels.txt")
+_LOOKED_AT, _MOST_BYTES = 20, 4_000_000  # YAML files that may be a data.yaml
 _CHOOSE = "Choose with `train_split` and `val_split`."
 
 
@@ -72,10 +73,12 @@ def names_of_classes(place: Path) -> Path | None:
 
 def has_yolo(place: Path) -> str:
     """Return what shows that a folder holds YOLO data, "" if nothing does."""
-    for file in sorted([*place.glob("*.yaml"), *place.glob("*.yml")]):
+    for file in sorted([*place.glob("*.yaml"), *place.glob("*.yml")])[:_LOOKED_AT]:
         try:
+            if file.stat().st_size > _MOST_BYTES:
+                continue
             options = _read_yaml(file).options
-        except DataError:
+        except (OSError, DataError):
             continue
         if "names" in options and any(options.get(n) for s in SPLITS for n in split_names(s)):
             return file.name
@@ -177,8 +180,14 @@ def find_images(described: Description, split: str) -> tuple[list[Path], str]:
         if path != Path(os.path.normpath(base / entry.replace("\\", "/"))):
             where = f"'{entry:.200}' is read from {os.path.relpath(path, base)}"
             note = f"{note}; {where}" if note else where
-        listed = sorted(p for p in path.rglob("*") if is_image(p)) if path.is_dir() else None
-        found.update(dict.fromkeys(_listed(path, base) if listed is None else listed))
+        if path.is_dir():
+            found.update(dict.fromkeys(sorted(p for p in path.rglob("*") if is_image(p))))
+            continue
+        listed, dropped = _listed(path, base)
+        found.update(dict.fromkeys(listed))
+        if dropped:
+            where = f"names in {path.name} are read without their first {dropped} parts"
+            note = f"{note}; {where}" if note else where
     if not found:
         raise DataError(f"{file}: there are no images under `{split}` ({entries[0]:.200}).")
     return list(found), note
@@ -209,21 +218,21 @@ def _split_folder(root: Path, images: Path | None, split: str) -> Path | None:
     return inner or below or own
 
 
-def _listed(path: Path, base: Path) -> list[Path]:
+def _listed(path: Path, base: Path) -> tuple[list[Path], int]:
     """Return the images of a text file; ./ is the file's folder, else names are under `base`.
 
-    How the first leads to a file, without how many of its first parts, is how all do.
+    Also returns how many first parts the names are read without, so that the first leads to a file.
     """
     names = [line.replace("\\", "/") for line in read_list(path)]
     bases = [path.parent if name.startswith("./") else base for name in names]
     found = [Path(os.path.normpath(f / name)) for f, name in zip(bases, names, strict=True)]
     if not found or found[0].exists():
-        return found
+        return found, 0
     first = resolve(base, names[0])
     if first is None:
-        return found
+        return found, 0
     dropped = len(PurePath(names[0]).parts) - len(first.relative_to(base).parts)
-    return [base.joinpath(*PurePath(name).parts[dropped:]) for name in names]
+    return [base.joinpath(*PurePath(name).parts[dropped:]) for name in names], dropped
 
 
 class LabelFiles:

@@ -81,14 +81,14 @@ def judge(found: Sequence[Sequence[Line]], *, points: int | None) -> Lines:
     """Return what the lines of each image [N] are; `points` numbers follow a box, if known."""
     result = Lines()
     long = [line for lines in found for line in lines if len(line.values) > 4]
-    kinds = ["poses"] * len(long) if points is not None else _judge_long(long)
+    kinds = _judge_long(long) if points is None else [_pose(line, points) for line in long]
     kind_of_next = iter(kinds)
     for position, lines in enumerate(found):
         for line in lines:
             values, number = line.values, len(line.values)
             kind = "boxes" if number == 4 else next(kind_of_next)
             if kind in _WRONG:
-                result.wrong.append((line.place, _WRONG[kind].format(number)))
+                result.wrong.append((line.place, _WRONG[kind].format(number, points)))
                 continue
             if kind == "pixels" or values[2] > _BEYOND or values[3] > _BEYOND:
                 result.pixels.append((line.place, f"{values[:4]}, more than the whole image"))
@@ -99,7 +99,12 @@ def judge(found: Sequence[Sequence[Line]], *, points: int | None) -> Lines:
     return result
 
 
+def _pose(line: Line, points: int) -> str:
+    return "poses" if len(line.values) == 4 + points else "other"
+
+
 _WRONG = {
+    "other": "{} numbers after the class are not the 4 of a box and {} of `kpt_shape`",
     "neither": "{} numbers after the class are neither a polygon nor a box that holds its points",
     "unclear": "{} numbers after the class may be a polygon or a box and points: set `kpt_shape` "
     "in data.yaml if they are points",

@@ -19,7 +19,7 @@ def test_an_export_trains_and_is_evaluated_from_its_folder_alone(cli: Cli, tmp_p
     layouts.roboflow_coco(tmp_path / "set")
     done = cli("train", *TRAIN, "--data_path", tmp_path / "set", "--output_dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert "format of the data: 1 ('set' coco, by train/_annotations.coco.json)" in done.stdout
+    assert "'set' coco, by train/_annotations.coco.json; images of train in train" in done.stdout
     report = json.loads((tmp_path / "run" / "data_report.json").read_text())
     assert [report[split]["boxes"] for split in ("train", "val")] == [6, 6]
     done = cli("eval", "--checkpoint", tmp_path / "run" / "last.pth", "--no_analysis")

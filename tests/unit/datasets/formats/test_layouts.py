@@ -261,6 +261,13 @@ def test_what_a_split_is_called_and_where_it_was_found_is_told(tmp_path: Path) -
     note = told(load(tmp_path, "val"))["odd_layout"]
     assert "`val` is `valid` there" in note
     assert "'../valid/images' is read from valid/images" in note
+    note = told(load(tmp_path, "val"))["detected_format"]
+    assert f"('{tmp_path.name}' yolo, by data.yaml; images of val in valid/images)" in note
+    roboflow_coco(tmp_path / "coco")
+    assert "images of val in valid)" in told(load(tmp_path / "coco", "val"))["detected_format"]
+    yolo_elsewhere(tmp_path / "list")
+    note = told(load(tmp_path / "list", "val"))["odd_layout"]
+    assert "names in val.txt are read without their first 2 parts" in note
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,9 @@ def test_what_may_be_either_is_refused() -> None:
     assert place == "a.txt:1"
     assert why.startswith("12 numbers after the class may be a polygon or a box and points: set")
     assert found(read(RED + PLATE, points=8)) == [RED]
+    assert read(RED + PLATE, points=6).wrong == [
+        ("a.txt:1", "12 numbers after the class are not the 4 of a box and 6 of `kpt_shape`")
+    ]
 
 
 def test_values_of_pixels_are_counted() -> None:
