@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from datasets.checks.entries import check_content
+from datasets.checks.kinds import KINDS
 from datasets.formats.registry import FORMATS, Placer, Source, Split, SplitImage
 from datasets.index import CocoIndex
 from util.errors import DataError
@@ -55,9 +56,13 @@ def convert(
 
 
 def _require_boxes(split: Split, index: CocoIndex) -> None:
-    """Raise DataError if nothing of a split could be read: an empty set helps nobody."""
-    if not any(image.labels for image in split.images):
-        found = "; ".join(index.notices) or "there are no annotations"
+    """Raise DataError if there is no box and something was wrong, or there is no image.
+
+    A set of background alone, as a test set without annotations, is written.
+    """
+    flaws = [f for f in index.findings if f.kind == "odd_layout" or not KINDS[f.kind].note]
+    if not split.images or (flaws and not any(image.labels for image in split.images)):
+        found = "; ".join(index.notices) or "no image is there"
         raise DataError(
             f"{index.place}: nothing to write of the split '{split.name}', none of its boxes "
             f"could be read. Found: {found:.1000}."

@@ -102,7 +102,7 @@ def _shapes(found: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def _image_name(folder: Path, path: Path, stated: str) -> str:
     """Return the image's file relative to the split's folder; `stated` is relative to the file."""
-    name = PurePath(stated.replace("\\", "/")).name
+    name = PurePath(stated.replace("\\", "/")).name or path.stem
     beside = path.with_name(name)
     for place in (beside, folder / "images" / name, folder / name):
         if place.is_file():

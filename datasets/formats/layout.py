@@ -43,7 +43,7 @@ def folders(root: Path) -> list[Path]:
             return sorted(
                 root / e.name for e in entries if not e.name.startswith((".", "__")) and e.is_dir()
             )
-    except OSError:
+    except (OSError, ValueError):  # a name that no folder can have
         return []
 
 
@@ -55,7 +55,7 @@ def files(root: Path, suffix: str) -> Iterator[Path]:
                 name = entry.name
                 if name.lower().endswith(suffix) and not is_hidden(name) and entry.is_file():
                     yield root / name
-    except OSError:
+    except (OSError, ValueError):  # a name that no folder can have
         return
 
 

@@ -75,6 +75,14 @@ def test_convert_that_reads_nothing_writes_nothing(cli: Cli, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_convert_writes_a_set_of_background_alone(cli: Cli, tmp_path: Path) -> None:
+    write_yolo(tmp_path / "images", tmp_path / "labels", lines="")
+    write_yaml(tmp_path, train="images", val="images")
+    done = cli("convert", "--data_path", tmp_path, "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "train: 3 images, 0 boxes" in done.stdout
+
+
 def test_check_looks_for_unused_images_only_where_images_are(cli: Cli, tmp_path: Path) -> None:
     """Not in all that lies below the folder that two lists' folders have in common."""
     for k, name in enumerate(("here", "there")):

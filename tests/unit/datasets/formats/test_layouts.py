@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from configs.schema import DataConfig
 from datasets.build import Split, load_index, read_split
@@ -227,6 +229,25 @@ def test_a_layout_is_read_from_its_folder_alone(
         assert len(source.content["annotations"]) == 6
 
 
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), junk=st.binary(max_size=8))
+def test_any_bytes_in_an_export_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, junk: bytes
+) -> None:
+    place = tmp_path_factory.mktemp("set")
+    data.draw(st.sampled_from([*LAYOUTS]))(place)
+    file = data.draw(st.sampled_from(sorted(p for p in place.rglob("*") if p.is_file())))
+    raw = file.read_bytes()
+    start = data.draw(st.integers(0, len(raw)))
+    end = start + data.draw(st.sampled_from([0, 1, 5, 10**9]))
+    file.write_bytes(raw[:start] + junk + raw[end:])
+    try:
+        found = "".join(told(load(place)).values())
+    except DataError as error:
+        found = str(error)
+    assert "\n" not in found
+
+
 def test_chess_as_exported(shared: Shared) -> None:
     place = shared("datasets/chess")
     index = load(place)
@@ -268,6 +289,15 @@ def test_what_a_split_is_called_and_where_it_was_found_is_told(tmp_path: Path) -
     yolo_elsewhere(tmp_path / "list")
     note = told(load(tmp_path / "list", "val"))["odd_layout"]
     assert "names in val.txt are read without their first 2 parts" in note
+
+
+def test_a_name_that_no_file_can_have_is_told(tmp_path: Path) -> None:
+    yolo_elsewhere(tmp_path)
+    with (tmp_path / "val.txt").open("a") as file:
+        file.write("images/v\0al/a.png\n" + "x" * 5000 + ".png\n")
+    index = load(tmp_path, "val")
+    assert len(index.boxes) == 6
+    assert told(index)["missing_image"].startswith("missing images: 2 of 5")
 
 
 @pytest.mark.parametrize(
