@@ -41,6 +41,8 @@ def find_coco(root: Path, split: str) -> tuple[Path, Path]:
     found = _annotation_file(root, split)
     if found:
         return found[1], _image_folder(root, *found)
+    if any(coco_layout(root, other)[0].is_file() for other in SPLITS):
+        return official  # which is then named as missing
     others = sorted(path.relative_to(root).as_posix() for path in islice(_coco_files(root), 20))
     if others:
         raise DataError(
