@@ -90,9 +90,9 @@ class LossConfig(Checked):
 class VocOptions(Checked):
     """How PASCAL VOC files are read and written."""
 
-    voc_corners: Literal["pixels", "edges"] = option(
-        "pixels", "VOC boxes: 1-based pixel indices, or 0-based edges as some tools write them",
-        rare=True,
+    voc_corners: Literal["pixels", "edges", "size"] = option(
+        "pixels", "VOC boxes: 1-based pixel indices, 0-based edges as some tools write them, or "
+        "width and height in xmax and ymax", rare=True,
     )  # fmt: skip
 
 
@@ -115,8 +115,10 @@ class DataSource(AnnotationOptions):
     """Where the data is, or the folder of all its splits."""
 
     coco_path: str = option("", "folder with train2017/, val2017/ and annotations/")
-    data_path: str = option("", "folder of a data set in --data_format; for yolo also data.yaml")
-    data_format: str = option("coco", "layout of --data_path: coco, voc or yolo")
+    data_path: str = option("", "folder of a data set; for YOLO also data.yaml")
+    data_format: str = option(
+        "auto", "format of --data_path: coco, voc, yolo or labelme; auto: what the folder holds"
+    )
     max_pixels: int | None = option(
         None, "pixels of the largest image that is read (default: Pillow's 89478485)", low=1,
         rare=True,

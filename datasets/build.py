@@ -8,10 +8,12 @@ from typing import Literal
 import numpy as np
 
 from configs.schema import AnnotationOptions, DataConfig
-from datasets.checks.findings import first_few
+from datasets.checks.findings import SplitReport, first_few
 from datasets.dataset import CocoDetection, ImageCache
-from datasets.formats.coco import coco_layout, read_coco_file
-from datasets.formats.registry import FORMATS, Reading, Source, read_source
+from datasets.formats.coco import read_coco_file
+from datasets.formats.coco_layouts import find_coco
+from datasets.formats.detect import Located, locate
+from datasets.formats.registry import FORMATS, Reading, Source
 from datasets.images import limit_pixels
 from datasets.index import CocoIndex
 from datasets.sample import CHANNELS
@@ -34,15 +36,15 @@ def read_split(cfg: DataConfig, split: Split) -> Source:
 
     Raises:
         ConfigError: there is no such data format.
-        DataError: see `data_paths` and `read_source`.
+        DataError: see `data_paths`, `locate` and `read_source`.
     """
     limit_pixels(cfg.max_pixels)
-    if _is_foreign(cfg, split):
-        place, name = Path(cfg.data_path), getattr(cfg, f"{split}_split")
-        options = format_options(cfg, cfg.data_format)
-        source = read_source(cfg.data_format, place, name, **options)
-    else:
+    located = _locate(cfg, split)
+    if located is None:
         source = read_coco_file(*data_paths(cfg, split))
+    else:
+        options = format_options(cfg, located.data_format)
+        source = located.read(getattr(cfg, f"{split}_split"), **options)
     return replace(source, reading=reading_of(cfg))
 
 
@@ -60,11 +62,11 @@ def format_options(cfg: object, data_format: str) -> dict[str, str]:
     return {name: getattr(cfg, name) for name in FORMATS[data_format].options}
 
 
-def _is_foreign(cfg: DataConfig, split: Split) -> bool:
-    """Return whether a split is in another format than COCO's."""
-    return (
-        cfg.data_path != "" and cfg.data_format != "coco" and not any(_explicit_paths(cfg, split))
-    )
+def _locate(cfg: DataConfig, split: Split) -> Located | None:
+    """Return where `data_path` has a split and in which format, None where it does not count."""
+    if not cfg.data_path or any(_explicit_paths(cfg, split)):
+        return None
+    return locate(Path(cfg.data_path), cfg.data_format)
 
 
 def _explicit_paths(cfg: DataConfig, split: Split) -> tuple[str, str]:
@@ -87,12 +89,12 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
     if images:
         return Path(annotations), Path(images)
     if cfg.data_path:
-        return coco_layout(Path(cfg.data_path), getattr(cfg, f"{split}_split"))
+        return find_coco(Path(cfg.data_path), getattr(cfg, f"{split}_split"))
     if cfg.coco_path:
-        return coco_layout(Path(cfg.coco_path), split)
+        return find_coco(Path(cfg.coco_path), split)
     raise DataError(
         f"{split} data: no option says where it is. Set `coco_path`, or `{split}_images` and "
-        f"`{split}_annotations`, or `data_path` and `data_format`."
+        f"`{split}_annotations`, or `data_path`."
     )
 
 
@@ -131,15 +133,25 @@ def load_index(
         DataError: see `read_split` and `CocoIndex.from_source`.
     """
     limit_pixels(cfg.max_pixels)
-    if _is_foreign(cfg, split):
+    located = _locate(cfg, split)
+    if located and located.data_format != "coco":
         return CocoIndex.from_source(read_split(cfg, split), need_boxes=need_boxes)
-    return CocoIndex.load(
-        *data_paths(cfg, split),
+    name = getattr(cfg, f"{split}_split")
+    file, image_dir = find_coco(located.place, name) if located else data_paths(cfg, split)
+    index = CocoIndex.load(
+        file,
+        image_dir,
         need_boxes=need_boxes,
         cache=cfg.index_cache,
         reading=reading_of(cfg),
         classes=classes,
     )
+    if located is None:
+        return index
+    report = SplitReport(Source({}, image_dir, file))
+    for kind, found in located.told(name, image_dir).items():
+        report.report_places(kind, found)
+    return replace(index, findings=(*report.notices, *index.findings))
 
 
 def split_batch(effective: int, *, max_size: int, rank: int = 0, world_size: int = 1) -> BatchSplit:

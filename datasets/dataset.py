@@ -16,7 +16,6 @@ from torchvision.ops import box_convert
 from datasets.class_mapping import map_used_classes
 from datasets.images import (
     READ_ERRORS,
-    SUFFIXES,
     TURNED,
     is_image,
     read_header,
@@ -251,7 +250,7 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
                     f"`input {text}`: no image, folder or pattern leads to a file. Check the path."
                 )
         if not images:
-            raise DataError(f"`input {text}`: there are no images ({', '.join(SUFFIXES)}) there.")
+            raise DataError(f"`input {text}`: there are no images there.")
         found.update(dict.fromkeys(images))
     return list(found)
 

@@ -4,6 +4,7 @@ import contextlib
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
@@ -203,9 +204,20 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # the usual ones
+# Not pixels without another program (the first runs Ghostscript), or no images.
+_NOT_READ = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC")
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a file has the name of an image."""
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+    """Return whether a file has the name of an image, of any format that Pillow reads."""
+    suffix = path.suffix.lower()
+    known = suffix in SUFFIXES or suffix in _all_suffixes()
+    return known and not path.name.startswith("._") and path.is_file()  # ._: a Mac's
+
+
+@lru_cache
+def _all_suffixes() -> frozenset[str]:
+    formats = Image.registered_extensions()  # imports all of Pillow's readers
+    readable = Image.OPEN.keys() - set(_NOT_READ)
+    return frozenset(suffix for suffix, name in formats.items() if name in readable)

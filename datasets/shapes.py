@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from datasets.arrays import FloatArray
-from datasets.formats.coco import coco_content, coco_layout
+from datasets.formats.coco import coco_content
+from datasets.formats.coco_layouts import coco_layout
 from datasets.formats.registry import Split, SplitImage, write_text
 from util.errors import DataError, UserError
 

@@ -1,5 +1,6 @@
 """YAML from strangers: read as data, at a size and depth that a description of options can have."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ _LARGEST = 10_000_000  # bytes
 _MOST_KEYS = 100_000  # of a mapping that others are merged into
 _MOST_ALIASES = 1000
 _DEEPEST = 50
+
+
+def _utf8(data: bytes) -> str:
+    return data.decode("utf-8-sig")
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # without types
@@ -36,13 +41,12 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # without types
             raise yaml.YAMLError(f"more than {_MOST_KEYS} keys are merged")
 
 
-def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file in UTF-8; values may share parts, so copy, never walk them.
+def read_yaml(path: Path, decode: Callable[[bytes], str] = _utf8) -> Any:
+    """Return the content of a YAML file; values may share parts, so copy, never walk them.
 
     Raises:
         OSError: it cannot be read, is no regular file or too large.
         yaml.YAMLError: it is not YAML, or would grow too large.
-        ValueError: it is not UTF-8, or has a number of thousands of digits.
+        ValueError: `decode` cannot read it, or has a number of thousands of digits.
     """
-    text = read_regular(path, _LARGEST).decode("utf-8-sig")
-    return yaml.load(text, Loader=_Loader)
+    return yaml.load(decode(read_regular(path, _LARGEST)), Loader=_Loader)

@@ -176,12 +176,19 @@ def _check_unused(splits: list[SplitReport]) -> None:
     }
     for report in splits:
         folder, unused = report.source.image_dir, []
-        for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        for path in _searched(report.source):
             real = _resolve(path.parent) / path.name
             if real not in used and is_image(path):
                 unused.append((path.relative_to(folder).as_posix(), ""))
                 used.add(real)
         report.report_places("unused_file", unused)
+
+
+def _searched(source: Source) -> list[Path]:
+    """Return all that is in the folders of images; what only lies above them is not searched."""
+    if source.folders:
+        return sorted(path for folder in source.folders for path in folder.glob("*"))
+    return sorted(source.image_dir.rglob("*")) if source.image_dir.is_dir() else []
 
 
 @lru_cache(maxsize=4096)

@@ -50,6 +50,13 @@ def check_content(source: Source, *, need_boxes: bool) -> CocoContent:
             raise DataError(f"{place}: `{key}` is empty.")
     report = SplitReport(source)
     read_entries(report)
+    pixels = source.findings.get("pixel_values", ())
+    if pixels and len(pixels) >= len(source.content.get("annotations") or ()):
+        where, what = pixels[0]
+        raise DataError(
+            f"{where}: {what}: values above 1, here and in {len(pixels)} lines. Are they pixels? "
+            "YOLO has fractions of the image: divide by its width and height."
+        )
     for found in report.findings:
         if found.kind == "bad_category":
             first = next(iter(found))
@@ -108,7 +115,11 @@ def _read_categories(report: SplitReport) -> None:
     names: dict[int, str] = {}
     bad, unnamed = [], []
     text_of = {number: text for text, number in report.text_ids["categories"].items()}
+    root = _root_category(report)
+    _report_entries(report, "root_category", "categories", root, "name")
     for row, entry in enumerate(report.section("categories")):
+        if row in root:
+            continue
         number = entry.get("id") if isinstance(entry, Mapping) else None
         if is_whole(number) and number not in names:
             names[int(number)] = str(entry.get("name") or text_of.get(number, int(number)))
@@ -120,6 +131,20 @@ def _read_categories(report: SplitReport) -> None:
     ids = tuple(sorted(names))
     texts = tuple(text_of.get(i, "") for i in ids)
     report.classes = Classes(ids, tuple(names[i] for i in ids), texts if any(texts) else ())
+
+
+def _root_category(report: SplitReport) -> list[int]:
+    """Return the position of the category that only holds the others, as Roboflow writes it."""
+    entries = [e for e in report.section("categories") if isinstance(e, Mapping)]
+    above = {str(e.get("supercategory")) for e in entries} - {"none"}
+    roots = [e for e in entries if e.get("supercategory") == "none"]
+    if len(roots) != 1 or above != {str(roots[0].get("name"))}:
+        return []
+    number = roots[0].get("id")
+    annotations = report.section("annotations")
+    if any(isinstance(a, Mapping) and a.get("category_id") == number for a in annotations):
+        return []
+    return [report.section("categories").index(roots[0])]
 
 
 def _read_images(report: SplitReport) -> set[int]:

@@ -72,6 +72,40 @@ KINDS: dict[str, Kind] = {
         FILE, "unusual folder layout", "something that the format normally has is not there",
         "continues with what is there", note=True,
     ),
+    "detected_format": Kind(
+        FILE, "format of the data", "found out from what the folder holds",
+        "reads it so; `data_format` says otherwise", note=True,
+    ),
+    "mended_annotation": Kind(
+        FILE, "XML files read in spite of a flaw", "an encoding that XML parsers lack, or an `&` "
+        "that should be `&amp;`", "reads what is meant", note=True,
+    ),
+    "long_lines": Kind(
+        FILE, "YOLO lines with more than a box", "polygons, key points, or other points in a box",
+        "takes the box around a polygon, or the box before the points", note=True,
+    ),
+    "one_based_class": Kind(
+        FILE, "class indices that seem to count from 1", "YOLO counts from 0, but no index is 0 "
+        "and the last is past the names", "takes them as they are: every class is the next one, "
+        "the last is skipped; subtract 1 in the label files",
+    ),
+    "pixel_values": Kind(
+        FILE, "YOLO values above 1: pixels?", "larger than the whole image, as fractions",
+        "refuses a set with mostly such boxes; skips single ones", _OUT,
+    ),
+    "size_corners": Kind(
+        FILE, "VOC corners that seem to be width and height", "xmax and ymax are often below xmin "
+        "and ymin, and all fit their images as sizes", "takes them as corners: boxes are wrong or "
+        "skipped; set `voc_corners` to size",
+    ),
+    "shape_bbox": Kind(
+        FILE, "objects without a box", "a polygon or a rotated box",
+        "takes the upright box around it", note=True,
+    ),
+    "root_category": Kind(
+        FILE, "categories that only hold the others", "without boxes, and every other category's "
+        "`supercategory`", "leaves them out of the classes", _OUT, note=True,
+    ),
     "missing_section": Kind(
         FILE, "missing sections", "`images`, `annotations` or `categories` is empty or not a list",
         "refuses the file",

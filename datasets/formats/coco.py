@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets.formats.coco_layouts import coco_layout, find_coco
 from datasets.formats.registry import FORMATS, Format, Placer, Source, Split
+from datasets.formats.text import not_utf8
 from util.errors import DataError
 from util.files import make_output_dir, read_regular, write_atomic
 
@@ -13,12 +15,12 @@ _LARGEST = 2**34  # bytes; the largest public set takes 6 GB
 
 
 def read_coco(place: Path, split: str) -> Source:
-    """Read a split of a folder in COCO's own layout.
+    """Read a split of a folder in COCO's own layout, or in that of a tool.
 
     Raises:
-        DataError: see `read_coco_file`.
+        DataError: see `find_coco` and `read_coco_file`.
     """
-    return read_coco_file(*coco_layout(place, split))
+    return read_coco_file(*find_coco(place, split))
 
 
 def read_coco_file(path: Path, image_dir: Path) -> Source:
@@ -29,11 +31,6 @@ def read_coco_file(path: Path, image_dir: Path) -> Source:
     """
     require_folder(image_dir)
     return Source(parse_json(read_bytes(path), path), image_dir, path)
-
-
-def coco_layout(root: Path, split: str) -> tuple[Path, Path]:
-    """Return the annotation file and the image folder of a split in COCO's own layout."""
-    return root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"
 
 
 def require_folder(image_dir: Path) -> None:
@@ -69,7 +66,8 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
             f"{path}: not JSON: {error.msg} at line {error.lineno} column {error.colno}."
         ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not JSON in UTF-8: {error.reason}.") from error
+        what = not_utf8(error.object, error.start)
+        raise DataError(f"{path}: {what}.") from error
     except (ValueError, RecursionError) as error:  # a number too long, lists too deep
         raise DataError(f"{path}: not the JSON of a data set: {error}.") from error
     if not isinstance(content, dict):

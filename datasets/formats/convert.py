@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from datasets.checks.entries import check_content
+from datasets.checks.kinds import KINDS
 from datasets.formats.registry import FORMATS, Placer, Source, Split, SplitImage
 from datasets.index import CocoIndex
 from util.errors import DataError
@@ -27,7 +28,7 @@ def convert(
 
     Raises:
         ConfigError: there is no such format, or `output_dir` cannot be made.
-        DataError: `output_dir` holds something already, or a split cannot be used.
+        DataError: `output_dir` holds something already, or a split cannot be used or has no box.
     """
     data_format = FORMATS[target]
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
@@ -45,6 +46,8 @@ def convert(
     if copy:
         _refuse_links_out(indices)
     splits = [_gather(name, index) for name, index in zip(sources, indices, strict=True)]
+    for split, index in zip(splits, indices, strict=True):
+        _require_boxes(split, index)
     written = data_format.write(splits, output_dir, Placer(copy=copy), **options)
     lines = []
     for split, index, notices in zip(splits, indices, written, strict=True):
@@ -68,6 +71,20 @@ def _refuse_links_out(indices: Sequence[CocoIndex]) -> None:
                     f"{index.image_dir / name}: is a link out of the data set, to '{file}', and is "
                     "not copied. Replace it by the file, or leave out `copy_images`."
                 )
+
+
+def _require_boxes(split: Split, index: CocoIndex) -> None:
+    """Raise DataError if there is no box and something was wrong, or there is no image.
+
+    A set of background alone, as a test set without annotations, is written.
+    """
+    flaws = [f for f in index.findings if f.kind == "odd_layout" or not KINDS[f.kind].note]
+    if not split.images or (flaws and not any(image.labels for image in split.images)):
+        found = "; ".join(index.notices) or "no image is there"
+        raise DataError(
+            f"{index.place}: nothing to write of the split '{split.name}', none of its boxes "
+            f"could be read. Found: {found:.1000}."
+        )
 
 
 def _gather(name: str, index: CocoIndex) -> Split:

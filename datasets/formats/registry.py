@@ -13,6 +13,7 @@ from itertools import chain, count
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from datasets.formats.text import decode
 from util.errors import DataError
 from util.files import open_regular, read_regular
 from util.registry import Registry
@@ -38,7 +39,8 @@ class Source:
 
     `content` is what a COCO-format file holds, its file names relative to `image_dir`; `place` is
     the file or folder to name in messages. `findings` are what could not be read at all, by kind of
-    flaw: the file (and line), and what is wrong there.
+    flaw: the file (and line), and what is wrong there. `folders` are those to look through, not
+    what is below, for images that no split names; without any, `image_dir` with all below.
     """
 
     content: dict[str, Any]
@@ -46,6 +48,7 @@ class Source:
     place: Path
     findings: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
     reading: Reading = USUAL
+    folders: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ class Format:
 
 
 FORMATS: Registry[Format] = Registry(
-    "data_format", __package__, {"coco": ".coco", "voc": ".voc", "yolo": ".yolo"}
+    "data_format",
+    __package__,
+    {"coco": ".coco", "labelme": ".labelme", "voc": ".voc", "yolo": ".yolo"},
 )
 
 
@@ -147,10 +152,10 @@ def read_list(path: Path) -> list[str]:
     """Return the lines of a list of names that are not empty.
 
     Raises:
-        DataError: it is not text in UTF-8.
+        DataError: it cannot be read, or is not text in UTF-8.
     """
     try:
-        lines = read_regular(path, LARGEST_LIST).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a list in UTF-8: {error.reason}.") from error
+        lines = decode(read_regular(path, LARGEST_LIST)).splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a list: {error}.") from error
     return [line.strip() for line in lines if line.strip()]

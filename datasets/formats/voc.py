@@ -2,7 +2,8 @@
 
 PASCAL VOC counts pixels from 1 and xmax, ymax belong to the object (VOC2007 development kit, 5.1):
 the box of xmin 1 and xmax 1 is one pixel wide and starts at 0. Tools such as labelImg write edges
-into the same tags; voc_corners="edges" reads and writes those.
+into the same tags; voc_corners="edges" reads and writes those. voc_corners="size" is for tools that
+put width and height into xmax and ymax.
 An object marked `difficult` counts neither for nor against a detector in VOC's evaluation (3.3),
 as a crowd in COCO's: it becomes one, so it trains nothing.
 """
@@ -10,13 +11,22 @@ as a crowd in COCO's: it becomes one, so it trains nothing.
 import re
 import xml.etree.ElementTree as ET
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
 from datasets.checks.findings import first_few
+from datasets.formats.layout import (
+    SPLITS,
+    folders,
+    has_file,
+    split_names,
+    subfolder,
+    walk,
+)
+from datasets.formats.layout import files as files_in
 from datasets.formats.registry import (
-    DIGITS,
     FORMATS,
     Format,
     Placer,
@@ -26,149 +36,214 @@ from datasets.formats.registry import (
     read_list,
     write_text,
 )
+from datasets.formats.voc_xml import (
+    CORNERS,
+    look_like_sizes,
+    objects,
+    parse_files,
+    shape_box,
+    size_of,
+    text_of,
+)
 from datasets.images import is_image
 from util.errors import DataError
-from util.files import make_output_dir, open_regular, write_atomic
+from util.files import make_output_dir, write_atomic
 
-_LARGEST = 10_000_000  # bytes of an XML file
-_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_ANNOTATIONS = ("Annotations", "annotation", "xmls")
+_IMAGES = ("JPEGImages", "images", "image", "imgs", "img")
 _FLAG = re.compile(r"\s+-?[01]$")  # lists of one class say after each name whether it is there
 # What XML 1.0 cannot hold, and line breaks, which end a name in a list.
 _NOT_IN_XML = re.compile(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
-    """Read a split: ImageSets/Main/SPLIT.txt, or all of Annotations/ if there are no lists.
+    """Read a split: ImageSets/Main/SPLIT.txt, a folder of the split, or all if there is neither.
 
-    Classes are the names found in all of Annotations/, sorted, with ids from 1, so that every split
-    has the same. Images are numbered from 1 by name.
+    Classes are the names found in the files of all splits, sorted, with ids from 1, so that every
+    split has the same. Images are numbered from 1 by name.
 
     Raises:
         DataError: a folder or the list of the split is missing, it has no annotation file, or no
             object has a name.
     """
-    folder, images = root / "Annotations", root / "JPEGImages"
-    for needed in (folder, images):
-        if not needed.is_dir():
-            raise DataError(
-                f"{root}: not a VOC folder with Annotations/ and JPEGImages/: there is no "
-                f"{needed.name}/. Check `data_path`."
-            )
-    files = {path.stem: path for path in sorted(folder.glob("*.xml"))}
-    lists = root / "ImageSets" / "Main"
-    stems = _listed(lists / f"{split}.txt", split, files) if lists.is_dir() else set(files)
-    trees, damaged = _parse(files)
-    named = {_text(found, "name") for tree in trees.values() for found in tree.findall("object")}
+    place = find_voc(root, split)
+    files = {_key(path, place.annotations): path for path in place.files}
+    stems = _listed(place.lists, split, files) if place.lists else set(files)
+    trees, damaged, mended = parse_files(files)
+    others, _, _ = parse_files({str(path): path for path in place.other_files})
+    every = (*trees.values(), *others.values())
+    named = {text_of(found, "name") for tree in every for found in tree.findall("object")}
     ids = {name: number for number, name in enumerate(sorted(named - {""}), 1)}
     if not ids:
-        raise DataError(f"{folder}: there are no XML files with named objects.")
-    there: dict[str, list[str]] = defaultdict(list)
-    for path in sorted(images.iterdir()):
-        if is_image(path):
-            there[path.stem].append(path.name)
+        raise DataError(f"{place.annotations}: there are no XML files with named objects.")
+    image_name = _ImageNames(place.images)
     content: dict[str, Any] = {
         "images": [],
         "annotations": [],
         "categories": [{"id": number, "name": name} for name, number in ids.items()],
     }
+    shaped = []
     for number, stem in enumerate(sorted(stems & trees.keys()), 1):
         tree = trees[stem]
-        stated = _text(tree, "filename")
-        names = there.get(stem) or [stated or f"{stem}.jpg"]
-        name = stated if stated in names else names[0]  # of several, the one that the file names
-        content["images"].append({"id": number, "file_name": name, **_size(tree)})
-        for entry in _objects(tree, ids, voc_corners):
+        name = image_name(stem, text_of(tree, "filename"))
+        content["images"].append({"id": number, "file_name": name, **size_of(tree)})
+        for entry in objects(tree, ids, voc_corners):
             entry.update(id=len(content["annotations"]) + 1, image_id=number)
             content["annotations"].append(entry)
+        shaped += [(files[stem].name, "") for found in tree.findall("object") if shape_box(found)]
     if not content["images"]:
         raise DataError(
-            f"{root}: Annotations/ has no XML files for the split '{split}', of {len(stems)} names "
-            f"({first_few(map(repr, sorted(stems)), len(stems))}). "
+            f"{root}: {place.annotations.name}/ has no XML files for the split '{split}', of "
+            f"{len(stems)} names ({first_few(map(repr, sorted(stems)), len(stems))}). "
             "Check its list in ImageSets/Main/."
         )
     lost = [damaged[stem] for stem in sorted(stems & damaged.keys())]
     lost += [(f"{stem}.xml", "no such file") for stem in sorted(stems - files.keys())]
-    findings = {"unreadable_annotation": lost}
-    if not lists.is_dir():
+    findings = {"unreadable_annotation": lost, "mended_annotation": mended, "shape_bbox": shaped}
+    if place.every_split:
         findings["odd_layout"] = [
             (
                 root.name,
                 f"no lists in ImageSets/Main/: every split is all {len(stems)} files, train as val",
             )
         ]
-    return Source(content, images, root, findings)
+    sizes = "" if voc_corners == "size" else look_like_sizes(trees[s] for s in stems & trees.keys())
+    findings["size_corners"] = [(root.name, sizes)] if sizes else []
+    return Source(content, place.images, root, findings)
 
 
-def _listed(path: Path, split: str, files: dict[str, Path]) -> set[str]:
+@dataclass(frozen=True)
+class _Place:
+    """Where a split's files are: those of the other splits too, for the names of classes."""
+
+    annotations: Path
+    images: Path
+    files: list[Path]
+    other_files: list[Path] = field(default_factory=list)
+    lists: Path | None = None
+    every_split: bool = False
+
+
+def find_voc(root: Path, split: str) -> _Place:
+    """Return where a split's XML files and images are: VOC's folders, or those of a split.
+
+    Raises:
+        DataError: there are no such files, or no folder of images.
+    """
+    folder = subfolder(root, *_ANNOTATIONS)
+    if folder:
+        return _find_in_voc(root, folder, split)
+    own = {name: place for name in SPLITS if (place := _split_folder(root, name))}
+    chosen = own.get(split) or _split_folder(root, split)
+    if chosen:
+        others = [p for s, place in own.items() if place != chosen for p in walk(place[0], ".xml")]
+        return _Place(*chosen, walk(chosen[0], ".xml"), others)
+    if own:
+        raise DataError(
+            f"{root}: there are no XML files of the split '{split}'. Splits there: "
+            f"{', '.join(own)}. Choose with `train_split` and `val_split`."
+        )
+    if has_file(root, ".xml"):
+        images = subfolder(root, *_IMAGES) or root
+        return _Place(root, images, sorted(files_in(root, ".xml")), every_split=True)
+    raise DataError(
+        f"{root}: not a VOC folder with Annotations/ and JPEGImages/: there is no Annotations/, "
+        "nor are there XML files beside images. Check `data_path`."
+    )
+
+
+def _find_in_voc(root: Path, folder: Path, split: str) -> _Place:
+    images = subfolder(root, *_IMAGES)
+    if images is None:
+        raise DataError(
+            f"{root}: not a VOC folder with Annotations/ and JPEGImages/: there is no "
+            "JPEGImages/. Check `data_path`."
+        )
+    folder = folder if has_file(folder, ".xml") else subfolder(folder, "xmls") or folder
+    files, lists = walk(folder, ".xml"), root / "ImageSets" / "Main"
+    if lists.is_dir():
+        return _Place(folder, images, files, lists=lists)
+    own = subfolder(folder, *split_names(split))
+    if own:
+        chosen = [path for path in files if own in path.parents]
+        return _Place(folder, images, chosen, [p for p in files if own not in p.parents])
+    return _Place(folder, images, files, every_split=True)
+
+
+def _split_folder(root: Path, split: str) -> tuple[Path, Path] | None:
+    """Return the folders of a split's XML files and images, if it has one of its own."""
+    own = subfolder(root, *split_names(split))
+    inner = own and subfolder(own, *_ANNOTATIONS)
+    for folder in (inner, own):
+        if own and folder and has_file(folder, ".xml"):
+            return folder, subfolder(own, *_IMAGES) or own
+    return None
+
+
+def has_voc(root: Path) -> str:
+    """Return what shows that a folder holds VOC data, "" if nothing does."""
+    folder = subfolder(root, *_ANNOTATIONS)
+    if folder and any(has_file(f, ".xml") for f in (folder, *folders(folder))):
+        return f"XML files in {folder.name}/"
+    found = next((place for split in SPLITS if (place := _split_folder(root, split))), None)
+    if found:
+        return f"XML files in {found[0].relative_to(root).as_posix()}/"
+    return "XML files" if has_file(root, ".xml") else ""
+
+
+def _key(path: Path, folder: Path) -> str:
+    """Return the name of a file in its folder, without suffix."""
+    return path.relative_to(folder).as_posix()[: -len(path.suffix)]
+
+
+class _ImageNames:
+    """Finds the image of an XML file: of its name, in the same subfolder or the only one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._by_key: dict[str, list[str]] = defaultdict(list)
+        self._by_stem: dict[str, list[str]] = defaultdict(list)
+        for path in sorted(folder.rglob("*")):
+            if is_image(path):
+                name = path.relative_to(folder).as_posix()
+                self._by_key[_key(path, folder)].append(name)
+                self._by_stem[path.stem].append(name)
+
+    def __call__(self, key: str, stated: str) -> str:
+        """Return the name; of several, the one that the file states."""
+        names = self._by_key.get(key, [])
+        if not names:
+            found = self._by_stem.get(PurePath(key).name, [])
+            names = found if len({PurePath(name).parent for name in found}) == 1 else []
+        if not names:
+            return stated or f"{key}.jpg"
+        return next((name for name in names if PurePath(name).name == stated), names[0])
+
+
+def _listed(lists: Path, split: str, files: dict[str, Path]) -> set[str]:
     """Return the names of a split's images, without suffix, from its list."""
+    named = (lists / f"{name}.txt" for name in split_names(split))
+    path = next((path for path in named if path.is_file()), lists / f"{split}.txt")
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt"))) or "none"
+        known = ", ".join(sorted(p.stem for p in lists.glob("*.txt"))) or "none"
         raise DataError(
             f"{path}: the split '{split}' has no list. Lists there: {known}. "
             "Choose with `train_split` and `val_split`."
         )
-    # a line may have a flag, a suffix or a folder
-    lines = [(line, _FLAG.sub("", line)) for line in read_list(path)]
-    return {
-        next((name for name in (line, plain, PurePath(plain).stem) if name in files), plain)
-        for line, plain in lines
-    }
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    for key in files:
+        by_stem[PurePath(key).name].append(key)
+    return {_listed_key(line, files, by_stem) for line in read_list(path)}
 
 
-def _parse(
-    files: dict[str, Path],
-) -> tuple[dict[str, ET.Element], dict[str, tuple[str, str]]]:
-    """Return the trees of the files, and what is wrong with those that are not XML."""
-    trees, damaged = {}, {}
-    for stem, path in files.items():
-        try:
-            with open_regular(path, _LARGEST) as file:
-                trees[stem] = ET.parse(file).getroot()
-        except ET.ParseError as error:
-            line, column = error.position
-            what, *_ = str(error).split(":")
-            damaged[stem] = (f"{path.name}:{line}", f"{what} at column {column + 1}")
-        except (OSError, LookupError, ValueError) as error:  # unreadable, or an unknown encoding
-            damaged[stem] = (f"{path.name}:1", str(error))
-    return trees, damaged
-
-
-def _text(element: ET.Element, path: str) -> str:
-    return (element.findtext(path) or "").strip()
-
-
-def _size(tree: ET.Element) -> dict[str, int]:
-    """Return width and height; nothing where the file does not state both."""
-    sides = {key: _number(_text(tree, f"size/{key}")) for key in ("width", "height")}
-    whole = {key: int(side) for key, side in sides.items() if side is not None and side >= 1}
-    return whole if len(whole) == 2 else {}
-
-
-def _objects(tree: ET.Element, ids: dict[str, int], corners: str) -> Iterator[dict[str, Any]]:
-    """Yield each object without its ids; a box that is not four numbers is None."""
-    first = 1 if corners == "pixels" else 0
-    for found in tree.findall("object"):
-        values = [_number(_text(found, f"bndbox/{tag}")) for tag in _CORNERS]
-        box, numbers = None, [value for value in values if value is not None]
-        if len(numbers) == 4:
-            left, top, right, bottom = numbers
-            x, y = left - first, top - first
-            box = [round(v, DIGITS) for v in (x, y, right - x, bottom - y)]
-        yield {
-            "category_id": ids.get(_text(found, "name")),
-            "bbox": box,
-            "area": box[2] * box[3] if box else None,
-            "iscrowd": int(_text(found, "difficult") == "1"),
-        }
-
-
-def _number(text: str) -> float | None:
-    """Return a finite number, None for anything else."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if abs(value) < 1e9 else None
+def _listed_key(line: str, files: dict[str, Path], by_stem: dict[str, list[str]]) -> str:
+    """Return which file a line names; it may have a flag, a suffix or a folder."""
+    plain = _FLAG.sub("", line).replace("\\", "/")
+    path = PurePath(plain)
+    for name in (line, plain, path.with_suffix("").as_posix() if path.name else plain, path.stem):
+        if name in files:
+            return name
+    alone = by_stem.get(path.stem) or by_stem.get(path.name) or []
+    return alone[0] if len(alone) == 1 else plain
 
 
 def write_voc(
@@ -207,8 +282,9 @@ def write_voc(
                 ET.SubElement(written, "difficult").text = str(int(crowd))
                 tags = ET.SubElement(written, "bndbox")
                 x, y, width, height = box
-                ends = (x + first, y + first, x + width, y + height)
-                for key, value in zip(_CORNERS, ends, strict=True):
+                right, bottom = (0, 0) if voc_corners == "size" else (x, y)
+                ends = (x + first, y + first, right + width, bottom + height)
+                for key, value in zip(CORNERS, ends, strict=True):
                     ET.SubElement(tags, key).text = as_text(value)
             ET.indent(root)
             file = output_dir / "Annotations" / f"{PurePath(name).stem}.xml"

@@ -8,7 +8,8 @@ from configs.schema import AnnotationOptions
 from datasets.build import format_options, reading_of
 from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
-from datasets.formats.registry import FORMATS, read_source
+from datasets.formats.detect import AUTO, locate
+from datasets.formats.registry import FORMATS
 from datasets.images import limit_pixels
 from util.console import console
 from util.errors import ConfigError, nearest_hint
@@ -20,7 +21,9 @@ _NAMES = ", ".join(FORMATS)
 class ConvertOptions(AnnotationOptions):
     """What `convert` reads and writes."""
 
-    data_format: str = option("coco", f"format of --data_path: {_NAMES}", alias="from")
+    data_format: str = option(
+        AUTO, f"format of --data_path: {_NAMES}; auto: what the folder holds", alias="from"
+    )
     to: str = option("coco", f"format to write: {_NAMES}")
     data_path: str = option(
         "", "folder of the data set; for yolo also data.yaml, for coco a JSON file with --images"
@@ -41,7 +44,7 @@ class ConvertOptions(AnnotationOptions):
         super().__post_init__()
         if self.images and len(self.splits) != 1:
             raise ConfigError("images: needs exactly one split with it, as in `splits train`.")
-        if self.images and self.data_format != "coco":
+        if self.images and self.data_format not in ("coco", AUTO):
             raise ConfigError(f"images: has no effect on {self.data_format} data. Leave it out.")
         if self.to not in FORMATS:
             raise ConfigError(f"to {self.to}: does not exist. {nearest_hint(self.to, [*FORMATS])}")
@@ -57,18 +60,15 @@ def main(options: ConvertOptions) -> int:
             raise ConfigError(f"{name}: is missing. Add it.")
     limit_pixels(options.max_pixels)
     place = Path(options.data_path)
-    reading = format_options(options, options.data_format)
     writing = format_options(options, options.to)
+    if options.images:
+        sources = {split: read_coco_file(place, Path(options.images)) for split in options.splits}
+    else:
+        located = locate(place, options.data_format)
+        reading = format_options(options, located.data_format)
+        sources = {split: located.read(split, **reading) for split in options.splits}
     meaning = reading_of(options)
-    sources = {
-        split: replace(
-            read_coco_file(place, Path(options.images))
-            if options.images
-            else read_source(options.data_format, place, split, **reading),
-            reading=meaning,
-        )
-        for split in options.splits
-    }
+    sources = {split: replace(source, reading=meaning) for split, source in sources.items()}
     lines = convert(
         sources,
         options.to,

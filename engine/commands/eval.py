@@ -9,7 +9,7 @@ from configs.options import option
 from configs.schema import DataConfig, EvalDataConfig, ProcessOptions
 from configs.schema import Precision as PrecisionName
 from datasets.build import build_dataset, read_split, reading_of
-from datasets.formats.coco import coco_layout
+from datasets.formats.coco_layouts import find_coco
 from datasets.index import CocoIndex
 from engine.detector import Detector
 from engine.evaluation.analysis import ReadImage, analyse, draw_gallery, save_analysis
@@ -173,7 +173,7 @@ def read_truth(data: DataConfig) -> tuple[Truth, ReadImage | None, list[str]]:
     """
     annotations, images_exist = data.val_annotations, bool(data.val_images)
     if not annotations and data.coco_path and not data.data_path:
-        file, folder = coco_layout(Path(data.coco_path), "val")
+        file, folder = find_coco(Path(data.coco_path), "val")
         annotations, images_exist = str(file), folder.is_dir()
     read_image: ReadImage | None = None
     if annotations and not images_exist:

@@ -33,6 +33,13 @@ def test_folders_files_and_patterns_are_found_once(folder: Path) -> None:
     assert find_images([str(folder / "a.jpg")]) == everything[:1]
 
 
+def test_a_folder_gives_every_image_that_can_be_opened(folder: Path) -> None:
+    for name in ("d.jfif", "e.ppm", "._a.jpg"):
+        Image.new("RGB", (4, 3)).save(folder / name, "JPEG")
+    names = [path.name for path in find_images([str(folder)])]
+    assert names == ["a.jpg", "b.PNG", "d.jfif", "c.webp", "e.ppm"]
+
+
 @pytest.mark.parametrize("text", ["none.jpg", "*.gif", "empty", "no*.txt"])
 def test_inputs_without_images_are_refused(folder: Path, text: str) -> None:
     (folder / "empty").mkdir()

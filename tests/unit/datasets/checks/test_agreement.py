@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from datasets.checks.diagnosis import examine
-from datasets.formats.registry import FORMATS, Source, read_source
+from datasets.formats.registry import Source, read_source
 from datasets.index import CocoIndex
 from tests.unit.datasets.checks.flawed import FLAWS, LAYOUTS, LIMITS, FlawedSet, change_all
 from tests.unit.datasets.formats.flawed_formats import FLAWS as FLAWS_BY_FORMAT
-from tests.unit.datasets.formats.flawed_formats import add_flaws, write_sound
+from tests.unit.datasets.formats.flawed_formats import FORMATS, add_flaws, write_sound
 
 # What only decoding, other splits, the rest of the folder or the model's limits can show.
 CHECK_ALONE = {

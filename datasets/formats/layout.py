@@ -1,0 +1,93 @@
+"""How tools lay out folders: what they call splits, and files that are not data."""
+
+import contextlib
+import json
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+SPLITS = ("train", "val", "test")
+_ALIASES = {
+    "train": ("training",),
+    "val": ("valid", "validation"),
+    "test": ("testing",),
+}
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """Return what folders, lists and keys of a split may be called, its own name first."""
+    return (split, *_ALIASES.get(split, ()))
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file is of the system, such as a Mac's ._ files beside the real ones."""
+    return name.startswith("._")
+
+
+def subfolder(root: Path, *names: str) -> Path | None:
+    """Return the first folder of these names in another, in any case if none is written so."""
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    there = {path.name.lower(): path for path in folders(root)}
+    return next((there[name.lower()] for name in names if name.lower() in there), None)
+
+
+def folders(root: Path) -> list[Path]:
+    """Return the folders in a folder, sorted; none if it cannot be listed."""
+    try:
+        with os.scandir(root) as entries:
+            return sorted(
+                root / e.name for e in entries if not e.name.startswith((".", "__")) and e.is_dir()
+            )
+    except (OSError, ValueError):  # a name that no folder can have
+        return []
+
+
+def files(root: Path, suffix: str) -> Iterator[Path]:
+    """Yield the files of a suffix in a folder, in no order; none if it cannot be listed."""
+    try:
+        with os.scandir(root) as entries:
+            for entry in entries:
+                name = entry.name
+                if name.lower().endswith(suffix) and not is_hidden(name) and entry.is_file():
+                    yield root / name
+    except (OSError, ValueError):  # a name that no folder can have
+        return
+
+
+def has_file(root: Path | None, suffix: str) -> bool:
+    """Return whether a folder holds a file of a suffix."""
+    return root is not None and next(files(root, suffix), None) is not None
+
+
+def walk(root: Path, suffix: str) -> list[Path]:
+    """Return the files of a suffix in a folder and all below, sorted."""
+    return sorted(p for p in root.rglob(f"*{suffix}") if not is_hidden(p.name) and p.is_file())
+
+
+def mentions(path: Path, *words: str) -> bool:
+    """Return whether a file holds all of these JSON keys, without reading it into memory."""
+    return all(next(_find(path, rb'"%s"' % word.encode()), None) is not None for word in words)
+
+
+def first_values(path: Path, key: str, count: int) -> list[str]:
+    """Return the first texts that a JSON file has under a key."""
+    pattern = rb'"%s"\s*:\s*("(?:[^"\\]|\\.){0,2000}")' % key.encode()
+    found = _find(path, pattern)
+    texts = []
+    for match in islice(found, count):
+        with contextlib.suppress(ValueError):
+            texts.append(str(json.loads(match.group(1).decode("utf-8", "replace"))))
+    return texts
+
+
+def _find(path: Path, pattern: bytes) -> Iterator[re.Match[bytes]]:
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield from re.finditer(pattern, data)
+    except (OSError, ValueError):  # not readable, or empty
+        return
