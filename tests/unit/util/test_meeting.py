@@ -34,7 +34,7 @@ def port() -> int:
 @pytest.fixture
 def store() -> Any:
     """A store in which ranks 1 and 3 have announced themselves."""
-    shared = dist.HashStore()
+    shared = dist.HashStore()  # type: ignore[attr-defined]
     for i in (1, 3):
         shared.set(KEYS[i], "")
     return shared
