@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cached_property
@@ -43,6 +44,9 @@ class RunLog(ExitStack):
         super().__init__()
         if enabled:
             make_output_dir(output_dir)
+            if tensorboard and str(output_dir) != os.fsencode(output_dir).decode("utf-8", "ignore"):
+                log.warning(f"{output_dir}: no TensorBoard files, which need UTF-8")
+                tensorboard = False
         self._enabled = enabled
         self._metrics_path = output_dir / "metrics.jsonl"
         self._log_path = output_dir / "log.txt"

@@ -26,6 +26,7 @@ _ALLOWED: list[Any] = [
     (PurePosixPath, "pathlib._local.PosixPath"),
 ]
 _BYTEARRAYS = (b"builtins\nbytearray\n", b"__builtin__\nbytearray\n")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are not UTF-8
 _SMALL = 1 << 20  # values: an expanded tensor of so many may be copied
 _QUOTE = "'\""
 _NOT_WEIGHTS = {
@@ -54,8 +55,9 @@ def load_safely(path: Path) -> Any:
         with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
             # Files of old torch versions warn about storage types that load all the same.
             warnings.simplefilter("ignore")
-            # A mapped file cannot be replaced on Windows, where a run rewrites its checkpoint.
-            mapped = os.name == "posix" and zipped
+            # A mapped file cannot be replaced on Windows, where a run rewrites its checkpoint, and
+            # has to have a name in UTF-8.
+            mapped = os.name == "posix" and zipped and not _SURROGATE.search(str(path))
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         _check_tensors(content, path)
         return content

@@ -86,3 +86,16 @@ def test_copied_images_lead_out_of_no_set(cli: Cli, tmp_path: Path) -> None:
     assert not (tmp_path / "outside").exists()
     done = cli(*convert, "--output_dir", tmp_path / "linked")
     assert done.returncode == 0, done.stderr
+
+
+def test_an_output_folder_that_is_not_utf_8(cli: Cli, shapes: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"run\xff\x1b")
+    options = ("--max_steps", "1", "--num_workers", "0")
+    done = cli("train", "--config", TINY, "--coco_path", shapes, "--output_dir", folder, *options)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    done = cli("train", "--resume", folder / "last.pth", "--max_steps", "2")
+    assert done.returncode == 0, done.stderr
+    done = cli("train", "--config", folder / "config.yaml", "--output_dir", tmp_path / "again",
+               *options)  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,17 @@ def test_the_main_process_says_everything_and_the_others_warn(
     assert capsys.readouterr().out.splitlines() == [
         "of the run", "warning: of a process", "rank 1: warning: of a process"
     ]  # fmt: skip
+
+
+def test_a_folder_that_is_removed_during_the_run_is_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    with RunLog(folder, tensorboard=False) as log:
+        log.step(0, {"loss": 1.0})
+        shutil.rmtree(folder)
+        log.step(1, {"loss": 2.0})
+        log.step(2, {"loss": 3.0})
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert capsys.readouterr().out.count("removed during the run") == 1
