@@ -39,7 +39,8 @@ def _check_variables() -> None:
     _variable("RANK", high=size - 1, why=f", as WORLD_SIZE is {size}")
     why = f", as LOCAL_WORLD_SIZE is {local_size}" if local_size else ""
     _variable("LOCAL_RANK", high=local_size - 1 if local_size else None, why=why)
-    _variable("MASTER_PORT", low=1, high=65535)
+    if size > 1:  # one process meets nobody
+        _variable("MASTER_PORT", low=1, high=65535)
     _variable("TORCHELASTIC_RESTART_COUNT")
 
 

@@ -125,7 +125,10 @@ def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK 'x': .* from 0 to 1, as WORLD_SIZE is 2"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK '2': .* from 0 to 1"),
         ({"RANK": "3"}, "RANK '3': .* from 0 to 0, as WORLD_SIZE is 1"),
-        ({"MASTER_PORT": "99999"}, "MASTER_PORT '99999': .* from 1 to 65535"),
+        (
+            {"WORLD_SIZE": "2", "MASTER_PORT": "99999"},
+            "MASTER_PORT '99999': .* from 1 to 65535",
+        ),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK '-1': "),
         ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK '2': .* LOCAL_WORLD_SIZE is 2"),
         ({"LOCAL_WORLD_SIZE": "9" * 5000}, "LOCAL_WORLD_SIZE '9{40}': "),
