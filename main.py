@@ -75,6 +75,9 @@ def run(argv: Sequence[str]) -> int:
         if hasattr(command, "processes") and not started_by_launcher():
             wanted = command.processes(given)
             if wanted.gpus > 1:
+                from engine.plan import forget_saved_run
+
+                forget_saved_run()  # the processes read the checkpoint themselves
                 return launch(
                     Path(sys.argv[0]), argv, processes=wanted.gpus, device=wanted.device,
                     restarts=wanted.max_restarts,

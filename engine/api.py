@@ -14,6 +14,7 @@ from configs.options import by_section
 from configs.schema import SECTIONS
 from engine.commands import train as command
 from engine.detector import Detector
+from engine.plan import forget_saved_run
 from engine.processes import launch
 from util.console import show_messages
 from util.distributed import rank_at_start, started_by_launcher
@@ -46,6 +47,7 @@ def train(config: str | os.PathLike[str] | None = None, **options: Any) -> Path:
     show_messages(rank_at_start())
     run = command.processes(given)
     if run.gpus > 1 and not started_by_launcher():
+        forget_saved_run()  # the processes read the checkpoint themselves
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "options.yaml"
             plain = json.loads(json.dumps(given.values))  # lists in place of tuples

@@ -41,7 +41,7 @@ def check_state(
         if averages is not None and content.get("ema"):
             _fit(content["ema"], {"model": _mapping, "count": _count}, "ema")
             _check_tensors(content["ema"]["model"], averages, "ema")
-        _check_optimizer(content["optimizer"], optimizer)
+        _check_optimizer(content["optimizer"], optimizer, source)
         rates = len(scheduler.base_lrs)
         _fit(content["lr_scheduler"], {"last_epoch": _count, "_step_count": _count}, "lr_scheduler")
         _fit(content["lr_scheduler"], {"_last_lr": _several(_number, rates)}, "lr_scheduler")
@@ -83,14 +83,25 @@ def _check_tensor(found: Any, expected: Tensor, place: str) -> None:
         raise ValueError(f"{place} is {found.dtype}, the model's {expected.dtype}")
 
 
-def _check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Compare groups and moments with the parameters that they are of."""
+def _check_optimizer(
+    found: Mapping[str, Any], optimizer: torch.optim.Optimizer, source: object
+) -> None:
+    """Compare groups and moments with the parameters that they are of.
+
+    Raises:
+        CheckpointError: they are of other parameters, as of a version that froze others.
+        ValueError: something else differs.
+    """
     _fit(found, {"state": _mapping, "param_groups": [{"params": [_count]}]}, "optimizer")
     saved = [list(group["params"]) for group in found["param_groups"]]
     own = [group["params"] for group in optimizer.state_dict()["param_groups"]]
     if saved != own:
         sizes = [[len(group) for group in groups] for groups in (saved, own)]
-        raise ValueError(f"optimizer: has groups of {sizes[0]} parameters, this run {sizes[1]}")
+        raise CheckpointError(
+            f"{source}: cannot be resumed: it trains other parameters than this run would (groups "
+            f"of {sizes[0]} and {sizes[1]}), as what `freeze` covers may differ between versions. "
+            "Start a new run from it with `finetune`."
+        )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, moments in found["state"].items():
         place = f"optimizer: state {brief(key)}"

@@ -79,6 +79,8 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     "state under text": (put("optimizer", "state", "0", value={}), "belongs to no"),
     "another part": (put("optimizer", "state", 0, "max_exp_avg_sq", value=1), "other parts"),
     "fewer groups": (lambda c: c["optimizer"]["param_groups"].pop(), "groups of"),
+    "fewer parameters": (lambda c: c["optimizer"]["param_groups"][0]["params"].pop(),
+                         "trains other parameters than .* with `finetune`"),
     "a weight of another size": (put("model", NAME, value=torch.zeros(1)), f"'{NAME}' is"),
     "a weight that is text": (put("model", NAME, value="x" * 10**6), "not a tensor"),
     "a weight of integers": (
