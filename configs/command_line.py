@@ -43,7 +43,7 @@ class OptionParser(argparse.ArgumentParser):
             formatter_class=partial(argparse.HelpFormatter, max_help_position=32),
             **kwargs,
         )
-        self.all_help, self.hidden = all_help, 0
+        self.all_help, self.hidden, self.foreign = all_help, 0, False
         self.sections: dict[str, Section] = {}
         self.add_argument("--help_all", action="help", help="list every option, rare ones too")
         self.add_argument("--debug", action="store_true", help="show a traceback on user errors")
@@ -72,6 +72,7 @@ class OptionParser(argparse.ArgumentParser):
             foreign = relevant is not None and f.name not in relevant
             hidden = (f.metadata["rare"] or foreign) and not self.all_help
             self.hidden += hidden
+            self.foreign |= hidden and foreign
             self._add_flag(group, f, hints[f.name], default, hidden=hidden)
 
     def _add_flag(
@@ -137,7 +138,8 @@ class OptionParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """Return the help, which names the way to the options that it leaves out."""
         if self.hidden:
-            self.epilog = f"--help_all lists {self.hidden} more options, which are rarely used."
+            why = "are rarely used or have no effect here" if self.foreign else "are rarely used"
+            self.epilog = f"--help_all lists {self.hidden} more options, which {why}."
         return super().format_help()
 
 
@@ -200,4 +202,4 @@ def with_dashes(message: str, flags: Collection[str], *, about_option: bool) -> 
         return f"--{match[1]}{match[2]}" if f"--{match[1]}" in flags else match[0]
 
     message = re.sub(r"`(\w+)((?: [^`]*)?)`", flag, message)
-    return re.sub(r"^(\w+)((?: \S+)?)(?=: )", flag, message) if about_option else message
+    return re.sub(r"^(\w+)((?: .*?)?)(?=: )", flag, message) if about_option else message

@@ -146,7 +146,9 @@ class EvalDataConfig(DataSource):
 
     val_images: str = option("", "folder of validation images (any COCO-format set)")
     val_annotations: str = option("", "COCO-format JSON file of the validation set")
-    val_split: str = option("val", "validation split of --data_path, like --train_split")
+    val_split: str = option(
+        "val", "validation split of --data_path: a VOC list, a key of data.yaml"
+    )
     eval_scale: int = option(
         800, "short side in evaluation and prediction, pixels", low=16, most=16384
     )

@@ -67,17 +67,20 @@ class Precision:
 
 def _check_available(name: str, device: torch.device) -> None:
     cuda = device.type == "cuda"
-    available, needed, instead = {
-        "fp32": (True, "", ""),
-        "tf32": (cuda and not torch.version.hip, "a CUDA device with TensorFloat-32", "fp32"),
-        "fp16": (cuda, "a CUDA device", "bf16"),
-        "bf16": (_has_bfloat16(device), "a device with bfloat16", "fp16" if cuda else "fp32"),
-    }[name]
-    if not available:
-        raise ConfigError(
-            f"precision {name}: needs {needed}; this one is {device.type}. "
-            f"Use `precision {instead}`."
-        )
+    instead = "fp32"
+    if name == "tf32" and not (cuda and not torch.version.hip):
+        needed = "a CUDA device with TensorFloat-32"
+    elif name == "fp16" and not cuda:
+        needed = "a CUDA device"
+        instead = "bf16" if _has_bfloat16(device) else "fp32"
+    elif name == "bf16" and not _has_bfloat16(device):
+        needed = "a device with bfloat16"
+        instead = "fp16" if cuda else "fp32"
+    else:
+        return
+    raise ConfigError(
+        f"precision {name}: needs {needed}; this one is {device.type}. Use `precision {instead}`."
+    )
 
 
 def _has_bfloat16(device: torch.device) -> bool:

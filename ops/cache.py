@@ -123,13 +123,18 @@ def built(name: str, what: str, make: Callable[[Path], None]) -> Path:
             command, *lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             said = [line for line in lines if "error" in line.lower()] or lines[-1:] or [command]
             raise BackendError(
-                f"building {what} failed: {said[0][:200]} (full output: {log})"
+                f"building {what} failed: {_shortened(said[0])} (full output: {log})"
             ) from None
         finally:
             part.unlink(missing_ok=True)
             _sum_of(part).unlink(missing_ok=True)
         print(f"({time.monotonic() - start:.1f} s): {target}", file=sys.stderr, flush=True)
     return target
+
+
+def _shortened(line: str) -> str:
+    """Cut the middle: a line may begin with a long command and end with what became of it."""
+    return line if len(line) <= 200 else f"{line[:100]} ... {line[-95:]}"
 
 
 def _sum_of(path: Path) -> Path:

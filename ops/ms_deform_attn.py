@@ -145,7 +145,9 @@ def _backward(
     """Return the gradients; empty for a reference that needs none."""
     call = Call.of(value, shapes, points, weights, reference)
     if call.empty:
-        value, points, weights = (torch.zeros_like(t) for t in (value, call.points, call.weights))
+        value, points, weights = (
+            torch.zeros_like(t) for t in (call.value, call.points, call.weights)
+        )
         of_reference = None if call.reference is None else torch.zeros_like(call.reference)
         found = Gradients(value, points, of_reference, weights)
     else:

@@ -1,9 +1,6 @@
 """Check every backend quickly against the definition in float64."""
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import BACKENDS, Backend, use_backend
@@ -13,24 +10,33 @@ MAX_ERROR = 1e-4  # relative, float32
 _SHAPES = [(5, 7), (3, 2)]
 
 
-def definition(
-    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
-) -> Tensor:
-    """Sample level by level with `grid_sample`, stack, weight and sum, as the official code does.
+def _definition(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    """Sum bilinear samples by gathering corners (Deformable DETR, Eq. 3).
 
-    Shares nothing with the backends, not even with the one in PyTorch, so that it can judge all.
+    Shares nothing with the backends, not even `grid_sample` with the one in PyTorch, so that it
+    can judge all.
     """
     n, _, m, d = value.shape
-    q, levels, k = weights.shape[1], len(shapes), weights.shape[4]
-    grids = 2 * locations - 1
-    sampled = []
-    for level, tokens in enumerate(torch.split(value, [h * w for h, w in shapes], dim=1)):
-        maps = tokens.flatten(2).transpose(1, 2).reshape(n * m, d, *shapes[level])
-        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
-        sampled.append(F.grid_sample(maps, grid.to(maps.dtype), align_corners=False))
-    stacked = torch.stack(sampled, dim=-2).flatten(-2)
-    shares = weights.transpose(1, 2).reshape(n * m, 1, q, levels * k).to(stacked.dtype)
-    return (stacked * shares).sum(-1).view(n, m * d, q).transpose(1, 2).contiguous()
+    output = value.new_zeros(n, locations.shape[1], m, d)
+    start = 0
+    for level, (height, width) in enumerate(_SHAPES):
+        maps = value[:, start : start + height * width].view(n, height, width, m, d)
+        start += height * width
+        x = locations[:, :, :, level, :, 0] * width - 0.5  # [N,Q,M,K], in cells
+        y = locations[:, :, :, level, :, 1] * height - 0.5
+        for dy in (0, 1):
+            for dx in (0, 1):
+                column, row = x.floor() + dx, y.floor() + dy
+                share = (1 - (x - column).abs()) * (1 - (y - row).abs())
+                inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+                share = share * inside * weights[:, :, :, level]
+                rows = row.clamp(0, height - 1).long()
+                columns = column.clamp(0, width - 1).long()
+                images = torch.arange(n)[:, None, None, None]
+                heads = torch.arange(m)[:, None]
+                corner = maps[images, rows, columns, heads]  # [N,Q,M,K,D]
+                output += (corner * share[..., None]).sum(3)
+    return output.flatten(2)
 
 
 def self_test(backend: str, device: torch.device) -> float:
@@ -47,7 +53,7 @@ def self_test(backend: str, device: torch.device) -> float:
     ]
     exact = [t.requires_grad_() for t in exact]
     tested = [t.detach().to(device, torch.float32).requires_grad_() for t in exact]
-    expected = definition(exact[0], _SHAPES, exact[1], exact[2])
+    expected = _definition(exact[0], exact[1], exact[2])
     expected_grads = torch.autograd.grad(expected.square().sum(), exact)
     with use_backend(backend):
         actual = ms_deform_attn(tested[0], _SHAPES, tested[1], tested[2])

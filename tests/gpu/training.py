@@ -23,7 +23,7 @@ from tests.gpu.results import emit, remaining
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = Path(__file__).with_name("recorded.json")
 STEPS = 300
-TOLERANCE = 0.03  # of AP
+TOLERANCE = 0.06  # of AP; rounding alone makes 0.044, between one thread and two on the CPU
 COMPARED_LOSSES, LOSS_TOLERANCE = 5, 1e-2  # first steps, relative; later ones drift apart
 TOY = ("--batch_size", "2", "--train_scales", "64", "--eval_scale", "64")
 

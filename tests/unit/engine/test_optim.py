@@ -153,11 +153,15 @@ def test_what_a_cpu_cannot_do_is_refused(name: str, instead: str) -> None:
         Precision(name, CPU)
 
 
-def test_a_device_without_bfloat16_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match="^precision bf16: needs .* bfloat16.*meta.*Use `precision fp32`"
-    ):
-        Precision("bf16", torch.device("meta"))
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_a_device_without_bfloat16_is_refused_and_not_told_to_use_it(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^precision {name}: needs .*meta.*`precision fp32`"):
+        Precision(name, torch.device("meta"))
+
+
+def test_only_the_precision_that_is_asked_for_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("engine.optim._has_bfloat16")
+    Precision("fp32", CPU)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops import BackendError
+from ops import BackendError, compiler
 from ops.cache import _usable, built, cache_dir
 from ops.compiler import cpu_library, instruction_sets
 from tests.lanes import some
@@ -253,6 +253,19 @@ def test_a_compiler_that_is_none(
         cpu_library("DEFAULT")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_compiler_that_takes_too_long_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "slow"
+    slow.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\nexec sleep 60\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("MSDEFORM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(slow))
+    monkeypatch.setattr(compiler, "_BUILD_TIMEOUT", 0.5)
+    with pytest.raises(BackendError, match=r"failed: .*timed out after 0.5 seconds \(full output"):
+        cpu_library("DEFAULT")
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

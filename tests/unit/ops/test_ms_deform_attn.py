@@ -122,6 +122,17 @@ def test_nothing_to_attend_gives_an_empty_result(n: int, q: int) -> None:
     assert [g.shape for g in gradients] == [t.shape for t in leaves]
 
 
+def test_without_queries_the_gradient_of_a_strided_value_is_contiguous_as_declared() -> None:
+    value, shapes, locations, weights = make_inputs(n=2, q=0, m=2, d=4, k=2)
+    strided = value.transpose(1, 2).contiguous().transpose(1, 2)
+    sides = [side for shape in shapes for side in shape]
+    found = torch.ops.msdeform.ms_deform_attn_backward(
+        value.new_zeros(2, 0, 8), strided, sides, locations, weights, None, False
+    )
+    assert not strided.is_contiguous()
+    assert all(t.is_contiguous() for t in found)
+
+
 def test_spatial_shapes_may_be_a_tensor() -> None:
     value, shapes, locations, weights = make_inputs(n=1, q=2, m=1, d=2, k=1)
     as_tensor = ms_deform_attn(value, torch.tensor(shapes), locations, weights)
