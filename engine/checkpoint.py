@@ -189,7 +189,7 @@ def check_same(
         CheckpointError: options differ; each is named with both values.
     """
     differing = [
-        f"{name}: checkpoint {saved.get(name, 'unset')}, run {current.get(name, 'unset')}"
+        f"`{name}`: checkpoint {saved.get(name, 'unset')}, run {current.get(name, 'unset')}"
         for name in {**current, **saved}
         if name not in saved or name not in current or saved[name] != current[name]
     ]

@@ -33,7 +33,7 @@ from models.weights.transfer import load_strict
 from util.classes import Classes
 from util.console import console
 from util.device import pick_device
-from util.errors import CheckpointError, ConfigError, DataError
+from util.errors import CheckpointError, ConfigError, DataError, brief
 from util.world import World
 
 DEFAULT_THRESHOLD = 0.3  # of classes for which the checkpoint has none
@@ -366,8 +366,15 @@ def saved_options(given: Given, values: Mapping[str, Any], source: str) -> Given
     """Return options as a checkpoint holds them, for others that are given on top.
 
     Raises:
-        CheckpointError: one is unknown here, or of another type.
+        CheckpointError: one is unknown here, or of another type, or a recipe is not registered.
     """
+    recipes = values.get("recipes")
+    for name in recipes if isinstance(recipes, Mapping) else ():
+        if name not in given.recipes:
+            raise CheckpointError(
+                f"{source}: was trained with the recipe {brief(name)}, which is not registered "
+                "here. Add its file and its line in `RECIPES` (docs/extending.md)."
+            )
     try:
         return given.saved(values, source)
     except ConfigError as error:

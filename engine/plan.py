@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -180,25 +181,29 @@ def _acquire(folder: Path) -> tuple[FileLock | None, str]:
     """Return the lock of the folder, and the name of the process that holds it instead of us."""
     make_output_dir(folder)
     lock, holder, other = FileLock(folder / _LOCK), folder / _HOLDER, "another process"
-    try:
+    begun, reported = time.monotonic(), ""
+    while True:
         try:
             lock.acquire(timeout=0)
+            break
         except Timeout:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # other hosts may see it only after a while
                 other = holder.read_text(encoding="utf-8").strip() or other
-            far = " on " in other and not other.endswith(f" on {socket.gethostname()}")
-            patience = _FAR_PATIENCE if far else _PATIENCE
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return None, ""
+        far = " on " in other and not other.endswith(f" on {socket.gethostname()}")
+        patience = _FAR_PATIENCE if far else _PATIENCE
+        if time.monotonic() > begun + patience:
+            return None, other
+        if other != reported:
+            reported = other
             expiry = ", or for its lock to expire if that host is dead" if far else ""
             log.info(
                 f"output_dir {folder}: waiting up to {patience:.0f} s for {other} to end{expiry}"
             )
-            lock.acquire(timeout=patience, poll_interval=0.2)
-    except Timeout:
-        return None, other
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return None, ""
+        time.sleep(0.2)
     with holder.open("w", encoding="utf-8") as file:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -29,6 +29,7 @@ from datasets.images import (
     orientation_of,
     read_header,
 )
+from util.console import log
 from util.errors import DataError
 from util.files import read_regular
 
@@ -39,8 +40,9 @@ _FEW = 64  # images that one process has decoded before others have started
 def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
     """Check which images are there, and read the headers of those that state no size and of some.
 
-    If one of these states another size than its file, or with `every_size`, all headers are read:
-    which sizes are put right does not depend on which were looked at.
+    If one of these states another size than its file, or with `every_size`, all headers are read,
+    and every wrong size is put right. If those that are read are right, wrong ones among the others
+    go unnoticed.
 
     Raises:
         DataError: none of the images is there.
@@ -61,7 +63,12 @@ def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
     facts = missing | _read_headers(report, present[~states_size])
     step = 1 if every_size else max(1, len(stated) // _SIZES_CHECKED)
     compared = _read_headers(report, stated[::step])
-    if any(found.contradicts(*images.sizes[i].tolist()) for i, found in compared.items()):
+    wrong = sum(found.contradicts(*images.sizes[i].tolist()) for i, found in compared.items())
+    if wrong and step > 1:
+        log.info(
+            f"{printable(str(report.source.place))}: {wrong} of {len(compared)} images looked at "
+            f"are of another size than stated: reading the headers of all {len(stated)}"
+        )
         compared = _read_headers(report, stated)
     check_files(report, facts | compared, compared=len(compared))
 

@@ -270,7 +270,7 @@ def _check_enough(
     if "transformer.level_embed" in source:
         theirs = official_options(source, None, "checkpoint")
     differing = [
-        f"{name}: checkpoint {value}, run {ours.get(name, 'other')}"
+        f"`{name}`: checkpoint {value}, run {ours.get(name, 'other')}"
         for name, value in theirs.items()
         if value != ours.get(name)
     ]

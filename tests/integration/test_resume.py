@@ -120,7 +120,7 @@ def test_a_state_that_no_run_could_have_saved_is_one_line(
 def test_resuming_another_model_names_the_options(finished_run: Path, tmp_path: Path) -> None:
     output = Command(tmp_path / "run", ("--resume", finished_run / "last.pth",
                                         "--num_queries", "33")).run(code=2)  # fmt: skip
-    assert "num_queries: checkpoint 20, run 33" in errors(output)[0]
+    assert "--num_queries: checkpoint 20, run 33" in errors(output)[0]
 
 
 @pytest.mark.slow

@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from engine.plan import run_lock
 from tests.integration.runs import Command, alive, errors, metrics
+from util.errors import ConfigError
 from util.world import World
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches processes in /proc")
@@ -64,6 +66,19 @@ def test_a_drive_without_locks_is_used_all_the_same(
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     with run_lock(tmp_path / "run", World()):
         assert (tmp_path / "run").is_dir()
+
+
+def test_who_holds_the_lock_may_become_visible_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.plan._FAR_PATIENCE", 0.1)
+    monkeypatch.setattr(
+        "engine.plan.time.sleep",
+        lambda _: (tmp_path / ".lock_holder").write_text("process 7 on another.host\n"),
+    )
+    refused = pytest.raises(ConfigError, match=r"process 7 on another\.host is training there")
+    with FileLock(tmp_path / ".lock"), refused, run_lock(tmp_path, World()):
+        pass
 
 
 HOLD = """

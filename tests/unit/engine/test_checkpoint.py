@@ -258,7 +258,7 @@ def test_differing_models_are_named() -> None:
     check_same("model", saved, dict(saved), "last.pth")
     with pytest.raises(CheckpointError) as caught:
         check_same("model", saved, {**saved, "num_queries": 100, "two_stage": True}, "last.pth")
-    assert "num_queries: checkpoint 300, run 100; two_stage: checkpoint False, run True" in str(
+    assert "`num_queries`: checkpoint 300, run 100; `two_stage`: checkpoint False, run True" in str(
         caught.value
     )
     assert "nheads" not in str(caught.value)

@@ -197,8 +197,11 @@ def test_unreadable_images_are_counted_among_those_that_were_opened(
     assert any(notice.startswith("unreadable images: 1 of 1 checked (") for notice in notices)
 
 
-def test_which_sizes_are_put_right_does_not_depend_on_which_were_looked_at(
-    content: Content, write: Write, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_size_has_every_size_compared_and_that_is_said(
+    content: Content,
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("datasets.checks.images._SIZES_CHECKED", 1)  # the first
     json_path, folder = write(content)
@@ -208,6 +211,9 @@ def test_which_sizes_are_put_right_does_not_depend_on_which_were_looked_at(
     index = CocoIndex.load(json_path, folder, need_boxes=True)
     assert index.images.sizes.tolist() == [[30, 40]] * 3
     assert "2 of 3 checked ('5.png' stated 41 x 30, is 40 x 30, " in index.notices[0]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("1 of 1 images looked at are of another size than stated: reading the "
+                         "headers of all 3")  # fmt: skip
 
 
 def test_missing_and_resized_images_are_noticed(content: Content, write: Write) -> None:

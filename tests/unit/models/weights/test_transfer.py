@@ -247,7 +247,7 @@ def test_another_backbone_is_not_mixed_with_theirs() -> None:
 
 def test_wrong_model_is_refused_with_its_options() -> None:
     names = classes("cat", "dog", "cow", "hen")
-    with pytest.raises(CheckpointError, match="hidden_dim: checkpoint 64, run 32") as caught:
+    with pytest.raises(CheckpointError, match="`hidden_dim`: checkpoint 64, run 32") as caught:
         run(build(4), weights(4, hidden_dim=64), names, names)
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="only 0% of the weights fit"):
