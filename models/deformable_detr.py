@@ -67,7 +67,8 @@ class DeformableDETR(nn.Module):
         """
         query_embed = None if self.query_embed is None else self.query_embed.weight
 
-        def more_queries(memory: Tensor, proposals: Proposals | None) -> list[QueryGroup]:
+        # as text, because the compiler of PyTorch 2.6 cannot evaluate a union
+        def more_queries(memory: Tensor, proposals: "Proposals | None") -> list[QueryGroup]:
             groups: list[QueryGroup] = []
             if self.training and targets is not None:
                 for recipe in self.recipes.values():

@@ -104,7 +104,7 @@ def run(name: str, command: Sequence[str], folder: Path, end: float) -> int | st
         return "no time left"
     environment = {**os.environ, DEADLINE: str(start + limit - 3)}
     outcome: int | str
-    with (folder / "log.txt").open("a") as log:
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
         log.write(f"\n===== {name}: python {' '.join(command)}\n")
         log.flush()
         process = subprocess.Popen(

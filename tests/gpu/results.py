@@ -15,7 +15,7 @@ def emit(part: str, **values: Any) -> None:
     line = json.dumps({"part": part, **values})
     print(line, flush=True)
     if RESULTS in os.environ:
-        with Path(os.environ[RESULTS]).open("a") as file:
+        with Path(os.environ[RESULTS]).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 

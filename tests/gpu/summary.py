@@ -9,9 +9,9 @@ Row = dict[str, Any]
 
 def write_summary(results: Path, page: Path) -> None:
     """Write the page anew from the JSON lines so far."""
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
     blocks = ["# GPU run", machine(rows), parts(rows), op(rows), steps(rows), others(rows)]
-    page.write_text("\n\n".join(block for block in blocks if block) + "\n")
+    page.write_text("\n\n".join(block for block in blocks if block) + "\n", encoding="utf-8")
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

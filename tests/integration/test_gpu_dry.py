@@ -14,7 +14,7 @@ def test_every_part_runs_and_leaves_its_figures(tmp_path: Path) -> None:
     environment = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST")}
     command = [sys.executable, "-m", "tests.gpu", "--dry", "--output_dir", str(tmp_path)]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    log = (tmp_path / "log.txt").read_text()
+    log = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert ended.returncode == 0, ended.stdout + log
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     outcomes = {row["name"]: row["outcome"] for row in rows if row["part"] == "part"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from datasets.shapes import generate_shapes
 from tests.integration.conftest import TINY, run_cli
@@ -15,6 +16,8 @@ from tests.unit.models.small import VARIANTS
 
 RECORDED = model_values.FILE.parent
 CURVES = json.loads((RECORDED / "curves.json").read_text())
+# Older versions draw other random numbers from the same state, as for dropout.
+SAME_DRAWS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 OPTIONS = ("--backbone", "timm/test_efficientnet", "--ema_decay", "0.9", "--dropout", "0.1")
 
 
@@ -44,6 +47,7 @@ def test_outputs_losses_and_gradients_are_those_recorded(variant: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not SAME_DRAWS, reason="draws other random numbers")
 @pytest.mark.parametrize("variant", ["plain", "two_stage"])
 def test_training_follows_the_recorded_curve(variant: str, shapes: Path, tmp_path: Path) -> None:
     """Float32 on another processor rounds differently, and at some step chooses other proposals."""
@@ -69,5 +73,7 @@ def test_a_checkpoint_of_the_version_before_continues(tmp_path: Path) -> None:
         "train", "--resume", tmp_path / "run" / "last.pth", "--coco_path", tmp_path / "shapes"
     )
     assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(_curve(tmp_path / "run"), CURVES["resumed"], rtol=1e-3)
+    assert len(_curve(tmp_path / "run")) == len(CURVES["resumed"])
+    if SAME_DRAWS:
+        np.testing.assert_allclose(_curve(tmp_path / "run"), CURVES["resumed"], rtol=1e-3)
     assert len((tmp_path / "run" / "log.txt").read_text().splitlines()) == 2
