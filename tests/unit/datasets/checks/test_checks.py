@@ -178,8 +178,9 @@ def test_decoding_processes_end_with_the_one_that_began_them(tmp_path: Path) -> 
     names = [tmp_path / f"{i}.png" for i in range(70)]  # enough for several processes
     os.mkfifo(names[0])
     code = (
-        "import sys; from pathlib import Path; from datasets.checks.images import scan\n"
-        "scan(map(Path, sys.argv[1:]), processes=2)"
+        "import sys; from pathlib import Path; from datasets.checks import images\n"
+        "images.read_regular = lambda path, limit: path.read_bytes()  # waits for a pipe\n"
+        "if __name__ == '__main__': images.scan(map(Path, sys.argv[1:]), processes=2)"
     )
     command = [sys.executable, "-c", code, *map(str, names)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as main:
