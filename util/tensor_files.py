@@ -157,7 +157,7 @@ def _check_pickle(file: Any, path: Path) -> None:
     searches its message, with the name, in a time that grows with the square of its length.
     """
     for opcode, name, _ in pickletools.genops(file):
-        if opcode.name != "GLOBAL":
+        if opcode.name != "GLOBAL" or not isinstance(name, str):
             continue
         if name in ("builtins bytearray", "__builtin__ bytearray"):
             raise CheckpointError(
