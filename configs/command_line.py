@@ -202,4 +202,6 @@ def with_dashes(message: str, flags: Collection[str], *, about_option: bool) -> 
         return f"--{match[1]}{match[2]}" if f"--{match[1]}" in flags else match[0]
 
     message = re.sub(r"`(\w+)((?: [^`]*)?)`", flag, message)
-    return re.sub(r"^(\w+)((?: .*?)?)(?=: )", flag, message) if about_option else message
+    # of a config file it is what it holds that is wrong, not the option
+    beginning = r"^(\w+)(?! file )((?: .*?)?)(?=: )"
+    return re.sub(beginning, flag, message) if about_option else message

@@ -1,9 +1,11 @@
 """Files of tensors: read without running anything they hold, written whole or not at all."""
 
 import argparse
+import io
 import mmap
 import os
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -25,7 +27,8 @@ _ALLOWED: list[Any] = [
     (PurePosixPath, "pathlib.PosixPath"),
     (PurePosixPath, "pathlib._local.PosixPath"),
 ]
-_BYTEARRAYS = (b"builtins\nbytearray\n", b"__builtin__\nbytearray\n")
+_LEGACY_PICKLES = 4  # magic number, version, system, content; then come the raw tensors
+_LONGEST_NAME = 1000  # of a class
 _SURROGATE = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are not UTF-8
 _SMALL = 1 << 20  # values: an expanded tensor of so many may be copied
 _QUOTE = "'\""
@@ -123,31 +126,49 @@ def check_content(path: Path) -> None:
 
 
 def _check_claims(path: Path, *, zipped: bool) -> None:
-    """Refuse a file that would become larger in memory than it is.
+    """Refuse a file that would become larger in memory than it is, or take very long.
 
-    PyTorch writes its parts uncompressed and one after the other. Of the calls that its reader
-    allows, `bytearray` alone takes a size.
+    PyTorch writes its parts uncompressed and one after the other.
     """
     if not zipped:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-            makes_bytes = any(whole.find(name) >= 0 for name in _BYTEARRAYS)
-    else:
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            if any(p.compress_type != zipfile.ZIP_STORED for p in parts) or (
-                sum(p.file_size for p in parts) > path.stat().st_size
-            ):
-                raise CheckpointError(
-                    f"{path}: its parts are compressed or overlap, which PyTorch does not write. "
-                    "Load the file with torch and save it again, if you trust it."
-                )
-            pickles = [archive.read(p) for p in parts if p.filename.endswith(".pkl")]
-        makes_bytes = any(name in text for name in _BYTEARRAYS for text in pickles)
-    if makes_bytes:
-        raise CheckpointError(
-            f"{path}: holds a bytearray, which may take any amount of memory. "
-            "Save the state dict alone and use that."
-        )
+            for _ in range(_LEGACY_PICKLES):
+                if whole.tell() < len(whole):
+                    _check_pickle(whole, path)
+        return
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        if any(p.compress_type != zipfile.ZIP_STORED for p in parts) or (
+            sum(p.file_size for p in parts) > path.stat().st_size
+        ):
+            raise CheckpointError(
+                f"{path}: its parts are compressed or overlap, which PyTorch does not write. "
+                "Load the file with torch and save it again, if you trust it."
+            )
+        for part in parts:
+            if part.filename.endswith("data.pkl"):
+                _check_pickle(io.BytesIO(archive.read(part)), path)
+
+
+def _check_pickle(file: Any, path: Path) -> None:
+    """Look at what a pickle names, without making any of it.
+
+    Of the calls that PyTorch's reader allows, `bytearray` alone takes a size. For a refusal it
+    searches its message, with the name, in a time that grows with the square of its length.
+    """
+    for opcode, name, _ in pickletools.genops(file):
+        if opcode.name != "GLOBAL" or not isinstance(name, str):
+            continue
+        if name in ("builtins bytearray", "__builtin__ bytearray"):
+            raise CheckpointError(
+                f"{path}: holds a bytearray, which may take any amount of memory. "
+                "Save the state dict alone and use that."
+            )
+        if len(name) > _LONGEST_NAME:
+            raise CheckpointError(
+                f"{path}: names a Python object by {len(name)} letters, and is damaged or hostile. "
+                "Copy or download it again."
+            )
 
 
 def _check_tensors(content: Any, path: Path) -> None:

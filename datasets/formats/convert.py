@@ -83,7 +83,7 @@ def _require_boxes(split: Split, index: CocoIndex) -> None:
         found = "; ".join(index.notices) or "no image is there"
         raise DataError(
             f"{index.place}: nothing to write of the split '{split.name}', none of its boxes "
-            f"could be read. Found: {found:.1000}."
+            f"could be read. Found: {found:.200}."
         )
 
 

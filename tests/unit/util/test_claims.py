@@ -84,6 +84,10 @@ def complex_numbers(path: Path) -> None:
     torch.save({1: [{"w": torch.ones(2, dtype=torch.complex64)}]}, path)
 
 
+def long_name(path: Path) -> None:
+    path.write_bytes(b"\x80\x02c" + b"x" * 10**6 + b"\ny\n.")
+
+
 def nested(path: Path) -> None:
     path.write_bytes(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
 
@@ -97,6 +101,7 @@ CLAIMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "meta": (meta, "'model.w' is without data"),
     "quantised": (quantised, "'model.w' is quantised"),
     "complex": (complex_numbers, "'1.0.w' is complex"),
+    "long name": (long_name, "by 1000002 letters"),
     "nested": (nested, "x.pth: "),
 }
 
