@@ -80,10 +80,10 @@ def _require_boxes(split: Split, index: CocoIndex) -> None:
     """
     flaws = [f for f in index.findings if f.kind == "odd_layout" or not KINDS[f.kind].note]
     if not split.images or (flaws and not any(image.labels for image in split.images)):
-        found = "; ".join(index.notices) or "no image is there"
+        found = "; ".join(flaw.text for flaw in flaws) or "no image is there"
         raise DataError(
             f"{index.place}: nothing to write of the split '{split.name}', none of its boxes "
-            f"could be read. Found: {found:.200}."
+            f"could be read. Found: {found:.250}."
         )
 
 
