@@ -36,7 +36,7 @@ def find_images(keys: Sequence[Key], truth: Truth, path: Path) -> tuple[Ints, li
     """
     distinct = list(dict.fromkeys(keys))
     by_id = _by_id(distinct, truth)
-    by_name = by_id if len(by_id) == len(distinct) else _by_name(distinct, truth)
+    by_name = {} if len(by_id) == len(distinct) else _by_name(distinct, truth)
     found, notices = by_id, []
     words = any(_whole(key) is None for key in distinct)  # then numbers are names, too
     if by_name and len(by_name) + words > len(by_id):
@@ -79,9 +79,13 @@ def find_categories(
     Raises:
         DataError: with "auto", the boxes lie on objects whose ids show that others are meant.
     """
-    names = {name: k for k, name in enumerate(truth.class_names)}
+    ids = truth.category_ids.tolist()
+    texts = {truth.category_texts[n]: k for k, n in enumerate(ids) if n in truth.category_texts}
+    names = {name: k for k, name in enumerate(truth.class_names)} | texts
     distinct = list(dict.fromkeys(keys))
-    numbers = {key: number for key in distinct if (number := _whole(key)) is not None}
+    numbers = {
+        key: number for key in distinct if key not in texts and (number := _whole(key)) is not None
+    }
     chosen = _readings(truth)["as_is" if reading == "auto" else reading]
     found = {key: chosen(number) for key, number in numbers.items()}
     found |= {key: names.get(str(key), -1) for key in distinct if key not in numbers}
@@ -102,7 +106,9 @@ def find_categories(
 
 def _by_id(keys: Iterable[Key], truth: Truth) -> dict[Key, int]:
     positions = {number: i for i, number in enumerate(truth.image_ids.tolist())}
-    numbers = {key: _whole(key) for key in keys}
+    # ids that the data has as text, in which "0012" is not 12
+    texts: dict[Key, int] = {text: number for number, text in truth.image_texts.items()}
+    numbers = {key: texts[key] if key in texts else _whole(key) for key in keys}
     return {key: positions[n] for key, n in numbers.items() if n is not None and n in positions}
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import main
+from datasets.index import CocoIndex
 from engine.evaluation.detections import read_detections
 from engine.evaluation.matching import Truth
 from tests.unit.engine.evaluation.shared import make_coco, truth_of
@@ -161,6 +162,33 @@ def test_numbers_may_be_text_and_categories_names(tmp_path: Path) -> None:
     assert found.category.tolist() == [1, 0]
     assert found.box[0].tolist() == [1, 2, 3.5, 4]
     assert (found.score.tolist(), notices) == ([0.25, 0.5], [])
+
+
+def test_text_ids_of_the_data_are_found_as_they_were_written(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "text.json",
+        {
+            "images": [
+                {"id": name, "file_name": f"photo{i}.jpg", "width": 100, "height": 80}
+                for i, name in enumerate(("0012", "12a", "b"))
+            ],
+            "categories": [{"id": "k", "name": "kettle"}, {"id": "m", "name": "mug"}],
+            "annotations": [
+                {"id": i, "image_id": image, "category_id": category, "bbox": [1, 2, 30, 40]}
+                for i, (image, category) in enumerate((("0012", "k"), ("12a", "m"), ("b", "m")))
+            ],
+        },
+    )
+    truth = Truth.of(CocoIndex.load(file, None, need_boxes=True))
+    detections = [
+        {"image_id": image, "category_id": category, "bbox": [1, 2, 30, 40], "score": 0.5}
+        for image, category in (("b", "m"), ("0012", "k"), ("12a", "m"))
+    ]
+    found, notices = read_detections(write(tmp_path / "found.json", detections), truth)
+    assert notices == []
+    again = found.to_coco(truth)
+    assert len(again) == 3
+    assert all(entry in again for entry in detections)
 
 
 def objects(ids: list[int], labels: list[int]) -> Truth:
