@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import UnidentifiedImageError
-from tqdm import tqdm
 
 from datasets.arrays import IntArray
 from datasets.checks.findings import FileFacts, SplitReport, printable
@@ -29,7 +28,7 @@ from datasets.images import (
     orientation_of,
     read_header,
 )
-from util.console import log
+from util.console import log, progress
 from util.errors import DataError
 from util.files import read_regular
 
@@ -177,5 +176,5 @@ def _exit_with_main_process() -> None:
 
 
 def _collect(files: Sequence[Path], found: Iterable[FileFacts]) -> dict[Path, FileFacts]:
-    with_bar = tqdm(found, total=len(files), desc="decoding", unit=" images", mininterval=0.5)
+    with_bar = progress(found, total=len(files), description="decoding", unit="image")
     return dict(zip(files, with_bar, strict=True))

@@ -76,7 +76,7 @@ KINDS: dict[str, Kind] = {
         FILE, "format of the data", "found out from what the folder holds",
         "reads it so; `data_format` says otherwise", note=True,
     ),
-    "mended_annotation": Kind(
+    "repaired_annotation": Kind(
         FILE, "XML files read in spite of a flaw", "an encoding that XML parsers lack, or an `&` "
         "that should be `&amp;`", "reads what is meant", note=True,
     ),

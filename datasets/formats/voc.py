@@ -99,7 +99,7 @@ def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
         )
     lost = [damaged[stem] for stem in sorted(stems & damaged.keys())]
     lost += [(f"{stem}.xml", "no such file") for stem in sorted(stems - files.keys())]
-    findings = {"unreadable_annotation": lost, "mended_annotation": mended, "shape_bbox": shaped}
+    findings = {"unreadable_annotation": lost, "repaired_annotation": mended, "shape_bbox": shaped}
     if place.every_split:
         findings["odd_layout"] = [
             (

@@ -363,8 +363,8 @@ def test_xml_in_other_encodings_and_with_a_stray_ampersand(tmp_path: Path) -> No
     index = load(tmp_path)
     assert index.classes.names == ("pot & kettle", "\u6c34\u58f6")
     assert len(index.boxes) == 3
-    assert "'shot_1.xml' with 1 `&` taken as text" in told(index)["mended_annotation"]
-    assert "'shot_2.xml' in the encoding gbk" in told(index)["mended_annotation"]
+    assert "'shot_1.xml' with 1 `&` taken as text" in told(index)["repaired_annotation"]
+    assert "'shot_2.xml' in the encoding gbk" in told(index)["repaired_annotation"]
 
     (folder / "shot_2.xml").write_bytes(text.encode("gbk"))  # which it does not declare
     index = load(tmp_path)
