@@ -32,7 +32,7 @@ from util.errors import DataError
 from util.files import atomic_path
 
 _CLASSES_SHOWN = 12
-_VERSION = 5  # of the kept arrays and of the checks that fill them
+_VERSION = 6  # of the kept arrays and of the checks that fill them
 _MIN_BYTES = 4_000_000  # smaller files are read again in a moment
 _KEPT = 16  # files
 _DIGEST = 32  # bytes of SHA-256
@@ -248,6 +248,8 @@ def _save(file: Path, content: CocoContent) -> None:
         name_data=content.images.file_names.data,
         name_ends=content.images.file_names.ends,
         sizes=content.images.sizes,
+        address_data=content.images.addresses.data,
+        address_ends=content.images.addresses.ends,
         **{f"box_{f.name}": getattr(content.annotations, f.name) for f in fields(Annotations)},
     )
     with atomic_path(file) as temporary, temporary.open("wb") as opened:
@@ -276,6 +278,7 @@ def _load(file: Path) -> CocoContent | None:
                 Names(saved["name_data"], saved["name_ends"]),
                 saved["sizes"],
                 {int(number): str(text) for number, text in others["texts"]},
+                Names(saved["address_data"], saved["address_ends"]),
             ),
             Annotations(*(saved[f"box_{f.name}"] for f in fields(Annotations))),
             tuple(Notice(**notice) for notice in others["notices"]),
