@@ -195,6 +195,16 @@ def orientation_of(image: Image.Image) -> int:
     return found if found in _UPRIGHT else 1
 
 
+SMALL_SIDE = 32  # pixels
+
+
+def small_grey(image: Image.Image, orientation: int) -> bytes:
+    """Return a decoded image as a square of `SMALL_SIDE` grey pixels, upright, row by row."""
+    small = _to_rgb(image).resize((SMALL_SIDE, SMALL_SIDE), Image.Resampling.BOX)
+    grey = small.convert("L")
+    return (grey.transpose(_UPRIGHT[orientation]) if orientation != 1 else grey).tobytes()
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit greys, which `convert` would cut at 255
         grey = np.asarray(image).astype(np.int64).clip(0, 65535) // 257

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from datasets.images import (
     open_image,
     orientation_of,
     read_header,
+    small_grey,
 )
 from util.console import log, progress
 from util.errors import DataError
@@ -110,8 +112,8 @@ def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared
     report.images = replace(report.images, sizes=sizes)
 
 
-def examine_file(path: Path) -> FileFacts:
-    """Read and decode an image file."""
+def examine_file(path: Path, *, small: bool = False) -> FileFacts:
+    """Read and decode an image file; `small` makes a small version of it, too."""
     try:
         data = read_regular(path, LARGEST_IMAGE)
     except FileNotFoundError:
@@ -127,11 +129,12 @@ def examine_file(path: Path) -> FileFacts:
                 size = (image.height, image.width)
                 decode(image)
                 orientation = orientation_of(image)
+                shrunk = small_grey(image, orientation) if small else b""
     except READ_ERRORS as error:
         return FileFacts(
             "truncated" if size else "unreadable", size, orientation, digest, _line(error)
         )
-    return FileFacts("sound", size, orientation, digest)
+    return FileFacts("sound", size, orientation, digest, small=shrunk)
 
 
 def _line(error: Exception) -> str:
@@ -140,22 +143,25 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
-def scan(paths: Iterable[Path], *, processes: int) -> dict[Path, FileFacts]:
+def scan(paths: Iterable[Path], *, processes: int, small: bool = False) -> dict[Path, FileFacts]:
     """Return what each file holds, each decoded once; a bar shows the progress.
+
+    `small` is for `examine_file`.
 
     Raises:
         DataError: a process was killed.
     """
     files = list(dict.fromkeys(paths))
+    examine = partial(examine_file, small=small)
     if processes < 2 or len(files) <= _FEW:
-        return _collect(files, map(examine_file, files))
+        return _collect(files, map(examine, files))
     # A forked process need not import everything again.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     try:
         with ProcessPoolExecutor(
             processes, multiprocessing.get_context(method), _follow_main_process
         ) as pool:
-            return _collect(files, pool.map(examine_file, files, chunksize=8))
+            return _collect(files, pool.map(examine, files, chunksize=8))
     except BrokenProcessPool as error:
         raise DataError(
             "a decoding process was killed, probably out of memory. Lower `num_workers`."

@@ -28,6 +28,7 @@ class CheckOptions(Checked):
     fix: str = option(
         "", "new .json file: a corrected COCO-format copy, with .changes.json beside it"
     )
+    similar: bool = option(True, "look for images that look alike, above all in two splits")
     splits: tuple[Split, ...] = option((), "splits to check (default: those that are given)")
 
 
@@ -54,7 +55,8 @@ def main(config: Config, options: CheckOptions) -> int:
     copies = _copies(options.fix, splits, output_dir)
     sources = {str(split): read_split(config.data, split) for split in splits}
     limits = Limits(config.model.num_queries, min(config.data.train_scales), config.data.max_size)
-    diagnosis = examine(sources, limits, processes=loader_processes(config.data.num_workers))
+    processes = loader_processes(config.data.num_workers)
+    diagnosis = examine(sources, limits, processes=processes, similar=options.similar)
     console(summary(diagnosis))
     if output_dir:
         names = (source.place.resolve().name for source in sources.values())

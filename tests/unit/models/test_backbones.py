@@ -286,13 +286,6 @@ def test_the_error_lists_keys_found_and_expected(
     assert len(str(error.value)) < 500 + len(str(tmp_path))
 
 
-def test_a_pickle_of_detectron2_is_named(tmp_path: Path) -> None:
-    content = {"model": {"stem.conv1.weight": np.ones(3)}, "__author__": "Detectron2 Model Zoo"}
-    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content))
-    with pytest.raises(CheckpointError, match="a pickle of arrays, as detectron2's model zoo"):
-        create_backbone("resnet18", weights=str(tmp_path / "R-50.pkl"))
-
-
 def test_wrapped_weights_of_a_timm_network_are_found(tmp_path: Path) -> None:
     network = timm.create_model("tf_efficientnet_lite0")
     torch.save({"state_dict": under("module.", network.state_dict())}, tmp_path / "w.pth")
