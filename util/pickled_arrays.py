@@ -4,7 +4,6 @@ Unpickling calls whatever a file names. Here every name leads to a stand-in of o
 notes what it is given; arrays are made afterwards, of bytes that are in the file.
 """
 
-import io
 import math
 import mmap
 import pickle
@@ -49,23 +48,8 @@ def load_arrays(file: BinaryIO) -> Any:
         _check_opcodes(whole)
         size = len(whole)
         whole.seek(0)
-        content = _Reader(io.BufferedReader(_Raw(whole)), encoding="latin1").load()
+        content = _Reader(whole, encoding="latin1").load()
     return _Maker(size).finished(content)
-
-
-class _Raw(io.RawIOBase):
-    """A mapped file as a stream, of which the reader takes what it needs."""
-
-    def __init__(self, whole: mmap.mmap) -> None:
-        self._whole = whole
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        part = self._whole.read(len(buffer))
-        buffer[: len(part)] = part
-        return len(part)
 
 
 def _check_opcodes(whole: mmap.mmap) -> None:
@@ -119,7 +103,9 @@ class _Function:
         raise pickle.UnpicklingError("a function is to be changed")
 
 
-def _from_buffer(data: Any, kind: Any, shape: Any, order: Any) -> _Array:
+def _from_buffer(data: Any, kind: Any, shape: Any, order: Any, axes: Any = None) -> _Array:
+    if axes is not None:
+        raise pickle.UnpicklingError("an array with its axes in another order")
     return _Array(shape, kind, order == "F", data)
 
 
@@ -134,6 +120,11 @@ def _encoded(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """Return what Python 3 calls `bytes` for in old protocols: none."""
+    return b""
+
+
 _NUMPY: dict[str, Callable[..., Any]] = {
     "multiarray._reconstruct": lambda *_: _Array(),
     "multiarray.scalar": _scalar,
@@ -144,6 +135,8 @@ _FUNCTIONS = {
     "numpy.dtype": _Function(_Type),
     "collections.OrderedDict": _Function(dict),
     "_codecs.encode": _Function(_encoded),
+    "builtins.bytes": _Function(_no_bytes),
+    "__builtin__.bytes": _Function(_no_bytes),
     **{
         f"numpy.{core}.{name}": _Function(call)
         for name, call in _NUMPY.items()

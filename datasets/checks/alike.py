@@ -20,8 +20,11 @@ from util.console import progress
 _FREQUENCIES = 8  # of each axis, the constant one left out: 63 bits
 _BANDS, _BAND_BITS = 4, 16
 _DISTANCE = 12  # bits that may differ
-_WINDOW = 64  # images of one band that are looked at, those of the nearest hashes
-_CHUNK = 512  # images whose candidates are held at once
+# Images with the same band that are looked at, those of the nearest hashes; and with one bit other.
+_WINDOW, _NEAR_WINDOW = 64, 8
+_CANDIDATES = 32  # of an image and of its mirror image that are compared
+_CHUNK = 2048  # images whose candidates are held at once
+_COMPARED = 512  # pairs whose small versions are
 _FLAT = 8.0  # grey levels: with a smaller deviation there is nothing to compare
 _ALIKE = 0.95  # correlation of the small versions
 _COPY = 3.0  # grey levels that the small versions of copies differ by
@@ -148,10 +151,11 @@ class _Index:
         """Return images `rows` [n] of these hashes, and earlier images with hashes near to theirs.
 
         All that differ in at most 7 bits are found, as then a band differs in at most one, unless
-        more than the window have that band.
+        so many have that band, or are as near, that some are left out.
         """
         shift = np.uint64(64 - _BAND_BITS)
         rest = np.uint64((1 << (64 - _BAND_BITS)) - 1)
+        total = len(self._hashes)
         pairs = []
         for band in range(_BANDS):
             keys, order = self._keys[band], self._orders[band]
@@ -160,18 +164,21 @@ class _Index:
                 wanted = own ^ (np.uint64(mask) << shift)
                 low = np.searchsorted(keys, wanted & ~rest, "left")
                 high = np.searchsorted(keys, wanted | rest, "right")
-                middle = np.searchsorted(keys, wanted)
-                start = np.clip(middle - _WINDOW // 2, low, np.maximum(low, high - _WINDOW))
-                count = np.minimum(high - low, _WINDOW)
+                window = _NEAR_WINDOW if mask else _WINDOW
+                start = np.searchsorted(keys, wanted) - window // 2
+                start = np.clip(start, low, np.maximum(low, high - window))
+                count = np.minimum(high - low, window)
                 which = np.repeat(np.arange(len(rows)), count)
                 within = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count)
                 other = order[np.repeat(start, count) + within]
-                near = (other < rows[which]) & (
-                    _distance(hashes[which], self._hashes[other]) <= _DISTANCE
-                )
-                pairs.append(np.stack([rows[which[near]], other[near]], axis=1))
-        found = np.unique(np.concatenate(pairs), axis=0)
-        return found[:, 0], found[:, 1]
+                earlier = other < rows[which]
+                pairs.append(which[earlier] * total + other[earlier])
+        which, other = np.divmod(np.unique(np.concatenate(pairs)), total)
+        distance = _distance(hashes[which], self._hashes[other])
+        by_distance = np.lexsort((distance, which))
+        rank = np.arange(len(which)) - np.searchsorted(which, which)  # `which` is in order
+        chosen = by_distance[(rank < _CANDIDATES) & (distance[by_distance] <= _DISTANCE)]
+        return rows[which[chosen]], other[chosen]
 
 
 def _turned(hashes: Hashes, band: int) -> Hashes:
@@ -199,8 +206,8 @@ def _compare(
     The first of each pair may be mirrored. Brightness and contrast make no difference.
     """
     likeness, difference = np.zeros(len(first)), np.zeros(len(first))
-    for start in range(0, len(first), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    for start in range(0, len(first), _COMPARED):
+        part = slice(start, start + _COMPARED)
         one, other = small[first[part]], small[second[part]]
         one = one[:, :, ::-1] if mirrored else one
         values = [v.reshape(len(v), -1).astype(np.float32) for v in (one, other)]

@@ -28,7 +28,10 @@ class CheckOptions(Checked):
     fix: str = option(
         "", "new .json file: a corrected COCO-format copy, with .changes.json beside it"
     )
-    similar: bool = option(True, "look for images that look alike, above all in two splits")
+    similar: bool = option(
+        True, "look for images that look alike, within a split and in two",
+        off="do not look for images that look alike",
+    )  # fmt: skip
     splits: tuple[Split, ...] = option((), "splits to check (default: those that are given)")
 
 
