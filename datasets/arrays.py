@@ -1,7 +1,7 @@
 """Images, annotations and names as flat arrays, which loader processes share without copies."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import SupportsIndex
 
 import numpy as np

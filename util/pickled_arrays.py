@@ -15,19 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_NUMBERS = frozenset("f2 f4 f8 i1 i2 i4 i8 u1 b1".split())
+_NUMBERS = frozenset(["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"])
 _MAX_TUPLES = 20_000  # nested, more of them would exhaust the stack when one is a key
 _TUPLES = frozenset(("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"))
 _PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
-_OPCODES = (_TUPLES | _PUTS) | frozenset(
-    """
-    PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG
-    LONG1 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE
-    BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 EMPTY_LIST APPEND APPENDS LIST
-    EMPTY_TUPLE EMPTY_DICT DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD GET BINGET
-    LONG_BINGET MEMOIZE
-    """.split()
-)
+_OPCODES = _TUPLES | _PUTS | {
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP", "NONE", "NEWTRUE", "NEWFALSE",
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT", "BINFLOAT", "STRING",
+    "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "EMPTY_LIST", "APPEND", "APPENDS",
+    "LIST", "EMPTY_TUPLE", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL",
+    "REDUCE", "BUILD", "GET", "BINGET", "LONG_BINGET", "MEMOIZE",
+}  # fmt: skip
 # The first bytes of what torch.save wrote before it wrote zip archives.
 _TORCH_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 

@@ -1,4 +1,4 @@
-"""Find images that look alike: scaled, saved again, mirrored, slightly cropped, or frames of a film.
+"""Find images that look alike: scaled, saved again, mirrored, or frames of a film.
 
 Candidates share most bits of a perceptual hash, the signs of the lowest frequencies of a small
 grey version (pHash: the cosine transform is SciPy's). They count if the small versions agree, too.
@@ -26,7 +26,7 @@ _CANDIDATES = 32  # of an image and of its mirror image that are compared
 _CHUNK = 2048  # images whose candidates are held at once
 _COMPARED = 512  # pairs whose small versions are
 _FLAT = 8.0  # grey levels: with a smaller deviation there is nothing to compare
-_ALIKE = 0.95  # correlation of the small versions
+_ALIKE = 0.88  # correlation of the small versions
 _COPY = 3.0  # grey levels that the small versions of copies differ by
 
 Hashes = NDArray[np.uint64]

@@ -75,7 +75,7 @@ def _has_trivial_norm(body: Mapping[str, Tensor]) -> bool:
 def _refusal(source: str, why: str) -> CheckpointError:
     return CheckpointError(
         f"{source}: a ResNet of Caffe's kind, as detectron2's model zoo has ({why}): it takes BGR "
-        "images of 0..255, and has its strides in other convolutions than torchvision's, so here it "
-        "would compute something else. Use `backbone_weights` imagenet, or a conversion of "
+        "images of 0..255, and has its strides in other convolutions than torchvision's, so here "
+        "it would compute something else. Use `backbone_weights` imagenet, or a conversion of "
         "torchvision's or timm's weights."
     )

@@ -1,11 +1,9 @@
 """The backbone contract, what is frozen, and what is refused."""
 
 import math
-import pickle
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import timm
 import torch

@@ -137,7 +137,7 @@ def test_lvis_names_images_by_address_alone(read: Read) -> None:
         (["b/9.png"], "x.png", {"coco_url": "http://images.org/train/9.png"}, "b/9.png"),
         (["81_z.png"], "x.png", {"flickr_url": "http://farm.org/8186/81_z.png"}, "81_z.png"),
         (["9.png", "81_z.png"], "x.png",
-         {"flickr_url": "http://farm.org/8186/81_z.png", "coco_url": "http://c.org/9.png"}, "9.png"),
+         {"flickr_url": "http://f.org/8186/81_z.png", "coco_url": "http://c.org/9.png"}, "9.png"),
         (["9.png", "8.png"], "8.png", {"coco_url": "http://images.org/train/9.png"}, "8.png"),
         (["a/9.png", "b/9.png"], "x.png", {"coco_url": "http://images.org/9.png"}, None),
         (["9.png"], "x.png", {"coco_url": 7, "flickr_url": None}, None),
