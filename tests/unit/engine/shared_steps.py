@@ -22,7 +22,7 @@ from engine.run_log import RunLog
 from engine.trainer import Trainer
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
-from models.recipes.one_to_many import Options
+from models.recipes.hybrid import Options
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, small_config
 from util.batch import Batch, UnreadableImage, pad_images
@@ -35,7 +35,7 @@ BROKEN = (1, 4, 7, 10)  # all images of the second of three
 SHARES = {1: (1, 4), 2: (2,), 3: (1, 4)}  # processes: micro-batches of each
 CASES: dict[str, dict[str, Any]] = {
     **{variant: {"variant": variant} for variant in VARIANTS},
-    "one_to_many": {"recipe": True},
+    "hybrid": {"recipe": True},
     "broken": {"broken": BROKEN},
     "poisoned": {"poisoned": 2},
 }
@@ -157,7 +157,7 @@ def run_steps(
     )
     torch.manual_seed(0)
     options = Options(num_queries_one2many=20, k_one2many=3)
-    recipes = {"one_to_many": options} if recipe else None
+    recipes = {"hybrid": options} if recipe else None
     model = build_model(config.model, num_classes=CLASSES, frozen_stages=0, recipes=recipes)
     perturb(model)
     before = [p.detach().clone() for p in model.parameters()]
