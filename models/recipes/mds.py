@@ -121,7 +121,7 @@ class Suppressor(nn.Module):
             for part in self.in_proj(x).chunk(3, dim=-1)
         )
         key, value = self._beside(key, self.token_key), self._beside(value, self.token_value)
-        bias = self.bias(scores.detach(), boxes.detach()).to(query.dtype)
+        bias = self.bias(scores, boxes).to(query.dtype)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         attended = self.out_proj(attended.transpose(1, 2).flatten(2))
         x = self.norm1(x + attended.to(x.dtype))
@@ -132,9 +132,9 @@ class Suppressor(nn.Module):
     def bias(self, scores: Tensor, boxes: Tensor) -> Tensor:
         """Return what is added to logits of attention; -inf where a query must not look.
 
-        Shape: [N,H,Q,Q+tokens].
+        Nothing is learned through scores and boxes. Shape: [N,H,Q,Q+tokens].
         """
-        best = scores.amax(-1)
+        best, boxes = scores.detach().amax(-1), boxes.detach()
         better = best[:, None, :] > best[:, :, None]  # [N,Q,Q]: the column's is better
         embedded = embedded_relations(boxes, boxes, _FREQUENCIES, scale=1.0)
         relation = self.relation(embedded).permute(0, 3, 1, 2)  # [N,H,Q,Q]
