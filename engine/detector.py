@@ -27,7 +27,7 @@ from engine.optim import Precision
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
-from models.recipes import RecipeOptions
+from models.recipes import KnownRecipes
 from models.weights.load import load_pretrained
 from models.weights.transfer import load_strict
 from util.classes import Classes
@@ -128,9 +128,7 @@ class Detector:
             "eval_scale": eval_scale, "max_size": max_size, "nms_iou": nms_iou,
             "max_pixels": max_pixels,
         }  # fmt: skip
-        options = Given(
-            {"data": {k: v for k, v in given.items() if v is not None}}, RecipeOptions()
-        )
+        options = Given({"data": {k: v for k, v in given.items() if v is not None}}, KnownRecipes())
         config = options.on(saved_options(options, content, source)).config()
         model = build_model(
             config.model, num_classes=len(pretrained.classes), recipes=config.recipes
