@@ -9,7 +9,7 @@ import mmap
 import pickle
 import pickletools
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ def load_arrays(file: BinaryIO) -> Any:
 def _check_opcodes(whole: mmap.mmap) -> None:
     """Refuse what no pickle of arrays has, and tables far longer than what is put into them."""
     tuples = 0
-    for count, (opcode, value, _) in enumerate(pickletools.genops(whole)):
+    for count, (opcode, value, _) in enumerate(pickletools.genops(cast(BinaryIO, whole))):
         if opcode.name not in _OPCODES:
             raise pickle.UnpicklingError(f"{opcode.name}, which no pickle of arrays has")
         tuples += opcode.name in _TUPLES
@@ -90,13 +90,14 @@ class _Type:
 class _Function:
     """Stands in for a function or class that a pickle names; it cannot be changed."""
 
-    __slots__ = ("_call",)
+    __slots__ = ("call",)
+    call: Callable[..., Any]
 
     def __init__(self, call: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_call", call)
+        object.__setattr__(self, "call", call)
 
     def __call__(self, *values: Any) -> Any:
-        return self._call(*values)
+        return self.call(*values)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise pickle.UnpicklingError("a function is to be changed")
