@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from datasets.dataset import CocoDetection
+from engine.data_report import report_unreadable
 from engine.evaluation.analysis import draw_gallery, evenly_spaced
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.evaluator import Evaluator, save_results
 from engine.evaluation.matching import Truth
 from engine.evaluation.outcomes import thresholds_by_name
-from engine.guards.guard import list_unreadable
 from engine.guards.timer import shares
 from engine.metrics import StepLog, official_log_values
 from engine.optim import Precision
@@ -37,11 +37,10 @@ def training_values(steps: StepLog, label: str, output_dir: Path) -> dict[str, A
     if steps.times:
         log.info(f"{label}: {shares(steps.times)}")
     means = official_log_values(steps.averages.means(), steps.criterion)
-    unreadable = steps.guards.unreadable
-    report = output_dir / "data_report.json"
+    unreadable = steps.guards.unreadable.images
     return {
         **{f"train_{name}": value for name, value in means.items()},
-        "train_unreadable_images": list_unreadable(report, unreadable, steps.world),
+        "train_unreadable_images": report_unreadable(output_dir, unreadable, steps.world),
         "train_skipped_steps": steps.guards.nonfinite.total,
     }
 

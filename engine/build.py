@@ -22,9 +22,9 @@ from datasets.samplers import BatchSplit
 from datasets.workers import loader_processes
 from engine.between_epochs import Validation, count_parameters
 from engine.checkpoint import CheckpointFolder
+from engine.data_report import write_data_report
 from engine.ema import Ema
 from engine.guards import FlatLoss, Guards, MemoryGuard, NonFiniteSteps, UnreadableImages
-from engine.guards.guard import write_data_report
 from engine.guards.timer import StepTimer
 from engine.optim import Precision, learning_rate_factor
 from engine.plan import RunPlan
@@ -132,13 +132,14 @@ def load_data(plan: RunPlan, world: World) -> tuple[CocoIndex, CocoIndex]:
     """Return training and validation data; data_report.json lists what was fixed or skipped."""
     splits: tuple[Split, ...] = ("train", "val")
     indices = {
-        split: load_index(plan.config.data, split, need_boxes=split == "train") for split in splits
+        split: load_index(plan.config.data, split, need_boxes=split == "train", world=world)
+        for split in splits
     }
     for index in indices.values():
         log.info(index.report(plan.config.model.num_queries))
     if world.main:
         write_data_report(
-            plan.output_dir / "data_report.json",
+            plan.output_dir,
             {split: index.data_report() for split, index in indices.items()},
             continued=plan.in_place,
         )

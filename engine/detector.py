@@ -95,7 +95,7 @@ class Detector:
         nms_iou: float | None = None,
         max_pixels: int | None = None,
     ) -> "Detector":
-        """Load a checkpoint of ours, an official file, a Hugging Face folder, or `hf:NAME`.
+        """Load our own checkpoint, an official file, a Hugging Face folder, or `hf:NAME`.
 
         `ema` takes the averaged weights, where there are any. The last four replace what the
         checkpoint says: the short side and the maximum long side of an image in pixels, the
@@ -197,9 +197,9 @@ class Detector:
             raise ConfigError(f"threshold: must be in 0..1, got {threshold}.")
         many = isinstance(images, (list, tuple))
         sources = [_image_source(image) for image in (images if many else [images])]
-        least = self.min_scores(threshold)
+        min_scores = self.min_scores(threshold)
         found = {
-            i: [box for box in boxes if box.score >= least[box.name]]
+            i: [box for box in boxes if box.score >= min_scores[box.name]]
             for i, boxes in self.detect(sources, batch_size=batch_size, skip_unreadable=False)
         }
         return [found[i] for i in range(len(sources))] if many else found[0]
@@ -278,13 +278,15 @@ class Detector:
         )
         return {name: v if v >= 0 else math.nan for name, v in result.stats.items()}
 
-    def validation_set(self, data: DataConfig) -> CocoDetection:
+    def validation_set(self, data: DataConfig, world: World | None = None) -> CocoDetection:
         """Return the validation images that data options name, with the labels of the model.
+
+        Of the processes of `world`, the main one reads the annotations for all.
 
         Raises:
             DataError: they cannot be used, or have a class that the model lacks.
         """
-        index = load_index(data, "val", need_boxes=False, classes=self.classes)
+        index = load_index(data, "val", need_boxes=False, classes=self.classes, world=world)
         dataset = build_dataset(
             data, index, train=False, mean=self.mean, std=self.std, classes=self.classes
         )

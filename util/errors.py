@@ -54,7 +54,7 @@ def brief(value: Any) -> str:
 def nearest_hint(name: str, known: Collection[str], otherwise: str | None = None) -> str:
     """Return a sentence with the known word closest to `name`, else `otherwise` or the words.
 
-    Only a slip of the fingers is corrected: a word that merely looks alike leads astray.
+    Only typing mistakes are corrected: a word that merely looks similar would mislead.
     """
     words = {word.lstrip("-"): word for word in known}  # the dashes of flags are no likeness
     close = difflib.get_close_matches(name.lstrip("-"), words, n=1, cutoff=_LIKE)

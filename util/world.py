@@ -1,11 +1,13 @@
 """The processes of a run: who we are among them, and small exchanges between their hosts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+from util.errors import UserError
 
 T = TypeVar("T")
 
@@ -23,6 +25,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1  # processes on this machine
     group: Any = None  # gloo's
+    patient_group: Any = None  # the same, for what takes the main process long
 
     @property
     def main(self) -> bool:
@@ -52,3 +55,22 @@ class World:
         items = [item]
         dist.broadcast_object_list(items, group=self.group)
         return items[0]
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """Return everywhere what `make` returns in the main process, the only one that calls it.
+
+        Raises:
+            UserError: `make` raised it; every process raises the same.
+        """
+        if self.size == 1:
+            return make()
+        made: list[Any] = [None]
+        if self.main:
+            try:
+                made = [make()]
+            except UserError as error:
+                made = [error]
+        dist.broadcast_object_list(made, group=self.patient_group)
+        if isinstance(made[0], UserError):
+            raise made[0]
+        return cast(T, made[0])
