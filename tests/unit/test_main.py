@@ -29,7 +29,7 @@ def test_letters_that_the_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyP
     assert rb"unknown command '\u7ec6\u80de \udce9'" in written.getvalue()
 
 
-def test_a_dead_loader_is_told_whatever_it_interrupts() -> None:
+def test_a_killed_loader_is_reported_whatever_it_interrupts() -> None:
     """PyTorch raises it wherever the main process is, in `torch.save` too, whose end then fails."""
     death = "DataLoader worker (pid 7) is killed by signal: Killed. "
     failure = RuntimeError("unexpected pos 132544 vs 132432")
@@ -40,7 +40,7 @@ def test_a_dead_loader_is_told_whatever_it_interrupts() -> None:
     assert line.startswith(f"data loading: {death.strip()} The system")
 
 
-def test_a_loader_that_dies_while_it_hands_a_batch_over_is_told() -> None:
+def test_a_loader_killed_while_sending_a_batch_is_reported() -> None:
     """Its socket is reset then, before its death is noticed."""
 
     class Dies:
@@ -128,7 +128,7 @@ def test_help_leaves_out_what_does_not_matter_to_a_command(
         assert f"{flag} " not in text
 
 
-def test_a_switch_that_is_on_says_in_its_own_words_what_turning_it_off_does() -> None:
+def test_a_default_on_switch_explains_its_negative_form() -> None:
     for name in COMMANDS:
         for section in importlib.import_module(f"engine.commands.{name}").SECTIONS.values():
             for f in dataclasses.fields(section):

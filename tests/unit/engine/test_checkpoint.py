@@ -229,7 +229,7 @@ def test_no_checkpoint_and_none_that_is_sound(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     folder.save(of_step(1))
     (tmp_path / ".last.pth.77.tmp").write_bytes(b"half")

@@ -75,7 +75,9 @@ def test_namespace_cannot_smuggle_a_call(tmp_path: Path) -> None:
         (b"\x80\x02}q\x00.", "damaged or no checkpoint"),
     ],
 )
-def test_other_files_are_named_for_what_they_are(tmp_path: Path, content: bytes, what: str) -> None:
+def test_foreign_files_are_named_for_what_they_are(
+    tmp_path: Path, content: bytes, what: str
+) -> None:
     path = tmp_path / "x.pth"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=what) as caught:

@@ -29,14 +29,14 @@ def noisy(curve: Callable[[int], float], steps: int, noise: float, seed: int) ->
 
 
 @given(st.integers(0, 10**6), st.floats(0.0, 0.4), st.floats(0.1, 50.0))
-def test_a_flat_loss_is_told_once(seed: int, noise: float, level: float) -> None:
+def test_a_flat_loss_is_reported_once(seed: int, noise: float, level: float) -> None:
     steps = warnings(watchdog(), noisy(lambda _: level, 2500, noise, seed))
     assert len(steps) == 1
     assert 499 <= steps[0] <= 1500
 
 
 @given(st.integers(0, 10**6), st.floats(0.0, 0.25), st.floats(1.0, 50.0), st.floats(0.5, 1.0))
-def test_a_loss_that_falls_and_converges_is_never_told(
+def test_a_loss_that_falls_and_converges_is_never_reported(
     seed: int, noise: float, level: float, fall: float
 ) -> None:
     def curve(step: int) -> float:
@@ -45,7 +45,7 @@ def test_a_loss_that_falls_and_converges_is_never_told(
     assert warnings(watchdog(), noisy(curve, 3000, noise, seed)) == []
 
 
-def test_a_loss_that_rises_is_told() -> None:
+def test_a_rising_loss_is_reported() -> None:
     assert warnings(watchdog(), noisy(lambda step: 5 + step / 100, 1000, 0.2, 0)) == [499]
 
 
@@ -54,21 +54,21 @@ def test_a_tiny_but_steady_fall_is_flat() -> None:
 
 
 @pytest.mark.parametrize("unit", [0.01, 1.0, 1000.0])
-def test_only_the_first_losses_are_the_scale(unit: float) -> None:
+def test_only_the_first_losses_are_the_reference(unit: float) -> None:
     """A loss that has fallen to a half of its start may stay there; one near its start may not."""
     fallen = [unit * (20 if step < 60 else 10) for step in range(2000)]
     assert warnings(watchdog(), fallen) == []
     assert warnings(watchdog(), noisy(lambda _: 20 * unit, 2000, 0.3, 1)) != []
 
 
-def test_an_old_state_is_understood() -> None:
+def test_an_old_state_loads() -> None:
     """As checkpoints have it that were saved while the loss's parts gave a bound."""
     dog = watchdog(window=40)
     dog.load_state_dict({"start": 30.0, "warned": False, "blocks": [], "block": [0.0] * 4})
     assert warnings(dog, [30.0] * 40) == [39]
 
 
-def test_a_run_that_falls_back_to_its_start_is_told_again() -> None:
+def test_a_loss_that_returns_to_its_start_is_reported_again() -> None:
     dog = watchdog(window=50)
     assert warnings(dog, [10.0] * 200) == [49]
     assert warnings(dog, [10.0 - step / 50 for step in range(200)], 200) == []
@@ -93,7 +93,7 @@ def test_a_resumed_watchdog_equals_an_uninterrupted_one(cut: int) -> None:
     assert resumed.state_dict() == whole.state_dict()
 
 
-def test_the_warning_says_what_was_seen_and_what_to_try() -> None:
+def test_the_warning_states_what_was_seen_and_what_to_try() -> None:
     dog = watchdog(window=20)
     told = [text for step in range(100, 120) if (text := dog.add(step, 31.5))]
     (text,) = told
