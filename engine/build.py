@@ -75,22 +75,8 @@ def build_trainer(
     )
     val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
     num_workers = loader_processes(data.num_workers, local_size=world.local_size)
-    loader = TrainLoader(
-        train_set,
-        share,
-        num_workers=num_workers,
-        seed=options.seed,
-        aspect_ratio_grouping=data.aspect_ratio_grouping,
-        pin_memory=device.type == "cuda",
-        pad_multiple=optim.pad_multiple,
-    )
-    val_batches = eval_loader(
-        val_set,
-        batch_size=optim.eval_batch_size or optim.batch_size,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        rank=world.rank,
-        world_size=world.size,
+    loader, val_batches = build_loaders(
+        config, train_set, val_set, share, num_workers=num_workers, on_gpu=device.type == "cuda"
     )
     trainer = assemble_trainer(
         config,
@@ -146,6 +132,37 @@ def load_data(plan: RunPlan, world: World) -> tuple[CocoIndex, CocoIndex]:
     return indices["train"], indices["val"]
 
 
+def build_loaders(
+    config: Config,
+    train_set: CocoDetection,
+    val_set: CocoDetection,
+    share: BatchSplit,
+    *,
+    num_workers: int,
+    on_gpu: bool,
+) -> tuple[TrainLoader, Iterable[Batch]]:
+    """Return what loads this process's share of the training and of the validation images."""
+    optim = config.optim
+    loader = TrainLoader(
+        train_set,
+        share,
+        num_workers=num_workers,
+        seed=config.run.seed,
+        aspect_ratio_grouping=config.data.aspect_ratio_grouping,
+        pin_memory=on_gpu,
+        pad_multiple=optim.pad_multiple,
+    )
+    val_batches = eval_loader(
+        val_set,
+        batch_size=optim.eval_batch_size or optim.batch_size,
+        num_workers=num_workers,
+        pin_memory=on_gpu,
+        rank=share.rank,
+        world_size=share.world_size,
+    )
+    return loader, val_batches
+
+
 def build_training_model(
     plan: RunPlan, classes: Classes
 ) -> tuple[DeformableDETR, Sequence[float], Sequence[float]]:
@@ -193,9 +210,9 @@ def load_pretrained_weights(
     *,
     backbone: bool,
 ) -> set[str]:
-    """Fill a model from the weights of --finetune and report how; return the names of the others.
+    """Fill a model from the weights of `finetune` and report how; return the names of the others.
 
-    Without `backbone`, the model's is another one than theirs and stays as it is.
+    Without `backbone`, the model has a different one, which stays as it is.
 
     Raises:
         ConfigError: `nheads` is not that of the weights.
@@ -274,23 +291,7 @@ def assemble_trainer(
             output_dir=output_dir,
             num_images=options.num_images,
         ),
-        guards=Guards(
-            UnreadableImages(),
-            MemoryGuard(loader.accumulation),
-            NonFiniteSteps(
-                model,
-                precision,
-                output_dir,
-                rank=world.rank,
-                limit=options.max_nonfinite,
-            ),
-            FlatLoss(
-                effective_batch=optim.effective_batch_size,
-                lr=optim.lr,
-                first_step=optim.warmup_steps,
-                quiet=not world.main,
-            ),
-        ),
+        guards=build_guards(config, model, precision, world, accumulation=loader.accumulation),
         timer=StepTimer(device),
         log=run_log,
         output_dir=output_dir,
@@ -300,6 +301,30 @@ def assemble_trainer(
         eval_every=options.eval_every,
         save_every=options.save_every,
         max_steps=options.max_steps,
+    )
+
+
+def build_guards(
+    config: Config, model: DeformableDETR, precision: Precision, world: World, *, accumulation: int
+) -> Guards:
+    """Return what watches the steps of this process, each of `accumulation` micro-batches."""
+    optim, options = config.optim, config.run
+    return Guards(
+        UnreadableImages(),
+        MemoryGuard(accumulation),
+        NonFiniteSteps(
+            model,
+            precision,
+            Path(options.output_dir),
+            rank=world.rank,
+            limit=options.max_nonfinite,
+        ),
+        FlatLoss(
+            effective_batch=optim.effective_batch_size,
+            lr=optim.lr,
+            first_step=optim.warmup_steps,
+            quiet=not world.main,
+        ),
     )
 
 

@@ -78,13 +78,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "or in eval and predict."
         )
     raise CheckpointError(
-        f"{path}: is no checkpoint of a run: it lacks {', '.join(missing)}. "
+        f"{path}: is not a checkpoint of a run: it lacks {', '.join(missing)}. "
         "Use weights alone with `finetune`."
     )
 
 
 def _unsound(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path}: is no checkpoint of a run: {what}. Use an earlier one.")
+    return CheckpointError(f"{path}: is not a checkpoint of a run: {what}. Use an earlier one.")
 
 
 def saved_preprocessing(content: Mapping[str, Any], path: Path) -> Mapping[str, Sequence[float]]:

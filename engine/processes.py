@@ -105,7 +105,8 @@ def launch(
             f"gpus {processes}: this machine has {torch.cuda.device_count()} GPUs. "
             "Use as many, or `device cpu`."
         )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it shorter
+    # `_report` says in one line what torch would in many
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",

@@ -145,10 +145,9 @@ class Trainer:
                 self.save()
             if self.all_steps_done():
                 break
-            self.timer.restart()  # logging and saving are no part of a step
+            self.timer.restart()  # logging and saving are not part of a step
         self.steps.flush()
 
-    # ---------------------------------------------------------------------------------------------
     def train_step(self, micro_batches: Sequence[Batch], boxes: float) -> dict[str, Tensor]:
         """Update the weights once, with the gradient of one effective batch however it is split.
 
@@ -183,8 +182,6 @@ class Trainer:
         self.scheduler.step()
         self.timer.mark("optimiser")
         return {**dict(zip(losses, total, strict=True)), "grad_norm": grad_norm.detach()}
-
-    # ---------------------------------------------------------------------------------------------
 
     def end_epoch(self) -> None:
         """Evaluate, log and save; after an interruption in the middle of an epoch save alone."""

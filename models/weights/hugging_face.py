@@ -104,7 +104,7 @@ def _renamer(modules: Mapping[str, str]) -> Callable[[str], str]:
         for pattern, replacement in rules:
             if pattern.match(key):
                 return pattern.sub(replacement, key, count=1)
-        raise ValueError(f"'{key}' is no key of the model")
+        raise ValueError(f"'{key}' is not a key of the model")
 
     return rename
 
@@ -129,7 +129,8 @@ def to_official(
             converted[rename(name)] = state_dict[key]
         except ValueError as error:
             raise CheckpointError(
-                f"{source}: '{key}' is no weight of DeformableDetrForObjectDetection. "
+                f"{source}: '{key}' is not a weight of "
+                "DeformableDetrForObjectDetection. "
                 "Save that model with save_pretrained()."
             ) from error
     split = [name for name in converted if _PROJECTION.search(name)]
@@ -253,7 +254,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: the file cannot be read or is no JSON object.
+        CheckpointError: the file cannot be read or is not a JSON object.
     """
     try:
         content = json.loads(read_regular(path, _LARGEST_JSON))
