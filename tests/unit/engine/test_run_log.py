@@ -161,6 +161,21 @@ def test_the_main_process_prints_everything_and_others_only_warnings(
     ]  # fmt: skip
 
 
+def test_lines_follow_the_file_that_has_the_name(tmp_path: Path) -> None:
+    """An editor replaces a file when it saves."""
+    path = tmp_path / "metrics.jsonl"
+    with RunLog(tmp_path, tensorboard=False) as log:
+        log.step(0, {"loss": 1.0})
+        write_atomic(path, path.read_text())
+        log.step(1, {"loss": 2.0})
+        path.unlink()
+        log.step(2, {"loss": 3.0})
+        assert [entry["step"] for entry in read(path)] == [2]
+        log.truncate_after(1, 0)
+        log.step(2, {"loss": 4.0})
+    assert read(path) == [{"step": 2, "loss": 4.0}]
+
+
 def test_a_folder_removed_during_the_run_is_made_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

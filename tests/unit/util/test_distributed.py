@@ -1,5 +1,6 @@
 """Who a process is among those of a run, and what they say to each other."""
 
+import json
 import os
 import socket
 import stat
@@ -7,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from PIL import Image
 from torch.multiprocessing.spawn import start_processes
 
+from configs.schema import DataConfig
+from datasets.build import load_index
 from main import main
 from util.distributed import (
     destroy_process_group,
@@ -193,6 +197,11 @@ def exchange(rank: int, port: int, folder: Path) -> None:
     assert calls == ([0] if rank == 0 else [])
     with pytest.raises(ConfigError, match="seen by 0"):
         world.from_main(fail)
+    name = "set.json" if rank == 0 else "nowhere.json"  # the others do not read it
+    data = DataConfig(train_images=str(folder / "data"), train_annotations=str(folder / name))
+    index = load_index(data, "train", world=world)
+    assert index.images.ids.tolist() == [7]
+    assert index.boxes.tolist() == [[1, 2, 4, 6]]
     if rank == 2:
         os._exit(0)  # without a word
     try:
@@ -209,12 +218,19 @@ def test_processes_exchange_numbers_and_items_and_notice_a_loss(tmp_path: Path) 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (20, 10)).save(tmp_path / "data" / "a.png")
+    content = {
+        "images": [{"id": 7, "file_name": "a.png", "width": 20, "height": 10}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4]}],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (tmp_path / "set.json").write_text(json.dumps(content))
     processes = start_processes(exchange, (port, tmp_path), nprocs=3, join=False)  # type: ignore[no-untyped-call]
     while not processes.join(timeout=60):
         pass
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
-        ("0", "1"), "True"
-    )
+    assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == ["True", "True"]
+    assert not (tmp_path / "2").exists()
 
 
 @pytest.mark.parametrize(
