@@ -1,8 +1,10 @@
 """The command line itself: what it prints where the terminal lacks letters, and of errors."""
 
 import dataclasses
+import errno
 import importlib
 import io
+import os
 import subprocess
 import sys
 import typing
@@ -27,6 +29,22 @@ def test_letters_that_the_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyP
     assert main(["细胞 \udce9"]) == 2
     sys.stderr.flush()
     assert rb"unknown command '\u7ec6\u80de \udce9'" in written.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "Free space or choose another `output_dir`."),
+        (errno.EACCES, "Change its permissions or choose another `output_dir`."),
+        (errno.ENAMETOOLONG, "Shorten the name or choose another `output_dir`."),
+        (errno.EMFILE, "Raise the limit of open files (`ulimit -n`) or lower `num_workers`."),
+    ],
+)
+def test_an_error_of_the_disk_says_what_helps(number: int, advice: str) -> None:
+    error = OSError(number, os.strerror(number), "runs/mine/last.pth")
+    what = f"runs/mine/last.pth: cannot be used: {os.strerror(number)}. "
+    assert in_one_line(error) == what + advice
+    assert in_one_line(OSError(errno.ECHILD, "of something else")) is None
 
 
 def test_a_killed_loader_is_reported_whatever_it_interrupts() -> None:

@@ -65,7 +65,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def hf_model(**options: Any) -> Any:
     """Return a random transformers model in evaluation mode; no tensor has its initial value."""
-    pytest.importorskip("transformers")
     model = copy.deepcopy(_hf_model(json.dumps(options)))
     torch.manual_seed(1)
     return model
@@ -73,8 +72,7 @@ def hf_model(**options: Any) -> Any:
 
 @functools.lru_cache(maxsize=len(VARIANTS))
 def _hf_model(options: str) -> Any:
-    import transformers
-
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.DeformableDetrConfig(**SMALL | json.loads(options))
     model = transformers.DeformableDetrForObjectDetection(config).eval()
