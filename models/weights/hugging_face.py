@@ -211,7 +211,9 @@ def save_hugging_face(
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (folder / f"{name}.json").write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error}. Free space.") from error
+        raise CheckpointError(
+            f"{folder}: cannot be written: {error}. Free space or choose another."
+        ) from error
     return left_out
 
 
