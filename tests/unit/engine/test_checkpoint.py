@@ -261,16 +261,16 @@ def test_a_save_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
         ({"ids": [3, 7], "names": ["dog", "cat"]}, ""),
         (
             {"ids": [3, 7], "names": ["dog", "cow"]},
-            "number 1 is 'cow' (id 7) there and 'cat' (id 7",
+            "1 is 'cow' (id 7) there and 'cat' (id 7",
         ),
         (
             {"ids": [2, 7], "names": ["dog", "cat"]},
-            "number 0 is 'dog' (id 2) there and 'dog' (id 3",
+            "0 is 'dog' (id 2) there and 'dog' (id 3",
         ),
         ({"ids": [3], "names": ["dog"]}, "number 1 is missing there and 'cat' (id 7) here"),
         (
             {"ids": [3, 7, 9], "names": ["dog", "cat", "cow"]},
-            "number 2 is 'cow' (id 9) there and mi",
+            "2 is 'cow' (id 9) there and missing",
         ),
         ({"ids": [3, 7], "names": ["dog"]}, "number 1 is None (id 7) there"),
         ({"ids": [3, torch.ones(2)], "names": ["dog", "cat"]}, "number 1 is 'cat' (id tensor"),
