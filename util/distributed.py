@@ -1,7 +1,6 @@
 """How the processes of a run meet and part, whether torchrun, srun or we started them."""
 
 import contextlib
-import datetime
 import os
 import subprocess
 
@@ -12,7 +11,6 @@ from util.meeting import TIMEOUT, meet
 from util.world import World
 
 _FIRST_PORT, _PORTS = 20000, 20000
-_LONGEST_READING = datetime.timedelta(hours=12)  # of a data set, by the main process alone
 
 
 def take_slurm_variables() -> None:
@@ -140,7 +138,6 @@ def init_process_group(device_type: str) -> World:
         _number("LOCAL_RANK", 0),
         _number("LOCAL_WORLD_SIZE", 1),
         dist.new_group(backend="gloo", timeout=TIMEOUT),
-        dist.new_group(backend="gloo", timeout=_LONGEST_READING),
     )
 
 

@@ -1,5 +1,6 @@
 """The processes of a run: who we are among them, and small exchanges between their hosts."""
 
+import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from util.errors import UserError
 
 T = TypeVar("T")
+_LONGEST_WORK = datetime.timedelta(hours=12)  # of the main process, while the others wait
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,6 @@ class World:
     local_rank: int = 0
     local_size: int = 1  # processes on this machine
     group: Any = None  # gloo's
-    patient_group: Any = None  # the same, for what takes the main process long
 
     @property
     def main(self) -> bool:
@@ -64,13 +65,14 @@ class World:
         """
         if self.size == 1:
             return make()
+        patient = dist.new_group(backend="gloo", timeout=_LONGEST_WORK)
         made: list[Any] = [None]
         if self.main:
             try:
                 made = [make()]
             except UserError as error:
                 made = [error]
-        dist.broadcast_object_list(made, group=self.patient_group)
+        dist.broadcast_object_list(made, group=patient)
         if isinstance(made[0], UserError):
             raise made[0]
         return cast(T, made[0])

@@ -155,7 +155,7 @@ def test_training_in_two_processes_equals_one(shapes: Path, tmp_path: Path) -> N
     assert [end["train_steps"] for end in ends] == [4, 4]
 
 
-def test_an_error_of_all_processes_is_printed_once(shapes: Path, tmp_path: Path) -> None:
+def test_what_all_processes_refuse_is_printed_once(shapes: Path, tmp_path: Path) -> None:
     code, printed = run(
         tmp_path / "out.txt", "train", "--config", TINY, "--coco_path", shapes, "--output_dir",
         tmp_path / "run", "--gpus", "4", "--effective_batch_size", "6",
