@@ -42,7 +42,7 @@ def test_images_that_are_no_files_are_missing_or_unreadable(
 
 
 @pytest.mark.parametrize("what", ["annotations", "checkpoint", "detections", "options", "folder"])
-def test_files_that_are_not_detections_are_one_line_errors(
+def test_special_files_are_one_line_errors(
     cli: Cli, shapes: Path, tmp_path: Path, what: str
 ) -> None:
     pipe = tmp_path / "pipe"

@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert [line["step"] for line in metrics(folder)] == list(range(12))
 
 
-def test_only_damaged_checkpoints_is_a_one_line_error(
+def test_a_folder_of_damaged_checkpoints_is_a_one_line_error(
     stopped_run: Path, reference_options: Options, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(stopped_run, tmp_path / "run"))

@@ -312,7 +312,9 @@ def test_a_name_that_no_file_can_have_is_reported(tmp_path: Path) -> None:
          "'train'. There are: ann.json. Set `train_annotations`"),
     ],
 )  # fmt: skip
-def test_ignored_options_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_formats_that_are_not_read_are_named(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
     file = tmp_path / "set" / name
     file.parent.mkdir(parents=True)
     file.write_text(text)

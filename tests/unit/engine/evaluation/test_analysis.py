@@ -137,7 +137,7 @@ def test_ap_by_number_of_objects_separates_the_images() -> None:
     ]
 
 
-def test_ap_is_zero_without_detections() -> None:
+def test_without_detections_every_object_is_missed() -> None:
     found = analysed(scene(2), [])
     costs = {kind: e.delta_AP50 for kind, e in found.errors.items()}
     assert costs == {**dict.fromkeys(KINDS, 0.0), "missed": 1.0}
