@@ -65,7 +65,7 @@ class World:
         """
         if self.size == 1:
             return make()
-        patient = dist.new_group(backend="gloo", timeout=_LONGEST_WORK)
+        patient: Any = dist.new_group(backend="gloo", timeout=_LONGEST_WORK)
         made: list[Any] = [None]
         if self.main:
             try:
