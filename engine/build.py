@@ -301,6 +301,7 @@ def assemble_trainer(
         eval_every=options.eval_every,
         save_every=options.save_every,
         max_steps=options.max_steps,
+        seed=options.seed,
     )
 
 

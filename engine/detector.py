@@ -27,7 +27,7 @@ from engine.optim import Precision
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
-from models.recipes import RecipeOptions
+from models.recipes import KnownRecipes
 from models.weights.load import Pretrained, load_pretrained
 from models.weights.transfer import load_strict
 from util.classes import Classes
@@ -122,7 +122,7 @@ class Detector:
         }  # fmt: skip
         given = Given(
             {"data": {name: value for name, value in replaced.items() if value is not None}},
-            RecipeOptions(),
+            KnownRecipes(),
         )
         config = given.on(_options_of(pretrained, given, source)).config()
         optim = (pretrained.config or {}).get("optim", {})

@@ -41,6 +41,14 @@ class World:
         dist.all_reduce(total, group=self.group)
         return list(total.tolist())
 
+    def every(self, values: Sequence[float]) -> list[list[float]]:
+        """Return the numbers of every process, by rank."""
+        if self.size == 1:
+            return [list(values)]
+        rows = [torch.zeros(len(values), dtype=torch.float64) for _ in range(self.size)]
+        dist.all_gather(rows, torch.tensor(values, dtype=torch.float64), group=self.group)
+        return [list(row.tolist()) for row in rows]
+
     def gather(self, item: T) -> list[T]:
         """Return everybody's item by rank in the main process, and nothing in the others."""
         if self.size == 1:

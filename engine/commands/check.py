@@ -13,7 +13,7 @@ from datasets.checks.boxes import Limits
 from datasets.checks.diagnosis import Diagnosis, corrected, examine
 from datasets.checks.report import page, summary
 from datasets.workers import loader_processes
-from models.recipes import RecipeOptions
+from models.recipes import KnownRecipes
 from util.console import console
 from util.errors import ConfigError
 from util.files import make_output_dir, write_atomic
@@ -32,7 +32,7 @@ class CheckOptions(Checked):
 
 
 SECTIONS = {**RUN, "check": CheckOptions}
-RECIPES = RecipeOptions()
+RECIPES = KnownRecipes()
 RELEVANT = {
     "model": ("num_queries",), "optim": (), "loss": (), "run": ("output_dir",), "recipes": (),
 }  # fmt: skip

@@ -140,6 +140,8 @@ def transfer(
             elif (head := _HEAD.fullmatch(name)) and head[2] == "class":
                 rows = _RANKING_ROW if int(head[3]) == proposals else pairs
                 _fill(name, tensor, source[origin[name]], rows, report)
+            elif name.startswith(RECIPES) and ".class_embed." in name:
+                _fill(name, tensor, source[origin[name]], pairs, report)
             else:
                 _fill(name, tensor, source[origin[name]], None, report)
     filled_names = [*report.copied, *report.by_name, *report.adapted]
@@ -237,6 +239,9 @@ def _fill_queries(tensor: Tensor, source: Mapping[str, Tensor], report: Transfer
         return
     count = len(given)
     report.adapted[_QUERIES] = f"{count} queries to {len(tensor)}"
+    if len(tensor) < count and "transformer.reference_points.weight" not in source:
+        tensor.copy_(given[: len(tensor)])  # contents alone: proposals say where to look
+        return
     if len(tensor) < count:
         # where each query looks first, in fractions of the image
         weight = source["transformer.reference_points.weight"]

@@ -20,6 +20,7 @@ from configs.schema import (
     RunConfig,
 )
 from engine.commands.eval import EvalOptions
+from models.build import build_criterion
 from util.errors import ConfigError
 
 PRESETS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
@@ -42,7 +43,7 @@ def test_defaults_are_the_published_recipe() -> None:
         256, 8, 300, 1024,
     )  # fmt: skip
     assert (loss.set_cost_class, loss.set_cost_bbox, loss.set_cost_giou) == (2, 5, 2)
-    assert (loss.cls_loss_coef, loss.bbox_loss_coef, loss.giou_loss_coef) == (2, 5, 2)
+    assert build_criterion(loss).weights == {"loss_ce": 2, "loss_bbox": 5, "loss_giou": 2}
     assert (optim.lr, optim.lr_backbone, optim.lr_linear_proj_mult) == (2e-4, 2e-5, 0.1)
     assert (optim.weight_decay, optim.epochs, optim.lr_drop) == (1e-4, 50, 40)
     assert optim.clip_max_norm == 0.1

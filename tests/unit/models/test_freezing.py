@@ -9,7 +9,7 @@ from torch import nn
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model, freeze
 from models.deformable_detr import DeformableDETR
-from models.recipes.one_to_many import Options
+from models.recipes.hybrid import Options
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
 from util.batch import pad_images
@@ -104,9 +104,9 @@ def test_frozen_models_give_the_same_output_twice() -> None:
 
 @pytest.mark.parametrize("part", ["none", "backbone", "encoder", "all_but_heads"])
 def test_queries_of_a_recipe_learn_unless_only_the_heads_do(part: str) -> None:
-    recipes = {"one_to_many": Options(num_queries_one2many=4, k_one2many=2)}
+    recipes = {"hybrid": Options(num_queries_one2many=4, k_one2many=2)}
     model = build_model(small_config(), num_classes=5, recipes=recipes).train()
-    name = "recipes.one_to_many.query_embed.weight"
+    name = "recipes.hybrid.query_embed.weight"
     if part == "all_but_heads":
         with pytest.raises(ConfigError, match=f"'{name}' would stay random"):
             freeze(model, part, fresh=[name])

@@ -14,7 +14,7 @@ import torch
 from configs.schema import ModelConfig
 from models.build import build_model
 from models.layers import sine_embedding
-from models.recipes.one_to_many import Options
+from models.recipes.hybrid import Options
 from models.weights.class_names import COCO_CATEGORIES, coco_logit_classes
 from models.weights.hugging_face import (
     config_classes,
@@ -260,7 +260,7 @@ def test_transformers_loads_what_we_save_and_predicts_the_same(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     config = small_config(**OURS[variant])
-    recipes = {"one_to_many": Options(num_queries_one2many=9)}
+    recipes = {"hybrid": Options(num_queries_one2many=9)}
     model = build_model(config, num_classes=3, recipes=recipes).double().eval()
     perturb(model)
     classes = Classes((2, 5, 9), ("café", "", "dog"))
@@ -273,7 +273,7 @@ def test_transformers_loads_what_we_save_and_predicts_the_same(
         image_std=model.backbone.std,
         image_size=(64, 96),
     )
-    extra = "recipes.one_to_many.query_embed.weight"
+    extra = "recipes.hybrid.query_embed.weight"
     assert left_out == ([] if variant == "two_stage" else [extra])
     theirs, info = transformers.DeformableDetrForObjectDetection.from_pretrained(
         tmp_path / "saved", output_loading_info=True, dtype=torch.float64
