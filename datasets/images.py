@@ -26,8 +26,8 @@ READ_ERRORS = (
     Image.DecompressionBombError,
 )
 TURNED = (5, 6, 7, 8)  # orientations that swap width and height
-# What brings the stored pixels upright. Pillow's own function writes all of the EXIF data anew, and
-# fails where any of it is odd.
+# What brings the stored pixels upright. Pillow's own function rewrites all of the EXIF data, and
+# fails where any of it is invalid.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

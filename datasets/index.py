@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ class CocoIndex:
                 console(f"  notice: {json_path}: has no categories, so the model's are taken")
                 file = None  # with another model they would be others
             content = check_content(source, need_boxes=need_boxes)
-            with contextlib.suppress(OSError):  # no room or no right to write: read anew next time
+            with contextlib.suppress(OSError):  # no room or no right to write: read again next time
                 if file is not None:
                     _save(file, content)
         return cls.from_content(content, json_path, image_dir, need_boxes=need_boxes)
@@ -173,6 +174,14 @@ class CocoIndex:
 
     def __len__(self) -> int:
         return len(self.images.ids)
+
+    def require_images(self) -> None:
+        """Raise DataError if none of the images is on this machine."""
+        if not any(os.path.isfile(self.image_dir / name) for name in self.images.file_names):
+            raise DataError(
+                f"{self.image_dir}: none of the images is there on {socket.gethostname()}. Every "
+                "machine of a run must have the same files at the same place."
+            )
 
     @property
     def notices(self) -> list[str]:

@@ -250,9 +250,8 @@ def _what_is_wrong(error: Exception) -> str:
         )
     if "TorchScript" in text:
         return "is a TorchScript program. Save its state_dict() instead."
-    return (
-        f"is truncated, damaged or no checkpoint ({_one_line(error)}). Copy or download it again."
-    )
+    reason = _one_line(error)
+    return f"is truncated, damaged or not a checkpoint ({reason}). Copy or download it again."
 
 
 def _one_line(error: BaseException) -> str:

@@ -290,7 +290,7 @@ def _compute_boxes(
 
 
 def _rotated(entries: Sequence[Mapping[str, Any]]) -> BoolArray:
-    """Return which boxes [A] were turned after they were drawn, as CVAT writes it."""
+    """Return which boxes [A] were rotated after they were drawn, as CVAT writes it."""
     if not any(entry.get("attributes") for entry in entries):
         return np.zeros(len(entries), dtype=np.bool_)
     return np.array([_rotation(entry) != "" for entry in entries], dtype=np.bool_)

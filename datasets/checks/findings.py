@@ -16,6 +16,7 @@ from datasets.checks.kinds import KINDS
 from datasets.formats.registry import Source
 from datasets.images import TURNED
 from util.classes import Classes
+from util.console import in_line
 
 SECTIONS = ("images", "annotations", "categories")
 NAMED = 3  # examples in a line
@@ -318,10 +319,5 @@ def first_few(names: Iterable[str], total: int | None = None) -> str:
 
 def short_name(name: str) -> str:
     """Return a name as it is printed: on one line, and cut where it is very long."""
-    text = printable(name[:_LONGEST])
+    text = in_line(name[:_LONGEST])
     return text if len(name) <= _LONGEST else f"{text}…"
-
-
-def printable(text: str) -> str:
-    """Return text with escapes for what no terminal shows."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

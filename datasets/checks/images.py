@@ -19,7 +19,7 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from datasets.arrays import IntArray
-from datasets.checks.findings import FileFacts, SplitReport, printable
+from datasets.checks.findings import FileFacts, SplitReport
 from datasets.checks.names import find_files
 from datasets.images import (
     LARGEST_IMAGE,
@@ -30,7 +30,7 @@ from datasets.images import (
     read_header,
     small_grey,
 )
-from util.console import log, progress
+from util.console import in_line, log, progress
 from util.errors import DataError
 from util.files import read_regular
 
@@ -54,9 +54,9 @@ def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
     if len(missing) == len(images.ids):
         hint = missing[0].error if missing else ""
         raise DataError(
-            f"{printable(str(report.source.image_dir / first)):.400}: no such image, nor any other "
+            f"{in_line(str(report.source.image_dir / first)):.400}: no such image, nor any other "
             f"of the {total} in the annotation file"
-            f"{hint and f'; {printable(hint):.200}'}. Check the image folder."
+            f"{hint and f'; {in_line(hint):.200}'}. Check the image folder."
         )
     present = np.setdiff1d(np.arange(len(images.ids)), list(missing))
     states_size = np.asarray(images.sizes[present].all(axis=1))
@@ -67,7 +67,7 @@ def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
     wrong = sum(found.contradicts(*images.sizes[i].tolist()) for i, found in compared.items())
     if wrong and step > 1:
         log.info(
-            f"{printable(str(report.source.place))}: {wrong} of {len(compared)} images looked at "
+            f"{in_line(str(report.source.place))}: {wrong} of {len(compared)} images looked at "
             f"are of another size than stated: reading the headers of all {len(stated)}"
         )
         compared = _read_headers(report, stated)
@@ -124,7 +124,7 @@ def examine_file(path: Path, *, small: bool = False) -> FileFacts:
     size, orientation = None, 1
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata; only pixels matter here
+            warnings.simplefilter("ignore")  # about invalid metadata; only pixels matter here
             with open_image(io.BytesIO(data)) as image:
                 size = (image.height, image.width)
                 decode(image)

@@ -52,7 +52,7 @@ def main(config: Config, options: CheckOptions) -> int:
             file = output_dir / name
             if file.exists() and not (file.is_file() and mark in file.read_bytes()[:400]):
                 raise ConfigError(
-                    f"--output_dir {output_dir}: it holds another file called {name}, not from an "
+                    f"output_dir {output_dir}: it holds another file called {name}, not from an "
                     "earlier check. Choose another folder."
                 )
     copies = _copies(options.fix, splits, output_dir)
@@ -96,16 +96,16 @@ def _copies(fix: str, splits: list[Split], output_dir: Path | None) -> dict[str,
         return {}
     path = Path(fix)
     if path.suffix != ".json":
-        raise ConfigError(f"--fix {fix}: must be the name of a new .json file.")
+        raise ConfigError(f"fix {fix}: must be the name of a new .json file.")
     files = {str(s): path.with_suffix(f".{s}.json") if len(splits) > 1 else path for s in splits}
     files["changes"] = path.with_suffix(".changes.json")
     taken = [(output_dir / "check.json").resolve()] if output_dir else []
     for file in files.values():
         if file.exists() or file.resolve() in taken:
             raise ConfigError(
-                f"--fix {file}: the file exists, and nothing is overwritten. Choose another name."
+                f"fix {file}: the file exists, and nothing is overwritten. Choose another name."
             )
-    make_output_dir(path.parent, f"--fix {path}:")  # now, not after an hour of decoding
+    make_output_dir(path.parent, f"fix {path}:")  # now, not after an hour of decoding
     return files
 
 

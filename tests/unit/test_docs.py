@@ -120,7 +120,7 @@ def test_every_file_of_ours_exists(page: Path) -> None:
 
 
 @each_page
-def test_every_name_said_to_be_in_a_file_is_there(page: Path) -> None:
+def test_every_name_the_docs_place_in_a_file_is_there(page: Path) -> None:
     pairs = re.findall(
         r"`([A-Za-z_][\w.]*)(?:\([\w, ]*\))?`(?: and `([A-Za-z_][\w.]*)`)? in\s+`([\w/]+\.py)`",
         page.read_text(encoding="utf-8"),

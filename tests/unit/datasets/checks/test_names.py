@@ -70,9 +70,7 @@ def kinds(index: CocoIndex) -> dict[str, int]:
         ("part/a.png", "x/a.jpg", "base name, other suffix"),
     ],
 )
-def test_names_are_matched_and_the_way_is_reported(
-    read: Read, file: str, name: str, way: str
-) -> None:
+def test_names_are_matched_and_how_is_reported(read: Read, file: str, name: str, way: str) -> None:
     index = read([file, "other.png"], [name])
     assert found(index) == [file]
     assert kinds(index) == {"matched_name": 1}
@@ -80,7 +78,7 @@ def test_names_are_matched_and_the_way_is_reported(
     assert len(index.boxes) == 1
 
 
-def test_absolute_names_count_inside_the_folder_alone(read: Read, tmp_path: Path) -> None:
+def test_absolute_names_are_accepted_only_inside_the_folder(read: Read, tmp_path: Path) -> None:
     inside = str(tmp_path / "data" / "images" / "a.png")
     Image.new("RGB", (20, 10)).save(tmp_path / "b.png")
     index = read(["a.png"], [inside, str(tmp_path / "b.png")])
@@ -90,7 +88,7 @@ def test_absolute_names_count_inside_the_folder_alone(read: Read, tmp_path: Path
     assert index.annotations.ids.tolist() == [1], "its box is left out, too"
 
 
-def test_what_several_files_fit_is_missing(read: Read) -> None:
+def test_a_name_that_fits_several_files_is_missing(read: Read) -> None:
     index = read(["a/x.png", "b/x.png", "c.png"], ["elsewhere/x.png", "c.png"])
     assert found(index) == ["elsewhere/x.png", "c.png"]
     assert kinds(index)["missing_image"] == 1
