@@ -54,6 +54,33 @@ class ModelConfig(Checked):
     look_forward_twice: bool = option(
         False, "with_box_refine: the loss of a layer's boxes teaches the layer before, too"
     )
+    query_position: Literal["fixed", "box", "scaled_box"] = option(
+        "fixed", "what attention adds to queries: the same in every layer, what each layer computes "
+        "from the boxes it is given (DINO), or that times what it computes from the queries",
+        rare=True,
+    )  # fmt: skip
+    decoder_norm: bool = option(
+        False, "normalise what the heads of decoder layers read (DINO)", rare=True
+    )
+    shared_heads: bool = option(
+        False, "with_box_refine: the decoder's layers share their heads (DINO)", rare=True
+    )
+    class_proposals: bool = option(
+        False, "two_stage: proposals have classes, and only those that are chosen learn (DINO)",
+        rare=True,
+    )  # fmt: skip
+    position_temperature: float = option(
+        10000.0, "position_embedding sine: ratio of its longest to its shortest wave", above=1,
+        most=1e9, rare=True,
+    )  # fmt: skip
+    position_offset: float = option(
+        -0.5, "position_embedding sine: added to the count of cells; -0.5: their centres, 0: their "
+        "far edges (DINO)", low=-1, high=1, rare=True,
+    )  # fmt: skip
+    refine_eps: float = option(
+        1e-5, "with_box_refine: distance from 0 and 1 at which a box's numbers are clamped before "
+        "they are refined (DINO: 0.001)", above=0, high=0.1, rare=True,
+    )  # fmt: skip
     aux_loss: bool = option(
         True, "losses after every decoder layer", off="losses after the last decoder layer only",
         rare=True,
@@ -65,9 +92,15 @@ class ModelConfig(Checked):
             raise ConfigError("two_stage: needs `with_box_refine`, as in the paper. Add it.")
         for name, needed in (
             ("mixed_query_selection", "two_stage"), ("look_forward_twice", "with_box_refine"),
+            ("shared_heads", "with_box_refine"), ("class_proposals", "two_stage"),
         ):  # fmt: skip
             if getattr(self, name) and not getattr(self, needed):
                 raise ConfigError(f"{name}: has no effect without `{needed}`. Add it.")
+        if self.query_position != "fixed" and not self.mixed_query_selection:
+            raise ConfigError(
+                f"query_position {self.query_position}: needs boxes to begin with, and learned "
+                "contents: `two_stage` and `mixed_query_selection`. Add them."
+            )
         if self.hidden_dim % self.nheads:
             raise ConfigError(
                 f"hidden_dim: must be a multiple of `nheads {self.nheads}`, not {self.hidden_dim}."

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -223,12 +223,15 @@ def load_pretrained_weights(
         raise ConfigError(
             f"nheads {config.model.nheads}: the weights of `finetune` have {nheads}. Use that."
         )
+    by_class = bool(pretrained.model_options.get("class_proposals"))
+    tells: Literal["objects", "classes"] = "classes" if by_class else "objects"
     report = transfer(
         model,
         pretrained.state_dict,
         source_classes=pretrained.classes,
         target_classes=classes,
         backbone=backbone,
+        proposals_tell=tells if by_class == config.model.class_proposals else "either",
     )
     log.info(report.table())
     random = [name for name in report.reinitialised if name.startswith(BACKBONE)]

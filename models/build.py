@@ -26,7 +26,6 @@ from models.transformer import DeformableTransformer
 from ops import MSDeformAttn
 from util.errors import ConfigError, nearest_hint
 
-POSITION_ENCODINGS = {"sine": PositionEmbeddingSine, "learned": PositionEmbeddingLearned}
 ALL_STAGES = 5
 _SHAPES = 512  # sizes of batches, once for training and once for evaluation; PyTorch's limit is 8
 
@@ -57,7 +56,7 @@ def build_model(
         train_norm=config.train_backbone_norm,
     )
     heads = build_heads(config, num_classes)
-    position_encoding = POSITION_ENCODINGS[config.position_embedding](width // 2)
+    position_encoding = build_position_encoding(config)
     transformer = build_transformer(config, heads)
     learned = transformer.learned_width
     query_embed = nn.Embedding(config.num_queries, learned) if learned else None
@@ -75,6 +74,17 @@ def build_model(
     return model.to(memory_format=torch.channels_last)  # see Joiner.forward
 
 
+def build_position_encoding(config: ModelConfig) -> nn.Module:
+    """Build what tells tokens of a level apart."""
+    if config.position_embedding == "learned":
+        return PositionEmbeddingLearned(config.hidden_dim // 2)
+    return PositionEmbeddingSine(
+        config.hidden_dim // 2,
+        temperature=config.position_temperature,
+        offset=config.position_offset,
+    )
+
+
 def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
     """Build the heads of every decoder layer and, in a two-stage model, of the encoder.
 
@@ -90,13 +100,17 @@ def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
         nn.init.zeros_(box_head.get_parameter(f"layers.2.{name}"))
     count = config.dec_layers + int(config.two_stage)
     class_heads, box_heads = [class_head] * count, [box_head] * count  # shared by all layers
-    if config.with_box_refine:
+    if config.shared_heads:  # but the encoder has its own
+        class_heads[config.dec_layers :] = map(copy.deepcopy, class_heads[config.dec_layers :])
+        box_heads[config.dec_layers :] = map(copy.deepcopy, box_heads[config.dec_layers :])
+    elif config.with_box_refine:
         class_heads = [copy.deepcopy(head) for head in class_heads]
         box_heads = [copy.deepcopy(head) for head in box_heads]
     if not config.two_stage:  # where no proposals set them, sizes start at 0.12, sigmoid(-2)
         nn.init.constant_(box_heads[0].get_parameter("layers.2.bias")[2:], -2.0)
     heads = DetectionHeads(class_heads, box_heads)
-    if config.with_box_refine and not config.aux_loss:  # no loss reaches those of earlier layers
+    distinct = config.with_box_refine and not config.shared_heads
+    if distinct and not config.aux_loss:  # no loss reaches those of earlier layers
         for either in (heads.class_embed, heads.bbox_embed):
             either[: config.dec_layers - 1].requires_grad_(False)
     return heads
@@ -127,6 +141,9 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         with_box_refine=config.with_box_refine,
         two_stage=config.two_stage,
         look_forward_twice=config.look_forward_twice,
+        query_position=config.query_position,
+        norm=config.decoder_norm,
+        refine_eps=config.refine_eps,
     )
     transformer = DeformableTransformer(
         encoder,
@@ -135,6 +152,7 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         num_feature_levels=config.num_feature_levels,
         two_stage=config.two_stage,
         mixed_query_selection=config.mixed_query_selection,
+        class_proposals=config.class_proposals,
         num_queries=config.num_queries,
     )
     initialised = ("decoder.bbox_embed", "decoder.class_embed")

@@ -1,14 +1,16 @@
 """The deformable decoder."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.heads import DetectionHeads, apply_delta
-from models.layers import Dropout, ExactLayerNorm, checkpointed
+from models.heads import MLP, DetectionHeads, apply_delta
+from models.layers import Dropout, ExactLayerNorm, checkpointed, sine_embedding
 from models.levels import FeatureLevels
 from models.queries import QueryGroup
 from ops import MSDeformAttn
@@ -23,8 +25,8 @@ Groups = Sequence[tuple[int, Tensor | None]]
 class DecoderOutput:
     """What the decoder finds, one entry per layer, with all groups' queries side by side.
 
-    Shape: hidden [N,Q,C]; references [N,Q,2 or 4], the points or boxes that box deltas add to;
-    logits [N,Q,classes]; boxes [N,Q,4], normalised cxcywh.
+    Shape: hidden [N,Q,C], what heads read; references [N,Q,2 or 4], the points or boxes that box
+    deltas add to; logits [N,Q,classes]; boxes [N,Q,4], normalised cxcywh.
     """
 
     hidden: list[Tensor]
@@ -110,6 +112,11 @@ class DeformableDecoder(nn.Module):
     With `look_forward_twice`, a layer's losses teach the layer before as well (DINO, arXiv
     2203.03605, Sec. 3.5). Refining and two-stage decoders hold the heads too, as official
     checkpoints repeat them there.
+
+    Unless `query_position` is "fixed", each layer computes the positions of queries from the boxes
+    that it is given; with "scaled_box", each layer but the first multiplies them by what it
+    computes from the queries. With `norm`, heads read normalised queries; what a layer passes on,
+    queries and boxes, comes from those that are not. `refine_eps`: see `apply_delta`.
     """
 
     checkpointing = False
@@ -122,12 +129,21 @@ class DeformableDecoder(nn.Module):
         with_box_refine: bool,
         two_stage: bool,
         look_forward_twice: bool = False,
+        query_position: Literal["fixed", "box", "scaled_box"] = "fixed",
+        norm: bool = False,
+        refine_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.heads = heads
         self.with_box_refine = with_box_refine
         self.look_forward_twice = look_forward_twice
+        self.refine_eps = refine_eps
+        width = layers[0].linear1.in_features
+        from_boxes, scaled = query_position != "fixed", query_position == "scaled_box"
+        self.ref_point_head = MLP(2 * width, width, width, 2) if from_boxes else None
+        self.query_scale = MLP(width, width, width, 2) if scaled else None
+        self.norm = ExactLayerNorm(width) if norm else None
         if with_box_refine:
             self.bbox_embed = heads.bbox_embed
         if two_stage:
@@ -148,20 +164,37 @@ class DeformableDecoder(nn.Module):
             # fractions of the image become fractions of each padded level
             scale = ratios if reference.shape[-1] == 2 else torch.cat([ratios, ratios], dim=-1)
             points = reference[:, :, None] * scale
+            if self.ref_point_head is not None:
+                query_pos = self.ref_point_head(embedded_boxes(points[:, :, 0], x.shape[-1]))
+                if self.query_scale is not None and index > 0:
+                    query_pos = query_pos * self.query_scale(x)
             x = checkpointed(
                 layer, x, query_pos, points, memory, levels, within, enabled=self.checkpointing
             )
-            hidden.append(x)
+            hidden.append(x if self.norm is None else self.norm(x))
             references.append(reference)
             if self.with_box_refine:
-                delta = self.heads.delta(index, x)
-                boxes.append(apply_delta(delta, moved))
+                delta = self.heads.delta(index, hidden[-1])
+                boxes.append(apply_delta(delta, moved, self.refine_eps))
+                if self.norm is not None:
+                    delta = self.heads.delta(index, x)
                 # a layer learns to refine the boxes it is given, not to have better ones given
                 # to it: without this, training is unstable (Appendix A.4)
-                twice = self.look_forward_twice
-                moved = apply_delta(delta, reference) if twice else boxes[-1].detach()
-                reference = moved.detach()
+                twice, refined = self.look_forward_twice, boxes[-1]
+                if twice or self.norm is not None:
+                    refined = apply_delta(delta, reference, self.refine_eps)
+                reference = refined.detach()
+                moved = refined if twice else reference
         if not self.with_box_refine:  # every layer predicts from the first reference points
             boxes = [apply_delta(self.heads.delta(i, h), reference) for i, h in enumerate(hidden)]
         logits = [self.heads.logits(i, h) for i, h in enumerate(hidden)]
         return DecoderOutput(hidden, references, logits, boxes)
+
+
+def embedded_boxes(boxes: Tensor, width: int) -> Tensor:
+    """Return sines and cosines of y, x, w and h, in this order (DINO, arXiv 2203.03605).
+
+    Shape: boxes [N,Q,4] cxcywh, fractions -> [N,Q,2*width].
+    """
+    x, y, w, h = (boxes * 2 * math.pi).unbind(-1)
+    return sine_embedding(torch.stack([y, x, w, h], dim=-1), width // 2).flatten(-2)

@@ -10,14 +10,15 @@ from models.layers import ExactLinear, inverse_sigmoid
 # N batch, Q queries, C width.
 
 
-def apply_delta(delta: Tensor, reference: Tensor) -> Tensor:
+def apply_delta(delta: Tensor, reference: Tensor, eps: float = 1e-5) -> Tensor:
     """Add a predicted delta to a reference point or box in logit space (Appendix A.3 and A.4).
 
-    A head has to learn only where the object lies as seen from the place its query looks at.
+    A head has to learn only where the object lies as seen from the place its query looks at. The
+    reference is clamped to `eps` from 0 and 1.
 
     Shape: delta [N,Q,4]; reference [N,Q,2 or 4], fractions; returns cxcywh boxes [N,Q,4].
     """
-    offset = inverse_sigmoid(reference)
+    offset = inverse_sigmoid(reference, eps)
     if offset.shape[-1] == 2:
         offset = F.pad(offset, (0, 2))  # a point says nothing of the size
     return (delta + offset).sigmoid()

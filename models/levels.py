@@ -20,12 +20,16 @@ class PositionEmbeddingSine(nn.Module):
     """Sines and cosines of the pixel position, normalised over the unpadded area.
 
     Attention sees a set: without them it could not tell one place from another. Positions are
-    taken at cell centres (half-cell offset), as Deformable DETR does.
+    taken at cell centres (half-cell offset), as Deformable DETR does, or where `offset` says.
     """
 
-    def __init__(self, num_pos_feats: int) -> None:
+    def __init__(
+        self, num_pos_feats: int, *, temperature: float = 10000.0, offset: float = -0.5
+    ) -> None:
         super().__init__()
         self.num_pos_feats = num_pos_feats
+        self.temperature = temperature
+        self.offset = offset
 
     def forward(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
         """Encode the positions of one level.
@@ -37,10 +41,10 @@ class PositionEmbeddingSine(nn.Module):
         exact = torch.promote_types(dtype, torch.float32)
         axes = []
         for dim in (1, 2):
-            centre = valid.cumsum(dim, dtype=exact) - 0.5
+            position = valid.cumsum(dim, dtype=exact) + self.offset
             extent = valid.sum(dim, keepdim=True, dtype=exact)
-            axes.append(centre / (extent + 1e-6) * (2 * math.pi))
-        embedded = [sine_embedding(axis, self.num_pos_feats) for axis in axes]
+            axes.append(position / (extent + 1e-6) * (2 * math.pi))
+        embedded = [sine_embedding(axis, self.num_pos_feats, self.temperature) for axis in axes]
         return torch.cat(embedded, dim=-1).permute(0, 3, 1, 2).to(dtype)
 
 

@@ -91,6 +91,9 @@ class DetectorOutput(TypedDict, total=False):
 class Proposals:
     """The boxes that a two-stage encoder predicts, one at each token (Sec. 4.2).
 
+    Logits tell objects from background, by class 0 alone. With `num_learning`, they tell classes,
+    and only so many proposals, the best, learn (DINO, arXiv 2203.03605).
+
     Shape: logits [N,S,classes]; box_logits [N,S,4], cxcywh in logit space; anchors [N,S,4], the
     boxes that these start from, cxcywh; padding_mask [N,S].
     """
@@ -99,6 +102,7 @@ class Proposals:
     box_logits: Tensor
     anchors: Tensor
     padding_mask: Tensor
+    num_learning: int | None = None
 
     def best(self, first: int, last: int) -> Tensor:
         """Return the proposals of these ranks by score; fewer where there are fewer tokens.
@@ -107,22 +111,38 @@ class Proposals:
 
         Shape: [N,last-first,4] cxcywh, fractions.
         """
-        # class 0 stands for "object" here: the encoder's targets all carry label 0
-        scores = self.logits[..., 0].detach().masked_fill(self.padding_mask, -math.inf)
-        ranked = scores.topk(min(last, scores.shape[1]), dim=1).indices
+        ranked = self._ranked(last)
         boxes = self.box_logits.detach().gather(1, ranked[..., None].expand(-1, -1, 4))
         return boxes[:, first:].sigmoid()
 
+    def _ranked(self, count: int) -> Tensor:
+        """Return the tokens of the best proposals, best first. Shape: [N,at most count]."""
+        if self.num_learning is None:
+            # class 0 stands for "object" here: the encoder's targets all carry label 0
+            scores = self.logits[..., 0].detach()
+        else:
+            scores = self.logits.detach().amax(-1)
+        scores = scores.masked_fill(self.padding_mask, -math.inf)
+        return scores.topk(min(count, scores.shape[1]), dim=1).indices
+
     def output(self, *, on_anchors: bool = False) -> GroupOutput:
-        """Return what the encoder learns from: it only tells objects from background.
+        """Return what the encoder learns from: objects and background or, if it tells, classes.
 
         With `on_anchors`, a token learns the object that its anchor lies best on, else the one
         that it predicts best.
         """
-        boxes = self.box_logits.sigmoid()
-        anchors = self.anchors if on_anchors else None
-        learning = Learning(targets=objects_of_one_class, anchors=anchors)
-        return GroupOutput("_enc", self.logits[None], boxes[None], learning)
+        logits, boxes, anchors = self.logits, self.box_logits.sigmoid(), self.anchors
+        if self.num_learning is not None:
+            tokens = self._ranked(self.num_learning)[..., None]
+            logits, boxes, anchors = (
+                values.gather(1, tokens.expand(-1, -1, values.shape[-1]))
+                for values in (logits, boxes, anchors)
+            )
+        learning = Learning(
+            targets=objects_of_one_class if self.num_learning is None else None,
+            anchors=anchors if on_anchors else None,
+        )
+        return GroupOutput("_enc", logits[None], boxes[None], learning)
 
 
 def objects_of_one_class(targets: PaddedTargets) -> PaddedTargets:

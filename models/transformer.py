@@ -42,6 +42,7 @@ class DeformableTransformer(nn.Module):
         num_feature_levels: int,
         two_stage: bool = False,
         mixed_query_selection: bool = False,
+        class_proposals: bool = False,
         num_queries: int = 300,
     ) -> None:
         super().__init__()
@@ -50,6 +51,7 @@ class DeformableTransformer(nn.Module):
         # of what is learned for each query: position and content, the content, or nothing
         self.learned_width = 2 * d_model if not two_stage else d_model * mixed_query_selection
         self.num_queries = num_queries
+        self.class_proposals = class_proposals
         self.encoder = encoder
         self.decoder = decoder
         # distinguishes tokens of different levels, whose sines may be the same (Sec. 4.1)
@@ -57,8 +59,9 @@ class DeformableTransformer(nn.Module):
         if two_stage:
             self.enc_output = nn.Linear(d_model, d_model)
             self.enc_output_norm = ExactLayerNorm(d_model)
-            self.pos_trans = nn.Linear(d_model * 2, d_model * 2)
-            self.pos_trans_norm = ExactLayerNorm(d_model * 2)
+            if decoder.ref_point_head is None:
+                self.pos_trans = nn.Linear(d_model * 2, d_model * 2)
+                self.pos_trans_norm = ExactLayerNorm(d_model * 2)
         else:
             self.reference_points = ExactLinear(d_model, 2)
 
@@ -115,8 +118,11 @@ class DeformableTransformer(nn.Module):
         image, a query knows where to look but not what to find (mixed query selection, DINO,
         arXiv 2203.03605, Sec. 3.4). Shape: boxes [N,Q,4] cxcywh; contents [at least Q,C].
         """
-        embedded = sine_embedding(boxes * 2 * math.pi, self.d_model // 2).flatten(-2)
-        position, content = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=-1)
+        position = boxes.new_zeros(()).expand(*boxes.shape[:2], self.d_model)
+        content = position
+        if self.decoder.ref_point_head is None:  # else each layer computes positions
+            embedded = sine_embedding(boxes * 2 * math.pi, self.d_model // 2).flatten(-2)
+            position, content = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=-1)
         if contents is not None:  # an image may have fewer tokens than there are queries
             content = contents[None, : boxes.shape[1]].expand(len(boxes), -1, -1)
         return QueryGroup(name, content, position, boxes, learning=learning)
@@ -130,4 +136,10 @@ class DeformableTransformer(nn.Module):
         logits = heads.logits(last, output)
         # infinite anchors become finite boxes: what is not finite is looked for in outputs
         box_logits = (heads.delta(last, output) + anchors).clamp(max=_MAX_LOGIT)
-        return Proposals(logits, box_logits, anchors.sigmoid(), levels.padding_mask)
+        return Proposals(
+            logits,
+            box_logits,
+            anchors.sigmoid(),
+            levels.padding_mask,
+            num_learning=self.num_queries if self.class_proposals else None,
+        )

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.weights.class_names import NUM_COCO_LOGITS, coco_logit_classes
 from models.weights.official import RESNETS, complete_heads, published_weights
+from models.weights.rename import renamer
 from util.classes import Classes
 from util.errors import CheckpointError
 from util.files import read_regular
@@ -90,25 +91,6 @@ _ALIKE = {  # theirs for the decoder -> theirs for the encoder; ours is one opti
 }
 
 
-def _renamer(modules: Mapping[str, str]) -> Callable[[str], str]:
-    """Return a function that renames a key by the first module it lies in.
-
-    It raises ValueError for a key that lies in none.
-    """
-    rules = [
-        (re.compile(re.escape(old).replace(r"\#", r"(\d+)") + r"(?=\.|$)"), new.replace("#", r"\1"))
-        for old, new in modules.items()
-    ]
-
-    def rename(key: str) -> str:
-        for pattern, replacement in rules:
-            if pattern.match(key):
-                return pattern.sub(replacement, key, count=1)
-        raise ValueError(f"'{key}' is not a key of the model")
-
-    return rename
-
-
 def to_official(
     state_dict: Mapping[str, Tensor], options: Mapping[str, Any], source: str
 ) -> dict[str, Tensor]:
@@ -122,7 +104,7 @@ def to_official(
         names = {key: re.sub(pattern, name_of_4, name) for key, name in names.items()}
     own = any(name.startswith(f"{_HF_BODY}.embedder.") for name in names.values())
     body = _OWN_BODY if own else _TIMM_BODY
-    rename = _renamer({theirs: ours for ours, theirs in (_MODULES | body).items()})
+    rename = renamer({theirs: ours for ours, theirs in (_MODULES | body).items()})
     converted: dict[str, Tensor] = {}
     for key, name in names.items():
         try:
@@ -150,7 +132,7 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], *, timm_backbone: bool) ->
 
     `timm_backbone`: the config says `use_timm_backbone`; else transformers' own ResNet.
     """
-    rename = _renamer(_MODULES | (_TIMM_BODY if timm_backbone else _OWN_BODY))
+    rename = renamer(_MODULES | (_TIMM_BODY if timm_backbone else _OWN_BODY))
     converted: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
         parts = {key: tensor}

@@ -32,6 +32,16 @@ _SIZES = (
 )  # fmt: skip
 # Options that shapes do not show; the names are the official ones.
 _ONLY_IN_ARGS = ("backbone", "dilation", "dropout", "nheads", "num_queries", "aux_loss")
+# Options that change what is detected and that the official code lacks, with what it does.
+_ONLY_OURS = {
+    "mixed_query_selection": False,
+    "query_position": "fixed",
+    "decoder_norm": False,
+    "class_proposals": False,
+    "position_temperature": 10000.0,
+    "position_offset": -0.5,
+    "refine_eps": 1e-5,
+}
 _POSITION_EMBEDDINGS = {"sine": "sine", "v2": "sine", "learned": "learned", "v3": "learned"}
 _DEFAULT_HEADS = 8
 
@@ -84,6 +94,13 @@ def _options_from_shapes(state_dict: Mapping[str, Tensor], nheads: int) -> dict[
         "two_stage": "transformer.enc_output.weight" in state_dict,
         "with_box_refine": "transformer.decoder.bbox_embed.0.layers.0.weight" in state_dict,
     }
+    if options["two_stage"] and "query_embed.weight" in state_dict:
+        options["mixed_query_selection"] = True
+    if "transformer.decoder.ref_point_head.layers.0.weight" in state_dict:
+        scaled = "transformer.decoder.query_scale.layers.0.weight" in state_dict
+        options["query_position"] = "scaled_box" if scaled else "box"
+    if "transformer.decoder.norm.weight" in state_dict:
+        options["decoder_norm"] = True
     # The decoder's copy may have been stripped: refining heads are distinct all the same.
     first, second = (state_dict.get(f"bbox_embed.{i}.layers.2.bias") for i in (0, 1))
     if first is not None and second is not None:
@@ -203,7 +220,7 @@ def published_weights(
             )
     left_out = [name for name in state_dict if name.startswith("recipes.")]
     needed = sorted({n.split(".")[1] for n in left_out if RECIPES[n.split(".")[1]].detects})
-    needed += [name for name in ("mixed_query_selection",) if options.get(name)]
+    needed += [name for name, usual in _ONLY_OURS.items() if options.get(name, usual) != usual]
     if needed:
         raise CheckpointError(
             f"{path}: cannot be written: other implementations have no {needed[0]}, without which "

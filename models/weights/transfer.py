@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -111,12 +112,15 @@ def transfer(
     source_classes: Classes,
     target_classes: Classes,
     backbone: bool = True,
+    proposals_tell: Literal["objects", "classes", "either"] = "objects",
 ) -> TransferReport:
     """Start `model` from the weights of another training, as far as they fit.
 
     Tensors of equal name and shape are copied. Rows of the class heads follow the class name, see
     `class_names.matching_names`, so labels may have another order or number. A two-stage model
-    ranks proposals by row 0 of the encoder's class head: that row is kept. Missing queries are
+    ranks proposals by row 0 of the encoder's class head: that row is kept. Where, in checkpoint and
+    model, `proposals_tell` classes, rows follow names there, too; it stays fresh if they tell
+    objects in one and classes in the other, "either". Missing queries are
     noisy copies of the first ones (equal queries would never part); of too many, those stay whose
     reference points lie farthest apart. Everything else keeps its fresh weights and is reported.
     Without `backbone`, that of `model`, which is another one, stays as it is and is left out.
@@ -138,7 +142,11 @@ def transfer(
             elif name == _QUERIES:
                 _fill_queries(tensor, source, report)
             elif (head := _HEAD.fullmatch(name)) and head[2] == "class":
-                rows = _RANKING_ROW if int(head[3]) == proposals else pairs
+                ranks = int(head[3]) == proposals
+                if ranks and proposals_tell == "either":
+                    report.reinitialised[name] = "class_proposals differs"
+                    continue
+                rows = _RANKING_ROW if ranks and proposals_tell == "objects" else pairs
                 _fill(name, tensor, source[origin[name]], rows, report)
             elif name.startswith(RECIPES) and ".class_embed." in name:
                 _fill(name, tensor, source[origin[name]], pairs, report)
