@@ -29,7 +29,7 @@ from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
 from models.recipes import KnownRecipes
 from models.weights.load import Pretrained, load_pretrained
-from models.weights.transfer import load_strict
+from models.weights.transfer import RECIPES, load_strict
 from util.classes import Classes
 from util.console import console
 from util.device import pick_device
@@ -129,7 +129,10 @@ class Detector:
         model = build_model(
             config.model, num_classes=len(pretrained.classes), recipes=config.recipes
         )
-        load_strict(model, pretrained.state_dict, source)
+        weights = pretrained.state_dict
+        if pretrained.config is None:  # of others' files, what only trains has no place here
+            weights = {k: tensor for k, tensor in weights.items() if not k.startswith(RECIPES)}
+        load_strict(model, weights, source)
         return cls(
             model,
             pretrained.classes,

@@ -1,4 +1,4 @@
-"""Weights from anywhere: our checkpoints, official files, Hugging Face folders and the hub."""
+"""Weights from anywhere: our checkpoints, others' files, Hugging Face folders and the hub."""
 
 import argparse
 import contextlib
@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from models.weights import hugging_face
+from models.weights.layouts import LAYOUTS, Converted, from_official_keys
 from models.weights.official import (
     check_sizes,
     complete_heads,
@@ -42,8 +43,9 @@ _WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".safetensors")
 class Pretrained:
     """Weights with all that is needed to use them.
 
-    `state_dict` has official keys. `model_options` holds `ModelConfig` values as far as the
-    source says. `config` is the saved configuration of our own files. `image_mean` and
+    `state_dict` has official keys, and those of recipes for what only trains. `model_options` holds
+    `ModelConfig` values as far as the source says. `config` is the saved configuration of our own
+    files. `image_mean` and
     `image_std` are per channel, in 0..1; `image_size` is (short side, maximum long side) in
     pixels; None where the source does not say. `thresholds`, of our own files, has the best score
     threshold by class name, of classes that have one.
@@ -91,6 +93,14 @@ def _from_file(path: Path, *, ema: bool) -> Pretrained:
         with _parts_of(path, "checkpoint of a run"):
             return _ours(content, str(path), ema=ema)
     found = find_weights(content, _EXPECTED, str(path), ema=ema)
+    args = content.get("args")
+    args = args if isinstance(args, argparse.Namespace) else None
+    if found is None:
+        for layout in LAYOUTS:
+            if other := find_weights(content, layout.expected, str(path), ema=ema):
+                log.info(f"{path}: weights in the layout of {layout.program}")
+                with _parts_of(path, f"checkpoint of {layout.program}"):
+                    return _official(layout.convert(other.tensors, content, str(path)), args, path)
     weights = found.tensors if found else largest_state_dict(content)
     if not weights:
         raise CheckpointError(
@@ -106,7 +116,10 @@ def _from_file(path: Path, *, ema: bool) -> Pretrained:
         )
     if found and found.place not in _USUAL_PLACES:
         log.info(f"{path}: weights of Deformable DETR found in it: {found.place}")
-    return _official(weights, content.get("args"), str(path))
+    _check_detector(weights, path)
+    with _parts_of(path, "checkpoint"):
+        converted = from_official_keys(weights, vars(args) if args else {}, str(path))
+        return _official(converted, args, path)
 
 
 @contextlib.contextmanager
@@ -140,7 +153,7 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
     )
 
 
-def _official(weights: Mapping[str, Tensor], args: Any, source: str) -> Pretrained:
+def _check_detector(weights: Mapping[str, Tensor], source: Path) -> None:
     if not is_deformable_detr(weights):
         backbone = any(key.endswith(_IN_RESNETS) for key in weights)
         hint = (
@@ -152,11 +165,26 @@ def _official(weights: Mapping[str, Tensor], args: Any, source: str) -> Pretrain
             f"{source}: these are not weights of Deformable DETR. Keys found: {keys_of(weights)}; "
             f"expected: {keys_of(_EXPECTED)}. {hint}"
         )
-    options = official_options(
-        weights, args if isinstance(args, argparse.Namespace) else None, source
+
+
+def _official(converted: Converted, args: argparse.Namespace | None, source: Path) -> Pretrained:
+    _check_levels(converted.weights, source)
+    options = official_options(converted.weights, args, str(source)) | converted.options
+    complete = complete_heads(converted.weights, options)
+    return Pretrained(
+        "official", complete, options, converted.classes or official_classes(complete)
     )
-    complete = complete_heads(weights, options)
-    return Pretrained("official", complete, options, official_classes(complete))
+
+
+def _check_levels(weights: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse models that also take the backbone's map of stride 4."""
+    projections = [t for k, t in weights.items() if re.fullmatch(r"input_proj\.\d+\.0\.weight", k)]
+    maps = sum(tensor.shape[-1] == 1 for tensor in projections)
+    if maps not in (0, 1, 3):
+        raise CheckpointError(
+            f"{source}: takes {maps} feature maps of the backbone; only the last three, or the "
+            "last, are supported. Use weights of a model with 4 scales."
+        )
 
 
 def _from_folder(folder: Path, source: str) -> Pretrained:

@@ -44,6 +44,17 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"mixed_query_selection": True, "look_forward_twice": True},
         "loss": {"cls_loss": "position_supervised", "match_cost": "position_modulated"},
     },
+    "dino": {
+        "variant": "two_stage",
+        "model": {
+            "mixed_query_selection": True,
+            "look_forward_twice": True,
+            "query_position": "box",
+            "decoder_norm": True,
+            "shared_heads": True,
+            "class_proposals": True,
+        },
+    },
     "broken": {"broken": BROKEN},
     "poisoned": {"poisoned": 2},
 }

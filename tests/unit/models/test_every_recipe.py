@@ -25,6 +25,10 @@ CLASSES = 5
 SIZES = [(60, 90), (75, 64)]
 HYBRID = Hybrid(num_queries_one2many=9, k_one2many=2)
 PLUS_PLUS = {"mixed_query_selection": True, "look_forward_twice": True}
+DINO = {
+    **PLUS_PLUS, "query_position": "box", "decoder_norm": True, "shared_heads": True,
+    "class_proposals": True, "refine_eps": 1e-3,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ CASES: dict[str, Case] = {
     "hybrid, ++": Case(recipes={"hybrid": HYBRID}, model=PLUS_PLUS),
     "mds": Case(recipes={"mds": MDS()}, loss={"cls_loss": "vfl"}),
     "mds, plain": Case("plain", recipes={"mds": MDS()}),
+    "dino": Case(model=DINO),
+    "hybrid, dino": Case(
+        recipes={"hybrid": HYBRID}, model={**DINO, "query_position": "scaled_box"}
+    ),
     "mds, ++": Case(recipes={"mds": MDS()}, model=PLUS_PLUS, loss={"cls_loss": "mal"}),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -1,0 +1,297 @@
+"""The keys and shapes of published detectors, as their code builds them, and what each is to us.
+
+Read from these files (repository: file at commit):
+
+- HDETR/H-Deformable-DETR: models/deformable_detr.py and models/deformable_transformer.py at
+  22ae105aced6b5bc89e3582ce79e800a5c84e236, options in main.py at
+  196001d4d22836f2bf916d2c937d4230a4ac5030;
+- IDEA-Research/DINO: models/dino/dino.py at 66d7173cc4167934381a898b07c08507bdd96b63,
+  models/dino/deformable_transformer.py at 2a4df86c8d6c2583acdbfb44f72566d90f18978f,
+  config/DINO/DINO_4scale.py at 67bbcd97ef30a48cf343b7b0f3ad9ea0795b6fcd;
+- IDEA-Research/detrex: projects/dino/modeling/dino.py at 00ad3585869a766dcf6365d393e645dea3f9ad50,
+  dino_transformer.py beside it at 19ee7aa8b03b9eb930604c51c8fe65f5f7737b38,
+  projects/dino/configs/models/dino_r50.py at 053d06f2bf352151a4656bbca0e7d055f1d0d9ab,
+  detrex/layers/{transformer,conv,mlp}.py at 63535d9ddfc6ed2ff1bce2f55dd34ae866b37877,
+  47b9802913530a5f80142cf81f55b2fadd089860 and 45bc9afd168dc829b14b362fbe1713a969cbaba2,
+  detrex/modeling/neck/channel_mapper.py at 13d7cd3d55f91604ebe1949e34a6cc1376963277;
+- open-mmlab/mmdetection: mmdet/models/detectors/deformable_detr.py at
+  013e5419cb60fb12003b55535ee76c31b9248249, detectors/dino.py at
+  fe3f809a0a514189baf889aa358c498d51ee36cd, layers/transformer/{detr,deformable_detr,dino}_layers.py
+  at 7ece1f0a85052b4d88fcb6336ebc8401642ee15e, 19bceba56284d440278e80cfde1d95460330ccbb and
+  013e5419cb60fb12003b55535ee76c31b9248249, dense_heads/deformable_detr_head.py at
+  f40b062e8e7f8156303f2b9ded8f4c3fa491b2f3, necks/channel_mapper.py at
+  2367856781633a5eb8d4f3b8d42875e50ae5b0dc, configs/dino/dino-4scale_r50_8xb2-12e_coco.py at
+  4c111175692fb607b153282bf15c81c8e7f8edcc.
+
+Sizes here are small, but for the backbone, which is ResNet-18.
+"""
+
+from collections.abc import Callable
+
+import torchvision
+
+WIDTH, FFN, HEADS, LEVELS, POINTS, QUERIES, HYBRID = 32, 24, 8, 4, 4, 7, 5
+ENCODER, DECODER = 2, 3  # layers
+
+Entry = tuple[str, str, tuple[int, ...]]  # their key, ours, shape
+Block = list[tuple[str, tuple[int, ...]]]  # keys inside a module, and shapes
+
+
+def linear(inputs: int, outputs: int) -> Block:
+    return [("weight", (outputs, inputs)), ("bias", (outputs,))]
+
+
+def norm(width: int = WIDTH) -> Block:
+    return [("weight", (width,)), ("bias", (width,))]
+
+
+def within(name: str, block: Block) -> Block:
+    return [(f"{name}.{key}", shape) for key, shape in block]
+
+
+def deformable_attention() -> Block:
+    places = HEADS * LEVELS * POINTS
+    return [
+        *within("sampling_offsets", linear(WIDTH, 2 * places)),
+        *within("attention_weights", linear(WIDTH, places)),
+        *within("value_proj", linear(WIDTH, WIDTH)),
+        *within("output_proj", linear(WIDTH, WIDTH)),
+    ]
+
+
+def attention() -> Block:
+    return [
+        ("in_proj_weight", (3 * WIDTH, WIDTH)),
+        ("in_proj_bias", (3 * WIDTH,)),
+        *within("out_proj", linear(WIDTH, WIDTH)),
+    ]
+
+
+def perceptron(*widths: int) -> Block:
+    pairs = enumerate(zip(widths[:-1], widths[1:], strict=True))
+    return [entry for i, (a, b) in pairs for entry in within(f"layers.{i}", linear(a, b))]
+
+
+def box_head() -> Block:
+    return perceptron(WIDTH, WIDTH, WIDTH, 4)
+
+
+def module(theirs: str, ours: str, block: Block) -> list[Entry]:
+    return [(f"{theirs}.{key}", f"{ours}.{key}", shape) for key, shape in block]
+
+
+def torchvision_body(theirs: str) -> list[Entry]:
+    """Return the body that keeps torchvision's names."""
+    weights = torchvision.models.resnet18().state_dict()
+    return [
+        (f"{theirs}.{key}", f"backbone.0.body.{key}", tuple(tensor.shape))
+        for key, tensor in weights.items()
+        if not key.startswith("fc.") and not key.endswith("num_batches_tracked")
+    ]
+
+
+def detectron2_body(theirs: str) -> list[Entry]:
+    """Return a body of basic blocks with frozen norms; each norm is inside its convolution."""
+    entries: list[Entry] = []
+
+    def convolution(name: str, conv: str, bn: str, shape: tuple[int, ...]) -> None:
+        entries.append((f"{theirs}.{name}.weight", f"backbone.0.body.{conv}.weight", shape))
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            entries.append(
+                (f"{theirs}.{name}.norm.{part}", f"backbone.0.body.{bn}.{part}", shape[:1])
+            )
+
+    convolution("stem.conv1", "conv1", "bn1", (64, 3, 7, 7))
+    for stage in range(4):
+        width, before = 64 * 2**stage, 64 * 2 ** max(stage - 1, 0)
+        for block in range(2):
+            inside, ours = f"res{stage + 2}.{block}", f"layer{stage + 1}.{block}"
+            inputs = before if block == 0 else width
+            if block == 0 and stage > 0:
+                convolution(f"{inside}.shortcut", f"{ours}.downsample.0", f"{ours}.downsample.1",
+                            (width, inputs, 1, 1))  # fmt: skip
+            convolution(f"{inside}.conv1", f"{ours}.conv1", f"{ours}.bn1", (width, inputs, 3, 3))
+            convolution(f"{inside}.conv2", f"{ours}.conv2", f"{ours}.bn2", (width, width, 3, 3))
+    return entries
+
+
+def projections(name: Callable[[int], tuple[str, str]], *, bias: bool) -> list[Entry]:
+    """Return projections of three maps, and one of a further level; `name` gives conv and norm."""
+    entries = []
+    for level, (inputs, size) in enumerate([(128, 1), (256, 1), (512, 1), (512, 3)]):
+        conv, group_norm = name(level)
+        ours = f"input_proj.{level}"
+        entries += module(conv, f"{ours}.0", [("weight", (WIDTH, inputs, size, size))])
+        if bias:
+            entries += module(conv, f"{ours}.0", [("bias", (WIDTH,))])
+        entries += module(group_norm, f"{ours}.1", norm())
+    return entries
+
+
+def official_layers() -> list[Entry]:
+    """Return encoder and decoder as Deformable DETR, H-DETR and DINO build them."""
+    feed_forward = [*within("linear1", linear(WIDTH, FFN)), *within("linear2", linear(FFN, WIDTH))]
+    entries = []
+    for layer in range(ENCODER):
+        name = f"transformer.encoder.layers.{layer}"
+        block = within("self_attn", deformable_attention()) + within("norm1", norm())
+        entries += module(name, name, block + feed_forward + within("norm2", norm()))
+    for layer in range(DECODER):
+        name = f"transformer.decoder.layers.{layer}"
+        block = within("cross_attn", deformable_attention()) + within("norm1", norm())
+        block += within("self_attn", attention()) + within("norm2", norm())
+        entries += module(name, name, block + feed_forward + within("norm3", norm()))
+    return entries
+
+
+def h_detr(num_classes: int = 91) -> list[Entry]:
+    """Return H-DETR with two stages, refinement, mixed selection and a hybrid branch."""
+    entries = torchvision_body("backbone.0.body") + official_layers()
+    entries += projections(lambda i: (f"input_proj.{i}.0", f"input_proj.{i}.1"), bias=True)
+    entries.append(("transformer.level_embed", "transformer.level_embed", (LEVELS, WIDTH)))
+    for name, block in {
+        "transformer.enc_output": linear(WIDTH, WIDTH),
+        "transformer.enc_output_norm": norm(),
+        "transformer.pos_trans": linear(2 * WIDTH, 2 * WIDTH),
+        "transformer.pos_trans_norm": norm(2 * WIDTH),
+    }.items():
+        entries += module(name, name, block)
+    entries.append(("query_embed.weight", "query_embed.weight", (QUERIES + HYBRID, WIDTH)))
+    for head in range(DECODER + 1):
+        for prefix in ("", "transformer.decoder."):
+            classes, boxes = f"{prefix}class_embed.{head}", f"{prefix}bbox_embed.{head}"
+            entries += module(classes, classes, linear(WIDTH, num_classes))
+            entries += module(boxes, boxes, box_head())
+    return entries
+
+
+def dino(num_classes: int = 91) -> list[Entry]:
+    """Return the original DINO: heads that layers share, and the encoder's own."""
+    entries = torchvision_body("backbone.0.body") + official_layers()
+    entries += projections(lambda i: (f"input_proj.{i}.0", f"input_proj.{i}.1"), bias=True)
+    entries.append(("transformer.level_embed", "transformer.level_embed", (LEVELS, WIDTH)))
+    entries.append(("transformer.tgt_embed.weight", "query_embed.weight", (QUERIES, WIDTH)))
+    entries.append(
+        ("label_enc.weight", "recipes.denoising.label_enc.weight", (num_classes + 1, WIDTH))
+    )
+    for name, block in {
+        "transformer.enc_output": linear(WIDTH, WIDTH),
+        "transformer.enc_output_norm": norm(),
+        "transformer.decoder.norm": norm(),
+        "transformer.decoder.ref_point_head": perceptron(2 * WIDTH, WIDTH, WIDTH),
+    }.items():
+        entries += module(name, name, block)
+    for head in range(DECODER):
+        for prefix in ("", "transformer.decoder."):
+            classes, boxes = f"{prefix}class_embed.{head}", f"{prefix}bbox_embed.{head}"
+            entries += module(classes, classes, linear(WIDTH, num_classes))
+            entries += module(boxes, boxes, box_head())
+    encoder = "transformer.enc_out_{}_embed"
+    entries += module(encoder.format("class"), f"class_embed.{DECODER}", linear(WIDTH, num_classes))
+    entries += module(encoder.format("bbox"), f"bbox_embed.{DECODER}", box_head())
+    return entries
+
+
+def detrex_dino(num_classes: int = 80) -> list[Entry]:
+    """Return detrex's DINO: generic layers, whose parts go by their place in the order."""
+    feed_forward = [
+        *[("ffns.0.layers.0.0", "linear1", linear(WIDTH, FFN))],
+        *[("ffns.0.layers.1", "linear2", linear(FFN, WIDTH))],
+    ]
+    encoder = [
+        ("attentions.0", "self_attn", deformable_attention()),
+        ("norms.0", "norm1", norm()), ("norms.1", "norm2", norm()), *feed_forward,
+    ]  # fmt: skip
+    decoder = [
+        ("attentions.0.attn", "self_attn", attention()),
+        ("attentions.1", "cross_attn", deformable_attention()),
+        ("norms.0", "norm2", norm()), ("norms.1", "norm1", norm()), ("norms.2", "norm3", norm()),
+        *feed_forward,
+    ]  # fmt: skip
+    entries = detectron2_body("backbone")
+    entries += projections(_neck("norm"), bias=True)
+    for side, count, parts in (("encoder", ENCODER, encoder), ("decoder", DECODER, decoder)):
+        for layer in range(count):
+            name = f"transformer.{side}.layers.{layer}"
+            for theirs, ours, block in parts:
+                entries += module(f"{name}.{theirs}", f"{name}.{ours}", block)
+    entries.append(("transformer.level_embeds", "transformer.level_embed", (LEVELS, WIDTH)))
+    entries.append(("transformer.tgt_embed.weight", "query_embed.weight", (QUERIES, WIDTH)))
+    entries.append(("label_enc.weight", "recipes.denoising.label_enc.weight", (num_classes, WIDTH)))
+    for name, block in {
+        "transformer.enc_output": linear(WIDTH, WIDTH),
+        "transformer.enc_output_norm": norm(),
+        "transformer.decoder.norm": norm(),
+        "transformer.decoder.ref_point_head": perceptron(2 * WIDTH, WIDTH, WIDTH),
+    }.items():
+        entries += module(name, name, block)
+    for head in range(DECODER + 1):
+        for prefix in ("", "transformer.decoder."):
+            classes, boxes = f"{prefix}class_embed.{head}", f"{prefix}bbox_embed.{head}"
+            entries += module(classes, classes, linear(WIDTH, num_classes))
+            entries += module(boxes, boxes, box_head())
+    return entries
+
+
+def mmdetection(variant: str, num_classes: int = 80) -> list[Entry]:
+    """Return a detector of mmdetection 3: "plain", "refine", "two_stage" or "dino"."""
+    feed_forward = [
+        *[("ffn.layers.0.0", "linear1", linear(WIDTH, FFN))],
+        *[("ffn.layers.1", "linear2", linear(FFN, WIDTH))],
+    ]
+    encoder = [
+        ("self_attn", "self_attn", deformable_attention()), *feed_forward,
+        ("norms.0", "norm1", norm()), ("norms.1", "norm2", norm()),
+    ]  # fmt: skip
+    decoder = [
+        ("self_attn.attn", "self_attn", attention()),
+        ("cross_attn", "cross_attn", deformable_attention()), *feed_forward,
+        ("norms.0", "norm2", norm()), ("norms.1", "norm1", norm()), ("norms.2", "norm3", norm()),
+    ]  # fmt: skip
+    entries = torchvision_body("backbone")
+    entries += projections(_neck("gn"), bias=False)
+    for side, count, parts in (("encoder", ENCODER, encoder), ("decoder", DECODER, decoder)):
+        for layer in range(count):
+            name = f"{side}.layers.{layer}"
+            for theirs, ours, block in parts:
+                entries += module(f"{name}.{theirs}", f"transformer.{name}.{ours}", block)
+    entries.append(("level_embed", "transformer.level_embed", (LEVELS, WIDTH)))
+    embedded = {"plain": 2 * WIDTH, "refine": 2 * WIDTH, "dino": WIDTH}.get(variant)
+    if embedded:
+        entries.append(("query_embedding.weight", "query_embed.weight", (QUERIES, embedded)))
+    if variant in ("two_stage", "dino"):
+        entries += module("memory_trans_fc", "transformer.enc_output", linear(WIDTH, WIDTH))
+        entries += module("memory_trans_norm", "transformer.enc_output_norm", norm())
+    else:
+        entries += module("reference_points_fc", "transformer.reference_points", linear(WIDTH, 2))
+    if variant == "two_stage":
+        pos_trans = linear(2 * WIDTH, 2 * WIDTH)
+        entries += module("pos_trans_fc", "transformer.pos_trans", pos_trans)
+        entries += module("pos_trans_norm", "transformer.pos_trans_norm", norm(2 * WIDTH))
+    if variant == "dino":
+        name = "decoder.ref_point_head"
+        entries += module(name, f"transformer.{name}", perceptron(2 * WIDTH, WIDTH, WIDTH))
+        entries += module("decoder.norm", "transformer.decoder.norm", norm())
+        entries.append(
+            ("dn_query_generator.label_embedding.weight", "recipes.denoising.label_enc.weight",
+             (num_classes, WIDTH))
+        )  # fmt: skip
+    for head in range(DECODER + (variant in ("two_stage", "dino"))):
+        entries += module(
+            f"bbox_head.cls_branches.{head}", f"class_embed.{head}", linear(WIDTH, num_classes)
+        )
+        for place, outputs in ((0, WIDTH), (2, WIDTH), (4, 4)):  # activations lie between
+            entries += module(
+                f"bbox_head.reg_branches.{head}.{place}",
+                f"bbox_embed.{head}.layers.{place // 2}",
+                linear(WIDTH, outputs),
+            )
+    return entries
+
+
+def _neck(norm_name: str) -> Callable[[int], tuple[str, str]]:
+    def names(level: int) -> tuple[str, str]:
+        place = f"neck.convs.{level}" if level < 3 else f"neck.extra_convs.{level - 3}"
+        return f"{place}.conv", f"{place}.{norm_name}"
+
+    return names
