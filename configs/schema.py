@@ -55,8 +55,8 @@ class ModelConfig(Checked):
         False, "with_box_refine: the loss of a layer's boxes teaches the layer before, too"
     )
     query_position: Literal["fixed", "box", "scaled_box"] = option(
-        "fixed", "what attention adds to queries: the same in every layer, what each layer computes "
-        "from the boxes it is given (DINO), or that times what it computes from the queries",
+        "fixed", "what attention adds to queries: the same in every layer, what each layer "
+        "computes from its boxes (DINO), or that times what it computes from the queries",
         rare=True,
     )  # fmt: skip
     decoder_norm: bool = option(
