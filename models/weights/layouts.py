@@ -76,7 +76,7 @@ def from_official_keys(weights: Weights, args: Mapping[str, Any], source: str) -
     kept = {key: tensor for key, tensor in weights.items() if not key.endswith(_COUNTERS)}
     if _DINO_SIGN in kept:
         return _from_dino(kept, args, source)
-    options = {}
+    options: dict[str, Any] = {}
     if args.get("look_forward_twice"):
         options["look_forward_twice"] = True
     queries = kept.get("query_embed.weight")
@@ -87,9 +87,9 @@ def from_official_keys(weights: Weights, args: Mapping[str, Any], source: str) -
             f"{source}: {_NUM_HYBRID} queries, of which H-DETR detects with the first {count}; the "
             "others only train"
         )
-    if count is not None:
+    if count is not None and queries is None:
         options["num_queries"] = count
-    if count is not None and queries is not None and len(queries) > count:
+    elif count is not None and len(queries) > count:
         kept["query_embed.weight"] = queries[:count]
         kept["recipes.hybrid.query_embed.weight"] = queries[count:]
     return Converted(kept, options)

@@ -127,7 +127,7 @@ def _parts_of(path: Path, expected: str) -> Iterator[None]:
     """Report parts that are not what they should be in one line."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: is not a valid {expected} ({type(error).__name__}: {error}). "
             "Use another, or weights alone."

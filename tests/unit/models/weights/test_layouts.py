@@ -18,8 +18,10 @@ from engine.detector import Detector
 from models.build import build_model
 from models.recipes.hybrid import Options as HybridOptions
 from models.weights.class_names import COCO_CATEGORIES
+from models.weights.hugging_face import save_hugging_face
 from models.weights.load import Pretrained, load_pretrained
 from models.weights.transfer import load_strict, transfer
+from tests.unit.models.small import random_images
 from tests.unit.models.weights import published_keys as published
 from tests.unit.models.weights.published_keys import DECODER, HYBRID, QUERIES, Entry
 from util.batch import pad_images
@@ -132,6 +134,29 @@ def test_options_classes_and_every_tensor_arrive(tmp_path: Path, case: str) -> N
     assert torch.equal(got["pred_logits"], expected["pred_logits"])
     assert torch.equal(got["pred_boxes"], expected["pred_boxes"])
     assert bool(got["pred_logits"].isfinite().all())
+
+
+@pytest.mark.parametrize("case", ["mmdet_plain", "mmdet_refine"])
+@torch.no_grad()
+def test_outputs_in_float64_are_those_of_transformers(tmp_path: Path, case: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs, _ = theirs_and_ours(case)
+    pretrained = load(tmp_path, content(case, theirs))
+    config = ModelConfig(**pretrained.model_options)
+    model = build_model(config, num_classes=80).double().eval()
+    load_strict(model, pretrained.state_dict, "file")
+    save_hugging_face(
+        tmp_path / "folder", pretrained.state_dict, options=vars(config),
+        classes=pretrained.classes, image_mean=model.backbone.mean, image_std=model.backbone.std,
+        image_size=(800, 1333),
+    )  # fmt: skip
+    detector = transformers.DeformableDetrForObjectDetection.from_pretrained(tmp_path / "folder")
+    batch = pad_images(random_images((40, 72), (64, 48)))
+    expected = detector.double().eval()(batch.images, pixel_mask=(~batch.mask).long())
+    got = model(batch)
+    for ours, other in ((got["pred_logits"], expected.logits),
+                        (got["pred_boxes"], expected.pred_boxes)):  # fmt: skip
+        torch.testing.assert_close(ours, other, rtol=0, atol=1e-9)
 
 
 def test_h_detr_tells_the_queries_that_only_train_apart(tmp_path: Path) -> None:
