@@ -71,7 +71,7 @@ class ModelConfig(Checked):
     )  # fmt: skip
     position_temperature: float = option(
         10000.0, "position_embedding sine: ratio of its longest to its shortest wave", above=1,
-        most=1e9, rare=True,
+        most=1_000_000_000, rare=True,
     )  # fmt: skip
     position_offset: float = option(
         -0.5, "position_embedding sine: added to the count of cells; -0.5: their centres, 0: their "

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from models.build import build_model
@@ -81,6 +81,7 @@ def test_the_decoder_follows_its_definition(scaled: bool) -> None:
         classes = decoder.heads.class_embed[index]
         boxes = decoder.heads.bbox_embed[index]
         assert isinstance(boxes, MLP)
+        assert isinstance(classes, nn.Linear)
         expected = (perceptron(boxes, read) + logit(refined, 1e-3)).sigmoid()
         torch.testing.assert_close(output.boxes[index], expected, rtol=0, atol=1e-9)
         scores = F.linear(read, classes.weight, classes.bias)
@@ -109,7 +110,9 @@ def test_positions_have_the_temperature_and_the_offset_asked_for() -> None:
 
 
 def test_layers_share_heads_and_the_encoder_has_its_own() -> None:
+    torch.manual_seed(0)
     shared = build_model(small_config(**TWO_STAGE, shared_heads=True), num_classes=3)
+    torch.manual_seed(0)
     apart = build_model(small_config(**TWO_STAGE), num_classes=3)
     assert shared.state_dict().keys() == apart.state_dict().keys()
     for heads, others in (
