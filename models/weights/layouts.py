@@ -89,7 +89,7 @@ def from_official_keys(weights: Weights, args: Mapping[str, Any], source: str) -
         )
     if count is not None and queries is None:
         options["num_queries"] = count
-    elif count is not None and len(queries) > count:
+    if count is not None and queries is not None and len(queries) > count:
         kept["query_embed.weight"] = queries[:count]
         kept["recipes.hybrid.query_embed.weight"] = queries[count:]
     return Converted(kept, options)

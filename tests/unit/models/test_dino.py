@@ -31,6 +31,7 @@ DINO: dict[str, Any] = {
 def perceptron(mlp: MLP, x: Tensor) -> Tensor:
     """Return what linear layers with ReLU between them make of x."""
     for index, layer in enumerate(mlp.layers):
+        assert isinstance(layer, nn.Linear)
         x = F.linear(x if index == 0 else x.relu(), layer.weight, layer.bias)
     return x
 
@@ -144,7 +145,7 @@ def test_the_best_proposals_are_those_of_an_object_or_of_any_class(
         scores = given.logits[image].tolist()
         usable = [i for i in range(9) if not given.padding_mask[image, i]]
         usable.sort(key=lambda i: -scores[i][0] if num_learning is None else -max(scores[i]))
-        assert best[image].equal(given.box_logits[image, usable[:4]].sigmoid())
+        torch.testing.assert_close(best[image], given.box_logits[image, usable[:4]].sigmoid())
         if num_learning == 5:
             assert output.logits[0, image].equal(given.logits[image, usable[:5]])
             assert output.learning.anchors[image].equal(given.anchors[image, usable[:5]])

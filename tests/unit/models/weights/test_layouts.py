@@ -126,8 +126,8 @@ def test_options_classes_and_every_tensor_arrive(tmp_path: Path, case: str) -> N
     direct = build_model(config, num_classes=len(pretrained.classes)).eval()
     assert direct.load_state_dict(own, strict=False).unexpected_keys == []
     if case.startswith("mmdet"):  # a missing bias is zero, as in a fresh model
-        assert not any(direct.input_proj[i][0].bias.any() for i in range(4))
-    detector = Detector.load(tmp_path / "w.pth", "cpu")
+        assert not any(direct.get_parameter(f"input_proj.{i}.0.bias").any() for i in range(4))
+    detector = Detector.load(tmp_path / "w.pth", device="cpu")
     batch = pad_images([torch.randn(3, 64, 96), torch.randn(3, 96, 64)])
     with torch.no_grad():
         expected, got = direct(batch), detector.model.eval()(batch)
@@ -226,7 +226,7 @@ def test_the_encoders_classes_go_by_name_where_both_models_tell_them(
     config = ModelConfig(**pretrained.model_options)
     target = type(pretrained.classes)((1, 2), ("dog", "person"))
     model = build_model(config, num_classes=2)
-    head = model.class_embed[DECODER].bias
+    head = model.get_parameter(f"class_embed.{DECODER}.bias")
     before = head.clone()
     report = transfer(
         model, pretrained.state_dict, source_classes=pretrained.classes, target_classes=target,
