@@ -153,6 +153,10 @@ class EvalDataConfig(DataSource):
         800, "short side in evaluation and prediction, pixels", low=16, most=16384
     )
     max_size: int = option(1333, "maximum long side, pixels", low=16, most=65536)
+    num_select: int = option(
+        100, "detections kept per image, all classes together; newer recipes keep 300. COCO's "
+        "numbers count the best 100 per image and class, whatever this is", low=1, most=100000,
+    )  # fmt: skip
     nms_iou: float | None = option(
         None, "NMS IoU threshold; none disables NMS, as in the paper (default: none)",
         above=0, high=1, unset=1.0,
@@ -286,18 +290,46 @@ class OptimConfig(Checked):
         rare=True,
     )
     weight_decay: float = option(1e-4, "AdamW weight decay", low=0)
+    norm_weight_decay: float | None = option(
+        None, "weight decay of norms and biases (default: weight_decay)", low=0, rare=True
+    )
     epochs: int = option(50, "epochs to train", low=1, most=1000000)
-    lr_scheduler: Literal["step", "cosine"] = option("step", "learning-rate schedule")
+    max_hours: float = option(
+        0.0, "train for this many hours instead of `epochs`: the first steps are timed, and the "
+        "schedule is laid over as many as fit, evaluations included; 0: train for epochs", low=0,
+        most=100000,
+    )  # fmt: skip
+    lr_scheduler: Literal["step", "cosine", "flat_cosine"] = option(
+        "step", "learning-rate schedule"
+    )
     lr_drop: int = option(40, "schedule step: epoch after which the rate is divided by ten", low=1)
     lr_drop_epochs: tuple[int, ...] = option(
         (), "schedule step: several such epochs; replaces lr_drop", low=1, rare=True
     )
-    warmup_steps: int = option(0, "steps of linear warm-up", low=0)
+    lr_flat: float = option(
+        0.5, "schedule flat_cosine: part of all steps before the rate falls", low=0, high=1,
+        rare=True,
+    )  # fmt: skip
+    lr_tail: float = option(
+        0.05, "schedule flat_cosine: part of all steps at the final rate", low=0, high=1, rare=True
+    )
+    lr_final: float = option(
+        0.5, "schedule flat_cosine: final rate, as a factor on the full one", low=0, high=1,
+        rare=True,
+    )  # fmt: skip
+    warmup_steps: int = option(0, "steps of warm-up", low=0)
+    warmup_shape: Literal["linear", "quadratic"] = option(
+        "linear", "how the rate rises in the warm-up", rare=True
+    )
     clip_max_norm: float = option(0.1, "maximum gradient norm; 0 disables clipping", low=0)
     precision: Precision = option(
         "fp32", "arithmetic of the model; losses and boxes stay in float32"
     )
     ema_decay: float = option(0.0, "EMA decay per step; 0 disables EMA", low=0, high=1)
+    ema_tau: float = option(
+        0.0, "steps over which the EMA decay rises from 0, as in 1 - exp(-step / tau); 0: as in "
+        "(1 + step) / (10 + step)", low=0,
+    )  # fmt: skip
     activation_checkpointing: tuple[Literal["backbone", "encoder", "decoder"], ...] = option(
         (), "parts that recompute their activations in the backward pass, to save memory"
     )
@@ -307,6 +339,14 @@ class OptimConfig(Checked):
         most=4096,
         rare=True,
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr_flat + self.lr_tail > 1:
+            raise ConfigError(
+                f"lr_flat {self.lr_flat}: and `lr_tail {self.lr_tail}` are parts of the same run, "
+                "and must be at most 1 together. Lower one of them."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

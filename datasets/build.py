@@ -1,5 +1,6 @@
 """Turn data options into data sets."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -184,11 +185,11 @@ def build_dataset(
     std: Sequence[float],
     seed: int = 0,
     classes: Classes | None = None,
-    epochs: int = 0,
+    epochs: int | None = 0,
 ) -> CocoDetection:
     """Return an index's images, augmented if `train`, labelled in `classes` if given.
 
-    `epochs` are those of the run; the last of them mix no images.
+    `epochs` are those of the run, of which the last mix no images; None: not known yet.
 
     Raises:
         DataError: `classes` lacks a class that annotations of the data have, or all classes.
@@ -197,7 +198,7 @@ def build_dataset(
         console(f"notice: {notice}")
     mixing = cache = None
     if train and (cfg.mosaic or cfg.mixup):
-        mixing = Mixing(mosaic=cfg.mosaic, mixup=cfg.mixup, until=epochs - cfg.close_augment_epochs)
+        mixing = Mixing(mosaic=cfg.mosaic, mixup=cfg.mixup)
     if train and cfg.cache_images:
         whole = CHANNELS * int(index.images.sizes.astype(np.int64).prod(axis=1).sum())
         cache = ImageCache(len(index), max(1, min(int(cfg.cache_images * 1e9), whole)))
@@ -209,6 +210,7 @@ def build_dataset(
         mixing=mixing,
         cache=cache,
     )
+    dataset.mix_until(sys.maxsize if epochs is None else epochs - cfg.close_augment_epochs)
     if dataset.unknown_classes:
         console(
             "notice: classes that the model does not know, but no annotation has, left out: "
@@ -217,7 +219,7 @@ def build_dataset(
     return dataset
 
 
-def _unused(cfg: DataConfig, epochs: int) -> Iterator[str]:
+def _unused(cfg: DataConfig, epochs: int | None) -> Iterator[str]:
     """Yield a line on each option that has no effect because of others."""
     if cfg.augment == "none" and cfg.train_scales not in (
         DataConfig.train_scales,
@@ -227,7 +229,7 @@ def _unused(cfg: DataConfig, epochs: int) -> Iterator[str]:
             f"augment none: images have a short side of `eval_scale {cfg.eval_scale}`; "
             "`train_scales` has no effect."
         )
-    if (cfg.mosaic or cfg.mixup) and epochs <= cfg.close_augment_epochs:
+    if (cfg.mosaic or cfg.mixup) and epochs is not None and epochs <= cfg.close_augment_epochs:
         yield (
             f"close_augment_epochs {cfg.close_augment_epochs} covers all {epochs} epochs: there "
             "will be no mosaic and no mixup. Lower it, or train longer."

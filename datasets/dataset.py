@@ -2,6 +2,7 @@
 
 import glob
 import multiprocessing
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -136,6 +137,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         # Shared memory: worker processes that outlive an epoch see the next one.
         self._epoch: Tensor = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._mixed_epochs = torch.full((), sys.maxsize)
+        self._mixed_epochs.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -151,8 +154,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         epoch = int(self._epoch)
         generator = seeded_generator(self._seed, epoch, position)
         size = sample.size
-        if self._mixing is not None:
-            sample = self._mixing(sample, epoch, self._draw_sample, generator)
+        if self._mixing is not None and epoch < int(self._mixed_epochs):
+            sample = self._mixing(sample, self._draw_sample, generator)
         prepared = self.transform(sample, generator, seeded_generator(self._seed, epoch, batch, 1))
         return prepared.image, make_target(prepared, image_id, size)
 
@@ -168,6 +171,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
     def set_epoch(self, epoch: int) -> None:
         """Draw augmentation anew; call it before the loader is iterated."""
         self._epoch.fill_(epoch)
+
+    def mix_until(self, epoch: int) -> None:
+        """Mix images in the epochs before this one; call it between two epochs."""
+        self._mixed_epochs.fill_(epoch)
 
     def image_sizes(self) -> list[tuple[int, int]]:
         """Return the (height, width) of each image, (0, 0) where it is unknown."""

@@ -189,21 +189,13 @@ def _times(size: Size, factor: float) -> Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixing:
-    """Mosaic or mixup with the probabilities of these names, in epochs before `until`.
-
-    `until` lets training end on images as they are.
-    """
+    """Mosaic or mixup with the probabilities of these names."""
 
     mosaic: float
     mixup: float
-    until: int
 
-    def __call__(
-        self, sample: Sample, epoch: int, partner: Partner, generator: torch.Generator
-    ) -> Sample:
+    def __call__(self, sample: Sample, partner: Partner, generator: torch.Generator) -> Sample:
         """Return the sample, mixed or not; `partner` draws another, or None if unreadable."""
-        if epoch >= self.until:
-            return sample
         if draw_chance(self.mosaic, generator):
             others = [partner(generator) or sample for _ in range(3)]
             return mosaic([sample, *others], generator)

@@ -59,8 +59,8 @@ class Detector:
     """A model with what it needs to turn images into named boxes.
 
     `thresholds` has the best score threshold by class name, of classes for which one is known.
-    `data` holds the data options of the model's training run: the image size, the NMS threshold,
-    and where the run's validation data is. `mean` and `std` are per channel, in 0..1.
+    `data` holds the data options of the model's training run: the image size, which detections are
+    kept, and where the run's validation data is. `mean` and `std` are per channel, in 0..1.
     """
 
     def __init__(
@@ -92,14 +92,16 @@ class Detector:
         ema: bool = True,
         eval_scale: int | None = None,
         max_size: int | None = None,
+        num_select: int | None = None,
         nms_iou: float | None = None,
         max_pixels: int | None = None,
     ) -> "Detector":
         """Load a checkpoint of ours, an official file, a Hugging Face folder, or `hf:NAME`.
 
-        `ema` takes the averaged weights, where there are any. The last four replace what the
+        `ema` takes the averaged weights, where there are any. The last five replace what the
         checkpoint says: the short side and the maximum long side of an image in pixels, the
-        NMS IoU threshold (1 disables NMS), and the pixels of the largest image that is read.
+        detections kept per image, the NMS IoU threshold (1 disables NMS), and the pixels of the
+        largest image that is read.
 
         Raises:
             CheckpointError: the source cannot be read, or does not say what model it is of.
@@ -125,8 +127,8 @@ class Detector:
             "recipes": saved.get("recipes", {}),
         }
         given = {
-            "eval_scale": eval_scale, "max_size": max_size, "nms_iou": nms_iou,
-            "max_pixels": max_pixels,
+            "eval_scale": eval_scale, "max_size": max_size, "num_select": num_select,
+            "nms_iou": nms_iou, "max_pixels": max_pixels,
         }  # fmt: skip
         options = Given(
             {"data": {k: v for k, v in given.items() if v is not None}}, RecipeOptions()
@@ -155,6 +157,11 @@ class Detector:
             for label in range(len(self.classes))
             if self.classes.in_use(label)
         )
+
+    @property
+    def postprocess(self) -> PostProcess:
+        """What turns outputs of the model into detections."""
+        return PostProcess(max_detections=self.data.num_select, nms_iou=self.data.nms_iou)
 
     def min_scores(self, threshold: float | None = None) -> dict[str, float]:
         """Return the score from which on each class's boxes count, by name.
@@ -227,7 +234,7 @@ class Detector:
         )
         for batch, found in detect(
             self.model,
-            PostProcess(nms_iou=self.data.nms_iou),
+            self.postprocess,
             eval_loader(dataset, batch_size=batch_size, num_workers=num_workers),
             device=self.device,
             description=description,
@@ -324,7 +331,7 @@ class Detector:
         )
         result, _ = evaluate(
             self.model,
-            PostProcess(nms_iou=self.data.nms_iou),
+            self.postprocess,
             batches,
             evaluator,
             device=self.device,

@@ -120,6 +120,9 @@ def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
             "effective_batch_size": optim.effective_batch_size,
             "frozen_stages": ALL_STAGES if optim.lr_backbone == 0 else optim.frozen_stages,
             "freeze": optim.freeze,
+            "norm_weight_decay": "as weight_decay"
+            if optim.norm_weight_decay is None
+            else "its own",
         }
         for optim in (before.optim, config.optim)
     )

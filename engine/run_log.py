@@ -87,8 +87,8 @@ class RunLog(ExitStack):
             pixels = np.asarray(image.convert("RGB"))
             self._writer.add_image(name, pixels, step, dataformats="HWC")
 
-    def progress_bar(self, total: int, *, done: int) -> "tqdm[Any]":
-        """Return a bar over the steps of the run."""
+    def progress_bar(self, total: int | None, *, done: int) -> "tqdm[Any]":
+        """Return a bar over the steps of the run, as far as their number is known."""
         return progress(total=total, done=done, unit="step", enabled=self._enabled, leave=True)
 
     def _append(self, path: Path, values: Mapping[str, Any]) -> None:

@@ -48,6 +48,8 @@ def check_state(
         if content.get("scaler"):
             _fit(content["scaler"], {"scale": _positive, "_growth_tracker": _count}, "scaler")
         _fit(content["progress"], _PROGRESS, "progress")
+        if "time_limit" in content["progress"]:
+            _fit(content["progress"]["time_limit"], _TIME_LIMIT, "time_limit")
         for key in ("best", "thresholds"):
             _numbers(content.get(key, {}), key)
     except ValueError as error:
@@ -199,6 +201,15 @@ def _start(value: Any, place: str) -> None:
         _number(value, place)
 
 
+def _length(value: Any, place: str) -> None:
+    if value is not None:
+        costs = {"step": _positive, **dict.fromkeys(("epoch", "evaluation", "checkpoint"), _number)}
+        counts = {"steps": _count, "decided_at": _count}
+        _fit(value, {**counts, "used": _number, "costs": costs}, place)
+        if not 0 < value["decided_at"] <= value["steps"]:
+            raise ValueError(f"{place} is {value['steps']} steps at step {value['decided_at']}")
+
+
 def _block(value: Any, place: str) -> None:
     """Check a step and sums of squares, of which no root could be taken were they negative."""
     _several(_number, len(value) if type(value) in (list, tuple) else 0)(value, place)
@@ -221,6 +232,14 @@ def _window(value: Any, place: str) -> None:
         raise ValueError(f"{place}: its block is {brief(value['block'])}")
 
 
+_TIME_LIMIT: Spec = {
+    "hours": _positive,
+    "used": _number,
+    "times": [_number],
+    "first_times": [_number],
+    "evaluation": _start,
+    "length": _length,
+}
 _PROGRESS: Spec = {
     "step": _count,
     "next_epoch": _count,

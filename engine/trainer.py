@@ -23,10 +23,11 @@ from engine.evaluation.evaluate import Interrupted
 from engine.guards import Guards
 from engine.guards.timer import StepTimer
 from engine.metrics import StepLog
-from engine.optim import Precision, restore_optimizer
+from engine.optim import Precision, lay_over, restore_optimizer
 from engine.processes import StopSignals
 from engine.run_log import RunLog
 from engine.saved_state import check_state
+from engine.time_limit import TimeLimit
 from models.criterion import SetCriterion
 from models.deformable_detr import DeformableDETR
 from util.batch import Batch, Uploads
@@ -66,6 +67,7 @@ class Trainer:
     eval_every: int = 1  # epochs
     save_every: int = 0  # steps; 0: at the end of epochs alone
     max_steps: int = 0  # 0: all epochs
+    time_limit: TimeLimit | None = None  # as long as it has no length, `epochs` have no end
     flush_every: int = 10  # steps
     step: int = 0
     epoch: int = 0
@@ -90,15 +92,16 @@ class Trainer:
         """
         if not self.unfinished():
             limit = f" of `max_steps {self.max_steps}`" if self.max_steps else ""
+            length = "epochs" if self.time_limit is None else "max_hours"
             log.info(
-                f"this run is finished: {self.epoch} of {self.epochs} epochs, step {self.step}"
-                f"{limit}. Raise `epochs` or `max_steps` to continue."
+                f"this run is finished: {self.epoch}{self.of_epochs(' of ')} epochs, step "
+                f"{self.step}{limit}. Raise `{length}` or `max_steps` to continue."
             )
             return 0
         self.log.truncate_after(self.step - 1, self.epoch - 1)
-        total = self.epochs * self.loader.steps
-        total = min(total, self.max_steps) if self.max_steps else total
-        with self.stop, self.log.progress_bar(total, done=self.step) as bar:
+        if self.time_limit is not None:
+            self.time_limit.start()
+        with self.stop, self.log.progress_bar(self.last_step, done=self.step) as bar:
             while self.unfinished() and not self.stop.number:
                 if not self.unevaluated:
                     self.train_epoch(bar)
@@ -114,8 +117,9 @@ class Trainer:
         """Train the rest of the epoch, until a signal in any process or the last step."""
         self.model.train()
         self.loader.set_epoch(self.epoch, self.epoch_step)
-        bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}", refresh=False)
-        clock = time.perf_counter()
+        bar.set_description(f"epoch {self.epoch + 1}{self.of_epochs('/')}", refresh=False)
+        clock = begun = time.perf_counter()
+        first = self.step
         self.timer.restart()
         for micro_batches in self.loader.effective_batches():
             own_images = sum(len(b.targets) for b in micro_batches if not b.blank)
@@ -143,9 +147,12 @@ class Trainer:
             if self.save_every and self.step % self.save_every == 0:
                 self.steps.flush()
                 self.save()
+            if self.time_limit is not None:
+                self.keep_time(now - begun, bar, first=self.step == first + 1)
             if self.all_steps_done():
                 break
             self.timer.restart()  # logging and saving are no part of a step
+            begun = time.perf_counter()
         self.steps.flush()
 
     # ---------------------------------------------------------------------------------------------
@@ -200,7 +207,7 @@ class Trainer:
         if evaluating:  # whatever happens in the evaluation, the epoch is not lost
             self.unevaluated = True
             self.save()
-        label = f"epoch {epoch + 1}/{self.epochs}"
+        label = f"epoch {epoch + 1}{self.of_epochs('/')}"
         values = {
             "train_lr": self.optimizer.param_groups[0]["lr"],
             "train_steps": self.epoch_step,
@@ -213,6 +220,7 @@ class Trainer:
             self.steps.begin_epoch()
         improved = False
         if evaluating:
+            started = time.perf_counter()
             try:
                 stats, self.thresholds, more = self.validation(
                     self.detector,
@@ -226,9 +234,13 @@ class Trainer:
                 return
             values |= more
             self.unevaluated = False
+            if self.time_limit is not None:
+                self.time_limit.evaluation = time.perf_counter() - started
             improved = stats["AP"] < 0 or stats["AP"] > self.best.get("AP", -1.0)  # below 0: n/a
             if improved:
                 self.best = {**stats, "epoch": float(epoch)}
+        if self.time_limit is not None:
+            values["total_steps"] = self.time_limit.steps or None
         self.log.epoch({**values, "epoch": epoch})
         self.save(best=improved)
         if self.world.main:
@@ -239,8 +251,63 @@ class Trainer:
         return self.unevaluated or (self.epoch < self.epochs and not self.all_steps_done())
 
     def all_steps_done(self) -> bool:
-        """Return whether `max_steps` is reached."""
-        return bool(self.max_steps) and self.step >= self.max_steps
+        """Return whether `max_steps` is reached, or the length that a time limit has fixed."""
+        limits = (self.max_steps, self.time_limit.steps if self.time_limit else 0)
+        return any(0 < limit <= self.step for limit in limits)
+
+    @property
+    def last_step(self) -> int | None:
+        """The steps of the whole run, None as long as a time limit has not fixed them."""
+        limits = [self.epochs * self.loader.steps, self.max_steps]
+        if self.time_limit is not None:
+            limits[0] = self.time_limit.steps
+        return min((limit for limit in limits if limit), default=None)
+
+    def of_epochs(self, word: str) -> str:
+        """Return the number of epochs after a word, or nothing as long as it is not known."""
+        unknown = self.time_limit is not None and not self.time_limit.steps
+        return "" if unknown else f"{word}{self.epochs}"
+
+    def keep_time(self, seconds: float, bar: "tqdm[Any]", *, first: bool) -> None:
+        """Time a step, and fix the length of the run once enough are timed; all must call it.
+
+        `first` steps after a pause wait for the loaders. The main process decides.
+        """
+        limit = self.time_limit
+        assert limit is not None
+        if limit.length is not None:
+            late = limit.lateness(self.step) if self.step % self.flush_every == 0 else None
+            if late and self.world.main:
+                log.warning(late)
+            return
+        limit.add_step(seconds, first=first)
+        if not self.world.broadcast(limit.measured):
+            return
+        averaged = None if self.ema is None else self.ema.model
+        evaluation = limit.evaluation or self.validation.estimate_seconds(self.detector, averaged)
+        self.model.train()
+        self.steps.flush()
+        started = time.perf_counter()
+        self.save()
+        checkpoint = time.perf_counter() - started
+        limit.length = self.world.broadcast(
+            limit.decide(self.step, evaluation=evaluation, checkpoint=checkpoint)
+        )
+        self.lay_out()
+        self.save()
+        log.info(limit.describe())
+        if limit.steps == self.step:
+            log.warning(f"`max_hours {limit.hours:g}` ends with the steps that were timed")
+        bar.total = self.last_step
+        bar.refresh()
+
+    def lay_out(self) -> None:
+        """Lay the schedule, the epochs and the end of mixing over the length of the run."""
+        limit = self.time_limit
+        if limit is not None and limit.length is not None:
+            self.epochs = limit.epochs
+            self.loader.mix_until(limit.mixed_epochs)
+            lay_over(self.scheduler, limit.schedule.over(limit.steps))
 
     def load_state_dict(
         self, content: Mapping[str, Any], source: Path | str = "checkpoint"
@@ -261,6 +328,10 @@ class Trainer:
             optimizer=self.optimizer,
             scheduler=self.scheduler,
         )
+        progress = content["progress"]
+        if self.time_limit is not None and "time_limit" in progress:
+            self.time_limit.load_state_dict(progress["time_limit"])
+            self.lay_out()
         self.detector.load_state_dict(content["model"])
         restore_optimizer(self.optimizer, self.scheduler, content)
         if content["scaler"]:  # of a run in fp16
@@ -269,7 +340,6 @@ class Trainer:
             scaler.load_state_dict({**scaler.state_dict(), **scale})
         if self.ema is not None and content["ema"]:
             self.ema.load_state_dict(content["ema"])
-        progress = content["progress"]
         self.steps.load_state_dict(progress["steps"])
         self.step = progress["step"]
         self.epoch, self.epoch_step = progress["next_epoch"], progress["next_step"]
@@ -306,6 +376,7 @@ class Trainer:
                 "unevaluated": self.unevaluated,
                 "steps": self.steps.state_dict(),
                 "rng": self.world.gather(rng_state()),
+                **({"time_limit": self.time_limit.state_dict()} if self.time_limit else {}),
             },
             "best": self.best,
             "thresholds": self.thresholds,

@@ -32,7 +32,7 @@ def detect(
     device: torch.device,
     description: str | None,
     skip_unreadable: bool = True,
-    on_outputs: Callable[[DetectorOutput, Sequence[Target]], None] | None = None,
+    on_outputs: Callable[[DetectorOutput, Sequence[Target]], object] | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[tuple[Batch, list[dict[str, Tensor]]]]:
     """Yield every batch with its detections (pixels of the original images, on the host).

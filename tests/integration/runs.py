@@ -185,6 +185,8 @@ def state_of(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = torch.load(path, weights_only=True)
     del content["config"]  # names its folder
     del content["progress"]["seconds"]
+    for key in ("used", "evaluation"):  # of time
+        content["progress"].get("time_limit", {}).pop(key, None)
     return content
 
 

@@ -56,6 +56,24 @@ def test_the_last_epochs_mix_nothing(content: dict[str, Any], write: Write) -> N
     assert boxes(15) == [1, 1, 1]
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loaders_that_are_under_way_follow_a_new_end_of_mixing(
+    content: dict[str, Any], write: Write, num_workers: int
+) -> None:
+    plain = {"scale_jitter": (), "zoom_out": 0.0}
+    dataset = strong(content, write, mosaic=0.0, mixup=1.0, close_augment_epochs=0, **plain)
+    loader = TrainLoader(dataset, BatchSplit(3), num_workers=num_workers, seed=0)
+
+    def boxes(epoch: int) -> list[int]:
+        loader.set_epoch(epoch)
+        return [len(target["boxes"]) for batch in loader for target in batch.targets]
+
+    assert boxes(2) == [2, 2, 2]
+    loader.mix_until(4)
+    assert boxes(3) == [2, 2, 2]
+    assert boxes(4) == [1, 1, 1]
+
+
 def test_options_without_effect_are_told(
     content: dict[str, Any], write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
