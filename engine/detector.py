@@ -159,8 +159,7 @@ class Detector:
         )
 
     @property
-    def postprocess(self) -> PostProcess:
-        """What turns outputs of the model into detections."""
+    def _postprocess(self) -> PostProcess:
         return PostProcess(max_detections=self.data.num_select, nms_iou=self.data.nms_iou)
 
     def min_scores(self, threshold: float | None = None) -> dict[str, float]:
@@ -234,7 +233,7 @@ class Detector:
         )
         for batch, found in detect(
             self.model,
-            self.postprocess,
+            self._postprocess,
             eval_loader(dataset, batch_size=batch_size, num_workers=num_workers),
             device=self.device,
             description=description,
@@ -331,7 +330,7 @@ class Detector:
         )
         result, _ = evaluate(
             self.model,
-            self.postprocess,
+            self._postprocess,
             batches,
             evaluator,
             device=self.device,

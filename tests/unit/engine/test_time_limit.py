@@ -137,7 +137,7 @@ def trained(folder: Path, kind: str) -> tuple[Trainer, dict[str, Any]]:
     """Train two epochs of 8 steps, whose length is decided in the first; return it as saved."""
     batches = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=-1)[:1] * 8
     with RunLog(folder, tensorboard=False) as log:
-        trainer = small_trainer(folder, log, batches, lr_scheduler=kind, max_hours=1e-4)
+        trainer = small_trainer(folder, log, batches, lr_scheduler=kind, max_hours=1e-3)
         trainer.identity = {"classes": {"ids": []}, "config": {}, "versions": {}}
         trainer.loader.mix_until = lambda epoch: None  # type: ignore[method-assign]
         assert trainer.time_limit is not None
@@ -162,7 +162,7 @@ def test_the_schedule_is_laid_over_the_length_once_it_is_known(tmp_path: Path, k
     for group in trainer.optimizer.param_groups:
         assert group["lr"] == group["initial_lr"] * factor(trainer.scheduler.last_epoch)
     with RunLog(tmp_path, tensorboard=False) as log:
-        other = small_trainer(tmp_path, log, [], lr_scheduler=kind, max_hours=1e-4)
+        other = small_trainer(tmp_path, log, [], lr_scheduler=kind, max_hours=1e-3)
         other.loader.mix_until = lambda epoch: None  # type: ignore[method-assign]
         other.load_state_dict(content)
     assert other.epochs == math.ceil(length.steps / 8)
