@@ -30,7 +30,7 @@ from engine.saved_state import check_state
 from engine.time_limit import TimeLimit
 from models.criterion import SetCriterion
 from models.deformable_detr import DeformableDETR
-from util.batch import Batch, Uploads
+from util.batch import Batch, EffectiveBatch, Uploads
 from util.console import log
 from util.plot import plot_curves
 from util.random_state import rng_state, set_rng_state
@@ -68,6 +68,7 @@ class Trainer:
     save_every: int = 0  # steps; 0: at the end of epochs alone
     max_steps: int = 0  # 0: all epochs
     time_limit: TimeLimit | None = None  # as long as it has no length, `epochs` have no end
+    seed: int = 0  # of what recipes draw
     flush_every: int = 10  # steps
     step: int = 0
     epoch: int = 0
@@ -123,15 +124,17 @@ class Trainer:
         self.timer.restart()
         for micro_batches in self.loader.effective_batches():
             own_images = sum(len(b.targets) for b in micro_batches if not b.blank)
-            own_boxes = sum(len(t["labels"]) for b in micro_batches for t in b.targets)
-            images, boxes, stop = self.world.sum([own_images, own_boxes, self.stop.number])
-            if stop:
+            counts = [len(t["labels"]) for b in micro_batches for t in b.targets]
+            own = [own_images, sum(counts), max(counts, default=0), self.stop.number]
+            images, boxes, most, stop = zip(*self.world.every(own), strict=True)
+            if any(stop):
                 break
+            whole = EffectiveBatch(int(sum(boxes)), int(max(most)), self.seed, self.epoch)
             self.timer.mark("data")
             with self.guards.watch(self.step, micro_batches):
-                if images:
+                if any(images):
                     rates = {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
-                    metrics = self.train_step(micro_batches, boxes)
+                    metrics = self.train_step(micro_batches, whole)
                     self.steps.add(self.step, self.epoch, micro_batches, metrics, rates)
                     for guard in self.guards:
                         guard.after_step(self.step, micro_batches, metrics)
@@ -151,21 +154,21 @@ class Trainer:
                 self.keep_time(now - begun, bar, first=self.step == first + 1)
             if self.all_steps_done():
                 break
-            self.timer.restart()  # logging and saving are no part of a step
+            self.timer.restart()  # logging and saving are not part of a step
             begun = time.perf_counter()
         self.steps.flush()
 
-    # ---------------------------------------------------------------------------------------------
-    def train_step(self, micro_batches: Sequence[Batch], boxes: float) -> dict[str, Tensor]:
+    def train_step(
+        self, micro_batches: Sequence[Batch], whole: EffectiveBatch
+    ) -> dict[str, Tensor]:
         """Update the weights once, with the gradient of one effective batch however it is split.
-
-        `boxes` are those of the effective batch, in all processes.
 
         Returns the losses of this process, whose mean over the processes is that of the batch,
         and the norm of the gradient.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        num_boxes = max(boxes, 1.0) / self.world.size  # every loss is a sum over boxes
+        num_boxes = max(whole.boxes, 1) / self.world.size  # every loss is a sum over boxes
+        self.criterion.progress = self.step / (self.last_step or math.inf)
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(self.upload(micro_batches)):
             earlier = i + 1 < len(micro_batches)  # the last exchanges gradients between processes
@@ -175,7 +178,7 @@ class Trainer:
                 else nullcontext()
             ):
                 with self.precision.autocast():
-                    outputs = self.model(batch.images, batch.targets)
+                    outputs = self.model(batch.images, batch.targets, whole)
                 self.timer.mark("forward")
                 divisor = math.inf if batch.blank else num_boxes
                 losses = self.criterion(outputs, batch.targets, divisor)
@@ -190,8 +193,6 @@ class Trainer:
         self.scheduler.step()
         self.timer.mark("optimiser")
         return {**dict(zip(losses, total, strict=True)), "grad_norm": grad_norm.detach()}
-
-    # ---------------------------------------------------------------------------------------------
 
     def end_epoch(self) -> None:
         """Evaluate, log and save; after an interruption in the middle of an epoch save alone."""

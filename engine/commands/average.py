@@ -9,7 +9,7 @@ from configs.load import Given
 from configs.options import Checked, option
 from engine.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
 from engine.detector import saved_options
-from models.recipes import RecipeOptions
+from models.recipes import KnownRecipes
 from models.weights.average import Mean
 from models.weights.load import Pretrained, load_pretrained
 from util.console import console
@@ -112,7 +112,7 @@ def average(paths: Sequence[Path], *, ema: bool) -> dict[str, Any]:
 
 def _what_agrees(weights: Pretrained, source: str) -> dict[str, Any]:
     """Return all that must be the same, by a name that an error can show."""
-    given = Given({}, RecipeOptions())
+    given = Given({}, KnownRecipes())
     config = asdict(saved_options(given, weights.config or {}, source).config())
     return {
         **{f"`{name}`": value for name, value in config["model"].items()},

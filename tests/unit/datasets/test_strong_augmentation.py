@@ -74,7 +74,7 @@ def test_loaders_that_are_under_way_follow_a_new_end_of_mixing(
     assert boxes(4) == [1, 1, 1]
 
 
-def test_options_without_effect_are_told(
+def test_options_without_effect_are_reported(
     content: dict[str, Any], write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     strong(content, write, close_augment_epochs=19)

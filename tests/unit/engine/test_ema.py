@@ -105,7 +105,7 @@ def test_averages_with_a_rising_decay_are_those_of_a_loop_in_double_precision() 
         )
 
 
-def test_what_does_not_change_stays_to_the_bit() -> None:
+def test_unchanging_weights_stay_bit_equal() -> None:
     model = Tied()
     before = bits(model)
     ema = Ema(model, 0.999)
@@ -181,7 +181,7 @@ def test_a_resumed_average_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         (nn.Bilinear(2, 2, 2), r"'weight' is \(2, 2, 2\), the model's \(2, 4\)"),
     ],
 )
-def test_averages_of_another_model_are_refused(other: nn.Module, message: str) -> None:
+def test_averages_of_a_different_model_are_refused(other: nn.Module, message: str) -> None:
     ema = Ema(nn.Linear(4, 2), 0.9)
     before = {k: v.clone() for k, v in ema.state_dict()["model"].items()}
     with pytest.raises(CheckpointError, match=f"^averaged weights: .*{message}"):

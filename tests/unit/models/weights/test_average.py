@@ -41,7 +41,7 @@ def test_weights_and_statistics_are_averaged_and_counters_are_the_last_ones() ->
 
 def test_rounding_does_not_add_up() -> None:
     states = [{"w": torch.tensor([value])} for value in (2.0**24, *[1.0] * 7)]
-    assert mean_of(*states)["w"].item() == (2**24 + 7) / 8
+    assert mean_of(*states)["w"].item() == np.float32((2**24 + 7) / 8)
     tenths = [{"w": torch.full((9,), 0.1)}] * 7
     assert mean_of(*tenths)["w"].equal(tenths[0]["w"])
 
