@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,41 +149,7 @@ class Schedule:
         return self.final + (1 - self.final) * fall
 
 
-def lay_over(scheduler: LambdaLR, factor: Callable[[int], float]) -> None:
-    """Give all groups another schedule from the present step on."""
-    scheduler.lr_lambdas = [factor] * len(scheduler.lr_lambdas)
-    set_rates(scheduler)
-
-
 def set_rates(scheduler: LambdaLR) -> None:
     """Set the rates of all groups to those of the schedule at its present step."""
     for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, scheduler: LambdaLR, content: Mapping[str, Any]
-) -> None:
-    """Load the moments and the place in the schedule; all options are those of the run.
-
-    `check_state` must have found both sound.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        key: {name: _laid_out_as(parameters[key], moment) for name, moment in moments.items()}
-        for key, moments in content["optimizer"]["state"].items()
-    }
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-    saved = content["lr_scheduler"]
-    place = {key: saved[key] for key in ("last_epoch", "_step_count", "_last_lr")}
-    scheduler.load_state_dict({**scheduler.state_dict(), **place})
-    set_rates(scheduler)
-
-
-def _laid_out_as(parameter: Tensor, moment: Tensor) -> Tensor:
-    """Return a moment with the strides of its parameter, which the fused kernel relies on."""
-    if moment.shape != parameter.shape or moment.stride() == parameter.stride():
-        return moment
-    return torch.empty_like(parameter, dtype=moment.dtype, device=moment.device).copy_(moment)

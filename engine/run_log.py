@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from util.console import log, progress
+from util.console import log
 from util.files import make_output_dir, write_atomic
+from util.progress import progress
 
 
 def _keep_until(path: Path, key: str, last: int) -> None:

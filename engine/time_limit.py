@@ -6,10 +6,20 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import mean, median
-from typing import Any
+from typing import Any, Protocol
 
-from engine.optim import Schedule
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from datasets.loader import TrainLoader
+from engine.between_epochs import Validation
+from engine.ema import Ema
+from engine.metrics import StepLog
+from engine.optim import Schedule, set_rates
+from models.deformable_detr import DeformableDETR
 from util.console import log
+from util.world import World
 
 _UNTIMED = 5  # first steps, in which kernels are chosen, compiled and loaded
 _FEWEST, _ENOUGH = 5, 30  # steps that are timed, where they take long and else
@@ -83,6 +93,29 @@ class Length:
     costs: Costs
 
 
+class TimedRun(Protocol):
+    """What a time limit reads of a run, and sets in it: the trainer."""
+
+    detector: DeformableDETR
+    model: nn.Module
+    scheduler: LambdaLR
+    ema: Ema | None
+    world: World
+    loader: TrainLoader
+    validation: Validation
+    steps: StepLog
+    epochs: int
+    flush_every: int
+    step: int
+
+    @property
+    def last_step(self) -> int | None:
+        """The steps of the whole run, as far as their number is known."""
+
+    def save(self, *, best: bool = False) -> None:
+        """Write a checkpoint."""
+
+
 class TimeLimit:
     """Fits a run into a number of hours.
 
@@ -129,6 +162,47 @@ class TimeLimit:
     def start(self) -> None:
         """Start the clock."""
         self._since = time.perf_counter()
+
+    def after_step(self, run: TimedRun, seconds: float, bar: "tqdm[Any]", *, first: bool) -> None:
+        """Time a step, and fix the length of the run once enough are timed; all must call it.
+
+        `first` steps after a pause wait for the loaders. The main process decides.
+        """
+        if self.length is not None:
+            late = self.lateness(run.step) if run.step % run.flush_every == 0 else None
+            if late and run.world.main:
+                log.warning(late)
+            return
+        self.add_step(seconds, first=first)
+        if not run.world.broadcast(self.measured):
+            return
+        averaged = None if run.ema is None else run.ema.model
+        evaluation = self.evaluation or run.validation.estimate_seconds(run.detector, averaged)
+        run.model.train()
+        run.steps.flush()
+        started = time.perf_counter()
+        run.save()
+        checkpoint = time.perf_counter() - started
+        self.length = run.world.broadcast(
+            self.decide(run.step, evaluation=evaluation, checkpoint=checkpoint)
+        )
+        self.lay_out(run)
+        run.save()
+        log.info(self.describe())
+        if self.steps == run.step:
+            log.warning(f"`max_hours {self.hours:g}` ends with the steps that were timed")
+        bar.total = run.last_step
+        bar.refresh()
+
+    def lay_out(self, run: TimedRun) -> None:
+        """Lay the schedule, the epochs and the end of mixing over the length of the run."""
+        if self.length is None:
+            return
+        run.epochs = self.epochs
+        run.loader.mix_until(self.mixed_epochs)
+        scheduler = run.scheduler
+        scheduler.lr_lambdas = [self.schedule.over(self.steps)] * len(scheduler.lr_lambdas)
+        set_rates(scheduler)
 
     @property
     def used(self) -> float:

@@ -23,17 +23,16 @@ from engine.evaluation.evaluate import Interrupted
 from engine.guards import Guards
 from engine.guards.timer import StepTimer
 from engine.metrics import StepLog
-from engine.optim import Precision, lay_over, restore_optimizer
+from engine.optim import Precision
 from engine.processes import StopSignals
 from engine.run_log import RunLog
-from engine.saved_state import check_state
+from engine.saved_state import restore_run, run_state
 from engine.time_limit import TimeLimit
 from models.criterion import SetCriterion
 from models.deformable_detr import DeformableDETR
 from util.batch import Batch, EffectiveBatch, Uploads
 from util.console import log
 from util.plot import plot_curves
-from util.random_state import rng_state, set_rng_state
 from util.world import World
 
 
@@ -151,7 +150,7 @@ class Trainer:
                 self.steps.flush()
                 self.save()
             if self.time_limit is not None:
-                self.keep_time(now - begun, bar, first=self.step == first + 1)
+                self.time_limit.after_step(self, now - begun, bar, first=self.step == first + 1)
             if self.all_steps_done():
                 break
             self.timer.restart()  # logging and saving are not part of a step
@@ -269,123 +268,14 @@ class Trainer:
         unknown = self.time_limit is not None and not self.time_limit.steps
         return "" if unknown else f"{word}{self.epochs}"
 
-    def keep_time(self, seconds: float, bar: "tqdm[Any]", *, first: bool) -> None:
-        """Time a step, and fix the length of the run once enough are timed; all must call it.
-
-        `first` steps after a pause wait for the loaders. The main process decides.
-        """
-        limit = self.time_limit
-        assert limit is not None
-        if limit.length is not None:
-            late = limit.lateness(self.step) if self.step % self.flush_every == 0 else None
-            if late and self.world.main:
-                log.warning(late)
-            return
-        limit.add_step(seconds, first=first)
-        if not self.world.broadcast(limit.measured):
-            return
-        averaged = None if self.ema is None else self.ema.model
-        evaluation = limit.evaluation or self.validation.estimate_seconds(self.detector, averaged)
-        self.model.train()
-        self.steps.flush()
-        started = time.perf_counter()
-        self.save()
-        checkpoint = time.perf_counter() - started
-        limit.length = self.world.broadcast(
-            limit.decide(self.step, evaluation=evaluation, checkpoint=checkpoint)
-        )
-        self.lay_out()
-        self.save()
-        log.info(limit.describe())
-        if limit.steps == self.step:
-            log.warning(f"`max_hours {limit.hours:g}` ends with the steps that were timed")
-        bar.total = self.last_step
-        bar.refresh()
-
-    def lay_out(self) -> None:
-        """Lay the schedule, the epochs and the end of mixing over the length of the run."""
-        limit = self.time_limit
-        if limit is not None and limit.length is not None:
-            self.epochs = limit.epochs
-            self.loader.mix_until(limit.mixed_epochs)
-            lay_over(self.scheduler, limit.schedule.over(limit.steps))
-
     def load_state_dict(
         self, content: Mapping[str, Any], source: Path | str = "checkpoint"
     ) -> None:
-        """Restore the state and the position of a checkpoint of this run.
-
-        Rates and weight decay are those of the present options, at the checkpoint's place in the
-        schedule.
-
-        Raises:
-            CheckpointError: the content of `source` is not sound; nothing was loaded.
-        """
-        check_state(
-            content,
-            source,
-            model=self.detector,
-            averages=None if self.ema is None else self.ema.model,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-        )
-        progress = content["progress"]
-        if self.time_limit is not None and "time_limit" in progress:
-            self.time_limit.load_state_dict(progress["time_limit"])
-            self.lay_out()
-        self.detector.load_state_dict(content["model"])
-        restore_optimizer(self.optimizer, self.scheduler, content)
-        if content["scaler"]:  # of a run in fp16
-            scale = {key: content["scaler"][key] for key in ("scale", "_growth_tracker")}
-            scaler = self.precision.scaler
-            scaler.load_state_dict({**scaler.state_dict(), **scale})
-        if self.ema is not None and content["ema"]:
-            self.ema.load_state_dict(content["ema"])
-        self.steps.load_state_dict(progress["steps"])
-        self.step = progress["step"]
-        self.epoch, self.epoch_step = progress["next_epoch"], progress["next_step"]
-        self.seconds = progress["seconds"]
-        # with more `max_steps` than before, the epoch continues
-        over = self.epoch_step >= self.loader.steps or self.all_steps_done()
-        self.unevaluated = progress["unevaluated"] and over
-        self.best = dict(content["best"])
-        self.thresholds = dict(content.get("thresholds", {}))  # older files have none
-        states = progress["rng"]
-        if self.world.size == len(states):
-            set_rng_state(states[self.world.rank])
-        else:
-            log.info(
-                f"the checkpoint is of {len(states)} processes, now there are {self.world.size}: "
-                "dropout draws different numbers from here on"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the checkpoint of the present position in the main process; all must call it."""
-        return {
-            # plain strides, for readers that know no channels-last tensors
-            "model": {k: v.contiguous() for k, v in self.detector.state_dict().items()},
-            "ema": self.ema.state_dict() if self.ema is not None else {},
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.scheduler.state_dict(),
-            "scaler": self.precision.scaler.state_dict(),
-            "epoch": self.epoch - 1 if self.epoch_step == 0 else self.epoch,
-            "progress": {
-                "step": self.step,
-                "next_epoch": self.epoch,
-                "next_step": self.epoch_step,
-                "seconds": self.seconds,
-                "unevaluated": self.unevaluated,
-                "steps": self.steps.state_dict(),
-                "rng": self.world.gather(rng_state()),
-                **({"time_limit": self.time_limit.state_dict()} if self.time_limit else {}),
-            },
-            "best": self.best,
-            "thresholds": self.thresholds,
-            **self.identity,
-        }
+        """Restore the state and the position of a checkpoint of this run; see `restore_run`."""
+        restore_run(self, content, source)
 
     def save(self, *, best: bool = False) -> None:
         """Write `last.pth`, and `best.pth` if it is the best so far; all processes must call it."""
-        content = self.state_dict()
+        content = run_state(self)
         if self.world.main:
             self.checkpoints.save(content, best=best)

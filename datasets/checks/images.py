@@ -30,9 +30,10 @@ from datasets.images import (
     read_header,
     small_grey,
 )
-from util.console import in_line, log, progress
+from util.console import in_line, log
 from util.errors import DataError
 from util.files import read_regular
+from util.progress import progress
 
 _SIZES_CHECKED = 100  # images whose stated size is compared with the file when an index is made
 _FEW = 64  # images that one process has decoded before others have started

@@ -15,8 +15,8 @@ from models.criterion import SetCriterion
 from models.postprocess import PostProcess
 from models.queries import DetectorOutput
 from util.batch import Batch, PaddedBatch, Target, pad_images
-from util.console import progress
 from util.errors import DataError, UserError
+from util.progress import progress
 from util.world import World
 
 T = TypeVar("T")
