@@ -1,56 +1,18 @@
-"""Classification losses by name: what a score should say, and how much each error counts.
+"""Other classification losses than the focal loss, by name, and how much each error counts.
 
-The focal loss teaches a score to say what is there. The others teach it to say how well the box
-fits as well: the score that keeps a detection is then that of its best box.
+The focal loss teaches a score to say what is there. These teach it to say how well the box fits as
+well: the score that keeps a detection is then that of its best box.
 
 All are sums over a batch, of every layer, before the division by the number of boxes. z is a
 logit, p its sigmoid, u the IoU of a matched prediction with its object, y 1 for the class of a
 query that is matched and else 0. No gradient passes through u.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
-from models.assigned import Assigned
-from util.registry import Registry
-
-Loss = Callable[[Assigned], Tensor]  # the sum over the batch, of each layer: [G]
-
-
-class ClassLoss(NamedTuple):
-    """A loss of the scores, and its coefficient unless an option gives another."""
-
-    function: Loss
-    coefficient: float
-
-
-CLASS_LOSSES: Registry[ClassLoss] = Registry("cls_loss", __package__, {})
-
-
-def class_loss(name: str, *, coefficient: float) -> Callable[[Loss], Loss]:
-    """Return a decorator that adds a classification loss."""
-
-    def register(function: Loss) -> Loss:
-        CLASS_LOSSES.register(name)(ClassLoss(function, coefficient))
-        return function
-
-    return register
-
-
-@class_loss("focal", coefficient=2.0)
-def focal(assigned: Assigned) -> Tensor:
-    """Focal loss of all queries: most see background, which cross-entropy would learn alone.
-
-    Every class is a question of its own. Unlike DETR's softmax, it needs no class for "no object":
-    of background, all are false (Sec. 5).
-    """
-    loss: Tensor = sigmoid_focal_loss(assigned.logits, assigned.classes, alpha=assigned.focal_alpha)
-    return loss.sum((1, 2, 3))
+from models.criterion import Assigned, class_loss, focal
 
 
 @class_loss("vfl", coefficient=1.0)

@@ -10,30 +10,55 @@ import pytest
 import torch
 
 from engine.optim import Schedule
+from engine.time_limit import Costs, Rhythm
 from tests.integration.conftest import Cli, read_log
 from tests.integration.runs import Command, assert_same_runs, errors, metrics, state_of
 
 Options = tuple[str | Path, ...]
-FLAT = Schedule(kind="flat_cosine", epochs=2, flat=0.5, tail=0.2, final=0.1, warmup_steps=3,
+FLAT = Schedule(kind="flat_cosine", epochs=2, flat=0.0, tail=0.2, final=0.1, warmup_steps=3,
                 warmup_shape="quadratic")  # fmt: skip
+STEPS = 28  # seven epochs: the steps that are timed end before, as they take 0.36 s together
 
 
 @pytest.fixture(scope="module")
 def timed_options(shapes: Path) -> Options:
     """The options of a run with all that depends on its length."""
-    return ("--coco_path", shapes, "--max_hours", "0.0015", "--lr_scheduler", "flat_cosine",
-            "--lr_tail", "0.2", "--lr_final", "0.1", "--warmup_steps", "3", "--warmup_shape",
-            "quadratic", "--ema_decay", "0.9", "--ema_tau", "5", "--norm_weight_decay", "0",
-            "--dropout", "0.1", "--mosaic", "0.5", "--close_augment_epochs", "2", "--eval_every",
-            "1000", "--save_every", "1", "--keep_checkpoints", "1000", "--no_tensorboard",
-            "--num_workers", "1")  # fmt: skip
+    return ("--coco_path", shapes, "--lr_scheduler", "flat_cosine", "--lr_flat", "0", "--lr_tail",
+            "0.2", "--lr_final", "0.1", "--warmup_steps", "3", "--warmup_shape", "quadratic",
+            "--ema_decay", "0.9", "--ema_tau", "5", "--norm_weight_decay", "0", "--dropout", "0.1",
+            "--mosaic", "0.5", "--close_augment_epochs", "2", "--eval_every", "1000",
+            "--save_every", "2", "--no_tensorboard", "--num_workers", "1")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def timed_run(timed_options: Options, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of such a run, with a checkpoint of every step."""
+    """The folder of the beginning of such a run, of 18 seconds if `max_steps` did not end it."""
     folder = tmp_path_factory.mktemp("runs") / "timed"
-    Command(folder, timed_options).run()
+    Command(folder, (*timed_options, "--max_hours", "0.005", "--max_steps", str(STEPS))).run()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_hours(timed_run: Path) -> str:
+    """The hours in which, with what was measured, ten more steps fit; on any machine."""
+    length = length_of(timed_run)
+    costs, rhythm = Costs(**length["costs"]), Rhythm(4, 1000, 2)
+    total = len(metrics(timed_run)) + 10
+    seconds = costs.between(length["decided_at"], total, rhythm, ending=True)
+    return repr((length["used"] + seconds + costs.step / 2) / 3600)
+
+
+@pytest.fixture(scope="module")
+def continued(
+    timed_run: Path, timed_options: Options, other_hours: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:  # fmt: skip
+    """The folder of the same run, continued to the end of these hours."""
+    folder = tmp_path_factory.mktemp("runs") / "continued"
+    shutil.copytree(timed_run, folder)
+    Command(folder, (*timed_options, "--resume", "auto", "--max_hours", other_hours)).run(
+        "--max_steps", "0"
+    )
     return folder
 
 
@@ -43,61 +68,57 @@ def length_of(folder: Path) -> dict[str, Any]:
     return length
 
 
+@pytest.mark.slow
 def test_the_schedule_covers_the_run_that_the_time_allows(timed_run: Path) -> None:
     length = length_of(timed_run)
     steps, decided_at = length["steps"], length["decided_at"]
     lines = metrics(timed_run)
-    assert [line["step"] for line in lines] == list(range(steps))
-    expected = [FLAT.over(None if t < decided_at else steps)(t) * 2e-3 for t in range(steps)]
+    made = range(min(steps, STEPS))
+    assert [line["step"] for line in lines] == list(made)
+    expected = [FLAT.over(None if t < decided_at else steps)(t) * 2e-3 for t in made]
     assert [line["lr_transformer"] for line in lines] == pytest.approx(expected)
     assert [line["lr_transformer_norms"] for line in lines] == pytest.approx(expected)
     assert read_log(timed_run)[-1]["total_steps"] == steps
-    assert read_log(timed_run)[-1]["epoch"] == (steps - 1) // 4
 
 
-def test_a_killed_run_keeps_its_length_and_ends_as_the_uninterrupted_one(
-    timed_run: Path, timed_options: Options, tmp_path: Path
+@pytest.mark.slow
+def test_other_hours_move_the_end_by_what_was_measured(
+    timed_run: Path, continued: Path, timed_options: Options, tmp_path: Path, other_hours: str
 ) -> None:
-    length = length_of(timed_run)
-    begin = length["decided_at"] + 1
-    assert begin + 3 < length["steps"], length
-    folder = tmp_path / "run"
-    folder.mkdir()
-    shutil.copy(timed_run / f"step_{begin:08d}.pth", folder / "last.pth")
-    for name in ("metrics.jsonl", "log.txt", "data_report.json"):
-        shutil.copy(timed_run / name, folder)
-    command = Command(folder, (*timed_options, "--resume", "auto"))
-    running = command.start()
-    running.wait_until(
-        lambda: (
-            "resuming" in running.output
-            and state_of(folder / "last.pth")["progress"]["step"] >= begin + 2
-        )
-    )
-    running.kill()
-    command.run()
-    assert length_of(folder) == length
-    assert_same_runs(folder, timed_run)
+    made = len(metrics(timed_run))
+    steps = made + 10
+    assert length_of(continued) == {**length_of(timed_run), "steps": steps}
+    lines = metrics(continued)
+    assert [line["step"] for line in lines] == list(range(steps))
+    expected = [FLAT.over(steps)(t) * 2e-3 for t in range(made, steps)]
+    assert [line["lr_transformer"] for line in lines[made:]] == pytest.approx(expected)
+    assert read_log(continued)[-1]["epoch"] == (steps - 1) // 4
+    folder = Path(shutil.copytree(continued, tmp_path / "run"))
+    again = Command(folder, (*timed_options, "--resume", "auto", "--max_hours", other_hours))
+    assert "Raise `max_hours` or `max_steps`" in again.run("--max_steps", "0")
 
 
-def test_other_hours_move_the_end_of_a_finished_run(
-    timed_run: Path, timed_options: Options, tmp_path: Path
+@pytest.mark.slow
+def test_a_killed_run_keeps_its_length_and_ends_as_the_uninterrupted_one(
+    timed_run: Path, continued: Path, timed_options: Options, tmp_path: Path, other_hours: str
 ) -> None:
     folder = Path(shutil.copytree(timed_run, tmp_path / "run"))
-    before = length_of(folder)
-    again = Command(folder, (*timed_options, "--resume", "auto"))
-    assert "Raise --max_hours or --max_steps" in again.run()
-    again.run("--max_hours", "0.0018")
-    after = length_of(folder)
-    assert after["steps"] > before["steps"]
-    assert {**after, "steps": 0} == {**before, "steps": 0}
-    assert len(metrics(folder)) == after["steps"]
+    begin = len(metrics(folder))
+    command = Command(folder, (*timed_options, "--resume", "auto", "--max_hours", other_hours))
+    running = command.start("--max_steps", "0")
+    running.wait_until(lambda: state_of(folder / "last.pth")["progress"]["step"] > begin)
+    running.kill()
+    assert state_of(folder / "last.pth")["progress"]["step"] < begin + 10
+    assert "resuming at epoch" in command.run("--max_steps", "0")
+    assert length_of(folder) == length_of(continued)
+    assert_same_runs(folder, continued)
 
 
+@pytest.mark.slow
 def test_another_weight_decay_of_norms_is_refused_on_resume(
-    timed_run: Path, shapes: Path, tmp_path: Path
+    timed_run: Path, timed_options: Options, tmp_path: Path
 ) -> None:
-    command = Command(tmp_path / "run", ("--coco_path", shapes, "--resume", timed_run / "last.pth",
+    command = Command(tmp_path / "run", (*timed_options, "--resume", timed_run / "last.pth",
                                          "--norm_weight_decay", "none"))  # fmt: skip
     (line,) = errors(command.run(code=2))
     assert "--norm_weight_decay: checkpoint its own, run as weight_decay" in line
@@ -107,17 +128,19 @@ def test_another_weight_decay_of_norms_is_refused_on_resume(
 def test_processes_agree_on_the_length_and_one_continues_what_two_began(
     shapes: Path, tmp_path: Path
 ) -> None:
-    options = ("--coco_path", shapes, "--max_hours", "0.002", "--lr_scheduler", "cosine",
-               "--effective_batch_size", "4", "--batch_size", "2", "--eval_every", "1000",
-               "--save_every", "1", "--keep_checkpoints", "1000", "--no_tensorboard",
-               "--num_workers", "0", "--device", "cpu")  # fmt: skip
+    options = ("--coco_path", shapes, "--max_hours", "0.005", "--max_steps", "32",
+               "--lr_scheduler", "cosine", "--effective_batch_size", "4", "--batch_size", "2",
+               "--eval_every", "1000", "--save_every", "4", "--keep_checkpoints", "1000",
+               "--no_tensorboard", "--num_workers", "0", "--device", "cpu")  # fmt: skip
     two = Command(tmp_path / "two", (*options, "--gpus", "2"))
     two.run()
     length = length_of(two.folder)
-    assert len(metrics(two.folder)) == length["steps"]
+    assert len(metrics(two.folder)) == min(length["steps"], 32)
     one = tmp_path / "one"
     one.mkdir()
-    shutil.copy(two.folder / f"step_{length['decided_at']:08d}.pth", one / "last.pth")
+    files = sorted(two.folder.glob("step_*.pth"))
+    after = [f for f in files if f.name > f"step_{length['decided_at']:08d}"]
+    shutil.copy(after[0], one / "last.pth")
     shutil.copy(two.folder / "metrics.jsonl", one)
     Command(one, options).run("--resume", "auto", "--gpus", "1")
     assert length_of(one) == length
@@ -129,6 +152,7 @@ def test_processes_agree_on_the_length_and_one_continues_what_two_began(
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [True, False])
 def test_an_average_is_the_mean_of_the_last_checkpoints_and_is_measured_as_any_other(
     cli: Cli, reference: Path, shapes: Path, tmp_path: Path, ema: bool
@@ -156,16 +180,16 @@ def test_an_average_is_the_mean_of_the_last_checkpoints_and_is_measured_as_any_o
     measured = cli("eval", "--checkpoint", output, "--coco_path", shapes, "--no_analysis")
     assert measured.returncode == 0, measured.stderr
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert 0 <= results["AP"] <= 1
+    assert 0 <= results["stats"]["AP"] <= 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--checkpoints", "{a}/last.pth", "{b}/last.pth", "--output", "{out}"),
-         "of another model than the other checkpoints (--dropout"),
+         "of another model than the other checkpoints (`dropout` 0.1, others 0.0"),
         (("--checkpoints", "{a}/last.pth", "{a}/last.pth", "--output", "{out}"), "at least two"),
-        (("--output_dir", "{b}", "--last", "9"), "--keep_checkpoints 9"),
+        (("--output_dir", "{b}", "--last", "9"), "train with `keep_checkpoints 9`"),
         (("--output_dir", "{b}", "--last", "2", "--output", "{b}/last.pth"), "overwritten"),
         (("--checkpoints", "{a}/last.pth", "{out}", "--output", "{out}2"), "no such file"),
         (("--checkpoints", "{a}/last.pth"), "--output: is missing"),
@@ -190,10 +214,11 @@ def detections_per_image(file: Path) -> int:
     return max(map(images.count, images))
 
 
+@pytest.mark.slow
 def test_the_number_of_detections_kept_is_that_asked_for(
     cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:
-    assert detections_per_image(finished_run / "eval" / "detections.json") == 60  # 20 x 3 classes
+    assert detections_per_image(finished_run / "eval" / "detections.json") == 100  # of 20 x 6
     trained = cli("train", "--resume", finished_run / "last.pth", "--output_dir", tmp_path / "run",
                   "--epochs", "3", "--max_steps", "9", "--num_select", "7")  # fmt: skip
     assert trained.returncode == 0, trained.stderr
