@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from util.errors import ConfigError
+from util.device import check_precision
 
 _AUTOCAST: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,7 +29,7 @@ class Precision:
         Raises:
             ConfigError: the device has no such precision.
         """
-        _check_available(name, device)
+        check_precision(name, device)
         self.name = name
         self.device = device
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
@@ -63,33 +63,6 @@ class Precision:
         elif not self.found_inf.item():
             optimizer.step()
         self.scaler.update()
-
-
-def _check_available(name: str, device: torch.device) -> None:
-    cuda = device.type == "cuda"
-    instead = "fp32"
-    if name == "tf32" and not (cuda and not torch.version.hip):
-        needed = "a CUDA device with TensorFloat-32"
-    elif name == "fp16" and not cuda:
-        needed = "a CUDA device"
-        instead = "bf16" if _has_bfloat16(device) else "fp32"
-    elif name == "bf16" and not _has_bfloat16(device):
-        needed = "a device with bfloat16"
-        instead = "fp16" if cuda else "fp32"
-    else:
-        return
-    raise ConfigError(
-        f"precision {name}: needs {needed}; this one is {device.type}. Use `precision {instead}`."
-    )
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "mps":
-        return torch.backends.mps.is_macos_or_newer(14, 0)
-    return torch.amp.is_autocast_available(device.type)
 
 
 @dataclass(frozen=True, kw_only=True)
