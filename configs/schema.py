@@ -105,6 +105,10 @@ class LossConfig(Checked):
     bbox_loss_coef: float = option(5.0, "weight of the box L1 loss", low=0, rare=True)
     giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0, rare=True)
     focal_alpha: float = option(0.25, "alpha of the focal loss and cost", low=0, high=1, rare=True)
+    union_set: bool = option(
+        False, "boxes of all decoder layers learn the pairs of all of them: each query the object "
+        "that most layers give it",
+    )  # fmt: skip
     extra_losses: tuple[str, ...] = option(
         (), "more losses, by NAME or NAME=COEFFICIENT", rare=True
     )

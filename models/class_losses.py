@@ -99,7 +99,7 @@ def giou_focal(assigned: Assigned) -> Tensor:
 
     Rank-DETR, arXiv 2310.08854, Eq. 5.
     """
-    if assigned.name == "_enc":
+    if assigned.name.endswith("_enc"):
         return focal(assigned)
     return _focal_towards(assigned, assigned.on_classes((assigned.giou + 1) / 2))
 

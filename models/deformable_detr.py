@@ -80,8 +80,14 @@ class DeformableDETR(nn.Module):
                     groups += recipe.queries(self.transformer, memory, proposals, targets, whole)
             return groups
 
+        def regroup(groups: list[QueryGroup], proposals: "Proposals | None") -> list[QueryGroup]:
+            learning = self.training and targets is not None
+            for recipe in self.chosen_recipes():
+                groups = recipe.regroup(self.transformer, groups, proposals, learning=learning)
+            return groups
+
         features, masks, pos = self.feature_levels(batch)
-        output = self.transformer(features, masks, pos, query_embed, more_queries)
+        output = self.transformer(features, masks, pos, query_embed, more_queries, regroup)
         kept = slice(None) if self.aux_loss else slice(-1, None)
         sizes = [group.content.shape[1] for group in output.groups]
         logits = torch.split(torch.stack(output.decoder.logits[kept]), sizes, dim=2)
@@ -90,8 +96,7 @@ class DeformableDETR(nn.Module):
             GroupOutput(g.name, g_logits, g_boxes, g.learning)
             for g, g_logits, g_boxes in zip(output.groups, logits, boxes, strict=True)
         ]
-        if output.proposals is not None:
-            groups.append(output.proposals.output())
+        groups += [g.encoder for g in output.groups if g.encoder is not None]
         result: DetectorOutput = {  # a literal, which compiles
             "pred_logits": output.decoder.logits[-1][:, : sizes[0]],
             "pred_boxes": output.decoder.boxes[-1][:, : sizes[0]],

@@ -54,14 +54,35 @@ class Recipe(nn.Module):
         """
         return []
 
+    def regroup(
+        self,
+        transformer: DeformableTransformer,
+        groups: list[QueryGroup],
+        proposals: Proposals | None,
+        *,
+        learning: bool,
+    ) -> list[QueryGroup]:
+        """Return all groups of queries that are decoded, the first those that detect.
+
+        Unlike `queries`, it may start from those that detect, or change how they pass the decoder
+        and how they and the encoder learn. `learning`: it is a training step.
+        """
+        return groups
+
     def output(self, output: DetectorOutput, decoded: TransformerOutput) -> DetectorOutput:
         """Return what is detected and learned, in training and in evaluation."""
         return output
 
 
-RECIPES: Registry[type[Recipe]] = Registry("recipe", __name__, {"hybrid": ".hybrid", "mds": ".mds"})
+RECIPES: Registry[type[Recipe]] = Registry(
+    "recipe",
+    __name__,
+    {"group": ".group", "hybrid": ".hybrid", "mds": ".mds", "mr": ".mr", "ms": ".ms"},
+)
 # Of these a model has one: an option of this name chooses it.
-ALTERNATIVES: Mapping[str, tuple[str, ...]] = {"one_to_many": ("hybrid", "mds")}
+ALTERNATIVES: Mapping[str, tuple[str, ...]] = {
+    "one_to_many": ("hybrid", "group", "ms", "mr", "mds")
+}
 
 
 class KnownRecipes(Mapping[str, type[Any]]):
