@@ -112,7 +112,9 @@ class SetCriterion:
             learning = group.learning
             assigned = boxes_assigned = self._assign(group, own, matched)
             if self.union_set and learning.one_to_one and len(group.logits) > 1:
-                united, weights = union_of_layers(matched, own, group.logits.shape[2])
+                united, weights = union_of_layers(
+                    matched, own, group.logits.shape[2], assigned.boxes.dtype
+                )
                 boxes_assigned = self._assign(group, own, united, weights)
             for name, loss in self.losses.items():
                 on = assigned if name == CLASSIFICATION else boxes_assigned

@@ -15,7 +15,7 @@ from models.matcher import Matches, PaddedTargets
 
 @torch.no_grad()
 def union_of_layers(
-    matches: Matches, targets: PaddedTargets, queries: int
+    matches: Matches, targets: PaddedTargets, queries: int, dtype: torch.dtype
 ) -> tuple[Matches, Tensor]:
     """Return pairs for every layer, and how much each counts.
 
@@ -25,7 +25,7 @@ def union_of_layers(
     much as its objects, so that any way to share out a batch gives the same.
 
     Shape: matches of Q `queries`, the same images in every layer -> Matches of N*Q places, `real`
-        where a query has an object; weights [N*Q].
+        where a query has an object; weights [N*Q] of this dtype.
     """
     query, target = matches.query, matches.target  # [G,P]
     layers, device = len(query), query.device
@@ -36,7 +36,7 @@ def union_of_layers(
     matched = count.amax(-1) > 0  # [N,Q]
     # no two objects of a query are equal in this: of equal counts the first object is the best
     chosen = (count * count.shape[2] - torch.arange(count.shape[2], device=device)).argmax(-1)
-    objects = torch.tensor(targets.counts).to(device, non_blocking=True)
+    objects = torch.tensor(targets.counts, dtype=dtype).to(device, non_blocking=True)
     weight = objects / matched.sum(1).clamp(min=1)  # [N]
     places = torch.arange(n * queries, device=device)
     real = matched.flatten().expand(layers, -1)

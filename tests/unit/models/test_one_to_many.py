@@ -55,11 +55,14 @@ def by_loop(quality: list[list[float]]) -> tuple[set[tuple[int, int]], dict[int,
     return pairs, learned
 
 
-def pairs_of(matches: Matches, layer: int, image: int) -> tuple[set[tuple[int, int]], dict[int, int]]:
+def pairs_of(
+    matches: Matches, layer: int, image: int
+) -> tuple[set[tuple[int, int]], dict[int, int]]:
     """Return what was assigned in one layer of one image, as `by_loop` does."""
-    assert matches.real is not None
-    assert matches.chosen is not None
-    pairs, learned = set(), dict[int, int]()
+    pairs, learned = set[tuple[int, int]](), dict[int, int]()
+    if matches.real is None or matches.chosen is None:
+        assert matches.query.numel() == 0
+        return pairs, learned
     for n, q, t, real, chosen in zip(
         matches.image.tolist(), matches.query[layer].tolist(), matches.target[layer].tolist(),
         matches.real[layer].tolist(), matches.chosen[layer].tolist(), strict=True,
@@ -113,9 +116,7 @@ def assigned_of(quality: list[list[float]]) -> tuple[set[tuple[int, int]], dict[
     objects = table.shape[1]
     far = torch.tensor([0.9, 0.9, 0.01, 0.01], dtype=torch.float64)
     near = torch.tensor([0.1, 0.1, 0.01, 0.01], dtype=torch.float64)
-    targets = PaddedTargets(
-        torch.arange(objects)[None], near.expand(1, objects, 4), [objects]
-    )
+    targets = PaddedTargets(torch.arange(objects)[None], near.expand(1, objects, 4), [objects])
     matches = assign_by_quality(
         table.logit()[None, None],
         far.expand(1, 1, len(table), 4),
