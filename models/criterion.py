@@ -185,14 +185,20 @@ class SetCriterion:
 
 def _in_parts(x: Tensor, parts: int) -> Tensor:
     """Make layers of equal parts of the queries. Shape: [G,N,Q,...] -> [G*parts,N,Q/parts,...]."""
-    return x if parts == 1 else x.unflatten(2, (parts, -1)).transpose(1, 2).flatten(0, 1)
+    if parts == 1:
+        return x
+    layers, n, queries, *rest = x.shape
+    return x.reshape(layers, n, parts, queries // parts, *rest).transpose(1, 2).flatten(0, 1)
 
 
 def _joined(matches: Matches, parts: int, queries: int) -> Matches:
     """Return the pairs of parts as those of the queries of which they are parts."""
     if parts == 1:
         return matches
-    query, target = (t.unflatten(0, (-1, parts)) for t in (matches.query, matches.target))
+    rows, pairs = matches.query.shape
+    query, target = (
+        t.reshape(rows // parts, parts, pairs) for t in (matches.query, matches.target)
+    )
     first = torch.arange(parts, device=query.device)[:, None] * (queries // parts)
     return Matches(matches.image.repeat(parts), (query + first).flatten(1), target.flatten(1))
 

@@ -88,7 +88,7 @@ class Group(Recipe):
         logits, boxes = (torch.cat(part, dim=1) for part in zip(*chosen, strict=True))
         contents: Tensor | None = None
         if self.query_embed is not None:  # an image may have fewer tokens than there are queries
-            embedded = self.query_embed.weight.unflatten(0, (self.parts, -1))
+            embedded = self.query_embed.weight.reshape(self.parts, transformer.num_queries, -1)
             contents = embedded[:, : boxes.shape[1] // self.parts].flatten(0, 1)
         group = transformer.from_boxes("_groups", boxes.detach(), contents, self.learning)
         encoder_learning = replace(self.learning, targets=objects_of_one_class)

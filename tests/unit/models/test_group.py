@@ -70,7 +70,8 @@ def test_losses_are_those_of_lw_detr(counts: list[int]) -> None:
         targets,
     )
     matcher = LwDetrHungarianMatcher(class_cost=2, bbox_cost=5, giou_cost=2)
-    criterion = LwDetrImageLoss(matcher, CLASSES, 0.25, ["labels", "boxes"], GROUPS).train()
+    loss_class: Any = LwDetrImageLoss
+    criterion = loss_class(matcher, CLASSES, 0.25, ["labels", "boxes"], GROUPS).train()
     outputs = [
         {"logits": layer_logits, "pred_boxes": layer_boxes}
         for layer_logits, layer_boxes in zip(logits, boxes, strict=True)
@@ -137,18 +138,17 @@ def test_each_group_starts_from_what_its_own_heads_propose() -> None:
     model = group_model("two_stage")
     recipe = model.recipes["group"]
     assert isinstance(recipe, Group)
-    before = group_of(run(model), "_groups_enc")
-    assert before.logits.shape == (1, 2, (GROUPS - 1) * QUERIES, 1)
-    first, second = before.logits[0, :, :, 0].unflatten(1, (2, QUERIES)).unbind(1)
+    before = group_of(run(model), "_groups_enc").logits
+    assert before.shape == (1, 2, (GROUPS - 1) * QUERIES, 1)
+    first, second = before[0, :, :QUERIES], before[0, :, QUERIES:]
     for scores in (first, second):
         assert (scores.diff(dim=1) <= 0).all()
-    heads = recipe.encoder_heads[1]
-    assert isinstance(heads, FurtherHeads)
+    bias = dict(recipe.named_parameters())["encoder_heads.1.score.bias"]
     with torch.no_grad():
-        heads.score.bias += 1
-    after = group_of(run(model), "_groups_enc").logits[0, :, :, 0].unflatten(1, (2, QUERIES))
-    torch.testing.assert_close(after[:, 0], first)
-    torch.testing.assert_close(after[:, 1], second + 1)
+        bias += 1
+    after = group_of(run(model), "_groups_enc").logits
+    torch.testing.assert_close(after[0, :, :QUERIES], first)
+    torch.testing.assert_close(after[0, :, QUERIES:], second + 1)
 
 
 def test_sizes_are_the_published_ones() -> None:

@@ -1,5 +1,7 @@
 """Box targets from all layers together, against given pairs, `transformers` and a loop."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,7 +57,8 @@ def test_it_is_that_of_transformers(seed: int, objects: int, layers: int) -> Non
     ]
     found, weights = union(pairs, objects)
     indices = [[tuple(torch.tensor(layer).unbind(1))] for layer in pairs]
-    rows, columns = Deimv2Loss._get_dense_o2o_indices(None, indices[0], indices[1:])[0]
+    their_union: Any = Deimv2Loss._get_dense_o2o_indices
+    rows, columns = their_union(None, indices[0], indices[1:])[0]
     theirs = dict(zip(rows.tolist(), columns.tolist(), strict=True))
     assert found.keys() == theirs.keys()
     assert weights == {objects / len(theirs)}
