@@ -143,9 +143,9 @@ def test_each_group_starts_from_what_its_own_heads_propose() -> None:
     first, second = before[0, :, :QUERIES], before[0, :, QUERIES:]
     for scores in (first, second):
         assert (scores.diff(dim=1) <= 0).all()
-    bias = dict(recipe.named_parameters())["encoder_heads.1.score.bias"]
+    bias = recipe.get_parameter("encoder_heads.1.score.bias")
     with torch.no_grad():
-        bias += 1
+        bias.add_(1)
     after = group_of(run(model), "_groups_enc").logits
     torch.testing.assert_close(after[0, :, :QUERIES], first)
     torch.testing.assert_close(after[0, :, QUERIES:], second + 1)
