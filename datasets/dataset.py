@@ -23,8 +23,9 @@ from datasets.images import (
     read_rgb,
 )
 from datasets.index import CocoIndex
+from datasets.mixing import Mixing
 from datasets.sample import CHANNELS, Sample, Size, clip_boxes, draw_integer, to_pixels
-from datasets.transforms import Mixing, Transform
+from datasets.transforms import Transform
 from util.batch import Target, UnreadableImage
 from util.classes import Classes
 from util.errors import ConfigError, DataError
@@ -153,7 +154,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         size = sample.size
         if self._mixing is not None:
             sample = self._mixing(sample, epoch, self._draw_sample, generator)
-        prepared = self.transform(sample, generator, seeded_generator(self._seed, epoch, batch, 1))
+        shared = seeded_generator(self._seed, epoch, batch, 1)
+        prepared = self.transform.in_epoch(epoch)(sample, generator, shared)
         return prepared.image, make_target(prepared, image_id, size)
 
     def read_image(self, image_id: int) -> Image.Image | None:

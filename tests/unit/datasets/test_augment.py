@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets.dataset import seeded_generator
+from datasets.mixing import Mixing, mixup, mosaic
 from datasets.sample import Sample, Size
-from datasets.transforms import Mixing, TrainTransform, color_jitter, mixup, mosaic
+from datasets.transforms import TrainTransform, color_jitter
 
 COLOURS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255]])
 PLAIN = TrainTransform(
