@@ -183,11 +183,10 @@ def dense_mosaic(
 def _paste(canvas: Tensor, tile: Tensor, top: int, left: int) -> None:
     """Put what fits of a tile on the canvas at a place that may be outside."""
     (_, height, width), (_, h, w) = canvas.shape, tile.shape
-    rows = slice(max(0, top), max(0, min(height, top + h)))
-    columns = slice(max(0, left), max(0, min(width, left + w)))
-    canvas[:, rows, columns] = tile[
-        :, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
-    ]
+    y0, y1 = (min(max(edge, 0), height) for edge in (top, top + h))
+    x0, x1 = (min(max(edge, 0), width) for edge in (left, left + w))
+    if y0 < y1 and x0 < x1:
+        canvas[:, y0:y1, x0:x1] = tile[:, y0 - top : y1 - top, x0 - left : x1 - left]
 
 
 def _turned(image: Tensor, size: Size, coefficients: tuple[float, ...]) -> Tensor:
