@@ -30,7 +30,7 @@ SETTINGS = {
     **{f"GOMP_SPINCOUNT={n}": {"GOMP_SPINCOUNT": str(n)} for n in (1000, 10000, 100000)},
 }
 DEFAULT = "GOMP_SPINCOUNT=10000"
-WARM_UP = 2  # steps
+WARM_UP = 1  # steps
 
 Step = dict[str, Any]
 
