@@ -15,13 +15,14 @@ whether the losses are equal to the last digit.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 SETTINGS = {
     # libgomp's own default, set because `main.py` would set another
@@ -61,15 +62,12 @@ def run_steps(
             ]
             time.sleep(options.seconds)
         finally:
-            for process in (*others, run):
+            for process in (run, *others):  # the last step ends beside them, too
                 process.terminate()
                 process.wait()
         metrics = folder_of_run / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-    steps = [json.loads(line) for line in lines][WARM_UP:-1]  # the last one runs into the end
-    if not steps:
-        raise SystemExit(f"{len(lines)} steps in {options.seconds} s: raise --seconds")
-    return steps
+    return [json.loads(line) for line in lines][WARM_UP:]
 
 
 def measure(options: argparse.Namespace, data: str) -> None:
@@ -87,10 +85,9 @@ def measure(options: argparse.Namespace, data: str) -> None:
                 steps = run_steps(options, data, setting, threads, busy)
                 seconds.setdefault((setting, threads, busy), []).extend(s["time"] for s in steps)
                 losses.setdefault(threads, []).append([s["loss"] for s in steps])
-                median = statistics.median(s["time"] for s in steps)
+                times = " ".join(f"{s['time']:.3f}" for s in steps)
                 print(
-                    f"{setting}, {threads} threads, {busy} busy processes: {len(steps)} steps, "
-                    f"{median:.3f} s",
+                    f"{setting}, {threads} threads, {busy} busy processes: {times}",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -103,11 +100,14 @@ def measure(options: argparse.Namespace, data: str) -> None:
         cells = [setting, str(threads)]
         for busy in options.busy:
             values = seconds[setting, threads, busy]
-            tenths = statistics.quantiles(values, n=10, method="inclusive")
-            cells += [f"{statistics.median(values):.3f}", f"{tenths[8]:.3f}"]
+            if values:
+                cells += [f"{np.median(values):.3f}", f"{np.percentile(values, 90):.3f}"]
+            else:
+                cells += [f"no second step in {options.seconds:g} s", ""]
         print(f"| {' | '.join(cells)} |")
     for threads, found in losses.items():
-        steps_of_all = zip(*found, strict=False)  # as many as the slowest run has
+        # as many as the slowest run has that came to a second step
+        steps_of_all = zip(*(run for run in found if run), strict=False)
         equal = all(len(set(values)) == 1 for values in steps_of_all)
         words = "equal to the last digit" if equal else "DIFFERENT"
         print(f"\nLosses of all runs with {threads} threads: {words}.")
