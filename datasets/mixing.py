@@ -79,7 +79,8 @@ class Mixing:
             elif draw_chance(self.mixup, generator):
                 other = partner(generator)
                 return sample if other is None else mixup(sample, other, generator)
-        if epoch < self.paste_until and draw_chance(self.copy_blend, generator):
+        # Without the option nothing is drawn for it, and images stay what they were before it.
+        if self.copy_blend and epoch < self.paste_until and draw_chance(self.copy_blend, generator):
             return copy_blend(sample, _objects(sample, partner, generator), generator)
         return sample
 

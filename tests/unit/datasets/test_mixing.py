@@ -217,8 +217,19 @@ def test_phases_of_mixing() -> None:
         len(mixup(own, epoch, lambda _: other, seeded_generator(epoch)).boxes) for epoch in range(8)
     ]
     assert counts == [1, 1, 6, 6, 4, 4, 1, 1]
-    sparse = noise(5, (60, 80), 1)
+    sparse = replace(noise(5, (60, 80), 1), boxes=torch.tensor([[10.5, 5.0, 40.0, 35.0]]))
     assert len(pastable(sparse, own)) == 1
     found = mixup(own, 5, lambda _: sparse, seeded_generator(0))
     assert len(found.boxes) == 4  # three images with an object each
     assert mixup(own, 5, lambda _: None, seeded_generator(0)) is own
+
+
+def test_without_pasting_nothing_is_drawn_for_it() -> None:
+    """What follows in the same stream, as flips and scales, does not depend on it."""
+    own = noise(0, (60, 80), 1)
+    generator, expected = seeded_generator(3), seeded_generator(3)
+    mixing = Mixing(mosaic=0.0, mixup=0.0, until=4, paste_until=4)
+    assert mixing(own, 0, lambda _: own, generator) is own
+    for _ in ("mosaic", "mixup"):
+        torch.rand((), generator=expected)
+    assert torch.equal(generator.get_state(), expected.get_state())
