@@ -39,7 +39,10 @@ class Names:
         return self.data[start : self.ends[i]].tobytes().decode("utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
+        data, start = self.data.tobytes(), 0
+        for end in self.ends.tolist():
+            yield data[start:end].decode("utf-8", "surrogatepass")
+            start = end
 
 
 @dataclass(frozen=True, eq=False)
