@@ -80,8 +80,8 @@ class Annotations:
     area: FloatArray
     crowd: BoolArray
 
-    def select(self, keep: BoolArray) -> "Annotations":
-        """Return those where `keep` [A] is true."""
+    def select(self, keep: BoolArray | IntArray) -> "Annotations":
+        """Return those where `keep` [A] is true, or those at its positions, in their order."""
         return Annotations(*(getattr(self, f.name)[keep] for f in fields(self)))
 
     def with_area(self) -> "Annotations":

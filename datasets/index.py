@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.arrays import Annotations, Images, Names
-from datasets.checks.boxes import check_boxes, trained_boxes
+from datasets.checks.boxes import check_boxes, clip
 from datasets.checks.entries import CocoContent, check_content
 from datasets.checks.findings import Notice, SplitReport, short_name
 from datasets.checks.images import check_headers
@@ -146,10 +146,7 @@ class CocoIndex:
             check_headers(report, every_size=every_size)
         check_boxes(report)
         notices = (*content.notices, *report.notices)
-        # Training and evaluation take the numbers as they are, whatever layout they seem to have.
-        annotations = report.annotations.with_area()
-        boxes, usable = trained_boxes(report, annotations)
-        if need_boxes and not usable.any():
+        if need_boxes and not report.trained.any():
             raise DataError(
                 f"{place}: none of the {len(content.annotations.ids)} annotations is a usable box. "
                 + (
@@ -158,17 +155,20 @@ class CocoIndex:
                     else "Use another file."
                 )
             )
-        image = annotations.image[usable]
-        order = np.argsort(image, kind="stable")
+        # Training and evaluation take the numbers as they are, whatever layout they seem to have.
+        order = np.flatnonzero(report.trained)
+        order = order[np.argsort(report.annotations.image[order], kind="stable")]
+        trained = report.annotations.select(order)
+        sizes = report.images.sizes[trained.image][:, ::-1].astype(np.float64)  # width, height
         return cls(
             place=place,
             image_dir=report.source.image_dir,
             classes=content.classes,
             images=report.images,
-            annotations=annotations,
-            boxes=boxes[usable][order],
-            labels=annotations.labels[usable][order],
-            first=np.searchsorted(image[order], np.arange(len(report.images.ids) + 1)),
+            annotations=report.annotations.with_area(),
+            boxes=clip(trained.xywh, sizes),
+            labels=trained.labels,
+            first=np.searchsorted(trained.image, np.arange(len(report.images.ids) + 1)),
             findings=notices,
         )
 
