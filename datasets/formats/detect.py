@@ -39,7 +39,6 @@ _OTHER_KEYS = {
     "Datumaro's own JSON": ("items", "categories", "label_id"),
     "V7 Darwin JSON": ("item", "annotations", "bounding_box"),
     "BDD100K JSON": ("labels", "box2d"),
-    "COCO's panoptic JSON": ("segments_info",),
 }
 _SUFFIXES = (*_OTHER_NAMES, ".json", ".xml", ".txt")
 _EXAMINED, _FEW = 50, 3  # folders that are looked through for such files, and files of each kind
