@@ -296,7 +296,7 @@ def labelme(path: Path) -> str:
         {"label": "mug", "shape_type": "polygon", "points": [
             [left, top], [left + width, top], [left + width / 2, top + height]]},
     ]  # fmt: skip
-    content = {"version": "5.4.1", "flags": {}, "shapes": shapes, "imageData": None,
+    content: Content = {"version": "5.4.1", "flags": {}, "shapes": shapes, "imageData": None,
                "imagePath": path.name, "imageHeight": HEIGHT, "imageWidth": WIDTH}  # fmt: skip
     return json.dumps(content)
 
