@@ -16,6 +16,7 @@ _DECLARATION = re.compile(r"\s*<\?xml[^>]*\?>")
 _ENCODING = re.compile(rb"\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.:-]+)")
 _STRAY = re.compile(r"&(?!#\d+;|#x[0-9a-fA-F]+;|(?:amp|lt|gt|quot|apos);)")
 _LARGEST = 10_000_000  # bytes of a file
+_START = 1000  # bytes that show what a file is
 _FEW = 3  # boxes that show a habit
 
 
@@ -149,6 +150,15 @@ def look_like_sizes(trees: Iterable[ET.Element]) -> str:
     if inverted < _FEW or inverted < boxes / 10:
         return ""
     return f"{inverted} of {boxes} boxes have xmax or ymax below xmin or ymin"
+
+
+def is_cvat(path: Path) -> bool:
+    """Return whether a file is CVAT's, which holds all images, not one as VOC's do."""
+    try:
+        with path.open("rb") as file:
+            return b"<annotations>" in file.read(_START)
+    except OSError:
+        return False
 
 
 def _number(text: str) -> float | None:
