@@ -28,6 +28,7 @@ from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
 from models.recipes import RecipeOptions
+from models.weights.claims import check_claims
 from models.weights.load import load_pretrained
 from models.weights.transfer import load_strict
 from util.classes import Classes
@@ -132,6 +133,7 @@ class Detector:
             {"data": {k: v for k, v in given.items() if v is not None}}, RecipeOptions()
         )
         config = options.on(saved_options(options, content, source)).config()
+        check_claims(config.model, pretrained.state_dict, source, recipes=config.recipes)
         model = build_model(
             config.model, num_classes=len(pretrained.classes), recipes=config.recipes
         )

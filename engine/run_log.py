@@ -1,7 +1,6 @@
 """Logs of a run: one JSON line per step and per epoch, TensorBoard, the console."""
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -15,20 +14,15 @@ from tqdm import tqdm
 
 from util.console import log, progress
 from util.files import make_output_dir, write_atomic
+from util.json_lines import json_lines
 
 
 def _keep_until(path: Path, key: str, last: int) -> None:
     """Rewrite a log without the lines whose `key` lies past `last` and without a torn one."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a kill in the middle of a write leaves half a line
-        if isinstance(entry, dict) and entry.get(key, math.inf) <= last:
-            kept.append(line + "\n")
+    places = ((line, entry.get(key)) for line, entry in json_lines(path))
+    kept = [line + "\n" for line, place in places if type(place) is int and place <= last]
     write_atomic(path, "".join(kept))
 
 

@@ -51,7 +51,9 @@ from util.files import make_output_dir, write_atomic
 
 _ANNOTATIONS = ("Annotations", "annotation", "xmls")
 _IMAGES = ("JPEGImages", "images", "image", "imgs", "img")
-_FLAG = re.compile(r"\s+-?[01]$")  # lists of one class say after each name whether it is there
+# Lists of one class say after each name whether it is there. Matched from the first blank of a row
+# on, or a long row would be tried from each of them.
+_FLAG = re.compile(r"(?<!\s)\s+-?[01]$")
 # What XML 1.0 cannot hold, and line breaks, which end a name in a list.
 _NOT_IN_XML = re.compile(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 

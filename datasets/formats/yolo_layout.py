@@ -23,7 +23,7 @@ from util.errors import DataError, brief
 from util.yaml_files import read_yaml
 
 _NAMES = ("classes.txt", "obj.names", "_darknet.labels", "classes.names", "labels.txt")
-_LOOKED_AT, _MOST_BYTES = 20, 4_000_000  # YAML files that may be a data.yaml
+_MOST_BYTES = 4_000_000  # of all YAML files together that may be a data.yaml
 _CHOOSE = "Choose with `train_split` and `val_split`."
 
 
@@ -74,10 +74,13 @@ def names_of_classes(place: Path) -> Path | None:
 
 def has_yolo(place: Path) -> str:
     """Return what shows that a folder holds YOLO data, "" if nothing does."""
-    for file in sorted([*place.glob("*.yaml"), *place.glob("*.yml")])[:_LOOKED_AT]:
+    looked_at = 0  # bytes
+    for file in sorted([*place.glob("*.yaml"), *place.glob("*.yml")]):
         try:
-            if file.stat().st_size > _MOST_BYTES:
+            size = file.stat().st_size
+            if looked_at + size > _MOST_BYTES:
                 continue
+            looked_at += size
             options = _read_yaml(file).options
         except (OSError, DataError):
             continue
