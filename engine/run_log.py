@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from util.console import log, progress
+from util.errors import ConfigError
 from util.files import make_output_dir, write_atomic
 from util.json_lines import json_lines
 
@@ -24,6 +25,18 @@ def _keep_until(path: Path, key: str, last: int) -> None:
     places = ((line, entry.get(key)) for line, entry in json_lines(path))
     kept = [line + "\n" for line, place in places if type(place) is int and place <= last]
     write_atomic(path, "".join(kept))
+
+
+def _check_places(folder: Path) -> None:
+    """Raise ConfigError if something else is where logs go; writing to a pipe would never end."""
+    for name in ("metrics.jsonl", "log.txt", "tensorboard"):
+        path = folder / name
+        fits = path.is_dir() if name == "tensorboard" else path.is_file()
+        if os.path.lexists(path) and not fits:
+            raise ConfigError(
+                f"output_dir {folder}: '{name}' in it is not what a run writes there. "
+                "Choose another folder."
+            )
 
 
 class RunLog(ExitStack):
@@ -38,6 +51,7 @@ class RunLog(ExitStack):
         super().__init__()
         if enabled:
             make_output_dir(output_dir)
+            _check_places(output_dir)
             if tensorboard and str(output_dir) != os.fsencode(output_dir).decode("utf-8", "ignore"):
                 log.warning(f"{output_dir}: no TensorBoard files, which need UTF-8")
                 tensorboard = False

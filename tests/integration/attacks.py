@@ -7,6 +7,7 @@ takes itself and each starts in a moment.
 import os
 import re
 import resource
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from tests.integration.runs import errors, start
 
 MEMORY = 500 * 2**20  # bytes that a refusal may take in addition to what Python and PyTorch do
 SECONDS = 10  # of processor time
+PATIENCE = 8  # times as many seconds may pass
 LONGEST_LINE = 520  # characters
 _OBEYED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # by a terminal
 
@@ -39,6 +41,7 @@ def limit(memory: int, seconds: int, environment: Mapping[str, str | None]) -> N
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + memory, held + memory))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    signal.alarm(PATIENCE * seconds)  # for what only waits, even beside much other work
     for name, value in environment.items():
         if value is None:
             os.environ.pop(name, None)

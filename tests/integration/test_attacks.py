@@ -4,11 +4,13 @@ import io
 import json
 import os
 import pickle
+import socket
 import struct
 import sys
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -336,9 +338,24 @@ IMAGES: dict[str, Callable[[], bytes]] = {
     "a GIF of 65535 x 65535": lambda: (
         b"GIF89a\xff\xff\xff\xff\x80\0\0" + bytes(6) + b"\x2c" + bytes(90)),
     "a PPM of 10^20 pixels": lambda: b"P6 9999999999 9999999999 255\n" + bytes(99),
-    "PostScript": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n(x) run\n",
     "zeros": lambda: bytes(10**6),
 }  # fmt: skip
+
+
+def test_no_image_runs_ghostscript(tmp_path: Path) -> None:
+    """Pillow would, for a file of PostScript under any name."""
+    gs = tmp_path / "bin" / "gs"
+    gs.parent.mkdir()
+    gs.write_text(f"#!/bin/sh\ntouch {tmp_path / 'planted'}\n")
+    gs.chmod(0o755)
+    given = check(tmp_path, content(images=[IMAGE, {**IMAGE, "id": 2, "file_name": "b.png"}]))
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\n(x) run\n"
+    (tmp_path / "b.png").write_bytes(script)
+    path = f"{gs.parent}:{os.environ['PATH']}"
+    outcome = attack(tmp_path, *given, environment={"PATH": path})
+    assert outcome.code == 1, outcome.output
+    assert "b.png" in outcome.output
+    assert not (tmp_path / "planted").exists()
 
 
 @pytest.mark.parametrize("case", IMAGES)
@@ -597,3 +614,183 @@ def test_states_of_a_run(resumable: tuple[Path, dict[str, Any]], case: str) -> N
                      seconds=30)  # fmt: skip
     assert_refused(outcome, words)
     assert path.read_bytes() == before
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def full_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "x").touch()
+
+
+def zero(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def socket_file(path: Path) -> None:
+    here = Path.cwd()
+    os.chdir(path.parent)  # an address has at most 107 bytes
+    try:
+        with socket.socket(socket.AF_UNIX) as opened:
+            opened.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+NO_FILES = (fifo, loop, full_folder, zero, socket_file)
+
+
+@pytest.mark.parametrize("make", NO_FILES)
+@pytest.mark.parametrize("what", ["x.json", "a.png", "x.yaml", "x.pth", "found.json", "set.xml",
+                                  "set.txt", "hf/config.json"])  # fmt: skip
+def test_what_is_no_file(tmp_path: Path, what: str, make: Callable[[Path], None]) -> None:
+    annotations = coco(tmp_path, content())
+    for name in ("set/JPEGImages", "set/Annotations", "yolo/images", "yolo/labels", "hf"):
+        (tmp_path / name).mkdir(parents=True)
+    png(tmp_path / "set" / "JPEGImages")
+    png(tmp_path / "yolo" / "images")
+    (tmp_path / "set" / "Annotations" / "b.xml").write_text(XML.format(""))
+    (tmp_path / "yolo" / "classes.txt").write_text("cat\n")
+    (tmp_path / "yolo" / "labels" / "b.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    places = {"set.xml": "set/Annotations/a.xml", "set.txt": "yolo/labels/a.txt"}
+    path = tmp_path / places.get(what, what)
+    path.unlink(missing_ok=True)
+    make(path)
+    truth = ("--val_annotations", tmp_path / "x.json")
+    commands: dict[str, Arguments] = {
+        "x.json": ("check", *annotations), "a.png": ("check", *annotations),
+        "x.yaml": ("train", "--config", path), "x.pth": ("eval", "--checkpoint", path),
+        "found.json": ("eval", "--detections", path, *truth),
+        "set.xml": ("check", "--data_path", tmp_path / "set", "--splits", "train"),
+        "set.txt": ("check", "--data_path", tmp_path / "yolo", "--splits", "train"),
+        "hf/config.json": ("eval", "--checkpoint", tmp_path / "hf"),
+    }  # fmt: skip
+    outcome = attack(tmp_path, *commands[what])
+    assert outcome.code in ((1, 2) if commands[what][0] == "check" else (2,)), outcome.output
+
+
+@pytest.mark.parametrize("make", [fifo, loop, full_folder])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt", "tensorboard", "config.yaml",
+                                  "data_report.json", "curves.png", "pictures", "nonfinite",
+                                  "best.pth", "last.pth"])  # fmt: skip
+def test_what_is_in_the_way_of_a_run(
+    tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    """The run ends in one line before it has computed, or replaces it."""
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out" / name)
+    given = [word for word in train(tmp_path, content()) if word != "--no_tensorboard"]
+    outcome = attack(tmp_path, *given, "--num_workers", "0", memory=2**30, seconds=60)
+    if outcome.code:
+        assert_refused(outcome, str(tmp_path / "out"))
+
+
+def become_nobody() -> None:
+    """Be a user whom this machine does not know, as in many containers."""
+    os.setgroups([])
+    os.setgid(54321)
+    os.setuid(54321)
+
+
+@pytest.fixture
+def anywhere() -> Iterator[Path]:
+    """A folder that every user may use."""
+    if os.geteuid() != 0:
+        pytest.skip("only the superuser can become another user")
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+HOMELESS = {"HOME": None, "USER": None, "LOGNAME": None, "XDG_CACHE_HOME": None,
+            "MSDEFORM_CACHE": None, "MSDEFORM_BACKEND": "reference"}  # fmt: skip
+
+
+def test_a_user_without_name_or_home_trains(anywhere: Path) -> None:
+    given = train(anywhere, content())
+    outcome = attack(anywhere, *given, "--num_workers", "0", memory=2**30, seconds=60,
+                     environment=HOMELESS, first=become_nobody)  # fmt: skip
+    assert outcome.code == 0, outcome.output
+    assert (anywhere / "out" / "last.pth").stat().st_uid == 54321
+
+
+def test_what_a_user_may_not_read_or_write_is_one_line(anywhere: Path) -> None:
+    given = train(anywhere, content())
+    limits: dict[str, Any] = {"environment": HOMELESS, "first": become_nobody}
+    (anywhere / "x.json").chmod(0)
+    assert_refused(attack(anywhere, *given, **limits), "x.json", "Permission denied")
+    (anywhere / "x.json").chmod(0o644)
+    (anywhere / "a.png").chmod(0)
+    found = attack(anywhere, *check(anywhere, content()), **limits)
+    assert found.code == 1, found.output
+    (anywhere / "a.png").chmod(0o644)
+    (anywhere / "out").mkdir(mode=0o755)
+    assert_refused(attack(anywhere, *given, **limits), "is not writable", str(anywhere / "out"))
+
+
+@pytest.mark.parametrize("seconds", [-(10**9), 10**11])  # 1938 and 5138
+def test_files_of_another_time(tmp_path: Path, seconds: int) -> None:
+    """Such as after the battery of a clock has run out."""
+    given = train(tmp_path, content())
+    for name in ("x.json", "a.png"):
+        os.utime(tmp_path / name, (seconds, seconds))
+    first = attack(tmp_path, *given, memory=2**30, seconds=60)
+    assert first.code == 0, first.output
+    saved = tmp_path / "out" / "last.pth"
+    os.utime(saved, (seconds, seconds))
+    again = attack(tmp_path, "train", "--resume", saved, "--max_steps", "2", memory=2**30,
+                   seconds=60)  # fmt: skip
+    assert again.code == 0, again.output
+
+
+SENSELESS: dict[str, Arguments] = {
+    "batch": ("--batch_size", "1e12"), "workers": ("--num_workers", "100000"),
+    "queries": ("--num_queries", "1e11"), "layers": ("--enc_layers", "1e9"),
+    "no heads": ("--nheads", "0"), "digits": ("--epochs", NINES),
+    "exponent": ("--epochs", "1e999999999"), "negative": ("--max_size", "-5"),
+    "rate": ("--lr", "nan"), "device": ("--device", "meta"), "GPU": ("--device", "cuda:99"),
+    "seed": ("--seed", "1e30"), "processes": ("--gpus", "1000000"),
+    "cache": ("--cache_images", "1e12"), "file": ("--max_pixels", "0"),
+    "letters": ("--backbone", "\x1b[2J" * 1000), "long": ("--backbone_weights", "x" * 100_000),
+    "scales": ("--train_scales", "1e9"), "kept": ("--keep_checkpoints", "1e300"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SENSELESS)
+def test_options_beyond_sense(tmp_path: Path, case: str) -> None:
+    given = train(tmp_path, content())
+    assert_refused(attack(tmp_path, *given, *SENSELESS[case]))
+
+
+@pytest.mark.parametrize("name", ["o" * 5000, "a/" * 3000, "o" * 256, "\0", "\x1b[2J\n" * 60])
+def test_output_folders_that_cannot_be(tmp_path: Path, name: str) -> None:
+    given = train(tmp_path, content())
+    outcome = attack(tmp_path, *given, "--output_dir", tmp_path / name, seconds=30, memory=2**30)
+    assert_refused(outcome, "--output_dir")
+
+
+def test_a_terminal_is_told_nothing(tmp_path: Path) -> None:
+    """Names of classes and files are written out by every command that prints them."""
+    evil = "\x1b]0;owned\x07\x1b[2J\u202e\ncat"
+    name = "\x1b[31m\ta.png"
+    text = content(categories=[{"id": 1, "name": evil}], images=[{**IMAGE, "file_name": name}])
+    given = train(tmp_path, text)
+    os.rename(tmp_path / "a.png", tmp_path / name)
+    limits = {"memory": 2**30, "seconds": 60}
+    done = attack(tmp_path, *given, "--num_workers", "0", **limits)
+    assert done.code == 0, done.output
+    assert r"\x1b" in done.output
+    last = tmp_path / "out" / "last.pth"
+    for command in (
+        ("eval", "--checkpoint", last),
+        ("predict", "--checkpoint", last, "--input", tmp_path / name, "--threshold", "0"),
+        ("preview", "--config", tmp_path / "out" / "config.yaml"),
+    ):
+        outcome = attack(tmp_path, *command, "--output_dir", tmp_path / command[0], **limits)
+        assert outcome.code == 0, outcome.output
