@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tests.integration.runs import errors, start
 
@@ -19,6 +20,7 @@ MEMORY = 500 * 2**20  # bytes that a refusal may take in addition to what Python
 SECONDS = 10  # of processor time
 PATIENCE = 8  # times as many seconds may pass
 LONGEST_LINE = 520  # characters
+USUAL: dict[str, Any] = {"memory": 2**30, "seconds": 60}  # what training a tiny model may take
 _OBEYED = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # by a terminal
 
 
