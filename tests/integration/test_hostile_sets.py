@@ -67,6 +67,21 @@ def test_copied_images_lead_out_of_no_set(tmp_path: Path) -> None:
     assert done.code == 0, done.output
 
 
+def test_a_list_of_images_copies_no_other_files(tmp_path: Path) -> None:
+    secret = tmp_path / "home" / "key.png"
+    secret.parent.mkdir()
+    secret.write_text("secret")
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "images" / "a.png")
+    (tmp_path / "data" / "train.txt").write_text(f"images/a.png\n{secret}\n")
+    (tmp_path / "data" / "data.yaml").write_text("train: train.txt\nnames: [a]\n")
+    done = attack(tmp_path, "convert", "--data_path", tmp_path / "data", "--splits", "train", "--to",
+                  "coco", "--copy_images", "--output_dir", tmp_path / "o")  # fmt: skip
+    assert done.code in (0, 2), done.output
+    copied = [path for path in (tmp_path / "o").rglob("*") if path.is_file()]
+    assert not [path for path in copied if path.read_bytes() == b"secret"]
+
+
 def test_an_output_folder_that_is_not_utf_8(shapes: Path, tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"run\xff\x1b")
     options = ("--max_steps", "1", "--num_workers", "0")
