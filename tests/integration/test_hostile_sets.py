@@ -75,8 +75,8 @@ def test_a_list_of_images_copies_no_other_files(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "data" / "images" / "a.png")
     (tmp_path / "data" / "train.txt").write_text(f"images/a.png\n{secret}\n")
     (tmp_path / "data" / "data.yaml").write_text("train: train.txt\nnames: [a]\n")
-    done = attack(tmp_path, "convert", "--data_path", tmp_path / "data", "--splits", "train", "--to",
-                  "coco", "--copy_images", "--output_dir", tmp_path / "o")  # fmt: skip
+    done = attack(tmp_path, "convert", "--data_path", tmp_path / "data", "--splits", "train",
+                  "--to", "coco", "--copy_images", "--output_dir", tmp_path / "o")  # fmt: skip
     assert done.code in (0, 2), done.output
     copied = [path for path in (tmp_path / "o").rglob("*") if path.is_file()]
     assert not [path for path in copied if path.read_bytes() == b"secret"]
