@@ -19,6 +19,7 @@ from typing import Any
 from datasets.checks.findings import first_few
 from datasets.formats.layout import (
     SPLITS,
+    files_below,
     folders,
     has_file,
     split_names,
@@ -204,7 +205,7 @@ class _ImageNames:
     def __init__(self, folder: Path) -> None:
         self._by_key: dict[str, list[str]] = defaultdict(list)
         self._by_stem: dict[str, list[str]] = defaultdict(list)
-        for path in sorted(folder.rglob("*")):
+        for path in sorted(files_below(folder)):
             if is_image(path):
                 name = path.relative_to(folder).as_posix()
                 self._by_key[_key(path, folder)].append(name)

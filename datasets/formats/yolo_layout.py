@@ -12,6 +12,7 @@ import yaml
 from datasets.formats.layout import (
     SPLITS,
     files,
+    files_below,
     folders,
     split_names,
     subfolder,
@@ -185,7 +186,7 @@ def find_images(described: Description, split: str) -> tuple[list[Path], str]:
             where = f"'{entry:.200}' is read from {os.path.relpath(path, base)}"
             note = f"{note}; {where}" if note else where
         if path.is_dir():
-            found.update(dict.fromkeys(sorted(p for p in path.rglob("*") if is_image(p))))
+            found.update(dict.fromkeys(sorted(p for p in files_below(path) if is_image(p))))
             continue
         listed, dropped = _listed(path, base)
         found.update(dict.fromkeys(listed))

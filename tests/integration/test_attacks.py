@@ -792,3 +792,59 @@ def test_a_terminal_is_told_nothing(tmp_path: Path) -> None:
     ):
         outcome = attack(tmp_path, *command, "--output_dir", tmp_path / command[0], **USUAL)
         assert outcome.code == 0, outcome.output
+
+
+@pytest.fixture
+def abyss(tmp_path: Path) -> Iterator[Path]:
+    """A folder with folders in each other, 1,500 deep, which `Path.rglob` cannot walk."""
+    root, here = tmp_path / "abyss", Path.cwd()
+    root.mkdir()
+    os.chdir(root)
+    for _ in range(1500):
+        os.mkdir("a")
+        os.chdir("a")
+    os.chdir(here)
+    yield root
+    os.chdir(root)
+    for _ in range(1500):
+        os.chdir("a")
+    for _ in range(1500):
+        os.chdir("..")
+        os.rmdir("a")
+    os.chdir(here)
+
+
+@pytest.mark.parametrize("what", ["coco", "yolo", "voc", "labelme", "predict"])
+def test_folders_without_end(tmp_path: Path, abyss: Path, what: str) -> None:
+    """Deep ones, and links that lead back, two of which double the paths at every level."""
+    for name in "bc":
+        (abyss / name).symlink_to(abyss)
+    (abyss / "0.png").symlink_to("0.png")  # before the others in every list
+    (abyss / "0.json").symlink_to("0.json")
+    png(abyss)
+    given: dict[str, Arguments] = {
+        "coco": ("--train_annotations", abyss / "x.json", "--train_images", abyss),
+        "yolo": ("--data_path", abyss / "data.yaml", "--splits", "train"),
+        "voc": ("--data_path", abyss, "--splits", "train"),
+        "labelme": ("--data_path", abyss, "--splits", "train"),
+    }
+    if what == "coco":
+        coco(abyss, content(images=[{**IMAGE, "file_name": "other/A.PNG"}]))
+    elif what == "yolo":
+        (abyss / "data.yaml").write_text("train: .\nval: .\nnames: [cat]\n")
+        (abyss / "a.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    elif what == "voc":
+        (abyss / "a.xml").write_text(XML.format(""))
+    elif what == "labelme":
+        shape = {"label": "cat", "shape_type": "rectangle", "points": [[4, 6], [14, 18]]}
+        (abyss / "1.json").write_text(json.dumps({"imagePath": "a.png", "shapes": [shape]}))
+    if what == "predict":
+        _, saved = tiny_model()
+        torch.save(saved, tmp_path / "x.pth")
+        outcome = attack(tmp_path, "predict", "--checkpoint", tmp_path / "x.pth", "--input", abyss,
+                         "--output_dir", tmp_path / "o", **USUAL)  # fmt: skip
+        assert outcome.code == 0, outcome.output
+        return
+    outcome = attack(tmp_path, "check", *given[what], "--num_workers", "0")
+    assert outcome.code in (0, 1), outcome.output
+    assert "1 image" in outcome.output
