@@ -118,6 +118,8 @@ def coerce(value: Any, annotation: Any, source: str) -> Any:
             if kind is int and _is_whole(number := Decimal(str(value))):
                 return int(number)
             if kind is bool or (kind is str and isinstance(value, (str, int, float, os.PathLike))):
+                if "\0" in str(value):
+                    raise ValueError  # no path or name may have it
                 return kind(value)
     raise ConfigError(f"{source}: must be {_NAMES[kind]}, not {brief(value)}.")
 

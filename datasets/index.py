@@ -261,7 +261,7 @@ def _save(file: Path, content: CocoContent) -> None:
 def _load(file: Path) -> CocoContent | None:
     """Return what was saved, None where there is nothing sound, or nothing of this user."""
     try:
-        if hasattr(os, "getuid") and file.stat().st_uid != os.getuid():
+        if hasattr(os, "geteuid") and file.stat().st_uid != os.geteuid():
             return None  # others could change the boxes
         raw = memoryview(read_regular(file, _MOST_BYTES))
     except OSError:

@@ -28,10 +28,10 @@ def _keep_until(path: Path, key: str, last: int) -> None:
 
 
 def _check_places(folder: Path) -> None:
-    """Raise ConfigError if something else is where logs go; writing to a pipe would never end."""
-    for name in ("metrics.jsonl", "log.txt", "tensorboard"):
+    """Raise ConfigError if something else is in the way; writing to a pipe would never end."""
+    for name in ("metrics.jsonl", "log.txt", "tensorboard", "pictures", "nonfinite"):
         path = folder / name
-        fits = path.is_dir() if name == "tensorboard" else path.is_file()
+        fits = path.is_file() if "." in name else path.is_dir()
         if os.path.lexists(path) and not fits:
             raise ConfigError(
                 f"output_dir {folder}: '{name}' in it is not what a run writes there. "

@@ -64,7 +64,8 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
                 style = {"color": colour, "marker": "o" if len(x) <= 30 else None, "markersize": 3}
                 axes.plot(x, y, label=f"{name}  {y[-1]:.3f}", **style)
         for before, after in zip(epochs[:-1], epochs[1:], strict=True):
-            old, new = before.get("train_lr"), after.get("train_lr")
+            rates = before.get("train_lr"), after.get("train_lr")
+            old, new = (rate if _is_finite(rate) else None for rate in rates)
             if (
                 _is_finite(old) and _is_finite(new) and 0 < new <= old / 5
             ):  # a cosine's end falls less steeply

@@ -12,7 +12,7 @@ _LARGEST = 5_000_000  # bytes
 _MOST_KEYS = 100_000  # of a mapping that others are merged into
 _MOST_ALIASES = 1000
 _DEEPEST = 50
-_MOST_NODES = 200_000  # which take four seconds and 200 MB
+_MOST_NODES = 100_000  # which take two seconds and 100 MB
 _MOST_DIGITS = 4000  # of a whole number: Python refuses to write longer ones in a message
 
 

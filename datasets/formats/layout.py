@@ -88,13 +88,12 @@ def listings(root: Path, *, follow_links: bool = False) -> Iterator[tuple[Path, 
     waiting, seen = [root], set()
     while waiting:
         folder = waiting.pop()
-        if follow_links:
-            real = os.path.realpath(folder)
-            if real in seen:
-                continue
-            seen.add(real)
-        names = []
+        names: list[str] = []
         with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
+            status = os.stat(folder)
+            if follow_links and (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
             for entry in entries:
                 linked = entry.is_symlink()
                 if entry.is_dir(follow_symlinks=False) or (

@@ -126,7 +126,7 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
     preprocessing = content.get("preprocessing") or {}
     config = {title: dict(options) for title, options in content["config"].items()}
     averages = content.get("ema")
-    weights = dict(averages["model"] if ema and averages else content["model"])
+    weights = _tensors(averages["model"] if ema and averages else content["model"])
     classes = content.get("classes")
     check_sizes(weights, config["model"], source)
     return Pretrained(
@@ -141,6 +141,18 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
             str(name): float(score) for name, score in (content.get("thresholds") or {}).items()
         },
     )
+
+
+def _tensors(found: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Return a state dict, after a look at what is in it.
+
+    Raises:
+        TypeError: something in it is no tensor, or has no name.
+    """
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f"{brief(name)} is {brief(type(tensor).__name__)}, not a tensor")
+    return dict(found)
 
 
 def _official(weights: Mapping[str, Tensor], args: Any, source: str) -> Pretrained:
@@ -179,7 +191,7 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
     with _parts_of(folder / "config.json", "Hugging Face model description"):
         options = hugging_face.config_options(config, source)
     with _parts_of(file, "state dict of Hugging Face"):
-        weights = hugging_face.to_official(load_safely(file), options, source)
+        weights = hugging_face.to_official(_tensors(load_safely(file)), options, source)
     if not is_deformable_detr(weights):
         raise CheckpointError(
             f"{source}: holds the bare model, without detection heads. "

@@ -81,6 +81,6 @@ def _prepare(limits: Callable[[], None], first: Callable[[], None] | None) -> No
 def assert_refused(outcome: Outcome, *parts: str) -> None:
     """Check exit code 2 and one line of bounded length that has every part."""
     assert outcome.code == 2, outcome.output
-    assert len(outcome.error) <= LONGEST_LINE
+    assert len(outcome.error) <= LONGEST_LINE, outcome.error
     for part in parts:
-        assert part in outcome.error
+        assert part in outcome.error, outcome.error

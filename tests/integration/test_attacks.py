@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import socket
+import stat
 import struct
 import sys
 import tempfile
@@ -123,8 +124,8 @@ ODD_BUT_USABLE: dict[str, str] = {
     "names that a terminal obeys": content(
         categories=[{"id": 1, "name": "\x1b[2J\x1b]0;x\x07\x9b31m\u202e\n\r" + "x" * 3000}],
         images=[{**IMAGE, "coco_url": "\x1b[2J"}]),
-    "a thousand names of one image": content(
-        images=[{**IMAGE, "id": i} for i in range(1, 1001)]),
+    "a hundred names of one image": content(
+        images=[{**IMAGE, "id": i} for i in range(1, 101)]),
     "a box a thousand times": content(annotations=[BOX] * 1000),
 }  # fmt: skip
 
@@ -245,7 +246,7 @@ def test_xml(tmp_path: Path, case: str) -> None:
 
 LABELS: dict[str, tuple[str | bytes, int]] = {
     "a line of a million numbers": ("0 " + "0.5 " * 10**6, 1),
-    "a million lines": ("0 0.5 0.5 0.2 0.2\n" * 10**6, 1),
+    "a hundred thousand lines": ("0 0.5 0.5 0.2 0.2\n" * 10**5, 1),
     "numbers without end": ("0 inf 0.5 nan 1e999\n1e999 0.5 0.5 0.5 0.5\nnan 1 1 1 1", 1),
     "numbers of 5,000 digits": (f"{NINES} 0.5 0.5 0.5 0.5\n0 {NINES} 1 1 1", 1),
     "noise": (bytes(range(256)) * 4000, 1),
@@ -436,7 +437,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[], Any], str]] = {
     "classes without end": (changed("classes", value={"ids": [10**5000], "names": ["x"]}), "x.pth"),
     "classes of one id": (changed("classes", value={"ids": [1, 1], "names": ["x", "y"]}), "x.pth"),
     "more classes than logits": (
-        changed("classes", value={"ids": list(range(10**5)), "names": ["x"] * 10**5}), "x.pth"),
+        changed("classes", value={"ids": list(range(10**4)), "names": ["x"] * 10**4}), "x.pth"),
     "options that are a list": (changed("config", value=[]), "x.pth"),
     "sections that are lists": (changed("config", "data", value=[1]), "data"),
     "images of 10^9 pixels": (changed("config", "data", "eval_scale", value=10**9), "eval_scale"),
@@ -496,16 +497,16 @@ def half(path: Path) -> None:
     os.truncate(path, 2000)
 
 
-def write_bytes(data: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(data) and None
+def write_bytes(data: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(data)
 
 
-FILES: dict[str, Callable[[Path], None]] = {
+FILES: dict[str, Callable[[Path], object]] = {
     "a zip bomb": bomb,
     "a command": lambda path: torch.save({"model": Command(path.with_name("planted"))}, path),
     "a bare command": lambda path: path.write_bytes(
-        pickle.dumps({"model": Command(path.with_name("planted"))})) and None,
-    "lists in lists": write_bytes(b"\x80\x02" + b"]" * 10**6 + b"a" * (10**6 - 1) + b"."),
+        pickle.dumps({"model": Command(path.with_name("planted"))})),
+    "lists in lists": write_bytes(b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"."),
     "a string of 2^60 bytes": write_bytes(b"\x80\x04\x8e" + struct.pack("<Q", 2**60) + b"x."),
     "a tuple of itself": write_bytes(b"\x80\x02]q\0" + b"h\0" * 10**6 + b"a."),
     "memories without end": write_bytes(b"\x80\x02]r\xff\xff\xff\x7f."),
@@ -690,18 +691,32 @@ def test_what_is_in_the_way_of_a_run(
         assert_refused(outcome, str(tmp_path / "out"))
 
 
+UNKNOWN = 54321
+
+
+def be_unknown() -> None:
+    """Be a user whom this machine does not know, as in many containers; files open as before."""
+    os.setresuid(UNKNOWN, -1, -1)
+
+
 def become_nobody() -> None:
-    """Be a user whom this machine does not know, as in many containers."""
+    """Be a user who may do nothing special."""
     os.setgroups([])
-    os.setgid(54321)
-    os.setuid(54321)
+    os.setgid(UNKNOWN)
+    os.setuid(UNKNOWN)
+
+
+root_alone = pytest.mark.skipif(
+    sys.platform == "linux" and os.geteuid() != 0, reason="only root can become another user"
+)
 
 
 @pytest.fixture
 def anywhere() -> Iterator[Path]:
     """A folder that every user may use."""
-    if os.geteuid() != 0:
-        pytest.skip("only the superuser can become another user")
+    library = Path(os.__file__)
+    if not all(folder.stat().st_mode & stat.S_IXOTH for folder in library.parents):
+        pytest.skip(f"other users may not read {library.parent}")
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o777)
         yield Path(name)
@@ -711,14 +726,16 @@ HOMELESS = {"HOME": None, "USER": None, "LOGNAME": None, "XDG_CACHE_HOME": None,
             "MSDEFORM_CACHE": None, "MSDEFORM_BACKEND": "reference"}  # fmt: skip
 
 
-def test_a_user_without_name_or_home_trains(anywhere: Path) -> None:
-    given = train(anywhere, content())
-    outcome = attack(anywhere, *given, "--num_workers", "0", **USUAL, environment=HOMELESS,
-                     first=become_nobody)  # fmt: skip
+@root_alone
+def test_a_user_without_name_or_home_trains(tmp_path: Path) -> None:
+    given = train(tmp_path, content())
+    outcome = attack(tmp_path, *given, "--num_workers", "0", **USUAL, environment=HOMELESS,
+                     first=be_unknown)  # fmt: skip
     assert outcome.code == 0, outcome.output
-    assert (anywhere / "out" / "last.pth").stat().st_uid == 54321
+    assert (tmp_path / "out" / "last.pth").is_file()
 
 
+@root_alone
 def test_what_a_user_may_not_read_or_write_is_one_line(anywhere: Path) -> None:
     given = train(anywhere, content())
     limits: dict[str, Any] = {"environment": HOMELESS, "first": become_nobody}
@@ -755,7 +772,7 @@ SENSELESS: dict[str, Arguments] = {
     "exponent": ("--epochs", "1e999999999"), "negative": ("--max_size", "-5"),
     "rate": ("--lr", "nan"), "device": ("--device", "meta"), "GPU": ("--device", "cuda:99"),
     "seed": ("--seed", "1e30"), "processes": ("--gpus", "1000000"),
-    "cache": ("--cache_images", "1e12"), "file": ("--max_pixels", "0"),
+    "pixels": ("--max_pixels", "0"),
     "letters": ("--backbone", "\x1b[2J" * 1000), "long": ("--backbone_weights", "x" * 100_000),
     "scales": ("--train_scales", "1e9"), "kept": ("--keep_checkpoints", "1e300"),
 }  # fmt: skip
@@ -787,7 +804,7 @@ def test_a_terminal_is_told_nothing(tmp_path: Path) -> None:
     last = tmp_path / "out" / "last.pth"
     for command in (
         ("eval", "--checkpoint", last),
-        ("predict", "--checkpoint", last, "--input", tmp_path / name, "--threshold", "0"),
+        ("predict", "--checkpoint", last, "--input", tmp_path / name, "--score_threshold", "0"),
         ("preview", "--config", tmp_path / "out" / "config.yaml"),
     ):
         outcome = attack(tmp_path, *command, "--output_dir", tmp_path / command[0], **USUAL)

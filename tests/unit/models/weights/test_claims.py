@@ -45,12 +45,13 @@ def test_another_size_than_that_of_the_weights_is_named(
         check_sizes(weights, {**asdict(config), name: SIZES[name]}, "x.pth")
 
 
-@pytest.mark.parametrize("value", [None, True, "64", -1, float("nan"), [64], 10**5000])
+@pytest.mark.parametrize("value", ["none", True, "64", -1, float("nan"), [64], "digits"])
 def test_a_size_of_any_kind_is_one_line(value: Any) -> None:
     weights = {"transformer.level_embed": torch.zeros(4, 64)}
-    if value is None:
-        check_sizes(weights, {"hidden_dim": value}, "x.pth")
+    if value == "none":
+        check_sizes(weights, {"hidden_dim": None}, "x.pth")
         return
+    value = 10**5000 if value == "digits" else value
     with pytest.raises(CheckpointError) as caught:
         check_sizes(weights, {"hidden_dim": value}, "x.pth")
     assert len(str(caught.value)) < 300
