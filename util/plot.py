@@ -66,9 +66,8 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
         for before, after in zip(epochs[:-1], epochs[1:], strict=True):
             rates = before.get("train_lr"), after.get("train_lr")
             old, new = (rate if _is_finite(rate) else None for rate in rates)
-            if (
-                _is_finite(old) and _is_finite(new) and 0 < new <= old / 5
-            ):  # a cosine's end falls less steeply
+            # a cosine's end falls less steeply
+            if old is not None and new is not None and 0 < new <= old / 5:
                 axes.axvline(after["epoch"] + 0.5, color="#999999", linewidth=1, linestyle=":")
         _style(axes)
         axes.set_title(title, loc="left", fontsize=11)
