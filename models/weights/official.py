@@ -118,11 +118,11 @@ def check_sizes(state_dict: Mapping[str, Tensor], options: Mapping[str, Any], so
     Raises:
         CheckpointError: they differ.
     """
-    nheads = options.get("nheads")
+    nheads = options.get("nheads", _DEFAULT_HEADS)
+    if type(nheads) is not int or nheads < 1:
+        return  # no option can be so, which is said of it
     try:
-        found = _options_from_shapes(
-            state_dict, nheads if type(nheads) is int and nheads > 0 else _DEFAULT_HEADS
-        )
+        found = _options_from_shapes(state_dict, nheads)
     except (AttributeError, LookupError, TypeError, ValueError):
         return  # no such weights: they will not fit the model, whose size `check_claims` bounds
     for name in _SIZES:
