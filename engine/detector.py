@@ -20,6 +20,7 @@ from datasets.dataset import CocoDetection, ImageList, ImageSource
 from datasets.eval_loader import eval_loader
 from datasets.images import limit_pixels
 from datasets.workers import loader_processes
+from engine.claims import check_claims
 from engine.evaluation.evaluate import detect, evaluate
 from engine.evaluation.evaluator import Backend, EvalResult, Evaluator
 from engine.evaluation.matching import Truth
@@ -28,7 +29,6 @@ from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
 from models.recipes import RecipeOptions
-from models.weights.claims import check_claims
 from models.weights.load import load_pretrained
 from models.weights.transfer import load_strict
 from util.classes import Classes

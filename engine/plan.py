@@ -21,9 +21,9 @@ from engine.checkpoint import (
     load_checkpoint,
     saved_preprocessing,
 )
+from engine.claims import check_claims
 from engine.detector import saved_options
 from models.build import ALL_STAGES
-from models.weights.claims import check_claims
 from models.weights.load import Pretrained, load_pretrained
 from models.weights.official import check_sizes
 from util.console import log
