@@ -1,8 +1,9 @@
 """Logs of a run: one JSON line per step and per epoch, TensorBoard, the console."""
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,11 @@ def _keep_until(path: Path, key: str, last: int) -> None:
     places = ((line, entry.get(key)) for line, entry in json_lines(path))
     kept = [line + "\n" for line, place in places if type(place) is int and place <= last]
     write_atomic(path, "".join(kept))
+
+
+def _close(writer: Any) -> None:
+    with contextlib.suppress(OSError):  # its file was removed, and another begun
+        writer.close()
 
 
 def _check_places(folder: Path) -> None:
@@ -85,15 +91,17 @@ class RunLog(ExitStack):
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add points to TensorBoard's curves."""
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        with self._without_tensorboard_if_it_fails():
+            if self._writer is not None:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Add an image to TensorBoard."""
-        if self._writer is not None:
-            pixels = np.asarray(image.convert("RGB"))
-            self._writer.add_image(name, pixels, step, dataformats="HWC")
+        with self._without_tensorboard_if_it_fails():
+            if self._writer is not None:
+                pixels = np.asarray(image.convert("RGB"))
+                self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def progress_bar(self, total: int, *, done: int) -> "tqdm[Any]":
         """Return a bar over the steps of the run."""
@@ -117,5 +125,16 @@ class RunLog(ExitStack):
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
-        self.callback(writer.close)
+        self.callback(_close, writer)
         return writer
+
+    @contextlib.contextmanager
+    def _without_tensorboard_if_it_fails(self) -> Iterator[None]:
+        """Go on when TensorBoard cannot write: a removed file is begun anew, else curves end."""
+        try:
+            yield
+        except OSError as error:
+            self.__dict__.pop("_writer", None)
+            if not isinstance(error, FileNotFoundError):
+                log.warning(f"{self._tensorboard_dir}: no more TensorBoard curves: {error}")
+                self._tensorboard_dir = None
