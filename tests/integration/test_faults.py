@@ -237,12 +237,13 @@ def test_an_output_folder_that_is_removed(
     shutil.rmtree(folder)
     os.kill(running.pid, signal.SIGCONT)
     assert running.end() == 0, running.output
-    assert running.output.count("the folder was removed during the run") == 1
+    # not even once if a checkpoint made it again before the next step was logged
+    assert running.output.count("the folder was removed during the run") <= 1
     # TensorBoard writes in a thread of its own, which may print how it ends
     assert tensorboard or "Traceback" not in running.output
     assert list((folder / "tensorboard").glob("events*")) if tensorboard else True
     assert_same(state_of(folder / "last.pth"), state_of(reference / "last.pth"), "last.pth")
-    assert [line["step"] for line in metrics(folder)][-1] == 12
+    assert metrics(folder)[-1]["step"] == metrics(reference)[-1]["step"]
 
 
 @pytest.mark.long
