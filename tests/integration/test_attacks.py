@@ -283,6 +283,23 @@ def test_lists_of_names(tmp_path: Path) -> None:
     assert outcome.code == 1, outcome.output
 
 
+@pytest.mark.parametrize("start", ["//", "/", "../", "~/", "C:\\\\", "./.././", "///"])
+def test_lists_of_images_in_odd_places(tmp_path: Path, start: str) -> None:
+    """Two slashes at the beginning of a path are a place of their own to POSIX."""
+    png(tmp_path / "images")
+    png(tmp_path / "images", "b.png")
+    lines = f"{start}images/a.png\nimages/b.png\n{start}elsewhere/b.png\n"
+    (tmp_path / "train.txt").write_text(lines)
+    (tmp_path / "data.yaml").write_text("train: train.txt\nval: train.txt\nnames: [cat]\n")
+    outcome = attack(tmp_path, "check", "--data_path", tmp_path, "--splits", "train",
+                     "--num_workers", "0")  # fmt: skip
+    assert outcome.code in (1, 2), outcome.output
+    (tmp_path / "data.yaml").write_text(f"path: {start}\ntrain: {start}images\nnames: [cat]\n")
+    outcome = attack(tmp_path, "check", "--data_path", f"/{tmp_path}", "--splits", "train",
+                     "--num_workers", "0")  # fmt: skip
+    assert outcome.code in (1, 2), outcome.output
+
+
 def test_images_in_two_places_do_not_make_all_between_a_set(tmp_path: Path) -> None:
     """The folder that two lists' folders have in common may be the root of the file system."""
     others = Path("/dev/shm") / f"attack-{os.getpid()}"  # on another branch of the tree
