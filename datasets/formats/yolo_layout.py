@@ -163,7 +163,7 @@ def resolve(base: Path, entry: str) -> Path | None:
     if ".." in parts:
         parts = parts[len(parts) - parts[::-1].index("..") :]
     tries = [plain, *(PurePath(*parts[i:]) for i in range(len(parts)))]
-    found = (_normal((base / path)) for path in tries)
+    found = (_normal(base / path) for path in tries)
     return next((path for path in found if os.path.exists(path)), None)
 
 
@@ -193,7 +193,7 @@ def find_images(described: Description, split: str) -> tuple[list[Path], str]:
             raise DataError(
                 f"{file}: `{split}` names '{entry:.200}', which is not under {base}. Fix the path."
             )
-        if path != _normal((base / entry.replace("\\", "/"))):
+        if path != _normal(base / entry.replace("\\", "/")):
             where = f"'{entry:.200}' is read from {os.path.relpath(path, base)}"
             note = f"{note}; {where}" if note else where
         if path.is_dir():
@@ -241,7 +241,7 @@ def _listed(path: Path, base: Path) -> tuple[list[Path], int]:
     """
     names = [line.replace("\\", "/") for line in read_list(path)]
     bases = [path.parent if name.startswith("./") else base for name in names]
-    found = [_normal((f / name)) for f, name in zip(bases, names, strict=True)]
+    found = [_normal(f / name) for f, name in zip(bases, names, strict=True)]
     if not found or found[0].exists():
         return found, 0
     first = resolve(base, names[0])
