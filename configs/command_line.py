@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from configs.load import Given, check_sections, read_options
+from configs.load import Given, alternatives_of, choose_recipes, owners_of, read_options
 from configs.options import METAVARS, Section, by_section, parts_of
 from configs.other_names import unknown_hint
 from configs.schema import SECTIONS, Config
@@ -122,9 +122,8 @@ class OptionParser(argparse.ArgumentParser):
                 name, self.flags, "--help_all lists the options.",
                 elsewhere="It is an option of main.py train." if of_train else "",
             )  # fmt: skip
-            for recipe, section in (recipes or {}).items():
-                if name in [f"--{f.name}" for f in dataclasses.fields(section)]:
-                    hint = f"It is an option of a recipe: add --recipes {recipe}."
+            if owners := owners_of(name.lstrip("-"), recipes or {}):
+                hint = f"It is an option of a recipe: add --recipes {' or '.join(owners)}."
             raise ConfigError(f"command line: unknown option '{name}'. {hint}")
         names = [f.name for kind in self.sections.values() for f in dataclasses.fields(kind)]
         given = {name: getattr(args, name) for name in names if hasattr(args, name)}
@@ -146,7 +145,8 @@ class OptionParser(argparse.ArgumentParser):
 def read_command_line(parser: OptionParser, command: Any, argv: Sequence[str]) -> Given:
     """Return the options of a command line, after adding the command's flags to a parser.
 
-    The flags of those recipes are known that the file of a run or --recipes names.
+    A recipe is chosen by --recipes, by the option of its alternatives, by the file of a run, or by
+    an option that no other recipe has.
 
     Raises:
         ConfigError: see `OptionParser.parse_options` and `load_file`.
@@ -164,23 +164,35 @@ def read_command_line(parser: OptionParser, command: Any, argv: Sequence[str]) -
         "--recipes", metavar="NAME", nargs="*",
         help=f"training recipes to use: {', '.join(recipes)}",
     )  # fmt: skip
+    alternatives = alternatives_of(recipes)
+    for switch, of_switch in alternatives.items():
+        parser.add_argument(
+            f"--{switch}", choices=("none", *of_switch), metavar="|".join(("none", *of_switch)),
+            help=f"one of these recipes: {', '.join(of_switch)}",
+        )  # fmt: skip
+    dropped: frozenset[str] = frozenset()
+    names, chosen, file = list(recipes), list[str](), Given()
     if {"-h", "--help", "--help_all"}.isdisjoint(argv):
-        args, _ = parser.parse_known_args(argv)
+        args, unknown = parser.parse_known_args(argv)
         file = read_options(args.config, {}, recipes)
+        names = list(file.values.get("recipes", {}))
+        chosen, dropped = choose_recipes(
+            recipes,
+            names=args.recipes,
+            switches={switch: getattr(args, switch) for switch in alternatives},
+            options=[word.partition("=")[0].lstrip("-") for word in unknown if word[:2] == "--"],
+            present=names,
+        )
         # in the order given: that of the model's parts, the same in every process of a run
-        names = dict.fromkeys([*file.values.get("recipes", {}), *(args.recipes or ())])
-        check_sections({"recipes": names}, {"recipes": recipes}, "command line")
-    else:
-        names, file = dict.fromkeys(recipes), Given()
+        names += [name for name in chosen if name not in names]
     for name in sorted(names):
         parser.add_section(f"recipe {name}", recipes[name], relevant=relevant.get("recipes"))
     args, values = parser.parse_options(argv, recipes)
-    chosen = None if args.recipes is None else tuple(args.recipes)
     for name in names:
         options = values.pop(f"recipe {name}", {})
-        if options or name in (chosen or ()):
+        if options or name in chosen:
             values.setdefault("recipes", {})[name] = options
-    return Given(values, recipes, chosen).on(file)
+    return Given(values, recipes, dropped).on(file)
 
 
 def arguments(command: Any, given: Given) -> dict[str, Any]:

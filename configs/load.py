@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,13 +26,13 @@ class Given:
     """Options as far as files and the command line give them; the others have their defaults.
 
     `values` holds them by section and name; its section "recipes" holds the options of each recipe
-    by its name. `recipes` are the classes of those options. `chosen` names the recipes of a command
-    line that says which ones a run has.
+    by its name. `recipes` are the classes of those options, `dropped` names those that a command
+    line leaves out.
     """
 
     values: Values = field(default_factory=dict)
     recipes: Mapping[str, Section] = field(default_factory=dict)
-    chosen: tuple[str, ...] | None = None
+    dropped: frozenset[str] = frozenset()
 
     @property
     def known(self) -> Known:
@@ -42,18 +42,18 @@ class Given:
     def on(self, below: "Given") -> "Given":
         """Return these options on top of others.
 
-        A data location replaces every location below it, a preset of augmentation its parts, and
-        chosen recipes those that are not chosen.
+        A data location replaces every location below it, a preset of augmentation its parts, a
+        recipe its alternatives.
         """
         data = self.values.get("data", {})
         replaced = set(LOCATIONS if any(name in data for name in LOCATIONS) else ())
         replaced |= set(AUGMENTED if "augment" in data else ())
         values = {title: dict(entries) for title, entries in below.values.items()}
         values["data"] = {k: v for k, v in values.get("data", {}).items() if k not in replaced}
-        if self.chosen is not None:
-            recipes = values.get("recipes", {})
-            values["recipes"] = {k: v for k, v in recipes.items() if k in self.chosen}
-        return replace(self, values=merge(values, self.values))
+        if self.dropped:
+            kept = {k: v for k, v in values.get("recipes", {}).items() if k not in self.dropped}
+            values["recipes"] = kept
+        return replace(self, values=merge(values, self.values, self.recipes))
 
     def saved(self, content: Mapping[str, Any], source: str) -> "Given":
         """Return the options that a checkpoint holds; see `check_sections`."""
@@ -70,7 +70,14 @@ class Given:
         values = {**self.values, "data": {**preset, **data}}
         sections = {title: kind(**values.get(title, {})) for title, kind in SECTIONS.items()}
         options = {k: self.recipes[k](**v) for k, v in values.get("recipes", {}).items()}
-        return Config(**sections, recipes=options)
+        for switch, names in alternatives_of(self.recipes).items():
+            if len(several := [name for name in options if name in names]) > 1:
+                raise ConfigError(
+                    f"recipes: {' and '.join(several)} exclude each other. "
+                    f"Choose one by `{switch}`."
+                )
+        active = {k: v for k, v in options.items() if getattr(v, "active", True)}
+        return Config(**sections, recipes=active)
 
     def section(self, title: str, kind: type[T]) -> T:
         """Return the options of one section.
@@ -128,7 +135,7 @@ def load_file(
     if base is not None:
         file = file_or_preset(path.parent, str(base), presets)
         below = load_file(file, known, presets, (*_seen, path.resolve()))
-    return merge(below, check_sections(content, known, where))
+    return merge(below, check_sections(content, known, where), known.get("recipes"))
 
 
 def file_or_preset(folder: Path, name: str, presets: Path | None) -> Path:
@@ -165,12 +172,71 @@ def check_sections(
     return {title: entries for title, entries in values.items() if entries or within}
 
 
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested mappings; the second wins."""
+def alternatives_of(recipes: Any) -> Mapping[str, tuple[str, ...]]:
+    """Return, by the option that chooses, the names of recipes of which a run has one at most."""
+    alternatives: Mapping[str, tuple[str, ...]] = getattr(recipes, "alternatives", {})
+    return alternatives
+
+
+def owners_of(option: str, recipes: Mapping[str, Section]) -> list[str]:
+    """Return the names of the recipes that have an option, or a switch by its negative form."""
+    names = (option, option.removeprefix("no_"))
+    return [
+        recipe
+        for recipe in recipes
+        if any(f.name in names for f in dataclasses.fields(recipes[recipe]))
+    ]
+
+
+def choose_recipes(
+    recipes: Mapping[str, Section],
+    *,
+    names: Sequence[str] | None,
+    switches: Mapping[str, str | None],
+    options: Sequence[str],
+    present: Sequence[str] = (),
+) -> tuple[list[str], frozenset[str]]:
+    """Return the recipes that options choose, and those of a file that they leave out.
+
+    `names` are chosen by name and leave out all others. Each of `switches` chooses one of its
+    alternatives, or "none" of them. One of `options` chooses the recipe that it belongs to, unless
+    several have it or one that has is `present` already.
+
+    Raises:
+        ConfigError: a name is unknown.
+    """
+    chosen, dropped = [*(names or ())], set[str](recipes if names is not None else ())
+    for switch, alternatives in alternatives_of(recipes).items():
+        if name := switches.get(switch):
+            if name not in ("none", *alternatives):
+                raise ConfigError(
+                    f"{switch}: must be one of none, {', '.join(alternatives)}, not "
+                    f"{brief(name)}. {nearest_hint(name, alternatives)}"
+                )
+            dropped.update(alternatives)
+            chosen += [name] if name != "none" else []
+    check_sections({"recipes": dict.fromkeys(chosen)}, {"recipes": recipes}, "command line")
+    for option in options:
+        known = {name: recipes[name] for name in chosen}
+        known |= {name: recipes[name] for name in present if name not in dropped}
+        if not owners_of(option, known) and len(owners := owners_of(option, recipes)) == 1:
+            chosen.append(owners[0])
+    return list(dict.fromkeys(chosen)), frozenset(dropped - {*chosen})
+
+
+def merge(
+    below: Mapping[str, Any], above: Mapping[str, Any], recipes: Any = None
+) -> dict[str, Any]:
+    """Merge nested mappings; the second wins. Its `recipes` replace their alternatives."""
     merged = dict(below)
+    for names in alternatives_of(recipes).values():
+        if any(name in names for name in above.get("recipes", {})):
+            kept = merged.get("recipes", {}).items()
+            replaced = [n for n in names if n not in above["recipes"]]
+            merged["recipes"] = {k: v for k, v in kept if k not in replaced}
     for name, value in above.items():
-        nested = isinstance(value, Mapping) and name in below
-        merged[name] = merge(below[name], value) if nested else value
+        nested = isinstance(value, Mapping) and name in merged
+        merged[name] = merge(merged[name], value) if nested else value
     return merged
 
 

@@ -48,6 +48,12 @@ class ModelConfig(Checked):
     )
     with_box_refine: bool = option(False, "iterative bounding box refinement (Sec. 4.2)")
     two_stage: bool = option(False, "queries from encoder proposals (Sec. 4.2)")
+    mixed_query_selection: bool = option(
+        False, "two_stage: proposals give queries their positions, their contents are learned"
+    )
+    look_forward_twice: bool = option(
+        False, "with_box_refine: the loss of a layer's boxes teaches the layer before, too"
+    )
     aux_loss: bool = option(
         True, "losses after every decoder layer", off="losses after the last decoder layer only",
         rare=True,
@@ -57,6 +63,11 @@ class ModelConfig(Checked):
         super().__post_init__()
         if self.two_stage and not self.with_box_refine:
             raise ConfigError("two_stage: needs `with_box_refine`, as in the paper. Add it.")
+        for name, needed in (
+            ("mixed_query_selection", "two_stage"), ("look_forward_twice", "with_box_refine"),
+        ):  # fmt: skip
+            if getattr(self, name) and not getattr(self, needed):
+                raise ConfigError(f"{name}: has no effect without `{needed}`. Add it.")
         if self.hidden_dim % self.nheads:
             raise ConfigError(
                 f"hidden_dim: must be a multiple of `nheads {self.nheads}`, not {self.hidden_dim}."
@@ -77,7 +88,20 @@ class LossConfig(Checked):
     set_cost_class: float = option(2.0, "matching cost: weight of the class", low=0, rare=True)
     set_cost_bbox: float = option(5.0, "matching cost: weight of the box L1", low=0, rare=True)
     set_cost_giou: float = option(2.0, "matching cost: weight of the GIoU", low=0, rare=True)
-    cls_loss_coef: float = option(2.0, "weight of the focal loss", low=0, rare=True)
+    cls_loss: Literal["focal", "vfl", "ia_bce", "mal", "position_supervised", "giou_focal"] = (
+        option("focal", "what teaches the scores; all but focal: how well the box fits, too")
+    )
+    match_cost: Literal["focal", "position_modulated", "high_order"] = option(
+        "focal", "matching cost of the class: alone, with the box's GIoU, or, late in the "
+        "training, score times IoU**4 as the whole cost",
+    )  # fmt: skip
+    high_order_from: float = option(
+        0.75, "match_cost high_order: part of the training before it", low=0, high=1, rare=True
+    )
+    cls_loss_coef: float | None = option(
+        None, "weight of the class loss (default: 2 for focal and giou_focal, 6 for "
+        "position_supervised, else 1)", low=0, rare=True,
+    )  # fmt: skip
     bbox_loss_coef: float = option(5.0, "weight of the box L1 loss", low=0, rare=True)
     giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0, rare=True)
     focal_alpha: float = option(0.25, "alpha of the focal loss and cost", low=0, high=1, rare=True)
@@ -125,7 +149,7 @@ class DataSource(AnnotationOptions):
     )  # fmt: skip
     index_cache: bool = option(
         True, "cache the index of a large COCO-format file in the user's cache folder",
-        off="read COCO-format files anew, without an index in the user's cache folder", rare=True,
+        off="read COCO-format files again, without an index in the user's cache folder", rare=True,
     )  # fmt: skip
 
 

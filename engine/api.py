@@ -4,12 +4,13 @@ import json
 import os
 import signal
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from configs.load import read_options
+from configs.load import Given, alternatives_of, choose_recipes, read_options
 from configs.options import by_section
 from configs.schema import SECTIONS
 from engine.commands import train as command
@@ -29,21 +30,14 @@ def train(config: str | os.PathLike[str] | None = None, **options: Any) -> Path:
 
     `config` is the name of a preset or a YAML file. `options` are those of the command line
     without dashes (`lr=1e-4, train_images="train/", output_dir="runs/mine"`), a list for several
-    values; `recipes` names recipes, whose own options may then be given too. With `gpus`, the run
-    computes in separate processes.
+    values; `recipes` names recipes. With `gpus`, the run computes in separate processes.
 
     Raises:
         UserError: an option is unknown (the nearest one is named) or of another type, or the
             command would end with such an error.
         KeyboardInterrupt: Ctrl-C stopped the run, after it was saved.
     """
-    recipes = options.pop("recipes", ())
-    names = (recipes,) if isinstance(recipes, str) else tuple(recipes)
-    sections = {f"recipe {name}": command.RECIPES[name] for name in names}
-    values = by_section(options, {**SECTIONS, **sections})
-    chosen = {name: values.pop(f"recipe {name}", {}) for name in names}
-    values |= {"recipes": chosen} if chosen else {}
-    given = read_options(os.fspath(config) if config is not None else None, values, command.RECIPES)
+    given = _given(os.fspath(config) if config is not None else None, options)
     show_messages(rank_at_start())
     run = command.processes(given)
     if run.gpus > 1 and not started_by_launcher():
@@ -66,6 +60,30 @@ def train(config: str | os.PathLike[str] | None = None, **options: Any) -> Path:
     if code:
         raise UserError(f"training ended with exit code {code}; the reason is printed above.")
     return Path(run.output_dir)
+
+
+def _given(config: str | None, options: dict[str, Any]) -> Given:
+    """Return the options of a call on top of those of a preset or file."""
+    recipes = command.RECIPES
+    names = options.pop("recipes", None)
+    switches = {switch: options.pop(switch, None) for switch in alternatives_of(recipes)}
+    file = read_options(config, {}, recipes)
+    plain = {f.name for section in SECTIONS.values() for f in fields(section)}
+    present = list(file.values.get("recipes", {}))
+    chosen, dropped = choose_recipes(
+        recipes,
+        names=(names,) if isinstance(names, str) else names,
+        switches=switches,
+        options=[name for name in options if name not in plain],
+        present=present,
+    )
+    sections = {f"recipe {name}": recipes[name] for name in [*present, *chosen]}
+    values = by_section(options, {**SECTIONS, **sections})
+    own = {title: values.pop(title) for title in sections if title in values}
+    values["recipes"] = {name: {} for name in chosen}
+    for title, entries in own.items():
+        values["recipes"][title.removeprefix("recipe ")] = entries
+    return Given(values, recipes, dropped).on(file)
 
 
 def evaluate(

@@ -29,7 +29,7 @@ from engine.run_log import RunLog
 from engine.saved_state import check_state
 from models.criterion import SetCriterion
 from models.deformable_detr import DeformableDETR
-from util.batch import Batch, Uploads
+from util.batch import Batch, EffectiveBatch, Uploads
 from util.console import log
 from util.plot import plot_curves
 from util.random_state import rng_state, set_rng_state
@@ -66,6 +66,7 @@ class Trainer:
     eval_every: int = 1  # epochs
     save_every: int = 0  # steps; 0: at the end of epochs alone
     max_steps: int = 0  # 0: all epochs
+    seed: int = 0  # of what recipes draw
     flush_every: int = 10  # steps
     step: int = 0
     epoch: int = 0
@@ -96,9 +97,7 @@ class Trainer:
             )
             return 0
         self.log.truncate_after(self.step - 1, self.epoch - 1)
-        total = self.epochs * self.loader.steps
-        total = min(total, self.max_steps) if self.max_steps else total
-        with self.stop, self.log.progress_bar(total, done=self.step) as bar:
+        with self.stop, self.log.progress_bar(self.total_steps, done=self.step) as bar:
             while self.unfinished() and not self.stop.number:
                 if not self.unevaluated:
                     self.train_epoch(bar)
@@ -119,15 +118,17 @@ class Trainer:
         self.timer.restart()
         for micro_batches in self.loader.effective_batches():
             own_images = sum(len(b.targets) for b in micro_batches if not b.blank)
-            own_boxes = sum(len(t["labels"]) for b in micro_batches for t in b.targets)
-            images, boxes, stop = self.world.sum([own_images, own_boxes, self.stop.number])
-            if stop:
+            counts = [len(t["labels"]) for b in micro_batches for t in b.targets]
+            own = [own_images, sum(counts), max(counts, default=0), self.stop.number]
+            images, boxes, most, stop = zip(*self.world.every(own), strict=True)
+            if any(stop):
                 break
+            whole = EffectiveBatch(int(sum(boxes)), int(max(most)), self.seed, self.epoch)
             self.timer.mark("data")
             with self.guards.watch(self.step, micro_batches):
-                if images:
+                if any(images):
                     rates = {f"lr_{g['name']}": g["lr"] for g in self.optimizer.param_groups}
-                    metrics = self.train_step(micro_batches, boxes)
+                    metrics = self.train_step(micro_batches, whole)
                     self.steps.add(self.step, self.epoch, micro_batches, metrics, rates)
                     for guard in self.guards:
                         guard.after_step(self.step, micro_batches, metrics)
@@ -145,20 +146,20 @@ class Trainer:
                 self.save()
             if self.all_steps_done():
                 break
-            self.timer.restart()  # logging and saving are no part of a step
+            self.timer.restart()  # logging and saving are not part of a step
         self.steps.flush()
 
-    # ---------------------------------------------------------------------------------------------
-    def train_step(self, micro_batches: Sequence[Batch], boxes: float) -> dict[str, Tensor]:
+    def train_step(
+        self, micro_batches: Sequence[Batch], whole: EffectiveBatch
+    ) -> dict[str, Tensor]:
         """Update the weights once, with the gradient of one effective batch however it is split.
-
-        `boxes` are those of the effective batch, in all processes.
 
         Returns the losses of this process, whose mean over the processes is that of the batch,
         and the norm of the gradient.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        num_boxes = max(boxes, 1.0) / self.world.size  # every loss is a sum over boxes
+        num_boxes = max(whole.boxes, 1) / self.world.size  # every loss is a sum over boxes
+        self.criterion.progress = self.step / self.total_steps
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(self.upload(micro_batches)):
             earlier = i + 1 < len(micro_batches)  # the last exchanges gradients between processes
@@ -168,7 +169,7 @@ class Trainer:
                 else nullcontext()
             ):
                 with self.precision.autocast():
-                    outputs = self.model(batch.images, batch.targets)
+                    outputs = self.model(batch.images, batch.targets, whole)
                 self.timer.mark("forward")
                 divisor = math.inf if batch.blank else num_boxes
                 losses = self.criterion(outputs, batch.targets, divisor)
@@ -183,8 +184,6 @@ class Trainer:
         self.scheduler.step()
         self.timer.mark("optimiser")
         return {**dict(zip(losses, total, strict=True)), "grad_norm": grad_norm.detach()}
-
-    # ---------------------------------------------------------------------------------------------
 
     def end_epoch(self) -> None:
         """Evaluate, log and save; after an interruption in the middle of an epoch save alone."""
@@ -237,6 +236,12 @@ class Trainer:
     def unfinished(self) -> bool:
         """Return whether something is left to do."""
         return self.unevaluated or (self.epoch < self.epochs and not self.all_steps_done())
+
+    @property
+    def total_steps(self) -> int:
+        """Return the number of steps from the first to the last of the run."""
+        total = self.epochs * self.loader.steps
+        return min(total, self.max_steps) if self.max_steps else total
 
     def all_steps_done(self) -> bool:
         """Return whether `max_steps` is reached."""

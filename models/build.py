@@ -10,7 +10,8 @@ from torch import nn
 
 from configs.schema import LossConfig, ModelConfig
 from models.backbones import create_backbone
-from models.criterion import LOSSES, SetCriterion
+from models.class_losses import CLASS_LOSSES
+from models.criterion import CLASSIFICATION, LOSSES, SetCriterion
 from models.decoder import DeformableDecoder, DeformableDecoderLayer
 from models.deformable_detr import DeformableDETR
 from models.encoders import ENCODERS, EncoderOptions
@@ -58,7 +59,8 @@ def build_model(
     heads = build_heads(config, num_classes)
     position_encoding = POSITION_ENCODINGS[config.position_embedding](width // 2)
     transformer = build_transformer(config, heads)
-    query_embed = None if config.two_stage else nn.Embedding(config.num_queries, width * 2)
+    learned = transformer.learned_width
+    query_embed = nn.Embedding(config.num_queries, learned) if learned else None
     model = DeformableDETR(
         Joiner(backbone, position_encoding),
         build_input_proj(backbone.channels, width, levels),
@@ -124,6 +126,7 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         heads,
         with_box_refine=config.with_box_refine,
         two_stage=config.two_stage,
+        look_forward_twice=config.look_forward_twice,
     )
     transformer = DeformableTransformer(
         encoder,
@@ -131,6 +134,7 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         d_model=config.hidden_dim,
         num_feature_levels=config.num_feature_levels,
         two_stage=config.two_stage,
+        mixed_query_selection=config.mixed_query_selection,
         num_queries=config.num_queries,
     )
     initialised = ("decoder.bbox_embed", "decoder.class_embed")
@@ -171,24 +175,31 @@ def build_criterion(config: LossConfig) -> SetCriterion:
         cost_bbox=config.set_cost_bbox,
         cost_giou=config.set_cost_giou,
         focal_alpha=config.focal_alpha,
+        match_cost=config.match_cost,
+        high_order_from=config.high_order_from,
     )
-    weights = {
-        "loss_ce": config.cls_loss_coef,
+    coefficient = config.cls_loss_coef
+    if coefficient is None:
+        coefficient = CLASS_LOSSES[config.cls_loss].coefficient
+    weights: dict[str, float] = {
+        CLASSIFICATION: coefficient,
         "loss_bbox": config.bbox_loss_coef,
         "loss_giou": config.giou_loss_coef,
     }
     for given in config.extra_losses:
-        name, _, coefficient = given.partition("=")
-        _, weights[name] = LOSSES[name]
-        if coefficient:
+        name, _, factor = given.partition("=")
+        weights[name] = LOSSES[name].coefficient
+        if factor:
             try:
-                weights[name] = float(coefficient)
+                weights[name] = float(factor)
             except ValueError:
                 raise ConfigError(
                     f"extra_losses: '{given}' has no number after '='. "
                     "Write NAME or NAME=COEFFICIENT."
                 ) from None
-    return SetCriterion(matcher, weights=weights, focal_alpha=config.focal_alpha)
+    return SetCriterion(
+        matcher, weights=weights, cls_loss=config.cls_loss, focal_alpha=config.focal_alpha
+    )
 
 
 def freeze(model: DeformableDETR, part: str, *, fresh: Collection[str] = ()) -> None:

@@ -1,12 +1,14 @@
 """The set-prediction loss: functions of matched predictions by name, and their sum."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert, sigmoid_focal_loss
+from torchvision.ops import box_convert
 
+from models.assigned import Assigned, assign
+from models.class_losses import CLASS_LOSSES, Loss
 from models.matcher import HungarianMatcher, Matches, PaddedTargets, generalized_iou, pad_targets
 from models.queries import DetectorOutput, GroupOutput
 from util.batch import Target
@@ -14,53 +16,27 @@ from util.registry import Registry
 
 # G prediction layers, N batch, Q predictions, P matched pairs.
 
-
-@dataclass(frozen=True)
-class Assigned:
-    """Predictions of one group beside what they should be, in float32 or better.
-
-    Shape: logits [G,N,Q,classes]; boxes [G,N,Q,4]; classes [G,N,Q,classes], 1 where a query is
-    matched with an object of a class, else 0; matched_boxes and target_boxes [G,P,4], those of
-    the pairs in `matches`. Boxes are normalised cxcywh.
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    classes: Tensor
-    matched_boxes: Tensor
-    target_boxes: Tensor
-    matches: Matches
-    focal_alpha: float
+CLASSIFICATION = "loss_ce"  # its name, whichever it is
 
 
-Loss = Callable[[Assigned], Tensor]  # the sum over the batch, of each layer: [G]
+class RegisteredLoss(NamedTuple):
+    """A loss, and its coefficient unless an option gives another."""
+
+    function: Loss
+    coefficient: float
 
 
-# a loss, and its weight in the total unless an option says otherwise
-LOSSES: Registry[tuple[Loss, float]] = Registry("loss", __package__, {})
+LOSSES: Registry[RegisteredLoss] = Registry("loss", __package__, {})
 
 
 def register_loss(name: str, *, coefficient: float = 1.0) -> Callable[[Loss], Loss]:
     """Return a decorator that adds a loss; those of the paper are always on, others if named."""
 
     def register(function: Loss) -> Loss:
-        LOSSES.register(name)((function, coefficient))
+        LOSSES.register(name)(RegisteredLoss(function, coefficient))
         return function
 
     return register
-
-
-@register_loss("loss_ce")
-def classification(assigned: Assigned) -> Tensor:
-    """Focal loss of all queries: most see background, which cross-entropy would learn alone.
-
-    Every class is a question of its own. Unlike DETR's softmax, it needs no class for "no object":
-    of background, all are false (Sec. 5).
-    """
-    focal: Tensor = sigmoid_focal_loss(
-        assigned.logits, assigned.classes, alpha=assigned.focal_alpha
-    )
-    return focal.sum((1, 2, 3))
 
 
 @register_loss("loss_bbox")
@@ -80,15 +56,25 @@ def box_overlap(assigned: Assigned) -> Tensor:
 class SetCriterion:
     """Match predictions with targets, then sum up their losses (Sec. 4, DETR Sec. 3.1).
 
-    `weights` maps registered losses to their coefficients.
+    `weights` maps losses to their coefficients: "loss_ce", which is the one that `cls_loss` names,
+    and registered ones.
     """
 
     def __init__(
-        self, matcher: HungarianMatcher, *, weights: Mapping[str, float], focal_alpha: float = 0.25
+        self,
+        matcher: HungarianMatcher,
+        *,
+        weights: Mapping[str, float],
+        cls_loss: str = "focal",
+        focal_alpha: float = 0.25,
     ) -> None:
         self.matcher = matcher
         self.weights = dict(weights)
-        self.losses = {name: LOSSES[name][0] for name in weights}
+        self._group_weights: dict[str, float] = {}
+        self.losses = {
+            name: (CLASS_LOSSES[cls_loss] if name == CLASSIFICATION else LOSSES[name]).function
+            for name in weights
+        }
         self.focal_alpha = focal_alpha
 
     def __call__(
@@ -113,45 +99,56 @@ class SetCriterion:
         padded = pad_targets(targets, groups[0].logits.device)
         own_boxes = sum(padded.counts)
         divisor = max(own_boxes, 1) if num_boxes is None else num_boxes
-        supervised = [(g, g.targets(padded) if g.targets else padded) for g in groups]
-        unmatched = [(g.logits, g.boxes, t) for g, t in supervised if g.matches is None]
-        found = iter(self.matcher(unmatched))
-        matches = [next(found) if g.matches is None else g.matches for g in groups]
+        owned = [g.learning.targets(padded) if g.learning.targets else padded for g in groups]
+        matches = self._match(groups, owned)
         losses: dict[str, Tensor] = {}
         weighted: list[Tensor] = []
-        for (group, own), matched in zip(supervised, matches, strict=True):
+        for group, own, matched in zip(groups, owned, matches, strict=True):
             layers = [*(f"_{i}" for i in range(len(group.logits) - 1)), ""]
-            assigned = self._assign(group, own, matched)
+            assigned = assign(
+                group.name, group.logits, group.boxes, own, matched, focal_alpha=self.focal_alpha
+            )
             for name, loss in self.losses.items():
-                values = loss(assigned) / (divisor * group.divisor)
+                values = loss(assigned) / (divisor * group.learning.divisor)
+                coefficient = self.weights[name] * group.learning.factors.get(name, 1.0)
+                self._group_weights[f"{name}{group.name}"] = coefficient
                 for layer, value in zip(layers, values, strict=True):
                     losses[f"{name}{group.name}{layer}"] = value
-                    weighted.append(self.weights[name] * value)
+                    weighted.append(coefficient * value)
         error = class_error(groups[0].logits[-1], padded, matches[0]) * (own_boxes / divisor)
         return {"loss": torch.stack(weighted).sum(), **losses, "class_error": error}
 
+    @property
+    def progress(self) -> float:
+        """The part of the training that is done, 0..1, on which the matching cost may depend."""
+        return self.matcher.progress
+
+    @progress.setter
+    def progress(self, part: float) -> None:
+        self.matcher.progress = part
+
     def weight(self, name: str) -> float | None:
         """Return the coefficient of a loss of any layer, None for what is only reported."""
-        known = [base for base in self.weights if f"{name}_".startswith(f"{base}_")]
-        return self.weights[max(known, key=len)] if known else None
+        weights = {**self.weights, **self._group_weights}
+        known = [base for base in weights if f"{name}_".startswith(f"{base}_")]
+        return weights[max(known, key=len)] if known else None
 
-    def _assign(self, group: GroupOutput, targets: PaddedTargets, matches: Matches) -> Assigned:
-        """Put predictions beside their targets."""
-        exact = torch.promote_types(group.logits.dtype, torch.float32)
-        logits, boxes = group.logits.to(exact), group.boxes.to(exact)
-        layer = torch.arange(len(logits), device=logits.device)[:, None]  # [G,1]
-        labels = targets.labels[matches.image, matches.target]  # [G,P]
-        classes = torch.zeros_like(logits)
-        classes[layer, matches.image, matches.query, labels] = 1.0
-        return Assigned(
-            logits=logits,
-            boxes=boxes,
-            classes=classes,
-            matched_boxes=boxes[layer, matches.image, matches.query],
-            target_boxes=targets.boxes[matches.image, matches.target].to(exact),
-            matches=matches,
-            focal_alpha=self.focal_alpha,
-        )
+    def _match(
+        self, groups: Sequence[GroupOutput], targets: Sequence[PaddedTargets]
+    ) -> list[Matches]:
+        """Return every group's pairs: those it knows, those it finds itself, or the cheapest."""
+        matches: list[Matches | None] = [group.learning.matches for group in groups]
+        costly = []
+        for index, (group, own) in enumerate(zip(groups, targets, strict=True)):
+            learning = group.learning
+            if learning.assign is not None:
+                matches[index] = learning.assign(group.logits, group.boxes, own)
+            elif learning.matches is None:
+                anchors = learning.anchors
+                scored = group.logits if anchors is None else None
+                costly.append((scored, group.boxes if anchors is None else anchors[None], own))
+        found = iter(self.matcher(costly))
+        return [next(found) if pairs is None else pairs for pairs in matches]
 
 
 @torch.no_grad()

@@ -34,7 +34,12 @@ class DecoderOutput:
 
 
 class DeformableDecoderLayer(nn.Module):
-    """Self-attention among queries, deformable cross-attention to memory, feed-forward."""
+    """Self-attention among queries, deformable cross-attention to memory, feed-forward.
+
+    With `cross_first`, queries look at the image before they learn of each other.
+    """
+
+    cross_first: bool = False
 
     def __init__(
         self,
@@ -66,8 +71,8 @@ class DeformableDecoderLayer(nn.Module):
         groups: Groups,
     ) -> Tensor:
         """Shape: x, query_pos [N,Q,C]; reference_points [N,Q,L,2 or 4]; memory [N,S,C]."""
-        attended = self._attend_within(groups, x + query_pos, x)
-        x = self.norm2(x + self.dropout(attended.to(x.dtype)))
+        if not self.cross_first:
+            x = self._among_queries(x, query_pos, groups)
         attended = self.cross_attn(
             x + query_pos,
             reference_points,
@@ -76,8 +81,15 @@ class DeformableDecoderLayer(nn.Module):
             input_padding_mask=levels.padding_mask,
         )
         x = self.norm1(x + self.dropout(attended.to(x.dtype)))
+        if self.cross_first:
+            x = self._among_queries(x, query_pos, groups)
         hidden = self.dropout(F.relu(self.linear1(x)))
         output: Tensor = self.norm3(x + self.dropout(self.linear2(hidden).to(x.dtype)))
+        return output
+
+    def _among_queries(self, x: Tensor, query_pos: Tensor, groups: Groups) -> Tensor:
+        attended = self._attend_within(groups, x + query_pos, x)
+        output: Tensor = self.norm2(x + self.dropout(attended.to(x.dtype)))
         return output
 
     def _attend_within(self, groups: Groups, query: Tensor, value: Tensor) -> Tensor:
@@ -95,7 +107,9 @@ class DeformableDecoderLayer(nn.Module):
 class DeformableDecoder(nn.Module):
     """A stack of decoder layers; with `with_box_refine`, each refines the boxes of the last.
 
-    Refining and two-stage decoders hold the heads too, as official checkpoints repeat them there.
+    With `look_forward_twice`, a layer's losses teach the layer before as well (DINO, arXiv
+    2203.03605, Sec. 3.5). Refining and two-stage decoders hold the heads too, as official
+    checkpoints repeat them there.
     """
 
     checkpointing = False
@@ -107,11 +121,13 @@ class DeformableDecoder(nn.Module):
         *,
         with_box_refine: bool,
         two_stage: bool,
+        look_forward_twice: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.heads = heads
         self.with_box_refine = with_box_refine
+        self.look_forward_twice = look_forward_twice
         if with_box_refine:
             self.bbox_embed = heads.bbox_embed
         if two_stage:
@@ -124,6 +140,7 @@ class DeformableDecoder(nn.Module):
         x = torch.cat([g.content for g in groups], dim=1)
         query_pos = torch.cat([g.position for g in groups], dim=1)
         reference = torch.cat([g.reference for g in groups], dim=1)
+        moved = reference  # the same numbers; with `look_forward_twice`, a gradient passes
         within = [(g.content.shape[1], g.blocked) for g in groups]
         hidden, references, boxes = [], [], []
         ratios = levels.valid_ratios[:, None]  # [N,1,L,2]
@@ -137,10 +154,13 @@ class DeformableDecoder(nn.Module):
             hidden.append(x)
             references.append(reference)
             if self.with_box_refine:
-                boxes.append(apply_delta(self.heads.delta(index, x), reference))
+                delta = self.heads.delta(index, x)
+                boxes.append(apply_delta(delta, moved))
                 # a layer learns to refine the boxes it is given, not to have better ones given
                 # to it: without this, training is unstable (Appendix A.4)
-                reference = boxes[-1].detach()
+                twice = self.look_forward_twice
+                moved = apply_delta(delta, reference) if twice else boxes[-1].detach()
+                reference = moved.detach()
         if not self.with_box_refine:  # every layer predicts from the first reference points
             boxes = [apply_delta(self.heads.delta(i, h), reference) for i, h in enumerate(hidden)]
         logits = [self.heads.logits(i, h) for i, h in enumerate(hidden)]

@@ -10,7 +10,7 @@ from models.levels import Joiner
 from models.queries import DetectorOutput, GroupOutput, Proposals, QueryGroup
 from models.recipes import Recipe
 from models.transformer import DeformableTransformer
-from util.batch import PaddedBatch, Target
+from util.batch import EffectiveBatch, PaddedBatch, Target
 
 # N batch, Q queries, S tokens, L feature levels, C width.
 
@@ -18,7 +18,8 @@ from util.batch import PaddedBatch, Target
 class DeformableDETR(nn.Module):
     """Deformable DETR. State-dict keys are those of the official implementation.
 
-    `query_embed` holds the learned queries, of width 2 C; None for those of a two-stage model.
+    `query_embed` holds the learned queries: their positions and contents, of width 2 C, or the
+    contents alone; None for those of a two-stage model.
     `input_proj` projects the backbone's maps, then makes further levels of the last one. A neck
     may mix the levels. Without `aux_loss`, the last decoder layer alone is supervised.
     """
@@ -43,7 +44,7 @@ class DeformableDETR(nn.Module):
         self.input_proj = input_proj
         self.neck = neck or nn.Identity()
         self.backbone = backbone
-        self.recipes = nn.ModuleDict()  # by name, what adds queries in training
+        self.recipes = nn.ModuleDict()  # by name
         self._in_evaluation: list[nn.Module] = []
 
     def stay_in_evaluation(self, parts: Sequence[nn.Module]) -> None:
@@ -59,11 +60,15 @@ class DeformableDETR(nn.Module):
         return self
 
     def forward(
-        self, batch: PaddedBatch, targets: Sequence[Target] | None = None
+        self,
+        batch: PaddedBatch,
+        targets: Sequence[Target] | None = None,
+        whole: EffectiveBatch | None = None,
     ) -> DetectorOutput:
         """Detect objects in a padded batch of normalised images.
 
-        In training with `targets`, recipes add queries of their own to those that detect.
+        In training with `targets`, recipes add queries of their own to those that detect. `whole`
+        describes the effective batch that the batch is part of, by default all of it.
         """
         query_embed = None if self.query_embed is None else self.query_embed.weight
 
@@ -71,9 +76,8 @@ class DeformableDETR(nn.Module):
         def more_queries(memory: Tensor, proposals: "Proposals | None") -> list[QueryGroup]:
             groups: list[QueryGroup] = []
             if self.training and targets is not None:
-                for recipe in self.recipes.values():
-                    assert isinstance(recipe, Recipe)
-                    groups += recipe.queries(self.transformer, memory, proposals, targets)
+                for recipe in self.chosen_recipes():
+                    groups += recipe.queries(self.transformer, memory, proposals, targets, whole)
             return groups
 
         features, masks, pos = self.feature_levels(batch)
@@ -83,7 +87,7 @@ class DeformableDETR(nn.Module):
         logits = torch.split(torch.stack(output.decoder.logits[kept]), sizes, dim=2)
         boxes = torch.split(torch.stack(output.decoder.boxes[kept]), sizes, dim=2)
         groups = [
-            GroupOutput(g.name, g_logits, g_boxes, g.targets, g.matches, g.divisor)
+            GroupOutput(g.name, g_logits, g_boxes, g.learning)
             for g, g_logits, g_boxes in zip(output.groups, logits, boxes, strict=True)
         ]
         if output.proposals is not None:
@@ -93,7 +97,13 @@ class DeformableDETR(nn.Module):
             "pred_boxes": output.decoder.boxes[-1][:, : sizes[0]],
             "groups": groups,
         }
+        for recipe in self.chosen_recipes():
+            result = recipe.output(result, output)
         return result
+
+    def chosen_recipes(self) -> list[Recipe]:
+        """Return the recipes, in the order in which they are applied."""
+        return [recipe for recipe in self.recipes.values() if isinstance(recipe, Recipe)]
 
     def feature_levels(self, batch: PaddedBatch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return projected features, padding masks and encodings of every level, finest first."""

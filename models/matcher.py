@@ -34,13 +34,18 @@ class PaddedTargets:
 class Matches:
     """Matched pairs of every layer; each layer has the same number P of them.
 
-    Shape: image [P]; query and target [G,P]: prediction `query[g, p]` of image `image[p]`
-    stands for that image's target `target[g, p]`.
+    Where layers have different numbers, `real` tells pairs from padding. Where a query stands for
+    several targets, it learns the class of the one in `chosen`.
+
+    Shape: image [P] or [G,P]; query and target [G,P]: prediction `query[g, p]` of image `image[p]`
+    stands for that image's target `target[g, p]`; real, chosen [G,P] bool, None for all pairs.
     """
 
     image: Tensor
     query: Tensor
     target: Tensor
+    real: Tensor | None = None
+    chosen: Tensor | None = None
 
 
 def pad_targets(targets: Sequence[Target], device: torch.device) -> PaddedTargets:
@@ -55,11 +60,11 @@ def pad_targets(targets: Sequence[Target], device: torch.device) -> PaddedTarget
     )
 
 
-def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Return the GIoU of boxes that broadcast against each other (arXiv 1902.09630).
+def overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return IoU and GIoU of boxes that broadcast against each other (arXiv 1902.09630).
 
-    Shape: a, b [...,4] xyxy -> [...]; pairwise: `generalized_iou(a[:, None], b[None])`.
-    Range: -1..1; boxes without area are legal.
+    Shape: a, b [...,4] xyxy -> [...] twice; pairwise: `overlaps(a[:, None], b[None])`.
+    Range: 0..1 and -1..1; boxes without area are legal.
     """
     low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
     hull = (high - low).clamp(min=0).prod(-1)
@@ -69,7 +74,13 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     union = area_a + area_b - overlap
     # two boxes without area share nothing: 0, where 0 / 0 would spread NaN through the loss
     tiny = torch.finfo(union.dtype).tiny
-    return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+    iou = overlap / union.clamp(min=tiny)
+    return iou, iou - (hull - union) / hull.clamp(min=tiny)
+
+
+def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Return the GIoU of boxes that broadcast against each other; see `overlaps`."""
+    return overlaps(a, b)[1]
 
 
 class HungarianMatcher:
@@ -77,6 +88,11 @@ class HungarianMatcher:
 
     The costs are those that the losses punish, and are weighted alike: of all ways to share the
     objects out among the queries, the one that is closest to being right is what they learn.
+
+    `match_cost` says what quality a query's class score stands for. "position_modulated": with the
+    score, the box must be right, too (Stable-DINO, arXiv 2304.04742, Eq. 9). "high_order": once
+    `progress`, the part of the training that is done, reaches `high_order_from`, the score times
+    IoU ** 4 is all that counts (Rank-DETR, arXiv 2310.08854, Sec. 3.3).
     """
 
     def __init__(
@@ -86,43 +102,54 @@ class HungarianMatcher:
         cost_bbox: float = 5.0,
         cost_giou: float = 2.0,
         focal_alpha: float = 0.25,
+        match_cost: str = "focal",
+        high_order_from: float = 0.75,
     ) -> None:
         if cost_class == cost_bbox == cost_giou == 0:
             raise ValueError("all matching costs are 0")
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
         self.focal_alpha = focal_alpha
+        self.match_cost, self.high_order_from = match_cost, high_order_from
+        self.progress = 0.0
 
     @torch.no_grad()
-    def cost(self, logits: Tensor, boxes: Tensor, targets: PaddedTargets) -> Tensor:
+    def cost(self, logits: Tensor | None, boxes: Tensor, targets: PaddedTargets) -> Tensor:
         """Return what each assignment costs; columns of padded targets mean nothing.
+
+        Without logits, classes cost nothing.
 
         Shape: logits [G,N,Q,classes]; boxes [G,N,Q,4] cxcywh; returns [G,N,Q,T].
         """
-        exact = torch.promote_types(logits.dtype, torch.float32)
-        logits, boxes, target = logits.to(exact), boxes.to(exact), targets.boxes.to(exact)
+        exact = torch.promote_types(boxes.dtype, torch.float32)
+        boxes, target = boxes.to(exact)[:, :, :, None], targets.boxes.to(exact)[None, :, None]
+        corners = (box_convert(either, "cxcywh", "xyxy") for either in (boxes, target))
+        iou, giou = overlaps(*corners)
+        distance = (boxes - target).abs().sum(-1)
+        if logits is None:
+            return self.cost_bbox * distance - self.cost_giou * giou
         index = targets.labels[None, :, None].expand(*logits.shape[:3], -1)
-        logit = logits.gather(3, index)  # [G,N,Q,T], of the target's class
-        probability = logit.sigmoid()
+        probability = logits.to(exact).gather(3, index).sigmoid()  # [G,N,Q,T], the target's class
+        if self.match_cost == "high_order" and self.progress >= self.high_order_from:
+            return -probability * iou**4
+        if self.match_cost == "position_modulated":
+            probability = probability * _best_is_1((giou + 1) / 2, targets.counts).sqrt()
         # how much more focal loss the query would have with the target than as background
         positive = self.focal_alpha * (1 - probability) ** 2 * -(probability + 1e-8).log()
         negative = (1 - self.focal_alpha) * probability**2 * -(1 - probability + 1e-8).log()
-        distance = (boxes[:, :, :, None] - target[None, :, None]).abs().sum(-1)
-        giou = generalized_iou(
-            box_convert(boxes, "cxcywh", "xyxy")[:, :, :, None],
-            box_convert(target, "cxcywh", "xyxy")[None, :, None],
-        )
         return (
             self.cost_class * (positive - negative)
             + self.cost_bbox * distance
             - self.cost_giou * giou
         )
 
-    def __call__(self, groups: Sequence[tuple[Tensor, Tensor, PaddedTargets]]) -> list[Matches]:
+    def __call__(
+        self, groups: Sequence[tuple[Tensor | None, Tensor, PaddedTargets]]
+    ) -> list[Matches]:
         """Assign every target of every layer of every group, with one transfer to the host.
 
-        Shape: each group is logits [G,N,Q,classes], boxes [G,N,Q,4] and its targets; an image
-            with more targets than predictions keeps its Q cheapest. A cost that is not finite
-            counts as a very high one: it is for the loss to show it.
+        Shape: each group is logits [G,N,Q,classes] or None, boxes [G,N,Q,4] and its targets; an
+            image with more targets than predictions keeps its Q cheapest. A cost that is not
+            finite counts as a very high one: it is for the loss to show it.
         """
         costs = [self.cost(*group) for group in groups]
         flat = torch.cat([c.flatten() for c in costs]).cpu().numpy()
@@ -134,6 +161,14 @@ class HungarianMatcher:
                 np.split(flat, ends[:-1]), costs, groups, strict=True
             )
         ]
+
+
+def _best_is_1(quality: Tensor, counts: Sequence[int]) -> Tensor:
+    """Scale the qualities [G,N,Q,T] of every image so that the best is 1."""
+    real = torch.arange(quality.shape[3]) < torch.tensor(counts)[:, None, None]  # [N,1,T]
+    padded = quality.masked_fill(~real.to(quality.device, non_blocking=True), 0.0)
+    best = padded.flatten(2).max(dim=2).values if padded.numel() else padded.sum((2, 3))
+    return quality / best.clamp(min=torch.finfo(best.dtype).tiny)[..., None, None]
 
 
 def _assign(cost: "np.ndarray[Any, Any]", counts: Sequence[int], device: torch.device) -> Matches:

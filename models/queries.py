@@ -1,8 +1,8 @@
 """Groups of object queries: what they start from, what they predict, and how they learn."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 import torch
@@ -14,6 +14,30 @@ from models.matcher import Matches, PaddedTargets
 # G prediction layers, N batch, S tokens, Q queries, C width.
 
 TargetsOf = Callable[[PaddedTargets], PaddedTargets]
+# Logits [G,N,Q,classes], boxes [G,N,Q,4] and their targets -> pairs.
+Assign = Callable[[Tensor, Tensor, PaddedTargets], Matches]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How a group of queries learns: by default, one query for each object, the cheapest one.
+
+    `targets` turns the batch's targets into the group's if these are others. `matches` are its
+    pairs if they are known beforehand (their layer axis may be 1); else `assign` finds them if it
+    is given. `anchors` [N,Q,4] cxcywh are matched in place of predicted boxes, and classes then do
+    not count. Losses are divided by `divisor` as well, and their coefficients are multiplied by
+    `factors`, by name.
+    """
+
+    targets: TargetsOf | None = None
+    matches: Matches | None = None
+    assign: Assign | None = None
+    anchors: Tensor | None = None
+    divisor: float = 1.0
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+
+ONE_TO_ONE = Learning()
 
 
 @dataclass(frozen=True)
@@ -23,9 +47,7 @@ class QueryGroup:
     The decoder works on all groups at once, but no group sees another: what the queries that
     detect compute does not depend on the groups that only train.
 
-    `name` is the suffix of the group's losses, empty for the queries that detect. `targets` turns
-    the batch's targets into the group's if these are others, `matches` are its pairs if they are
-    known beforehand (their layer axis may be 1), and its losses are divided by `divisor` as well.
+    `name` is the suffix of the group's losses, empty for the queries that detect.
 
     Shape: content, position [N,Q,C]; reference [N,Q,2 or 4], fractions, with as many numbers as
     the other groups have; blocked [Q,Q], True where a query (row) must not attend to another.
@@ -36,14 +58,12 @@ class QueryGroup:
     position: Tensor
     reference: Tensor
     blocked: Tensor | None = None
-    targets: TargetsOf | None = None
-    matches: Matches | None = None
-    divisor: float = 1.0
+    learning: Learning = ONE_TO_ONE
 
 
 @dataclass(frozen=True)
 class GroupOutput:
-    """Predictions of one group in every supervised layer; the rest is that of `QueryGroup`.
+    """Predictions of one group in every supervised layer, and how they learn.
 
     Shape: logits [G,N,Q,classes]; boxes [G,N,Q,4], normalised cxcywh of the unpadded image.
     """
@@ -51,9 +71,7 @@ class GroupOutput:
     name: str
     logits: Tensor
     boxes: Tensor
-    targets: TargetsOf | None = None
-    matches: Matches | None = None
-    divisor: float = 1.0
+    learning: Learning = ONE_TO_ONE
 
 
 class DetectorOutput(TypedDict, total=False):
@@ -73,11 +91,13 @@ class DetectorOutput(TypedDict, total=False):
 class Proposals:
     """The boxes that a two-stage encoder predicts, one at each token (Sec. 4.2).
 
-    Shape: logits [N,S,classes]; box_logits [N,S,4], cxcywh in logit space; padding_mask [N,S].
+    Shape: logits [N,S,classes]; box_logits [N,S,4], cxcywh in logit space; anchors [N,S,4], the
+    boxes that these start from, cxcywh; padding_mask [N,S].
     """
 
     logits: Tensor
     box_logits: Tensor
+    anchors: Tensor
     padding_mask: Tensor
 
     def best(self, first: int, last: int) -> Tensor:
@@ -93,10 +113,16 @@ class Proposals:
         boxes = self.box_logits.detach().gather(1, ranked[..., None].expand(-1, -1, 4))
         return boxes[:, first:].sigmoid()
 
-    def output(self) -> GroupOutput:
-        """Return what the encoder learns from: it only tells objects from background."""
+    def output(self, *, on_anchors: bool = False) -> GroupOutput:
+        """Return what the encoder learns from: it only tells objects from background.
+
+        With `on_anchors`, a token learns the object that its anchor lies best on, else the one
+        that it predicts best.
+        """
         boxes = self.box_logits.sigmoid()
-        return GroupOutput("_enc", self.logits[None], boxes[None], targets=objects_of_one_class)
+        anchors = self.anchors if on_anchors else None
+        learning = Learning(targets=objects_of_one_class, anchors=anchors)
+        return GroupOutput("_enc", self.logits[None], boxes[None], learning)
 
 
 def objects_of_one_class(targets: PaddedTargets) -> PaddedTargets:

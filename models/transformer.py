@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from models.decoder import DecoderOutput, DeformableDecoder
 from models.encoders import Encoder
 from models.layers import ExactLayerNorm, ExactLinear, sine_embedding
 from models.levels import FeatureLevels, join_levels
-from models.queries import Proposals, QueryGroup, token_proposals
+from models.queries import ONE_TO_ONE, Learning, Proposals, QueryGroup, token_proposals
 
 # N batch, S tokens, Q queries, L levels, C width.
 
@@ -42,11 +41,14 @@ class DeformableTransformer(nn.Module):
         d_model: int,
         num_feature_levels: int,
         two_stage: bool = False,
+        mixed_query_selection: bool = False,
         num_queries: int = 300,
     ) -> None:
         super().__init__()
         self.d_model = d_model
         self.two_stage = two_stage
+        # of what is learned for each query: position and content, the content, or nothing
+        self.learned_width = 2 * d_model if not two_stage else d_model * mixed_query_selection
         self.num_queries = num_queries
         self.encoder = encoder
         self.decoder = decoder
@@ -70,22 +72,24 @@ class DeformableTransformer(nn.Module):
     ) -> TransformerOutput:
         """Encode, choose or make queries, decode; `more` adds groups of queries.
 
-        Shape: features, pos L x [N,C,H,W]; masks L x [N,H,W]; query_embed [Q,2C], or None for
-            queries from proposals.
+        Shape: features, pos L x [N,C,H,W]; masks L x [N,H,W]; query_embed [Q,2C]. In a two-stage
+            model it is [Q,C], the contents of queries whose positions are proposals, or None for
+            contents from the proposals, too.
         """
         levels = join_levels(features, masks, pos, self.level_embed)
         memory: Tensor = self.encoder(levels)
         proposals = None
-        if query_embed is None:
+        if self.two_stage:
             proposals = self.propose(memory, levels)
-            detecting = self.from_boxes("", proposals.best(0, self.num_queries))
+            detecting = self.from_boxes("", proposals.best(0, self.num_queries), query_embed)
         else:
+            assert query_embed is not None
             detecting = self.from_embedding("", query_embed, len(memory))
         groups = [detecting, *more(memory, proposals)]
         return TransformerOutput(groups, self.decoder(groups, memory, levels), proposals)
 
     def from_embedding(
-        self, name: str, embedding: Tensor, batch_size: int, **learning: Any
+        self, name: str, embedding: Tensor, batch_size: int, learning: Learning = ONE_TO_ONE
     ) -> QueryGroup:
         """Return learned queries, the same for every image (Sec. 4.1).
 
@@ -96,13 +100,26 @@ class DeformableTransformer(nn.Module):
         position = position[None].expand(batch_size, -1, -1)
         content = content[None].expand(batch_size, -1, -1)
         reference = self.reference_points(position).sigmoid()
-        return QueryGroup(name, content, position, reference, **learning)
+        return QueryGroup(name, content, position, reference, learning=learning)
 
-    def from_boxes(self, name: str, boxes: Tensor, **learning: Any) -> QueryGroup:
-        """Return queries of a two-stage model that start from boxes [N,Q,4] cxcywh (Sec. 4.2)."""
+    def from_boxes(
+        self,
+        name: str,
+        boxes: Tensor,
+        contents: Tensor | None = None,
+        learning: Learning = ONE_TO_ONE,
+    ) -> QueryGroup:
+        """Return queries of a two-stage model that start from boxes (Sec. 4.2).
+
+        Without `contents`, these too are made of the boxes. With learned ones, the same for every
+        image, a query knows where to look but not what to find (mixed query selection, DINO,
+        arXiv 2203.03605, Sec. 3.4). Shape: boxes [N,Q,4] cxcywh; contents [at least Q,C].
+        """
         embedded = sine_embedding(boxes * 2 * math.pi, self.d_model // 2).flatten(-2)
         position, content = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=-1)
-        return QueryGroup(name, content, position, boxes, **learning)
+        if contents is not None:  # an image may have fewer tokens than there are queries
+            content = contents[None, : boxes.shape[1]].expand(len(boxes), -1, -1)
+        return QueryGroup(name, content, position, boxes, learning=learning)
 
     def propose(self, memory: Tensor, levels: FeatureLevels) -> Proposals:
         """Predict a box and a score at every token, by the decoder's last heads (Sec. 4.2)."""
@@ -113,4 +130,4 @@ class DeformableTransformer(nn.Module):
         logits = heads.logits(last, output)
         # infinite anchors become finite boxes: what is not finite is looked for in outputs
         box_logits = (heads.delta(last, output) + anchors).clamp(max=_MAX_LOGIT)
-        return Proposals(logits, box_logits, levels.padding_mask)
+        return Proposals(logits, box_logits, anchors.sigmoid(), levels.padding_mask)

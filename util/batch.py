@@ -35,6 +35,26 @@ class PaddedBatch:
 
 
 @dataclass(frozen=True)
+class EffectiveBatch:
+    """What all images of an update have in common, however many processes and parts share them.
+
+    `boxes` counts those of all images, `most_boxes` those of the image that has the most. Random
+    draws for an image depend on `seed`, `epoch` and its id.
+    """
+
+    boxes: int
+    most_boxes: int
+    seed: int = 0
+    epoch: int = 0
+
+    @staticmethod
+    def of(targets: "Sequence[Target]") -> "EffectiveBatch":
+        """Return the description of a batch that is an effective batch by itself."""
+        counts = [len(t["labels"]) for t in targets]
+        return EffectiveBatch(sum(counts), max(counts, default=0))
+
+
+@dataclass(frozen=True)
 class UnreadableImage:
     """An image that could not be decoded; the loader carries it instead of pixels."""
 

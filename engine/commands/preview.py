@@ -17,7 +17,7 @@ from configs.schema import Config
 from datasets.build import build_dataset, load_index, split_batch
 from datasets.loader import TrainLoader
 from models.backbones import create_backbone
-from models.recipes import RecipeOptions
+from models.recipes import KnownRecipes
 from util.batch import Target
 from util.classes import Classes
 from util.console import console
@@ -38,7 +38,7 @@ class PreviewOptions(Checked):
 
 
 SECTIONS = {**RUN, "preview": PreviewOptions}
-RECIPES = RecipeOptions()  # a run's file may name some
+RECIPES = KnownRecipes()  # a run's file may name some
 RELEVANT = {
     "model": ("backbone", "num_queries"),
     "optim": ("batch_size", "effective_batch_size", "epochs", "pad_multiple"),

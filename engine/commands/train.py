@@ -22,7 +22,7 @@ from engine.plan import (
 from engine.processes import process_group
 from engine.run_log import RunLog
 from engine.trainer import Trainer
-from models.recipes import RecipeOptions
+from models.recipes import KnownRecipes
 from util.console import log
 from util.device import set_deterministic
 from util.errors import ConfigError
@@ -30,7 +30,7 @@ from util.files import write_atomic
 from util.world import World
 
 __all__ = ["RECIPES", "SECTIONS", "main", "processes"]
-RECIPES = RecipeOptions()
+RECIPES = KnownRecipes()
 
 
 def main(given: Given) -> int:
@@ -45,7 +45,7 @@ def main(given: Given) -> int:
 def start(
     given: Given, options: RunConfig, world: World, device: torch.device, stack: ExitStack
 ) -> Trainer:
-    """Return a trainer at the place where its run begins or goes on.
+    """Return a trainer at the place where its run begins or continues.
 
     Its folder is locked, and its logs are open, until `stack` is closed.
     """

@@ -1,12 +1,9 @@
 """What a guard is, something that watches the steps of a run from outside; the two short ones."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,13 +11,9 @@ from torch import Tensor
 from util.batch import Batch, UnreadableImage
 from util.console import log
 from util.errors import UserError
-from util.files import read_regular, write_atomic
-from util.world import World
 
 _GIB = 2**30
 _OUT_OF_MEMORY = ("defaultcpuallocator", "out of memory", "alloc_failed")
-_KEY = "unreadable_in_training"  # of the data report
-_LARGEST_REPORT = 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -125,52 +118,3 @@ class UnreadableImages(Guard):
                     f"image {image.image_id} '{image.path}' cannot be read ({image.reason}) and "
                     "is skipped."
                 )
-
-
-def write_data_report(path: Path, report: Mapping[str, Any], *, continued: bool) -> None:
-    """Write what was found in the data of a run; a `continued` one keeps its unreadable images."""
-    before = _unreadable_before(_read_report(path)) if continued else []
-    if before:
-        report = {**report, "train": {**report["train"], _KEY: before}}
-    write_atomic(path, json.dumps(report, indent=1))
-
-
-def list_unreadable(path: Path, unreadable: UnreadableImages, world: World) -> int:
-    """Add the images that any process could not read to the data report; return their number."""
-    found = {
-        image.path: asdict(image)
-        for images in world.gather(unreadable.images)
-        for image in images.values()
-    }
-    if world.main and path.is_file():
-        report = _read_report(path)
-        before = _unreadable_before(report)  # from before a resume
-        found = {image["path"]: image for image in before} | found
-        if found:
-            images = sorted(found.values(), key=lambda image: image["image_id"])
-            write_atomic(
-                path, json.dumps({**report, "train": {**report["train"], _KEY: images}}, indent=1)
-            )
-    return len(found)
-
-
-def _read_report(path: Path) -> dict[str, Any]:
-    """Return a data report; one without content where the file is missing or damaged."""
-    try:
-        report = json.loads(read_regular(path, _LARGEST_REPORT))
-    except (OSError, ValueError, RecursionError):
-        report = None
-    sound = isinstance(report, dict) and isinstance(report.get("train"), dict)
-    return report if sound else {"train": {}}
-
-
-def _unreadable_before(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the unreadable images that a report lists, but for damaged entries."""
-    listed = report["train"].get(_KEY)
-    return [
-        image
-        for image in (listed if isinstance(listed, list) else [])
-        if isinstance(image, dict)
-        and isinstance(image.get("path"), str)
-        and type(image.get("image_id")) is int
-    ]

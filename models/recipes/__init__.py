@@ -1,24 +1,37 @@
 """Recipes: what trains a detector better, each in a file of its own, chosen by name."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from models.queries import Proposals, QueryGroup
-from models.transformer import DeformableTransformer
-from util.batch import Target
+from configs.options import Checked
+from models.queries import DetectorOutput, Proposals, QueryGroup
+from models.transformer import DeformableTransformer, TransformerOutput
+from util.batch import EffectiveBatch, Target
 from util.registry import Registry
 
 
-class Recipe(nn.Module):
-    """Further queries in training. A recipe's parameters have keys under `recipes.NAME`.
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions(Checked):
+    """Options of a recipe; subclasses declare each by `configs.options.option`."""
 
-    `options_class` is the dataclass of its options, declared by `configs.options.option`; a recipe
-    is built from an instance of it and the detector's transformer, whose sizes it may read.
+    @property
+    def active(self) -> bool:
+        """Return whether there is anything to do: a recipe of no queries is as if not chosen."""
+        return True
+
+
+class Recipe(nn.Module):
+    """What a recipe does with a detector. Its parameters have keys under `recipes.NAME`.
+
+    It is built from an instance of its `options_class` and the detector's transformer, whose
+    switches it may set. `detects`: a trained model needs the recipe to detect, too.
     """
 
     options_class: ClassVar[type[Any]]
+    detects: ClassVar[bool] = False
 
     def __init__(
         self, options: Any, transformer: DeformableTransformer, *, num_classes: int
@@ -31,20 +44,30 @@ class Recipe(nn.Module):
         memory: Tensor,
         proposals: Proposals | None,
         targets: Sequence[Target],
+        whole: EffectiveBatch | None,
     ) -> list[QueryGroup]:
         """Return groups of queries for a training step; proposals are a two-stage encoder's.
 
-        Every step returns groups of the same names, which all processes log together. Shape:
-        memory [N,S,C].
+        Every step returns groups of the same names, which all processes log together. What depends
+        on other images depends on `whole`, the effective batch, which is all of `targets` where
+        it is None. Shape: memory [N,S,C].
         """
-        raise NotImplementedError
+        return []
+
+    def output(self, output: DetectorOutput, decoded: TransformerOutput) -> DetectorOutput:
+        """Return what is detected and learned, in training and in evaluation."""
+        return output
 
 
-RECIPES: Registry[type[Recipe]] = Registry("recipe", __name__, {"one_to_many": ".one_to_many"})
+RECIPES: Registry[type[Recipe]] = Registry("recipe", __name__, {"hybrid": ".hybrid", "mds": ".mds"})
+# Of these a model has one: an option of this name chooses it.
+ALTERNATIVES: Mapping[str, tuple[str, ...]] = {"one_to_many": ("hybrid", "mds")}
 
 
-class RecipeOptions(Mapping[str, type[Any]]):
+class KnownRecipes(Mapping[str, type[Any]]):
     """The dataclass of each recipe's options by its name; one is imported when it is asked for."""
+
+    alternatives = ALTERNATIVES
 
     def __getitem__(self, name: str) -> type[Any]:
         return RECIPES[name].options_class

@@ -32,7 +32,7 @@ from engine.checkpoint import CheckpointFolder
 from engine.probe import peak_memory
 from engine.run_log import RunLog
 from models.build import build_model
-from util.batch import Batch, Target, pad_images
+from util.batch import Batch, EffectiveBatch, Target, pad_images
 from util.device import pick_device
 from util.distributed import destroy_process_group, init_process_group
 from util.random_state import seed_everything
@@ -110,9 +110,9 @@ def run_setting(options: argparse.Namespace) -> None:
         )
         train_step = trainer.train_step
 
-        def timed(micro_batches: Sequence[Batch], boxes: float) -> dict[str, Tensor]:
+        def timed(micro_batches: Sequence[Batch], whole: EffectiveBatch) -> dict[str, Tensor]:
             started = time.perf_counter()
-            metrics = train_step(micro_batches, boxes)
+            metrics = train_step(micro_batches, whole)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)

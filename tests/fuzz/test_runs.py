@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from configs.load import Given, load_file
 from configs.schema import SECTIONS, Config
-from engine.guards.guard import write_data_report
+from engine.data_report import write_data_report
 from engine.run_log import RunLog
 from tests.fuzz.mutations import (
     EXAMPLES,
@@ -72,4 +72,4 @@ def test_reports_on_the_data_of_a_run(tmp_path: Path, data: st.DataObject) -> No
     text = json.dumps(data.draw(exchanged(sound, values))).encode()
     path.write_bytes(text if data.draw(st.booleans()) else data.draw(mutated([text])))
     with only_refused():
-        write_data_report(path, sound, continued=True)
+        write_data_report(tmp_path, sound, continued=True)

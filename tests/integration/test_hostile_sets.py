@@ -40,7 +40,7 @@ def test_images_that_are_no_files_are_missing_or_unreadable(hostile: Path, tmp_p
     assert all(name in done.output for name in names)
 
 
-def test_copied_images_lead_out_of_no_set(tmp_path: Path) -> None:
+def test_conversion_never_copies_images_from_outside_the_set(tmp_path: Path) -> None:
     data, secret = tmp_path / "data", tmp_path / "secret.png"
     (data / "train2017").mkdir(parents=True)
     (data / "annotations").mkdir()

@@ -10,17 +10,15 @@ from engine.detector import Detector
 from main import main
 from tests.integration.conftest import TINY, read_log, run_cli
 
-KEY = "recipes.one_to_many.query_embed.weight"
+KEY = "recipes.hybrid.query_embed.weight"
 PLAIN = ("--no_two_stage", "--no_with_box_refine")
 
 
-def test_hybrid_matching_trains_resumes_and_detects_as_in_its_validation(
-    shapes: Path, tmp_path: Path
-) -> None:
+def test_hybrid_matching_trains_resumes_and_evaluates_alike(shapes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = run_cli(
         "train", "--config", TINY, *PLAIN, "--coco_path", shapes, "--output_dir", folder,
-        "--epochs", "1", "--recipes", "one_to_many", "--num_queries_one2many", "9",
+        "--epochs", "1", "--recipes", "hybrid", "--num_queries_one2many", "9",
         "--k_one2many", "2", "--eval_every", "1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -30,7 +28,7 @@ def test_hybrid_matching_trains_resumes_and_detects_as_in_its_validation(
         assert f"test_{name}" not in log
     config = yaml.safe_load((folder / "config.yaml").read_text())
     expected = {"num_queries_one2many": 9, "k_one2many": 2, "lambda_one2many": 1.0}
-    assert config["recipes"] == {"one_to_many": expected}
+    assert config["recipes"] == {"hybrid": expected}
 
     first = torch.load(folder / "last.pth", weights_only=True)["model"][KEY]
     assert first.shape == (9, 2 * 32)
@@ -59,11 +57,11 @@ def test_a_resumed_run_keeps_its_recipes_and_a_new_one_may_drop_those_of_its_fil
     common = ["--no_tensorboard", "--no_probe", "--device", "cpu", "--max_steps", "1"]
     new = ["train", "--config", TINY, "--coco_path", str(shapes), *common, "--output_dir"]
     folder = tmp_path / "run"
-    flags = ["--recipes", "one_to_many", "--k_one2many", "2", "--num_queries_one2many", "9"]
+    flags = ["--recipes", "hybrid", "--k_one2many", "2", "--num_queries_one2many", "9"]
     assert main([*new, str(folder), *flags]) == 0
-    for other in (["--recipes"], ["--recipes", "one_to_many", "--k_one2many", "3"]):
+    for other in (["--recipes"], ["--recipes", "hybrid", "--k_one2many", "3"]):
         assert main(["train", "--resume", str(folder / "last.pth"), *other]) == 2
-        assert "one_to_many" in capsys.readouterr().err
+        assert "hybrid" in capsys.readouterr().err
     again = ["train", "--config", str(folder / "config.yaml"), "--recipes", "--output_dir"]
     assert main([*again, str(tmp_path / "plain")]) == 0
     assert "train_loss_ce_one2many" in read_log(folder)[-1]

@@ -149,7 +149,7 @@ def test_an_unknown_name_is_named_with_the_nearest() -> None:
         small_model(encoder="dense")
     with pytest.raises(ConfigError, match=r"loss loss_gio: does not exist. Did you mean"):
         build_criterion(LossConfig(extra_losses=("loss_gio",)))
-    with pytest.raises(ConfigError, match=r"'loss_ce=much' has no number after '='"):
-        build_criterion(LossConfig(extra_losses=("loss_ce=much",)))
+    with pytest.raises(ConfigError, match=r"'loss_giou=much' has no number after '='"):
+        build_criterion(LossConfig(extra_losses=("loss_giou=much",)))
     with pytest.raises(ConfigError, match="recipe one_to_may: does not exist. Did you mean"):
         build_model(small_config(), num_classes=5, recipes={"one_to_may": None})

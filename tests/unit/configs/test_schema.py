@@ -20,6 +20,7 @@ from configs.schema import (
     RunConfig,
 )
 from engine.commands.eval import EvalOptions
+from models.build import build_criterion
 from util.errors import ConfigError
 
 PRESETS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
@@ -42,7 +43,7 @@ def test_defaults_are_the_published_recipe() -> None:
         256, 8, 300, 1024,
     )  # fmt: skip
     assert (loss.set_cost_class, loss.set_cost_bbox, loss.set_cost_giou) == (2, 5, 2)
-    assert (loss.cls_loss_coef, loss.bbox_loss_coef, loss.giou_loss_coef) == (2, 5, 2)
+    assert build_criterion(loss).weights == {"loss_ce": 2, "loss_bbox": 5, "loss_giou": 2}
     assert (optim.lr, optim.lr_backbone, optim.lr_linear_proj_mult) == (2e-4, 2e-5, 0.1)
     assert (optim.weight_decay, optim.epochs, optim.lr_drop) == (1e-4, 50, 40)
     assert optim.clip_max_norm == 0.1
@@ -70,7 +71,7 @@ def test_defaults_are_the_published_recipe() -> None:
         (EvalOptions, {"max_dets": -1}, "max_dets: must be at least 0, not -1."),
     ],
 )
-def test_contradictions_and_bounds_are_told_in_one_line(
+def test_contradictions_and_bounds_are_one_line_errors(
     section: type[Any], values: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
@@ -151,7 +152,7 @@ def test_presets_load_and_say_what_they_reproduce(preset: Path) -> None:
     assert preset.read_text(encoding="utf-8").startswith("#")
 
 
-def test_a_recipe_of_augmentation_yields_to_options_given_besides() -> None:
+def test_an_augmentation_recipe_yields_to_explicit_options() -> None:
     assert Given({}).config().data == Given({"data": {"augment": "official"}}).config().data
     strong = Given({"data": {"augment": "strong", "mosaic": 0.0}}).config().data
     assert (strong.mosaic, strong.mixup, strong.random_crop) == (0.0, 0.1, False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from configs.schema import ModelConfig
 from engine.claims import check_claims
 from models.build import build_model
-from models.recipes.one_to_many import Options
+from models.recipes.hybrid import Options
 from models.weights.official import check_sizes
 from tests.unit.models.small import VARIANTS, small_config
 from util.errors import CheckpointError, ConfigError
@@ -87,11 +87,9 @@ def test_parts_may_be_missing_and_recipes_count() -> None:
     config = small_config()
     weights = build_model(config, num_classes=5).state_dict()
     check_claims(config, {k: v for k, v in weights.items() if "backbone" not in k}, "x.pth")
-    check_claims(config, weights, "x.pth", recipes={"one_to_many": Options()})
+    check_claims(config, weights, "x.pth", recipes={"hybrid": Options()})
     with pytest.raises(CheckpointError, match="describes a model"):
-        check_claims(
-            replace(config, hidden_dim=2048), {}, "x.pth", recipes={"one_to_many": Options()}
-        )
+        check_claims(replace(config, hidden_dim=2048), {}, "x.pth", recipes={"hybrid": Options()})
 
 
 def test_a_model_that_does_not_exist_is_named() -> None:

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model, compile_model, set_checkpointing
 from models.deformable_detr import DeformableDETR
-from models.recipes.one_to_many import Options
+from models.recipes.hybrid import Options
 from tests.lanes import some
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
@@ -64,7 +64,7 @@ def test_training_and_evaluation_are_one_graph_each_and_compute_the_same(variant
         wanted, output = plain.eval()(batch), compiled.eval()(batch)
     torch.testing.assert_close(output["pred_logits"], wanted["pred_logits"])
     for ours, theirs in zip(output["groups"], wanted["groups"], strict=True):
-        assert (ours.name, ours.targets) == (theirs.name, theirs.targets)
+        assert (ours.name, ours.learning.targets) == (theirs.name, theirs.learning.targets)
         torch.testing.assert_close((ours.logits, ours.boxes), (theirs.logits, theirs.boxes))
     assert counter.frame_count == 2
 
@@ -73,7 +73,7 @@ def test_training_and_evaluation_are_one_graph_each_and_compute_the_same(variant
 @variants
 def test_a_recipe_compiles_once_for_any_number_of_boxes(variant: str) -> None:
     torch.compiler.reset()
-    recipes = {"one_to_many": Options(num_queries_one2many=9, k_one2many=2)}
+    recipes = {"hybrid": Options(num_queries_one2many=9, k_one2many=2)}
     options = VARIANTS[variant] | {"num_feature_levels": 5}
     plain, compiled = small(recipes, **options), small(recipes, **options)
     counter = CompileCounter()

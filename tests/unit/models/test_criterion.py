@@ -10,7 +10,7 @@ from torch import Tensor
 
 from configs.schema import LossConfig
 from models.build import build_criterion
-from models.queries import DetectorOutput, GroupOutput, objects_of_one_class
+from models.queries import DetectorOutput, GroupOutput, Learning, objects_of_one_class
 from tests.unit.models.definitions import Coefficients, Target, random_targets, total_loss
 
 CLASSES = 3
@@ -30,7 +30,7 @@ def coefficients_of(config: LossConfig) -> Coefficients:
     """Return the same coefficients for the written-out loss."""
     return Coefficients(
         cost=(config.set_cost_class, config.set_cost_bbox, config.set_cost_giou),
-        loss=(config.cls_loss_coef, config.bbox_loss_coef, config.giou_loss_coef),
+        loss=(config.cls_loss_coef or 2.0, config.bbox_loss_coef, config.giou_loss_coef),
         alpha=config.focal_alpha,
     )
 
@@ -49,7 +49,8 @@ def random_outputs(
     if tokens:
         logits = leaf(1, n, tokens, classes).requires_grad_()
         boxes = leaf(1, n, tokens, 4).sigmoid().detach().requires_grad_()
-        groups.append(GroupOutput("_enc", logits, boxes, targets=objects_of_one_class))
+        learning = Learning(targets=objects_of_one_class)
+        groups.append(GroupOutput("_enc", logits, boxes, learning))
     return outputs_of(groups)
 
 
@@ -161,7 +162,7 @@ def test_parts_of_a_batch_that_share_its_count_add_up_to_it(
 
 
 @pytest.mark.parametrize("counts", [[2, 1], [0, 0]])
-def test_predictions_that_are_not_finite_show_in_the_loss(counts: list[int]) -> None:
+def test_non_finite_predictions_make_the_loss_non_finite(counts: list[int]) -> None:
     targets = random_targets(counts, CLASSES)
     for bad in (float("nan"), float("inf")):
         outputs = random_outputs(2)

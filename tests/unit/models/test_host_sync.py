@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import LossConfig
 from models.build import build_criterion
-from models.recipes.one_to_many import OneToMany, Options
+from models.recipes.hybrid import Hybrid, Options
 from tests.lanes import some
 from tests.unit.models.small import VARIANTS, random_images, small_model
 from util.batch import pad_images
@@ -34,7 +34,7 @@ class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @pytest.mark.parametrize("variant", some(VARIANTS, "two_stage"))
 def test_no_operator_of_a_step_waits_for_the_device(variant: str, counts: tuple[int, int]) -> None:
     model = small_model(**VARIANTS[variant]).train()
-    model.recipes["one_to_many"] = OneToMany(Options(), model.transformer, num_classes=5).double()
+    model.recipes["hybrid"] = Hybrid(Options(), model.transformer, num_classes=5).double()
     batch = pad_images(random_images((65, 90), (50, 70)))
     targets = [
         {"labels": torch.zeros(n, dtype=torch.int64), "boxes": torch.full((n, 4), 0.3)}

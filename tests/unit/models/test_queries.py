@@ -12,7 +12,7 @@ from configs.schema import LossConfig
 from models.build import build_criterion
 from models.decoder import DecoderOutput
 from models.matcher import HungarianMatcher, Matches, PaddedTargets, pad_targets
-from models.queries import DetectorOutput, GroupOutput, QueryGroup
+from models.queries import DetectorOutput, GroupOutput, Learning, QueryGroup
 from models.transformer import TransformerOutput
 from tests.unit.models.definitions import Coefficients, layer_losses, random_targets
 from tests.unit.models.small import VARIANTS, random_images, small_model
@@ -64,7 +64,7 @@ def test_no_group_sees_another(variant: str) -> None:
         torch.testing.assert_close(b[:, :detecting], a, rtol=1e-12, atol=1e-12)
 
 
-def test_a_mask_holds_within_its_group() -> None:
+def test_a_mask_applies_within_its_group() -> None:
     run = decode("plain")
     group = random_group("_a", 6, 2)
     blocked = torch.arange(6)[:, None] // 3 != torch.arange(6) // 3  # two halves
@@ -112,7 +112,7 @@ def test_a_group_learns_from_targets_of_its_own_with_a_divisor_of_its_own() -> N
     detecting, more = predictions(2, 6), predictions(2, 4)
     outputs = outputs_of(
         GroupOutput("", *detecting),
-        GroupOutput("_more", *more, targets=first_alone, divisor=2.5),
+        GroupOutput("_more", *more, Learning(targets=first_alone, divisor=2.5)),
     )
     losses = build_criterion(LossConfig())(outputs, targets)
     own = [{"labels": t["labels"][:1] * 0, "boxes": t["boxes"][:1]} for t in targets]
@@ -136,7 +136,8 @@ def test_known_matches_are_not_searched_for() -> None:
     # the pairs of layer 0 for all layers
     known = Matches(found.image, found.query[:1], found.target[:1])
     outputs = outputs_of(
-        GroupOutput("", logits, boxes), GroupOutput("_known", logits, boxes, matches=known)
+        GroupOutput("", logits, boxes),
+        GroupOutput("_known", logits, boxes, Learning(matches=known)),
     )
     losses = build_criterion(LossConfig())(outputs, targets)
     queries, chosen = known.query[0], known.target[0]

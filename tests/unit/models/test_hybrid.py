@@ -12,7 +12,7 @@ from models.build import build_criterion, build_model
 from models.deformable_detr import DeformableDETR
 from models.queries import DetectorOutput, GroupOutput
 from models.recipes import RECIPES
-from models.recipes.one_to_many import OneToMany, Options
+from models.recipes.hybrid import Hybrid, Options
 from models.weights.transfer import load_strict, transfer
 from tests.unit.models.definitions import Coefficients, Target, layer_losses, random_targets
 from tests.unit.models.small import VARIANTS, group_of, perturb, random_images, small_config
@@ -30,7 +30,7 @@ def hybrid_model(variant: str, options: Options = OPTIONS) -> DeformableDETR:
     """Return a perturbed float64 detector in training mode, without dropout."""
     config = small_config(dropout=0.0, **VARIANTS[variant])
     torch.manual_seed(0)
-    model = build_model(config, num_classes=CLASSES, recipes={"one_to_many": options}).double()
+    model = build_model(config, num_classes=CLASSES, recipes={"hybrid": options}).double()
     perturb(model)
     return model.train()
 
@@ -42,8 +42,8 @@ def run(model: DeformableDETR, targets: list[Target]) -> DetectorOutput:
     return outputs
 
 
-def test_it_is_found_by_name() -> None:
-    assert RECIPES["one_to_many"] is OneToMany
+def test_the_recipe_is_found_by_name() -> None:
+    assert RECIPES["hybrid"] is Hybrid
     assert Options() == Options(num_queries_one2many=1500, k_one2many=6, lambda_one2many=1.0)
     for wrong in ({"num_queries_one2many": 0}, {"k_one2many": 0}, {"lambda_one2many": 0.0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -126,7 +126,7 @@ def images() -> list[Tensor]:
 
 
 @variants
-def test_nothing_of_it_is_left_in_evaluation(variant: str) -> None:
+def test_evaluation_leaves_the_recipe_out(variant: str) -> None:
     model = hybrid_model(variant).eval()
     targets = random_targets([1, 1], CLASSES)
     assert all(group.name != "_one2many" for group in run(model, targets)["groups"])
@@ -134,18 +134,18 @@ def test_nothing_of_it_is_left_in_evaluation(variant: str) -> None:
 
 
 @variants
-def test_keys_are_those_of_the_plain_model_and_its_own(variant: str) -> None:
+def test_keys_are_the_plain_models_and_the_recipes_own(variant: str) -> None:
     model = hybrid_model(variant)
     torch.manual_seed(0)
     plain = build_model(small_config(dropout=0.0, **VARIANTS[variant]), num_classes=CLASSES)
-    own = [] if variant == "two_stage" else ["recipes.one_to_many.query_embed.weight"]
+    own = [] if variant == "two_stage" else ["recipes.hybrid.query_embed.weight"]
     assert list(model.state_dict()) == [*plain.state_dict(), *own]
     assert [n for n, _ in model.named_parameters()] == [*dict(plain.named_parameters()), *own]
     torch.manual_seed(0)
     fresh = build_model(
         small_config(dropout=0.0, **VARIANTS[variant]),
         num_classes=CLASSES,
-        recipes={"one_to_many": OPTIONS},
+        recipes={"hybrid": OPTIONS},
     ).state_dict()
     for name, value in plain.state_dict().items():
         assert torch.equal(fresh[name], value), name
@@ -163,7 +163,7 @@ def test_every_parameter_learns(variant: str, counts: list[int]) -> None:
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
-def test_an_image_with_few_tokens_has_the_same_losses_of_nothing() -> None:
+def test_an_image_with_few_tokens_has_the_same_losses_without_objects() -> None:
     model = hybrid_model("two_stage")
     targets = random_targets([2], CLASSES)
     outputs = model(pad_images(random_images((32, 32))), targets)  # 22 tokens
@@ -182,11 +182,11 @@ def test_an_image_with_few_tokens_has_the_same_losses_of_nothing() -> None:
 def test_parts_of_an_effective_batch_add_up_to_it() -> None:
     targets = random_targets([0, 3, 1], CLASSES)
     criterion = build_criterion(LossConfig())
-    recipe = OneToMany(OPTIONS, hybrid_model("plain").transformer, num_classes=CLASSES)
+    recipe = Hybrid(OPTIONS, hybrid_model("plain").transformer, num_classes=CLASSES)
     logits = torch.randn(2, 3, 20, CLASSES, dtype=torch.float64)
     boxes = torch.rand(2, 3, 20, 4, dtype=torch.float64)
-    group = GroupOutput("_one2many", logits, boxes, recipe.repeated, divisor=recipe.divisor)
-    detecting = replace(group, name="", targets=None, divisor=1.0)
+    group = GroupOutput("_one2many", logits, boxes, recipe.learning)
+    detecting = GroupOutput("", logits, boxes)
     outputs = DetectorOutput(groups=[detecting, group])
     whole = criterion(outputs, targets)
     total = dict.fromkeys(whole, torch.zeros(()))
@@ -204,7 +204,7 @@ def test_weights_of_a_plain_model_start_it_and_its_own_start_a_plain_one() -> No
     hybrid, names = hybrid_model("plain"), tuple("abcde")
     plain = build_model(small_config(dropout=0.0), num_classes=CLASSES).double()
     perturb(plain)
-    classes, key = Classes(tuple(range(5)), names), "recipes.one_to_many.query_embed.weight"
+    classes, key = Classes(tuple(range(5)), names), "recipes.hybrid.query_embed.weight"
     before = hybrid.state_dict()[key].clone()
     report = transfer(hybrid, plain.state_dict(), source_classes=classes, target_classes=classes)
     assert report.reinitialised == {key: "not in the checkpoint"}

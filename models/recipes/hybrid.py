@@ -7,20 +7,19 @@ from all of them (Sec. 3.2, hybrid branch scheme).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
-from configs.options import Checked, option
+from configs.options import option
 from models.matcher import PaddedTargets
-from models.queries import Proposals, QueryGroup
-from models.recipes import RECIPES, Recipe
+from models.queries import Learning, Proposals, QueryGroup
+from models.recipes import RECIPES, Recipe, RecipeOptions
 from models.transformer import DeformableTransformer
-from util.batch import Target
+from util.batch import EffectiveBatch, Target
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Checked):
+class Options(RecipeOptions):
     """Options of hybrid matching, under their official names."""
 
     num_queries_one2many: int = option(1500, "additional queries in training", low=1, most=100_000)
@@ -28,8 +27,8 @@ class Options(Checked):
     lambda_one2many: float = option(1.0, "weight of the losses of these queries", above=0)
 
 
-@RECIPES.register("one_to_many")
-class OneToMany(Recipe):
+@RECIPES.register("hybrid")
+class Hybrid(Recipe):
     """The proposals that rank next or, in a model of one stage, learned queries of its own."""
 
     options_class = Options
@@ -40,9 +39,11 @@ class OneToMany(Recipe):
         super().__init__(options, transformer, num_classes=num_classes)
         self.num_queries, self.repeats = options.num_queries_one2many, options.k_one2many
         # the targets are repeated, and with them the number of boxes that losses are divided by
-        self.divisor = self.repeats / options.lambda_one2many
-        width = transformer.d_model * 2
-        self.query_embed = None if transformer.two_stage else nn.Embedding(self.num_queries, width)
+        divisor = self.repeats / options.lambda_one2many
+        self.learning = Learning(targets=self.repeated, divisor=divisor)
+        self.query_embed: nn.Embedding | None = None
+        if transformer.learned_width:
+            self.query_embed = nn.Embedding(self.num_queries, transformer.learned_width)
 
     def queries(
         self,
@@ -50,16 +51,17 @@ class OneToMany(Recipe):
         memory: Tensor,
         proposals: Proposals | None,
         targets: Sequence[Target],
+        whole: EffectiveBatch | None,
     ) -> list[QueryGroup]:
         """Return the one group, which may be empty where an image has few tokens."""
-        learning: dict[str, Any] = {"targets": self.repeated, "divisor": self.divisor}
-        if self.query_embed is not None:
-            embedding = self.query_embed.weight
-            return [transformer.from_embedding("_one2many", embedding, len(memory), **learning)]
-        assert proposals is not None
+        learned = None if self.query_embed is None else self.query_embed.weight
+        if proposals is None:
+            assert learned is not None
+            count = len(memory)
+            return [transformer.from_embedding("_one2many", learned, count, self.learning)]
         first = transformer.num_queries
         boxes = proposals.best(first, first + self.num_queries)
-        return [transformer.from_boxes("_one2many", boxes, **learning)]
+        return [transformer.from_boxes("_one2many", boxes, learned, self.learning)]
 
     def repeated(self, targets: PaddedTargets) -> PaddedTargets:
         """Return every target `repeats` times; as before, padding comes last in each row."""

@@ -1,0 +1,111 @@
+"""Classification losses by name: what a score should say, and how much each error counts.
+
+The focal loss teaches a score to say what is there. The others teach it to say how well the box
+fits as well: the score that keeps a detection is then that of its best box.
+
+All are sums over a batch, of every layer, before the division by the number of boxes. z is a
+logit, p its sigmoid, u the IoU of a matched prediction with its object, y 1 for the class of a
+query that is matched and else 0. No gradient passes through u.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
+
+from models.assigned import Assigned
+from util.registry import Registry
+
+Loss = Callable[[Assigned], Tensor]  # the sum over the batch, of each layer: [G]
+
+
+class ClassLoss(NamedTuple):
+    """A loss of the scores, and its coefficient unless an option gives another."""
+
+    function: Loss
+    coefficient: float
+
+
+CLASS_LOSSES: Registry[ClassLoss] = Registry("cls_loss", __package__, {})
+
+
+def class_loss(name: str, *, coefficient: float) -> Callable[[Loss], Loss]:
+    """Return a decorator that adds a classification loss."""
+
+    def register(function: Loss) -> Loss:
+        CLASS_LOSSES.register(name)(ClassLoss(function, coefficient))
+        return function
+
+    return register
+
+
+@class_loss("focal", coefficient=2.0)
+def focal(assigned: Assigned) -> Tensor:
+    """Focal loss of all queries: most see background, which cross-entropy would learn alone.
+
+    Every class is a question of its own. Unlike DETR's softmax, it needs no class for "no object":
+    of background, all are false (Sec. 5).
+    """
+    loss: Tensor = sigmoid_focal_loss(assigned.logits, assigned.classes, alpha=assigned.focal_alpha)
+    return loss.sum((1, 2, 3))
+
+
+@class_loss("vfl", coefficient=1.0)
+def varifocal(assigned: Assigned) -> Tensor:
+    """Varifocal loss: a score should be u, and good boxes count more (arXiv 2008.13367, Eq. 2)."""
+    z, y = assigned.logits, assigned.classes
+    target = assigned.on_classes(assigned.iou)
+    # alpha of the focal loss weighs positives, 1 - alpha the rest
+    weight = (1 - assigned.focal_alpha) * z.detach().sigmoid() ** 2 * (1 - y) + target
+    return (F.binary_cross_entropy_with_logits(z, target, reduction="none") * weight).sum((1, 2, 3))
+
+
+@class_loss("mal", coefficient=1.0)
+def matchability_aware(assigned: Assigned, gamma: float = 1.5) -> Tensor:
+    """Matchability-aware loss: a bad match counts in full (DEIM, arXiv 2412.04234, Eq. 3)."""
+    z, y = assigned.logits, assigned.classes
+    target = assigned.on_classes(assigned.iou**gamma)
+    weight = z.detach().sigmoid() ** gamma * (1 - y) + y
+    return (F.binary_cross_entropy_with_logits(z, target, reduction="none") * weight).sum((1, 2, 3))
+
+
+@class_loss("ia_bce", coefficient=1.0)
+def iou_aware_bce(assigned: Assigned, alpha: float = 0.25) -> Tensor:
+    """IoU-aware cross-entropy: a score should be p^a u^(1-a) (Align-DETR, arXiv 2304.07527)."""
+    z, y = assigned.logits, assigned.classes
+    p = z.sigmoid()
+    iou = assigned.on_classes(assigned.iou)
+    target = (p.detach() ** alpha * iou ** (1 - alpha)).clamp(min=0.01) * y
+    negative = (1 - target) * y + p**2 * (1 - y)
+    # -t log p - n log(1 - p), where log(1 - p) is log p - z
+    return (negative * z - F.logsigmoid(z) * (target + negative)).sum((1, 2, 3))
+
+
+@class_loss("position_supervised", coefficient=6.0)
+def position_supervised(assigned: Assigned) -> Tensor:
+    """Focal loss whose target is u^2, the best match of an image 1 (arXiv 2304.04742, Eq. 7)."""
+    squared = assigned.on_classes(assigned.iou**2)
+    best = squared.amax((2, 3), keepdim=True)
+    scaled = squared / torch.where(best > 0, best, 1.0)
+    return _focal_towards(assigned, scaled)
+
+
+@class_loss("giou_focal", coefficient=2.0)
+def giou_focal(assigned: Assigned) -> Tensor:
+    """Focal loss whose target is (GIoU + 1) / 2; a two-stage encoder keeps the plain one.
+
+    Rank-DETR, arXiv 2310.08854, Eq. 5.
+    """
+    if assigned.name == "_enc":
+        return focal(assigned)
+    return _focal_towards(assigned, assigned.on_classes((assigned.giou + 1) / 2))
+
+
+def _focal_towards(assigned: Assigned, target: Tensor) -> Tensor:
+    """Return cross-entropy with a soft target, weighted by the squared distance to it."""
+    z, y, alpha = assigned.logits, assigned.classes, assigned.focal_alpha
+    weight = (alpha * y + (1 - alpha) * (1 - y)) * (target - z.sigmoid()) ** 2
+    return (F.binary_cross_entropy_with_logits(z, target, reduction="none") * weight).sum((1, 2, 3))
