@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
 from datasets.class_mapping import map_used_classes
+from datasets.formats.layout import files_below
 from datasets.images import (
     READ_ERRORS,
     TURNED,
@@ -243,7 +244,7 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
         if path.is_file():
             images = [path]
         elif path.is_dir():
-            images = sorted(p for p in path.rglob("*") if is_image(p))
+            images = sorted(p for p in files_below(path) if is_image(p))
         else:
             matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
             images = [p for p in matches if is_image(p)]

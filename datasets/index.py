@@ -30,11 +30,12 @@ from datasets.formats.registry import USUAL, Reading, Source
 from util.classes import Classes
 from util.console import console, in_line
 from util.errors import DataError
-from util.files import atomic_path
+from util.files import atomic_path, read_regular
 
 _CLASSES_SHOWN = 12
 _VERSION = 6  # of the kept arrays and of the checks that fill them
 _MIN_BYTES = 4_000_000  # smaller files are read again in a moment
+_MOST_BYTES = 2**34  # of a kept file
 _KEPT = 16  # files
 _DIGEST = 32  # bytes of SHA-256
 
@@ -269,16 +270,26 @@ def _save(file: Path, content: CocoContent) -> None:
 
 
 def _load(file: Path) -> CocoContent | None:
-    """Return what was saved, None where there is nothing sound."""
+    """Return what was saved, None where there is nothing sound, or nothing of this user."""
     try:
-        raw = memoryview(file.read_bytes())
+        if hasattr(os, "geteuid") and file.stat().st_uid != os.geteuid():
+            return None  # others could change the boxes
+        raw = memoryview(read_regular(file, _MOST_BYTES))
     except OSError:
         return None
     with contextlib.suppress(OSError):
         os.utime(file)  # the longest unused goes first
     if hashlib.sha256(raw[_DIGEST:]).digest() != raw[:_DIGEST]:
         return None
-    with np.load(io.BytesIO(raw[_DIGEST:]), allow_pickle=False) as saved:
+    try:
+        return _unpack(raw[_DIGEST:])
+    except Exception:  # what was damaged before it was hashed fails in any way
+        return None
+
+
+def _unpack(data: memoryview) -> CocoContent:
+    """Return the content of which `_save` made these bytes."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as saved:
         others = json.loads(saved["others"].tobytes())
         return CocoContent(
             Classes.from_json(others["classes"]),

@@ -16,6 +16,7 @@ from PIL import Image
 
 from datasets.arrays import BoolArray, IntArray, Names
 from datasets.checks.findings import FileFacts, Findings, SplitReport
+from datasets.formats.layout import is_hidden, listings
 
 _LISTED = 1_000_000  # files of a folder that are looked through
 _COMPARED = 1_000  # names that a missing one is compared with
@@ -102,15 +103,9 @@ def _list_files(folder: Path) -> list[str]:
     found: list[str] = []
     if folder.resolve() == Path(folder.resolve().anchor):
         return found
-    seen: set[str] = set()
-    for place, folders, _ in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        relative = PurePath(place).relative_to(folder)
-        found += ((relative / name).as_posix() for name in _files(Path(place)) if name[:2] != "._")
+    for place, names in listings(folder, follow_links=True):
+        relative = place.relative_to(folder)
+        found += ((relative / name).as_posix() for name in names if not is_hidden(name))
         if len(found) > _LISTED:
             return []
     return sorted(found)

@@ -19,6 +19,7 @@ from typing import Any
 from datasets.checks.findings import first_few
 from datasets.formats.layout import (
     SPLITS,
+    files_below,
     folders,
     has_file,
     split_names,
@@ -52,7 +53,9 @@ from util.files import make_output_dir, write_atomic
 
 _ANNOTATIONS = ("Annotations", "annotation", "xmls")
 _IMAGES = ("JPEGImages", "images", "image", "imgs", "img", "data")
-_FLAG = re.compile(r"\s+-?[01]$")  # lists of one class say after each name whether it is there
+# Lists of one class say after each name whether it is there. Matched from the first blank of a row
+# on, or a long row would be tried from each of them.
+_FLAG = re.compile(r"(?<!\s)\s+-?[01]$")
 # What XML 1.0 cannot hold, and line breaks, which end a name in a list.
 _NOT_IN_XML = re.compile(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -219,7 +222,7 @@ class _ImageNames:
     def __init__(self, folder: Path) -> None:
         self._by_key: dict[str, list[str]] = defaultdict(list)
         self._by_stem: dict[str, list[str]] = defaultdict(list)
-        for path in sorted(folder.rglob("*")):
+        for path in sorted(files_below(folder)):
             if is_image(path):
                 name = path.relative_to(folder).as_posix()
                 self._by_key[_key(path, folder)].append(name)
