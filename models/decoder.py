@@ -15,8 +15,9 @@ from ops import MSDeformAttn
 
 # N batch, Q queries, S tokens, L levels, C width.
 
-# The number of queries of each group, and which of them must not attend to which.
-Groups = Sequence[tuple[int, Tensor | None]]
+# Of each group its size, which of its queries must not attend to which, and whether they attend
+# to those of the first group as well; the columns of the mask are then all that they attend to.
+Groups = Sequence[tuple[int, Tensor | None, bool]]
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,15 @@ class DeformableDecoderLayer(nn.Module):
 
     def _attend_within(self, groups: Groups, query: Tensor, value: Tensor) -> Tensor:
         """Attend within each group: a query learns of others that find the same object."""
-        sizes = [size for size, _ in groups]
-        parts = zip(groups, torch.split(query, sizes, 1), torch.split(value, sizes, 1), strict=True)
-        attended = [
-            self.self_attn(q, q, v, attn_mask=blocked, need_weights=False)[0]
-            for (size, blocked), q, v in parts
-            if size
-        ]
+        sizes = [size for size, _, _ in groups]
+        queries, values = torch.split(query, sizes, 1), torch.split(value, sizes, 1)
+        attended = []
+        for (size, blocked, sees_first), q, v in zip(groups, queries, values, strict=True):
+            if size == 0:
+                continue
+            k = torch.cat([queries[0], q], dim=1) if sees_first else q
+            v = torch.cat([values[0], v], dim=1) if sees_first else v
+            attended.append(self.self_attn(q, k, v, attn_mask=blocked, need_weights=False)[0])
         return torch.cat(attended, dim=1)
 
 
@@ -141,7 +144,7 @@ class DeformableDecoder(nn.Module):
         query_pos = torch.cat([g.position for g in groups], dim=1)
         reference = torch.cat([g.reference for g in groups], dim=1)
         moved = reference  # the same numbers; with `look_forward_twice`, a gradient passes
-        within = [(g.content.shape[1], g.blocked) for g in groups]
+        within = [(g.content.shape[1], _mask(g, groups[0]), g.sees_detecting) for g in groups]
         hidden, references, boxes = [], [], []
         ratios = levels.valid_ratios[:, None]  # [N,1,L,2]
         for index, layer in enumerate(self.layers):
@@ -165,3 +168,11 @@ class DeformableDecoder(nn.Module):
             boxes = [apply_delta(self.heads.delta(i, h), reference) for i, h in enumerate(hidden)]
         logits = [self.heads.logits(i, h) for i, h in enumerate(hidden)]
         return DecoderOutput(hidden, references, logits, boxes)
+
+
+def _mask(group: QueryGroup, detecting: QueryGroup) -> Tensor | None:
+    """Return what blocks attention in a group, with columns for all that it attends to."""
+    if group.blocked is None or not group.sees_detecting:
+        return group.blocked
+    open_columns = group.blocked.new_zeros(len(group.blocked), detecting.content.shape[1])
+    return torch.cat([open_columns, group.blocked], dim=1)
