@@ -89,7 +89,8 @@ class DeformableDETR(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes for a copy, which is not compiled."""
-        return {k: v for k, v in super().__getstate__().items() if k != "_compiled"}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in state.items() if name != "_compiled"}
 
     def _detect(self, batch: PaddedBatch, prepared: list[Any]) -> DetectorOutput:
         query_embed = None if self.query_embed is None else self.query_embed.weight

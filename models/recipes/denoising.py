@@ -126,21 +126,19 @@ class Denoising(Recipe):
             slots = np.arange(size).reshape(place)[:, 0, :count]  # of positive copies
             objects = np.broadcast_to(np.arange(count), slots.shape)
             pairs.append(np.stack([np.full(slots.shape, image), slots, objects]).reshape(3, -1))
+        group_of = np.arange(room) // max(self.kinds * most, 1)
+        group_of[size:] = groups  # spare slots see each other, and the queries that detect
         weight = self.label_enc.weight
-        matched, group_of, of_label = (
+        image, slot, of_target, group, label = (
             torch.from_numpy(array).to(weight.device, non_blocking=True)
-            for array in (
-                np.concatenate(pairs, axis=1),
-                np.minimum(np.arange(room) // max(self.kinds * most, 1), groups),
-                labels,
-            )
+            for array in (*np.concatenate(pairs, axis=1), group_of, labels)
         )
         return Noised(
-            of_label,
+            label,
             torch.from_numpy(boxes).to(weight, non_blocking=True),
-            group_of[:, None] != group_of,
+            group[:, None] != group,
             Learning(
-                matches=Matches(matched[0], matched[1:2], matched[2:3]),
+                matches=Matches(image, slot[None], of_target[None]),
                 divisor=groups,  # each object is learned once in every group
                 size=size,
             ),

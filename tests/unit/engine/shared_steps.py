@@ -22,6 +22,7 @@ from engine.run_log import RunLog
 from engine.trainer import Trainer
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
+from models.recipes.denoising import Options as DenoisingOptions
 from models.recipes.hybrid import Options
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, small_config
@@ -35,7 +36,12 @@ BROKEN = (1, 4, 7, 10)  # all images of the second of three
 SHARES = {1: (1, 4), 2: (2,), 3: (1, 4)}  # processes: micro-batches of each
 CASES: dict[str, dict[str, Any]] = {
     **{variant: {"variant": variant} for variant in VARIANTS},
-    "hybrid": {"recipe": True},
+    "hybrid": {"recipes": {"hybrid": Options(num_queries_one2many=20, k_one2many=3)}},
+    "denoising": {"recipes": {"denoising": DenoisingOptions(num_denoising=20)}},
+    "denoising, two-stage": {
+        "recipes": {"denoising": DenoisingOptions(num_denoising=20)},
+        "variant": "two_stage",
+    },
     "broken": {"broken": BROKEN},
     "poisoned": {"poisoned": 2},
 }
@@ -143,7 +149,7 @@ def run_steps(
     accumulation: int,
     *,
     variant: str = "plain",
-    recipe: bool = False,
+    recipes: Mapping[str, Any] | None = None,
     broken: tuple[int, ...] = (),
     poisoned: int = -1,
 ) -> Result:
@@ -156,8 +162,6 @@ def run_steps(
         run=RunConfig(output_dir=str(folder)),
     )
     torch.manual_seed(0)
-    options = Options(num_queries_one2many=20, k_one2many=3)
-    recipes = {"hybrid": options} if recipe else None
     model = build_model(config.model, num_classes=CLASSES, frozen_stages=0, recipes=recipes)
     perturb(model)
     before = [p.detach().clone() for p in model.parameters()]

@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import LossConfig
 from models.build import build_criterion
+from models.recipes.denoising import Denoising
+from models.recipes.denoising import Options as DenoisingOptions
 from models.recipes.hybrid import Hybrid, Options
 from tests.lanes import some
 from tests.unit.models.small import VARIANTS, random_images, small_model
@@ -35,9 +37,15 @@ class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_no_operator_of_a_step_waits_for_the_device(variant: str, counts: tuple[int, int]) -> None:
     model = small_model(**VARIANTS[variant]).train()
     model.recipes["hybrid"] = Hybrid(Options(), model.transformer, num_classes=5).double()
+    denoising = Denoising(DenoisingOptions(), model.transformer, num_classes=5)
+    model.recipes["denoising"] = denoising.double()
     batch = pad_images(random_images((65, 90), (50, 70)))
     targets = [
-        {"labels": torch.zeros(n, dtype=torch.int64), "boxes": torch.full((n, 4), 0.3)}
+        {
+            "image_id": torch.tensor(n),
+            "labels": torch.zeros(n, dtype=torch.int64),
+            "boxes": torch.full((n, 4), 0.3),
+        }
         for n in counts
     ]
     with Record() as record:
