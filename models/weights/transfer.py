@@ -18,6 +18,7 @@ from util.errors import CheckpointError
 
 _HEAD = re.compile(r"(transformer\.decoder\.)?(class|bbox)_embed\.(\d+)\.(.+)")
 _QUERIES = "query_embed.weight"
+_LABELS = "recipes.denoising.label_enc.weight"  # a row for each class, one for none
 _COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none
 BACKBONE = "backbone.0."
 RECIPES = "recipes."  # what only helps training
@@ -109,11 +110,12 @@ def transfer(
 ) -> TransferReport:
     """Start `model` from the weights of another training, as far as they fit.
 
-    Tensors of equal name and shape are copied. Rows of the class heads follow the class name, see
-    `class_names.matching_names`, so labels may have another order or number. A two-stage model
-    ranks proposals by row 0 of the encoder's class head: that row is kept. Missing queries are
-    noisy copies of the first ones (equal queries would never part); of too many, those stay whose
-    reference points lie farthest apart. Everything else keeps its fresh weights and is reported.
+    Tensors of equal name and shape are copied. Rows of class heads and of embedded labels follow
+    the class name, see `class_names.matching_names`, so labels may have another order or number. A
+    two-stage model ranks proposals by row 0 of the encoder's class head: that row is kept. Missing
+    queries are noisy copies of the first ones (equal queries would never part); of too many, those
+    stay whose reference points lie farthest apart. Everything else keeps its fresh weights and is
+    reported.
     Without `backbone`, that of `model`, which is another one, stays as it is and is left out.
 
     Raises:
@@ -141,7 +143,8 @@ def transfer(
                 rows = _RANKING_ROW if int(head[3]) == proposals else pairs
                 _fill(name, tensor, source[origin[name]], rows, report)
             else:
-                _fill(name, tensor, source[origin[name]], None, report)
+                rows = pairs if name == _LABELS else None
+                _fill(name, tensor, source[origin[name]], rows, report)
     filled = {target[n].data_ptr() for n in [*report.copied, *report.by_name, *report.adapted]}
     # a tensor filled under one name is not fresh under another
     for name in [name for name in report.reinitialised if target[name].data_ptr() in filled]:

@@ -20,9 +20,11 @@ from models.queries import DetectorOutput, QueryGroup
 from models.recipes.denoising import Denoising, Noised, Options
 from models.recipes.hybrid import Options as HybridOptions
 from models.recipes.mds import Options as MDSOptions
+from models.weights.transfer import transfer
 from tests.unit.models.definitions import Coefficients, Target, focal, giou, random_targets
 from tests.unit.models.small import VARIANTS, group_of, perturb, random_images, small_config
 from util.batch import EffectiveBatch, pad_images
+from util.classes import Classes
 from util.errors import ConfigError
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -370,6 +372,24 @@ def test_keys_are_those_of_the_plain_model_and_its_own(variant: str) -> None:
         f"recipes.denoising.{name}": shape for name, shape in own.items()
     }
     assert all(state[name].equal(value) for name, value in plain.items())
+
+
+def test_embedded_labels_follow_the_names_of_classes() -> None:
+    source, target = denoising_model("two_stage"), denoising_model("two_stage")
+    perturb(source)
+    key = "recipes.denoising.label_enc.weight"
+    theirs, before = source.state_dict()[key], target.state_dict()[key].clone()
+    theirs[-1] = 7
+    report = transfer(
+        target,
+        source.state_dict(),
+        source_classes=Classes(tuple(range(5)), tuple("abcde")),
+        target_classes=Classes(tuple(range(5)), tuple("caxby")),
+    )
+    assert key in report.by_name
+    found = target.state_dict()[key]
+    assert found[[0, 1, 3]].equal(theirs[[2, 0, 1]])
+    assert found[[2, 4, 5]].equal(before[[2, 4, 5]])
 
 
 def step(model: DeformableDETR) -> dict[str, Tensor]:
