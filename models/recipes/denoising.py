@@ -117,15 +117,15 @@ class Denoising(Recipe):
         labels = np.full((len(targets), room), self.num_classes)
         boxes = np.full((len(targets), room, 4), 0.5)
         pairs = []
-        for image, target in enumerate(targets):
+        for number, target in enumerate(targets):
             count = len(target["labels"])
             place = (groups, self.kinds, most)
             own_labels, own_boxes = self._noised(target, groups, whole)
-            labels[image, :size].reshape(place)[:, :, :count] = own_labels
-            boxes[image, :size].reshape(*place, 4)[:, :, :count] = own_boxes
+            labels[number, :size].reshape(place)[:, :, :count] = own_labels
+            boxes[number, :size].reshape(*place, 4)[:, :, :count] = own_boxes
             slots = np.arange(size).reshape(place)[:, 0, :count]  # of positive copies
             objects = np.broadcast_to(np.arange(count), slots.shape)
-            pairs.append(np.stack([np.full(slots.shape, image), slots, objects]).reshape(3, -1))
+            pairs.append(np.stack([np.full(slots.shape, number), slots, objects]).reshape(3, -1))
         group_of = np.arange(room) // max(self.kinds * most, 1)
         group_of[size:] = groups  # spare slots see each other, and the queries that detect
         weight = self.label_enc.weight

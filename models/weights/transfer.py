@@ -143,8 +143,8 @@ def transfer(
                 rows = _RANKING_ROW if int(head[3]) == proposals else pairs
                 _fill(name, tensor, source[origin[name]], rows, report)
             else:
-                rows = pairs if name == _LABELS else None
-                _fill(name, tensor, source[origin[name]], rows, report)
+                by_class = pairs if name == _LABELS else None
+                _fill(name, tensor, source[origin[name]], by_class, report)
     filled = {target[n].data_ptr() for n in [*report.copied, *report.by_name, *report.adapted]}
     # a tensor filled under one name is not fresh under another
     for name in [name for name in report.reinitialised if target[name].data_ptr() in filled]:

@@ -130,7 +130,7 @@ def test_how_many_pairs_are_blocked(most: int, number: int, groups: int, blocked
 def test_slots_mask_and_pairs_are_those_of_transformers(counts: list[int], number: int) -> None:
     targets = targets_of(counts)
     theirs = [{"class_labels": t["labels"], "boxes": t["boxes"].float()} for t in targets]
-    labels, boxes, mask, meta = get_contrastive_denoising_training_group(
+    labels, boxes, mask, meta = get_contrastive_denoising_training_group(  # type: ignore[no-untyped-call]
         theirs, CLASSES, 6, lambda classes: classes, number, 0.0, 0.0
     )
     options = Options(num_denoising=number, dn_label_noise=0, dn_box_noise=0)
@@ -143,7 +143,7 @@ def test_slots_mask_and_pairs_are_those_of_transformers(counts: list[int], numbe
     assert prepared.learning.divisor == meta["dn_num_group"]
     matches = prepared.learning.matches
     assert matches is not None
-    pairs = RTDetrLoss.get_cdn_matched_indices(meta, theirs)
+    pairs = RTDetrLoss.get_cdn_matched_indices(meta, theirs)  # type: ignore[no-untyped-call]
     image = torch.cat([torch.full_like(q, i) for i, (q, _) in enumerate(pairs)])
     assert matches.image.equal(image)
     assert matches.query[0].equal(torch.cat([q for q, _ in pairs]))
@@ -241,12 +241,12 @@ def test_a_group_sees_itself_and_the_queries_that_detect(
         monkeypatch.setattr(recipe, "prepare", lambda *_, **__: prepared)
         prepared.boxes[:, 4:8] *= 0.9
         after = run(model, targets)
-        logits = [group_of(outputs, "_dn").logits for outputs in (before, after)]
-        same = torch.isclose(*logits, rtol=1e-12, atol=1e-12).all(-1).all(0).all(0)
+        first, second = (group_of(outputs, "_dn").logits for outputs in (before, after))
+        same = torch.isclose(first, second, rtol=1e-12, atol=1e-12).all(-1).all(0).all(0)
         assert same.tolist() == [True] * 4 + [False] * 4 + [True] * 4
         if model.query_embed is not None:
             model.query_embed.weight.add_(torch.randn_like(model.query_embed.weight))
-            assert not torch.isclose(group_of(run(model, targets), "_dn").logits, logits[1]).any()
+            assert not torch.isclose(group_of(run(model, targets), "_dn").logits, second).any()
 
 
 @variants
@@ -286,7 +286,7 @@ def test_without_noise_and_moves_boxes_are_right() -> None:
     options = Options(num_denoising=4, dn_label_noise=0, dn_box_noise=0)
     model = denoising_model("two_stage", options)
     for head in model.bbox_embed:
-        for parameter in head.layers[-1].parameters():  # type: ignore[union-attr]
+        for parameter in head.get_submodule("layers.2").parameters():
             torch.nn.init.zeros_(parameter)
     targets = targets_of([2, 1])
     losses = build_criterion(LossConfig())(run(model, targets), targets)
@@ -310,7 +310,7 @@ def test_beside_the_position_supervised_loss_theirs_is_focal_with_coefficient_1(
 
 
 @pytest.mark.parametrize("cls_loss", ["vfl", "mal", "ia_bce", "giou_focal"])
-def test_other_class_losses_hold_for_it_too(cls_loss: str) -> None:
+def test_other_class_losses_hold_for_it_too(cls_loss: Any) -> None:
     targets = targets_of([2, 0])
     outputs = run(denoising_model("refine"), targets)
     losses = build_criterion(LossConfig(cls_loss=cls_loss))(outputs, targets)
@@ -364,7 +364,7 @@ def test_keys_are_those_of_the_plain_model_and_its_own(variant: str) -> None:
     recipes = {"denoising": OPTIONS}
     model = build_model(small_config(**VARIANTS[variant]), num_classes=CLASSES, recipes=recipes)
     state = model.state_dict()
-    own = {"label_enc.weight": (CLASSES + 1, 64)}
+    own: dict[str, tuple[int, ...]] = {"label_enc.weight": (CLASSES + 1, 64)}
     if variant != "two_stage":
         own |= {"pos_trans.weight": (64, 128), "pos_trans.bias": (64,),
                 "pos_trans_norm.weight": (64,), "pos_trans_norm.bias": (64,)}  # fmt: skip
