@@ -149,7 +149,7 @@ class DataSource(AnnotationOptions):
     )  # fmt: skip
     index_cache: bool = option(
         True, "cache the index of a large COCO-format file in the user's cache folder",
-        off="read COCO-format files anew, without an index in the user's cache folder", rare=True,
+        off="read COCO-format files again, without an index in the user's cache folder", rare=True,
     )  # fmt: skip
 
 

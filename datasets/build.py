@@ -22,6 +22,7 @@ from datasets.transforms import EvalTransform, Mixing, TrainTransform, Transform
 from util.classes import Classes
 from util.console import console
 from util.errors import ConfigError, DataError
+from util.world import World
 
 Split = Literal["train", "val"]
 
@@ -123,16 +124,33 @@ def build_transform(
 
 
 def load_index(
-    cfg: DataConfig, split: Split, *, need_boxes: bool = True, classes: Classes | None = None
+    cfg: DataConfig,
+    split: Split,
+    *,
+    need_boxes: bool = True,
+    classes: Classes | None = None,
+    world: World | None = None,
 ) -> CocoIndex:
     """Read and check a split's annotations; without `need_boxes` there may be none.
 
-    `classes` are the categories of a COCO-format file that has none.
+    `classes` are the categories of a COCO-format file that has none. Of the processes of `world`,
+    the main one reads, and all get the same.
 
     Raises:
-        DataError: see `read_split` and `CocoIndex.from_source`.
+        DataError: see `read_split` and `CocoIndex.from_source`; or the images are not on this
+            process's machine.
     """
+    world = world or World()
     limit_pixels(cfg.max_pixels)
+    index = world.from_main(lambda: _read_index(cfg, split, need_boxes=need_boxes, classes=classes))
+    if not world.main and world.local_rank == 0:
+        index.require_images()
+    return index
+
+
+def _read_index(
+    cfg: DataConfig, split: Split, *, need_boxes: bool, classes: Classes | None
+) -> CocoIndex:
     located = _locate(cfg, split)
     if located and located.data_format != "coco":
         return CocoIndex.from_source(read_split(cfg, split), need_boxes=need_boxes)
@@ -165,8 +183,8 @@ def split_batch(effective: int, *, max_size: int, rank: int = 0, world_size: int
     """
     if effective == 0:
         return BatchSplit(max_size, 1, rank, world_size)
-    own, odd = divmod(effective, world_size)
-    if odd:
+    own, remainder = divmod(effective, world_size)
+    if remainder:
         raise ConfigError(
             f"effective_batch_size {effective}: not a multiple of the {world_size} processes. "
             f"Use {max(own, 1) * world_size}, or another number of processes."

@@ -166,7 +166,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
             return None
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw augmentation anew; call it before the loader is iterated."""
+        """Draw new augmentation; call it before the loader is iterated."""
         self._epoch.fill_(epoch)
 
     def image_sizes(self) -> list[tuple[int, int]]:

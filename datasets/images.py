@@ -26,8 +26,8 @@ READ_ERRORS = (
     Image.DecompressionBombError,
 )
 TURNED = (5, 6, 7, 8)  # orientations that swap width and height
-# What brings the stored pixels upright. Pillow's own function writes all of the EXIF data anew, and
-# fails where any of it is odd.
+# What brings the stored pixels upright. Pillow's own function rewrites all of the EXIF data, and
+# fails where any of it is invalid.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -193,6 +193,16 @@ def orientation_of(image: Image.Image) -> int:
     except (*READ_ERRORS, *_OTHER_ERRORS):
         return 1
     return found if found in _UPRIGHT else 1
+
+
+SMALL_SIDE = 32  # pixels
+
+
+def small_grey(image: Image.Image, orientation: int) -> bytes:
+    """Return a decoded image as a square of `SMALL_SIDE` grey pixels, upright, row by row."""
+    small = _to_rgb(image).resize((SMALL_SIDE, SMALL_SIDE), Image.Resampling.BOX)
+    grey = small.convert("L")
+    return (grey.transpose(_UPRIGHT[orientation]) if orientation != 1 else grey).tobytes()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

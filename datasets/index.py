@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from util.errors import DataError
 from util.files import atomic_path
 
 _CLASSES_SHOWN = 12
-_VERSION = 5  # of the kept arrays and of the checks that fill them
+_VERSION = 6  # of the kept arrays and of the checks that fill them
 _MIN_BYTES = 4_000_000  # smaller files are read again in a moment
 _KEPT = 16  # files
 _DIGEST = 32  # bytes of SHA-256
@@ -97,7 +98,7 @@ class CocoIndex:
                 console(f"  notice: {json_path}: has no categories, so the model's are taken")
                 file = None  # with another model they would be others
             content = check_content(source, need_boxes=need_boxes)
-            with contextlib.suppress(OSError):  # no room or no right to write: read anew next time
+            with contextlib.suppress(OSError):  # no room or no right to write: read again next time
                 if file is not None:
                     _save(file, content)
         return cls.from_content(content, json_path, image_dir, need_boxes=need_boxes)
@@ -174,6 +175,14 @@ class CocoIndex:
     def __len__(self) -> int:
         return len(self.images.ids)
 
+    def require_images(self) -> None:
+        """Raise DataError if none of the images is on this machine."""
+        if not any(os.path.isfile(self.image_dir / name) for name in self.images.file_names):
+            raise DataError(
+                f"{self.image_dir}: none of the images is there on {socket.gethostname()}. Every "
+                "machine of a run must have the same files at the same place."
+            )
+
     @property
     def notices(self) -> list[str]:
         """A line on each kind of thing that was fixed or left out."""
@@ -248,6 +257,8 @@ def _save(file: Path, content: CocoContent) -> None:
         name_data=content.images.file_names.data,
         name_ends=content.images.file_names.ends,
         sizes=content.images.sizes,
+        address_data=content.images.addresses.data,
+        address_ends=content.images.addresses.ends,
         **{f"box_{f.name}": getattr(content.annotations, f.name) for f in fields(Annotations)},
     )
     with atomic_path(file) as temporary, temporary.open("wb") as opened:
@@ -276,6 +287,7 @@ def _load(file: Path) -> CocoContent | None:
                 Names(saved["name_data"], saved["name_ends"]),
                 saved["sizes"],
                 {int(number): str(text) for number, text in others["texts"]},
+                Names(saved["address_data"], saved["address_ends"]),
             ),
             Annotations(*(saved[f"box_{f.name}"] for f in fields(Annotations))),
             tuple(Notice(**notice) for notice in others["notices"]),

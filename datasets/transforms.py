@@ -92,7 +92,7 @@ class TrainTransform:
         return normalise(sample, self.mean, self.std)
 
     def output_size(self, height: int, width: int) -> Size | None:
-        """Return None: the size is drawn anew each time."""
+        """Return None: the size is drawn again each time."""
         return None
 
     def largest_size(self, height: int, width: int) -> Size:

@@ -123,10 +123,15 @@ class Proposals:
         boxes = self.box_logits.detach().gather(1, ranked[..., None].expand(-1, -1, 4))
         return boxes[:, first:].sigmoid()
 
-    def output(self) -> GroupOutput:
-        """Return what the encoder learns from: it only tells objects from background."""
+    def output(self, *, on_anchors: bool = False) -> GroupOutput:
+        """Return what the encoder learns from: it only tells objects from background.
+
+        With `on_anchors`, a token learns the object that its anchor lies best on, else the one
+        that it predicts best.
+        """
         boxes = self.box_logits.sigmoid()
-        learning = Learning(targets=objects_of_one_class)
+        anchors = self.anchors if on_anchors else None
+        learning = Learning(targets=objects_of_one_class, anchors=anchors)
         return GroupOutput("_enc", self.logits[None], boxes[None], learning)
 
 

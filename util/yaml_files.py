@@ -45,7 +45,7 @@ def read_yaml(path: Path, decode: Callable[[bytes], str] = _utf8) -> Any:
     """Return the content of a YAML file; values may share parts, so copy, never walk them.
 
     Raises:
-        OSError: it cannot be read, is no regular file or too large.
+        OSError: it cannot be read, is not a regular file, or is too large.
         yaml.YAMLError: it is not YAML, or would grow too large.
         ValueError: `decode` cannot read it, or has a number of thousands of digits.
     """

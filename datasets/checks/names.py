@@ -21,6 +21,7 @@ _COMPARED = 1_000  # names that a missing one is compared with
 _HINTS = 5  # missing images that get the closest name
 _LONGEST = 255  # characters of a name that is compared
 _END = "end of the path"
+_ADDRESS = "end of its address"
 
 
 def find_files(report: SplitReport) -> dict[int, FileFacts]:
@@ -31,12 +32,14 @@ def find_files(report: SplitReport) -> dict[int, FileFacts]:
     folder and fit nothing in it are left out, with their boxes.
     """
     names = list(report.images.file_names)
+    addresses = report.images.addresses
+    report.images = replace(report.images, addresses=Names.of(()))
     lost = _without_file(report, names)
     if not lost:
         return {}
     folder = report.source.image_dir
     files = _list_files(folder)
-    matched = _match(names, lost, folder, files)
+    matched = _match(names, lost, folder, files, addresses)
     _report_matches(report, names, matched)
     outside = [i for i in lost if i not in matched and not is_inside(names[i])]
     for i, (file, _) in matched.items():
@@ -133,7 +136,11 @@ class _Matches:
 
 
 def _match(
-    names: Sequence[str], lost: Sequence[int], folder: Path, files: Sequence[str]
+    names: Sequence[str],
+    lost: Sequence[int],
+    folder: Path,
+    files: Sequence[str],
+    addresses: Names,
 ) -> dict[int, tuple[str, str]]:
     """Return the file and the way it was found, by position."""
     matches = _Matches(names, lost, folder, set(files))
@@ -162,7 +169,25 @@ def _match(
                 table[key(base_name)].append(file)
         keys = {i: [key(PurePosixPath(rest[i]).name)] for i in matches.lost if i in rest}
         matches.accept({i: (_only(table, own), way) for i, own in keys.items()})
+    if len(addresses) and matches.lost:
+        by_base_name = defaultdict(list)
+        for file in files:
+            by_base_name[PurePosixPath(file).name].append(file)
+        ends = {i: _of_address(addresses[i], matches, by_base_name) for i in matches.lost}
+        matches.accept({i: (file, _ADDRESS) for i, file in ends.items()})
     return matches.found
+
+
+def _of_address(
+    addresses: str, matches: _Matches, by_base_name: Mapping[str, Sequence[str]]
+) -> str | None:
+    """Return the file that one of an image's addresses ends with, or has the base name of."""
+    for address in addresses.splitlines():
+        form = _unquoted(address, Path())
+        found = _tail(form, matches.files) or _only(by_base_name, [PurePosixPath(form).name])
+        if found:
+            return found
+    return None
 
 
 def _forms(name: str, folder: Path) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Write a data set in another format: annotations anew, images linked or copied."""
+"""Write a data set in another format: new annotations, images linked or copied."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ def convert(
 
 
 def _refuse_links_out(indices: Sequence[CocoIndex]) -> None:
-    """Raise DataError if an image is a link to a file outside its set: it may be any file of ours.
+    """Raise DataError if an image is a link to a file outside its set, which may be any file here.
 
     The folder of images may be a link itself.
     """

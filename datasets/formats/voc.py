@@ -69,7 +69,7 @@ def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
     place = find_voc(root, split)
     files = {_key(path, place.annotations): path for path in place.files}
     stems = _listed(place.lists, split, files) if place.lists else set(files)
-    trees, damaged, mended = parse_files(files)
+    trees, damaged, repaired = parse_files(files)
     others, _, _ = parse_files({str(path): path for path in place.other_files})
     every = (*trees.values(), *others.values())
     named = {text_of(found, "name") for tree in every for found in tree.findall("object")}
@@ -99,7 +99,11 @@ def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
         )
     lost = [damaged[stem] for stem in sorted(stems & damaged.keys())]
     lost += [(f"{stem}.xml", "no such file") for stem in sorted(stems - files.keys())]
-    findings = {"unreadable_annotation": lost, "repaired_annotation": mended, "shape_bbox": shaped}
+    findings = {
+        "unreadable_annotation": lost,
+        "repaired_annotation": repaired,
+        "shape_bbox": shaped,
+    }
     if place.every_split:
         findings["odd_layout"] = [
             (

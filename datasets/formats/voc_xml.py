@@ -34,19 +34,19 @@ def parse_xml(data: bytes) -> tuple[ET.Element, str]:
         declared = _ENCODING.match(data)
         encoding = declared.group(1).decode("ascii", "replace") if declared else ""
         text = _DECLARATION.sub("", decode(data, encoding), count=1)
-    mended, strays = _STRAY.subn("&amp;", text)
+    repaired, strays = _STRAY.subn("&amp;", text)
     try:
         return ET.fromstring(text), f"in the encoding {encoding or 'that it does not declare'}"
     except ET.ParseError:
-        return ET.fromstring(mended), f"with {strays} `&` taken as text"
+        return ET.fromstring(repaired), f"with {strays} `&` taken as text"
 
 
 def parse_files(
     files: dict[str, Path],
 ) -> tuple[dict[str, ET.Element], dict[str, tuple[str, str]], list[tuple[str, str]]]:
-    """Return the trees, what is wrong with the files that are not XML, and which were mended."""
+    """Return the trees, what is wrong with the files that are not XML, and which were repaired."""
     trees: dict[str, ET.Element] = {}
-    damaged, mended = {}, []
+    damaged, repaired = {}, []
     for stem, path in files.items():
         try:
             trees[stem], how = parse_xml(read_regular(path, _LARGEST))
@@ -57,8 +57,8 @@ def parse_files(
         except (OSError, ValueError) as error:
             damaged[stem] = (f"{path.name}:1", str(error))
         else:
-            mended += [(path.name, how)] if how else []
-    return trees, damaged, mended
+            repaired += [(path.name, how)] if how else []
+    return trees, damaged, repaired
 
 
 def text_of(element: ET.Element, path: str) -> str:

@@ -6,7 +6,7 @@ with a better score, learns to let the best of them stand.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from models.decoder import DeformableDecoderLayer
 from models.heads import MLP
 from models.layers import ExactLayerNorm, ExactLinear
 from models.one_to_many import assign_by_quality
-from models.queries import DetectorOutput, GroupOutput, Learning
+from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput, Learning
 from models.recipes import RECIPES, Recipe, RecipeOptions
 from models.relations import embedded_relations
 from models.transformer import DeformableTransformer, TransformerOutput
@@ -57,7 +57,9 @@ class MDS(Recipe):
         )
         self.class_embed = ExactLinear(transformer.d_model, num_classes)
         nn.init.constant_(self.class_embed.bias, -math.log((1 - 0.01) / 0.01))
-        self.factors = {"loss_ce": options.mds_cls_factor}
+        self.one_to_many = Learning(
+            assign=assign_by_quality, factors={"loss_ce": options.mds_cls_factor}
+        )
 
     def output(self, output: DetectorOutput, decoded: TransformerOutput) -> DetectorOutput:
         """Return the boxes of the last decoder layer with the scores that are left of them.
@@ -70,15 +72,12 @@ class MDS(Recipe):
         boxes = output["pred_boxes"].detach()
         hidden = decoded.decoder.hidden[-1][:, :size]
         logits = self.class_embed(self.suppressor(hidden, output["pred_logits"], boxes))
-        groups = [GroupOutput("", logits[None], boxes[None])]
+        groups = [GroupOutput("", logits[None], boxes[None], ONE_TO_ONE)]
         if self.training:
-            learning = Learning(assign=assign_by_quality, factors=self.factors)
-            groups.append(replace(many, name="_one2many", learning=learning))
-        for group in output["groups"][1:]:
-            if group.name == "_enc" and decoded.proposals is not None:
-                learning = replace(group.learning, anchors=decoded.proposals.anchors)
-                group = replace(group, learning=learning)
-            groups.append(group)
+            groups.append(GroupOutput("_one2many", many.logits, many.boxes, self.one_to_many))
+        groups += output["groups"][1:]
+        if decoded.proposals is not None:
+            groups[-1] = decoded.proposals.output(on_anchors=True)
         result: DetectorOutput = {
             "pred_logits": logits,
             "pred_boxes": output["pred_boxes"],
@@ -121,7 +120,7 @@ class Suppressor(nn.Module):
             for part in self.in_proj(x).chunk(3, dim=-1)
         )
         key, value = self._beside(key, self.token_key), self._beside(value, self.token_value)
-        bias = self.bias(scores.detach(), boxes.detach()).to(query.dtype)
+        bias = self.bias(scores, boxes).to(query.dtype)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         attended = self.out_proj(attended.transpose(1, 2).flatten(2))
         x = self.norm1(x + attended.to(x.dtype))
@@ -132,9 +131,9 @@ class Suppressor(nn.Module):
     def bias(self, scores: Tensor, boxes: Tensor) -> Tensor:
         """Return what is added to logits of attention; -inf where a query must not look.
 
-        Shape: [N,H,Q,Q+tokens].
+        Nothing is learned through scores and boxes. Shape: [N,H,Q,Q+tokens].
         """
-        best = scores.amax(-1)
+        best, boxes = scores.detach().amax(-1), boxes.detach()
         better = best[:, None, :] > best[:, :, None]  # [N,Q,Q]: the column's is better
         embedded = embedded_relations(boxes, boxes, _FREQUENCIES, scale=1.0)
         relation = self.relation(embedded).permute(0, 3, 1, 2)  # [N,H,Q,Q]

@@ -33,8 +33,9 @@ _EXPECTED = (
     "transformer.encoder.layers.0.self_attn.sampling_offsets.weight",
     "input_proj.0.0.weight",
 )
+_IN_RESNETS = ("layer1.0.conv1.weight", "res2.0.conv1.weight", "res2_0_branch2a_w")
 _USUAL_PLACES = ("", "'model'")  # where the official code saves them
-_WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+_WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
 
 def _official(weights: Mapping[str, Tensor], args: Any, source: str) -> Pretrained:
     if not is_deformable_detr(weights):
-        backbone = any(key.endswith("layer1.0.conv1.weight") for key in weights)
+        backbone = any(key.endswith(_IN_RESNETS) for key in weights)
         hint = (
             "A backbone alone is given as `backbone_weights`."
             if backbone

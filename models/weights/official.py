@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from models.recipes import RECIPES
 from models.weights.class_names import NUM_COCO_LOGITS, coco_logit_classes
 from util.classes import Classes
 from util.errors import CheckpointError, brief
@@ -201,6 +202,13 @@ def published_weights(
                 "torchvision's ResNets and the paper's encoder. Keep our own checkpoint."
             )
     left_out = [name for name in state_dict if name.startswith("recipes.")]
+    needed = sorted({n.split(".")[1] for n in left_out if RECIPES[n.split(".")[1]].detects})
+    needed += [name for name in ("mixed_query_selection",) if options.get(name)]
+    if needed:
+        raise CheckpointError(
+            f"{path}: cannot be written: other implementations have no {needed[0]}, without which "
+            "these weights detect nothing. Keep our own checkpoint."
+        )
     return {
         name: tensor.detach().cpu()
         for name, tensor in state_dict.items()

@@ -1,4 +1,4 @@
-"""What goes wrong outside a run's power: one line, a good checkpoint, and a way to go on."""
+"""Failures that a run cannot prevent: one line, a good checkpoint, and a way to continue."""
 
 import json
 import math
@@ -222,7 +222,9 @@ def test_a_loader_process_that_is_killed(
     assert_same_runs(folder, reference)
 
 
-def test_a_corrupt_image_and_more_boxes_than_queries_are_said(shapes: Path, tmp_path: Path) -> None:
+def test_a_corrupt_image_and_more_boxes_than_queries_are_reported(
+    shapes: Path, tmp_path: Path
+) -> None:
     data = Path(shutil.copytree(shapes, tmp_path / "shapes"))
     victim = sorted((data / "train2017").iterdir())[7]
     victim.write_bytes(victim.read_bytes()[:200])

@@ -42,7 +42,7 @@ def test_images_that_are_no_files_are_missing_or_unreadable(
 
 
 @pytest.mark.parametrize("what", ["annotations", "checkpoint", "detections", "options", "folder"])
-def test_other_files_that_are_none_are_one_line(
+def test_special_files_are_one_line_errors(
     cli: Cli, shapes: Path, tmp_path: Path, what: str
 ) -> None:
     pipe = tmp_path / "pipe"
@@ -61,7 +61,7 @@ def test_other_files_that_are_none_are_one_line(
     assert_one_line(cli(*arguments[what], "--output_dir", tmp_path / "o"), name)
 
 
-def test_copied_images_lead_out_of_no_set(cli: Cli, tmp_path: Path) -> None:
+def test_conversion_never_copies_images_from_outside_the_set(cli: Cli, tmp_path: Path) -> None:
     data, secret = tmp_path / "data", tmp_path / "secret.png"
     (data / "train2017").mkdir(parents=True)
     (data / "annotations").mkdir()

@@ -15,9 +15,7 @@ KEY = "recipes.hybrid.query_embed.weight"
 PLAIN = ("--no_two_stage", "--no_with_box_refine")
 
 
-def test_hybrid_matching_trains_resumes_and_detects_as_in_its_validation(
-    shapes: Path, tmp_path: Path
-) -> None:
+def test_hybrid_matching_trains_resumes_and_evaluates_alike(shapes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = run_cli(
         "train", "--config", TINY, *PLAIN, "--coco_path", shapes, "--output_dir", folder,

@@ -71,7 +71,7 @@ def test_defaults_are_the_published_recipe() -> None:
         (EvalOptions, {"max_dets": -1}, "max_dets: must be at least 0, not -1."),
     ],
 )
-def test_contradictions_and_bounds_are_told_in_one_line(
+def test_contradictions_and_bounds_are_one_line_errors(
     section: type[Any], values: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
@@ -152,7 +152,7 @@ def test_presets_load_and_say_what_they_reproduce(preset: Path) -> None:
     assert preset.read_text(encoding="utf-8").startswith("#")
 
 
-def test_a_recipe_of_augmentation_yields_to_options_given_besides() -> None:
+def test_an_augmentation_recipe_yields_to_explicit_options() -> None:
     assert Given({}).config().data == Given({"data": {"augment": "official"}}).config().data
     strong = Given({"data": {"augment": "strong", "mosaic": 0.0}}).config().data
     assert (strong.mosaic, strong.mixup, strong.random_crop) == (0.0, 0.1, False)

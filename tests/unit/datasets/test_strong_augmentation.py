@@ -56,7 +56,7 @@ def test_the_last_epochs_mix_nothing(content: dict[str, Any], write: Write) -> N
     assert boxes(15) == [1, 1, 1]
 
 
-def test_options_without_effect_are_told(
+def test_options_without_effect_are_reported(
     content: dict[str, Any], write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     strong(content, write, close_augment_epochs=19)

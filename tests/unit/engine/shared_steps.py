@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.schema import Config, OptimConfig, RunConfig
+from configs.schema import Config, LossConfig, OptimConfig, RunConfig
 from datasets.dataset import CocoDetection
 from datasets.loader import TrainLoader, with_images
 from datasets.samplers import BatchSplit
@@ -24,6 +25,7 @@ from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.recipes.denoising import Options as DenoisingOptions
 from models.recipes.hybrid import Options
+from models.recipes.mds import Options as MDSOptions
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, small_config
 from util.batch import Batch, UnreadableImage, pad_images
@@ -41,6 +43,12 @@ CASES: dict[str, dict[str, Any]] = {
     "denoising, two-stage": {
         "recipes": {"denoising": DenoisingOptions(num_denoising=20)},
         "variant": "two_stage",
+    },
+    "mds": {"variant": "two_stage", "recipes": {"mds": MDSOptions()}, "loss": {"cls_loss": "vfl"}},
+    "plus_plus": {
+        "variant": "two_stage",
+        "model": {"mixed_query_selection": True, "look_forward_twice": True},
+        "loss": {"cls_loss": "position_supervised", "match_cost": "position_modulated"},
     },
     "broken": {"broken": BROKEN},
     "poisoned": {"poisoned": 2},
@@ -149,7 +157,9 @@ def run_steps(
     accumulation: int,
     *,
     variant: str = "plain",
-    recipes: Mapping[str, Any] | None = None,
+    model: Mapping[str, Any] = MappingProxyType({}),
+    loss: Mapping[str, Any] = MappingProxyType({}),
+    recipes: Mapping[str, Any] = MappingProxyType({}),
     broken: tuple[int, ...] = (),
     poisoned: int = -1,
 ) -> Result:
@@ -157,21 +167,22 @@ def run_steps(
     small = {"dropout": 0.0, "num_queries": 10, "enc_layers": 1, "dec_layers": 2}
     share = BatchSplit(IMAGES // accumulation // world.size, accumulation, world.rank, world.size)
     config = Config(
-        model=small_config(**VARIANTS[variant], **small),
+        model=small_config(**VARIANTS[variant], **small, **model),
+        loss=LossConfig(**loss),
         optim=OptimConfig(clip_max_norm=0, lr=1e-3, lr_backbone=1e-3, frozen_stages=0),
         run=RunConfig(output_dir=str(folder)),
     )
     torch.manual_seed(0)
-    model = build_model(config.model, num_classes=CLASSES, frozen_stages=0, recipes=recipes)
-    perturb(model)
-    before = [p.detach().clone() for p in model.parameters()]
+    detector = build_model(config.model, num_classes=CLASSES, frozen_stages=0, recipes=recipes)
+    perturb(detector)
+    before = [p.detach().clone() for p in detector.parameters()]
     gradients: list[dict[str, Tensor]] = []
     batches = micro_batches(share, broken=broken, poisoned=poisoned)
     with RunLog(folder, tensorboard=False, enabled=world.main) as log:
-        trainer = make_trainer(config, model, batches, share, world, log)
+        trainer = make_trainer(config, detector, batches, share, world, log)
         trainer.optimizer.register_step_pre_hook(
             lambda *_: gradients.append(
-                {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+                {n: p.grad.clone() for n, p in detector.named_parameters() if p.grad is not None}
             )
         )
         train_epoch(trainer)
@@ -179,7 +190,7 @@ def run_steps(
         "gradients": gradients,
         "averages": trainer.steps.averages.means(),
         "changed": any(
-            not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)
+            not torch.equal(a, b) for a, b in zip(before, detector.parameters(), strict=True)
         ),
         "skipped": trainer.guards.nonfinite.total,
         "steps": trainer.step,

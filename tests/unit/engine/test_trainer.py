@@ -120,12 +120,12 @@ class CountingWorld(World):
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__["sums"] = []
+        self.__dict__["exchanged"] = []
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def every(self, values: Sequence[float]) -> list[list[float]]:
         """Take note of what is added up."""
-        self.__dict__["sums"].append(list(values))
-        return super().sum(values)
+        self.__dict__["exchanged"].append(list(values))
+        return super().every(values)
 
 
 def test_a_step_makes_one_exchange_between_the_hosts(tmp_path: Path) -> None:
@@ -136,8 +136,9 @@ def test_a_step_makes_one_exchange_between_the_hosts(tmp_path: Path) -> None:
         trainer.flush_every = 9
         train_epoch(trainer)
     images = IMAGES - len(BROKEN)
-    boxes = sum(n for i, n in enumerate(BOXES) if i not in BROKEN)
-    assert world.__dict__["sums"] == [[images, boxes, 0]] * STEPS
+    counts = [n for i, n in enumerate(BOXES) if i not in BROKEN]
+    expected = [[images, sum(counts), max(counts), 0]] * STEPS
+    assert world.__dict__["exchanged"] == expected
 
 
 def weights(model: nn.Module) -> list[torch.Tensor]:
@@ -215,7 +216,7 @@ def test_more_steps_continue_an_epoch_whose_evaluation_was_interrupted(
     assert trainer.unevaluated == (max_steps == 1)
 
 
-def test_a_run_that_had_no_loss_scale_goes_on_with_the_first_one(tmp_path: Path) -> None:
+def test_a_run_without_a_loss_scale_continues_with_the_initial_one(tmp_path: Path) -> None:
     with RunLog(tmp_path, tensorboard=False) as log:
         trainer = small_trainer(tmp_path, log, [])
         trainer.identity = {"classes": {"ids": []}, "config": {}, "versions": {}}

@@ -64,7 +64,7 @@ def test_no_group_sees_another(variant: str) -> None:
         torch.testing.assert_close(b[:, :detecting], a, rtol=1e-12, atol=1e-12)
 
 
-def test_a_mask_holds_within_its_group() -> None:
+def test_a_mask_applies_within_its_group() -> None:
     run = decode("plain")
     group = random_group("_a", 6, 2)
     blocked = torch.arange(6)[:, None] // 3 != torch.arange(6) // 3  # two halves

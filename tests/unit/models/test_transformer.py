@@ -104,7 +104,7 @@ def test_cell_centres_are_the_same_place_on_every_level() -> None:
                 token += 1
 
 
-def test_token_proposals_are_boxes_around_usable_tokens() -> None:
+def test_token_proposals_are_boxes_around_valid_tokens() -> None:
     shapes = [(4, 6), (2, 3)]
     proposals = token_proposals(make_levels(shapes))
     for image in range(2):

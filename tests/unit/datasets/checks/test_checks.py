@@ -132,7 +132,7 @@ def test_a_sound_set_is_healthy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 @pytest.mark.parametrize("seed", range(3))
-def test_boxes_written_another_way_are_told_and_mended(
+def test_boxes_in_another_layout_are_reported_and_fixed(
     layout: str, seed: int, tmp_path: Path
 ) -> None:
     data = FlawedSet(tmp_path / "train", 8, seed)
@@ -226,7 +226,7 @@ def test_classes_of_splits_are_paired_as_training_pairs_them(tmp_path: Path) -> 
         CocoDetection(indices[1], PLAIN, classes=indices[0].classes)
 
 
-def test_fractions_with_a_few_past_the_image_are_all_mended(tmp_path: Path) -> None:
+def test_fractions_are_all_fixed_though_a_few_exceed_the_image(tmp_path: Path) -> None:
     data = FlawedSet(tmp_path / "train", 8, seed=0)
     expected = boxes_of(data.source())
     change_all(data, LAYOUTS["fractions of corners"][1])
@@ -258,7 +258,7 @@ def test_every_kind_is_documented_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "bmp", "gif", "avif"])
-def test_damaged_files_are_told_apart_from_sound_ones(suffix: str, tmp_path: Path) -> None:
+def test_damaged_files_are_distinguished_from_sound_ones(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{suffix}"
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     try:
@@ -291,7 +291,7 @@ def test_the_original_content_is_not_touched(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("target", FORMATS)
-def test_each_flaw_of_each_format_is_found_and_mended(target: str, tmp_path: Path) -> None:
+def test_each_flaw_of_each_format_is_found_and_fixed(target: str, tmp_path: Path) -> None:
     sound = write_sound(tmp_path, target)
     assert check(train=read_source(target, sound, "train")).healthy
     for number, flaw in enumerate(FLAWS_BY_FORMAT[target]):
@@ -318,7 +318,7 @@ JSON = st.recursive(
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=SLOW_FOLDERS)
 @given(draw=st.data(), value=JSON)
-def test_any_value_anywhere_is_told(
+def test_any_value_anywhere_is_reported(
     tmp_path_factory: pytest.TempPathFactory, draw: st.DataObject, value: object
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "any"

@@ -123,7 +123,7 @@ def test_voc_lists_as_tools_and_people_write_them(voc: Path) -> None:
         read_source("voc", voc, "train")
 
 
-def test_voc_images_of_one_stem_are_told_apart_by_the_file(voc: Path) -> None:
+def test_voc_images_of_one_stem_are_distinguished_by_suffix(voc: Path) -> None:
     save_image(voc / "JPEGImages" / "a.png", 40, 30)
     for suffix in (".png", ".jpg"):
         body = f"<filename>a{suffix}</filename>" + voc_object("dog", (1, 1, 4, 4))
@@ -209,7 +209,7 @@ def test_yolo_boxes_and_polygons_in_pixels_of_the_upright_image(yolo: Path, plac
 
 @pytest.mark.parametrize("size", [(40, 30), (30, 30)])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_yolo_boxes_stay_on_their_objects_however_the_image_lies(
+def test_yolo_boxes_stay_on_their_objects_at_every_exif_orientation(
     tmp_path: Path, orientation: int, size: tuple[int, int]
 ) -> None:
     """Pillow's own turning tells what is upright; the object is at 2, 3 to 12, 9."""
@@ -272,7 +272,7 @@ def test_yolo_without_any_label_file_says_where_they_would_be(yolo: Path) -> Non
         CocoIndex.from_source(source, need_boxes=True)
 
 
-def test_yolo_labels_without_a_image_are_named(yolo: Path) -> None:
+def test_yolo_labels_without_an_image_are_named(yolo: Path) -> None:
     """Not those of an image of another split or kind, nor lists of classes."""
     labels = yolo / "labels" / "train"
     for name in ("moving.heic", "new.SVG"):

@@ -1,0 +1,36 @@
+"""A run with any recipe that is killed in an epoch and continued ends as the uninterrupted one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.runs import Command, assert_same_runs, metrics
+from tests.lanes import some
+
+# A new recipe or switch adds a line.
+FLAGS: dict[str, str] = {
+    "mds": "--one_to_many mds --cls_loss vfl",
+    "hybrid": "--one_to_many hybrid --num_queries_one2many 9 --k_one2many 2 --cls_loss ia_bce",
+    "++": "--mixed_query_selection --look_forward_twice --cls_loss mal --match_cost high_order "
+    "--high_order_from 0.5",
+}
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches processes in /proc")
+
+
+@pytest.mark.parametrize("flags", some(FLAGS, "mds"))
+def test_killed_and_continued_it_ends_the_same(flags: str, shapes: Path, tmp_path: Path) -> None:
+    options: tuple[str | Path, ...] = (
+        "--coco_path", shapes, "--no_tensorboard", "--no_probe", "--device", "cpu",
+        "--eval_every", "9", "--save_every", "1", *FLAGS[flags].split(),
+    )  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    Command(whole, options).run()
+    command = Command(killed, options)
+    running = command.start()
+    running.wait_until(lambda: len(metrics(killed)) >= 2)
+    running.kill()
+    assert len(metrics(killed)) < len(metrics(whole))
+    command.run("--resume", "auto")
+    assert_same_runs(killed, whole)

@@ -1,0 +1,139 @@
+"""What holds for every recipe and switch of the model, by itself and with others.
+
+A new one adds a line to `CASES`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from configs.schema import LossConfig
+from models.build import build_criterion, build_model, compile_model, set_checkpointing
+from models.deformable_detr import DeformableDETR
+from models.recipes import RECIPES
+from models.recipes.hybrid import Options as Hybrid
+from models.recipes.mds import Options as MDS
+from tests.unit.models.definitions import random_targets
+from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
+from util.batch import EffectiveBatch, pad_images
+
+CLASSES = 5
+SIZES = [(60, 90), (75, 64)]
+HYBRID = Hybrid(num_queries_one2many=9, k_one2many=2)
+PLUS_PLUS = {"mixed_query_selection": True, "look_forward_twice": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Options of a model and of its loss."""
+
+    variant: str = "two_stage"
+    recipes: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+
+
+CASES: dict[str, Case] = {
+    "++": Case(model=PLUS_PLUS),
+    "hybrid": Case(recipes={"hybrid": HYBRID}),
+    "hybrid, plain": Case("plain", recipes={"hybrid": HYBRID}),
+    "hybrid, ++": Case(recipes={"hybrid": HYBRID}, model=PLUS_PLUS),
+    "mds": Case(recipes={"mds": MDS()}, loss={"cls_loss": "vfl"}),
+    "mds, plain": Case("plain", recipes={"mds": MDS()}),
+    "mds, ++": Case(recipes={"mds": MDS()}, model=PLUS_PLUS, loss={"cls_loss": "mal"}),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def model_of(case: Case, **options: Any) -> DeformableDETR:
+    """Return a perturbed float64 detector in training mode."""
+    torch.manual_seed(0)
+    options = {
+        "backbone": "timm/test_resnet", "dropout": 0.0, "enc_layers": 1, "dec_layers": 2,
+        **VARIANTS[case.variant], **case.model, **options,
+    }  # fmt: skip
+    config = small_config(**options)
+    model = build_model(config, num_classes=CLASSES, recipes=case.recipes).double().train()
+    perturb(model)
+    return model
+
+
+def gradients(
+    case: Case, model: DeformableDETR, counts: tuple[int, ...] = (3, 2)
+) -> dict[str, Tensor]:
+    """Return gradients of the loss of a random batch; dropout draws the same in every call."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    images, targets = random_images(*SIZES), random_targets(counts, CLASSES)
+    if next(model.parameters()).dtype == torch.float32:
+        images = [image.float() for image in images]
+    outputs = model(pad_images(images), targets, EffectiveBatch(sum(counts), max(counts)))
+    losses = build_criterion(LossConfig(**case.loss))(outputs, targets)
+    torch.autograd.backward(losses["loss"])
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("counts", [(3, 2), (0, 9), (0, 0)])
+@cases
+def test_every_parameter_learns(case: Case, counts: tuple[int, ...]) -> None:
+    model = model_of(case)
+    found = gradients(case, model, counts)
+    for name, parameter in model.named_parameters():
+        assert (name in found) == parameter.requires_grad, name
+        assert name not in found or found[name].isfinite().all(), name
+
+
+@cases
+def test_activations_computed_again_give_the_same_gradients(case: Case) -> None:
+    expected = gradients(case, model_of(case, dropout=0.3))
+    model = model_of(case, dropout=0.3)
+    set_checkpointing(model, ("backbone", "encoder", "decoder"))
+    found = gradients(case, model)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@cases
+def test_in_bfloat16_gradients_are_float32_and_finite(case: Case) -> None:
+    model = model_of(case).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(case, model)
+    for name, value in found.items():
+        assert value.dtype == torch.float32, name
+        assert value.isfinite().all(), name
+
+
+@pytest.mark.slow
+@cases
+def test_it_compiles_once_for_any_number_of_boxes(case: Case) -> None:
+    torch.compiler.reset()
+    plain, compiled = model_of(case), model_of(case)
+    counter = CompileCounter()
+    compile_model(compiled, backend=counter)
+    for counts in ((3, 2), (0, 5), (1, 1)):
+        expected, found = gradients(case, plain, counts), gradients(case, compiled, counts)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=name)
+    assert counter.frame_count == 1
+
+
+@cases
+def test_in_evaluation_nothing_is_left_of_what_only_trains(case: Case) -> None:
+    model = model_of(case).eval()
+    needed = {name: o for name, o in case.recipes.items() if RECIPES[name].detects}
+    bare = model_of(Case(case.variant, needed, case.model)).eval()
+    kept = {k: v for k, v in model.state_dict().items() if k in bare.state_dict()}
+    bare.load_state_dict(kept)
+    batch = pad_images(random_images(*SIZES))
+    targets = random_targets((3, 2), CLASSES)
+    with torch.no_grad():
+        found, expected = model(batch, targets), bare(batch)
+    assert [g.name for g in found["groups"]] == [g.name for g in expected["groups"]]
+    assert torch.equal(found["pred_logits"], expected["pred_logits"])
+    assert torch.equal(found["pred_boxes"], expected["pred_boxes"])
