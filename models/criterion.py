@@ -99,7 +99,7 @@ class SetCriterion:
 
         A prediction that is not finite makes the loss NaN or infinite; nothing is raised.
         """
-        groups = outputs["groups"]
+        groups = [group.learners() for group in outputs["groups"]]
         padded = pad_targets(targets, groups[0].logits.device)
         own_boxes = sum(padded.counts)
         divisor = max(own_boxes, 1) if num_boxes is None else num_boxes

@@ -20,11 +20,12 @@ from ops import MSDeformAttn
 class Members(NamedTuple):
     """A group of queries in one layer: how many, who sees whom, and what it has for itself.
 
-    See `QueryGroup`.
+    `blocked` has columns for all that the group attends to. See `QueryGroup`.
     """
 
     size: int
     blocked: Tensor | None
+    sees_detecting: bool
     parts: int
     route: Route
 
@@ -118,17 +119,26 @@ class DeformableDecoderLayer(nn.Module):
     def _attend_within(self, groups: Groups, query: Tensor, value: Tensor) -> Tensor:
         """Attend within each group: a query learns of others that find the same object."""
         sizes = [members.size for members in groups]
-        each = zip(groups, torch.split(query, sizes, 1), torch.split(value, sizes, 1), strict=True)
-        attended = [self._attend(q, v, members) for members, q, v in each if members.size]
+        queries, values = torch.split(query, sizes, 1), torch.split(value, sizes, 1)
+        attended = [
+            self._attend(q, v, (queries[0], values[0]), members)
+            for members, q, v in zip(groups, queries, values, strict=True)
+            if members.size
+        ]
         return torch.cat(attended, dim=1)
 
-    def _attend(self, query: Tensor, value: Tensor, members: Members) -> Tensor:
+    def _attend(
+        self, query: Tensor, value: Tensor, detecting: tuple[Tensor, Tensor], members: Members
+    ) -> Tensor:
         shape = query.shape
         if members.parts > 1:  # each part is as if it were an image of its own
             query, value = (
                 t.reshape(shape[0] * members.parts, -1, shape[2]) for t in (query, value)
             )
         key, tokens = query, members.route.tokens
+        if members.sees_detecting:
+            key = torch.cat([detecting[0], key], dim=1)
+            value = torch.cat([detecting[1], value], dim=1)
         if tokens is not None:
             content, position = (t.to(value.dtype).expand(len(value), -1, -1) for t in tokens)
             key = torch.cat([content + position, key], dim=1)
@@ -209,7 +219,7 @@ class DeformableDecoder(nn.Module):
             # fractions of the image become fractions of each padded level
             scale = ratios if reference.shape[-1] == 2 else torch.cat([ratios, ratios], dim=-1)
             points = reference[:, :, None] * scale
-            within = [_members(group, index) for group in groups]
+            within = [_members(group, groups[0], index) for group in groups]
             x, aside = checkpointed(
                 layer, x, query_pos, points, memory, levels, within, enabled=self.checkpointing
             )
@@ -231,6 +241,11 @@ class DeformableDecoder(nn.Module):
         return DecoderOutput(hidden, references, logits, boxes, asides)
 
 
-def _members(group: QueryGroup, layer: int) -> Members:
+def _members(group: QueryGroup, detecting: QueryGroup, layer: int) -> Members:
     route = group.routes[layer] if group.routes else Route()
-    return Members(group.content.shape[1], group.blocked, group.parts, route)
+    blocked = group.blocked
+    if blocked is not None and group.sees_detecting:
+        open_columns = blocked.new_zeros(len(blocked), detecting.content.shape[1])
+        blocked = torch.cat([open_columns, blocked], dim=1)
+    size = group.content.shape[1]
+    return Members(size, blocked, group.sees_detecting, group.parts, route)

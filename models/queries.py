@@ -29,7 +29,7 @@ class Learning:
     is given. `anchors` [N,Q,4] cxcywh are matched in place of predicted boxes, and classes then do
     not count. Of several equal `parts` of the group's queries, each is matched by itself. Losses
     are divided by `divisor` as well, and their coefficients are multiplied by `weight`, and by
-    `factors`, by name.
+    `factors`, by name. Of queries beyond the first `size`, if it is given, nothing is learned.
     """
 
     targets: TargetsOf | None = None
@@ -40,6 +40,7 @@ class Learning:
     divisor: float = 1.0
     weight: float = 1.0
     factors: Mapping[str, float] = field(default_factory=dict)
+    size: int | None = None
 
     @property
     def one_to_one(self) -> bool:
@@ -67,10 +68,11 @@ class Route(NamedTuple):
 
 @dataclass(frozen=True)
 class QueryGroup:
-    """Queries that attend to each other alone, and how they learn.
+    """Queries that attend to each other, and how they learn.
 
-    The decoder works on all groups at once, but no group sees another: what the queries that
-    detect compute does not depend on the groups that only train.
+    The decoder works on all groups at once, but no group sees one that only trains: what the
+    queries that detect compute does not depend on the others. With `sees_detecting`, a group
+    attends to those as well.
 
     `name` is the suffix of the group's losses, empty for the queries that detect. Of several equal
     `parts` of the queries, none sees another. `routes` has an entry for each decoder layer, unless
@@ -86,6 +88,7 @@ class QueryGroup:
     position: Tensor
     reference: Tensor
     blocked: Tensor | None = None
+    sees_detecting: bool = False
     learning: Learning = ONE_TO_ONE
     parts: int = 1
     routes: Sequence[Route] = ()
@@ -103,6 +106,13 @@ class GroupOutput:
     logits: Tensor
     boxes: Tensor
     learning: Learning = ONE_TO_ONE
+
+    def learners(self) -> "GroupOutput":
+        """Return the group without the queries of which nothing is learned."""
+        size = self.learning.size
+        if size is None:
+            return self
+        return replace(self, logits=self.logits[:, :, :size], boxes=self.boxes[:, :, :size])
 
 
 class DetectorOutput(TypedDict, total=False):

@@ -38,19 +38,28 @@ class Recipe(nn.Module):
     ) -> None:
         super().__init__()
 
+    def prepare(
+        self, targets: Sequence[Target], whole: EffectiveBatch, *, fixed_sizes: bool
+    ) -> Any:
+        """Return what the queries of a training step need to know of its targets.
+
+        What depends on other images depends on `whole`, the effective batch. This runs before the
+        forward pass, and is not compiled. With `fixed_sizes`, that pass is: each new shape of a
+        tensor, and each new number that `queries` uses, compiles it once more.
+        """
+        return None
+
     def queries(
         self,
         transformer: DeformableTransformer,
         memory: Tensor,
         proposals: Proposals | None,
-        targets: Sequence[Target],
-        whole: EffectiveBatch | None,
+        prepared: Any,
     ) -> list[QueryGroup]:
         """Return groups of queries for a training step; proposals are a two-stage encoder's.
 
-        Every step returns groups of the same names, which all processes log together. What depends
-        on other images depends on `whole`, the effective batch, which is all of `targets` where
-        it is None. Shape: memory [N,S,C].
+        Every step returns groups of the same names, which all processes log together. `prepared`
+        is what `prepare` has returned. Shape: memory [N,S,C].
         """
         return []
 
@@ -77,7 +86,14 @@ class Recipe(nn.Module):
 RECIPES: Registry[type[Recipe]] = Registry(
     "recipe",
     __name__,
-    {"group": ".group", "hybrid": ".hybrid", "mds": ".mds", "mr": ".mr", "ms": ".ms"},
+    {
+        "denoising": ".denoising",
+        "group": ".group",
+        "hybrid": ".hybrid",
+        "mds": ".mds",
+        "mr": ".mr",
+        "ms": ".ms",
+    },
 )
 # Of these a model has one: an option of this name chooses it.
 ALTERNATIVES: Mapping[str, tuple[str, ...]] = {

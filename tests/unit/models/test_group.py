@@ -111,8 +111,8 @@ def test_attention_is_that_of_lw_detr() -> None:
         layer.self_attn.out_proj.load_state_dict(theirs.o_proj.state_dict())
     x, position = torch.randn(2, 2, GROUPS * QUERIES, width, dtype=torch.float64)
     expected, _ = theirs(x, position_embeddings=position)
-    members = Members(GROUPS * QUERIES, None, GROUPS, Route())
-    torch.testing.assert_close(layer._attend(x + position, x, members), expected)
+    members = Members(GROUPS * QUERIES, None, False, GROUPS, Route())
+    torch.testing.assert_close(layer._attend_within([members], x + position, x), expected)
 
 
 @variants

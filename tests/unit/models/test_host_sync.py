@@ -30,7 +30,7 @@ class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("recipe", ["hybrid", "group", "ms", "mr"])
+@pytest.mark.parametrize("recipe", ["denoising", "hybrid", "group", "ms", "mr", "mds"])
 @pytest.mark.parametrize("counts", [(2, 3), (0, 0)])
 @pytest.mark.parametrize("variant", some(VARIANTS, "two_stage"))
 def test_no_operator_of_a_step_waits_for_the_device(
@@ -41,7 +41,11 @@ def test_no_operator_of_a_step_waits_for_the_device(
     model.recipes[recipe] = RECIPES[recipe](options, model.transformer, num_classes=5).double()
     batch = pad_images(random_images((65, 90), (50, 70)))
     targets = [
-        {"labels": torch.zeros(n, dtype=torch.int64), "boxes": torch.full((n, 4), 0.3)}
+        {
+            "image_id": torch.tensor(n),
+            "labels": torch.zeros(n, dtype=torch.int64),
+            "boxes": torch.full((n, 4), 0.3),
+        }
         for n in counts
     ]
     with Record() as record:
