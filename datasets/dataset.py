@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
 from datasets.class_mapping import map_used_classes
+from datasets.formats.layout import files_below
 from datasets.images import (
     READ_ERRORS,
     TURNED,
@@ -24,8 +25,9 @@ from datasets.images import (
     read_rgb,
 )
 from datasets.index import CocoIndex
+from datasets.mixing import Mixing
 from datasets.sample import CHANNELS, Sample, Size, clip_boxes, draw_integer, to_pixels
-from datasets.transforms import Mixing, Transform
+from datasets.transforms import Transform
 from util.batch import Target, UnreadableImage
 from util.classes import Classes
 from util.errors import ConfigError, DataError
@@ -155,8 +157,9 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         generator = seeded_generator(self._seed, epoch, position)
         size = sample.size
         if self._mixing is not None and epoch < int(self._mixed_epochs):
-            sample = self._mixing(sample, self._draw_sample, generator)
-        prepared = self.transform(sample, generator, seeded_generator(self._seed, epoch, batch, 1))
+            sample = self._mixing(sample, epoch, self._draw_sample, generator)
+        shared = seeded_generator(self._seed, epoch, batch, 1)
+        prepared = self.transform.in_epoch(epoch)(sample, generator, shared)
         return prepared.image, make_target(prepared, image_id, size)
 
     def read_image(self, image_id: int) -> Image.Image | None:
@@ -248,7 +251,7 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
         if path.is_file():
             images = [path]
         elif path.is_dir():
-            images = sorted(p for p in path.rglob("*") if is_image(p))
+            images = sorted(p for p in files_below(path) if is_image(p))
         else:
             matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
             images = [p for p in matches if is_image(p)]

@@ -20,6 +20,7 @@ from datasets.dataset import CocoDetection, ImageList, ImageSource
 from datasets.eval_loader import eval_loader
 from datasets.images import limit_pixels
 from datasets.workers import loader_processes
+from engine.claims import check_claims
 from engine.evaluation.evaluate import detect, evaluate
 from engine.evaluation.evaluator import Backend, EvalResult, Evaluator
 from engine.evaluation.matching import Truth
@@ -37,6 +38,7 @@ from util.errors import CheckpointError, ConfigError, DataError, brief
 from util.world import World
 
 DEFAULT_THRESHOLD = 0.3  # of classes for which the checkpoint has none
+_LARGEST_BATCH = 65536  # that a checkpoint may ask for
 
 AnyImage = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 
@@ -127,6 +129,7 @@ class Detector:
             KnownRecipes(),
         )
         config = given.on(_options_of(pretrained, given, source)).config()
+        check_claims(config.model, pretrained.state_dict, source, recipes=config.recipes)
         optim = (pretrained.config or {}).get("optim", {})
         model = build_model(
             config.model, num_classes=len(pretrained.classes), recipes=config.recipes
@@ -140,7 +143,7 @@ class Detector:
             std=pretrained.image_std or model.backbone.std,
             device=device,
             thresholds=pretrained.thresholds,
-            batch_size=optim.get("eval_batch_size") or optim.get("batch_size", 1),
+            batch_size=_batch_size(optim.get("eval_batch_size") or optim.get("batch_size")),
         )
 
     @property
@@ -377,6 +380,11 @@ def _image_source(image: Any) -> ImageSource:
         f"cannot predict on a {got}. Give a path, a Pillow image, an RGB array [H,W,3] of uint8, "
         "an RGB tensor [3,H,W] of uint8 or of floats in 0..1, or a list of these."
     )
+
+
+def _batch_size(saved: object) -> int:
+    """Return the batch size that a checkpoint names, 1 where that makes no sense."""
+    return saved if type(saved) is int and 0 < saved <= _LARGEST_BATCH else 1
 
 
 def saved_options(given: Given, values: Mapping[str, Any], source: str) -> Given:
