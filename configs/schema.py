@@ -54,6 +54,10 @@ class ModelConfig(Checked):
     look_forward_twice: bool = option(
         False, "with_box_refine: the loss of a layer's boxes teaches the layer before, too"
     )
+    relation: Literal["none", "previous"] = option(
+        "none", "with_box_refine: attention among queries by how the boxes of the layer before lie "
+        "to each other",
+    )  # fmt: skip
     aux_loss: bool = option(
         True, "losses after every decoder layer", off="losses after the last decoder layer only",
         rare=True,
@@ -68,6 +72,11 @@ class ModelConfig(Checked):
         ):  # fmt: skip
             if getattr(self, name) and not getattr(self, needed):
                 raise ConfigError(f"{name}: has no effect without `{needed}`. Add it.")
+        if self.relation != "none" and (not self.with_box_refine or self.dec_layers == 1):
+            raise ConfigError(
+                "relation: needs boxes of a layer before: `with_box_refine` and at least 2 "
+                "`dec_layers`."
+            )
         if self.hidden_dim % self.nheads:
             raise ConfigError(
                 f"hidden_dim: must be a multiple of `nheads {self.nheads}`, not {self.hidden_dim}."

@@ -22,6 +22,7 @@ from models.levels import Joiner, PositionEmbeddingSine
 from models.matcher import HungarianMatcher
 from models.necks import NECKS, NeckOptions
 from models.recipes import RECIPES
+from models.relations import RelationBias
 from models.transformer import DeformableTransformer
 from ops import MSDeformAttn
 from util.errors import ConfigError, nearest_hint
@@ -127,6 +128,7 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         with_box_refine=config.with_box_refine,
         two_stage=config.two_stage,
         look_forward_twice=config.look_forward_twice,
+        relation=RelationBias(config.nheads) if config.relation == "previous" else None,
     )
     transformer = DeformableTransformer(
         encoder,

@@ -1,5 +1,6 @@
 """The deformable decoder."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,11 +12,13 @@ from models.heads import DetectionHeads, apply_delta
 from models.layers import Dropout, ExactLayerNorm, checkpointed
 from models.levels import FeatureLevels
 from models.queries import QueryGroup
+from models.relations import RelationBias
 from ops import MSDeformAttn
 
 # N batch, Q queries, S tokens, L levels, C width.
 
-# The number of queries of each group, and which of them must not attend to which.
+# The number of queries of each group, and what its attention is masked by: [Q,Q], True where a
+# query must not attend to another, or [N heads,Q,Q], which is added to the logits.
 Groups = Sequence[tuple[int, Tensor | None]]
 
 
@@ -110,6 +113,9 @@ class DeformableDecoder(nn.Module):
     With `look_forward_twice`, a layer's losses teach the layer before as well (DINO, arXiv
     2203.03605, Sec. 3.5). Refining and two-stage decoders hold the heads too, as official
     checkpoints repeat them there.
+
+    With `relation`, queries that detect attend, from the second layer on, by how their boxes lie to
+    each other: those that a layer was given to those that it found. Both are as they are predicted.
     """
 
     checkpointing = False
@@ -122,12 +128,14 @@ class DeformableDecoder(nn.Module):
         with_box_refine: bool,
         two_stage: bool,
         look_forward_twice: bool = False,
+        relation: RelationBias | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.heads = heads
         self.with_box_refine = with_box_refine
         self.look_forward_twice = look_forward_twice
+        self.position_relation_embedding = relation  # the published key
         if with_box_refine:
             self.bbox_embed = heads.bbox_embed
         if two_stage:
@@ -141,7 +149,8 @@ class DeformableDecoder(nn.Module):
         query_pos = torch.cat([g.position for g in groups], dim=1)
         reference = torch.cat([g.reference for g in groups], dim=1)
         moved = reference  # the same numbers; with `look_forward_twice`, a gradient passes
-        within = [(g.content.shape[1], g.blocked) for g in groups]
+        unrelated = [(g.content.shape[1], g.blocked) for g in groups]
+        within: Groups = unrelated
         hidden, references, boxes = [], [], []
         ratios = levels.valid_ratios[:, None]  # [N,1,L,2]
         for index, layer in enumerate(self.layers):
@@ -160,8 +169,23 @@ class DeformableDecoder(nn.Module):
                 # to it: without this, training is unstable (Appendix A.4)
                 twice = self.look_forward_twice
                 moved = apply_delta(delta, reference) if twice else boxes[-1].detach()
+                if index + 1 < len(self.layers):
+                    before = boxes[-2] if index else reference
+                    within = self._related(unrelated, before, boxes[-1])
                 reference = moved.detach()
         if not self.with_box_refine:  # every layer predicts from the first reference points
             boxes = [apply_delta(self.heads.delta(i, h), reference) for i, h in enumerate(hidden)]
         logits = [self.heads.logits(i, h) for i, h in enumerate(hidden)]
         return DecoderOutput(hidden, references, logits, boxes)
+
+    def _related(self, groups: Groups, before: Tensor, now: Tensor) -> Groups:
+        """Return the groups, the first of which attends by relations. Shape: [N,Q,2 or 4] each."""
+        if self.position_relation_embedding is None:
+            return groups
+        size, blocked = groups[0]
+        if before.shape[-1] == 2:  # a point has no size: the first layer's boxes stand for it
+            before = now
+        bias = self.position_relation_embedding(before[:, :size], now[:, :size]).flatten(0, 1)
+        if blocked is not None:
+            bias = bias.masked_fill(blocked, -math.inf)
+        return [(size, bias), *groups[1:]]

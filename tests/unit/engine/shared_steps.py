@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"mixed_query_selection": True, "look_forward_twice": True},
         "loss": {"cls_loss": "position_supervised", "match_cost": "position_modulated"},
     },
+    "relation": {"variant": "two_stage", "model": {"relation": "previous"}},
     "broken": {"broken": BROKEN},
     "poisoned": {"poisoned": 2},
 }

@@ -24,6 +24,7 @@ from util.batch import EffectiveBatch, pad_images
 CLASSES = 5
 SIZES = [(60, 90), (75, 64)]
 HYBRID = Hybrid(num_queries_one2many=9, k_one2many=2)
+RELATION = {"relation": "previous"}
 PLUS_PLUS = {"mixed_query_selection": True, "look_forward_twice": True}
 
 
@@ -42,6 +43,10 @@ CASES: dict[str, Case] = {
     "hybrid": Case(recipes={"hybrid": HYBRID}),
     "hybrid, plain": Case("plain", recipes={"hybrid": HYBRID}),
     "hybrid, ++": Case(recipes={"hybrid": HYBRID}, model=PLUS_PLUS),
+    "relation": Case(model=RELATION),
+    "relation, refine": Case("refine", model=RELATION),
+    "relation, ++, hybrid": Case(recipes={"hybrid": HYBRID}, model={**RELATION, **PLUS_PLUS}),
+    "relation, mds": Case(recipes={"mds": MDS()}, model=RELATION),
     "mds": Case(recipes={"mds": MDS()}, loss={"cls_loss": "vfl"}),
     "mds, plain": Case("plain", recipes={"mds": MDS()}),
     "mds, ++": Case(recipes={"mds": MDS()}, model=PLUS_PLUS, loss={"cls_loss": "mal"}),
