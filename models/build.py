@@ -117,7 +117,15 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         "n_heads": config.nheads,
     }
     encoder = ENCODERS[config.encoder](
-        EncoderOptions(num_layers=config.enc_layers, n_points=config.enc_n_points, **common)
+        EncoderOptions(
+            num_layers=config.enc_layers,
+            n_points=config.enc_n_points,
+            fusion=config.enc_fusion,
+            updates=config.encoder_updates,
+            lite_levels=config.coarse_levels,
+            lite_expansion=config.lite_expansion,
+            **common,
+        )
     )
     decoder = DeformableDecoder(
         [

@@ -196,7 +196,7 @@ def published_weights(
     """
     for name, usual in (
         ("backbone", r"resnet\d+"), ("encoder", "deformable"), ("neck", "none"),
-        ("relation", "none"),
+        ("relation", "none"), ("encoder_updates", "full"), ("enc_fusion", "none"),
     ):  # fmt: skip
         value = str(options.get(name, "" if name == "backbone" else usual))
         if not re.fullmatch(usual, value):
