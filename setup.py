@@ -53,7 +53,7 @@ class BuildPackage(build_py):
     """Copy the rooms, rewrite them, and add what only the installed package has."""
 
     def run(self) -> None:
-        """Build the package anew, so that no file of an earlier build stays."""
+        """Build the package from nothing, so that no file of an earlier build stays."""
         if self.editable_mode:
             raise SetupError(
                 "an editable install would take the names datasets, models, util, ... from other "

@@ -157,6 +157,10 @@ class LossConfig(Checked):
     bbox_loss_coef: float = option(5.0, "weight of the box L1 loss", low=0, rare=True)
     giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0, rare=True)
     focal_alpha: float = option(0.25, "alpha of the focal loss and cost", low=0, high=1, rare=True)
+    union_set: bool = option(
+        False, "boxes of all decoder layers learn the pairs of all of them: each query the object "
+        "that most layers give it",
+    )  # fmt: skip
     extra_losses: tuple[str, ...] = option(
         (), "more losses, by NAME or NAME=COEFFICIENT", rare=True
     )
@@ -201,7 +205,7 @@ class DataSource(AnnotationOptions):
     )  # fmt: skip
     index_cache: bool = option(
         True, "cache the index of a large COCO-format file in the user's cache folder",
-        off="read COCO-format files anew, without an index in the user's cache folder", rare=True,
+        off="read COCO-format files again, without an index in the user's cache folder", rare=True,
     )  # fmt: skip
 
 
@@ -250,8 +254,9 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
     one_scale_per_batch: bool = option(
         False, "draw one short side per batch, not per image: less padding"
     )
-    augment: Literal["none", "official", "strong"] = option(
-        "official", "preset of augmentation: none, that of the paper, or a strong one with mosaic; "
+    augment: Literal["none", "official", "strong", "dense", "lsj"] = option(
+        "official", "preset of augmentation: none, that of the paper, a strong one with mosaic, "
+        "dense mosaics and pasted objects (DEIM), or large-scale jitter; "
         "an augmentation's own option overrides it",
     )  # fmt: skip
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
@@ -269,6 +274,10 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
         (), "minimum and maximum factor on the drawn size; what exceeds that size is cropped",
         above=0, rare=True,
     )  # fmt: skip
+    fixed_size: int = option(
+        0, "crop or pad every training image to a square of this side, pixels, instead of "
+        "train_scales; 0: do not", low=0, most=16384, rare=True,
+    )  # fmt: skip
     zoom_out: float = option(
         0.0, "probability of shrinking an image on a larger canvas", low=0, high=1, rare=True
     )
@@ -278,13 +287,27 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
     mosaic: float = option(
         0.0, "probability of combining four images into one", low=0, high=1, rare=True
     )
+    mosaic_affine: tuple[float, ...] = option(
+        (), "combine four whole images, and move them by up to DEGREES SHIFT MIN MAX: a rotation, "
+        "a shift in sides, and factors on the scale, as 10 0.1 0.5 1.5; else each image is cut",
+        low=0, most=180, rare=True,
+    )  # fmt: skip
     mixup: float = option(
         0.0, "probability of blending two images, where there is no mosaic", low=0, high=1,
         rare=True,
     )  # fmt: skip
+    copy_blend: float = option(
+        0.0, "probability of pasting objects of other images, half transparent, where there is no "
+        "mixup", low=0, high=1, rare=True,
+    )  # fmt: skip
     close_augment_epochs: int = option(
-        10, "final epochs without mosaic and mixup", low=0, rare=True
+        10, "final epochs without mosaic, mixup and copy_blend", low=0, rare=True
     )
+    augment_phases: tuple[float, ...] = option(
+        (), "three shares of the epochs, as 0.07 0.57 0.93: only flips and scales before the "
+        "first, mosaic and mixup until the second, and only flips and scales from the third; "
+        "replaces close_augment_epochs", low=0, high=1, rare=True,
+    )  # fmt: skip
     cache_images: float = option(
         0.0, "GB of decoded training images to cache in memory per process", low=0,
         alias="cache_pictures", rare=True,
@@ -307,6 +330,20 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
             raise ConfigError(
                 f"scale_jitter: must be two factors, the smaller first, not {jitter}. Try 0.5 1.5."
             )
+        if 0 < self.fixed_size < 16:
+            raise ConfigError(f"fixed_size: must be 0 or at least 16, not {self.fixed_size}.")
+        affine = self.mosaic_affine
+        if affine and (len(affine) != 4 or affine[1] > 1 or not 0 < affine[2] <= affine[3] <= 2):
+            raise ConfigError(
+                "mosaic_affine: must be degrees, a shift of at most 1, and a minimum and maximum "
+                f"factor of at most 2, not {affine}. Try 10 0.1 0.5 1.5."
+            )
+        shares = self.augment_phases
+        if shares and (len(shares) != 3 or list(shares) != sorted(shares)):
+            raise ConfigError(
+                "augment_phases: must be three shares of the epochs, in ascending order, not "
+                f"{shares}. Try 0.07 0.57 0.93."
+            )
 
 
 # The options that say where data is: one of them replaces all that a lower layer gives.
@@ -324,8 +361,19 @@ AUGMENTATIONS: Mapping[str, Mapping[str, Any]] = {
         "mosaic": 0.25,
         "mixup": 0.1,
     },
+    "dense": {
+        "zoom_out": 0.5,
+        "color_jitter": 0.5,
+        "mosaic": 0.5,
+        "mosaic_affine": (10.0, 0.1, 0.5, 1.5),
+        "mixup": 0.5,
+        "copy_blend": 0.5,
+        "augment_phases": (0.07, 0.57, 0.93),
+    },
+    "lsj": {"random_crop": False, "scale_jitter": (0.1, 2.0), "fixed_size": 1024},
 }
-AUGMENTED = ("hflip", "random_crop", "scale_jitter", "zoom_out", "color_jitter", "mosaic", "mixup")
+AUGMENTED = ("hflip", "random_crop", "scale_jitter", "fixed_size", "zoom_out", "color_jitter",
+             "mosaic", "mosaic_affine", "mixup", "copy_blend", "augment_phases")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

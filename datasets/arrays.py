@@ -1,7 +1,7 @@
 """Images, annotations and names as flat arrays, which loader processes share without copies."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import SupportsIndex
 
 import numpy as np
@@ -39,25 +39,30 @@ class Names:
         return self.data[start : self.ends[i]].tobytes().decode("utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
+        data, start = self.data.tobytes(), 0
+        for end in self.ends.tolist():
+            yield data[start:end].decode("utf-8", "surrogatepass")
+            start = end
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
     """Images in the file's order. Shape: ids [N]; sizes [N,2] (height, width), 0 = not stated.
 
-    `texts` are the ids that the file has as text, by the numbers they got.
+    `texts` are the ids that the file has as text, by the numbers they got. `addresses` [N] are
+    where images came from, several of one on lines of their own; empty once files were looked for.
     """
 
     ids: IntArray
     file_names: Names
     sizes: IntArray
     texts: Mapping[int, str] = field(default_factory=dict)
+    addresses: Names = field(default_factory=lambda: Names.of(()))
 
     def select(self, keep: BoolArray) -> "Images":
-        """Return those where `keep` [N] is true."""
+        """Return those where `keep` [N] is true, without addresses."""
         names = Names.of(name for name, kept in zip(self.file_names, keep, strict=True) if kept)
-        return replace(self, ids=self.ids[keep], file_names=names, sizes=self.sizes[keep])
+        return Images(self.ids[keep], names, self.sizes[keep], self.texts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +80,8 @@ class Annotations:
     area: FloatArray
     crowd: BoolArray
 
-    def select(self, keep: BoolArray) -> "Annotations":
-        """Return those where `keep` [A] is true."""
+    def select(self, keep: BoolArray | IntArray) -> "Annotations":
+        """Return those where `keep` [A] is true, or those at its positions, in their order."""
         return Annotations(*(getattr(self, f.name)[keep] for f in fields(self)))
 
     def with_area(self) -> "Annotations":

@@ -16,12 +16,14 @@ from datasets.formats.detect import Located, locate
 from datasets.formats.registry import FORMATS, Reading, Source
 from datasets.images import limit_pixels
 from datasets.index import CocoIndex
-from datasets.sample import CHANNELS
+from datasets.mixing import Affine, Mixing
+from datasets.sample import CHANNELS, mean_colour
 from datasets.samplers import BatchSplit
-from datasets.transforms import EvalTransform, Mixing, TrainTransform, Transform
+from datasets.transforms import EvalTransform, TrainTransform, Transform
 from util.classes import Classes
 from util.console import console
 from util.errors import ConfigError, DataError
+from util.world import World
 
 Split = Literal["train", "val"]
 
@@ -99,13 +101,14 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
 
 
 def build_transform(
-    cfg: DataConfig, *, train: bool, mean: Sequence[float], std: Sequence[float]
+    cfg: DataConfig, *, train: bool, mean: Sequence[float], std: Sequence[float], epochs: int = 0
 ) -> Transform:
-    """Return the preparation of images for training or for evaluation."""
+    """Return the preparation of images for evaluation, or for a training of so many epochs."""
     if not train:
         return EvalTransform(
             eval_scale=cfg.eval_scale, max_size=cfg.max_size, mean=tuple(mean), std=tuple(std)
         )
+    start, _, last = phases(cfg, epochs)
     return TrainTransform(
         train_scales=(cfg.eval_scale,) if cfg.augment == "none" else cfg.train_scales,
         max_size=cfg.max_size,
@@ -119,20 +122,68 @@ def build_transform(
         scale_jitter=cfg.scale_jitter,
         zoom_out=cfg.zoom_out,
         color_jitter=cfg.color_jitter,
+        fixed_size=cfg.fixed_size,
+        strong_epochs=range(start, last) if cfg.augment_phases else None,
     )
 
 
+def build_mixing(cfg: DataConfig, *, mean: Sequence[float], epochs: int) -> Mixing | None:
+    """Return what makes one image of several in a training of so many epochs, if anything does."""
+    if not (cfg.mosaic or cfg.mixup or cfg.copy_blend):
+        return None
+    start, until, last = phases(cfg, epochs)
+    return Mixing(
+        mosaic=cfg.mosaic,
+        mixup=cfg.mixup,
+        until=until,
+        copy_blend=cfg.copy_blend,
+        paste_until=last,
+        since=start,
+        affine=Affine(*cfg.mosaic_affine) if cfg.mosaic_affine else None,
+        fill=mean_colour(mean),
+    )
+
+
+def phases(cfg: DataConfig, epochs: int) -> tuple[int, int, int]:
+    """Return the first epoch with strong augmentation, the first after mosaics, and after all.
+
+    Without `augment_phases`, `close_augment_epochs` says when all that mixes images ends.
+    """
+    if not cfg.augment_phases:
+        until = epochs - cfg.close_augment_epochs
+        return 0, until, until
+    start, until, last = (round(share * epochs) for share in cfg.augment_phases)
+    return start, until, last
+
+
 def load_index(
-    cfg: DataConfig, split: Split, *, need_boxes: bool = True, classes: Classes | None = None
+    cfg: DataConfig,
+    split: Split,
+    *,
+    need_boxes: bool = True,
+    classes: Classes | None = None,
+    world: World | None = None,
 ) -> CocoIndex:
     """Read and check a split's annotations; without `need_boxes` there may be none.
 
-    `classes` are the categories of a COCO-format file that has none.
+    `classes` are the categories of a COCO-format file that has none. Of the processes of `world`,
+    the main one reads, and all get the same.
 
     Raises:
-        DataError: see `read_split` and `CocoIndex.from_source`.
+        DataError: see `read_split` and `CocoIndex.from_source`; or the images are not on this
+            process's machine.
     """
+    world = world or World()
     limit_pixels(cfg.max_pixels)
+    index = world.from_main(lambda: _read_index(cfg, split, need_boxes=need_boxes, classes=classes))
+    if not world.main and world.local_rank == 0:
+        index.require_images()
+    return index
+
+
+def _read_index(
+    cfg: DataConfig, split: Split, *, need_boxes: bool, classes: Classes | None
+) -> CocoIndex:
     located = _locate(cfg, split)
     if located and located.data_format != "coco":
         return CocoIndex.from_source(read_split(cfg, split), need_boxes=need_boxes)
@@ -165,8 +216,8 @@ def split_batch(effective: int, *, max_size: int, rank: int = 0, world_size: int
     """
     if effective == 0:
         return BatchSplit(max_size, 1, rank, world_size)
-    own, odd = divmod(effective, world_size)
-    if odd:
+    own, remainder = divmod(effective, world_size)
+    if remainder:
         raise ConfigError(
             f"effective_batch_size {effective}: not a multiple of the {world_size} processes. "
             f"Use {max(own, 1) * world_size}, or another number of processes."
@@ -195,15 +246,14 @@ def build_dataset(
     """
     for notice in _unused(cfg, epochs) if train else ():
         console(f"notice: {notice}")
-    mixing = cache = None
-    if train and (cfg.mosaic or cfg.mixup):
-        mixing = Mixing(mosaic=cfg.mosaic, mixup=cfg.mixup, until=epochs - cfg.close_augment_epochs)
+    mixing = build_mixing(cfg, mean=mean, epochs=epochs) if train else None
+    cache = None
     if train and cfg.cache_images:
         whole = CHANNELS * int(index.images.sizes.astype(np.int64).prod(axis=1).sum())
         cache = ImageCache(len(index), max(1, min(int(cfg.cache_images * 1e9), whole)))
     dataset = CocoDetection(
         index,
-        build_transform(cfg, train=train, mean=mean, std=std),
+        build_transform(cfg, train=train, mean=mean, std=std, epochs=epochs),
         seed=seed,
         classes=classes,
         mixing=mixing,
@@ -219,7 +269,10 @@ def build_dataset(
 
 def _unused(cfg: DataConfig, epochs: int) -> Iterator[str]:
     """Yield a line on each option that has no effect because of others."""
-    if cfg.augment == "none" and cfg.train_scales not in (
+    if cfg.fixed_size:
+        if cfg.train_scales != DataConfig.train_scales:
+            yield f"fixed_size {cfg.fixed_size}: `train_scales` and `max_size` have no effect."
+    elif cfg.augment == "none" and cfg.train_scales not in (
         DataConfig.train_scales,
         (cfg.eval_scale,),
     ):
@@ -227,7 +280,12 @@ def _unused(cfg: DataConfig, epochs: int) -> Iterator[str]:
             f"augment none: images have a short side of `eval_scale {cfg.eval_scale}`; "
             "`train_scales` has no effect."
         )
-    if (cfg.mosaic or cfg.mixup) and epochs <= cfg.close_augment_epochs:
+    if cfg.mosaic_affine and not cfg.mosaic:
+        yield "mosaic 0: `mosaic_affine` has no effect."
+    if cfg.augment_phases:
+        if cfg.close_augment_epochs != DataConfig.close_augment_epochs:
+            yield "augment_phases: replaces `close_augment_epochs`, which has no effect."
+    elif (cfg.mosaic or cfg.mixup or cfg.copy_blend) and epochs <= cfg.close_augment_epochs:
         yield (
             f"close_augment_epochs {cfg.close_augment_epochs} covers all {epochs} epochs: there "
             "will be no mosaic and no mixup. Lower it, or train longer."

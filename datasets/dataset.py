@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
 from datasets.class_mapping import map_used_classes
+from datasets.formats.layout import files_below
 from datasets.images import (
     READ_ERRORS,
     TURNED,
@@ -23,8 +24,9 @@ from datasets.images import (
     read_rgb,
 )
 from datasets.index import CocoIndex
+from datasets.mixing import Mixing
 from datasets.sample import CHANNELS, Sample, Size, clip_boxes, draw_integer, to_pixels
-from datasets.transforms import Mixing, Transform
+from datasets.transforms import Transform
 from util.batch import Target, UnreadableImage
 from util.classes import Classes
 from util.errors import ConfigError, DataError
@@ -153,7 +155,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         size = sample.size
         if self._mixing is not None:
             sample = self._mixing(sample, epoch, self._draw_sample, generator)
-        prepared = self.transform(sample, generator, seeded_generator(self._seed, epoch, batch, 1))
+        shared = seeded_generator(self._seed, epoch, batch, 1)
+        prepared = self.transform.in_epoch(epoch)(sample, generator, shared)
         return prepared.image, make_target(prepared, image_id, size)
 
     def read_image(self, image_id: int) -> Image.Image | None:
@@ -166,7 +169,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
             return None
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw augmentation anew; call it before the loader is iterated."""
+        """Draw new augmentation; call it before the loader is iterated."""
         self._epoch.fill_(epoch)
 
     def image_sizes(self) -> list[tuple[int, int]]:
@@ -241,7 +244,7 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
         if path.is_file():
             images = [path]
         elif path.is_dir():
-            images = sorted(p for p in path.rglob("*") if is_image(p))
+            images = sorted(p for p in files_below(path) if is_image(p))
         else:
             matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
             images = [p for p in matches if is_image(p)]

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 
 from datasets.dataset import CocoDetection, ImageList
 from datasets.loader import Item, collate
-from datasets.workers import reading
+from datasets.workers import loader_options
 
 
 def eval_loader(
@@ -29,7 +29,7 @@ def eval_loader(
             sizes, batch_size=batch_size, rank=rank, world_size=world_size
         ),
         collate_fn=collate,
-        **reading(num_workers, pin_memory=pin_memory, seed=0),
+        **loader_options(num_workers, pin_memory=pin_memory, seed=0),
     )
 
 

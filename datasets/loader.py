@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from datasets.dataset import CocoDetection
 from datasets.samplers import BatchSplit, ShuffledBatchSampler
-from datasets.workers import reading
+from datasets.workers import loader_options
 from util.batch import Batch, Target, UnreadableImage, pad_images
 
 _BLANK_SIDE = 64  # pixels of the image that stands in where a process has none
@@ -82,7 +82,7 @@ class TrainLoader(DataLoader[Item]):
             dataset,
             batch_sampler=self._order,
             collate_fn=partial(collate, pad_multiple=pad_multiple),
-            **reading(num_workers, pin_memory=pin_memory, seed=seed),
+            **loader_options(num_workers, pin_memory=pin_memory, seed=seed),
         )
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from math import ceil
 
 import torch
 from torch.utils.data import Sampler
@@ -52,15 +53,17 @@ class ShuffledBatchSampler(Sampler[list[SampleKey]]):
         self._split = split
         self._seed = seed
         self._portrait = [height > width for height, width in sizes]
-        portrait = sum(self._portrait)
-        if min(portrait, num_images - portrait) < split.effective:
+        num_portrait = sum(self._portrait)
+        if min(num_portrait, num_images - num_portrait) < split.effective:
             # too few of one kind to fill a batch: they would never be seen
             self._portrait = [False] * num_images
-        full = sum(n // split.effective for n in Counter(self._portrait).values())
-        own = split.batch_size * split.accumulation if full else -(-num_images // split.world_size)
-        self.steps = max(1, full)
-        self.accumulation = -(-own // split.batch_size)
-        self._too_small = full == 0
+        num_full = sum(n // split.effective for n in Counter(self._portrait).values())
+        self._too_small = num_full == 0
+        own_images = split.batch_size * split.accumulation
+        if self._too_small:
+            own_images = ceil(num_images / split.world_size)
+        self.steps = max(1, num_full)
+        self.accumulation = ceil(own_images / split.batch_size)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
@@ -72,7 +75,8 @@ class ShuffledBatchSampler(Sampler[list[SampleKey]]):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         split = self._split
-        for step, images in islice(enumerate(self._effective_batches()), self._first_step, None):
+        numbered = enumerate(self._effective_batches())
+        for step, images in islice(numbered, self._first_step, None):
             own = [SampleKey(position, step) for position in images[split.rank :: split.world_size]]
             for start in range(0, len(own), split.batch_size):
                 yield own[start : start + split.batch_size]
@@ -81,7 +85,8 @@ class ShuffledBatchSampler(Sampler[list[SampleKey]]):
         generator = seeded_generator(self._seed, self._epoch)
         order = torch.randperm(len(self._portrait), generator=generator).tolist()
         if self._too_small:
-            yield list(islice(cycle(order), -len(order) % self._split.world_size + len(order)))
+            missing = -len(order) % self._split.world_size  # for each process to have as many
+            yield list(islice(cycle(order), len(order) + missing))
         waiting: dict[bool, list[int]] = {True: [], False: []}
         for position in order:
             group = waiting[self._portrait[position]]

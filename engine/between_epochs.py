@@ -1,7 +1,7 @@
 """Between epochs: what the log says of the last one, and the evaluation of its weights."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from datasets.dataset import CocoDetection
+from engine.data_report import report_unreadable
 from engine.evaluation.analysis import draw_gallery, evenly_spaced
 from engine.evaluation.evaluate import evaluate
-from engine.evaluation.evaluator import Evaluator, save_results
+from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
 from engine.evaluation.matching import Truth
 from engine.evaluation.outcomes import thresholds_by_name
-from engine.guards.guard import list_unreadable
 from engine.guards.timer import shares
 from engine.metrics import StepLog, official_log_values
 from engine.optim import Precision
@@ -37,11 +37,10 @@ def training_values(steps: StepLog, label: str, output_dir: Path) -> dict[str, A
     if steps.times:
         log.info(f"{label}: {shares(steps.times)}")
     means = official_log_values(steps.averages.means(), steps.criterion)
-    unreadable = steps.guards.unreadable
-    report = output_dir / "data_report.json"
+    unreadable = steps.guards.unreadable.images
     return {
         **{f"train_{name}": value for name, value in means.items()},
-        "train_unreadable_images": list_unreadable(report, unreadable, steps.world),
+        "train_unreadable_images": report_unreadable(output_dir, unreadable, steps.world),
         "train_skipped_steps": steps.guards.nonfinite.total,
     }
 
@@ -126,23 +125,34 @@ class Validation:
         thresholds: dict[str, float] = {}
         if self.world.main:
             thresholds = thresholds_by_name(evaluator)
-            detections = evaluator.detections()
-            save_results(self.output_dir, result, detections.to_coco(truth))
-            shown = {**stats, **{n: losses[n] for n in ("loss",) if n in losses}}
-            curves = {f"{prefix}val/{name}": value for name, value in shown.items()}
-            self.log.scalars(step - 1, curves)
-            ids = evenly_spaced(truth.image_ids.tolist(), self.num_images)
-            drawn = draw_gallery(detections, truth, ids, self.dataset.read_image)
-            for image_id, image in drawn.items():
-                folder = self.output_dir / "pictures"
-                folder.mkdir(exist_ok=True)
-                image.save(folder / f"image_{image_id}.png")
-                self.log.image(f"{prefix}val/image_{image_id}", image, step - 1)
+            self._write(result, losses, evaluator, step, prefix)
         values = {
             **{f"{prefix}test_{name}": value for name, value in losses.items()},
             f"{prefix}test_coco_eval_bbox": list(stats.values()),
         }
         return stats, thresholds, values
+
+    def _write(
+        self,
+        result: EvalResult,
+        losses: Mapping[str, float],
+        evaluator: Evaluator,
+        step: int,
+        prefix: str,
+    ) -> None:
+        """Write results, curves and some images with what was found in them."""
+        truth, detections = evaluator.truth, evaluator.detections()
+        save_results(self.output_dir, result, detections.to_coco(truth))
+        shown = {**result.stats, **{n: losses[n] for n in ("loss",) if n in losses}}
+        self.log.scalars(step - 1, {f"{prefix}val/{name}": value for name, value in shown.items()})
+        ids = evenly_spaced(truth.image_ids.tolist(), self.num_images)
+        folder = self.output_dir / "pictures"
+        for image_id, image in draw_gallery(
+            detections, truth, ids, self.dataset.read_image
+        ).items():
+            folder.mkdir(exist_ok=True)
+            image.save(folder / f"image_{image_id}.png")
+            self.log.image(f"{prefix}val/image_{image_id}", image, step - 1)
 
 
 @torch.no_grad()

@@ -22,9 +22,9 @@ from datasets.samplers import BatchSplit
 from datasets.workers import loader_processes
 from engine.between_epochs import Validation, count_parameters
 from engine.checkpoint import CheckpointFolder
+from engine.data_report import write_data_report
 from engine.ema import Ema
 from engine.guards import FlatLoss, Guards, MemoryGuard, NonFiniteSteps, UnreadableImages
-from engine.guards.guard import write_data_report
 from engine.guards.timer import StepTimer
 from engine.optim import Precision, learning_rate_factor
 from engine.plan import RunPlan
@@ -75,22 +75,8 @@ def build_trainer(
     )
     val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
     num_workers = loader_processes(data.num_workers, local_size=world.local_size)
-    loader = TrainLoader(
-        train_set,
-        share,
-        num_workers=num_workers,
-        seed=options.seed,
-        aspect_ratio_grouping=data.aspect_ratio_grouping,
-        pin_memory=device.type == "cuda",
-        pad_multiple=optim.pad_multiple,
-    )
-    val_batches = eval_loader(
-        val_set,
-        batch_size=optim.eval_batch_size or optim.batch_size,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        rank=world.rank,
-        world_size=world.size,
+    loader, val_batches = build_loaders(
+        config, train_set, val_set, share, num_workers=num_workers, on_gpu=device.type == "cuda"
     )
     trainer = assemble_trainer(
         config,
@@ -132,17 +118,49 @@ def load_data(plan: RunPlan, world: World) -> tuple[CocoIndex, CocoIndex]:
     """Return training and validation data; data_report.json lists what was fixed or skipped."""
     splits: tuple[Split, ...] = ("train", "val")
     indices = {
-        split: load_index(plan.config.data, split, need_boxes=split == "train") for split in splits
+        split: load_index(plan.config.data, split, need_boxes=split == "train", world=world)
+        for split in splits
     }
     for index in indices.values():
         log.info(index.report(plan.config.model.num_queries))
     if world.main:
         write_data_report(
-            plan.output_dir / "data_report.json",
+            plan.output_dir,
             {split: index.data_report() for split, index in indices.items()},
             continued=plan.in_place,
         )
     return indices["train"], indices["val"]
+
+
+def build_loaders(
+    config: Config,
+    train_set: CocoDetection,
+    val_set: CocoDetection,
+    share: BatchSplit,
+    *,
+    num_workers: int,
+    on_gpu: bool,
+) -> tuple[TrainLoader, Iterable[Batch]]:
+    """Return what loads this process's share of the training and of the validation images."""
+    optim = config.optim
+    loader = TrainLoader(
+        train_set,
+        share,
+        num_workers=num_workers,
+        seed=config.run.seed,
+        aspect_ratio_grouping=config.data.aspect_ratio_grouping,
+        pin_memory=on_gpu,
+        pad_multiple=optim.pad_multiple,
+    )
+    val_batches = eval_loader(
+        val_set,
+        batch_size=optim.eval_batch_size or optim.batch_size,
+        num_workers=num_workers,
+        pin_memory=on_gpu,
+        rank=share.rank,
+        world_size=share.world_size,
+    )
+    return loader, val_batches
 
 
 def build_training_model(
@@ -192,9 +210,9 @@ def load_pretrained_weights(
     *,
     backbone: bool,
 ) -> set[str]:
-    """Fill a model from the weights of --finetune and report how; return the names of the others.
+    """Fill a model from the weights of `finetune` and report how; return the names of the others.
 
-    Without `backbone`, the model's is another one than theirs and stays as it is.
+    Without `backbone`, the model has a different one, which stays as it is.
 
     Raises:
         ConfigError: `nheads` is not that of the weights.
@@ -273,23 +291,7 @@ def assemble_trainer(
             output_dir=output_dir,
             num_images=options.num_images,
         ),
-        guards=Guards(
-            UnreadableImages(),
-            MemoryGuard(loader.accumulation),
-            NonFiniteSteps(
-                model,
-                precision,
-                output_dir,
-                rank=world.rank,
-                limit=options.max_nonfinite,
-            ),
-            FlatLoss(
-                effective_batch=optim.effective_batch_size,
-                lr=optim.lr,
-                first_step=optim.warmup_steps,
-                quiet=not world.main,
-            ),
-        ),
+        guards=build_guards(config, model, precision, world, accumulation=loader.accumulation),
         timer=StepTimer(device),
         log=run_log,
         output_dir=output_dir,
@@ -300,6 +302,30 @@ def assemble_trainer(
         save_every=options.save_every,
         max_steps=options.max_steps,
         seed=options.seed,
+    )
+
+
+def build_guards(
+    config: Config, model: DeformableDETR, precision: Precision, world: World, *, accumulation: int
+) -> Guards:
+    """Return what watches the steps of this process, each of `accumulation` micro-batches."""
+    optim, options = config.optim, config.run
+    return Guards(
+        UnreadableImages(),
+        MemoryGuard(accumulation),
+        NonFiniteSteps(
+            model,
+            precision,
+            Path(options.output_dir),
+            rank=world.rank,
+            limit=options.max_nonfinite,
+        ),
+        FlatLoss(
+            effective_batch=optim.effective_batch_size,
+            lr=optim.lr,
+            first_step=optim.warmup_steps,
+            quiet=not world.main,
+        ),
     )
 
 

@@ -3,6 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             "or in eval and predict."
         )
     raise CheckpointError(
-        f"{path}: is no checkpoint of a run: it lacks {', '.join(missing)}. "
+        f"{path}: is not a checkpoint of a run: it lacks {', '.join(missing)}. "
         "Use weights alone with `finetune`."
     )
 
 
 def _unsound(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path}: is no checkpoint of a run: {what}. Use an earlier one.")
+    return CheckpointError(f"{path}: is not a checkpoint of a run: {what}. Use an earlier one.")
 
 
 def saved_preprocessing(content: Mapping[str, Any], path: Path) -> Mapping[str, Sequence[float]]:
@@ -209,9 +210,17 @@ def check_classes(saved: Mapping[str, Any], current: Mapping[str, Any], path: Pa
     ids, names = saved.get("ids"), saved.get("names")
     if type(ids) is not list or type(names) is not list:
         raise _unsound(path, f"classes is {brief(saved)}")
-    # compared as text: a tensor among them has no truth value
-    if repr([ids, names]) != repr([current["ids"], current["names"]]):
-        raise CheckpointError(
-            f"{path}: its {len(ids)} classes are not those of the data, which has "
-            f"{len(current['ids'])}. Start a new run from it with `finetune`."
-        )
+    saved_classes = zip_longest(ids, names)
+    data_classes = zip(current["ids"], current["names"], strict=True)
+    for label, (old, new) in enumerate(zip_longest(saved_classes, data_classes)):
+        if repr(old) != repr(new):  # as text: a tensor among them has no truth value
+            raise CheckpointError(
+                f"{path}: its {len(ids)} classes are not those of the data, which has "
+                f"{len(current['ids'])}: number {label} is {_shown_class(old)} there and "
+                f"{_shown_class(new)} here. Start a new run from it with `finetune`."
+            )
+
+
+def _shown_class(pair: tuple[Any, Any] | None) -> str:
+    """Return the name and id of a class, which may be anything in a damaged file."""
+    return "missing" if pair is None else f"{brief(pair[1])} (id {brief(pair[0])})"

@@ -20,6 +20,7 @@ from datasets.dataset import CocoDetection, ImageList, ImageSource
 from datasets.eval_loader import eval_loader
 from datasets.images import limit_pixels
 from datasets.workers import loader_processes
+from engine.claims import check_claims
 from engine.evaluation.evaluate import detect, evaluate
 from engine.evaluation.evaluator import Backend, EvalResult, Evaluator
 from engine.evaluation.matching import Truth
@@ -28,7 +29,7 @@ from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
 from models.recipes import KnownRecipes
-from models.weights.load import load_pretrained
+from models.weights.load import Pretrained, load_pretrained
 from models.weights.transfer import load_strict
 from util.classes import Classes
 from util.console import console
@@ -37,6 +38,7 @@ from util.errors import CheckpointError, ConfigError, DataError, brief
 from util.world import World
 
 DEFAULT_THRESHOLD = 0.3  # of classes for which the checkpoint has none
+_LARGEST_BATCH = 65536  # that a checkpoint may ask for
 
 AnyImage = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 
@@ -95,7 +97,7 @@ class Detector:
         nms_iou: float | None = None,
         max_pixels: int | None = None,
     ) -> "Detector":
-        """Load a checkpoint of ours, an official file, a Hugging Face folder, or `hf:NAME`.
+        """Load our own checkpoint, an official file, a Hugging Face folder, or `hf:NAME`.
 
         `ema` takes the averaged weights, where there are any. The last four replace what the
         checkpoint says: the short side and the maximum long side of an image in pixels, the
@@ -112,24 +114,21 @@ class Detector:
         pretrained = load_pretrained(source, ema=ema)
         if "backbone" not in pretrained.model_options:
             raise CheckpointError(
-                f"{source}: these weights come without options, and their backbone is no "
+                f"{source}: these weights come without options, and their backbone is not a "
                 "torchvision ResNet, so it is not known which. Use the whole checkpoint they come "
                 "from."
             )
-        saved = pretrained.config or {}
-        optim = saved.get("optim", {})
-        size = zip(("eval_scale", "max_size"), pretrained.image_size or (), strict=False)
-        content = {  # other sections may be of a newer version
-            "model": pretrained.model_options,
-            "data": saved.get("data", dict(size)),
-            "recipes": saved.get("recipes", {}),
-        }
-        given = {
+        replaced = {
             "eval_scale": eval_scale, "max_size": max_size, "nms_iou": nms_iou,
             "max_pixels": max_pixels,
         }  # fmt: skip
-        options = Given({"data": {k: v for k, v in given.items() if v is not None}}, KnownRecipes())
-        config = options.on(saved_options(options, content, source)).config()
+        given = Given(
+            {"data": {name: value for name, value in replaced.items() if value is not None}},
+            KnownRecipes(),
+        )
+        config = given.on(_options_of(pretrained, given, source)).config()
+        check_claims(config.model, pretrained.state_dict, source, recipes=config.recipes)
+        optim = (pretrained.config or {}).get("optim", {})
         model = build_model(
             config.model, num_classes=len(pretrained.classes), recipes=config.recipes
         )
@@ -142,7 +141,7 @@ class Detector:
             std=pretrained.image_std or model.backbone.std,
             device=device,
             thresholds=pretrained.thresholds,
-            batch_size=optim.get("eval_batch_size") or optim.get("batch_size", 1),
+            batch_size=_batch_size(optim.get("eval_batch_size") or optim.get("batch_size")),
         )
 
     @property
@@ -189,15 +188,15 @@ class Detector:
 
         Raises:
             DataError: an image cannot be read.
-            TypeError: something is no image.
+            TypeError: something is not an image.
         """
         if threshold is not None and not 0 <= threshold <= 1:
             raise ConfigError(f"threshold: must be in 0..1, got {threshold}.")
         many = isinstance(images, (list, tuple))
         sources = [_image_source(image) for image in (images if many else [images])]
-        least = self.min_scores(threshold)
+        min_scores = self.min_scores(threshold)
         found = {
-            i: [box for box in boxes if box.score >= least[box.name]]
+            i: [box for box in boxes if box.score >= min_scores[box.name]]
             for i, boxes in self.detect(sources, batch_size=batch_size, skip_unreadable=False)
         }
         return [found[i] for i in range(len(sources))] if many else found[0]
@@ -276,13 +275,15 @@ class Detector:
         )
         return {name: v if v >= 0 else math.nan for name, v in result.stats.items()}
 
-    def validation_set(self, data: DataConfig) -> CocoDetection:
+    def validation_set(self, data: DataConfig, world: World | None = None) -> CocoDetection:
         """Return the validation images that data options name, with the labels of the model.
+
+        Of the processes of `world`, the main one reads the annotations for all.
 
         Raises:
             DataError: they cannot be used, or have a class that the model lacks.
         """
-        index = load_index(data, "val", need_boxes=False, classes=self.classes)
+        index = load_index(data, "val", need_boxes=False, classes=self.classes, world=world)
         dataset = build_dataset(
             data, index, train=False, mean=self.mean, std=self.std, classes=self.classes
         )
@@ -332,6 +333,21 @@ class Detector:
         return result, evaluator
 
 
+def _options_of(pretrained: Pretrained, given: Given, source: str) -> Given:
+    """Return the options that weights come with, as far as a detector reads them.
+
+    The other sections are left out: they may be of a newer version.
+    """
+    saved = pretrained.config or {}
+    size = dict(zip(("eval_scale", "max_size"), pretrained.image_size or (), strict=False))
+    content = {
+        "model": pretrained.model_options,
+        "data": saved.get("data", size),
+        "recipes": saved.get("recipes", {}),
+    }
+    return saved_options(given, content, source)
+
+
 def _image_source(image: Any) -> ImageSource:
     """Check that something is an image, and return a tensor for an array or tensor.
 
@@ -358,6 +374,11 @@ def _image_source(image: Any) -> ImageSource:
         f"cannot predict on a {got}. Give a path, a Pillow image, an RGB array [H,W,3] of uint8, "
         "an RGB tensor [3,H,W] of uint8 or of floats in 0..1, or a list of these."
     )
+
+
+def _batch_size(saved: object) -> int:
+    """Return the batch size that a checkpoint names, 1 where that makes no sense."""
+    return saved if type(saved) is int and 0 < saved <= _LARGEST_BATCH else 1
 
 
 def saved_options(given: Given, values: Mapping[str, Any], source: str) -> Given:

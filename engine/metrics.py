@@ -24,7 +24,7 @@ class Averages:
     count: int = 0
 
     def add(self, values: Mapping[str, float], count: int = 1) -> None:
-        """Add the sums of `count` sets; begin anew if the names are others, as of other losses."""
+        """Add the sums of `count` sets; start again if the names differ, as with other losses."""
         if list(self.totals) != list(values):
             self.totals, self.count = dict.fromkeys(values, 0.0), 0
         self.totals = {name: total + values[name] for name, total in self.totals.items()}

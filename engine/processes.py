@@ -56,24 +56,27 @@ def process_group(device: str) -> Iterator[tuple[World, torch.device]]:
         destroy_process_group()
 
 
-class StopSignals(contextlib.ExitStack):
+class StopSignals:
     """Catches Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP inside a `with` block: the first asks to stop.
 
     `number` is that of the signal, 0 before. A second signal raises KeyboardInterrupt.
     """
 
-    number = 0
-    _since = 0.0
+    def __init__(self) -> None:
+        self.number = 0
+        self._since = 0.0  # when the first came
+        self._handlers_before = contextlib.ExitStack()
 
     def __enter__(self) -> "StopSignals":
         for number in STOP_SIGNALS:
-            if (
-                number == getattr(signal, "SIGHUP", None)
-                and signal.getsignal(number) == signal.SIG_IGN
-            ):
-                continue  # nohup has seen to it
-            self.callback(signal.signal, number, signal.signal(number, self._stop))
+            if number == _HANGUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # the run was started by nohup, to outlive its terminal
+            before = signal.signal(number, self._stop)
+            self._handlers_before.callback(signal.signal, number, before)
         return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handlers_before.close()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -102,7 +105,8 @@ def launch(
             f"gpus {processes}: this machine has {torch.cuda.device_count()} GPUs. "
             "Use as many, or `device cpu`."
         )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it shorter
+    # `_report` says in one line what torch would in many
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",

@@ -1,38 +1,87 @@
 """Logs of a run: one JSON line per step and per epoch, TensorBoard, the console."""
 
+import contextlib
 import json
-import math
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from util.console import log, progress
+from util.errors import ConfigError
 from util.files import make_output_dir, write_atomic
+from util.json_lines import json_lines
 
 
 def _keep_until(path: Path, key: str, last: int) -> None:
     """Rewrite a log without the lines whose `key` lies past `last` and without a torn one."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a kill in the middle of a write leaves half a line
-        if isinstance(entry, dict) and entry.get(key, math.inf) <= last:
-            kept.append(line + "\n")
+    places = ((line, entry.get(key)) for line, entry in json_lines(path))
+    kept = [line + "\n" for line, place in places if type(place) is int and place <= last]
     write_atomic(path, "".join(kept))
 
 
-class RunLog(ExitStack):
+def _close(writer: Any) -> None:
+    with contextlib.suppress(OSError):  # its file was removed, and another begun
+        writer.close()
+
+
+def _check_places(folder: Path) -> None:
+    """Raise ConfigError if something else is in the way; writing to a pipe would never end."""
+    for name in ("metrics.jsonl", "log.txt", "tensorboard", "pictures", "nonfinite"):
+        path = folder / name
+        fits = path.is_file() if "." in name else path.is_dir()
+        if os.path.lexists(path) and not fits:
+            raise ConfigError(
+                f"output_dir {folder}: '{name}' in it is not what a run writes there. "
+                "Choose another folder."
+            )
+
+
+class _JsonLines:
+    """A file to which each call of `append` adds a line, which the end of the process keeps."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    def append(self, values: Mapping[str, Any]) -> None:
+        """Write a line of strict JSON, in which numbers that are not finite are null.
+
+        The run outlives its folder: one that was removed is made again.
+        """
+        strict = json.loads(json.dumps(values), parse_constant=lambda _: None)
+        self._open().write(json.dumps(strict) + "\n")
+
+    def close(self) -> None:
+        """Close the file; the next line opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> TextIO:
+        """Return the file that has this path now, which need not be the one of the last line."""
+        with contextlib.suppress(OSError):
+            if self._file is not None:
+                opened = os.fstat(self._file.fileno())
+                if os.path.samestat(opened, self._path.stat()):
+                    return self._file
+        self.close()
+        folder = self._path.parent
+        if not folder.is_dir():
+            log.warning(f"{folder}: the folder was removed during the run and is made again")
+            make_output_dir(folder)
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)  # by line
+        return self._file
+
+
+class RunLog:
     """Append-only logs in a run's folder; a context manager.
 
     `metrics.jsonl` has a line per step, `log.txt` a line per epoch, `tensorboard/` the same as
@@ -41,17 +90,28 @@ class RunLog(ExitStack):
     """
 
     def __init__(self, output_dir: Path, *, tensorboard: bool, enabled: bool = True) -> None:
-        super().__init__()
         if enabled:
             make_output_dir(output_dir)
+            _check_places(output_dir)
             if tensorboard and str(output_dir) != os.fsencode(output_dir).decode("utf-8", "ignore"):
                 log.warning(f"{output_dir}: no TensorBoard files, which need UTF-8")
                 tensorboard = False
         self._enabled = enabled
-        self._metrics_path = output_dir / "metrics.jsonl"
-        self._log_path = output_dir / "log.txt"
+        self._steps_path = output_dir / "metrics.jsonl"
+        self._epochs_path = output_dir / "log.txt"
+        self._steps = _JsonLines(self._steps_path)
+        self._epochs = _JsonLines(self._epochs_path)
         self._tensorboard_dir = output_dir / "tensorboard" if tensorboard and enabled else None
         self._purge_step: int | None = None
+        self._opened = contextlib.ExitStack()
+        self._opened.callback(self._steps.close)
+        self._opened.callback(self._epochs.close)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
 
     def truncate_after(self, step: int, epoch: int) -> None:
         """Remove what was logged past the checkpoint that a run continues from, before it does.
@@ -60,46 +120,40 @@ class RunLog(ExitStack):
         and TensorBoard values of later steps go.
         """
         if self._enabled:
-            _keep_until(self._metrics_path, "step", step)
-            _keep_until(self._log_path, "epoch", epoch)
+            _keep_until(self._steps_path, "step", step)
+            _keep_until(self._epochs_path, "epoch", epoch)
             self._purge_step = step + 1
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Log the values of a training step."""
-        self._append(self._metrics_path, {"step": step, **values})
+        if self._enabled:
+            self._steps.append({"step": step, **values})
         self.scalars(step, values)
 
     def epoch(self, values: Mapping[str, Any]) -> None:
         """Log the values of an epoch; `epoch` is one of them."""
         if "epoch" not in values:
             raise ValueError("an epoch's values need the key 'epoch'")
-        self._append(self._log_path, values)
+        if self._enabled:
+            self._epochs.append(values)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add points to TensorBoard's curves."""
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        with self._without_tensorboard_if_it_fails():
+            if self._writer is not None:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Add an image to TensorBoard."""
-        if self._writer is not None:
-            pixels = np.asarray(image.convert("RGB"))
-            self._writer.add_image(name, pixels, step, dataformats="HWC")
+        with self._without_tensorboard_if_it_fails():
+            if self._writer is not None:
+                pixels = np.asarray(image.convert("RGB"))
+                self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def progress_bar(self, total: int, *, done: int) -> "tqdm[Any]":
         """Return a bar over the steps of the run."""
         return progress(total=total, done=done, unit="step", enabled=self._enabled, leave=True)
-
-    def _append(self, path: Path, values: Mapping[str, Any]) -> None:
-        if self._enabled:
-            # NaN and infinities, which JSON does not know, become null
-            strict = json.loads(json.dumps(values), parse_constant=lambda _: None)
-            if not path.parent.is_dir():  # the run itself is not lost by it
-                log.warning(f"{path.parent}: the folder was removed during the run; made anew")
-                make_output_dir(path.parent)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(strict) + "\n")
 
     @cached_property
     def _writer(self) -> Any:
@@ -109,5 +163,16 @@ class RunLog(ExitStack):
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
-        self.callback(writer.close)
+        self._opened.callback(_close, writer)
         return writer
+
+    @contextlib.contextmanager
+    def _without_tensorboard_if_it_fails(self) -> Iterator[None]:
+        """Go on when TensorBoard cannot write: a removed file is begun anew, else curves end."""
+        try:
+            yield
+        except OSError as error:
+            self.__dict__.pop("_writer", None)
+            if not isinstance(error, FileNotFoundError):
+                log.warning(f"{self._tensorboard_dir}: no more TensorBoard curves: {error}")
+                self._tensorboard_dir = None

@@ -146,10 +146,9 @@ class Trainer:
                 self.save()
             if self.all_steps_done():
                 break
-            self.timer.restart()  # logging and saving are no part of a step
+            self.timer.restart()  # logging and saving are not part of a step
         self.steps.flush()
 
-    # ---------------------------------------------------------------------------------------------
     def train_step(
         self, micro_batches: Sequence[Batch], whole: EffectiveBatch
     ) -> dict[str, Tensor]:
@@ -185,8 +184,6 @@ class Trainer:
         self.scheduler.step()
         self.timer.mark("optimiser")
         return {**dict(zip(losses, total, strict=True)), "grad_norm": grad_norm.detach()}
-
-    # ---------------------------------------------------------------------------------------------
 
     def end_epoch(self) -> None:
         """Evaluate, log and save; after an interruption in the middle of an epoch save alone."""

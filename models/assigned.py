@@ -19,7 +19,8 @@ class Assigned:
     Shape: logits [G,N,Q,classes]; boxes [G,N,Q,4]; classes [G,N,Q,classes], 1 where a query is
     matched with an object of a class, else 0; matched_boxes and target_boxes [G,P,4], those of
     the pairs in `matches`, the same box on both sides where there is no pair; labels [G,P].
-    Boxes are normalised cxcywh. `name` is that of the group.
+    Boxes are normalised cxcywh. `name` is that of the group. `weights` [P] says how much each pair
+    counts, None for 1.
     """
 
     name: str
@@ -31,6 +32,13 @@ class Assigned:
     labels: Tensor
     matches: Matches
     focal_alpha: float
+    weights: Tensor | None = None
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum up values of every pair, each by its weight. Shape: [G,P] or [G,P,4] -> [G]."""
+        if self.weights is not None:
+            values = values * self.weights.reshape(-1, *[1] * (values.dim() - 2))
+        return values.sum(tuple(range(1, values.dim())))
 
     @cached_property
     def iou(self) -> Tensor:
@@ -60,6 +68,7 @@ def assign(
     matches: Matches,
     *,
     focal_alpha: float,
+    weights: Tensor | None = None,
 ) -> Assigned:
     """Put predictions beside their targets. Shape: logits [G,N,Q,classes]; boxes [G,N,Q,4]."""
     exact = torch.promote_types(logits.dtype, torch.float32)
@@ -72,7 +81,9 @@ def assign(
         matched = torch.where(matches.real[..., None], matched, 0.5)
         target = torch.where(matches.real[..., None], target, 0.5)
     classes = _on_classes(torch.ones_like(labels, dtype=exact), logits, labels, matches)
-    return Assigned(name, logits, boxes, classes, matched, target, labels, matches, focal_alpha)
+    return Assigned(
+        name, logits, boxes, classes, matched, target, labels, matches, focal_alpha, weights
+    )
 
 
 def _on_classes(values: Tensor, like: Tensor, labels: Tensor, matches: Matches) -> Tensor:

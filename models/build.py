@@ -208,7 +208,11 @@ def build_criterion(config: LossConfig) -> SetCriterion:
                     "Write NAME or NAME=COEFFICIENT."
                 ) from None
     return SetCriterion(
-        matcher, weights=weights, cls_loss=config.cls_loss, focal_alpha=config.focal_alpha
+        matcher,
+        weights=weights,
+        cls_loss=config.cls_loss,
+        focal_alpha=config.focal_alpha,
+        union_set=config.union_set,
     )
 
 

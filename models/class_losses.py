@@ -21,6 +21,8 @@ from util.registry import Registry
 
 Loss = Callable[[Assigned], Tensor]  # the sum over the batch, of each layer: [G]
 
+_POSITION_SUPERVISED = 6.0  # its coefficient
+
 
 class ClassLoss(NamedTuple):
     """A loss of the scores, and its coefficient unless an option gives another."""
@@ -84,9 +86,14 @@ def iou_aware_bce(assigned: Assigned, alpha: float = 0.25) -> Tensor:
     return (negative * z - F.logsigmoid(z) * (target + negative)).sum((1, 2, 3))
 
 
-@class_loss("position_supervised", coefficient=6.0)
+@class_loss("position_supervised", coefficient=_POSITION_SUPERVISED)
 def position_supervised(assigned: Assigned) -> Tensor:
-    """Focal loss whose target is u^2, the best match of an image 1 (arXiv 2304.04742, Eq. 7)."""
+    """Focal loss whose target is u^2, the best match of an image 1 (arXiv 2304.04742, Eq. 7).
+
+    Denoising queries keep the plain focal loss, with coefficient 1 where that of the rest is 6.
+    """
+    if assigned.name == "_dn":
+        return focal(assigned) / _POSITION_SUPERVISED
     squared = assigned.on_classes(assigned.iou**2)
     best = squared.amax((2, 3), keepdim=True)
     scaled = squared / torch.where(best > 0, best, 1.0)
@@ -99,7 +106,7 @@ def giou_focal(assigned: Assigned) -> Tensor:
 
     Rank-DETR, arXiv 2310.08854, Eq. 5.
     """
-    if assigned.name == "_enc":
+    if assigned.name.endswith("_enc"):
         return focal(assigned)
     return _focal_towards(assigned, assigned.on_classes((assigned.giou + 1) / 2))
 

@@ -11,6 +11,7 @@ from models.assigned import Assigned, assign
 from models.class_losses import CLASS_LOSSES, Loss
 from models.matcher import HungarianMatcher, Matches, PaddedTargets, generalized_iou, pad_targets
 from models.queries import DetectorOutput, GroupOutput
+from models.union_set import union_of_layers
 from util.batch import Target
 from util.registry import Registry
 
@@ -42,7 +43,7 @@ def register_loss(name: str, *, coefficient: float = 1.0) -> Callable[[Loss], Lo
 @register_loss("loss_bbox")
 def box_distance(assigned: Assigned) -> Tensor:
     """L1 distance of matched boxes (DETR, Sec. 3.1): a few pixels weigh more on a small box."""
-    return (assigned.matched_boxes - assigned.target_boxes).abs().sum((1, 2))
+    return assigned.total((assigned.matched_boxes - assigned.target_boxes).abs())
 
 
 @register_loss("loss_giou")
@@ -50,14 +51,15 @@ def box_overlap(assigned: Assigned) -> Tensor:
     """GIoU loss of matched boxes, which does not depend on the size (DETR, Sec. 3.1)."""
     matched = box_convert(assigned.matched_boxes, "cxcywh", "xyxy")
     target = box_convert(assigned.target_boxes, "cxcywh", "xyxy")
-    return (1 - generalized_iou(matched, target)).sum(1)
+    return assigned.total(1 - generalized_iou(matched, target))
 
 
 class SetCriterion:
     """Match predictions with targets, then sum up their losses (Sec. 4, DETR Sec. 3.1).
 
     `weights` maps losses to their coefficients: "loss_ce", which is the one that `cls_loss` names,
-    and registered ones.
+    and registered ones. With `union_set`, boxes of queries that are matched one to one learn the
+    pairs of all layers together, see `models.union_set`; scores still learn those of their layer.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class SetCriterion:
         weights: Mapping[str, float],
         cls_loss: str = "focal",
         focal_alpha: float = 0.25,
+        union_set: bool = False,
     ) -> None:
         self.matcher = matcher
         self.weights = dict(weights)
@@ -76,6 +79,7 @@ class SetCriterion:
             for name in weights
         }
         self.focal_alpha = focal_alpha
+        self.union_set = union_set
 
     def __call__(
         self,
@@ -95,7 +99,7 @@ class SetCriterion:
 
         A prediction that is not finite makes the loss NaN or infinite; nothing is raised.
         """
-        groups = outputs["groups"]
+        groups = [group.learners() for group in outputs["groups"]]
         padded = pad_targets(targets, groups[0].logits.device)
         own_boxes = sum(padded.counts)
         divisor = max(own_boxes, 1) if num_boxes is None else num_boxes
@@ -105,12 +109,17 @@ class SetCriterion:
         weighted: list[Tensor] = []
         for group, own, matched in zip(groups, owned, matches, strict=True):
             layers = [*(f"_{i}" for i in range(len(group.logits) - 1)), ""]
-            assigned = assign(
-                group.name, group.logits, group.boxes, own, matched, focal_alpha=self.focal_alpha
-            )
+            learning = group.learning
+            assigned = boxes_assigned = self._assign(group, own, matched)
+            if self.union_set and learning.one_to_one and len(group.logits) > 1:
+                united, weights = union_of_layers(
+                    matched, own, group.logits.shape[2], assigned.boxes.dtype
+                )
+                boxes_assigned = self._assign(group, own, united, weights)
             for name, loss in self.losses.items():
-                values = loss(assigned) / (divisor * group.learning.divisor)
-                coefficient = self.weights[name] * group.learning.factors.get(name, 1.0)
+                on = assigned if name == CLASSIFICATION else boxes_assigned
+                values = loss(on) / (divisor * learning.divisor)
+                coefficient = self.weights[name] * learning.weight * learning.factors.get(name, 1.0)
                 self._group_weights[f"{name}{group.name}"] = coefficient
                 for layer, value in zip(layers, values, strict=True):
                     losses[f"{name}{group.name}{layer}"] = value
@@ -133,6 +142,23 @@ class SetCriterion:
         known = [base for base in weights if f"{name}_".startswith(f"{base}_")]
         return weights[max(known, key=len)] if known else None
 
+    def _assign(
+        self,
+        group: GroupOutput,
+        targets: PaddedTargets,
+        matches: Matches,
+        weights: Tensor | None = None,
+    ) -> Assigned:
+        return assign(
+            group.name,
+            group.logits,
+            group.boxes,
+            targets,
+            matches,
+            focal_alpha=self.focal_alpha,
+            weights=weights,
+        )
+
     def _match(
         self, groups: Sequence[GroupOutput], targets: Sequence[PaddedTargets]
     ) -> list[Matches]:
@@ -145,10 +171,36 @@ class SetCriterion:
                 matches[index] = learning.assign(group.logits, group.boxes, own)
             elif learning.matches is None:
                 anchors = learning.anchors
-                scored = group.logits if anchors is None else None
-                costly.append((scored, group.boxes if anchors is None else anchors[None], own))
+                boxes = group.boxes if anchors is None else anchors[None]
+                scored = _in_parts(group.logits, learning.parts) if anchors is None else None
+                costly.append((scored, _in_parts(boxes, learning.parts), own))
         found = iter(self.matcher(costly))
-        return [next(found) if pairs is None else pairs for pairs in matches]
+        return [
+            _joined(next(found), group.learning.parts, group.logits.shape[2])
+            if pairs is None
+            else pairs
+            for pairs, group in zip(matches, groups, strict=True)
+        ]
+
+
+def _in_parts(x: Tensor, parts: int) -> Tensor:
+    """Make layers of equal parts of the queries. Shape: [G,N,Q,...] -> [G*parts,N,Q/parts,...]."""
+    if parts == 1:
+        return x
+    layers, n, queries, *rest = x.shape
+    return x.reshape(layers, n, parts, queries // parts, *rest).transpose(1, 2).flatten(0, 1)
+
+
+def _joined(matches: Matches, parts: int, queries: int) -> Matches:
+    """Return the pairs of parts as those of the queries of which they are parts."""
+    if parts == 1:
+        return matches
+    rows, pairs = matches.query.shape
+    query, target = (
+        t.reshape(rows // parts, parts, pairs) for t in (matches.query, matches.target)
+    )
+    first = torch.arange(parts, device=query.device)[:, None] * (queries // parts)
+    return Matches(matches.image.repeat(parts), (query + first).flatten(1), target.flatten(1))
 
 
 @torch.no_grad()

@@ -151,6 +151,8 @@ class HungarianMatcher:
             image with more targets than predictions keeps its Q cheapest. A cost that is not
             finite counts as a very high one: it is for the loss to show it.
         """
+        if not groups:  # all know their pairs, or find them otherwise
+            return []
         costs = [self.cost(*group) for group in groups]
         flat = torch.cat([c.flatten() for c in costs]).cpu().numpy()
         flat[~np.isfinite(flat)] = _NOT_FINITE

@@ -89,7 +89,7 @@ def built(name: str, what: str, make: Callable[[Path], None]) -> Path:
     """Return the cached file `name`, after `make(path)` if it is not there as it was made.
 
     Several processes may call this at once: one makes the file, the others wait for it. A hash of
-    its content is kept beside it: what a full disk or a power cut has left is made anew.
+    its content is kept beside it: what a full disk or a power cut has damaged is built again.
 
     Raises:
         BackendError: raised by `make`, with the compiler's full output. It is saved to a file; the

@@ -27,7 +27,7 @@ def compiler() -> list[str]:
     try:
         chosen = shlex.split(words)  # as in CXX="ccache g++"
     except ValueError as error:
-        raise BackendError(f"CXX={words[:200]!r} is not a command: {error}. Set it anew.") from None
+        raise BackendError(f"CXX={words[:200]!r} is not a command: {error}. Correct it.") from None
     names = chosen[:1] or ["c++", "g++", "clang++"]
     for name in names:
         if found := shutil.which(name):

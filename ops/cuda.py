@@ -170,12 +170,21 @@ class CudaBackend(GpuBackend):
         return output
 
     def start_backward(
-        self, call: Call, scale: Tensor | None, *, to_locations: bool, **arrays: Tensor
+        self,
+        call: Call,
+        scale: Tensor | None,
+        *,
+        to_locations: bool,
+        grad_output: Tensor,
+        grad_value: Tensor,
+        grad_points: Tensor,
+        grad_weights: Tensor,
     ) -> None:
         """See `GpuBackend`."""
         launch = prepare(
             call, to_locations=to_locations, deterministic=scale is not None,
-            scale=0.0 if scale is None else float(scale), **arrays,
+            scale=0.0 if scale is None else float(scale), grad_output=grad_output,
+            grad_value=grad_value, grad_points=grad_points, grad_weights=grad_weights,
         )  # fmt: skip
         self.run("msda_backward", launch)
 

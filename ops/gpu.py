@@ -35,7 +35,15 @@ class GpuBackend:
         return Gradients(value, points, None, weights)
 
     def start_backward(
-        self, call: Call, scale: Tensor | None, *, to_locations: bool, **arrays: Tensor
+        self,
+        call: Call,
+        scale: Tensor | None,
+        *,
+        to_locations: bool,
+        grad_output: Tensor,
+        grad_value: Tensor,
+        grad_points: Tensor,
+        grad_weights: Tensor,
     ) -> None:
         """Start the kernel, which adds to `grad_value` and writes the other gradients.
 

@@ -117,13 +117,23 @@ class TritonBackend(GpuBackend):
         return output
 
     def start_backward(
-        self, call: Call, scale: Tensor | None, *, to_locations: bool, **arrays: Tensor
+        self,
+        call: Call,
+        scale: Tensor | None,
+        *,
+        to_locations: bool,
+        grad_output: Tensor,
+        grad_value: Tensor,
+        grad_points: Tensor,
+        grad_weights: Tensor,
     ) -> None:
         """See `GpuBackend`."""
         launch = backward_launch(call, to_locations=to_locations, deterministic=scale is not None)
         factor = call.points if scale is None else scale  # not read if there is no scale
-        grad, *results = arrays.values()
-        _run("msda_backward", call, launch, grad, factor, *results)
+        _run(
+            "msda_backward", call, launch,
+            grad_output, factor, grad_value, grad_points, grad_weights,
+        )  # fmt: skip
 
 
 def _run(name: str, call: Call, launch: Launch, *arrays: Tensor) -> None:

@@ -20,21 +20,23 @@ _LONGEST_ERROR = 500  # characters
 # of writing. Names in data come from strangers.
 _COMMANDS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069"
 _ESCAPED = re.compile(f"[{_COMMANDS}]")
-_ESCAPED_IN_LINE = re.compile(f"[{_COMMANDS}\t\n]")
 
 
 def printable(text: str) -> str:
     """Return text of several lines with what a terminal would obey written as in Python."""
-    return _ESCAPED.sub(_escape, text)
+    return _ESCAPED.sub(lambda found: _escape(found[0]), text)
 
 
 def in_line(name: str) -> str:
-    """Return a name so that it stays within its line, whatever is in it."""
-    return _ESCAPED_IN_LINE.sub(_escape, name)
+    """Return a name so that it stays within its line, with whatever nobody could see written out.
+
+    So names that differ only in a zero-width space look different.
+    """
+    return "".join(c if c.isprintable() else _escape(c) for c in name)
 
 
-def _escape(found: "re.Match[str]") -> str:
-    return repr(found[0])[1:-1]
+def _escape(character: str) -> str:
+    return repr(character)[1:-1]
 
 
 def error_line(text: str) -> str:
@@ -132,7 +134,7 @@ class _Lines(tqdm):  # type: ignore[misc]  # it comes without types
 
 
 class _Steady:
-    """A stream that goes on without a reader: what is written then is lost, and nothing else."""
+    """A stream that survives its reader: what is written afterwards is lost, and nothing else."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -163,7 +165,7 @@ class _Steady:
 
 
 def keep_streams() -> None:
-    """Let the program go on when nobody reads what it prints any more, or never did."""
+    """Let the program continue when nobody reads what it prints any more, or ever did."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed before the program began

@@ -18,7 +18,7 @@ def take_slurm_variables() -> None:
 
     Raises:
         ConfigError: the first host's name cannot be found, or a variable of srun or torchrun is
-            no number or out of range.
+            not a number or out of range.
     """
     tasks = _variable("SLURM_STEP_NUM_TASKS", low=1) or 1
     if "RANK" not in os.environ and tasks > 1:
@@ -33,7 +33,7 @@ def take_slurm_variables() -> None:
 
 
 def _check_variables() -> None:
-    """Raise ConfigError if a variable of torchrun is no number or out of range."""
+    """Raise ConfigError if a variable of torchrun is not a number or out of range."""
     size = _variable("WORLD_SIZE", low=1) or 1
     local_size = _variable("LOCAL_WORLD_SIZE", low=1)
     _variable("RANK", high=size - 1, why=f", as WORLD_SIZE is {size}")
@@ -110,7 +110,7 @@ def init_process_group(device_type: str) -> World:
     """Join the process group, if this process is one of several.
 
     Raises:
-        ConfigError: the variables of the launcher are not whole, or its port is not free.
+        ConfigError: variables of the launcher are missing, or its port is not free.
         UserError: other processes have not come.
     """
     _check_variables()

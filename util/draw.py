@@ -116,7 +116,7 @@ def _place_tag(
     image_size: tuple[int, int],
     taken: NDArray[np.float64],
 ) -> Rectangle:
-    """Choose the place along the box, within the image, where the tag covers others least."""
+    """Choose the place along the box, within the image, where the tag hides least of the others."""
     (x0, y0, x1, y1), (width, height) = box, sides
     end_x, end_y = image_size[0] - 1.0, image_size[1] - 1.0
     places = []

@@ -10,10 +10,22 @@ from typing import Any
 EXIT_USER_ERROR = 2
 _LIKE = 0.75  # difflib's measure: one letter of four may differ
 _MAX_WORDS = 30
-_DISK_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS,
-    errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE,
-)  # fmt: skip
+_DISK_ERRORS = {  # what the user can do about each
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Free space or choose another `output_dir`"
+    ),
+    errno.EIO: "Check the disk or choose another `output_dir`",
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        "Change its permissions or choose another `output_dir`",
+    ),
+    **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.ELOOP), "Choose another `output_dir`"),
+    errno.ENAMETOOLONG: "Shorten the name or choose another `output_dir`",
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE),
+        "Raise the limit of open files (`ulimit -n`) or lower `num_workers`",
+    ),
+}
 
 
 class UserError(Exception):
@@ -54,7 +66,7 @@ def brief(value: Any) -> str:
 def nearest_hint(name: str, known: Collection[str], otherwise: str | None = None) -> str:
     """Return a sentence with the known word closest to `name`, else `otherwise` or the words.
 
-    Only a slip of the fingers is corrected: a word that merely looks alike leads astray.
+    Only typing mistakes are corrected: a word that merely looks similar would mislead.
     """
     words = {word.lstrip("-"): word for word in known}  # the dashes of flags are no likeness
     close = difflib.get_close_matches(name.lstrip("-"), words, n=1, cutoff=_LIKE)
@@ -70,9 +82,8 @@ def in_one_line(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        what = f"{error.filename or 'output'}: cannot be used: {error.strerror}"
-        todo = "Shorten the name" if error.errno == errno.ENAMETOOLONG else "Free space"
-        return f"{what}. {todo} or choose another `output_dir`."
+        what_to_do = _DISK_ERRORS[error.errno]
+        return f"{error.filename or 'output'}: cannot be used: {error.strerror}. {what_to_do}."
     first: BaseException | None = error
     while first is not None:  # it comes as a signal, and what it interrupts may fail in its turn
         if _loader_ended(first):

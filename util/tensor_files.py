@@ -20,6 +20,7 @@ from torch import Tensor
 
 from util.errors import CheckpointError, brief
 from util.files import atomic_path, open_regular
+from util.pickled_arrays import is_plain_pickle, load_arrays
 
 # Official checkpoints pickle their command line; forks put paths in it.
 _ALLOWED: list[Any] = [
@@ -40,11 +41,11 @@ _NOT_WEIGHTS = {
 
 
 def load_safely(path: Path) -> Any:
-    """Read a `.pth` (any torch version) or `.safetensors` file onto the CPU.
+    """Read a `.pth` (any torch version), `.safetensors` or `.pkl` file onto the CPU.
 
     Only plain tensors, plain Python values and `argparse.Namespace` are built; a file that asks for
     anything else is refused before it can run, and one that claims more than it holds before memory
-    is allocated. Tensors may be views of the file on disk.
+    is allocated. Tensors may be views of the file on disk. The arrays of a pickle become tensors.
 
     Raises:
         CheckpointError: the file is missing, empty, damaged, not a checkpoint, or unsafe.
@@ -53,6 +54,9 @@ def load_safely(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
+        if path.suffix == ".pkl" and _is_plain_pickle(path):
+            with open_regular(path) as file:
+                return load_arrays(file)
         zipped = zipfile.is_zipfile(path)
         _check_claims(path, zipped=zipped)
         with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
@@ -123,6 +127,11 @@ def check_content(path: Path) -> None:
             f"{path}: the checkpoint is damaged: bytes in '{broken}' have changed. "
             "Use an earlier one."
         )
+
+
+def _is_plain_pickle(path: Path) -> bool:
+    with open_regular(path) as file:
+        return is_plain_pickle(file.read(64))
 
 
 def _check_claims(path: Path, *, zipped: bool) -> None:
@@ -241,9 +250,8 @@ def _what_is_wrong(error: Exception) -> str:
         )
     if "TorchScript" in text:
         return "is a TorchScript program. Save its state_dict() instead."
-    return (
-        f"is truncated, damaged or no checkpoint ({_one_line(error)}). Copy or download it again."
-    )
+    reason = _one_line(error)
+    return f"is truncated, damaged or not a checkpoint ({reason}). Copy or download it again."
 
 
 def _one_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from datasets.checks.alike import check_alike
 from datasets.checks.boxes import Limits, check_boxes, check_learning
 from datasets.checks.entries import read_entries
 from datasets.checks.findings import SECTIONS, FileFacts, Finding, SplitReport
@@ -18,6 +19,7 @@ from datasets.checks.kinds import KINDS
 from datasets.checks.names import find_files
 from datasets.checks.values import is_area
 from datasets.class_mapping import map_used_classes
+from datasets.formats.layout import files_below
 from datasets.formats.registry import Source
 from datasets.images import is_image
 from util.errors import DataError
@@ -82,8 +84,13 @@ class Diagnosis:
         }
 
 
-def examine(sources: Mapping[str, Source], limits: Limits, *, processes: int) -> Diagnosis:
-    """Decode all images of the splits and check everything their entries say."""
+def examine(
+    sources: Mapping[str, Source], limits: Limits, *, processes: int, similar: bool = True
+) -> Diagnosis:
+    """Decode all images of the splits and check everything their entries say.
+
+    With `similar`, images that look alike are searched for.
+    """
     splits = [SplitReport(source, split) for split, source in sources.items()]
     paths: dict[str, dict[int, Path]] = {}
     missing: dict[str, dict[int, FileFacts]] = {}
@@ -92,7 +99,8 @@ def examine(sources: Mapping[str, Source], limits: Limits, *, processes: int) ->
         missing[report.split] = find_files(report)
         there = set(range(len(report.images.ids))).difference(missing[report.split])
         paths[report.split] = {i: report.path(i) for i in sorted(there)}
-    scanned = scan(chain.from_iterable(p.values() for p in paths.values()), processes=processes)
+    files = chain.from_iterable(p.values() for p in paths.values())
+    scanned = scan(files, processes=processes, small=similar)
     for report in splits:
         facts = {i: scanned[path] for i, path in paths[report.split].items()}
         facts |= missing[report.split]
@@ -106,6 +114,8 @@ def examine(sources: Mapping[str, Source], limits: Limits, *, processes: int) ->
     for other in splits[1:]:
         _check_leaks(splits[0], other)
         _compare_classes(splits[0], other)
+    if similar:
+        check_alike(splits)
     found: dict[str, list[Finding]] = {kind: [] for kind in KINDS}
     for some in chain.from_iterable(report.findings for report in splits):
         found[some.kind] += some
@@ -188,7 +198,7 @@ def _searched(source: Source) -> list[Path]:
     """Return all that is in the folders of images; what only lies above them is not searched."""
     if source.folders:
         return sorted(path for folder in source.folders for path in folder.glob("*"))
-    return sorted(source.image_dir.rglob("*")) if source.image_dir.is_dir() else []
+    return sorted(files_below(source.image_dir))
 
 
 @lru_cache(maxsize=4096)

@@ -19,6 +19,8 @@ from util.classes import Classes
 from util.errors import DataError
 
 _NO_BOX = [float("nan")] * 4
+_ADDRESSES = ("coco_url", "flickr_url")
+_LONGEST_ADDRESS = 500  # characters
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,9 +192,21 @@ def _read_images(report: SplitReport) -> set[int]:
         Names.of(entry["file_name"] for entry in used),
         np.array(sizes, dtype=np.int64).reshape(-1, 2),
         {number: text for text, number in report.text_ids["images"].items() if number in kept},
+        _addresses(used),
     )
     report.image_rows = np.array(list(kept.values()), dtype=np.int64)
     return left_out
+
+
+def _addresses(entries: Sequence[Mapping[str, Any]]) -> Names:
+    """Return where images came from, if that ends otherwise than their names; else nothing."""
+    found = []
+    for entry in entries:
+        name = entry["file_name"].replace("\\", "/").rpartition("/")[2]
+        given = (entry.get(key) for key in _ADDRESSES)
+        texts = (a for a in given if isinstance(a, str) and len(a) <= _LONGEST_ADDRESS)
+        found.append("\n".join(a for a in texts if a.rpartition("/")[2] != name))
+    return Names.of(found if any(found) else ())
 
 
 def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
@@ -276,7 +290,7 @@ def _compute_boxes(
 
 
 def _rotated(entries: Sequence[Mapping[str, Any]]) -> BoolArray:
-    """Return which boxes [A] were turned after they were drawn, as CVAT writes it."""
+    """Return which boxes [A] were rotated after they were drawn, as CVAT writes it."""
     if not any(entry.get("attributes") for entry in entries):
         return np.zeros(len(entries), dtype=np.bool_)
     return np.array([_rotation(entry) != "" for entry in entries], dtype=np.bool_)

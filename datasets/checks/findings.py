@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from datasets.checks.kinds import KINDS
 from datasets.formats.registry import Source
 from datasets.images import TURNED
 from util.classes import Classes
+from util.console import in_line
 
 SECTIONS = ("images", "annotations", "categories")
 NAMED = 3  # examples in a line
@@ -29,7 +30,7 @@ class FileFacts:
 
     `state` is missing, unreadable (does not open), truncated (opens, does not decode) or sound, as
     far as it was read; `digest` is a hash of the bytes, `orientation` the EXIF tag (1: as stored),
-    and `error` says what is wrong.
+    `error` says what is wrong, and `small` is a small grey version, if it was asked for.
     """
 
     state: str = "missing"
@@ -37,6 +38,7 @@ class FileFacts:
     orientation: int = 1
     digest: bytes = b""
     error: str = ""
+    small: bytes = b""
 
     @property
     def possible_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -50,6 +52,14 @@ class FileFacts:
         return self.size is not None and (height, width) not in self.possible_sizes
 
 
+class Partner(NamedTuple):
+    """The other image of a pair."""
+
+    split: str
+    place: str
+    image_id: int
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing with a flaw: the image file or place in the annotation file, and its ids."""
@@ -59,6 +69,7 @@ class Finding:
     image_id: int | None = None
     annotation_id: int | None = None
     split: str = ""
+    partner: Partner | None = None
 
     def __str__(self) -> str:
         number = "" if self.annotation_id is None else f"annotation {self.annotation_id}"
@@ -72,6 +83,7 @@ class Finding:
             "image_id": self.image_id,
             "annotation_id": self.annotation_id,
             "detail": self.detail or None,
+            "partner": self.partner and self.partner._asdict(),
         }
         return {key: value for key, value in values.items() if value is not None}
 
@@ -93,6 +105,7 @@ class Findings:
     annotation_ids: IntArray | None = None
     out_of: str = ""  # how many there are in all
     split: str = ""
+    partner: Callable[[int], Partner | None] = lambda row: None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -105,7 +118,9 @@ class Findings:
             unknown if self.annotation_ids is None else self.annotation_ids.tolist(),
             strict=True,
         ):
-            yield Finding(*self.describe(row), image_id, annotation_id, self.split)
+            yield Finding(
+                *self.describe(row), image_id, annotation_id, self.split, self.partner(row)
+            )
 
     def to_notice(self) -> "Notice":
         """Return what is kept while a run lasts."""
@@ -203,6 +218,7 @@ class SplitReport:
         detail: Callable[[int], str] = lambda row: "",
         *,
         checked: int = 0,
+        partner: Callable[[int], Partner | None] = lambda row: None,
     ) -> None:
         """Note a flaw of usable images, by their positions; `checked`: among how many, 0: all."""
         chosen = np.array(rows, dtype=np.int64)
@@ -216,6 +232,7 @@ class SplitReport:
                 usable=True,
                 image_ids=self.images.ids[chosen],
                 out_of=f" of {checked} checked" if checked else f" of {len(names)}",
+                partner=partner,
             )
         )
 
@@ -302,10 +319,5 @@ def first_few(names: Iterable[str], total: int | None = None) -> str:
 
 def short_name(name: str) -> str:
     """Return a name as it is printed: on one line, and cut where it is very long."""
-    text = printable(name[:_LONGEST])
+    text = in_line(name[:_LONGEST])
     return text if len(name) <= _LONGEST else f"{text}…"
-
-
-def printable(text: str) -> str:
-    """Return text with escapes for what no terminal shows."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

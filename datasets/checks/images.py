@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import UnidentifiedImageError
 
 from datasets.arrays import IntArray
-from datasets.checks.findings import FileFacts, SplitReport, printable
+from datasets.checks.findings import FileFacts, SplitReport
 from datasets.checks.names import find_files
 from datasets.images import (
     LARGEST_IMAGE,
@@ -27,8 +28,9 @@ from datasets.images import (
     open_image,
     orientation_of,
     read_header,
+    small_grey,
 )
-from util.console import log, progress
+from util.console import in_line, log, progress
 from util.errors import DataError
 from util.files import read_regular
 
@@ -52,9 +54,9 @@ def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
     if len(missing) == len(images.ids):
         hint = missing[0].error if missing else ""
         raise DataError(
-            f"{printable(str(report.source.image_dir / first)):.400}: no such image, nor any other "
+            f"{in_line(str(report.source.image_dir / first)):.400}: no such image, nor any other "
             f"of the {total} in the annotation file"
-            f"{hint and f'; {printable(hint):.200}'}. Check the image folder."
+            f"{hint and f'; {in_line(hint):.200}'}. Check the image folder."
         )
     present = np.setdiff1d(np.arange(len(images.ids)), list(missing))
     states_size = np.asarray(images.sizes[present].all(axis=1))
@@ -65,7 +67,7 @@ def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
     wrong = sum(found.contradicts(*images.sizes[i].tolist()) for i, found in compared.items())
     if wrong and step > 1:
         log.info(
-            f"{printable(str(report.source.place))}: {wrong} of {len(compared)} images looked at "
+            f"{in_line(str(report.source.place))}: {wrong} of {len(compared)} images looked at "
             f"are of another size than stated: reading the headers of all {len(stated)}"
         )
         compared = _read_headers(report, stated)
@@ -87,13 +89,13 @@ def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared
     files where the two differ, are put into the images. `compared` is the number of files that
     stated sizes were compared with, if not all.
     """
-    stated, sizes = report.images.sizes.tolist(), report.images.sizes.copy()
+    stated, sizes = report.images.sizes, report.images.sizes.copy()
     found: dict[str, list[int]] = defaultdict(list)
     for i, of_file in sorted(facts.items()):
         if of_file.state != "sound":
             found[f"{of_file.state}_image"].append(i)
-        if of_file.size is not None and of_file.contradicts(*stated[i]):
-            found["wrong_size" if all(stated[i]) else "size_not_stated"].append(i)
+        if of_file.size is not None and of_file.contradicts(*stated[i].tolist()):
+            found["wrong_size" if stated[i].all() else "size_not_stated"].append(i)
             sizes[i] = of_file.size
     report.facts.update(facts)
     report.report_images("missing_image", found["missing_image"], lambda i: facts[i].error)
@@ -110,8 +112,8 @@ def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared
     report.images = replace(report.images, sizes=sizes)
 
 
-def examine_file(path: Path) -> FileFacts:
-    """Read and decode an image file."""
+def examine_file(path: Path, *, small: bool = False) -> FileFacts:
+    """Read and decode an image file; `small` makes a small version of it, too."""
     try:
         data = read_regular(path, LARGEST_IMAGE)
     except FileNotFoundError:
@@ -122,16 +124,17 @@ def examine_file(path: Path) -> FileFacts:
     size, orientation = None, 1
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata; only pixels matter here
+            warnings.simplefilter("ignore")  # about invalid metadata; only pixels matter here
             with open_image(io.BytesIO(data)) as image:
                 size = (image.height, image.width)
                 decode(image)
                 orientation = orientation_of(image)
+                shrunk = small_grey(image, orientation) if small else b""
     except READ_ERRORS as error:
         return FileFacts(
             "truncated" if size else "unreadable", size, orientation, digest, _line(error)
         )
-    return FileFacts("sound", size, orientation, digest)
+    return FileFacts("sound", size, orientation, digest, small=shrunk)
 
 
 def _line(error: Exception) -> str:
@@ -140,22 +143,25 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
-def scan(paths: Iterable[Path], *, processes: int) -> dict[Path, FileFacts]:
+def scan(paths: Iterable[Path], *, processes: int, small: bool = False) -> dict[Path, FileFacts]:
     """Return what each file holds, each decoded once; a bar shows the progress.
+
+    `small` is for `examine_file`.
 
     Raises:
         DataError: a process was killed.
     """
     files = list(dict.fromkeys(paths))
+    examine = partial(examine_file, small=small)
     if processes < 2 or len(files) <= _FEW:
-        return _collect(files, map(examine_file, files))
+        return _collect(files, map(examine, files))
     # A forked process need not import everything again.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     try:
         with ProcessPoolExecutor(
             processes, multiprocessing.get_context(method), _follow_main_process
         ) as pool:
-            return _collect(files, pool.map(examine_file, files, chunksize=8))
+            return _collect(files, pool.map(examine, files, chunksize=8))
     except BrokenProcessPool as error:
         raise DataError(
             "a decoding process was killed, probably out of memory. Lower `num_workers`."

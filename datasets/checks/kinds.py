@@ -46,6 +46,10 @@ KINDS: dict[str, Kind] = {
         IMAGES, "duplicate images", "the same bytes as another image of the split",
         "uses each copy", "of the copies, the one with the most boxes is kept",
     ),
+    "similar_image": Kind(
+        IMAGES, "images that look like another of the split", "scaled, saved again, mirrored or "
+        "slightly cropped, or frames of one scene", "uses each", note=True,
+    ),
     "exif_rotated": Kind(
         IMAGES, "EXIF-rotated images", "viewers turn them; the stated size shows which way the "
         "boxes were drawn", "turns an image if the stated size is that of the turned one",
@@ -279,6 +283,16 @@ KINDS: dict[str, Kind] = {
     "leak": Kind(
         SPLITS, "images of train that are also in val", "the same bytes: AP will be too high",
         "uses them", "left out of train",
+    ),
+    "copied_leak": Kind(
+        SPLITS, "images of train that are copies of one in val", "scaled, saved again, mirrored, "
+        "darker or lighter: AP will be too high",
+        "uses them: leave one of the two out, or keep all copies in one split",
+    ),
+    "similar_leak": Kind(
+        SPLITS, "images of train that look like one in val", "slightly cropped, or frames of one "
+        "scene: AP says little about new scenes", "uses them: keep each scene in one split",
+        note=True,
     ),
     "empty_class": Kind(
         SPLITS, "classes without boxes", "named in the file, but no box of it can be used",

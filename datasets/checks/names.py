@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import os
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,12 +16,15 @@ from PIL import Image
 
 from datasets.arrays import BoolArray, IntArray, Names
 from datasets.checks.findings import FileFacts, Findings, SplitReport
+from datasets.formats.layout import is_hidden, listings
 
 _LISTED = 1_000_000  # files of a folder that are looked through
 _COMPARED = 1_000  # names that a missing one is compared with
 _HINTS = 5  # missing images that get the closest name
 _LONGEST = 255  # characters of a name that is compared
+_PERHAPS_OUTSIDE = re.compile(r"\.\.|[\\:\0]")  # what may lead out of a folder on some system
 _END = "end of the path"
+_ADDRESS = "end of its address"
 
 
 def find_files(report: SplitReport) -> dict[int, FileFacts]:
@@ -31,12 +35,14 @@ def find_files(report: SplitReport) -> dict[int, FileFacts]:
     folder and fit nothing in it are left out, with their boxes.
     """
     names = list(report.images.file_names)
+    addresses = report.images.addresses
+    report.images = replace(report.images, addresses=Names.of(()))
     lost = _without_file(report, names)
     if not lost:
         return {}
     folder = report.source.image_dir
     files = _list_files(folder)
-    matched = _match(names, lost, folder, files)
+    matched = _match(names, lost, folder, files, addresses)
     _report_matches(report, names, matched)
     outside = [i for i in lost if i not in matched and not is_inside(names[i])]
     for i, (file, _) in matched.items():
@@ -53,6 +59,8 @@ def find_files(report: SplitReport) -> dict[int, FileFacts]:
 
 def is_inside(file_name: str) -> bool:
     """Return whether a name, joined to a folder, stays in it."""
+    if file_name[:1] != "/" and not _PERHAPS_OUTSIDE.search(file_name):
+        return True  # a path object for each name of a large set would take a second
     path = PurePath(file_name)
     return not (path.anchor or ".." in path.parts or "\0" in file_name)
 
@@ -95,15 +103,9 @@ def _list_files(folder: Path) -> list[str]:
     found: list[str] = []
     if folder.resolve() == Path(folder.resolve().anchor):
         return found
-    seen: set[str] = set()
-    for place, folders, _ in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        relative = PurePath(place).relative_to(folder)
-        found += ((relative / name).as_posix() for name in _files(Path(place)) if name[:2] != "._")
+    for place, names in listings(folder, follow_links=True):
+        relative = place.relative_to(folder)
+        found += ((relative / name).as_posix() for name in names if not is_hidden(name))
         if len(found) > _LISTED:
             return []
     return sorted(found)
@@ -133,7 +135,11 @@ class _Matches:
 
 
 def _match(
-    names: Sequence[str], lost: Sequence[int], folder: Path, files: Sequence[str]
+    names: Sequence[str],
+    lost: Sequence[int],
+    folder: Path,
+    files: Sequence[str],
+    addresses: Names,
 ) -> dict[int, tuple[str, str]]:
     """Return the file and the way it was found, by position."""
     matches = _Matches(names, lost, folder, set(files))
@@ -162,7 +168,25 @@ def _match(
                 table[key(base_name)].append(file)
         keys = {i: [key(PurePosixPath(rest[i]).name)] for i in matches.lost if i in rest}
         matches.accept({i: (_only(table, own), way) for i, own in keys.items()})
+    if len(addresses) and matches.lost:
+        by_base_name = defaultdict(list)
+        for file in files:
+            by_base_name[PurePosixPath(file).name].append(file)
+        ends = {i: _of_address(addresses[i], matches, by_base_name) for i in matches.lost}
+        matches.accept({i: (file, _ADDRESS) for i, file in ends.items()})
     return matches.found
+
+
+def _of_address(
+    addresses: str, matches: _Matches, by_base_name: Mapping[str, Sequence[str]]
+) -> str | None:
+    """Return the file that one of an image's addresses ends with, or has the base name of."""
+    for address in addresses.splitlines():
+        form = _unquoted(address, Path())
+        found = _tail(form, matches.files) or _only(by_base_name, [PurePosixPath(form).name])
+        if found:
+            return found
+    return None
 
 
 def _forms(name: str, folder: Path) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -171,13 +172,37 @@ def _thumbnails(
             drawn = _close_up(pixels, report.xywh[rows[0]])
         else:
             drawn = _with_boxes(pixels, report, rows.tolist(), given=about_box)
+        if finding.partner:
+            with suppress(*READ_ERRORS):
+                other = images[finding.partner.split, finding.partner.image_id]
+                drawn = _beside(drawn, _of_image(*other))
         detail = f": {finding.detail}" if finding.detail else ""
         caption = f"{finding.split} {finding.place}{detail}"
         yield {
-            "image": inline_image(drawn, max_width=_SIDE),
+            "image": inline_image(drawn, max_width=2 * _SIDE + _BEYOND),
             "alt": f"{KINDS[kind].title}: {caption}; {len(rows)} boxes drawn",
             "caption": caption,
         }
+
+
+def _of_image(report: SplitReport, image: int) -> Image.Image:
+    """Return a small version of an image with the boxes of training.
+
+    Raises:
+        READ_ERRORS: it has changed since it was decoded.
+    """
+    height, width = report.images.sizes[image].tolist()
+    pixels = read_rgb(report.path(image), (height, width))
+    return _with_boxes(pixels, report, report.rows_by_image[image].tolist(), given=False)
+
+
+def _beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Return two images as one, with grey between and around them."""
+    size = (left.width + _BEYOND + right.width, max(left.height, right.height))
+    both = Image.new("RGB", size, _GREY)
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + _BEYOND, 0))
+    return both
 
 
 def _close_up(pixels: Image.Image, xywh: FloatArray) -> Image.Image:

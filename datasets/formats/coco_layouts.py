@@ -43,7 +43,15 @@ def find_coco(root: Path, split: str) -> tuple[Path, Path]:
         return found[1], _image_folder(root, *found)
     if any(coco_layout(root, other)[0].is_file() for other in SPLITS):
         return official  # which is then named as missing
-    others = sorted(path.relative_to(root).as_posix() for path in islice(_coco_files(root), 20))
+    files_there = sorted(islice(_coco_files(root), 20))
+    others = [path.relative_to(root).as_posix() for path in files_there]
+    if len(others) == 1:
+        images = _image_folder(root, split, files_there[0])
+        raise DataError(
+            f"{root}: there is one COCO-format file, {others[0]}, and nothing says of which split. "
+            f"For {split}, give `{split}_annotations {files_there[0]}` `{split}_images {images}`, "
+            "and a file of other images for the other split."
+        )
     if others:
         raise DataError(
             f"{root}: no COCO-format file is of the split '{split}'. There are: "

@@ -28,6 +28,10 @@ class CheckOptions(Checked):
     fix: str = option(
         "", "new .json file: a corrected COCO-format copy, with .changes.json beside it"
     )
+    similar: bool = option(
+        True, "look for images that look alike, within a split and in two",
+        off="do not look for images that look alike",
+    )  # fmt: skip
     splits: tuple[Split, ...] = option((), "splits to check (default: those that are given)")
 
 
@@ -48,13 +52,14 @@ def main(config: Config, options: CheckOptions) -> int:
             file = output_dir / name
             if file.exists() and not (file.is_file() and mark in file.read_bytes()[:400]):
                 raise ConfigError(
-                    f"--output_dir {output_dir}: it holds another file called {name}, not from an "
+                    f"output_dir {output_dir}: it holds another file called {name}, not from an "
                     "earlier check. Choose another folder."
                 )
     copies = _copies(options.fix, splits, output_dir)
     sources = {str(split): read_split(config.data, split) for split in splits}
     limits = Limits(config.model.num_queries, min(config.data.train_scales), config.data.max_size)
-    diagnosis = examine(sources, limits, processes=loader_processes(config.data.num_workers))
+    processes = loader_processes(config.data.num_workers)
+    diagnosis = examine(sources, limits, processes=processes, similar=options.similar)
     console(summary(diagnosis))
     if output_dir:
         names = (source.place.resolve().name for source in sources.values())
@@ -91,16 +96,16 @@ def _copies(fix: str, splits: list[Split], output_dir: Path | None) -> dict[str,
         return {}
     path = Path(fix)
     if path.suffix != ".json":
-        raise ConfigError(f"--fix {fix}: must be the name of a new .json file.")
+        raise ConfigError(f"fix {fix}: must be the name of a new .json file.")
     files = {str(s): path.with_suffix(f".{s}.json") if len(splits) > 1 else path for s in splits}
     files["changes"] = path.with_suffix(".changes.json")
     taken = [(output_dir / "check.json").resolve()] if output_dir else []
     for file in files.values():
         if file.exists() or file.resolve() in taken:
             raise ConfigError(
-                f"--fix {file}: the file exists, and nothing is overwritten. Choose another name."
+                f"fix {file}: the file exists, and nothing is overwritten. Choose another name."
             )
-    make_output_dir(path.parent, f"--fix {path}:")  # now, not after an hour of decoding
+    make_output_dir(path.parent, f"fix {path}:")  # now, not after an hour of decoding
     return files
 
 

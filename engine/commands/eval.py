@@ -108,7 +108,7 @@ def main(options: EvalOptions, given: Given) -> int:
             )
         output_dir = Path(options.output_dir or (place if place.is_dir() else place.parent))
         detector.data = given.on(Given({"data": asdict(detector.data)})).config().data
-        dataset = detector.validation_set(detector.data)
+        dataset = detector.validation_set(detector.data, world)
         make_output_dir(output_dir / "eval")
         result, evaluator = detector.measure(  # in this process's part of the images
             dataset,

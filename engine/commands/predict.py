@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -118,7 +119,7 @@ def write_predictions(
         ):
             shown = [box for box in boxes if box.score >= thresholds[box.name]]
             drawn += len(shown)
-            picture = draw_boxes(
+            drawn_image = draw_boxes(
                 read_rgb(paths[i], None),
                 torch.tensor([box.xyxy for box in shown]).reshape(-1, 4),
                 [detector.classes.label_of[box.category_id] for box in shown],
@@ -126,20 +127,13 @@ def write_predictions(
                 [box.score for box in shown],
             )
             outputs[i].parent.mkdir(parents=True, exist_ok=True)
-            picture.save(outputs[i], quality=95)  # of JPEG; the suffix says which format
+            drawn_image.save(outputs[i], quality=95)  # of JPEG; the suffix says which format
             text = json.dumps(_to_json(i, names[i], boxes, detector.classes), indent=1)
             places[i] = entries.tell(), entries.write(text[2:-2])
         if not places:
             raise DataError(f"`input`: none of the {len(paths)} images can be read.")
-        with (
-            atomic_path(output_dir / "predictions.json") as part,
-            part.open("w", encoding="ascii") as file,
-        ):
-            in_order = [place for _, place in sorted(places.items()) if place[1]]
-            for number, (start, length) in enumerate(in_order):
-                entries.seek(start)
-                file.write((",\n" if number else "[\n") + entries.read(length))
-            file.write("\n]\n" if in_order else "[]\n")
+        in_order = [place for _, place in sorted(places.items()) if place[1]]
+        _write_list(output_dir / "predictions.json", entries, in_order)
     levels = sorted(set(thresholds.values()))
     reached = f"score {levels[0]}" if len(levels) == 1 else "their class's score threshold"
     unreadable = len(paths) - len(places)
@@ -147,6 +141,15 @@ def write_predictions(
         f"written to {output_dir}: {len(places)} images with {drawn} boxes of {reached} or more, "
         "predictions.json" + (f"; {unreadable} images could not be read" if unreadable else "")
     )
+
+
+def _write_list(path: Path, entries: TextIO, places: Sequence[tuple[int, int]]) -> None:
+    """Write a JSON list of the entries at these places, (start, length), of a file."""
+    with atomic_path(path) as part, part.open("w", encoding="ascii") as file:
+        for number, (start, length) in enumerate(places):
+            entries.seek(start)
+            file.write((",\n" if number else "[\n") + entries.read(length))
+        file.write("\n]\n" if places else "[]\n")
 
 
 def relative_names(paths: Sequence[Path]) -> list[Path]:

@@ -45,7 +45,7 @@ def main(given: Given) -> int:
 def start(
     given: Given, options: RunConfig, world: World, device: torch.device, stack: ExitStack
 ) -> Trainer:
-    """Return a trainer at the place where its run begins or goes on.
+    """Return a trainer at the place where its run begins or continues.
 
     Its folder is locked, and its logs are open, until `stack` is closed.
     """

@@ -1,4 +1,4 @@
-"""Everything reported about an evaluation beyond COCO's numbers: errors, a page, pictures."""
+"""Everything reported about an evaluation beyond COCO's numbers: errors, a page, images."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -166,7 +166,7 @@ class Analysis:
 
 
 def analyse(evaluator: Evaluator, result: EvalResult) -> Analysis:
-    """Analyse what an evaluator was fed; `result` is what it computed."""
+    """Analyse what was added to an evaluator; `result` is what it computed."""
     truth, detections, max_dets = evaluator.truth, evaluator.detections(), evaluator.max_dets
     by_iou = outcomes(truth, detections, CURVE_IOUS, max_dets=max_dets)
     found = by_iou[0]

@@ -95,7 +95,7 @@ class Interrupted(Exception):
 def until_stopped(batches: Iterable[T], world: World, stopping: Callable[[], bool]) -> Iterator[T]:
     """Yield a process's batches, until `stopping()` holds in any process of `world`.
 
-    Every two seconds the processes tell each other, since none can go on without the others. One
+    Every two seconds the processes tell each other, since none can continue without the others. One
     that has no more batches waits here for those that have.
 
     Raises:

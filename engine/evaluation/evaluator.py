@@ -164,7 +164,7 @@ class Evaluator:
         self._by_image: dict[int, Detections] = {}
 
     def update(self, image_ids: Sequence[int], outputs: Sequence[Mapping[str, Tensor]]) -> None:
-        """Add what a model found in some images; an image fed again replaces its earlier results.
+        """Add what a model found in some images; an image added again replaces its earlier results.
 
         Labels without a category in the data set are dropped: the official 91-logit head has
         unused ones.
@@ -201,11 +201,11 @@ class Evaluator:
             self._by_image[image] = detections.select(rows)
 
     def detections(self) -> Detections:
-        """Return everything fed so far, by ascending image id."""
+        """Return everything added so far, by ascending image id."""
         return Detections.concatenate(part for _, part in sorted(self._by_image.items()))
 
     def evaluate(self) -> EvalResult:
-        """Compute the metrics over all images; one never fed counts as missed."""
+        """Compute the metrics over all images; one never added counts as missed."""
         detections = self.detections()
         backend = _accumulate_pycocotools if self._backend == "pycocotools" else accumulate
         compute = partial(
@@ -266,7 +266,7 @@ class Evaluator:
 
 
 def area_ranges(bounds: tuple[float, float] | None) -> Floats:
-    """Return the least and the largest area of all, small, medium and large objects [4,2]."""
+    """Return the minimum and maximum area of all, small, medium and large objects [4,2]."""
     if bounds is None:
         return AREA_RANGES
     ranges = AREA_RANGES.copy()

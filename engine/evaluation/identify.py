@@ -178,7 +178,7 @@ def _refuse_others(raw: Ints, boxes: Detections, truth: Truth, path: Path) -> No
         return
     raise DataError(
         f"{path}: the category ids seem to be {_WORDS[other]}: of {len(number)} boxes on objects, "
-        f"{right['as_is']:.0%} have the object's class as the ids are, and {right[other]:.0%} if "
-        f"they are read so. Give `category_ids {other}`, or `category_ids as_is` to take them as "
+        f"{right['as_is']:.0%} have the object's class as the ids are, and {right[other]:.0%} when "
+        f"read that way. Give `category_ids {other}`, or `category_ids as_is` to take them as "
         "they are."
     )

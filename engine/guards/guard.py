@@ -1,12 +1,9 @@
 """What a guard is, something that watches the steps of a run from outside; the two short ones."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,12 +11,9 @@ from torch import Tensor
 from util.batch import Batch, UnreadableImage
 from util.console import log
 from util.errors import UserError
-from util.files import write_atomic
-from util.world import World
 
 _GIB = 2**30
 _OUT_OF_MEMORY = ("defaultcpuallocator", "out of memory", "alloc_failed")
-_KEY = "unreadable_in_training"  # of the data report
 
 
 @dataclass(frozen=True)
@@ -124,29 +118,3 @@ class UnreadableImages(Guard):
                     f"image {image.image_id} '{image.path}' cannot be read ({image.reason}) and "
                     "is skipped."
                 )
-
-
-def write_data_report(path: Path, report: Mapping[str, Any], *, continued: bool) -> None:
-    """Write what was found in the data of a run; a `continued` one keeps its unreadable images."""
-    if continued and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))["train"].get(_KEY)
-        if before:
-            report = {**report, "train": {**report["train"], _KEY: before}}
-    write_atomic(path, json.dumps(report, indent=1))
-
-
-def list_unreadable(path: Path, unreadable: UnreadableImages, world: World) -> int:
-    """Add the images that any process could not read to the data report; return their number."""
-    found = {
-        image.path: asdict(image)
-        for images in world.gather(unreadable.images)
-        for image in images.values()
-    }
-    if world.main and path.is_file():
-        report = json.loads(path.read_text(encoding="utf-8"))
-        before = report["train"].get(_KEY, [])  # from before a resume
-        found = {image["path"]: image for image in before} | found
-        if found:
-            report["train"][_KEY] = sorted(found.values(), key=lambda image: image["image_id"])
-            write_atomic(path, json.dumps(report, indent=1))
-    return len(found)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from models.weights.detectron2 import with_torchvision_names
 from models.weights.unwrap import find_weights, keys_of, largest_state_dict
 from util.console import log
 from util.errors import CheckpointError
@@ -78,15 +79,7 @@ def weights_from_file(file: str, network: str, expected: Collection[str]) -> Map
         CheckpointError: the file cannot be read, or holds something else.
     """
     place = f"`backbone_weights {file}`"
-    try:
-        content = load_safely(Path(file))
-    except CheckpointError as error:
-        if Path(file).suffix != ".pkl" or not Path(file).is_file():
-            raise
-        raise CheckpointError(
-            f"{place}: is a pickle of arrays, as detectron2's model zoo has: those networks take "
-            f"other images (BGR, 0..255). Give PyTorch's or timm's weights of {network}."
-        ) from error
+    content = with_torchvision_names(load_safely(Path(file)), place)
     found = find_weights(content, expected, place)
     tensors = found.tensors if found else largest_state_dict(content)
     if not tensors:

@@ -153,13 +153,13 @@ def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
         {k for k in keys if not k.startswith("fc.") and not k.endswith("num_batches_tracked")}
         for keys in (network.state_dict(), state)
     )
-    odd = sorted(expected.symmetric_difference(given))
-    if odd:
-        which = "missing" if odd[0] in expected else "not in the network"
+    differing = sorted(expected.symmetric_difference(given))
+    if differing:
+        which = "missing" if differing[0] in expected else "not in the network"
         raise CheckpointError(
             f"`backbone_weights {options.weights}`: does not hold torchvision's {options.variant}: "
-            f"'{odd[0]}' is {which}, and {len(odd) - 1} more keys do not fit. Keys found: "
-            f"{keys_of(found)}; expected: {keys_of(list(network.state_dict()))}."
+            f"'{differing[0]}' is {which}, and {len(differing) - 1} more keys do not fit. "
+            f"Keys found: {keys_of(found)}; expected: {keys_of(list(network.state_dict()))}."
         )
     try:
         network.load_state_dict(state, strict=False)

@@ -92,7 +92,7 @@ def _check_arrival(body: nn.Module, given: Mapping[str, Tensor], place: str, nam
 
 
 def _accept_any_size(body: nn.Module, name: str) -> None:
-    """Make the network pad images to whole patches, and try it on an odd size.
+    """Make the network pad images to whole patches, and try it on an uneven size.
 
     A parameter that no map depends on, such as the norm of a head cut off, is one that does not
     learn: distributed training waits for the gradient of every other.

@@ -30,10 +30,10 @@ _FEED_FORWARD = {"linear1": "fc1", "linear2": "fc2"}
 _BODY, _HF_BODY = "backbone.0.body", "model.backbone.conv_encoder.model"
 # Official module -> theirs, as 4.x names it and every version reads it; # is one number.
 _MODULES = {
-    **{f"transformer.encoder.layers.#.{a}": f"model.encoder.layers.#.{b}"
-       for a, b in (_ENCODER | _FEED_FORWARD).items()},
-    **{f"transformer.decoder.layers.#.{a}": f"model.decoder.layers.#.{b}"
-       for a, b in (_DECODER | _FEED_FORWARD).items()},
+    **{f"transformer.encoder.layers.#.{ours}": f"model.encoder.layers.#.{theirs}"
+       for ours, theirs in (_ENCODER | _FEED_FORWARD).items()},
+    **{f"transformer.decoder.layers.#.{ours}": f"model.decoder.layers.#.{theirs}"
+       for ours, theirs in (_DECODER | _FEED_FORWARD).items()},
     **{f"transformer.{name}": f"model.{name}" for name in (
         "level_embed", "reference_points", "enc_output", "enc_output_norm", "pos_trans",
         "pos_trans_norm", "decoder.bbox_embed", "decoder.class_embed")},
@@ -49,11 +49,11 @@ _OWN_BODY = {  # transformers' own ResNet
     f"{_BODY}.conv1": f"{_HF_BODY}.embedder.embedder.convolution",
     f"{_BODY}.bn1": f"{_HF_BODY}.embedder.embedder.normalization",
     **{
-        f"{_BODY}.layer{s + 1}.#.{ours}": f"{_HF_BODY}.encoder.stages.{s}.layers.#.{theirs}"
-        for s in range(4)
+        f"{_BODY}.layer{stage + 1}.#.{ours}": f"{_HF_BODY}.encoder.stages.{stage}.layers.#.{theirs}"
+        for stage in range(4)
         for ours, theirs in {
-            **{f"conv{c + 1}": f"layer.{c}.convolution" for c in range(3)},
-            **{f"bn{c + 1}": f"layer.{c}.normalization" for c in range(3)},
+            **{f"conv{i + 1}": f"layer.{i}.convolution" for i in range(3)},
+            **{f"bn{i + 1}": f"layer.{i}.normalization" for i in range(3)},
             "downsample.0": "shortcut.convolution",
             "downsample.1": "shortcut.normalization",
         }.items()
@@ -84,7 +84,7 @@ _OPTIONS = {
     "two_stage": "two_stage",
     "dilation": "dilation",
 }
-_ALIKE = {  # of their options, those of the decoder -> what ours takes for both
+_ALIKE = {  # theirs for the decoder -> theirs for the encoder; ours is one option for both
     "decoder_ffn_dim": "encoder_ffn_dim",
     "decoder_attention_heads": "encoder_attention_heads",
 }
@@ -104,7 +104,7 @@ def _renamer(modules: Mapping[str, str]) -> Callable[[str], str]:
         for pattern, replacement in rules:
             if pattern.match(key):
                 return pattern.sub(replacement, key, count=1)
-        raise ValueError(f"'{key}' is no key of the model")
+        raise ValueError(f"'{key}' is not a key of the model")
 
     return rename
 
@@ -129,7 +129,8 @@ def to_official(
             converted[rename(name)] = state_dict[key]
         except ValueError as error:
             raise CheckpointError(
-                f"{source}: '{key}' is no weight of DeformableDetrForObjectDetection. "
+                f"{source}: '{key}' is not a weight of "
+                "DeformableDetrForObjectDetection. "
                 "Save that model with save_pretrained()."
             ) from error
     split = [name for name in converted if _PROJECTION.search(name)]
@@ -210,7 +211,9 @@ def save_hugging_face(
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (folder / f"{name}.json").write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error}. Free space.") from error
+        raise CheckpointError(
+            f"{folder}: cannot be written: {error}. Free space or choose another."
+        ) from error
     return left_out
 
 
@@ -234,8 +237,8 @@ def _config(options: Mapping[str, Any], classes: Classes, *, timm_backbone: bool
     backbone = str(options["backbone"])
     if timm_backbone:
         return config | {"backbone": backbone, "backbone_config": None}
-    ((kind, depths),) = (key for key, name in RESNETS.items() if name == backbone)
-    last = options.get("num_feature_levels") == 1
+    kind, depths = next(layout for layout, name in RESNETS.items() if name == backbone)
+    last_stage_alone = options.get("num_feature_levels") == 1
     return config | {
         "backbone": None,
         "backbone_config": {
@@ -244,7 +247,7 @@ def _config(options: Mapping[str, Any], classes: Classes, *, timm_backbone: bool
             "hidden_sizes": _HIDDEN_SIZES[kind],
             "depths": list(depths),
             "layer_type": kind,
-            "out_features": ["stage4"] if last else ["stage2", "stage3", "stage4"],
+            "out_features": ["stage4"] if last_stage_alone else ["stage2", "stage3", "stage4"],
         },
     }
 
@@ -253,7 +256,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        CheckpointError: the file cannot be read or is no JSON object.
+        CheckpointError: the file cannot be read or is not a JSON object.
     """
     try:
         content = json.loads(read_regular(path, _LARGEST_JSON))

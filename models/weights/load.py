@@ -21,10 +21,11 @@ from models.weights.official import (
 from models.weights.unwrap import find_weights, keys_of, largest_state_dict
 from util.classes import Classes
 from util.console import log
-from util.errors import CheckpointError
+from util.errors import CheckpointError, brief
 from util.tensor_files import load_safely
 
 Triple = tuple[float, float, float]
+_LARGEST_VALUE = 1e6  # of a mean or deviation, which are in 0..1 or, of some networks, in 0..255
 # What is in every Deformable DETR, and little else; a class head may be stored in one place only.
 _EXPECTED = (
     "transformer.level_embed",
@@ -33,8 +34,9 @@ _EXPECTED = (
     "transformer.encoder.layers.0.self_attn.sampling_offsets.weight",
     "input_proj.0.0.weight",
 )
+_IN_RESNETS = ("layer1.0.conv1.weight", "res2.0.conv1.weight", "res2_0_branch2a_w")
 _USUAL_PLACES = ("", "'model'")  # where the official code saves them
-_WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
+_WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def _from_file(path: Path, *, ema: bool) -> Pretrained:
         )
     if found and found.place not in _USUAL_PLACES:
         log.info(f"{path}: weights of Deformable DETR found in it: {found.place}")
-    return _official(weights, content.get("args"), str(path))
+    with _parts_of(path, "official checkpoint"):
+        return _official(weights, content.get("args"), str(path))
 
 
 @contextlib.contextmanager
@@ -113,9 +116,9 @@ def _parts_of(path: Path, expected: str) -> Iterator[None]:
     """Report parts that are not what they should be in one line."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: is not a valid {expected} ({type(error).__name__}: {error}). "
+            f"{path}: is not a valid {expected} ({type(error).__name__}: {str(error)[:100]}). "
             "Use another, or weights alone."
         ) from error
 
@@ -124,7 +127,7 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
     preprocessing = content.get("preprocessing") or {}
     config = {title: dict(options) for title, options in content["config"].items()}
     averages = content.get("ema")
-    weights = dict(averages["model"] if ema and averages else content["model"])
+    weights = _tensors(averages["model"] if ema and averages else content["model"])
     classes = content.get("classes")
     check_sizes(weights, config["model"], source)
     return Pretrained(
@@ -134,14 +137,28 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
         classes=Classes.from_json(classes) if classes else official_classes(weights),
         config=config,
         image_mean=_triple(preprocessing.get("mean")),
-        image_std=_triple(preprocessing.get("std")),
-        thresholds=dict(content.get("thresholds") or {}),
+        image_std=_deviations(preprocessing.get("std")),
+        thresholds={
+            str(name): float(score) for name, score in (content.get("thresholds") or {}).items()
+        },
     )
+
+
+def _tensors(found: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Return a state dict, after a look at what is in it.
+
+    Raises:
+        TypeError: something in it is no tensor, or has no name.
+    """
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f"{brief(name)} is {brief(type(tensor).__name__)}, not a tensor")
+    return dict(found)
 
 
 def _official(weights: Mapping[str, Tensor], args: Any, source: str) -> Pretrained:
     if not is_deformable_detr(weights):
-        backbone = any(key.endswith("layer1.0.conv1.weight") for key in weights)
+        backbone = any(key.endswith(_IN_RESNETS) for key in weights)
         hint = (
             "A backbone alone is given as `backbone_weights`."
             if backbone
@@ -174,7 +191,8 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
     config = hugging_face.read_json(folder / "config.json")
     with _parts_of(folder / "config.json", "Hugging Face model description"):
         options = hugging_face.config_options(config, source)
-    weights = hugging_face.to_official(load_safely(file), options, source)
+    with _parts_of(file, "state dict of Hugging Face"):
+        weights = hugging_face.to_official(_tensors(load_safely(file)), options, source)
     if not is_deformable_detr(weights):
         raise CheckpointError(
             f"{source}: holds the bare model, without detection heads. "
@@ -191,7 +209,7 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
             options,
             classes,
             image_mean=_triple(preprocessing.get("image_mean")),
-            image_std=_triple(preprocessing.get("image_std")),
+            image_std=_deviations(preprocessing.get("image_std")),
             image_size=_image_size(preprocessing),
         )
 
@@ -219,7 +237,16 @@ def _triple(values: Any) -> Triple | None:
     if not values:
         return None
     red, green, blue = map(float, values)
+    if not max(abs(red), abs(green), abs(blue)) < _LARGEST_VALUE:
+        raise ValueError(f"{brief(values)} is no colour")
     return red, green, blue
+
+
+def _deviations(values: Any) -> Triple | None:
+    found = _triple(values)
+    if found and min(found) <= 0:
+        raise ValueError(f"{brief(values)} is no deviation")
+    return found
 
 
 def _image_size(preprocessing: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -4,7 +4,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from util.errors import CheckpointError
 
 _HEAD = re.compile(r"(transformer\.decoder\.)?(class|bbox)_embed\.(\d+)\.(.+)")
 _QUERIES = "query_embed.weight"
+_LABELS = "recipes.denoising.label_enc.weight"  # a row for each class, one for none
 _COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none
 BACKBONE = "backbone.0."
 RECIPES = "recipes."  # what only helps training
@@ -32,16 +32,13 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
     Raises:
         CheckpointError: some do not; the first few are named.
     """
-    target, given = (
-        {name: tensor for name, tensor in tensors.items() if not name.endswith(_COUNTER)}
-        for tensors in (model.state_dict(), state_dict)
-    )
-    wrong = [f"'{k}' is missing" for k in target if k not in given]
-    wrong += [f"'{k}' is not in the model" for k in given if k not in target]
+    target, given = _without_counters(model.state_dict()), _without_counters(state_dict)
+    wrong = [f"'{name}' is missing" for name in target if name not in given]
+    wrong += [f"'{name}' is not in the model" for name in given if name not in target]
     wrong += [
-        f"'{k}' is {tuple(given[k].shape)}, the model's {tuple(tensor.shape)}"
-        for k, tensor in target.items()
-        if k in given and given[k].shape != tensor.shape
+        f"'{name}' is {tuple(given[name].shape)}, the model's {tuple(tensor.shape)}"
+        for name, tensor in target.items()
+        if name in given and given[name].shape != tensor.shape
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -50,6 +47,10 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
             "Build the model with the checkpoint's options, or start from it with `finetune`."
         )
     model.load_state_dict(dict(state_dict), strict=False)
+
+
+def _without_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(_COUNTER)}
 
 
 @dataclass
@@ -82,21 +83,26 @@ class TransferReport:
         if self.nameless:
             by_name += ", as the checkpoint names no classes"
         if self.renamed:
-            other = _some(f"{ours} from {theirs}" for ours, theirs in self.renamed.items())
-            by_name += f" ({other})"
+            renamed = _some(f"{ours} from {theirs}" for ours, theirs in self.renamed.items())
+            by_name += f" ({renamed})"
         if self.fresh_classes:
-            others = {n: f" (not the only one for {o})" for n, o in self.contested.items()}
-            by_name += f", fresh: {_some(n + others.get(n, '') for n in self.fresh_classes)}"
+            remarks = {
+                name: f" (not the only one for {other})" for name, other in self.contested.items()
+            }
+            fresh_classes = _some(name + remarks.get(name, "") for name in self.fresh_classes)
+            by_name += f", fresh: {fresh_classes}"
         fresh = self.reinitialised
-        ours = {*self.copied, *self.by_name, *self.adapted, *fresh}
-        rows = [
-            ("copied", self.copied, ""),
-            ("rows by class name", self.by_name, by_name),
-            ("adapted", self.adapted, _groups(self.adapted, ours - self.adapted.keys())),
-            ("re-initialised", fresh, _groups(fresh, ours - fresh.keys())),
-            ("ignored", self.ignored, _groups(self.ignored, ours)),
+        of_model = {*self.copied, *self.by_name, *self.adapted, *fresh}
+        lines = [
+            ("copied", len(self.copied), ""),
+            ("rows by class name", len(self.by_name), by_name),
+            ("adapted", len(self.adapted), _groups(self.adapted, of_model - self.adapted.keys())),
+            ("re-initialised", len(fresh), _groups(fresh, of_model - fresh.keys())),
+            ("ignored", len(self.ignored), _groups(self.ignored, of_model)),
         ]
-        return "\n".join(f"{a:<18} {len(e):>4} tensors  {text}".rstrip() for a, e, text in rows)
+        return "\n".join(
+            f"{what:<18} {count:>4} tensors  {details}".rstrip() for what, count, details in lines
+        )
 
 
 def transfer(
@@ -109,11 +115,12 @@ def transfer(
 ) -> TransferReport:
     """Start `model` from the weights of another training, as far as they fit.
 
-    Tensors of equal name and shape are copied. Rows of the class heads follow the class name, see
-    `class_names.matching_names`, so labels may have another order or number. A two-stage model
-    ranks proposals by row 0 of the encoder's class head: that row is kept. Missing queries are
-    noisy copies of the first ones (equal queries would never part); of too many, those stay whose
-    reference points lie farthest apart. Everything else keeps its fresh weights and is reported.
+    Tensors of equal name and shape are copied. Rows of class heads and of embedded labels follow
+    the class name, see `class_names.matching_names`, so labels may have another order or number. A
+    two-stage model ranks proposals by row 0 of the encoder's class head: that row is kept. Missing
+    queries are noisy copies of the first ones (equal queries would never part); of too many, those
+    stay whose reference points lie farthest apart. Everything else keeps its fresh weights and is
+    reported.
     Without `backbone`, that of `model`, which is another one, stays as it is and is left out.
 
     Raises:
@@ -121,14 +128,9 @@ def transfer(
     """
     pairs = matching_names(source_classes.names, target_classes.names)
     report = _report_on_classes(source_classes.names, target_classes.names, pairs)
-    source, target = (
-        {
-            name: tensor
-            for name, tensor in tensors.items()
-            if not name.endswith(_COUNTER) and (backbone or not name.startswith(BACKBONE))
-        }
-        for tensors in (state_dict, model.state_dict())
-    )
+    source, target = _without_counters(state_dict), _without_counters(model.state_dict())
+    if not backbone:
+        source, target = _without_backbone(source), _without_backbone(target)
     origin, proposals = _origins(source, target), _proposal_index(target)
     used = set(origin.values())
     with torch.no_grad():
@@ -140,34 +142,39 @@ def transfer(
             elif (head := _HEAD.fullmatch(name)) and head[2] == "class":
                 rows = _RANKING_ROW if int(head[3]) == proposals else pairs
                 _fill(name, tensor, source[origin[name]], rows, report)
-            elif name.startswith(RECIPES) and ".class_embed." in name:
+            elif name == _LABELS or (name.startswith(RECIPES) and ".class_embed." in name):
                 _fill(name, tensor, source[origin[name]], pairs, report)
             else:
                 _fill(name, tensor, source[origin[name]], None, report)
-    filled = {target[n].data_ptr() for n in [*report.copied, *report.by_name, *report.adapted]}
-    # a tensor filled under one name is not fresh under another
-    for name in [name for name in report.reinitialised if target[name].data_ptr() in filled]:
-        del report.reinitialised[name]
-        report.copied.append(name)
-    report.ignored.update({k: "not in the model" for k in source if k not in used})
+    filled_names = [*report.copied, *report.by_name, *report.adapted]
+    filled = {target[name].data_ptr() for name in filled_names}
+    # layers may share a head: a tensor that is filled under one name is not fresh under another
+    for name in list(report.reinitialised):
+        if target[name].data_ptr() in filled:
+            del report.reinitialised[name]
+            report.copied.append(name)
+    report.ignored.update({name: "not in the model" for name in source if name not in used})
     _check_enough(filled, source, target)
     return report
+
+
+def _without_backbone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(BACKBONE)}
 
 
 def _report_on_classes(
     theirs: Sequence[str], ours: Sequence[str], pairs: list[tuple[int, int]]
 ) -> TransferReport:
     """Return a report that says which classes are known; pairs are positions (theirs, ours)."""
-    matched = {target for _, target in pairs}
-    fresh = tuple(name for i, name in enumerate(ours) if i not in matched)
-    meant = {name: of_same_meaning(name, theirs) for name in fresh}
+    matched = {label for _, label in pairs}
+    fresh = tuple(name for label, name in enumerate(ours) if label not in matched)
+    names = [(theirs[their_label], ours[our_label]) for their_label, our_label in pairs]
+    taken_by_another = {name: of_same_meaning(name, theirs) for name in fresh}
     return TransferReport(
-        matched_classes=tuple(ours[i] for i in sorted(matched)),
+        matched_classes=tuple(ours[label] for label in sorted(matched)),
         fresh_classes=fresh,
-        renamed={
-            ours[j]: theirs[i] for i, j in pairs if ours[j].casefold() != theirs[i].casefold()
-        },
-        contested={name: other for name, other in meant.items() if other},
+        renamed={our: their for their, our in names if our.casefold() != their.casefold()},
+        contested={name: other for name, other in taken_by_another.items() if other},
         nameless=not any(theirs),
     )
 
@@ -185,18 +192,19 @@ def _origins(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict
     Heads are found under any of their aliases; the encoder's comes after the decoder's, so its
     number follows the number of layers, and it never serves as a decoder's head.
     """
-    theirs, ours = _proposal_index(source), _proposal_index(target)
+    source_proposals, target_proposals = _proposal_index(source), _proposal_index(target)
     origins = {}
     for name in target:
         candidates = [name]
         if head := _HEAD.fullmatch(name):
             prefix, kind, index, tail = head.groups(default="")
-            number = theirs if int(index) == ours else int(index)
-            if number is None or (number == theirs and int(index) != ours):
+            ranks_proposals = int(index) == target_proposals
+            number = source_proposals if ranks_proposals else int(index)
+            if number is None or (number == source_proposals and not ranks_proposals):
                 continue
-            places = (prefix, "", "transformer.decoder.")
-            candidates = [f"{place}{kind}_embed.{number}.{tail}" for place in places]
-        found = next((c for c in candidates if c in source), None)
+            aliases = (prefix, "", "transformer.decoder.")
+            candidates = [f"{alias}{kind}_embed.{number}.{tail}" for alias in aliases]
+        found = next((candidate for candidate in candidates if candidate in source), None)
         if found is not None:
             origins[name] = found
     return origins
@@ -238,8 +246,9 @@ def _fill_queries(tensor: Tensor, source: Mapping[str, Tensor], report: Transfer
         return
     if len(tensor) < count:
         # where each query looks first, in fractions of the image
-        weight, bias = (source[f"transformer.reference_points.{p}"] for p in ("weight", "bias"))
-        position = given.chunk(2, dim=1)[0]
+        weight = source["transformer.reference_points.weight"]
+        bias = source["transformer.reference_points.bias"]
+        position, _ = given.chunk(2, dim=1)
         points = F.linear(position.float(), weight.float(), bias.float()).sigmoid()
         tensor.copy_(given[_farthest_apart(points, len(tensor))])
         return
@@ -266,8 +275,11 @@ def _check_enough(
     filled: set[int], source: Mapping[str, Tensor], target: Mapping[str, Tensor]
 ) -> None:
     """Raise CheckpointError if too little of the model is in the tensors at these addresses."""
-    other = (BACKBONE, RECIPES)
-    sizes = {t.data_ptr(): t.numel() for k, t in target.items() if not k.startswith(other)}
+    sizes = {
+        tensor.data_ptr(): tensor.numel()
+        for name, tensor in target.items()
+        if not name.startswith((BACKBONE, RECIPES))
+    }
     share = sum(sizes.get(pointer, 0) for pointer in filled) / max(sum(sizes.values()), 1)
     if share >= _MIN_COPIED:
         return
@@ -297,20 +309,22 @@ def _groups(entries: Mapping[str, str], others: Iterable[str]) -> str:
 
     `others` are the names to which something else happened.
     """
-    fates: dict[str, set[str]] = defaultdict(set)
+    reasons: dict[str, set[str]] = defaultdict(set)  # by module and by tensor
     for name, why in [*entries.items(), *((name, "") for name in others)]:
-        for prefix in _prefixes(name):
-            fates[prefix].add(why)
+        for module in _modules_of(name):
+            reasons[module].add(why)
     members: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, why in entries.items():
-        module = next((p for p in _prefixes(name) if len(fates[p]) == 1), name)
-        members[why, re.sub(r"\.\d+(?=\.)", ".*", module)].append(name)
+        whole = next((module for module in _modules_of(name) if len(reasons[module]) == 1), name)
+        of_any_number = re.sub(r"\.\d+(?=\.)", ".*", whole)  # the same module of every layer
+        members[why, of_any_number].append(name)
     by_reason: dict[str, list[str]] = defaultdict(list)
     for (why, module), names in members.items():
         by_reason[why].append(names[0] if len(names) == 1 else module)
     return "; ".join(f"{_some(modules)} ({why})" for why, modules in by_reason.items())
 
 
-def _prefixes(name: str) -> list[str]:
-    """Return the modules that a tensor is in, from the outermost, and the tensor."""
-    return list(accumulate(name.split("."), "{}.{}".format))
+def _modules_of(name: str) -> list[str]:
+    """Return the modules that a tensor is in, from the outermost, and the tensor itself."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]

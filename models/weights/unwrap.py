@@ -36,7 +36,7 @@ def find_weights(
     """
     expected = frozenset(expected)
     fits: dict[tuple[tuple[str, ...], str], int] = {}
-    states = dict(_state_dicts(content))
+    states = dict(state_dicts(content))
     for path, tensors in states.items():
         counts = Counter(
             key[:start] for key in tensors for start in _starts(key) if key[start:] in expected
@@ -53,7 +53,7 @@ def find_weights(
 
 def largest_state_dict(content: object) -> Mapping[str, Tensor]:
     """Return the part of a file that holds most tensors; the first of equals, empty if none."""
-    return max((tensors for _, tensors in _state_dicts(content)), key=len, default={})
+    return max((tensors for _, tensors in state_dicts(content)), key=len, default={})
 
 
 def keys_of(names: Collection[str]) -> str:
@@ -62,10 +62,10 @@ def keys_of(names: Collection[str]) -> str:
     return f"{shown}, ... ({len(names)})" if len(names) > _MAX_SHOWN else shown or "(none)"
 
 
-def _state_dicts(
+def state_dicts(
     content: object, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Yield the tensors of each dictionary in the file, by the keys that lead there."""
+    """Yield the tensors of each dictionary in a file, by the keys that lead there."""
     if not isinstance(content, Mapping) or len(path) > _MAX_DEPTH:
         return
     named: list[tuple[str, Any]] = [(k, v) for k, v in content.items() if isinstance(k, str)]
@@ -74,7 +74,7 @@ def _state_dicts(
         yield path, tensors
     for key, value in named:
         if not key.startswith("optim"):
-            yield from _state_dicts(value, (*path, key))
+            yield from state_dicts(value, (*path, key))
 
 
 def _starts(key: str) -> list[int]:

@@ -56,8 +56,8 @@ def differences(a: Any, b: Any, place: str) -> list[str]:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if torch.equal(a, b) else [place]
     if isinstance(a, dict) and isinstance(b, dict):
-        odd = [f"{place}.{key} (in one only)" for key in sorted(a.keys() ^ b.keys(), key=str)]
-        return odd + [
+        differing = [f"{place}.{key} (in one only)" for key in sorted(a.keys() ^ b.keys(), key=str)]
+        return differing + [
             d for k in a.keys() & b.keys() for d in differences(a[k], b[k], f"{place}.{k}")
         ]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):

@@ -7,7 +7,7 @@
 
 The parts run one after the other, the ones that matter most first, each in a process of its own
 that is killed at its limit. `results.jsonl` gets a line as soon as a figure is known, `log.txt`
-all that was printed, and `summary.md` is written anew after each part: a run that is cut off loses
+all that was printed, and `summary.md` is written again after each part: a run that is cut off loses
 nothing. `tests/gpu/README.md` says how to read them.
 """
 

@@ -8,7 +8,7 @@ Row = dict[str, Any]
 
 
 def write_summary(results: Path, page: Path) -> None:
-    """Write the page anew from the JSON lines so far."""
+    """Write the page again from the JSON lines so far."""
     rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
     blocks = ["# GPU run", machine(rows), parts(rows), op(rows), steps(rows), others(rows)]
     page.write_text("\n\n".join(block for block in blocks if block) + "\n", encoding="utf-8")

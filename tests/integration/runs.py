@@ -25,9 +25,11 @@ Prepare = Callable[[], None]  # called in a process before its command: limits, 
 DEADLINE = 240.0  # seconds after which a process counts as hanging
 
 _context = multiprocessing.get_context("forkserver")
+_COMMANDS = ("check", "convert", "eval", "predict", "preview", "train")
 _context.set_forkserver_preload(
-    ["main", "torch.utils.tensorboard", "matplotlib.pyplot", "tests.integration.runs"]
-)
+    ["main", "torch.utils.tensorboard", "matplotlib.pyplot", "tests.integration.runs",
+     *(f"engine.commands.{name}" for name in _COMMANDS)]
+)  # fmt: skip
 
 
 def _be_main(argv: list[str], output: str, method: str, prepare: Prepare | None) -> None:
@@ -137,7 +139,7 @@ def children(pid: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Tell whether a process runs."""
+    """Return whether a process runs."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:

@@ -28,7 +28,7 @@ def arguments(data: FlawedSet, file: Path) -> list[str]:
             "--train_scales", "64", "--max_size", "96", "--num_workers", "0"]  # fmt: skip
 
 
-def test_flaws_are_told_written_mended_and_the_copy_trains(
+def test_flaws_are_reported_and_the_fixed_copy_trains(
     cli: Cli, data: FlawedSet, tmp_path: Path
 ) -> None:
     original = (tmp_path / "set.json").read_bytes()
@@ -74,7 +74,7 @@ def test_nothing_is_overwritten(
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_places_that_cannot_be_written_are_told_before_decoding(
+def test_unwritable_outputs_are_reported_before_decoding(
     data: FlawedSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [*arguments(data, tmp_path / "set.json"), "--output_dir", str(tmp_path / "out")]
@@ -88,7 +88,7 @@ def test_places_that_cannot_be_written_are_told_before_decoding(
     assert "holds another file called" in capsys.readouterr().err
 
 
-def test_changes_are_json_and_name_numbers_that_are_none(data: FlawedSet, tmp_path: Path) -> None:
+def test_changes_are_json_even_with_non_finite_numbers(data: FlawedSet, tmp_path: Path) -> None:
     boxes = [a for a in data.content["annotations"] if isinstance(a, dict)]
     boxes[-1].update(bbox=[float("nan"), 1, 2, 3])
     data.save(tmp_path / "set.json")
@@ -123,7 +123,9 @@ def test_copies_of_both_splits_of_other_formats_pass(data_format: str, tmp_path:
     assert main([*common, *located]) == 0
 
 
-def test_user_errors_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_user_errors_are_printed_on_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert main(["check"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
@@ -135,6 +137,6 @@ def test_user_errors_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 def test_both_splits_of_a_sound_set(shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--coco_path", str(shapes), "--num_workers", "0"]) == 0
-    told = capsys.readouterr().out
-    assert "train: 16 images" in told
-    assert "val: 7 images" in told
+    printed = capsys.readouterr().out
+    assert "train: 16 images" in printed
+    assert "val: 7 images" in printed

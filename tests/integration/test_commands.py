@@ -259,7 +259,7 @@ def test_doctor_lists_and_checks_every_backend(cli: Cli) -> None:
     assert "computes on NVIDIA GPUs, not on cpu" in on_cpu["cuda"]
 
 
-def test_a_backend_that_cannot_run_is_one_line(
+def test_a_backend_that_cannot_run_is_a_one_line_error(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:
     for name, words in [

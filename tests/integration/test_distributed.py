@@ -77,7 +77,7 @@ def assert_same_evaluation(folder: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", some([2, 3], 2))
-def test_evaluation_shared_out_is_the_same_to_the_last_byte(
+def test_evaluation_in_two_processes_is_the_same_to_the_last_byte(
     finished_run: Path, tmp_path: Path, processes: int
 ) -> None:
     code, printed = run(tmp_path / "out.txt", "eval", "--checkpoint", finished_run / "last.pth",
@@ -87,7 +87,7 @@ def test_evaluation_shared_out_is_the_same_to_the_last_byte(
     assert len([line for line in printed if line.startswith("7 images, ")]) == 1
 
 
-def test_tasks_of_srun_work_as_one_run(finished_run: Path, tmp_path: Path) -> None:
+def test_srun_tasks_work_as_one_run(finished_run: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -130,7 +130,7 @@ def uneven_data(shapes: Path, folder: Path) -> Path:
     return folder
 
 
-def test_training_shared_out_goes_as_in_one_process(shapes: Path, tmp_path: Path) -> None:
+def test_training_in_two_processes_equals_one(shapes: Path, tmp_path: Path) -> None:
     data = uneven_data(shapes, tmp_path / "data")
     options = ("train", "--config", TINY, "--coco_path", data, "--no_train_backbone_norm",
                "--effective_batch_size", "2", "--batch_size", "1", "--warmup_steps", "0",
@@ -155,7 +155,7 @@ def test_training_shared_out_goes_as_in_one_process(shapes: Path, tmp_path: Path
     assert [end["train_steps"] for end in ends] == [4, 4]
 
 
-def test_a_mistake_that_all_processes_find_is_told_once(shapes: Path, tmp_path: Path) -> None:
+def test_what_all_processes_refuse_is_printed_once(shapes: Path, tmp_path: Path) -> None:
     code, printed = run(
         tmp_path / "out.txt", "train", "--config", TINY, "--coco_path", shapes, "--output_dir",
         tmp_path / "run", "--gpus", "4", "--effective_batch_size", "6",

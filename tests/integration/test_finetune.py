@@ -217,12 +217,12 @@ def test_predict_draws_from_the_thresholds_of_the_checkpoint(
     torch.save(content, tmp_path / "old.pth")
 
     assert predict(tmp_path / "with.pth", people, tmp_path / "a") == {"dog": 0.0, "person": 0.3}
-    told = capsys.readouterr().out
-    assert "last evaluation: dog 0.00; 0.30 for the other classes. --score_threshold" in told
+    printed = capsys.readouterr().out
+    assert "last evaluation: dog 0.00; 0.30 for the other classes. --score_threshold" in printed
     found = json.loads((tmp_path / "a" / "predictions.json").read_text())
     drawn = sum(p["category_name"] == "dog" or p["score"] >= 0.3 for p in found)
     assert drawn > 0
-    assert f"1 images with {drawn} boxes of their class's score threshold or more" in told
+    assert f"1 images with {drawn} boxes of their class's score threshold or more" in printed
 
     assert set(predict(tmp_path / "old.pth", people, tmp_path / "b").values()) == {0.3}
     assert "thresholds" not in capsys.readouterr().out

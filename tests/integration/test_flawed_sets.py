@@ -90,7 +90,7 @@ def trained(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
-def test_flawed_sets_are_told_and_used(
+def test_flawed_sets_are_reported_and_used(
     trained: tuple[str, Path, Detections],
     tmp_path_factory: pytest.TempPathFactory,
     capsys: pytest.CaptureFixture[str],
@@ -101,10 +101,10 @@ def test_flawed_sets_are_told_and_used(
     place = write_sound(folder, target)
     some = st.lists(st.integers(0, len(FLAWS[target]) - 1), max_size=NUM_IMAGES - 1)
     chosen: dict[str, Sequence[int]] = {s: data.draw(some, label=s) for s in SPLITS}
-    told = {s: add_flaws(target, place, s, chosen[s]) for s in SPLITS}
+    expected = {s: add_flaws(target, place, s, chosen[s]) for s in SPLITS}
     everything = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
 
-    flawed = sum((told[s].check for s in SPLITS), Counter())
+    flawed = sum((expected[s].check for s in SPLITS), Counter())
     run("check", *located(target, place), *SMALL, "--output_dir", folder / "check",
         code=1 if flawed else 0)  # fmt: skip
     written = json.loads((folder / "check" / "check.json").read_text())
@@ -115,12 +115,12 @@ def test_flawed_sets_are_told_and_used(
     report = json.loads((folder / "run" / "data_report.json").read_text())
     for split in SPLITS:
         counts = findings(report[split])
-        assert counts.pop("no_boxes", 0) >= told[split].training["no_boxes"]
-        assert counts == told[split].training - Counter(no_boxes=10)
+        assert counts.pop("no_boxes", 0) >= expected[split].training["no_boxes"]
+        assert counts == expected[split].training - Counter(no_boxes=10)
     last = read_log(folder / "run")[-1]
     assert math.isfinite(last["train_loss"])
-    assert last["train_unreadable_images"] == told["train"].unreadable
-    assert len(report["train"].get("unreadable_in_training", ())) == told["train"].unreadable
+    assert last["train_unreadable_images"] == expected["train"].unreadable
+    assert len(report["train"].get("unreadable_in_training", ())) == expected["train"].unreadable
 
     evaluate(target, place, checkpoint, folder / "eval")
     found = detections(target, place, folder / "eval")

@@ -40,7 +40,7 @@ def kill_after(running: Running, folder: Path, step: int, pause: float) -> None:
 
 
 def kill_in_a_save(command: Command) -> bool:
-    """Kill a run when a checkpoint begins to be written; tell whether it was half written."""
+    """Kill a run when a checkpoint begins to be written; return whether it was half written."""
     running = command.start("--resume", "auto")
     half = command.folder / f".last.pth.{running.pid}.tmp"
     running.wait_until(half.exists, pause=0.001)
@@ -70,7 +70,7 @@ def test_sigkill_at_any_moment(reference: Path, reference_options: Options, tmp_
 
 
 @pytest.mark.slow
-def test_asked_to_stop_it_saves_the_step_and_says_so_by_its_exit_code(
+def test_a_stopped_run_saves_the_step_and_returns_the_signals_exit_code(
     reference: Path, reference_options: Options, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"

@@ -31,7 +31,7 @@ def test_coco_trains_and_evaluates_with_the_published_preset(
 
 
 @pytest.mark.slow
-def test_eight_photographs_are_learned_by_heart(cli: Cli, shared: Shared, tmp_path: Path) -> None:
+def test_eight_photographs_are_overfitted(cli: Cli, shared: Shared, tmp_path: Path) -> None:
     data = shared("datasets/coco_by")
     weights = shared("weights/tf_efficientnet_lite0.safetensors")
     content = json.loads((data / "annotations" / "instances_train2017.json").read_text())

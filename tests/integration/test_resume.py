@@ -1,4 +1,4 @@
-"""What `--resume` goes on from, what it refuses, and how a damaged checkpoint is passed over."""
+"""What `--resume` continues from, what it refuses, and how a damaged checkpoint is passed over."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from tests.integration.runs import Command, assert_same_runs, errors, metrics, s
 Options = tuple[str | Path, ...]
 
 
-def test_the_real_program_stopped_in_an_epoch_ends_as_the_uninterrupted_one(
+def test_a_run_stopped_in_an_epoch_ends_like_the_uninterrupted_one(
     cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert [line["step"] for line in metrics(folder)] == list(range(12))
 
 
-def test_nothing_but_damaged_checkpoints_is_one_line(
+def test_a_folder_of_damaged_checkpoints_is_a_one_line_error(
     stopped_run: Path, reference_options: Options, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(stopped_run, tmp_path / "run"))
@@ -101,7 +101,7 @@ def not_a_number(content: Any) -> None:
     ("spoil", "words"),
     [(one_value, "exp_avg, is (1,)"), (not_a_number, "'transformer.level_embed' are not finite")],
 )
-def test_a_state_that_no_run_could_have_saved_is_one_line(
+def test_a_state_that_no_run_could_have_saved_is_a_one_line_error(
     finished_run: Path, shapes: Path, tmp_path: Path, spoil: Callable[[Any], None], words: str
 ) -> None:
     folder = Path(shutil.copytree(finished_run, tmp_path / "run"))
@@ -201,7 +201,7 @@ def test_resuming_a_fine_tuned_run_keeps_its_preprocessing_and_needs_no_download
     assert state_of(command.folder / "last.pth")["preprocessing"] == source["preprocessing"]
 
 
-def test_a_restart_by_the_launcher_goes_on_where_the_command_began(
+def test_a_restart_by_the_launcher_continues_from_the_same_checkpoint(
     finished_run: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From --resume FILE before anything new is saved; from its own checkpoint with --finetune."""

@@ -45,7 +45,7 @@ def test_one_run_at_a_time(shapes: Path, tmp_path: Path) -> None:
     first.kill()
 
 
-def test_a_run_that_waited_for_another_goes_on_from_its_last_checkpoint(
+def test_a_run_that_waited_for_another_continues_from_its_last_checkpoint(
     finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:
     command = Command(tmp_path / "run", ("--coco_path", shapes, "--resume", "auto"))
@@ -68,7 +68,7 @@ def test_a_drive_without_locks_is_used_all_the_same(
         assert (tmp_path / "run").is_dir()
 
 
-def test_who_holds_the_lock_may_become_visible_later(
+def test_the_lock_holder_may_become_visible_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.plan._FAR_PATIENCE", 0.1)

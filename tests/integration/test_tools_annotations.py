@@ -151,7 +151,7 @@ def test_every_command_reads_the_truth_and_reports_how(
     again = tmp_path / "again"
     place = ["--train_images", str(images), "--train_annotations", str(fixed)]
     assert main(["check", *place, *SMALL, "--output_dir", str(again)]) == 0
-    left = {"rotated_bbox"}  # what a corrected copy cannot mend
+    left = {"rotated_bbox"}  # what a corrected copy cannot fix
     assert findings(again / "check.json").keys() == kinds.keys() & left
 
 

@@ -75,7 +75,7 @@ def evaluated(reference: Path, shapes: Path, folder: Path, *more: str) -> Any:
 
 
 @pytest.mark.slow
-def test_evaluation_takes_the_averages_unless_told_otherwise(
+def test_evaluation_uses_the_averages_by_default(
     reference: Path, shapes: Path, tmp_path: Path
 ) -> None:
     of_the_run = json.loads((reference / "eval" / "detections.json").read_text())
@@ -96,7 +96,7 @@ def test_the_best_checkpoint_is_that_of_the_averages(reference: Path) -> None:
     assert any(not last["ema"]["model"][k].equal(last["model"][k]) for k in last["model"])
 
 
-def test_the_time_of_each_step_is_told_in_parts(reference: Path) -> None:
+def test_the_time_of_each_step_is_logged_in_parts(reference: Path) -> None:
     parts = ("time_data", "time_forward", "time_match", "time_backward", "time_optimiser")
     for line in metrics(reference):
         assert all(line[part] >= 0 for part in parts)

@@ -1,4 +1,4 @@
-"""Wrong use is one line and exit code 2; flawed data is mended, counted and named."""
+"""Wrong use is one line and exit code 2; flawed data is fixed, counted and named."""
 
 import json
 import os
@@ -179,7 +179,7 @@ def test_debug_shows_the_traceback(cli: Cli) -> None:
     assert "Traceback" in done.stderr
 
 
-def test_training_goes_on_without_an_unreadable_image(
+def test_training_continues_without_an_unreadable_image(
     cli: Cli, copied: Path, tmp_path: Path
 ) -> None:
     spoiled = sorted((copied / "train2017").iterdir())[3]
@@ -188,10 +188,10 @@ def test_training_goes_on_without_an_unreadable_image(
     assert done.returncode == 0, done.stderr
     assert spoiled.name in done.stdout + done.stderr
     assert read_log(tmp_path / "o")[-1]["train_unreadable_images"] == 1
-    assert "more boxes" in done.stdout  # than queries, which is told too
+    assert "more boxes" in done.stdout  # than queries, which is reported too
 
 
-def test_flawed_annotations_are_mended_counted_and_named(
+def test_flawed_annotations_are_fixed_counted_and_named(
     cli: Cli, copied: Path, tmp_path: Path
 ) -> None:
     def spoil(content: dict[str, Any]) -> None:

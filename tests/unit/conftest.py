@@ -1,4 +1,4 @@
-"""Small COCO-format sets, written anew for each test."""
+"""Small COCO-format sets, written for each test."""
 
 import json
 from collections.abc import Callable

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from datasets.checks import kinds
 from main import main
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +120,7 @@ def test_every_file_of_ours_exists(page: Path) -> None:
 
 
 @each_page
-def test_every_name_said_to_be_in_a_file_is_there(page: Path) -> None:
+def test_every_name_the_docs_place_in_a_file_is_there(page: Path) -> None:
     pairs = re.findall(
         r"`([A-Za-z_][\w.]*)(?:\([\w, ]*\))?`(?: and `([A-Za-z_][\w.]*)`)? in\s+`([\w/]+\.py)`",
         page.read_text(encoding="utf-8"),
@@ -128,3 +129,8 @@ def test_every_name_said_to_be_in_a_file_is_there(page: Path) -> None:
         source = (ROOT / file).read_text(encoding="utf-8")
         for part in ".".join(filter(None, names)).split("."):
             assert re.search(rf"\b(class|def) {part}\b|\b{part}\b\s*[:=]", source), (part, file)
+
+
+def test_the_tables_of_kinds_are_those_of_the_checks() -> None:
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    assert kinds.tables().strip() in text, "`python -m datasets.checks.kinds` prints them"

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MAY_IMPORT = {  # besides the room itself
+MAY_IMPORT = {  # in addition to the room itself
     "main": {"configs", "engine", "ops", "util"},
     "engine": {"configs", "models", "datasets", "ops", "util"},
     "models": {"configs", "ops", "util"},
@@ -36,7 +36,7 @@ def module_of(name: str) -> str:
 
 
 def is_module(name: str) -> bool:
-    """Tell a module or package of ours from a name inside one."""
+    """Return whether a name is a module or package of the project, not a name inside one."""
     path = ROOT.joinpath(*name.split("."))
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
@@ -57,7 +57,7 @@ def imported(name: str) -> set[str]:
     return names
 
 
-def test_imports_never_run_up() -> None:
+def test_imports_never_go_up_a_layer() -> None:
     for name in product_files():
         room = room_of(name)
         rooms = {room_of(module) for module in imported(name)} & {*MAY_IMPORT, "tests"}

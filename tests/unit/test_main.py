@@ -1,8 +1,10 @@
 """The command line itself: what it prints where the terminal lacks letters, and of errors."""
 
 import dataclasses
+import errno
 import importlib
 import io
+import os
 import subprocess
 import sys
 import typing
@@ -29,7 +31,23 @@ def test_letters_that_the_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyP
     assert rb"unknown command '\u7ec6\u80de \udce9'" in written.getvalue()
 
 
-def test_a_dead_loader_is_told_whatever_it_interrupts() -> None:
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "Free space or choose another `output_dir`."),
+        (errno.EACCES, "Change its permissions or choose another `output_dir`."),
+        (errno.ENAMETOOLONG, "Shorten the name or choose another `output_dir`."),
+        (errno.EMFILE, "Raise the limit of open files (`ulimit -n`) or lower `num_workers`."),
+    ],
+)
+def test_an_error_of_the_disk_says_what_helps(number: int, advice: str) -> None:
+    error = OSError(number, os.strerror(number), "runs/mine/last.pth")
+    what = f"runs/mine/last.pth: cannot be used: {os.strerror(number)}. "
+    assert in_one_line(error) == what + advice
+    assert in_one_line(OSError(errno.ECHILD, "of something else")) is None
+
+
+def test_a_killed_loader_is_reported_whatever_it_interrupts() -> None:
     """PyTorch raises it wherever the main process is, in `torch.save` too, whose end then fails."""
     death = "DataLoader worker (pid 7) is killed by signal: Killed. "
     failure = RuntimeError("unexpected pos 132544 vs 132432")
@@ -40,7 +58,7 @@ def test_a_dead_loader_is_told_whatever_it_interrupts() -> None:
     assert line.startswith(f"data loading: {death.strip()} The system")
 
 
-def test_a_loader_that_dies_while_it_hands_a_batch_over_is_told() -> None:
+def test_a_loader_killed_while_sending_a_batch_is_reported() -> None:
     """Its socket is reset then, before its death is noticed."""
 
     class Dies:
@@ -128,7 +146,7 @@ def test_help_leaves_out_what_does_not_matter_to_a_command(
         assert f"{flag} " not in text
 
 
-def test_a_switch_that_is_on_says_in_its_own_words_what_turning_it_off_does() -> None:
+def test_a_default_on_switch_explains_its_negative_form() -> None:
     for name in COMMANDS:
         for section in importlib.import_module(f"engine.commands.{name}").SECTIONS.values():
             for f in dataclasses.fields(section):

@@ -170,7 +170,7 @@ def test_a_checkpoint_from_before_recipes_loads() -> None:
         (["--recipes", "one_to_many", "--k_one2many", "x"], "--k_one2many: must be a whole number"),
     ],
 )
-def test_a_wrong_recipe_is_one_line(argv: list[str], message: str) -> None:
+def test_a_wrong_recipe_is_a_one_line_error(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(*argv)
     assert message in str(error.value)
@@ -189,7 +189,9 @@ def test_a_wrong_recipe_is_one_line(argv: list[str], message: str) -> None:
         ("recipes: [one_to_many]", "section 'recipes' needs options below it"),
     ],
 )
-def test_a_wrong_recipe_in_a_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_recipe_in_a_file_is_a_one_line_error(
+    tmp_path: Path, text: str, message: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         parse("--config", write(tmp_path / "c.yaml", text + "\n"))
     assert message in str(error.value)

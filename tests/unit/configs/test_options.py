@@ -86,7 +86,7 @@ def test_later_layers_win(tmp_path: Path) -> None:
     assert config.run.seed == 1
 
 
-def test_base_is_sought_beside_the_file_that_names_it(tmp_path: Path) -> None:
+def test_base_is_found_next_to_the_file_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     write(tmp_path / "root.yaml", "net: {depth: 3}\n")
     write(tmp_path / "deep" / "middle.yaml", "base: ../root.yaml\n")
@@ -112,7 +112,7 @@ def test_presets_are_found_from_anywhere_but_a_file_of_ones_own_wins(tmp_path: P
         assert load_file(file, SECTIONS, presets) == {"net": {"depth": 4}}
 
 
-def test_base_that_leads_back_is_refused(tmp_path: Path) -> None:
+def test_circular_base_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", "base: b.yaml\n")
     write(tmp_path / "b.yaml", "base: a.yaml\n")
     with pytest.raises(ConfigError, match="leads back to itself"):
@@ -139,7 +139,7 @@ def test_base_that_leads_back_is_refused(tmp_path: Path) -> None:
         ("base: nowhere.yaml", "nowhere.yaml: no such file"),
     ],
 )
-def test_a_wrong_file_is_told_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_file_is_a_one_line_error(tmp_path: Path, text: str, message: str) -> None:
     file = write(tmp_path / "c.yaml", text + "\n")
     with pytest.raises(ConfigError) as error:
         load_file(file, SECTIONS)
@@ -204,12 +204,13 @@ def test_optional_values_may_be_absent() -> None:
         (["--dept", "3"], "command line: unknown option '--dept'. Did you mean '--depth'?"),
         (["--no_refin"], "unknown option '--no_refin'. Did you mean '--no_refine'?"),
         (["--depth", "six"], "--depth: must be a whole number, not 'six'."),
+        (["--depth", "1e999999999"], "--depth: must be a whole number, not '1e999999999'."),
         (["--rate", "fast"], "--rate: must be a number, not 'fast'."),
         (["--sizes", "480", "big"], "--sizes: must be a whole number, not 'big'."),
         (["stray"], "unknown option 'stray'."),
     ],
 )
-def test_a_wrong_flag_is_told_in_one_line(argv: list[str], message: str) -> None:
+def test_a_wrong_flag_is_a_one_line_error(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(*argv)
     assert message in str(error.value)
@@ -237,7 +238,7 @@ def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -
     assert str(error.value) == message
 
 
-def test_bounds_are_inclusive_but_for_above() -> None:
+def test_bounds_are_inclusive_except_above() -> None:
     assert Net(depth=1).depth == 1
     assert Net(depth=9).depth == 9
     assert Net(rate=1e-300).rate == 1e-300

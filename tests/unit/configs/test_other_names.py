@@ -51,7 +51,7 @@ def test_official_and_common_names_have_an_answer_in_training(name: str) -> None
         ("train", "drop_path", "nothing"),  # looks like dropout
     ],
 )
-def test_the_answer_is_an_option_that_the_command_has(command: str, name: str, answer: str) -> None:
+def test_the_suggestion_is_an_option_of_the_command(command: str, name: str, answer: str) -> None:
     hint = unknown_hint(f"--{name}", known_options(command), "nothing")
     assert hint.startswith(answer)
 

@@ -63,6 +63,12 @@ def test_defaults_are_the_published_recipe() -> None:
         (ModelConfig, {"dropout": 1.5}, "dropout: must be at least 0 and at most 1, not 1.5."),
         (DataConfig, {"crop_size": (600, 384)}, "crop_size: must be two sizes, the smaller first"),
         (DataConfig, {"crop_size": (600,)}, "crop_size: must be two sizes"),
+        (DataConfig, {"fixed_size": 15}, "fixed_size: must be 0 or at least 16"),
+        (DataConfig, {"mosaic_affine": (10.0,)}, "mosaic_affine: must be degrees, a shift"),
+        (DataConfig, {"mosaic_affine": (10.0, 0.1, 0.0, 1.5)}, "mosaic_affine: must be degrees"),
+        (DataConfig, {"mosaic_affine": (10.0, 0.1, 1.5, 0.5)}, "mosaic_affine: must be degrees"),
+        (DataConfig, {"augment_phases": (0.5, 0.1, 1.0)}, "augment_phases: must be three shares"),
+        (DataConfig, {"augment_phases": (0.5, 0.6)}, "augment_phases: must be three shares"),
         (DataConfig, {"train_scales": ()}, "train_scales: needs at least one size"),
         (OptimConfig, {"lr": 0.0}, "lr: must be more than 0, not 0.0."),
         (OptimConfig, {"lr_drop_epochs": (10, 0)}, "lr_drop_epochs: must be at least 1, not 0."),
@@ -71,7 +77,7 @@ def test_defaults_are_the_published_recipe() -> None:
         (EvalOptions, {"max_dets": -1}, "max_dets: must be at least 0, not -1."),
     ],
 )
-def test_contradictions_and_bounds_are_told_in_one_line(
+def test_contradictions_and_bounds_are_one_line_errors(
     section: type[Any], values: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
@@ -152,12 +158,16 @@ def test_presets_load_and_say_what_they_reproduce(preset: Path) -> None:
     assert preset.read_text(encoding="utf-8").startswith("#")
 
 
-def test_a_recipe_of_augmentation_yields_to_options_given_besides() -> None:
+def test_an_augmentation_recipe_yields_to_explicit_options() -> None:
     assert Given({}).config().data == Given({"data": {"augment": "official"}}).config().data
     strong = Given({"data": {"augment": "strong", "mosaic": 0.0}}).config().data
     assert (strong.mosaic, strong.mixup, strong.random_crop) == (0.0, 0.1, False)
     none = Given({"data": {"augment": "none", "hflip": 0.5}}).config().data
     assert (none.hflip, none.random_crop) == (0.5, False)
+    lsj = Given({"data": {"augment": "lsj", "fixed_size": 640}}).config().data
+    assert (lsj.fixed_size, lsj.scale_jitter, lsj.random_crop) == (640, (0.1, 2.0), False)
+    dense = Given({"data": {"augment": "dense", "mosaic_affine": ()}}).config().data
+    assert (dense.mosaic_affine, dense.copy_blend) == ((), 0.5)
 
 
 def test_a_recipe_replaces_the_parts_of_the_one_below() -> None:
@@ -166,6 +176,10 @@ def test_a_recipe_replaces_the_parts_of_the_one_below() -> None:
             Given({"data": {"augment": "strong", "max_size": 99}}).config().data
         )
     }
+    for preset in ("dense", "lsj"):
+        old = {"data": dataclasses.asdict(Given({"data": {"augment": preset}}).config().data)}
+        plain = Given({"data": {"augment": "official"}}).on(Given(old)).config().data
+        assert plain == Given({"data": {"augment": "official"}}).config().data
     again = Given({"data": {"augment": "official"}}).on(Given(saved)).config().data
     assert (again.mosaic, again.random_crop, again.max_size) == (0.0, True, 99)
     kept = Given({"data": {"hflip": 0.1}}).on(Given(saved)).config().data

@@ -37,6 +37,17 @@ def average_precision(index: CocoIndex) -> float:
     return evaluator.evaluate().stats["AP"]
 
 
+def test_a_machine_without_the_images_is_refused(content: Content, write: Write) -> None:
+    path, folder = write(content)
+    index = CocoIndex.load(path, folder, need_boxes=True)
+    (folder / "5.png").unlink()
+    index.require_images()  # single missing images are reported elsewhere
+    for image in folder.iterdir():
+        image.unlink()
+    with pytest.raises(DataError, match=f"{folder}: none of the images is there on "):
+        index.require_images()
+
+
 def test_labels_follow_category_ids_and_boxes_their_images(content: Content, write: Write) -> None:
     dataset = CocoDetection(CocoIndex.load(*write(content), need_boxes=True), PLAIN)
     assert dataset.classes == Classes((3, 7), ("dog", "cat"))

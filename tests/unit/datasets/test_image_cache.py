@@ -33,7 +33,7 @@ def test_images_come_back_until_the_memory_is_full() -> None:
         assert found[1] == (80, 90)
 
 
-def test_more_than_the_machine_has_is_one_line() -> None:
+def test_a_cache_larger_than_memory_is_a_one_line_error() -> None:
     with pytest.raises(ConfigError, match="^cache_images: there are not .* GB"):
         ImageCache(1, 10**15)
 

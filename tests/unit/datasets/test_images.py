@@ -42,7 +42,7 @@ def photograph(width: int, height: int) -> Image.Image:
         ((304, 400), (10, 400), (304, 400)),
     ],
 )
-def test_fraction_is_the_least_that_suffices_and_shifts_nothing(
+def test_decoding_fraction_is_the_smallest_that_suffices(
     tmp_path: Path, size: tuple[int, int], wanted: tuple[int, int], expected: tuple[int, int]
 ) -> None:
     path = tmp_path / "a.jpg"
@@ -55,7 +55,7 @@ def test_fraction_is_the_least_that_suffices_and_shifts_nothing(
     assert np.abs(difference).mean() < 2
 
 
-def test_turned_images_are_reduced_by_their_upright_size(tmp_path: Path) -> None:
+def test_rotated_images_are_reduced_by_their_upright_size(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     photograph(400, 200).save(tmp_path / "a.jpg", exif=exif, quality=95)
@@ -81,7 +81,7 @@ def test_other_formats_are_decoded_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
-def test_odd_metadata_takes_no_image_away(tmp_path: Path, suffix: str) -> None:
+def test_invalid_metadata_drops_no_image(tmp_path: Path, suffix: str) -> None:
     """Cameras write what the standard forbids: here a resolution that is no number."""
     exif = Image.Exif()
     exif[0x0112], exif[0x011A] = 6, 72.0
@@ -121,7 +121,7 @@ def test_orientations_that_do_not_exist_are_none(tmp_path: Path, orientation: in
         ("a.gif", 0, 6),
     ],
 )
-def test_damage_is_told_alike_whatever_pillow_raises(
+def test_damage_is_reported_alike_whatever_pillow_raises(
     tmp_path: Path, name: str, start: int, count: int
 ) -> None:
     path = tmp_path / name
@@ -192,10 +192,8 @@ def test_assertions_of_pillow_are_damage(
 
 
 @pytest.mark.parametrize("mistake", [TypeError, AttributeError, KeyError, ZeroDivisionError])
-def test_mistakes_of_the_program_are_not_taken_for_damage(
-    tmp_path: Path, mistake: type[Exception]
-) -> None:
-    """Else every image would be left out, and training would go on with nothing."""
+def test_bugs_are_not_taken_for_damaged_images(tmp_path: Path, mistake: type[Exception]) -> None:
+    """Otherwise every image would be left out, and training would continue with none."""
     path = tmp_path / "a.jpg"
     photograph(40, 20).save(path)
 

@@ -1,4 +1,4 @@
-"""The kept index: the same as one read anew, and never one of other data or damaged."""
+"""The kept index: the same as one that is read again, and never one of other data or damaged."""
 
 import json
 from collections.abc import Callable
@@ -50,11 +50,11 @@ def plain(index: CocoIndex) -> dict[str, Any]:
 
 
 def test_kept_content_is_what_was_read(json_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    anew = plain(read(json_path, cache=False))
+    uncached = plain(read(json_path, cache=False))
     assert not cache_folder().exists()
-    assert plain(read(json_path)) == anew
+    assert plain(read(json_path)) == uncached
     monkeypatch.setattr(index_module, "check_content", None)  # calling it would fail
-    assert plain(read(json_path)) == anew
+    assert plain(read(json_path)) == uncached
     assert len(list(cache_folder().iterdir())) == 1
     index = CocoIndex.load(json_path, json_path.parent / "images", need_boxes=True, cache=True)
     assert index.findings[0].kind == "broken_bbox"
@@ -63,9 +63,9 @@ def test_kept_content_is_what_was_read(json_path: Path, monkeypatch: pytest.Monk
 def test_training_and_evaluation_share_what_is_kept(
     json_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    anew = plain(read(json_path))
+    uncached = plain(read(json_path))
     monkeypatch.setattr(index_module, "check_content", None)  # calling it would fail
-    assert plain(read(json_path, need_boxes=False)) == anew
+    assert plain(read(json_path, need_boxes=False)) == uncached
     assert len(list(cache_folder().iterdir())) == 1
 
 
@@ -90,7 +90,7 @@ def test_what_evaluation_kept_without_boxes_is_refused_in_training(
     assert len(list(cache_folder().iterdir())) == 1
 
 
-def test_other_content_is_read_anew(json_path: Path) -> None:
+def test_changed_content_is_read_again(json_path: Path) -> None:
     read(json_path)
     changed = json.loads(json_path.read_text())
     changed["annotations"][0]["bbox"] = [5, 6, 7, 8]
@@ -101,14 +101,14 @@ def test_other_content_is_read_anew(json_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other"])
 def test_damaged_files_are_replaced(json_path: Path, damage: str) -> None:
-    anew = plain(read(json_path))
+    uncached = plain(read(json_path))
     (file,) = cache_folder().iterdir()
     raw = file.read_bytes()
     middle = len(raw) // 2
     flipped = raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :]
     damaged = {"cut": raw[:-9], "empty": b"", "flipped": flipped, "other": b"x" * 999}[damage]
     file.write_bytes(damaged)
-    assert plain(read(json_path)) == anew
+    assert plain(read(json_path)) == uncached
     assert len(file.read_bytes()) == len(raw)
 
 
@@ -132,7 +132,7 @@ def test_the_oldest_files_go(json_path: Path) -> None:
     assert len(list(cache_folder().iterdir())) == 16
 
 
-def test_text_ids_are_kept_and_what_flags_mean_is_told_apart(
+def test_cached_text_ids_are_kept_and_flag_meanings_distinguished(
     content: Content, write: Write, json_path: Path
 ) -> None:
     content["images"][1]["id"] = content["annotations"][1]["image_id"] = "nine"

@@ -103,7 +103,7 @@ def together(step: list[list[int]]) -> list[int]:
 
 
 @given(st.integers(1, 90), st.integers(1, 6), st.integers(1, 9), st.integers(1, 4))
-def test_a_step_has_the_same_images_however_it_is_shared_out(
+def test_a_step_has_the_same_images_however_it_is_split(
     count: int, per_process: int, most: int, world_size: int
 ) -> None:
     effective = per_process * world_size
@@ -283,14 +283,14 @@ def test_one_scale_for_a_batch_pads_nothing(index: CocoIndex) -> None:
             assert images is not None
             assert not (same and images.mask.any())
         by_epoch.append([images.sizes[0] for images in batches if images is not None])
-    assert len({str(sizes) for sizes in by_epoch}) > 1  # drawn anew in every epoch
+    assert len({str(sizes) for sizes in by_epoch}) > 1  # drawn again in every epoch
     assert any(len(set(sizes)) > 1 for sizes in by_epoch)  # and for every batch
     loader.set_epoch(4, first_step=2)
     resumed = [batch.images.sizes[0] for batch in loader if batch.images is not None]
     assert resumed == by_epoch[4][2:]
 
 
-def test_resumed_epoch_goes_on_where_it_stopped(index: CocoIndex) -> None:
+def test_resumed_epoch_continues_where_it_stopped(index: CocoIndex) -> None:
     loader = TrainLoader(CocoDetection(index, RANDOM), BatchSplit(3), num_workers=0, seed=0)
     loader.set_epoch(4)
     whole = [digest(batch) for batch in loader]
@@ -300,7 +300,7 @@ def test_resumed_epoch_goes_on_where_it_stopped(index: CocoIndex) -> None:
     assert [digest(batch) for batch in loader] == whole
 
 
-def test_images_are_augmented_alike_however_a_step_is_shared_out(index: CocoIndex) -> None:
+def test_images_are_augmented_alike_however_a_step_is_split(index: CocoIndex) -> None:
     shared = replace(RANDOM, one_scale_per_batch=True)
     seen = []
     for shares in (

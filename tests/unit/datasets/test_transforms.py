@@ -154,7 +154,7 @@ def test_normalise_matches_its_definition() -> None:
     np.testing.assert_allclose(image[:, 2, 3].numpy(), expected, rtol=1e-5)
 
 
-def test_eval_transform_tells_its_output_size() -> None:
+def test_eval_transform_predicts_its_output_size() -> None:
     transform = EvalTransform(eval_scale=50, max_size=70, mean=MEAN, std=STD)
     for width, height in [(30, 20), (20, 90), (70, 50), (33, 33)]:
         sample = sample_of(random_image(width, height), torch.zeros(0, 4), torch.zeros(0))
@@ -172,7 +172,7 @@ def as_officially(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
 
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(16, 120))
 @settings(max_examples=30)
-def test_evaluation_has_the_official_bits_and_training_is_a_step_apart(
+def test_evaluation_has_the_official_bits_and_training_differs_by_rounding(
     width: int, height: int, scale: int
 ) -> None:
     image, none = random_image(width, height), torch.Generator()

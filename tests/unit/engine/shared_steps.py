@@ -23,8 +23,12 @@ from engine.run_log import RunLog
 from engine.trainer import Trainer
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
+from models.recipes.denoising import Options as DenoisingOptions
+from models.recipes.group import Options as GroupOptions
 from models.recipes.hybrid import Options
 from models.recipes.mds import Options as MDSOptions
+from models.recipes.mr import Options as MrOptions
+from models.recipes.ms import Options as MSOptions
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, small_config
 from util.batch import Batch, UnreadableImage, pad_images
@@ -38,7 +42,19 @@ SHARES = {1: (1, 4), 2: (2,), 3: (1, 4)}  # processes: micro-batches of each
 CASES: dict[str, dict[str, Any]] = {
     **{variant: {"variant": variant} for variant in VARIANTS},
     "hybrid": {"recipes": {"hybrid": Options(num_queries_one2many=20, k_one2many=3)}},
+    "denoising": {"recipes": {"denoising": DenoisingOptions(num_denoising=20)}},
+    "denoising, two-stage": {
+        "recipes": {"denoising": DenoisingOptions(num_denoising=20)},
+        "variant": "two_stage",
+    },
     "mds": {"variant": "two_stage", "recipes": {"mds": MDSOptions()}, "loss": {"cls_loss": "vfl"}},
+    "group": {
+        "variant": "two_stage",
+        "recipes": {"group": GroupOptions(group_detr=3)},
+        "loss": {"union_set": True},
+    },
+    "ms": {"variant": "two_stage", "recipes": {"ms": MSOptions()}},
+    "mr": {"variant": "two_stage", "recipes": {"mr": MrOptions()}, "loss": {"cls_loss": "mal"}},
     "plus_plus": {
         "variant": "two_stage",
         "model": {"mixed_query_selection": True, "look_forward_twice": True},

@@ -3,6 +3,7 @@
 import argparse
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from engine.checkpoint import (
     KEYS,
     CheckpointFolder,
+    check_classes,
     check_same,
     load_checkpoint,
     save_checkpoint,
@@ -229,7 +231,7 @@ def test_no_checkpoint_and_none_that_is_sound(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_save_are_removed(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     folder.save(of_step(1))
     (tmp_path / ".last.pth.77.tmp").write_bytes(b"half")
@@ -251,6 +253,38 @@ def test_a_save_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
         folder.save(of_step(3))
     found = {path.name: step_in(path) for path in tmp_path.iterdir()}
     assert found == {"last.pth": 2, "step_00000001.pth": 1}
+
+
+@pytest.mark.parametrize(
+    ("saved", "difference"),
+    [
+        ({"ids": [3, 7], "names": ["dog", "cat"]}, ""),
+        (
+            {"ids": [3, 7], "names": ["dog", "cow"]},
+            "1 is 'cow' (id 7) there and 'cat' (id 7",
+        ),
+        (
+            {"ids": [2, 7], "names": ["dog", "cat"]},
+            "0 is 'dog' (id 2) there and 'dog' (id 3",
+        ),
+        ({"ids": [3], "names": ["dog"]}, "number 1 is missing there and 'cat' (id 7) here"),
+        (
+            {"ids": [3, 7, 9], "names": ["dog", "cat", "cow"]},
+            "2 is 'cow' (id 9) there and missing",
+        ),
+        ({"ids": [3, 7], "names": ["dog"]}, "number 1 is None (id 7) there"),
+        ({"ids": [3, torch.ones(2)], "names": ["dog", "cat"]}, "number 1 is 'cat' (id tensor"),
+        ({"ids": "37", "names": ["dog", "cat"]}, "is not a checkpoint of a run: classes is"),
+    ],
+)
+def test_the_first_class_that_differs_is_named(saved: dict[str, Any], difference: str) -> None:
+    data = {"ids": [3, 7], "names": ["dog", "cat"]}
+    if not difference:
+        check_classes(saved, data, Path("last.pth"))
+        return
+    with pytest.raises(CheckpointError, match=re.escape(difference)) as caught:
+        check_classes(saved, data, Path("last.pth"))
+    assert "\n" not in str(caught.value)
 
 
 def test_differing_models_are_named() -> None:

@@ -69,7 +69,7 @@ def test_a_checkpoint_without_class_names_goes_by_numbers(
 
 
 @pytest.mark.parametrize("section", ["model", "data"])
-def test_an_option_of_a_later_version_is_told(
+def test_an_option_of_a_later_version_is_reported(
     content: dict[str, Any], tmp_path: Path, section: str
 ) -> None:
     config = copy.deepcopy(content["config"])
@@ -79,7 +79,7 @@ def test_an_option_of_a_later_version_is_told(
         Detector.load(source, device="cpu")
 
 
-def test_options_that_evaluation_does_not_read_may_be_of_a_later_version(
+def test_evaluation_ignores_training_options_of_later_versions(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
     config = copy.deepcopy(content["config"])
@@ -142,7 +142,7 @@ def test_a_recipe_that_detection_needs_is_there(
     ],
     ids=str,
 )
-def test_parts_of_other_kinds_are_one_line(
+def test_parts_of_wrong_types_are_one_line_errors(
     content: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     source = save(content, tmp_path, **changes)
@@ -153,7 +153,7 @@ def test_parts_of_other_kinds_are_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_weights_that_do_not_tell_their_backbone(content: dict[str, Any], tmp_path: Path) -> None:
+def test_weights_with_an_unrecognised_backbone(content: dict[str, Any], tmp_path: Path) -> None:
     missing = "backbone.0.body.layer1."
     kept = {k: v for k, v in content["model"].items() if not k.startswith(missing)}
     torch.save(kept, tmp_path / "a.pth")
@@ -329,7 +329,7 @@ def test_thresholds_are_those_of_the_checkpoint_unless_given(
     ],
     ids=range(9),
 )
-def test_what_is_no_image_is_a_type_error_that_says_what_is(
+def test_inputs_that_are_not_images_are_type_errors_that_list_the_types(
     detector: Detector, image: Any, words: str
 ) -> None:
     with pytest.raises(TypeError, match=words) as caught:

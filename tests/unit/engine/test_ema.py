@@ -70,7 +70,7 @@ def test_averages_are_those_of_a_loop_in_double_precision(decay: float, steps: i
             torch.testing.assert_close(value.double(), expected[key], rtol=2e-6, atol=1e-7)
 
 
-def test_what_does_not_change_stays_to_the_bit() -> None:
+def test_unchanging_weights_stay_bit_equal() -> None:
     model = Tied()
     before = bits(model)
     ema = Ema(model, 0.999)
@@ -146,7 +146,7 @@ def test_a_resumed_average_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         (nn.Bilinear(2, 2, 2), r"'weight' is \(2, 2, 2\), the model's \(2, 4\)"),
     ],
 )
-def test_averages_of_another_model_are_refused(other: nn.Module, message: str) -> None:
+def test_averages_of_a_different_model_are_refused(other: nn.Module, message: str) -> None:
     ema = Ema(nn.Linear(4, 2), 0.9)
     before = {k: v.clone() for k, v in ema.state_dict()["model"].items()}
     with pytest.raises(CheckpointError, match=f"^averaged weights: .*{message}"):

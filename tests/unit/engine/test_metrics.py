@@ -79,7 +79,7 @@ def test_the_last_steps_wait_until_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (2.0, math.inf), (math.inf, 1.0)])
-def test_what_is_not_finite_is_recorded_and_no_part_of_the_means(
+def test_non_finite_values_are_recorded_but_left_out_of_means(
     tmp_path: Path, loss: float, norm: float
 ) -> None:
     with RunLog(tmp_path, tensorboard=False) as log:
@@ -98,7 +98,7 @@ def test_what_is_not_finite_is_recorded_and_no_part_of_the_means(
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
 
 
-def test_a_finite_step_breaks_the_row(tmp_path: Path) -> None:
+def test_a_finite_step_resets_the_count(tmp_path: Path) -> None:
     with RunLog(tmp_path, tensorboard=False) as log:
         steps = step_log(tmp_path, log, limit=2)
         for step, loss in enumerate([math.nan, 1.0, math.nan, 1.0, math.nan]):
@@ -111,7 +111,7 @@ def test_a_finite_step_breaks_the_row(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 6
 
 
-def test_a_flat_loss_is_told_once_the_warm_up_is_over(
+def test_a_flat_loss_is_reported_after_the_warm_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for first_step, warned in ((0, True), (40, False)):
@@ -123,7 +123,7 @@ def test_a_flat_loss_is_told_once_the_warm_up_is_over(
         assert ("the loss has not fallen" in capsys.readouterr().out) == warned
 
 
-def test_a_restored_log_goes_on_as_the_one_before(tmp_path: Path) -> None:
+def test_a_restored_log_continues_like_the_original(tmp_path: Path) -> None:
     ends = []
     for stop in (False, True):
         folder = tmp_path / str(stop)
@@ -165,7 +165,7 @@ def test_merged_means_are_those_of_all_values(processes: list[list[list[float]]]
         assert means[name] == pytest.approx(sum(r[i] for r in every) / len(every), abs=1e-9)
 
 
-def test_means_begin_anew_when_a_resumed_run_has_other_losses() -> None:
+def test_means_restart_when_a_resumed_run_has_other_losses() -> None:
     means = Averages({"loss": 6.0, "loss_ce": 4.0}, 2)
     means.add({"loss": 5.0, "loss_iou": 2.0, "loss_ce": 1.0})
     assert means.means() == {"loss": 5.0, "loss_iou": 2.0, "loss_ce": 1.0}

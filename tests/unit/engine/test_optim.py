@@ -146,7 +146,7 @@ def test_no_scale_without_fp16() -> None:
 
 
 @pytest.mark.parametrize(("name", "instead"), [("fp16", "bf16"), ("tf32", "fp32")])
-def test_what_a_cpu_cannot_do_is_refused(name: str, instead: str) -> None:
+def test_precisions_that_the_cpu_lacks_are_refused(name: str, instead: str) -> None:
     with pytest.raises(
         ConfigError, match=rf"^precision {name}: needs a CUDA device.*`precision {instead}`"
     ):
@@ -154,12 +154,12 @@ def test_what_a_cpu_cannot_do_is_refused(name: str, instead: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
-def test_a_device_without_bfloat16_is_refused_and_not_told_to_use_it(name: str) -> None:
+def test_a_device_without_bfloat16_is_refused_without_advice_to_use_it(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^precision {name}: needs .*meta.*`precision fp32`"):
         Precision(name, torch.device("meta"))
 
 
-def test_only_the_precision_that_is_asked_for_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_requested_precision_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("engine.optim._has_bfloat16")
     Precision("fp32", CPU)
 

@@ -128,7 +128,7 @@ def test_writes_each_image_and_one_json(folder: Path, tmp_path: Path) -> None:
     assert predictions[4]["bbox"] == pytest.approx([100.0, 80.0, 50.0, 30.0])
 
 
-def test_turned_image_is_drawn_upright(folder: Path, tmp_path: Path) -> None:
+def test_rotated_image_is_drawn_upright(folder: Path, tmp_path: Path) -> None:
     predictions = run([folder / "b" / "turned.JPG"], tmp_path / "out")
     drawn = read(tmp_path / "out" / "turned.JPG")
     assert drawn.size == (120, 160)
@@ -177,7 +177,7 @@ def test_inputs_are_never_overwritten(folder: Path, tmp_path: Path) -> None:
     assert files(folder) == before
 
 
-def test_file_in_place_of_the_folder_is_told(folder: Path, tmp_path: Path) -> None:
+def test_file_in_place_of_the_folder_is_reported(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(ConfigError, match="output_dir .*out: the folder cannot be made"):
         run([folder / "a" / "one.png"], tmp_path / "out")

@@ -52,7 +52,7 @@ def test_the_peak_of_a_process_holds_what_was_freed() -> None:
     assert 0.7 * size < after - before < 1.2 * size  # some of what was held before is free again
 
 
-def test_what_a_process_holds_is_within_the_machine() -> None:
+def test_process_memory_is_within_the_machines() -> None:
     assert 0 < peak_memory(CPU) < total_memory(CPU)
 
 
@@ -103,7 +103,7 @@ def dataset(content: Content, write: Write) -> CocoDetection:
 
 
 @pytest.mark.parametrize(("batch_size", "shape"), [(2, (100, 80)), (1, (100, 60))])
-def test_the_largest_shape_of_the_data_is_tried_and_told(
+def test_the_largest_shape_of_the_data_is_tried_and_reported(
     dataset: CocoDetection,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

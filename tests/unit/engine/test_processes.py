@@ -66,7 +66,7 @@ def test_a_killed_process_ends_the_others_and_is_named_last(
     assert line.startswith("error: rank 1: killed by SIGKILL, probably out of memory")
 
 
-def test_an_exit_code_is_passed_on(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_exit_code_is_passed_through(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
     program = write("if rank == 0: sys.exit('a message')\ntime.sleep(100)\n")
     assert launch(program, [], processes=2, device="cpu", restarts=0) == 1
     first, last = capfd.readouterr().err.splitlines()
@@ -97,7 +97,7 @@ def test_more_gpus_than_there_are_is_refused(write: Write) -> None:
 
 
 @pytest.mark.long
-def test_a_user_error_of_all_processes_is_one_line(
+def test_a_user_error_of_all_processes_is_printed_once(
     write: Write, capfd: pytest.CaptureFixture[str]
 ) -> None:
     root = Path(module.__file__).parents[1]
@@ -113,13 +113,13 @@ def test_a_user_error_of_all_processes_is_one_line(
     assert line in {f"error: rank {i}: --lr: expected: 1: or 2, got none." for i in (0, 1)}
 
 
-def test_alone_the_line_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_process_prints_the_line_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     error = ConfigError("--lr: wrong.")
     assert report_failure(error, str(error)) == EXIT_USER_ERROR
     assert capsys.readouterr().err == "error: --lr: wrong.\n"
 
 
-def test_another_launcher_is_told_the_rank(
+def test_other_launchers_see_the_rank_in_the_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -128,6 +128,6 @@ def test_another_launcher_is_told_the_rank(
     assert capsys.readouterr().err == "error: rank 3: --lr: wrong.\n"
 
 
-def test_a_mistake_of_ours_is_left_to_python(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert report_failure(KeyError("x"), None) is None
     assert capsys.readouterr().err == ""

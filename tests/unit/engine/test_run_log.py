@@ -113,7 +113,7 @@ def test_epoch_needs_its_number(tmp_path: Path) -> None:
         log.epoch({"train_loss": 1.0})
 
 
-def test_file_in_the_way_is_told_in_one_line(tmp_path: Path) -> None:
+def test_file_in_place_of_the_folder_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(ConfigError, match="output_dir .*run: the folder cannot be made") as caught:
         RunLog(tmp_path / "run", tensorboard=False)
@@ -149,7 +149,7 @@ def test_where_another_process_writes_nothing_is_written(tmp_path: Path) -> None
     assert not folder.exists()
 
 
-def test_the_main_process_says_everything_and_the_others_warn(
+def test_the_main_process_prints_everything_and_others_only_warnings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for rank in (0, 1):
@@ -161,7 +161,22 @@ def test_the_main_process_says_everything_and_the_others_warn(
     ]  # fmt: skip
 
 
-def test_a_folder_that_is_removed_during_the_run_is_made_anew(
+def test_lines_follow_the_file_that_has_the_name(tmp_path: Path) -> None:
+    """An editor replaces a file when it saves."""
+    path = tmp_path / "metrics.jsonl"
+    with RunLog(tmp_path, tensorboard=False) as log:
+        log.step(0, {"loss": 1.0})
+        write_atomic(path, path.read_text())
+        log.step(1, {"loss": 2.0})
+        path.unlink()
+        log.step(2, {"loss": 3.0})
+        assert [entry["step"] for entry in read(path)] == [2]
+        log.truncate_after(1, 0)
+        log.step(2, {"loss": 4.0})
+    assert read(path) == [{"step": 2, "loss": 4.0}]
+
+
+def test_a_folder_removed_during_the_run_is_made_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"

@@ -216,7 +216,7 @@ def test_more_steps_continue_an_epoch_whose_evaluation_was_interrupted(
     assert trainer.unevaluated == (max_steps == 1)
 
 
-def test_a_run_that_had_no_loss_scale_goes_on_with_the_first_one(tmp_path: Path) -> None:
+def test_a_run_without_a_loss_scale_continues_with_the_initial_one(tmp_path: Path) -> None:
     with RunLog(tmp_path, tensorboard=False) as log:
         trainer = small_trainer(tmp_path, log, [])
         trainer.identity = {"classes": {"ids": []}, "config": {}, "versions": {}}

@@ -1,5 +1,7 @@
 """Small models with weights that leave nothing trivial."""
 
+import copy
+import functools
 from typing import Any
 
 import torch
@@ -45,6 +47,18 @@ def small_model(*, num_classes: int = 5, **options: Any) -> DeformableDETR:
     model = build_model(small_config(**options), num_classes=num_classes).double().eval()
     perturb(model)
     return model
+
+
+@functools.lru_cache(maxsize=6)
+def _built(config: ModelConfig, num_classes: int) -> DeformableDETR:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_model(config, num_classes=num_classes)
+
+
+def built(config: ModelConfig, num_classes: int) -> DeformableDETR:
+    """Return a detector with the same fresh weights each time; copying is faster than building."""
+    return copy.deepcopy(_built(config, num_classes))
 
 
 def random_images(*sizes: tuple[int, int]) -> list[Tensor]:

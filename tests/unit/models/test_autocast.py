@@ -49,7 +49,7 @@ def predictions(outputs: DetectorOutput) -> dict[str, Tensor]:
 @variants
 def test_predictions_are_exact_and_near_those_of_float32(variant: str) -> None:
     model, batch = small(variant), padded_batch()
-    model.transformer.num_queries = 10**6  # every token, lest rounding chooses other proposals
+    model.transformer.num_queries = 10**6  # every token, as rounding could choose other proposals
     with torch.no_grad():
         expected = model(batch)
         with in_bfloat16():

@@ -162,7 +162,7 @@ def test_parts_of_a_batch_that_share_its_count_add_up_to_it(
 
 
 @pytest.mark.parametrize("counts", [[2, 1], [0, 0]])
-def test_predictions_that_are_not_finite_show_in_the_loss(counts: list[int]) -> None:
+def test_non_finite_predictions_make_the_loss_non_finite(counts: list[int]) -> None:
     targets = random_targets(counts, CLASSES)
     for bad in (float("nan"), float("inf")):
         outputs = random_outputs(2)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
-from models.encoders import ENCODERS, Encoder, EncoderOptions
+from models.encoders import ENCODERS, EncoderOptions
 from models.encoders.deformable import DeformableEncoder
 from models.levels import FeatureLevels, cell_centres, join_levels
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config, small_model
@@ -19,7 +19,7 @@ WIDTH, SHAPES = 32, [(4, 6), (2, 3), (1, 2)]
 FINE = 4 * 6
 
 
-def encoder(**options: Any) -> Encoder:
+def encoder(**options: Any) -> DeformableEncoder:
     """Return a perturbed float64 encoder of three levels; equal options, equal weights."""
     torch.manual_seed(0)
     values: dict[str, Any] = {
@@ -28,6 +28,7 @@ def encoder(**options: Any) -> Encoder:
     }  # fmt: skip
     made = ENCODERS["deformable"](EncoderOptions(**(values | options))).double()
     perturb(made)
+    assert isinstance(made, DeformableEncoder)
     return made
 
 
@@ -41,7 +42,7 @@ def feature_levels() -> FeatureLevels:
     return join_levels(features, masks, pos, torch.randn(3, WIDTH).double())
 
 
-def full(**options: Any) -> Encoder:
+def full(**options: Any) -> DeformableEncoder:
     """Return the encoder that changes all tokens, with the weights of the other one."""
     made = encoder()
     made.load_state_dict(encoder(**options).state_dict())
@@ -60,7 +61,7 @@ def test_between_full_layers_coarse_tokens_change_alone(levels_often: int) -> No
     lite = encoder(updates="lite", lite_levels=levels_often, lite_expansion=2)
     fine = sum(h * w for h, w in SHAPES[:-levels_often])
     x = levels.tokens
-    for index, layer in enumerate(full(updates="lite").get_submodule("layers")):
+    for index, layer in enumerate(full(updates="lite").layers):
         everything = layer(x, levels.pos, cell_centres(levels), x, levels)
         x = everything if index in (1, 3) else torch.cat([x[:, :fine], everything[:, fine:]], 1)
     torch.testing.assert_close(lite(levels), x)
@@ -70,7 +71,6 @@ def test_fine_tokens_teach_what_is_before_them_between_full_layers_too() -> None
     levels = feature_levels()
     levels.tokens.requires_grad_()
     lite = encoder(updates="lite", lite_levels=2)
-    assert isinstance(lite, DeformableEncoder)
     coarse = lite.update(0, levels.tokens, levels, cell_centres(levels))[:, FINE:]
     (gradient,) = torch.autograd.grad(coarse.square().sum(), levels.tokens)
     assert gradient[0, :FINE].any(-1).double().mean() > 0.5  # those that are looked at
@@ -88,7 +88,7 @@ def test_dense_memory_is_one_linear_map_of_all_depths_and_a_norm() -> None:
     depths: list[Tensor] = [levels.tokens]
     plain = encoder()
     plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("fusion_layer")})
-    for layer in plain.get_submodule("layers"):
+    for layer in plain.layers:
         depths.append(layer(depths[-1], levels.pos, cell_centres(levels), depths[-1], levels))
     mixed = sum(
         depth @ state["fusion_layer.0.weight"][:, i * WIDTH : (i + 1) * WIDTH].T

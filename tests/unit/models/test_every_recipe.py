@@ -15,8 +15,11 @@ from configs.schema import LossConfig
 from models.build import build_criterion, build_model, compile_model, set_checkpointing
 from models.deformable_detr import DeformableDETR
 from models.recipes import RECIPES
+from models.recipes.group import Options as Group
 from models.recipes.hybrid import Options as Hybrid
 from models.recipes.mds import Options as MDS
+from models.recipes.mr import Options as Mr
+from models.recipes.ms import Options as MS
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
 from util.batch import EffectiveBatch, pad_images
@@ -54,6 +57,22 @@ CASES: dict[str, Case] = {
     "lite, relation, mds": Case(recipes={"mds": MDS()}, model={**LITE, **RELATION}),
     "mds": Case(recipes={"mds": MDS()}, loss={"cls_loss": "vfl"}),
     "mds, plain": Case("plain", recipes={"mds": MDS()}),
+    "group": Case(recipes={"group": Group(group_detr=3)}),
+    "group, plain": Case("plain", recipes={"group": Group(group_detr=3)}),
+    "group, ++": Case(
+        recipes={"group": Group(group_detr=3)},
+        model=PLUS_PLUS,
+        loss={"cls_loss": "ia_bce", "union_set": True},
+    ),
+    "ms": Case(recipes={"ms": MS()}),
+    "ms, plain": Case("plain", recipes={"ms": MS()}),
+    "ms, ++": Case(recipes={"ms": MS()}, model=PLUS_PLUS, loss={"cls_loss": "vfl"}),
+    "ms, last layer alone": Case(recipes={"ms": MS()}, model={"aux_loss": False}),
+    "mr": Case(recipes={"mr": Mr()}),
+    "mr, plain": Case("plain", recipes={"mr": Mr()}),
+    "mr, ++": Case(recipes={"mr": Mr()}, model=PLUS_PLUS, loss={"cls_loss": "giou_focal"}),
+    "mr, last layer alone": Case(recipes={"mr": Mr()}, model={"aux_loss": False}),
+    "union set": Case(loss={"union_set": True, "cls_loss": "mal"}),
     "mds, ++": Case(recipes={"mds": MDS()}, model=PLUS_PLUS, loss={"cls_loss": "mal"}),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -22,7 +22,7 @@ FROZEN = {"none": (), "backbone": ("backbone.0.",), "encoder": BEFORE_DECODER}
 
 
 def is_frozen(name: str, part: str) -> bool:
-    """Tell by its name what a choice of --freeze keeps."""
+    """Return whether a choice of --freeze freezes the parameter of this name."""
     if part == "all_but_heads":
         return not name.startswith(HEADS)
     return name.startswith(FROZEN[part]) if FROZEN[part] else False
@@ -46,11 +46,9 @@ def small(part: str, **options: Any) -> DeformableDETR:
     ],
     ids=[*VARIANTS, "learned encoding, norms learn", "two stage, last layer alone"],
 )
-def test_what_is_not_frozen_gets_a_gradient_and_nothing_else(
-    options: dict[str, Any], part: str
-) -> None:
+def test_exactly_the_unfrozen_parameters_get_gradients(options: dict[str, Any], part: str) -> None:
     model, free = small(part, **options), small("none", **options)
-    batch = pad_images([image.float() for image in random_images((60, 90), (75, 64))])
+    batch = pad_images([image.float() for image in random_images((40, 60), (50, 43))])
     targets = [{**t, "boxes": t["boxes"].float()} for t in random_targets([3, 2], 5)]
     torch.autograd.backward(build_criterion(LossConfig())(model(batch), targets)["loss"])
     before = dict(free.named_parameters())
@@ -97,7 +95,7 @@ def test_frozen_parts_stay_in_evaluation_mode(part: str) -> None:
         model.train()
 
 
-def test_frozen_models_answer_alike_twice() -> None:
+def test_frozen_models_give_the_same_output_twice() -> None:
     model = small("all_but_heads", dropout=0.5, train_backbone_norm=True)
     batch = pad_images([image.float() for image in random_images((60, 90))])
     first, second = model(batch)["pred_logits"], model(batch)["pred_logits"]
@@ -124,7 +122,7 @@ def test_queries_of_a_recipe_learn_unless_only_the_heads_do(part: str) -> None:
             assert parameter.requires_grad == name.startswith(HEADS), name
 
 
-def test_what_would_stay_random_is_not_frozen() -> None:
+def test_randomly_initialised_parts_are_not_frozen() -> None:
     model = build_model(small_config(), num_classes=5)
     names = [name for name, _ in model.named_parameters()]
     freeze(model, "encoder", fresh=[n for n in names if n.startswith("transformer.decoder.")])

@@ -31,7 +31,7 @@ def cells_of(box: Tensor) -> set[tuple[int, int]]:
 
 
 @given(grid_boxes(), grid_boxes())
-def test_giou_counts_cells(a: Tensor, b: Tensor) -> None:
+def test_giou_equals_counting_cells(a: Tensor, b: Tensor) -> None:
     in_a, in_b = cells_of(a), cells_of(b)
     hull = torch.cat([torch.minimum(a[:2], b[:2]), torch.maximum(a[2:], b[2:])])
     union, around = len(in_a | in_b), len(cells_of(hull))

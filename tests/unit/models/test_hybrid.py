@@ -42,7 +42,7 @@ def run(model: DeformableDETR, targets: list[Target]) -> DetectorOutput:
     return outputs
 
 
-def test_it_is_found_by_name() -> None:
+def test_the_recipe_is_found_by_name() -> None:
     assert RECIPES["hybrid"] is Hybrid
     assert Options() == Options(num_queries_one2many=1500, k_one2many=6, lambda_one2many=1.0)
     for wrong in ({"num_queries_one2many": 0}, {"k_one2many": 0}, {"lambda_one2many": 0.0}):
@@ -126,7 +126,7 @@ def images() -> list[Tensor]:
 
 
 @variants
-def test_nothing_of_it_is_left_in_evaluation(variant: str) -> None:
+def test_evaluation_leaves_the_recipe_out(variant: str) -> None:
     model = hybrid_model(variant).eval()
     targets = random_targets([1, 1], CLASSES)
     assert all(group.name != "_one2many" for group in run(model, targets)["groups"])
@@ -134,7 +134,7 @@ def test_nothing_of_it_is_left_in_evaluation(variant: str) -> None:
 
 
 @variants
-def test_keys_are_those_of_the_plain_model_and_its_own(variant: str) -> None:
+def test_keys_are_the_plain_models_and_the_recipes_own(variant: str) -> None:
     model = hybrid_model(variant)
     torch.manual_seed(0)
     plain = build_model(small_config(dropout=0.0, **VARIANTS[variant]), num_classes=CLASSES)
@@ -163,7 +163,7 @@ def test_every_parameter_learns(variant: str, counts: list[int]) -> None:
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
-def test_an_image_with_few_tokens_has_the_same_losses_of_nothing() -> None:
+def test_an_image_with_few_tokens_has_the_same_losses_without_objects() -> None:
     model = hybrid_model("two_stage")
     targets = random_targets([2], CLASSES)
     outputs = model(pad_images(random_images((32, 32))), targets)  # 22 tokens

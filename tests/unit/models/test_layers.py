@@ -53,5 +53,5 @@ def test_extreme_rates(p: float) -> None:
     torch.testing.assert_close(output, torch.full((100,), 0.0 if p == 1 else 1.0))
 
 
-def test_no_element_is_no_mistake() -> None:
+def test_empty_tensors_are_accepted() -> None:
     assert Dropout(0.1).train()(torch.empty(0, 4)).shape == (0, 4)

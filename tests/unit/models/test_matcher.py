@@ -33,7 +33,7 @@ def pairs_of(matches: Matches, layer: int, image: int) -> set[tuple[int, int]]:
 
 
 @given(counts_and_queries, st.integers(0, 2**32))
-def test_total_cost_is_the_least_of_all_assignments(
+def test_total_cost_is_the_minimum_of_all_assignments(
     sizes: tuple[list[int], int], seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -50,12 +50,12 @@ def test_total_cost_is_the_least_of_all_assignments(
         queries, chosen = {a for a, _ in pairs}, {b for _, b in pairs}
         assert len(pairs) == len(queries) == len(chosen) == size
         block = cost[layer, image, :, :count]
-        least = min(
+        minimum = min(
             sum(float(block[i, j]) for i, j in zip(rows, columns, strict=True))
             for rows in itertools.permutations(range(q), size)
             for columns in itertools.combinations(range(count), size)
         )
-        assert sum(float(block[i, j]) for i, j in pairs) == pytest.approx(least, abs=1e-9)
+        assert sum(float(block[i, j]) for i, j in pairs) == pytest.approx(minimum, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from models.queries import DetectorOutput
 
 
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 20), st.integers(0, 2**32))
-def test_best_pairs_in_pixels_of_the_original(q: int, classes: int, limit: int, seed: int) -> None:
+def test_the_best_pairs_are_in_pixels_of_the_original_image(
+    q: int, classes: int, limit: int, seed: int
+) -> None:
     torch.manual_seed(seed)
     logits = torch.randn(2, q, classes, dtype=torch.float64) * 3
     boxes = torch.rand(2, q, 4, dtype=torch.float64)

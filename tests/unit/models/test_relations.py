@@ -98,12 +98,14 @@ def test_many_pairs_are_worked_on_in_parts_and_give_the_same(
     a, b = random_boxes(2, 7), random_boxes(2, 5)
     kept: list[int] = []
 
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
     def run() -> list[Tensor]:
         layer.zero_grad()
         kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: (kept.append(t.numel()), t)[1], lambda t: t
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             bias = layer(a, b)
         torch.autograd.backward(bias.square().sum())
         return [bias, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]

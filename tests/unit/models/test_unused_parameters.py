@@ -39,7 +39,7 @@ def test_every_parameter_that_requires_a_gradient_gets_one(
     config = small_config(**options)
     model = build_model(config, num_classes=5, frozen_stages=frozen_stages).train()
     perturb(model)
-    batch = pad_images([image.float() for image in random_images((60, 90), (75, 64))])
+    batch = pad_images([image.float() for image in random_images((40, 60), (50, 43))])
     for counts in ([3, 2], [0, 0]):
         targets = [{**t, "boxes": t["boxes"].float()} for t in random_targets(counts, 5)]
         model.zero_grad()

@@ -3,7 +3,7 @@
 //
 // Blocks run one after the other, and of a block one warp after the other, which the kernel allows
 // since no warp waits for another. The lanes of a warp are fibers: each runs to its next warp-wide
-// operation, then the next lane does; once all are there, all go on. A warp whose lanes do not meet
+// operation, then the next lane does; once all are there, all continue. A warp whose lanes do not meet
 // at the same operation is reported.
 #include <cmath>
 #include <csetjmp>
@@ -15,7 +15,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(threads)
-// one place for all lanes, found by the linker's names so that each block gets it filled anew
+// one place for all lanes, found by the linker's names so that each block gets it filled again
 #define __shared__ static __attribute__((section("msda_shared")))
 
 namespace emulator {

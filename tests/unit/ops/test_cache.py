@@ -213,7 +213,7 @@ def emptied(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [half, without_its_sum, of_another_mode, emptied])
-def test_what_is_not_as_it_was_made_is_made_anew(
+def test_altered_cache_entries_are_built_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
 ) -> None:
     monkeypatch.setenv("MSDEFORM_CACHE", str(tmp_path))
@@ -244,7 +244,7 @@ def test_a_library_that_was_cut_is_built_again_and_loads(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("cxx", "words"), [("g++ 'x", 'CXX="g++ \'x" is not a command'), ("true", "made no file")]
 )
-def test_a_compiler_that_is_none(
+def test_a_compiler_that_is_not_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cxx: str, words: str
 ) -> None:
     monkeypatch.setenv("MSDEFORM_CACHE", str(tmp_path))

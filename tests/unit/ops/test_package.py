@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.long
-def test_runs_under_another_name_and_without_the_repository(tmp_path: Path) -> None:
+def test_the_op_runs_under_another_name_without_the_repository(tmp_path: Path) -> None:
     shutil.copytree(
         ROOT / "ops", tmp_path / "msdeform", ignore=shutil.ignore_patterns("__pycache__")
     )

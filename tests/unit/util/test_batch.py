@@ -28,9 +28,9 @@ def test_sides_are_rounded_up_to_a_multiple(sizes: list[tuple[int, int]], multip
     images = [torch.randn(3, h, w) for h, w in sizes]
     batch, tight = pad_images(images, multiple=multiple), pad_images(images)
     height, width = tight.mask.shape[1:]
-    for side, least in zip(batch.mask.shape[1:], (height, width), strict=True):
+    for side, minimum in zip(batch.mask.shape[1:], (height, width), strict=True):
         assert side % multiple == 0
-        assert least <= side < least + multiple
+        assert minimum <= side < minimum + multiple
     assert batch.images.shape[2:] == batch.mask.shape[1:]
     assert torch.equal(batch.images[..., :height, :width], tight.images)
     assert torch.equal(batch.mask[:, :height, :width], tight.mask)

@@ -114,7 +114,7 @@ def test_a_claim_is_refused_in_little_memory(tmp_path: Path, case: str) -> None:
     assert words in in_little_memory(tmp_path / "x.pth")
 
 
-def test_what_is_shared_or_small_loads(tmp_path: Path) -> None:
+def test_shared_and_small_tensors_load(tmp_path: Path) -> None:
     shared = torch.arange(6.0)
     content = {"a": shared, "b": shared.view(2, 3), "c": torch.zeros(1).expand(9), "d": [None, {}]}
     torch.save(content, tmp_path / "x.pth")

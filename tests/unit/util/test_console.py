@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
         ("first\n\tsecond", "first\n\tsecond"),
     ],
 )
-def test_what_a_terminal_would_obey_is_written_out(
+def test_terminal_control_characters_are_escaped(
     capsys: pytest.CaptureFixture[str], text: str, shown: str
 ) -> None:
     assert printable(text) == shown
@@ -31,8 +31,15 @@ def test_what_a_terminal_would_obey_is_written_out(
     assert capsys.readouterr().out == f"{shown}\nwarning: {shown}\n"
 
 
-def test_a_name_stays_in_its_line() -> None:
+def test_a_name_stays_on_its_line() -> None:
     assert in_line("cat\ndog\t\x1b") == r"cat\ndog\t\x1b"
+    assert in_line("\u202egnp.exe\u2028") == r"\u202egnp.exe\u2028"
+    assert in_line("Käse, 猫🐈") == "Käse, 猫🐈"
+
+
+def test_names_that_differ_by_what_is_invisible_are_shown_apart() -> None:
+    assert in_line("cat\u200b") == r"cat\u200b"
+    assert in_line("a\xa0b\udc80") == r"a\xa0b\udc80"
 
 
 def test_an_error_is_one_line_of_500_characters_at_most() -> None:
@@ -46,7 +53,7 @@ def test_an_error_is_one_line_of_500_characters_at_most() -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes without a reader")
 @pytest.mark.parametrize("how", ["closed", "ended"])
-def test_a_program_goes_on_when_nobody_reads_its_output(tmp_path: Path, how: str) -> None:
+def test_a_program_continues_when_nobody_reads_its_output(tmp_path: Path, how: str) -> None:
     code = (
         "import sys; from pathlib import Path; from util.console import *; keep_streams()\n"
         "show_messages()\n"

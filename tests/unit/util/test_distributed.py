@@ -1,5 +1,6 @@
 """Who a process is among those of a run, and what they say to each other."""
 
+import json
 import os
 import socket
 import stat
@@ -7,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from PIL import Image
 from torch.multiprocessing.spawn import start_processes
 
+from configs.schema import DataConfig
+from datasets.build import load_index
 from main import main
 from util.distributed import (
     destroy_process_group,
@@ -84,7 +88,7 @@ def test_an_address_and_a_port_that_are_set_stay(monkeypatch: pytest.MonkeyPatch
     assert os.environ["RANK"] == "5"
 
 
-def test_torchrun_within_srun_has_the_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_within_srun_takes_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, {**SLURM, "RANK": "2", "WORLD_SIZE": "4"})
     take_slurm_variables()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("2", "4")
@@ -99,7 +103,7 @@ def test_a_job_of_one_task_is_one_process(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("script", ["exit 1", None])
-def test_hosts_that_cannot_be_listed_are_told_in_one_line(
+def test_hosts_that_cannot_be_listed_are_a_one_line_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str | None
 ) -> None:
     set_all(monkeypatch, SLURM)
@@ -111,7 +115,7 @@ def test_hosts_that_cannot_be_listed_are_told_in_one_line(
         take_slurm_variables()
 
 
-def test_half_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_launcher_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     set_all(monkeypatch, {"WORLD_SIZE": "2", "RANK": "0"})
     with pytest.raises(ConfigError, match="^WORLD_SIZE 2: MASTER_ADDR, MASTER_PORT must be set"):
         init_process_group("cpu")
@@ -150,7 +154,7 @@ def test_bad_numbers_of_a_launcher_are_refused_in_one_line(
     started_by_launcher()
 
 
-def test_a_bad_number_is_one_line_of_every_command(
+def test_a_bad_number_is_a_one_line_error_of_every_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2x")
@@ -158,12 +162,13 @@ def test_a_bad_number_is_one_line_of_every_command(
     assert capsys.readouterr().err.startswith("error: WORLD_SIZE '2x': this variable of the env")
 
 
-def test_alone_every_exchange_gives_back_what_is_put_in() -> None:
+def test_a_single_process_gets_back_its_own_items() -> None:
     world = World()
     assert world.main
     assert world.sum([1.5, 2]) == [1.5, 2]
     assert world.gather("x") == ["x"]
     assert world.broadcast({"a": 1}) == {"a": 1}
+    assert world.from_main(lambda: {"a": 1}) == {"a": 1}
     destroy_process_group()  # nothing to leave
 
 
@@ -179,6 +184,24 @@ def exchange(rank: int, port: int, folder: Path) -> None:
     assert world.sum([float("nan") if rank == 2 else 1.0])[0] != 1.0
     assert world.gather({"rank": rank}) == ([{"rank": i} for i in range(3)] if rank == 0 else [])
     assert world.broadcast([rank, None] if rank == 0 else None) == [0, None]
+    calls: list[int] = []
+
+    def make() -> str:
+        calls.append(rank)
+        return f"of {rank}"
+
+    def fail() -> None:
+        raise ConfigError(f"seen by {rank}")
+
+    assert world.from_main(make) == "of 0"
+    assert calls == ([0] if rank == 0 else [])
+    with pytest.raises(ConfigError, match="seen by 0"):
+        world.from_main(fail)
+    name = "set.json" if rank == 0 else "nowhere.json"  # the others do not read it
+    data = DataConfig(train_images=str(folder / "data"), train_annotations=str(folder / name))
+    index = load_index(data, "train", world=world)
+    assert index.images.ids.tolist() == [7]
+    assert index.boxes.tolist() == [[1, 2, 4, 6]]
     if rank == 2:
         os._exit(0)  # without a word
     try:
@@ -195,12 +218,19 @@ def test_processes_exchange_numbers_and_items_and_notice_a_loss(tmp_path: Path) 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (20, 10)).save(tmp_path / "data" / "a.png")
+    content = {
+        "images": [{"id": 7, "file_name": "a.png", "width": 20, "height": 10}],
+        "annotations": [{"id": 1, "image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4]}],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (tmp_path / "set.json").write_text(json.dumps(content))
     processes = start_processes(exchange, (port, tmp_path), nprocs=3, join=False)  # type: ignore[no-untyped-call]
     while not processes.join(timeout=60):
         pass
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
-        ("0", "1"), "True"
-    )
+    assert [(tmp_path / rank).read_text() for rank in ("0", "1")] == ["True", "True"]
+    assert not (tmp_path / "2").exists()
 
 
 @pytest.mark.parametrize(
@@ -213,5 +243,5 @@ def test_processes_exchange_numbers_and_items_and_notice_a_loss(tmp_path: Path) 
         (ConfigError("gloo"), False),
     ],
 )
-def test_a_lost_process_is_told_from_a_mistake(error: Exception, lost: bool) -> None:
+def test_losing_a_process_is_distinguished_from_other_errors(error: Exception, lost: bool) -> None:
     assert lost_contact(error) == lost

@@ -30,7 +30,7 @@ def listening(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [fifo, endless, listening, Path.mkdir])
-def test_what_is_no_regular_file_is_refused_at_once(
+def test_special_files_are_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -65,11 +65,14 @@ BILLION = "a0: &a0 {k: v}\n" + "".join(
         "x: " + "[" * 60 + "]" * 60,
         f"x: {'9' * 5000}",
         "&a [" + "*a," * 2000 + "]",
+        "[" + "a," * 250_000 + "]",
+        f"0x{'f' * 5000}: 1",
+        "#" * 5_000_001,
     ],
 )
 def test_yaml_that_would_grow_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises((yaml.YAMLError, ValueError)):
+    with pytest.raises((yaml.YAMLError, ValueError, OSError)):
         read_yaml(tmp_path / "x.yaml")
 
 
@@ -79,6 +82,6 @@ def test_merged_mappings_do_not_multiply(tmp_path: Path) -> None:
         assert read_yaml(tmp_path / "x.yaml")["a11"] == {"k": "v"}
 
 
-def test_anchors_of_people_work(tmp_path: Path) -> None:
+def test_yaml_anchors_work(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("a: &a {k: 1, l: 2}\nb:\n  <<: *a\n  l: 3\n")
     assert read_yaml(tmp_path / "x.yaml") == {"a": {"k": 1, "l": 2}, "b": {"k": 1, "l": 3}}

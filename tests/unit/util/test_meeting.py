@@ -40,7 +40,7 @@ def store() -> Any:
     return shared
 
 
-def test_the_first_that_has_come_names_the_missing(
+def test_the_first_rank_to_arrive_names_the_missing(
     store: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     others = [threading.Timer(0.4, store.set, (KEYS[i], "")) for i in (0, 2)]
@@ -51,13 +51,13 @@ def test_the_first_that_has_come_names_the_missing(
     assert capsys.readouterr().out.splitlines() == [line]
 
 
-def test_one_process_alone_speaks(store: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_alone_prints(store: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="rank 3: ranks 0, 2 did not come to node:29500 in half"):
         meeting._await(store, KEYS, 3, "node:29500", time.monotonic() + 0.3)
     assert capsys.readouterr().out == ""
 
 
-def test_who_hosts_the_store_names_the_missing(
+def test_the_host_of_the_store_names_the_missing(
     port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = dist.TCPStore(  # type: ignore[attr-defined]
@@ -70,7 +70,7 @@ def test_who_hosts_the_store_names_the_missing(
     assert capsys.readouterr().out.splitlines() == [line]
 
 
-def test_who_gets_no_answer_says_from_where(
+def test_a_rank_without_an_answer_names_the_address(
     port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(meeting, "TIMEOUT", datetime.timedelta(seconds=1))
@@ -83,7 +83,7 @@ def test_who_gets_no_answer_says_from_where(
     assert capsys.readouterr().out.splitlines() == [line]
 
 
-def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_in_use_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_PORT": port}.items():

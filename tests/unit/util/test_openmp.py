@@ -20,24 +20,19 @@ sys.meta_path.insert(0, Finder())
 
 
 @pytest.mark.parametrize(
-    "imported",
+    ("imported", "given", "expected"),
     [
-        "main",
-        "models.build",
-        "datasets.build",
-        "engine.trainer",
-        "engine.commands.train",
-        "tests.conftest",
+        *(
+            (module, {}, "10000 None")
+            for module in (
+                "main", "models.build", "datasets.build", "engine.trainer",
+                "engine.commands.train", "tests.conftest",
+            )
+        ),
+        ("engine.trainer", {"GOMP_SPINCOUNT": "7"}, "7 None"),
+        ("engine.trainer", {"OMP_WAIT_POLICY": "PASSIVE"}, "None PASSIVE"),
     ],
-)
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({}, "10000 None"),
-        ({"GOMP_SPINCOUNT": "7"}, "7 None"),
-        ({"OMP_WAIT_POLICY": "PASSIVE"}, "None PASSIVE"),
-    ],
-)
+)  # fmt: skip
 def test_waiting_threads_spin_briefly_unless_the_user_decided(
     imported: str, given: dict[str, str], expected: str
 ) -> None:

@@ -38,7 +38,7 @@ def epoch(number: int, **more: Any) -> dict[str, Any]:
 
 
 def differs(a: Image.Image, b: Image.Image) -> tuple[bool, bool]:
-    """Tell for the left and the right half of two images whether they differ."""
+    """Return whether the left halves of two images differ, and whether the right ones do."""
     assert a.size == b.size
     half = a.width // 2
     left, right = (0, 0, half, a.height), (half, 0, a.width, a.height)
@@ -46,7 +46,7 @@ def differs(a: Image.Image, b: Image.Image) -> tuple[bool, bool]:
     return boxes[0] is not None, boxes[1] is not None
 
 
-def test_losses_are_left_and_metrics_right(tmp_path: Path) -> None:
+def test_losses_are_drawn_left_and_metrics_right(tmp_path: Path) -> None:
     numbers = [0.4, 0.6, 0.45] + [0.1] * 9
     plain = plot(tmp_path, [epoch(i, test_coco_eval_bbox=numbers) for i in range(4)])
     better = [epoch(i, test_coco_eval_bbox=[0.5, *numbers[1:]]) for i in range(4)]
@@ -73,7 +73,7 @@ def test_only_ap_ap50_ap75_count(tmp_path: Path) -> None:
     ],
     ids=["empty", "bare", "one", "many", "null and no ground truth", "null metrics"],
 )
-def test_thin_logs_make_a_image(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
+def test_short_logs_are_drawn(tmp_path: Path, lines: list[dict[str, Any]]) -> None:
     image = plot(tmp_path, lines)
     assert image.width > 800
 

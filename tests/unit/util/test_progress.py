@@ -50,7 +50,7 @@ def test_a_file_gets_lines_of_a_loop(
     assert len(out.splitlines()) == 4
 
 
-def test_what_is_short_or_switched_off_prints_nothing(
+def test_short_or_disabled_progress_prints_nothing(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     show_messages()

@@ -16,7 +16,7 @@ def test_an_entry_is_what_was_registered() -> None:
     assert list(registry) == ["round"]
 
 
-def test_a_name_is_taken_once() -> None:
+def test_a_name_can_be_registered_once() -> None:
     registry: Registry[type] = Registry("shape", None, {})
     registry.register("round")(int)
     with pytest.raises(ValueError, match="shape 'round' is already registered"):

@@ -69,13 +69,15 @@ def test_namespace_cannot_smuggle_a_call(tmp_path: Path) -> None:
     ("content", "what"),
     [
         (b"", "is empty"),
-        (b"some notes", "truncated, damaged or no checkpoint"),
+        (b"some notes", "truncated, damaged or not a checkpoint"),
         (b"  <!DOCTYPE html><p>Sign in", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-        (b"\x80\x02}q\x00.", "damaged or no checkpoint"),
+        (b"\x80\x02}q\x00.", "damaged or not a checkpoint"),
     ],
 )
-def test_other_files_are_named_for_what_they_are(tmp_path: Path, content: bytes, what: str) -> None:
+def test_foreign_files_are_named_for_what_they_are(
+    tmp_path: Path, content: bytes, what: str
+) -> None:
     path = tmp_path / "x.pth"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=what) as caught:

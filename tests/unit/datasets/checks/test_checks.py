@@ -92,12 +92,12 @@ def test_counts_are_exact_and_a_corrected_copy_is_clean(
     assert named <= data.flawed | {None, 99999}
 
     content, changes = corrected(diagnosis.splits[0])
-    mended = Source(json.loads(json.dumps(content)), train.image_dir, train.place)
-    again = check(train=mended, val=other)
+    repaired = Source(json.loads(json.dumps(content)), train.image_dir, train.place)
+    again = check(train=repaired, val=other)
     assert {k for k in again.findings if not KINDS[k].note} <= {"too_many_boxes"}
     assert changes or not set(data.expected) - {"too_many_boxes"} - _NOTES
     sound = boxes_of(Source(data.sound, train.image_dir, train.place))
-    trained = boxes_of(mended)
+    trained = boxes_of(repaired)
     for image in data.sound["images"]:
         if image["id"] not in data.flawed:
             assert trained[image["file_name"]] == sound[image["file_name"]]
@@ -132,7 +132,7 @@ def test_a_sound_set_is_healthy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 @pytest.mark.parametrize("seed", range(3))
-def test_boxes_written_another_way_are_told_and_mended(
+def test_boxes_in_another_layout_are_reported_and_fixed(
     layout: str, seed: int, tmp_path: Path
 ) -> None:
     data = FlawedSet(tmp_path / "train", 8, seed)
@@ -143,9 +143,9 @@ def test_boxes_written_another_way_are_told_and_mended(
     assert counts(diagnosis) == {kind: 24}
     content, changes = corrected(diagnosis.splits[0])
     assert len(changes) == 24
-    mended = Source(content, data.folder, data.folder)
-    assert check(train=mended).healthy
-    assert boxes_of(mended) == expected
+    repaired = Source(content, data.folder, data.folder)
+    assert check(train=repaired).healthy
+    assert boxes_of(repaired) == expected
 
 
 @given(
@@ -226,7 +226,7 @@ def test_classes_of_splits_are_paired_as_training_pairs_them(tmp_path: Path) -> 
         CocoDetection(indices[1], PLAIN, classes=indices[0].classes)
 
 
-def test_fractions_with_a_few_past_the_image_are_all_mended(tmp_path: Path) -> None:
+def test_fractions_are_all_fixed_though_a_few_exceed_the_image(tmp_path: Path) -> None:
     data = FlawedSet(tmp_path / "train", 8, seed=0)
     expected = boxes_of(data.source())
     change_all(data, LAYOUTS["fractions of corners"][1])
@@ -234,8 +234,8 @@ def test_fractions_with_a_few_past_the_image_are_all_mended(tmp_path: Path) -> N
     last[2] = 1.02  # a pixel and a bit past the right edge
     diagnosis = check(train=data.source())
     assert counts(diagnosis)["normalised_bbox"] == 24
-    mended = boxes_of(Source(corrected(diagnosis.splits[0])[0], data.folder, data.folder))
-    assert mended == expected
+    repaired = boxes_of(Source(corrected(diagnosis.splits[0])[0], data.folder, data.folder))
+    assert repaired == expected
 
 
 def test_names_that_no_terminal_can_show_do_not_end_it(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_every_kind_is_documented_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "bmp", "gif", "avif"])
-def test_damaged_files_are_told_apart_from_sound_ones(suffix: str, tmp_path: Path) -> None:
+def test_damaged_files_are_distinguished_from_sound_ones(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{suffix}"
     pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
     try:
@@ -291,7 +291,7 @@ def test_the_original_content_is_not_touched(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("target", FORMATS)
-def test_each_flaw_of_each_format_is_found_and_mended(target: str, tmp_path: Path) -> None:
+def test_each_flaw_of_each_format_is_found_and_fixed(target: str, tmp_path: Path) -> None:
     sound = write_sound(tmp_path, target)
     assert check(train=read_source(target, sound, "train")).healthy
     for number, flaw in enumerate(FLAWS_BY_FORMAT[target]):
@@ -304,8 +304,8 @@ def test_each_flaw_of_each_format_is_found_and_mended(target: str, tmp_path: Pat
         assert wrong == told.check
         assert diagnosis.healthy == (not told.check)
         page(diagnosis, title=target)
-        mended, _ = corrected(diagnosis.splits[0])
-        assert check(train=Source(mended, source.image_dir, place)).healthy, told
+        repaired, _ = corrected(diagnosis.splits[0])
+        assert check(train=Source(repaired, source.image_dir, place)).healthy, told
 
 
 JSON = st.recursive(
@@ -318,7 +318,7 @@ JSON = st.recursive(
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=SLOW_FOLDERS)
 @given(draw=st.data(), value=JSON)
-def test_any_value_anywhere_is_told(
+def test_any_value_anywhere_is_reported(
     tmp_path_factory: pytest.TempPathFactory, draw: st.DataObject, value: object
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "any"
@@ -341,8 +341,8 @@ def test_any_value_anywhere_is_told(
         patch.setattr("datasets.checks.report.svg", lambda chart, description: description)
         (summary(diagnosis) + page(diagnosis, title="any")).encode()
     json.dumps(diagnosis.to_json())
-    mended, _ = corrected(diagnosis.splits[0])
-    wrong = {k for k in check(train=Source(mended, folder, folder)).findings if not KINDS[k].note}
+    repaired, _ = corrected(diagnosis.splits[0])
+    wrong = {k for k in check(train=Source(repaired, folder, folder)).findings if not KINDS[k].note}
     assert wrong <= {"missing_section"}
 
 

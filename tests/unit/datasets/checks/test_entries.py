@@ -94,7 +94,7 @@ def test_test_dev_files_need_no_annotations(content: Content, write: Write) -> N
     assert len(index.annotations.ids) == 0
 
 
-def test_evaluation_tells_of_images_without_boxes(content: Content, write: Write) -> None:
+def test_evaluation_reports_images_without_boxes(content: Content, write: Write) -> None:
     del content["annotations"][1:]
     index = CocoIndex.load(*write(content), need_boxes=False)
     assert index.notices == [
@@ -142,7 +142,7 @@ def test_unusable_boxes_are_dropped_and_named(
     ("past", "kinds"),
     [(5, {"past_edge": 5}), (12, {"cxcywh_bbox": 15, "past_edge": 1})],  # the whole image is one
 )
-def test_many_boxes_past_their_images_raise_a_doubt(
+def test_many_boxes_past_their_images_are_a_warning(
     content: Content, write: Write, past: int, kinds: dict[str, int]
 ) -> None:
     content["annotations"] += [
@@ -197,7 +197,7 @@ def test_unreadable_images_are_counted_among_those_that_were_opened(
     assert any(notice.startswith("unreadable images: 1 of 1 checked (") for notice in notices)
 
 
-def test_a_wrong_size_has_every_size_compared_and_that_is_said(
+def test_one_wrong_size_causes_every_size_to_be_compared_and_reported(
     content: Content,
     write: Write,
     monkeypatch: pytest.MonkeyPatch,
@@ -362,7 +362,9 @@ def test_names_come_out_as_they_went_in(strings: list[str]) -> None:
         assert names[np.int64(0)] == strings[0]
 
 
-def test_odd_area_and_crowd_flags_are_replaced_and_told(content: Content, write: Write) -> None:
+def test_invalid_area_and_crowd_flags_are_replaced_and_reported(
+    content: Content, write: Write
+) -> None:
     content["annotations"][0] |= {"area": -5, "iscrowd": "no"}
     index = CocoIndex.load(*write(content), need_boxes=True)
     assert index.annotations.area.tolist() == [120, 600, 12]

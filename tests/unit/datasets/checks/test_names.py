@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.checks import names as names_module
@@ -70,9 +72,7 @@ def kinds(index: CocoIndex) -> dict[str, int]:
         ("part/a.png", "x/a.jpg", "base name, other suffix"),
     ],
 )
-def test_names_are_matched_and_the_way_is_reported(
-    read: Read, file: str, name: str, way: str
-) -> None:
+def test_names_are_matched_and_how_is_reported(read: Read, file: str, name: str, way: str) -> None:
     index = read([file, "other.png"], [name])
     assert found(index) == [file]
     assert kinds(index) == {"matched_name": 1}
@@ -80,7 +80,7 @@ def test_names_are_matched_and_the_way_is_reported(
     assert len(index.boxes) == 1
 
 
-def test_absolute_names_count_inside_the_folder_alone(read: Read, tmp_path: Path) -> None:
+def test_absolute_names_are_accepted_only_inside_the_folder(read: Read, tmp_path: Path) -> None:
     inside = str(tmp_path / "data" / "images" / "a.png")
     Image.new("RGB", (20, 10)).save(tmp_path / "b.png")
     index = read(["a.png"], [inside, str(tmp_path / "b.png")])
@@ -90,7 +90,7 @@ def test_absolute_names_count_inside_the_folder_alone(read: Read, tmp_path: Path
     assert index.annotations.ids.tolist() == [1], "its box is left out, too"
 
 
-def test_what_several_files_fit_is_missing(read: Read) -> None:
+def test_a_name_that_fits_several_files_is_missing(read: Read) -> None:
     index = read(["a/x.png", "b/x.png", "c.png"], ["elsewhere/x.png", "c.png"])
     assert found(index) == ["elsewhere/x.png", "c.png"]
     assert kinds(index)["missing_image"] == 1
@@ -130,6 +130,35 @@ def test_lvis_names_images_by_address_alone(read: Read) -> None:
     assert kinds(index) == {"name_from_url": 1, "matched_name": 1}
 
 
+@pytest.mark.parametrize(
+    ("files", "name", "addresses", "expected"),
+    [
+        (["9.png"], "set_v1_9.png", {"coco_url": "http://images.org/train/9.png"}, "9.png"),
+        (["b/9.png"], "x.png", {"coco_url": "http://images.org/train/9.png"}, "b/9.png"),
+        (["81_z.png"], "x.png", {"flickr_url": "http://farm.org/8186/81_z.png"}, "81_z.png"),
+        (["9.png", "81_z.png"], "x.png",
+         {"flickr_url": "http://f.org/8186/81_z.png", "coco_url": "http://c.org/9.png"}, "9.png"),
+        (["9.png", "8.png"], "8.png", {"coco_url": "http://images.org/train/9.png"}, "8.png"),
+        (["a/9.png", "b/9.png"], "x.png", {"coco_url": "http://images.org/9.png"}, None),
+        (["9.png"], "x.png", {"coco_url": 7, "flickr_url": None}, None),
+        (["9.png"], "x.png", {"coco_url": "http://images.org/" + "9" * 9000 + "/9.png"}, None),
+    ],
+)  # fmt: skip
+def test_an_address_is_the_last_way_to_find_an_image(
+    read: Read, files: list[str], name: str, addresses: dict[str, Any], expected: str | None
+) -> None:
+    index = read([*files, "other.png"], [name, "other.png"], **addresses)
+    assert found(index)[0] == (expected or name)
+    way = {None: {"missing_image": 1}, name: {}}.get(expected, {"matched_name": 1})
+    assert kinds(index) == way
+    assert ("(end of its address)" in "".join(index.notices)) == (way == {"matched_name": 1})
+
+
+def test_one_file_does_not_serve_the_addresses_of_two_images(read: Read) -> None:
+    index = read(["9.png", "o.png"], ["x.png", "y.png", "o.png"], coco_url="http://c.org/9.png")
+    assert kinds(index) == {"missing_image": 2}
+
+
 def test_whole_disks_and_huge_folders_are_not_searched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -140,3 +169,9 @@ def test_whole_disks_and_huge_folders_are_not_searched(
     assert names_module._list_files(tmp_path) == ["a", "b", "c"]
     monkeypatch.setattr(names_module, "_LISTED", 2)
     assert names_module._list_files(tmp_path) == []
+
+
+@given(st.text("./\\:\0a", max_size=8))
+def test_a_name_that_may_lead_out_of_its_folder_is_not_inside(name: str) -> None:
+    expected = name[:1] != "/" and ".." not in name.split("/") and "\0" not in name
+    assert names_module.is_inside(name) == expected

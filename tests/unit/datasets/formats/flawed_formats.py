@@ -1,7 +1,7 @@
 """A sound set of two splits in COCO, VOC or YOLO layout, and flaws to put into its images.
 
 Each flaw is put into an image of its own, named by its number; it returns what training and
-`check` are to tell of it. Notes of `check` (no harm in them) are not counted.
+`check` must report. Notes of `check` (no harm in them) are not counted.
 """
 
 import json
@@ -24,28 +24,28 @@ SPLITS = ("train", "val")
 FORMATS = ("coco", "voc", "yolo")
 
 
-class Told(NamedTuple):
+class Expected(NamedTuple):
     """Counts by kind: findings of training, flaws of `check`; images that cannot be read."""
 
     training: Kinds
     check: Kinds
     unreadable: int = 0
 
-    def __add__(self, other: "Told") -> "Told":  # type: ignore[override]
-        return Told(
+    def __add__(self, other: "Expected") -> "Expected":  # type: ignore[override]
+        return Expected(
             self.training + other.training,
             self.check + other.check,
             self.unreadable + other.unreadable,
         )
 
 
-def noting(kind: str) -> Told:
+def noting(kind: str) -> Expected:
     """Return what is reported, but is no flaw."""
-    return Told(Counter({kind: 1}), Counter())
+    return Expected(Counter({kind: 1}), Counter())
 
 
-NOTHING = Told(Counter(), Counter())
-Flaw = Callable[[str, Path, int], Told]
+NOTHING = Expected(Counter(), Counter())
+Flaw = Callable[[str, Path, int], Expected]
 
 
 def split_of(number: int) -> str:
@@ -84,13 +84,13 @@ def write_sound(folder: Path, target: str) -> Path:
     return folder / "set"
 
 
-def add_flaws(target: str, place: Path, split: str, chosen: Sequence[int]) -> Told:
+def add_flaws(target: str, place: Path, split: str, chosen: Sequence[int]) -> Expected:
     """Put flaws, by their positions in FLAWS, into images of a split, all but its first."""
-    told = NOTHING
+    expected = NOTHING
     first = NUM_IMAGES * SPLITS.index(split)
     for number, flaw in enumerate(chosen, first + 1):
-        told += FLAWS[target][flaw](target, place, number)
-    return told
+        expected += FLAWS[target][flaw](target, place, number)
+    return expected
 
 
 def sound_images(split: str, flaws: int) -> list[str]:
@@ -114,39 +114,39 @@ def label_file(target: str, place: Path, number: int) -> Path:
     return place / folder / f"p{number}{suffix}"
 
 
-def remove_image(target: str, place: Path, number: int) -> Told:
+def remove_image(target: str, place: Path, number: int) -> Expected:
     """Delete the file; in YOLO layout only its labels remain."""
     image_file(target, place, number).unlink()
     if target == "yolo":
-        return telling("label_without_image")
-    return telling("missing_image")._replace(unreadable=1)
+        return in_both("label_without_image")
+    return in_both("missing_image")._replace(unreadable=1)
 
 
-def cut_image(target: str, place: Path, number: int) -> Told:
+def cut_image(target: str, place: Path, number: int) -> Expected:
     """Cut the file off after its header."""
     file = image_file(target, place, number)
     file.write_bytes(file.read_bytes()[:60])
-    return Told(Counter(), Counter(truncated_image=1), unreadable=1)
+    return Expected(Counter(), Counter(truncated_image=1), unreadable=1)
 
 
-def replace_image(target: str, place: Path, number: int) -> Told:
+def replace_image(target: str, place: Path, number: int) -> Expected:
     """Write text in place of the image."""
     image_file(target, place, number).write_text("no image")
     if target == "yolo":  # sizes come from the files, and boxes in pixels from sizes
-        return telling("unreadable_image", unreadable_annotation=1)._replace(unreadable=1)
-    return telling("unreadable_image")._replace(unreadable=1)
+        return in_both("unreadable_image", unreadable_annotation=1)._replace(unreadable=1)
+    return in_both("unreadable_image")._replace(unreadable=1)
 
 
-def telling(kind: str, **more: int) -> Told:
+def in_both(kind: str, **more: int) -> Expected:
     """Return one of `kind`, with `more`, in training and in the check alike."""
     counts = Counter({kind: 1, **more})
-    return Told(counts, counts)
+    return Expected(counts, counts)
 
 
-def in_json(told: Told, change: Callable[[Content, Content, Content], object]) -> Flaw:
+def in_json(expected: Expected, change: Callable[[Content, Content, Content], object]) -> Flaw:
     """Return a flaw that changes (content, image, its first annotation) of a COCO file."""
 
-    def flaw(target: str, place: Path, number: int) -> Told:
+    def flaw(target: str, place: Path, number: int) -> Expected:
         file = place / "annotations" / f"instances_{split_of(number)}2017.json"
         content = json.loads(file.read_bytes())
         image = next(i for i in content["images"] if i.get("file_name") == f"p{number}.png")
@@ -154,31 +154,31 @@ def in_json(told: Told, change: Callable[[Content, Content, Content], object]) -
         annotation = next(a for a in own if a["image_id"] == image["id"])
         change(content, image, annotation)
         file.write_text(json.dumps(content))
-        return told
+        return expected
 
     return flaw
 
 
-def in_text(told: Told, old: str, new: str) -> Flaw:
+def in_text(expected: Expected, old: str, new: str) -> Flaw:
     """Return a flaw that replaces text in an image's annotation file, once."""
 
-    def flaw(target: str, place: Path, number: int) -> Told:
+    def flaw(target: str, place: Path, number: int) -> Expected:
         file = label_file(target, place, number)
         text = file.read_text()
         start = old.format(x=2 + number + 1)
         assert start in text
         file.write_text(text.replace(start, new.format(old=start), 1))
-        return told
+        return expected
 
     return flaw
 
 
-def drop_labels(told: Told) -> Flaw:
+def drop_labels(expected: Expected) -> Flaw:
     """Return a flaw that deletes an image's annotation file."""
 
-    def flaw(target: str, place: Path, number: int) -> Told:
+    def flaw(target: str, place: Path, number: int) -> Expected:
         label_file(target, place, number).unlink()
-        return told
+        return expected
 
     return flaw
 
@@ -188,9 +188,9 @@ def set_bbox(box: object, content: Content, image: Content, annotation: Content)
     annotation["bbox"] = box
 
 
-def yolo(told: Told, line: str) -> Flaw:
+def yolo(expected: Expected, line: str) -> Flaw:
     """Return a flaw that puts a line before the first."""
-    return in_text(told, "0 ", line + "\n{old}")
+    return in_text(expected, "0 ", line + "\n{old}")
 
 
 BROKEN: list[object] = [None, [1, 2, 3], [1, 2, float("nan"), 4], [1, 2, "three", 4], {}, 7]
@@ -198,54 +198,54 @@ _COMMON: list[Flaw] = [remove_image, cut_image, replace_image]
 FLAWS: dict[str, list[Flaw]] = {
     "coco": [
         *_COMMON,
-        *(in_json(telling("broken_bbox"), partial(set_bbox, box)) for box in BROKEN),
-        *(in_json(told, partial(set_bbox, box)) for told, box in (
-            (telling("zero_bbox"), [5, 5, 0, 3]),
-            (telling("negative_bbox"), [5, 5, 4, -3]),
-            (telling("outside_bbox"), [50, 5, 4, 3]),
-            (telling("past_edge"), [30, 5, 40, 3]),
+        *(in_json(in_both("broken_bbox"), partial(set_bbox, box)) for box in BROKEN),
+        *(in_json(expected, partial(set_bbox, box)) for expected, box in (
+            (in_both("zero_bbox"), [5, 5, 0, 3]),
+            (in_both("negative_bbox"), [5, 5, 4, -3]),
+            (in_both("outside_bbox"), [50, 5, 4, 3]),
+            (in_both("past_edge"), [30, 5, 40, 3]),
         )),
-        in_json(telling("unknown_image_id"), lambda c, i, a: a.update(image_id=777)),
-        in_json(telling("unknown_category_id"), lambda c, i, a: a.update(category_id="lynx")),
-        in_json(telling("not_an_object"), lambda c, i, a: c["annotations"].append([1])),
-        in_json(telling("repeated_image"), lambda c, i, a: c["images"].append(i)),
-        in_json(telling("outside_folder"),
+        in_json(in_both("unknown_image_id"), lambda c, i, a: a.update(image_id=777)),
+        in_json(in_both("unknown_category_id"), lambda c, i, a: a.update(category_id="lynx")),
+        in_json(in_both("not_an_object"), lambda c, i, a: c["annotations"].append([1])),
+        in_json(in_both("repeated_image"), lambda c, i, a: c["images"].append(i)),
+        in_json(in_both("outside_folder"),
                 lambda c, i, a: i.update(file_name="../x")),
-        in_json(telling("no_file_name"), lambda c, i, a: i.pop("file_name")),
-        in_json(telling("no_image_id", unknown_image_id=2),
+        in_json(in_both("no_file_name"), lambda c, i, a: i.pop("file_name")),
+        in_json(in_both("no_image_id", unknown_image_id=2),
                 lambda c, i, a: i.update(id=None)),
-        in_json(telling("missing_key"), lambda c, i, a: a.pop("area")),
+        in_json(in_both("missing_key"), lambda c, i, a: a.pop("area")),
         in_json(noting("text_number"), lambda c, i, a: a.update(bbox="2 3 10 5")),
         in_json(noting("ignored_as_crowd"), lambda c, i, a: a.update(ignore="true")),
         in_json(noting("matched_name"),
                 lambda c, i, a: i.update(file_name="far\\away\\" + i["file_name"])),
         in_json(noting("computed_bbox"),
                 lambda c, i, a: a.update(bbox=[], segmentation=[[2, 3, 12, 3, 12, 8]])),
-        in_json(telling("missing_key"), lambda c, i, a: a.update(iscrowd="no")),
-        in_json(telling("size_not_stated"), lambda c, i, a: i.pop("width")),
-        in_json(telling("wrong_size"), lambda c, i, a: i.update(width=WIDTH + 9)),
+        in_json(in_both("missing_key"), lambda c, i, a: a.update(iscrowd="no")),
+        in_json(in_both("size_not_stated"), lambda c, i, a: i.pop("width")),
+        in_json(in_both("wrong_size"), lambda c, i, a: i.update(width=WIDTH + 9)),
     ],
     "voc": [
         *_COMMON,
-        in_text(telling("unreadable_annotation"), "</size>", "</sise>"),
-        *(in_text(telling("broken_bbox", missing_key=1),
+        in_text(in_both("unreadable_annotation"), "</size>", "</sise>"),
+        *(in_text(in_both("broken_bbox", missing_key=1),
                   "<xmin>{x}</xmin>", new) for new in ("<xmin>left</xmin>", "")),
-        in_text(telling("negative_bbox", missing_key=1),
+        in_text(in_both("negative_bbox", missing_key=1),
                 "<xmin>{x}</xmin>", "<xmin>39</xmin>"),
-        in_text(telling("outside_bbox"), "<xmin>{x}</xmin>", "<xmin>45</xmin><xmax>49</xmax>"),
-        in_text(telling("unknown_category_id"), "<name>cat</name>", "<name> </name>"),
-        in_text(telling("size_not_stated"), "<width>40</width>", "<width>wide</width>"),
-        in_text(telling("wrong_size"), "<width>40</width>", "<width>49</width>"),
-        drop_labels(telling("unreadable_annotation")),
+        in_text(in_both("outside_bbox"), "<xmin>{x}</xmin>", "<xmin>45</xmin><xmax>49</xmax>"),
+        in_text(in_both("unknown_category_id"), "<name>cat</name>", "<name> </name>"),
+        in_text(in_both("size_not_stated"), "<width>40</width>", "<width>wide</width>"),
+        in_text(in_both("wrong_size"), "<width>40</width>", "<width>49</width>"),
+        drop_labels(in_both("unreadable_annotation")),
     ],
     "yolo": [
         *_COMMON,
-        *(yolo(telling("unreadable_annotation"), line)
+        *(yolo(in_both("unreadable_annotation"), line)
           for line in ("cat 1 2 3 4", "0 0.5", "0.5 0 0 1 1", "inf")),
-        yolo(telling("broken_bbox"), "0 nan 0.5 0.1 0.1"),
-        yolo(telling("zero_bbox"), "0 0.5 0.5 0 0.1"),
-        yolo(telling("outside_bbox"), "0 5 0.5 0.1 0.1"),
-        yolo(telling("unknown_category_id"), "9 0.5 0.5 0.1 0.1"),
-        drop_labels(Told(Counter(no_boxes=1), Counter())),
+        yolo(in_both("broken_bbox"), "0 nan 0.5 0.1 0.1"),
+        yolo(in_both("zero_bbox"), "0 0.5 0.5 0 0.1"),
+        yolo(in_both("outside_bbox"), "0 5 0.5 0.1 0.1"),
+        yolo(in_both("unknown_category_id"), "9 0.5 0.5 0.1 0.1"),
+        drop_labels(Expected(Counter(no_boxes=1), Counter())),
     ],
 }  # fmt: skip

@@ -277,7 +277,7 @@ def test_names_that_are_no_text(
 
 
 @pytest.mark.parametrize("names", [("cat", "cat "), ("cat", "a\x01"), ("cat", "\ud800")])
-def test_classes_that_voc_cannot_tell_are_refused(
+def test_classes_that_voc_cannot_distinguish_are_refused(
     content: Content, write: Write, tmp_path: Path, names: tuple[str, str]
 ) -> None:
     json_path, folder = write(content)

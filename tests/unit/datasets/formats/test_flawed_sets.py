@@ -1,4 +1,4 @@
-"""Random flawed sets in every format: told and counted, never fatal, and sound images untouched.
+"""Random flawed sets in every format: reported, never fatal, and sound images untouched.
 
 Each flaw is put into an image of its own; the first image stays sound. The oracle for sound
 images is the same set without flaws.
@@ -71,13 +71,14 @@ def test_flaws_are_counted_and_sound_images_unaffected(
     assert unreadable == 0
     assert len(expected) == NUM_IMAGES
     chosen = data.draw(st.lists(st.integers(0, len(FLAWS[target]) - 1), max_size=4), label="flaws")
-    told = add_flaws(target, place, "train", chosen)
+    flaws = add_flaws(target, place, "train", chosen)
     index = load(target, place)
     found, unreadable = use(index)
-    assert unreadable == told.unreadable
+    assert unreadable == flaws.unreadable
     counts = Counter({finding.kind: finding.count for finding in index.findings})
-    assert counts.pop("no_boxes", 0) >= told.training.pop("no_boxes", 0)  # others take boxes too
-    assert counts == told.training
+    # other flaws take boxes, too
+    assert counts.pop("no_boxes", 0) >= flaws.training.pop("no_boxes", 0)
+    assert counts == flaws.training
     for name in sound_images("train", len(chosen)):
         assert found[name] == expected[name]
 
@@ -91,7 +92,7 @@ JSON = st.recursive(
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), value=JSON)
-def test_any_value_anywhere_in_a_coco_file_is_told_or_refused(
+def test_any_value_anywhere_in_a_coco_file_is_reported_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, value: object
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
@@ -121,7 +122,7 @@ def test_any_value_anywhere_in_a_coco_file_is_told_or_refused(
 @pytest.mark.parametrize("target", FORMATS)
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), junk=st.binary(max_size=8))
-def test_any_bytes_in_annotation_files_are_told_or_refused(
+def test_any_bytes_in_annotation_files_are_reported_or_refused(
     tmp_path_factory: pytest.TempPathFactory, target: str, data: st.DataObject, junk: bytes
 ) -> None:
     place = write_sound(tmp_path_factory.mktemp("set"), target)

@@ -42,7 +42,7 @@ def boxes(index: CocoIndex) -> set[tuple[str | float, ...]]:
     return {(index.classes.names[label], *(round(v, 3) for v in box)) for label, box in pairs}
 
 
-def told(index: CocoIndex) -> dict[str, str]:
+def notes(index: CocoIndex) -> dict[str, str]:
     return {finding.kind: finding.text for finding in index.findings}
 
 
@@ -223,8 +223,8 @@ def test_a_layout_is_read_from_its_folder_alone(
         assert len(index.boxes) == 6
         assert boxes(index) == TRUTH
         assert index.classes.names == NAMES
-        assert LAYOUTS[write] in told(index)["detected_format"]
-        assert told(index).keys() <= {"detected_format", "odd_layout"}
+        assert LAYOUTS[write] in notes(index)["detected_format"]
+        assert notes(index).keys() <= {"detected_format", "odd_layout"}
         source = read_split(DataConfig(data_path=str(tmp_path), voc_corners="edges"), split)
         assert len(source.content["annotations"]) == 6
 
@@ -242,7 +242,7 @@ def test_any_bytes_in_an_export_are_read_or_refused(
     end = start + data.draw(st.sampled_from([0, 1, 5, 10**9]))
     file.write_bytes(raw[:start] + junk + raw[end:])
     try:
-        found = "".join(told(load(place)).values())
+        found = "".join(notes(load(place)).values())
     except DataError as error:
         found = str(error)
     assert "\n" not in found
@@ -271,33 +271,33 @@ def test_a_category_that_only_holds_the_others_is_no_class(tmp_path: Path) -> No
     file.write_text(json.dumps(content))
     index = load(tmp_path)
     assert index.classes.names == NAMES
-    assert "categories[0]' name 'kitchen'" in told(index)["root_category"]
+    assert "categories[0]' name 'kitchen'" in notes(index)["root_category"]
     content["annotations"][0]["category_id"] = 0  # it has a box, so it is a class
     file.write_text(json.dumps(content))
     assert load(tmp_path).classes.names == ("kitchen", *NAMES)
 
 
-def test_what_a_split_is_called_and_where_it_was_found_is_told(tmp_path: Path) -> None:
+def test_split_names_and_locations_are_reported(tmp_path: Path) -> None:
     yolo_valid(tmp_path)
-    note = told(load(tmp_path, "val"))["odd_layout"]
+    note = notes(load(tmp_path, "val"))["odd_layout"]
     assert "`val` is `valid` there" in note
     assert "'../valid/images' is read from valid/images" in note
-    note = told(load(tmp_path, "val"))["detected_format"]
+    note = notes(load(tmp_path, "val"))["detected_format"]
     assert f"('{tmp_path.name}' yolo, by data.yaml; images of val in valid/images)" in note
     roboflow_coco(tmp_path / "coco")
-    assert "images of val in valid)" in told(load(tmp_path / "coco", "val"))["detected_format"]
+    assert "images of val in valid)" in notes(load(tmp_path / "coco", "val"))["detected_format"]
     yolo_elsewhere(tmp_path / "list")
-    note = told(load(tmp_path / "list", "val"))["odd_layout"]
+    note = notes(load(tmp_path / "list", "val"))["odd_layout"]
     assert "names in val.txt are read without their first 2 parts" in note
 
 
-def test_a_name_that_no_file_can_have_is_told(tmp_path: Path) -> None:
+def test_a_name_that_no_file_can_have_is_reported(tmp_path: Path) -> None:
     yolo_elsewhere(tmp_path)
     with (tmp_path / "val.txt").open("a") as file:
         file.write("images/v\0al/a.png\n" + "x" * 5000 + ".png\n")
     index = load(tmp_path, "val")
     assert len(index.boxes) == 6
-    assert told(index)["missing_image"].startswith("missing images: 2 of 5")
+    assert notes(index)["missing_image"].startswith("missing images: 2 of 5")
 
 
 @pytest.mark.parametrize(
@@ -308,11 +308,31 @@ def test_a_name_that_no_file_can_have_is_told(tmp_path: Path) -> None:
         ("set.jsonl", "{}", "set.jsonl looks like JSON lines, which is not read. Export"),
         ("train/_annotations.csv", "a,b", r"looks like a table \(CSV\)"),
         ("a.json", "{}", "no data of a known format"),
-        ("ann.json", json.dumps(coco_content(["a.png"])), "no COCO-format file is of the split "
-         "'train'. There are: ann.json. Set `train_annotations`"),
+        ("ls.json", '[{"annotations": [{"result": [{"from_name": "a", "to_name": "b"}]}]}]',
+         "ls.json looks like Label Studio's own JSON, which is not read. Export"),
+        ("train/via.json", '{"a.png9": {"regions": [{"shape_attributes": {}}]}}',
+         r"train/via.json looks like VGG Image Annotator \(VIA\) JSON"),
+        ("ds0/ann/a.png.json", '{"objects": [{"classTitle": "mug"}]}',
+         "ds0/ann/a.png.json looks like Supervisely JSON"),
+        ("samples.json", '{"samples": [{"ground_truth": {"_cls": "Detections"}}]}', "FiftyOne's"),
+        ("annotations/default.json", '{"categories": {}, "items": [{"label_id": 0}]}', "Datumaro"),
+        ("releases/latest/annotations/a.json", '{"item": {}, "annotations": [{"bounding_box": 1}]}',
+         "releases/latest/annotations/a.json looks like V7 Darwin JSON"),
+        ("labels/det_train.json", '[{"name": "a", "labels": [{"box2d": {}}]}]', "BDD100K JSON"),
+        ("annotations.xml", "<?xml version='1.0'?>\n<annotations><version>1.1</version>"
+         "<image name='a.png'/></annotations>", "annotations.xml looks like CVAT's own XML"),
+        ("annotation_train.odgt", "{}", "JSON lines"),
+        ("labels/a.txt", "0 0.5 0.5 0.1 0.1\n", "labels/a.txt looks like a label file of YOLO, but "
+         "nothing names the classes. List their names in classes.txt"),
+        ("README.txt", "0 is what nobody reads", "no data of a known format"),
+        ("ann.json", json.dumps(coco_content(["a.png"])), "there is one COCO-format file, "
+         r"ann.json, and nothing says .* `train_annotations .*/set/ann.json` "
+         "`train_images .*/set`"),
     ],
 )  # fmt: skip
-def test_what_is_not_read_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_formats_that_are_not_read_are_named(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
     file = tmp_path / "set" / name
     file.parent.mkdir(parents=True)
     file.write_text(text)
@@ -344,12 +364,12 @@ def test_a_missing_split_names_those_that_are_there(tmp_path: Path) -> None:
             load(place, train_split="test")
 
 
-def test_yolo_without_splits_is_told(tmp_path: Path) -> None:
+def test_yolo_without_splits_is_reported(tmp_path: Path) -> None:
     write_yolo(tmp_path / "images", tmp_path / "labels")
     (tmp_path / "classes.txt").write_text("kettle\nmug\n")
     index = load(tmp_path, "val")
     assert boxes(index) == TRUTH
-    assert "every split is all images of images/, train as val" in told(index)["odd_layout"]
+    assert "every split is all images of images/, train as val" in notes(index)["odd_layout"]
 
 
 def test_xml_in_other_encodings_and_with_a_stray_ampersand(tmp_path: Path) -> None:
@@ -363,13 +383,13 @@ def test_xml_in_other_encodings_and_with_a_stray_ampersand(tmp_path: Path) -> No
     index = load(tmp_path)
     assert index.classes.names == ("pot & kettle", "\u6c34\u58f6")
     assert len(index.boxes) == 3
-    assert "'shot_1.xml' with 1 `&` taken as text" in told(index)["repaired_annotation"]
-    assert "'shot_2.xml' in the encoding gbk" in told(index)["repaired_annotation"]
+    assert "'shot_1.xml' with 1 `&` taken as text" in notes(index)["repaired_annotation"]
+    assert "'shot_2.xml' in the encoding gbk" in notes(index)["repaired_annotation"]
 
     (folder / "shot_2.xml").write_bytes(text.encode("gbk"))  # which it does not declare
     index = load(tmp_path)
     assert len(index.boxes) == 2
-    assert "as gb18030 it says '\u6c34\u58f6'" in told(index)["unreadable_annotation"]
+    assert "as gb18030 it says '\u6c34\u58f6'" in notes(index)["unreadable_annotation"]
 
 
 def test_json_in_another_encoding_is_named(tmp_path: Path) -> None:
@@ -404,7 +424,7 @@ def test_voc_shapes_without_a_box_become_the_box_around_them(tmp_path: Path) -> 
     )
     index = load(tmp_path)
     assert boxes(index) == {*TRUTH, ("pan", 45, 30, 10, 20)}
-    assert told(index)["shape_bbox"].startswith("objects without a box: 3 ('shot_1.xml'")
+    assert notes(index)["shape_bbox"].startswith("objects without a box: 3 ('shot_1.xml'")
 
 
 def test_voc_width_and_height_in_the_place_of_corners(tmp_path: Path) -> None:
@@ -416,11 +436,11 @@ def test_voc_width_and_height_in_the_place_of_corners(tmp_path: Path) -> None:
     for path in save_images(tmp_path / "train"):
         path.with_suffix(".xml").write_text(voc_text(body))
     index = load(tmp_path)
-    assert "3 of 6 boxes have xmax or ymax below xmin or ymin" in told(index)["size_corners"]
-    assert "set `voc_corners` to size" in told(index)["size_corners"]
+    assert "3 of 6 boxes have xmax or ymax below xmin or ymin" in notes(index)["size_corners"]
+    assert "set `voc_corners` to size" in notes(index)["size_corners"]
     index = load(tmp_path, voc_corners="size")
     assert boxes(index) == TRUTH
-    assert "size_corners" not in told(index)
+    assert "size_corners" not in notes(index)
 
 
 def test_labels_beside_images_count_where_the_labels_folder_has_none(tmp_path: Path) -> None:

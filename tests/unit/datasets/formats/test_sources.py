@@ -123,7 +123,7 @@ def test_voc_lists_as_tools_and_people_write_them(voc: Path) -> None:
         read_source("voc", voc, "train")
 
 
-def test_voc_images_of_one_stem_are_told_apart_by_the_file(voc: Path) -> None:
+def test_voc_images_of_one_stem_are_distinguished_by_suffix(voc: Path) -> None:
     save_image(voc / "JPEGImages" / "a.png", 40, 30)
     for suffix in (".png", ".jpg"):
         body = f"<filename>a{suffix}</filename>" + voc_object("dog", (1, 1, 4, 4))
@@ -209,7 +209,7 @@ def test_yolo_boxes_and_polygons_in_pixels_of_the_upright_image(yolo: Path, plac
 
 @pytest.mark.parametrize("size", [(40, 30), (30, 30)])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_yolo_boxes_stay_on_their_objects_however_the_image_lies(
+def test_yolo_boxes_stay_on_their_objects_at_every_exif_orientation(
     tmp_path: Path, orientation: int, size: tuple[int, int]
 ) -> None:
     """Pillow's own turning tells what is upright; the object is at 2, 3 to 12, 9."""
@@ -272,7 +272,7 @@ def test_yolo_without_any_label_file_says_where_they_would_be(yolo: Path) -> Non
         CocoIndex.from_source(source, need_boxes=True)
 
 
-def test_yolo_labels_without_a_image_are_named(yolo: Path) -> None:
+def test_yolo_labels_without_an_image_are_named(yolo: Path) -> None:
     """Not those of an image of another split or kind, nor lists of classes."""
     labels = yolo / "labels" / "train"
     for name in ("moving.heic", "new.SVG"):
@@ -308,10 +308,19 @@ def test_yolo_lists_of_names(yolo: Path) -> None:
 
 def test_yolo_lines_that_are_no_box_are_named(yolo: Path) -> None:
     path = yolo / "labels" / "train" / "b.txt"
-    path.write_text("0 0.5 0.5 0.5 0.1\n\ncat 1 2 3 4\n0 0.5 0.5\n1.5 0 0 1 1\n0 1 1 1 1 1\n")
+    path.write_text(
+        "0 0.5 0.5 0.5 0.1\n\ncat 1 2 3 4\n0,1,1,1,1\n0 0.5 0.5\n1.5 0 0 1 1\n0 1 1 1 1 1\n"
+        "0 1 1 1 1 7\n"
+    )
     wrong = found(read_source("yolo", yolo, "train"))["unreadable_annotation"]
-    assert [place for place, _ in wrong] == [f"{path}:{line}" for line in (3, 4, 5, 6)]
-    assert wrong[0][1].startswith("could not convert")
+    assert wrong == [
+        (f"{path}:3", "'cat' is not a number"),
+        (f"{path}:4", "'0,1,1,1,1' is not a number"),
+        (f"{path}:5", "2 numbers after the class are neither a box nor corners"),
+        (f"{path}:6", "class index 1.5 is not a whole number"),
+        (f"{path}:7", "a fifth number after the class: a confidence? Remove it to use the box"),
+        (f"{path}:8", "5 numbers after the class are neither a box nor corners"),
+    ]
 
 
 def test_yolo_key_points_follow_the_box(yolo: Path) -> None:

@@ -18,7 +18,7 @@ from tests.unit.datasets.formats.exports import (
     write_yolo,
     yolo_line,
 )
-from tests.unit.datasets.formats.test_layouts import boxes, told
+from tests.unit.datasets.formats.test_layouts import boxes, notes
 from util.errors import DataError
 
 RED = [0.25, 0.5, 0.3, 0.5]  # a box as fractions
@@ -43,7 +43,7 @@ def test_points_in_their_box_follow_it() -> None:
     assert lines.counts == {"boxes with points": 3, "boxes": 1}
 
 
-def test_points_that_are_not_there_are_told_by_their_sign() -> None:
+def test_invisible_points_are_recognised_by_their_sign() -> None:
     """One such line shows what the others of its length are."""
     lines = read(RED + FACE, BLUE + NO_FACE)
     assert found(lines) == [RED, BLUE]
@@ -80,7 +80,7 @@ def test_many_random_polygons_are_never_taken_for_boxes() -> None:
         assert not lines.wrong
 
 
-def test_what_may_be_either_is_refused() -> None:
+def test_ambiguous_layouts_are_refused() -> None:
     lines = read(RED + PLATE)
     assert not lines.boxes[0]
     ((place, why),) = lines.wrong
@@ -96,16 +96,19 @@ def test_values_of_pixels_are_counted() -> None:
     polygon = [10.0, 10.0, 50.0, 10.0, 30.0, 40.0]
     lines = read([25.0, 40.0, 30.0, 40.0], polygon, RED, [5.0, 0.5, 0.1, 0.1])
     assert [place for place, _ in lines.pixels] == ["a.txt:1", "a.txt:2"]
-    assert found(lines) == [RED, [5.0, 0.5, 0.1, 0.1]]  # the last lies outside: told by the check
+    assert found(lines) == [
+        RED,
+        [5.0, 0.5, 0.1, 0.1],
+    ]  # the last lies outside: which the check reports
 
 
 def load_lines(place: Path, lines: str) -> dict[str, str]:
     write_yolo(place / "images", place / "labels", lines=lines)
     write_yaml(place, train="images", val="images")
-    return told(load_index(DataConfig(data_path=str(place)), "train"))
+    return notes(load_index(DataConfig(data_path=str(place)), "train"))
 
 
-def test_what_lines_were_read_as_is_told(tmp_path: Path) -> None:
+def test_how_lines_were_read_is_reported(tmp_path: Path) -> None:
     triangle = "1 0.6 0.125 0.8 0.125 0.7 0.5\n"
     notes = load_lines(tmp_path, yolo_line(0, KETTLE) + triangle)
     assert "lines read: 3 as boxes, 3 as polygons (the box around each)" in notes["long_lines"]
@@ -117,11 +120,11 @@ def test_what_lines_were_read_as_is_told(tmp_path: Path) -> None:
     ("first", "expected"),
     [(1, "indices 1 to 2 with 2 names, of 0 to 1"), (0, None), (2, None)],
 )
-def test_classes_that_count_from_one_are_told(
+def test_classes_that_count_from_one_are_reported(
     tmp_path: Path, first: int, expected: str | None
 ) -> None:
     lines = yolo_line(first, KETTLE) + yolo_line(min(first + 1, 2), MUG)
-    if first == 2:  # none is 0, but 2 is all there is: 1 and 2 cannot be told apart
+    if first == 2:  # none is 0, but 2 is all there is: 1 and 2 cannot be distinguished
         lines = yolo_line(1, KETTLE)
     note = load_lines(tmp_path, lines).get("one_based_class")
     assert note is None if expected is None else expected in str(note)

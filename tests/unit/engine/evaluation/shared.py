@@ -59,7 +59,7 @@ def detections_of(
 
 
 def evaluator_with(coco: COCO, detections: Detections | None = None, **options: Any) -> Evaluator:
-    """Return an evaluator that was fed detections."""
+    """Return an evaluator to which detections were added."""
     evaluator = Evaluator(truth_of(coco), **options)
     if detections is not None:
         evaluator.add(detections)

@@ -68,7 +68,7 @@ def test_each_kind_of_error(wrong: Row, kind: str, missed: int) -> None:
     assert found.errors[kind].delta_AP50 == pytest.approx(gain)
 
 
-def test_taking_out_false_alarms_and_missed_objects_gains_what_they_cost() -> None:
+def test_removing_false_alarms_and_missed_objects_gains_their_cost() -> None:
     alarm = [200.0, 0.0, 50.0, 50.0]
     found = analysed(scene(2), [(1, 3, alarm, 0.9), (1, 3, BOX_A, 0.8), (1, 7, BOX_B, 0.7)])
     # cat: of two, one found behind a false alarm; 51 of 101 recalls are reached
@@ -103,8 +103,8 @@ def test_best_threshold_is_the_best_of_all(scores: list[int], hits: list[bool], 
     score, hit = np.array(scores, dtype=np.float64), np.array(hits[: len(scores)], dtype=np.bool_)
     positives = int(hit.sum()) + more
 
-    def f1(least: float) -> float:
-        kept = score >= least
+    def f1(minimum: float) -> float:
+        kept = score >= minimum
         return float(2 * (hit & kept).sum() / max(1, int(kept.sum()) + positives))
 
     best = best_threshold(score, hit, positives)
@@ -137,7 +137,7 @@ def test_ap_by_number_of_objects_separates_the_images() -> None:
     ]
 
 
-def test_finding_nothing_costs_everything() -> None:
+def test_without_detections_every_object_is_missed() -> None:
     found = analysed(scene(2), [])
     costs = {kind: e.delta_AP50 for kind, e in found.errors.items()}
     assert costs == {**dict.fromkeys(KINDS, 0.0), "missed": 1.0}

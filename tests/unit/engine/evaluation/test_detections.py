@@ -71,7 +71,7 @@ def annotations(folder: Path) -> Path:
         (["two\nlines"], "entry 0: not an object"),
     ],
 )
-def test_what_is_no_detection_is_refused_in_one_line(
+def test_invalid_detections_are_refused_in_one_line(
     content: Any, message: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "d.json", content)
@@ -218,7 +218,7 @@ def objects(ids: list[int], labels: list[int]) -> Truth:
         ([7], [7, 7], [0, 0], "from_0"),
     ],
 )
-def test_category_ids_that_are_others_are_refused_until_an_option_says_so(
+def test_differing_category_ids_are_refused_unless_an_option_explains_them(
     ids: list[int], labels: list[int], written: list[int], reading: Any, tmp_path: Path
 ) -> None:
     truth = objects(ids, labels)
@@ -255,7 +255,7 @@ def test_a_model_that_errs_is_no_reason_to_refuse(
     assert notices == []
 
 
-def test_areas_and_classes_can_be_others(tmp_path: Path) -> None:
+def test_areas_and_classes_can_be_changed(tmp_path: Path) -> None:
     found = [GOOD, {**GOOD, "image_id": 9, "bbox": [0, 0, 70, 50], "category_id": 7}]
     flags = ["--detections", str(write(tmp_path / "d.json", found))]
     flags += ["--val_annotations", str(annotations(tmp_path)), "--no_analysis"]
@@ -329,7 +329,7 @@ def test_saved_detections_are_evaluated_and_stay_as_they_are(
 
 
 @pytest.mark.parametrize("name", ["results.json", "images.json", "report.html"])
-def test_what_was_read_is_never_written_over(
+def test_inputs_are_never_written_over(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "eval" / name
@@ -356,7 +356,7 @@ def test_names_that_utf8_lacks_are_kept(tmp_path: Path) -> None:
         assert [row["name"] for row in rows] == ["dog", "cat\ud800"]
 
 
-def test_a_folder_in_the_way_is_one_line(
+def test_a_folder_in_place_of_a_file_is_a_one_line_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "eval" / "report.html").mkdir(parents=True)
@@ -368,7 +368,7 @@ def test_a_folder_in_the_way_is_one_line(
     assert "Is a directory" in message
 
 
-def test_images_at_hand_are_shown(tmp_path: Path) -> None:
+def test_available_images_are_shown(tmp_path: Path) -> None:
     for name in ("4", "9"):
         Image.new("RGB", (80, 60), "white").save(tmp_path / f"{name}.png")
     flags = ["--val_annotations", str(annotations(tmp_path)), "--val_images", str(tmp_path)]
@@ -398,7 +398,7 @@ def test_images_at_hand_are_shown(tmp_path: Path) -> None:
         (["--detections", "d.json", "--val_annotations", "none.json"], "none.json"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_wrong_detections_and_options_are_one_line_errors(
     flags: list[str],
     message: str,
     tmp_path: Path,

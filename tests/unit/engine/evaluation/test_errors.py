@@ -51,7 +51,7 @@ def on_crowd(shot: Shot, coco: COCO) -> bool:
 
 
 def explain(shot: Shot, objects: list[Annotation], taken: set[int]) -> None:
-    """Tell why a detection that found nothing is wrong; TIDE asks in this order."""
+    """Return why a detection that found nothing is wrong, in the order of TIDE's definition."""
 
     def most(keep: Callable[[Annotation], bool]) -> tuple[float, Annotation | None]:
         rows = [(overlap(shot.box, a["bbox"]), a) for a in objects if keep(a)]
@@ -116,7 +116,7 @@ def mean_ap(entries: list[Entry], objects: dict[int, int]) -> float:
     return sum(values) / len(values) if values else 1.0  # nothing is left to be wrong
 
 
-def mend(shots: list[Shot], taken: set[int], kind: str) -> list[Entry]:
+def fix(shots: list[Shot], taken: set[int], kind: str) -> list[Entry]:
     """Return the detections with one kind of error set right, or taken out where that cannot be."""
     given_to: dict[int, Shot] = {}  # an object is found by the best of the errors about it
     for shot in sorted(shots, key=lambda shot: -shot.score):
@@ -136,15 +136,15 @@ def by_definition(coco: COCO, found: Detections) -> dict[str, tuple[int, float]]
     shots, taken = shots_of(coco, found)
     truth = [a for a in coco.dataset["annotations"] if not a["iscrowd"]]
     objects = {c: sum(a["category_id"] == c for a in truth) for c in coco.cats}
-    base = mean_ap(mend(shots, taken, "none"), objects)
+    base = mean_ap(fix(shots, taken, "none"), objects)
     rows = {}
     for kind in ("class", "location", "both", "duplicate", "background"):
-        rise = mean_ap(mend(shots, taken, kind), objects) - base
+        rise = mean_ap(fix(shots, taken, kind), objects) - base
         rows[kind] = (sum(shot.kind == kind for shot in shots), max(rise, 0.0))
     known = taken | {shot.about["id"] for shot in shots if shot.about is not None}
     missed = [a["category_id"] for a in truth if a["id"] not in known]
     fewer = {c: count - missed.count(c) for c, count in objects.items()}
-    rise = mean_ap(mend(shots, taken, "none"), fewer) - base
+    rise = mean_ap(fix(shots, taken, "none"), fewer) - base
     rows["missed"] = (len(missed), max(rise, 0.0))
     return rows
 

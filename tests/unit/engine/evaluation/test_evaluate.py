@@ -76,7 +76,7 @@ def batches_of(world: World, moment: str) -> Iterator[Batch]:
         yield one_batch()
         if number == 2 and moment == f"in rank {world.rank}":
             os.kill(os.getpid(), signal.SIGTERM)
-        assert time.monotonic() < end, "goes on though the other process was asked to stop"
+        assert time.monotonic() < end, "continues although the other process was asked to stop"
 
 
 def be_one_of_two(rank: int, port: int, folder: Path) -> None:

@@ -114,12 +114,12 @@ def empty_detection() -> dict[str, Tensor]:
 
 
 @settings(max_examples=25)
-@given(seed=st.integers(0, 2**31), num_images=st.integers(1, 5), fed=st.integers(0, 5))
-def test_equals_pycocotools_on_the_written_file(seed: int, num_images: int, fed: int) -> None:
+@given(seed=st.integers(0, 2**31), num_images=st.integers(1, 5), added=st.integers(0, 5))
+def test_equals_pycocotools_on_the_written_file(seed: int, num_images: int, added: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     coco = random_ground_truth(generator, num_images, first_id=1)
     evaluator = Evaluator(truth_of(coco), LABELS)
-    for image_id in sorted(coco.imgs)[:fed]:
+    for image_id in sorted(coco.imgs)[:added]:
         evaluator.update([image_id], [random_detections(generator, coco, image_id)])
     result = evaluator.evaluate()
     with TemporaryDirectory() as folder:
@@ -188,11 +188,11 @@ def test_ground_truth_as_prediction_is_perfect(first_id: int) -> None:
     assert evaluator.evaluate().stats["AP"] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("fed", [False, True])
-def test_no_detections_is_zero(fed: bool) -> None:
+@pytest.mark.parametrize("added", [False, True])
+def test_no_detections_is_zero(added: bool) -> None:
     coco = random_ground_truth(torch.Generator().manual_seed(3), 6, 1)
     evaluator = Evaluator(truth_of(coco), LABELS)
-    if fed:
+    if added:
         evaluator.update(list(coco.imgs), [empty_detection() for _ in coco.imgs])
     result = evaluator.evaluate()
     assert results_of(evaluator) == []
@@ -200,7 +200,7 @@ def test_no_detections_is_zero(fed: bool) -> None:
     assert {c.AP for c in result.per_class if c.num_boxes} == {0.0}
 
 
-def test_image_never_fed_counts_as_missed() -> None:
+def test_an_image_never_added_counts_as_missed() -> None:
     boxes = [{"id": i, "image_id": i, "category_id": 3, "bbox": [5, 5, 40, 40]} for i in (1, 2)]
     coco = make_coco(
         {
@@ -217,7 +217,7 @@ def test_image_never_fed_counts_as_missed() -> None:
     assert "area" not in coco.dataset["annotations"][0], "the given ground truth stays as it is"
 
 
-def test_image_fed_again_replaces_its_detections() -> None:
+def test_adding_an_image_again_replaces_its_detections() -> None:
     coco = random_ground_truth(torch.Generator().manual_seed(3), 3, 1)
     evaluator = Evaluator(truth_of(coco), LABELS)
     for _ in range(2):
@@ -239,9 +239,7 @@ def test_detections_keep_every_bit_and_drop_unknown_labels() -> None:
 
 @settings(max_examples=15)
 @given(seed=st.integers(0, 2**31), num_images=st.integers(1, 7), processes=st.integers(1, 4))
-def test_what_several_evaluators_found_comes_together_as_in_one(
-    seed: int, num_images: int, processes: int
-) -> None:
+def test_merged_evaluators_equal_one(seed: int, num_images: int, processes: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     coco = random_ground_truth(generator, num_images, first_id=1)
     alone = Evaluator(truth_of(coco), LABELS)

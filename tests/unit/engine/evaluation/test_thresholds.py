@@ -10,7 +10,7 @@ from tests.unit.engine.evaluation.test_matching import random_detections, random
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_they_are_those_of_the_analysis(seed: int) -> None:
+def test_thresholds_are_those_of_the_analysis(seed: int) -> None:
     draw = np.random.default_rng(seed)
     coco = random_ground_truth(draw, most_boxes=(1, 8)[seed % 2])
     # in every fourth, nothing was found

@@ -40,7 +40,7 @@ def advice(error: RuntimeError | MemoryError, *batches: Batch, accumulation: int
     return str(found)
 
 
-def test_the_advice_names_shapes_boxes_and_options() -> None:
+def test_out_of_memory_advice_names_shapes_boxes_and_options() -> None:
     batches = random_batch(4, (8, 13), 93), random_batch(3, (80, 133), 0)
     message = advice(cpu_failure(), *batches, accumulation=8)
     for words in (

@@ -50,7 +50,7 @@ def test_a_report_is_json_that_any_reader_takes(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_only_a_whole_row_ends_the_run(tmp_path: Path) -> None:
+def test_only_consecutive_failures_end_the_run(tmp_path: Path) -> None:
     guard = make_guard(tmp_path)
     for step in (0, 1):
         log_step(guard, step)

@@ -10,7 +10,7 @@ from engine.guards.timer import StepTimer, shares
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def test_parts_last_as_long_as_they_did_and_add_up() -> None:
+def test_measured_parts_are_right_and_add_up() -> None:
     timer = StepTimer(torch.device("cpu"))
     started = time.perf_counter()
     for part, seconds in (

@@ -78,7 +78,7 @@ def test_exact_names_win_and_a_clash_of_synonyms_matches_nothing() -> None:
     assert found(["TV", "tv"], ["tv", "TV"]) == {"tv": "tv", "TV": "TV"}
 
 
-def test_of_equal_names_the_first_goes_with_the_first() -> None:
+def test_duplicate_names_are_matched_in_order() -> None:
     assert matching_names(["cat", "dog", "cat"], ["cat", "cat", "cat"]) == [(0, 0), (2, 1)]
     assert matching_names(["", "cat"], ["cat", ""]) == [(1, 0)]
 

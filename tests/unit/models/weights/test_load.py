@@ -1,6 +1,8 @@
 """Weights from files: which model they hold, which classes, and what is refused."""
 
 import argparse
+import copy
+import functools
 import json
 import math
 import re
@@ -24,6 +26,7 @@ from models.weights.official import (
     save_official,
 )
 from models.weights.transfer import load_strict
+from tests.unit.models.small import built
 from util.classes import Classes
 from util.errors import CheckpointError
 
@@ -50,11 +53,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def fresh(options: dict[str, Any], num_classes: int = 3) -> tuple[ModelConfig, torch.nn.Module]:
     """Return a tiny model whose tensors all differ."""
     config = ModelConfig(**TINY | options)
-    model = build_model(config, num_classes=num_classes)
-    with torch.no_grad():
+    return config, copy.deepcopy(_filled(config, num_classes))
+
+
+@functools.lru_cache(maxsize=6)
+def _filled(config: ModelConfig, num_classes: int) -> torch.nn.Module:
+    model = built(config, num_classes)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
         for parameter in model.parameters():
             parameter.normal_()
-    return config, model
+    return model
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -62,17 +71,17 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bare_weights_tell_their_options(tmp_path: Path, variant: str) -> None:
+def test_options_are_inferred_from_bare_weights(tmp_path: Path, variant: str) -> None:
     config, model = fresh(VARIANTS[variant])
     torch.save(model.state_dict(), tmp_path / "w.pth")
     pretrained = load_pretrained(str(tmp_path / "w.pth"))
-    untold = {"num_queries"} if config.two_stage else set()
-    told = {"backbone", "num_feature_levels", "enc_layers", "dec_layers", "dim_feedforward"}
-    told |= {"hidden_dim", "num_queries", "enc_n_points", "dec_n_points", "with_box_refine"}
-    told |= {"two_stage", "position_embedding"}
-    for name in told - untold:
+    unknown = {"num_queries"} if config.two_stage else set()
+    inferred = {"backbone", "num_feature_levels", "enc_layers", "dec_layers", "dim_feedforward"}
+    inferred |= {"hidden_dim", "num_queries", "enc_n_points", "dec_n_points", "with_box_refine"}
+    inferred |= {"two_stage", "position_embedding"}
+    for name in inferred - unknown:
         assert pretrained.model_options[name] == getattr(config, name), name
-    assert pretrained.model_options.keys().isdisjoint(untold | {"dilation", "dropout"})
+    assert pretrained.model_options.keys().isdisjoint(unknown | {"dilation", "dropout"})
     assert pretrained.kind == "official"
     assert same(pretrained.state_dict, model.state_dict())
 
@@ -101,7 +110,7 @@ def test_official_file_goes_out_and_comes_back(tmp_path: Path, variant: str) -> 
     torch.save({**content, "config": {"lr": 1e-4}}, tmp_path / "o.pth")  # as forks add
     pretrained = load_pretrained(str(tmp_path / "o.pth"))
     assert ModelConfig(**pretrained.model_options) == config
-    other = build_model(config, num_classes=3)
+    other = built(config, 3)
     load_strict(other, pretrained.state_dict, "file")
     assert same(other.state_dict(), model.state_dict())
 
@@ -173,9 +182,7 @@ def test_our_checkpoint_brings_everything(tmp_path: Path) -> None:
     assert same(pretrained.state_dict, model.state_dict())
 
 
-def test_the_documented_lines_save_for_other_implementations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_documented_export_code_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[4] / "docs" / "python.md").read_text(encoding="utf-8")
     (lines,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "save_official" in b]
     lines = lines.replace("deformable_detr.models", "models").replace("deformable_detr", "engine")

@@ -1,5 +1,6 @@
 """Fine-tuning starts: what is copied, what follows class names, what stays fresh."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -8,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import ModelConfig
-from models.build import build_model
 from models.weights.class_names import coco_logit_classes
 from models.weights.transfer import TransferReport, load_strict, transfer
+from tests.unit.models.small import built
 from util.classes import Classes
 from util.errors import CheckpointError
 
@@ -27,7 +28,7 @@ TWO_STAGE: dict[str, Any] = {"with_box_refine": True, "two_stage": True}
 
 
 def build(num_classes: int, **options: Any) -> torch.nn.Module:
-    return build_model(ModelConfig(**TINY | options), num_classes=num_classes)
+    return built(ModelConfig(**TINY | options), num_classes)
 
 
 def weights(num_classes: int, **options: Any) -> dict[str, torch.Tensor]:
@@ -37,6 +38,14 @@ def weights(num_classes: int, **options: Any) -> dict[str, torch.Tensor]:
         for parameter in model.parameters():
             parameter.normal_()
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+@functools.cache
+def of_four_classes() -> dict[str, torch.Tensor]:
+    """Return the weights that most tests start from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return weights(4)
 
 
 def classes(*names: str) -> Classes:
@@ -83,17 +92,15 @@ def test_class_rows_follow_names() -> None:
 def test_any_order_of_classes(names: list[str], kept: int) -> None:
     theirs = classes("cat", "dog", "cow", "hen")
     ours = classes(*names[:kept])
-    _, _, after = run(_MODELS[kept], _SOURCE, theirs, ours)
+    _, _, after = run(build(kept), of_four_classes(), theirs, ours)
     wanted = [theirs.names.index(name) for name in ours.names]
-    assert after["class_embed.1.weight"].equal(_SOURCE["class_embed.1.weight"][wanted])
-
-
-_SOURCE = weights(4)
-_MODELS = {kept: build(kept) for kept in range(1, 5)}
+    assert after["class_embed.1.weight"].equal(of_four_classes()["class_embed.1.weight"][wanted])
 
 
 def test_no_known_class_is_reported_fresh() -> None:
-    report, before, after = run(build(1), _SOURCE, classes("a", "b", "c", "d"), classes("x"))
+    report, before, after = run(
+        build(1), of_four_classes(), classes("a", "b", "c", "d"), classes("x")
+    )
     assert after["class_embed.0.weight"].equal(before["class_embed.0.weight"])
     assert report.by_name == []
     assert "4 tensors  class_embed (no class of a known name)" in report.table()
@@ -122,7 +129,7 @@ def test_proposal_head_follows_the_number_of_layers() -> None:
     assert not report.reinitialised
 
 
-def test_decoder_heads_never_come_from_proposals_nor_the_other_way() -> None:
+def test_decoder_and_proposal_heads_are_never_interchanged() -> None:
     names = classes("a", "b")
     deeper = run(build(2, dec_layers=3, **REFINE), weights(2, **TWO_STAGE), names, names)[0]
     assert "bbox_embed.2.layers.0.weight" in deeper.reinitialised
@@ -142,8 +149,8 @@ def test_shared_heads_become_separate_ones() -> None:
 
 def test_more_queries_are_noisy_copies() -> None:
     names = classes("cat", "dog", "cow", "hen")
-    report, _, after = run(build(4, num_queries=15), _SOURCE, names, names)
-    given_rows, rows = _SOURCE["query_embed.weight"], after["query_embed.weight"]
+    report, _, after = run(build(4, num_queries=15), of_four_classes(), names, names)
+    given_rows, rows = of_four_classes()["query_embed.weight"], after["query_embed.weight"]
     assert rows[:6].equal(given_rows)
     assert report.adapted == {"query_embed.weight": "6 queries to 15"}
     noise = rows[6:12] - given_rows
@@ -152,10 +159,10 @@ def test_more_queries_are_noisy_copies() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_of_too_many_queries_those_that_cover_the_image_stay(count: int) -> None:
+def test_surplus_queries_are_dropped_where_they_are_densest(count: int) -> None:
     # in a model that reads its reference points off the first two numbers of a query
     points = [(0.1, 0.1), (0.5, 0.5), (0.12, 0.1), (0.9, 0.9), (0.12, 0.12), (0.9, 0.15)]
-    source, names = dict(_SOURCE), classes("cat", "dog", "cow", "hen")
+    source, names = dict(of_four_classes()), classes("cat", "dog", "cow", "hen")
     source["query_embed.weight"] = source["query_embed.weight"].clone()
     source["query_embed.weight"][:, :2] = torch.tensor(points).logit()
     source["transformer.reference_points.weight"] = torch.eye(2, 32)
@@ -167,41 +174,41 @@ def test_of_too_many_queries_those_that_cover_the_image_stay(count: int) -> None
 
 
 def test_queries_that_coincide_are_taken_once() -> None:
-    source, names = dict(_SOURCE), classes("cat", "dog", "cow", "hen")
+    source, names = dict(of_four_classes()), classes("cat", "dog", "cow", "hen")
     source["transformer.reference_points.weight"] = torch.zeros(2, 32)
     _, _, after = run(build(4, num_queries=4), source, names, names)
     assert len({tuple(row) for row in after["query_embed.weight"].tolist()}) == 4
 
 
-def test_a_synonym_takes_the_row_and_is_told() -> None:
+def test_a_synonym_copies_the_row_and_is_reported() -> None:
     source = weights(91)
     ours = classes("pedestrian", "Dogs", "aeroplane")
     report, _, after = run(build(3), source, coco_logit_classes(), ours)
     assert after["class_embed.1.bias"].equal(source["class_embed.1.bias"][[1, 18, 5]])
     assert report.renamed == {"pedestrian": "person", "Dogs": "dog", "aeroplane": "airplane"}
-    told = "3 of 3 classes known (pedestrian from person, Dogs from dog, aeroplane from airplane)"
-    assert told in report.table()
+    line = "3 of 3 classes known (pedestrian from person, Dogs from dog, aeroplane from airplane)"
+    assert line in report.table()
 
 
-def test_a_clash_of_synonyms_is_told_and_takes_no_row() -> None:
+def test_ambiguous_synonyms_are_reported_and_copy_no_row() -> None:
     ours = classes("people", "pedestrian", "RBC", "person")
     report, before, after = run(build(4), weights(91), coco_logit_classes(), ours)
     key = "class_embed.1.weight"
     assert after[key][:3].equal(before[key][:3])
     assert report.contested == {"people": "person", "pedestrian": "person"}
-    told = "1 of 4 classes known, fresh: people (not the only one for person), pedestrian"
-    assert told in report.table()
+    line = "1 of 4 classes known, fresh: people (not the only one for person), pedestrian"
+    assert line in report.table()
     assert "RBC (" not in report.table()
 
 
 def test_other_levels_are_reported_and_nothing_is_lost() -> None:
     names = classes("cat", "dog", "cow", "hen")
-    report, before, after = run(build(4, num_feature_levels=3), _SOURCE, names, names)
+    report, before, after = run(build(4, num_feature_levels=3), of_four_classes(), names, names)
     assert after["transformer.level_embed"].equal(before["transformer.level_embed"])
     assert report.reinitialised["transformer.level_embed"] == "shape (3, 32), checkpoint (4, 32)"
     assert any(key.startswith("input_proj.3.") for key in report.ignored)
-    told = [*report.copied, *report.by_name, *report.adapted, *report.reinitialised]
-    assert sorted(told) == sorted(after)
+    listed = [*report.copied, *report.by_name, *report.adapted, *report.reinitialised]
+    assert sorted(listed) == sorted(after)
     table = report.table()
     offsets = (
         "transformer.encoder.layers.0.self_attn.sampling_offsets.{0}, "
@@ -213,7 +220,7 @@ def test_other_levels_are_reported_and_nothing_is_lost() -> None:
     assert len(table.splitlines()) == 5
 
 
-def test_a_module_whose_tensors_fare_differently_is_told_in_parts() -> None:
+def test_a_module_transferred_only_in_part_is_listed_in_parts() -> None:
     report = TransferReport(
         reinitialised={"a.0.weight": "shape", "a.0.bias": "lost", "b.w": "lost", "b.v": "lost"},
         ignored={f"c.{i}.{part}": part for i in range(2) for part in ("weight", "bias")},
@@ -223,25 +230,29 @@ def test_a_module_whose_tensors_fare_differently_is_told_in_parts() -> None:
     assert rows[4].endswith("4 tensors  c.*.weight (weight); c.*.bias (bias)")
 
 
-def test_weights_without_class_names_say_so() -> None:
-    report, before, after = run(build(2), _SOURCE, classes("", "", "", ""), classes("cat", "dog"))
+def test_weights_without_class_names_are_reported() -> None:
+    report, before, after = run(
+        build(2), of_four_classes(), classes("", "", "", ""), classes("cat", "dog")
+    )
     assert after["class_embed.1.bias"].equal(before["class_embed.1.bias"])
-    told = "0 of 2 classes known, as the checkpoint names no classes, fresh: cat, dog"
-    assert told in report.table()
+    line = "0 of 2 classes known, as the checkpoint names no classes, fresh: cat, dog"
+    assert line in report.table()
 
 
-def test_another_backbone_is_not_mixed_with_theirs() -> None:
+def test_a_different_backbone_is_not_mixed_with_the_checkpoints() -> None:
     # torchvision's resnet18 and resnet34 have many tensors of one name and shape
     names, model = classes("cat", "dog", "cow", "hen"), build(4, backbone="resnet34")
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    report = transfer(model, _SOURCE, source_classes=names, target_classes=names, backbone=False)
+    report = transfer(
+        model, of_four_classes(), source_classes=names, target_classes=names, backbone=False
+    )
     after = model.state_dict()
     backbone = {key for key in after if key.startswith("backbone.0.")}
-    assert backbone & _SOURCE.keys()
+    assert backbone & of_four_classes().keys()
     assert all(after[key].equal(before[key]) for key in backbone)
-    assert all(after[key].equal(_SOURCE[key]) for key in after.keys() - backbone)
-    told = {*report.copied, *report.by_name, *report.adapted, *report.reinitialised}
-    assert told == after.keys() - backbone
+    assert all(after[key].equal(of_four_classes()[key]) for key in after.keys() - backbone)
+    listed = {*report.copied, *report.by_name, *report.adapted, *report.reinitialised}
+    assert listed == after.keys() - backbone
     assert not report.ignored
 
 
@@ -256,19 +267,19 @@ def test_wrong_model_is_refused_with_its_options() -> None:
 
 def test_strict_loading_names_what_differs() -> None:
     model = build(4)
-    load_strict(model, _SOURCE, "a.pth")
-    assert all(tensor.equal(_SOURCE[key]) for key, tensor in model.state_dict().items())
-    fewer = {key: value for key, value in _SOURCE.items() if key != "query_embed.weight"}
+    load_strict(model, of_four_classes(), "a.pth")
+    assert all(tensor.equal(of_four_classes()[key]) for key, tensor in model.state_dict().items())
+    fewer = {key: value for key, value in of_four_classes().items() if key != "query_embed.weight"}
     with pytest.raises(CheckpointError, match=r"a\.pth: .*'query_embed\.weight' is missing"):
         load_strict(model, fewer, "a.pth")
     with pytest.raises(CheckpointError, match="'extra' is not in the model"):
-        load_strict(model, _SOURCE | {"extra": torch.ones(1)}, "a.pth")
+        load_strict(model, of_four_classes() | {"extra": torch.ones(1)}, "a.pth")
     with pytest.raises(CheckpointError, match=r"is \(4, 32\), the model's \(2, 32\)"):
-        load_strict(build(2), _SOURCE, "a.pth")
+        load_strict(build(2), of_four_classes(), "a.pth")
 
 
 def test_frozen_and_trained_norms_share_checkpoints() -> None:
     trained = weights(4, train_backbone_norm=True)
     assert any(key.endswith("num_batches_tracked") for key in trained)
     load_strict(build(4), trained, "a.pth")
-    load_strict(build(4, train_backbone_norm=True), _SOURCE, "a.pth")
+    load_strict(build(4, train_backbone_norm=True), of_four_classes(), "a.pth")
