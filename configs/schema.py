@@ -29,6 +29,22 @@ class ModelConfig(Checked):
     )
     neck: str = option("none", "what mixes the feature levels before the encoder", rare=True)
     encoder: str = option("deformable", "what turns feature levels into memory", rare=True)
+    encoder_updates: Literal["full", "lite"] = option(
+        "full", "tokens that an encoder layer changes: all, or lite: those of coarse levels often "
+        "and of fine ones rarely",
+    )  # fmt: skip
+    lite_levels: int | None = option(
+        None, "encoder_updates lite: coarsest levels that every layer changes (default: all but "
+        "the finest)", low=1, rare=True,
+    )  # fmt: skip
+    lite_expansion: int = option(
+        1, "encoder_updates lite: number of layers that change all tokens; a divisor of "
+        "enc_layers", low=1, rare=True,
+    )  # fmt: skip
+    enc_fusion: Literal["none", "dense"] = option(
+        "none", "what decoder and proposals get of the encoder: its last layer's tokens, or dense: "
+        "those of all layers together",
+    )  # fmt: skip
     enc_layers: int = option(6, "encoder layers", low=1, most=100)
     dec_layers: int = option(6, "decoder layers", low=1, most=100)
     dim_feedforward: int = option(
@@ -54,6 +70,10 @@ class ModelConfig(Checked):
     look_forward_twice: bool = option(
         False, "with_box_refine: the loss of a layer's boxes teaches the layer before, too"
     )
+    relation: Literal["none", "previous"] = option(
+        "none", "with_box_refine: attention among queries by how the boxes of the layer before lie "
+        "to each other",
+    )  # fmt: skip
     aux_loss: bool = option(
         True, "losses after every decoder layer", off="losses after the last decoder layer only",
         rare=True,
@@ -68,6 +88,12 @@ class ModelConfig(Checked):
         ):  # fmt: skip
             if getattr(self, name) and not getattr(self, needed):
                 raise ConfigError(f"{name}: has no effect without `{needed}`. Add it.")
+        self._check_encoder()
+        if self.relation != "none" and (not self.with_box_refine or self.dec_layers == 1):
+            raise ConfigError(
+                "relation: needs boxes of a layer before: `with_box_refine` and at least 2 "
+                "`dec_layers`."
+            )
         if self.hidden_dim % self.nheads:
             raise ConfigError(
                 f"hidden_dim: must be a multiple of `nheads {self.nheads}`, not {self.hidden_dim}."
@@ -79,6 +105,32 @@ class ModelConfig(Checked):
             )
         if self.dilation and self.num_feature_levels != 1:
             raise ConfigError("dilation: DC5 is a single-scale model. Add `num_feature_levels 1`.")
+
+    @property
+    def coarse_levels(self) -> int:
+        """Return `lite_levels` or its default."""
+        return self.num_feature_levels - 1 if self.lite_levels is None else self.lite_levels
+
+    def _check_encoder(self) -> None:
+        for name, usual in (("encoder_updates", "full"), ("enc_fusion", "none")):
+            if getattr(self, name) != usual and self.encoder != "deformable":
+                raise ConfigError(
+                    f"{name}: is of `encoder deformable`, and without effect on "
+                    f"`encoder {self.encoder}`. Remove one of them."
+                )
+        if self.encoder_updates != "lite":
+            return
+        if self.coarse_levels not in range(1, self.num_feature_levels):
+            raise ConfigError(
+                "encoder_updates lite: needs a coarse level and a fine one: `lite_levels` must be "
+                f"less than `num_feature_levels {self.num_feature_levels}`, which must be at "
+                "least 2."
+            )
+        if self.enc_layers % self.lite_expansion:
+            raise ConfigError(
+                f"lite_expansion: must be a divisor of `enc_layers {self.enc_layers}`, "
+                f"not {self.lite_expansion}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

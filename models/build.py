@@ -23,6 +23,7 @@ from models.match_costs import HighOrderMatcher, PositionModulatedMatcher
 from models.matcher import HungarianMatcher
 from models.necks import NECKS, NeckOptions
 from models.recipes import RECIPES
+from models.relations import RelationBias
 from models.transformer import DeformableTransformer
 from ops import MSDeformAttn
 from util.errors import ConfigError, nearest_hint
@@ -117,7 +118,15 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         "n_heads": config.nheads,
     }
     encoder = ENCODERS[config.encoder](
-        EncoderOptions(num_layers=config.enc_layers, n_points=config.enc_n_points, **common)
+        EncoderOptions(
+            num_layers=config.enc_layers,
+            n_points=config.enc_n_points,
+            fusion=config.enc_fusion,
+            updates=config.encoder_updates,
+            lite_levels=config.coarse_levels,
+            lite_expansion=config.lite_expansion,
+            **common,
+        )
     )
     decoder = DeformableDecoder(
         [
@@ -128,6 +137,7 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         with_box_refine=config.with_box_refine,
         two_stage=config.two_stage,
         look_forward_twice=config.look_forward_twice,
+        relation=RelationBias(config.nheads) if config.relation == "previous" else None,
     )
     transformer = DeformableTransformer(
         encoder,

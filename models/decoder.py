@@ -1,5 +1,6 @@
 """The deformable decoder."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from models.heads import DetectionHeads, apply_delta
 from models.layers import Dropout, ExactLayerNorm, checkpointed
 from models.levels import FeatureLevels
 from models.queries import QueryGroup, Route
+from models.relations import RelationBias
 from ops import MSDeformAttn
 
 # N batch, Q queries, S tokens, L levels, C width.
@@ -20,11 +22,12 @@ from ops import MSDeformAttn
 class Members(NamedTuple):
     """A group of queries in one layer: how many, who sees whom, and what it has for itself.
 
-    `blocked` has columns for all that the group attends to. See `QueryGroup`.
+    `mask` has columns for all that the group attends to: [Q,R], True where a query must not attend
+    to another, or [N heads,Q,R], which is added to the logits. See `QueryGroup`.
     """
 
     size: int
-    blocked: Tensor | None
+    mask: Tensor | None
     sees_detecting: bool
     parts: int
     route: Route
@@ -144,7 +147,7 @@ class DeformableDecoderLayer(nn.Module):
             key = torch.cat([content + position, key], dim=1)
             value = torch.cat([content, value], dim=1)
         attended: Tensor = self.self_attn(
-            query, key, value, attn_mask=members.blocked, need_weights=False
+            query, key, value, attn_mask=members.mask, need_weights=False
         )[0]
         return attended.reshape(shape)
 
@@ -182,6 +185,9 @@ class DeformableDecoder(nn.Module):
     With `look_forward_twice`, a layer's losses teach the layer before as well (DINO, arXiv
     2203.03605, Sec. 3.5). Refining and two-stage decoders hold the heads too, as official
     checkpoints repeat them there.
+
+    With `relation`, queries that detect attend, from the second layer on, by how their boxes lie to
+    each other: those that a layer was given to those that it found. Both are as they are predicted.
     """
 
     checkpointing = False
@@ -194,12 +200,14 @@ class DeformableDecoder(nn.Module):
         with_box_refine: bool,
         two_stage: bool,
         look_forward_twice: bool = False,
+        relation: RelationBias | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.heads = heads
         self.with_box_refine = with_box_refine
         self.look_forward_twice = look_forward_twice
+        self.position_relation_embedding = relation  # the published key
         if with_box_refine:
             self.bbox_embed = heads.bbox_embed
         if two_stage:
@@ -213,13 +221,14 @@ class DeformableDecoder(nn.Module):
         query_pos = torch.cat([g.position for g in groups], dim=1)
         reference = torch.cat([g.reference for g in groups], dim=1)
         moved = reference  # the same numbers; with `look_forward_twice`, a gradient passes
+        relations: Tensor | None = None  # known once the first layer has moved the boxes
         hidden, references, boxes, asides = [], [], [], []
         ratios = levels.valid_ratios[:, None]  # [N,1,L,2]
         for index, layer in enumerate(self.layers):
             # fractions of the image become fractions of each padded level
             scale = ratios if reference.shape[-1] == 2 else torch.cat([ratios, ratios], dim=-1)
             points = reference[:, :, None] * scale
-            within = [_members(group, groups[0], index) for group in groups]
+            within = [_members(group, groups[0], index, relations) for group in groups]
             x, aside = checkpointed(
                 layer, x, query_pos, points, memory, levels, within, enabled=self.checkpointing
             )
@@ -234,18 +243,39 @@ class DeformableDecoder(nn.Module):
                 # to it: without this, training is unstable (Appendix A.4)
                 twice = self.look_forward_twice
                 moved = apply_delta(delta, reference) if twice else boxes[-1].detach()
+                if index + 1 < len(self.layers):
+                    before = boxes[-2] if index else reference
+                    relations = self._relations(groups[0], before, boxes[-1])
                 reference = moved.detach()
         if not self.with_box_refine:  # every layer predicts from the first reference points
             boxes = [apply_delta(self.heads.delta(i, h), reference) for i, h in enumerate(hidden)]
         logits = [self.heads.logits(i, h) for i, h in enumerate(hidden)]
         return DecoderOutput(hidden, references, logits, boxes, asides)
 
+    def _relations(self, group: QueryGroup, before: Tensor, now: Tensor) -> Tensor | None:
+        """Return what the relations of boxes add to the attention of the queries that detect.
 
-def _members(group: QueryGroup, detecting: QueryGroup, layer: int) -> Members:
+        Shape: before, now [N,Q,2 or 4]; returns [N heads,Q,Q].
+        """
+        if self.position_relation_embedding is None:
+            return None
+        size = group.content.shape[1]
+        if before.shape[-1] == 2:  # a point has no size: the first layer's boxes stand for it
+            before = now
+        related: Tensor = self.position_relation_embedding(before[:, :size], now[:, :size])
+        bias = related.flatten(0, 1)
+        return bias if group.blocked is None else bias.masked_fill(group.blocked, -math.inf)
+
+
+def _members(
+    group: QueryGroup, detecting: QueryGroup, layer: int, relations: Tensor | None
+) -> Members:
     route = group.routes[layer] if group.routes else Route()
-    blocked = group.blocked
-    if blocked is not None and group.sees_detecting:
-        open_columns = blocked.new_zeros(len(blocked), detecting.content.shape[1])
-        blocked = torch.cat([open_columns, blocked], dim=1)
+    mask = group.blocked
+    if mask is not None and group.sees_detecting:
+        open_columns = mask.new_zeros(len(mask), detecting.content.shape[1])
+        mask = torch.cat([open_columns, mask], dim=1)
+    if group is detecting and relations is not None:
+        mask = relations
     size = group.content.shape[1]
-    return Members(size, blocked, group.sees_detecting, group.parts, route)
+    return Members(size, mask, group.sees_detecting, group.parts, route)

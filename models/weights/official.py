@@ -198,12 +198,15 @@ def published_weights(
     Raises:
         CheckpointError: other implementations have no such model.
     """
-    for name, usual in (("backbone", r"resnet\d+"), ("encoder", "deformable"), ("neck", "none")):
+    for name, usual in (
+        ("backbone", r"resnet\d+"), ("encoder", "deformable"), ("neck", "none"),
+        ("relation", "none"), ("encoder_updates", "full"), ("enc_fusion", "none"),
+    ):  # fmt: skip
         value = str(options.get(name, "" if name == "backbone" else usual))
         if not re.fullmatch(usual, value):
             raise CheckpointError(
                 f"{path}: cannot be written: other implementations have no {name} '{value}', only "
-                "torchvision's ResNets and the paper's encoder. Keep our own checkpoint."
+                "torchvision's ResNets and the paper's transformer. Keep our own checkpoint."
             )
     left_out = [name for name in state_dict if name.startswith("recipes.")]
     needed = sorted({n.split(".")[1] for n in left_out if RECIPES[n.split(".")[1]].detects})

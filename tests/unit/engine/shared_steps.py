@@ -60,6 +60,8 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"mixed_query_selection": True, "look_forward_twice": True},
         "loss": {"cls_loss": "position_supervised", "match_cost": "position_modulated"},
     },
+    "relation": {"variant": "two_stage", "model": {"relation": "previous"}},
+    "lite": {"model": {"encoder_updates": "lite", "enc_fusion": "dense", "enc_layers": 2}},
     "broken": {"broken": BROKEN},
     "poisoned": {"poisoned": 2},
 }
@@ -177,7 +179,7 @@ def run_steps(
     small = {"dropout": 0.0, "num_queries": 10, "enc_layers": 1, "dec_layers": 2}
     share = BatchSplit(IMAGES // accumulation // world.size, accumulation, world.rank, world.size)
     config = Config(
-        model=small_config(**VARIANTS[variant], **small, **model),
+        model=small_config(**VARIANTS[variant], **(small | dict(model))),
         loss=LossConfig(**loss),
         optim=OptimConfig(clip_max_norm=0, lr=1e-3, lr_backbone=1e-3, frozen_stages=0),
         run=RunConfig(output_dir=str(folder)),

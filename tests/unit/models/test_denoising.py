@@ -85,7 +85,7 @@ def whole_mask(prepared: Noised, detecting: int) -> Tensor:
     first = QueryGroup("", none, none, none)
     nothing = torch.zeros(1, size, 8)
     group = QueryGroup("_dn", nothing, nothing, nothing, prepared.blocked, sees_detecting=True)
-    rows = _members(group, first, 0).blocked
+    rows = _members(group, first, 0, None).mask
     assert rows is not None
     mask = torch.zeros(size + detecting, size + detecting, dtype=torch.bool)
     mask[size:, :size] = True

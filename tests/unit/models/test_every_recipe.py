@@ -27,6 +27,8 @@ from util.batch import EffectiveBatch, pad_images
 CLASSES = 5
 SIZES = [(60, 90), (75, 64)]
 HYBRID = Hybrid(num_queries_one2many=9, k_one2many=2)
+RELATION = {"relation": "previous"}
+LITE = {"encoder_updates": "lite", "enc_layers": 2}
 PLUS_PLUS = {"mixed_query_selection": True, "look_forward_twice": True}
 
 
@@ -45,6 +47,14 @@ CASES: dict[str, Case] = {
     "hybrid": Case(recipes={"hybrid": HYBRID}),
     "hybrid, plain": Case("plain", recipes={"hybrid": HYBRID}),
     "hybrid, ++": Case(recipes={"hybrid": HYBRID}, model=PLUS_PLUS),
+    "relation": Case(model=RELATION),
+    "relation, refine": Case("refine", model=RELATION),
+    "relation, ++, hybrid": Case(recipes={"hybrid": HYBRID}, model={**RELATION, **PLUS_PLUS}),
+    "relation, mds": Case(recipes={"mds": MDS()}, model=RELATION),
+    "fusion": Case(model={"enc_fusion": "dense"}),
+    "lite": Case(model=LITE),
+    "lite, plain, fusion": Case("plain", model={**LITE, "enc_fusion": "dense"}),
+    "lite, relation, mds": Case(recipes={"mds": MDS()}, model={**LITE, **RELATION}),
     "mds": Case(recipes={"mds": MDS()}, loss={"cls_loss": "vfl"}),
     "mds, plain": Case("plain", recipes={"mds": MDS()}),
     "group": Case(recipes={"group": Group(group_detr=3)}),
