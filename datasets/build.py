@@ -277,7 +277,6 @@ def build_dataset(
         mixing=mixing,
         cache=cache,
     )
-    dataset.mix_until(sys.maxsize if epochs is None else epochs - cfg.close_augment_epochs)
     if dataset.unknown_classes:
         console(
             "notice: classes that the model does not know, but no annotation has, left out: "

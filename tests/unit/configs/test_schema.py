@@ -21,6 +21,7 @@ from configs.schema import (
 )
 from engine.commands.eval import EvalOptions
 from models.build import build_criterion
+from models.recipes import KnownRecipes
 from util.errors import ConfigError
 
 PRESETS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
@@ -157,7 +158,7 @@ def test_a_data_location_replaces_every_location_below_it() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS, ids=[p.stem for p in PRESETS])
 def test_presets_load_and_say_what_they_reproduce(preset: Path) -> None:
-    read_options(str(preset), {}).config()
+    read_options(str(preset), {}, KnownRecipes()).config()
     assert preset.read_text(encoding="utf-8").startswith("#")
 
 
