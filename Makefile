@@ -4,7 +4,7 @@
 # make test      what CI runs: lint, and every test but the slow ones
 # make test_all  lint and every test; before a release
 # make gpu       what only a GPU can answer, in 8 minutes; DRY=1: at toy size on the CPU
-# make fuzz      damaged and hostile files by the thousand: an hour or so; FUZZ_EXAMPLES=2000: less
+# make fuzz      damaged and hostile files by the thousand: an hour or so; FUZZ_EXAMPLES=1000: less
 # make wheel     the installable package, in dist/
 PYTHON ?= python3
 VENV := .venv
@@ -64,7 +64,7 @@ test_all: lint
 	$(PYTEST)
 
 # Whatever these files hold, a reader that takes more than 16 GB fails, too.
-FUZZ_EXAMPLES ?= 50000
+FUZZ_EXAMPLES ?= 5000
 fuzz: env-test
 	ulimit -v 16000000; FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -n auto --dist load tests/fuzz

@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train on your data, or continue a run",
     "eval": "evaluate a checkpoint, or saved detections, on COCO-format data",
     "predict": "draw what a checkpoint finds in images, and write it as JSON",
+    "average": "write the mean of the weights of several checkpoints of a run",
     "check": "look for flaws in images and annotations",
     "preview": "write training images as the model sees them, with boxes",
     "convert": "write a data set as COCO, VOC or YOLO",

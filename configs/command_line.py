@@ -216,4 +216,4 @@ def with_dashes(message: str, flags: Collection[str], *, about_option: bool) -> 
     message = re.sub(r"`(\w+)((?: [^`]*)?)`", flag, message)
     # of a config file it is what it holds that is wrong, not the option
     beginning = r"^(\w+)(?! file )((?: .*?)?)(?=: )"
-    return re.sub(beginning, flag, message) if about_option else message
+    return re.sub(beginning, flag, message, flags=re.DOTALL) if about_option else message

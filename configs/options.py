@@ -23,6 +23,7 @@ _BOUNDS = {
     "high": ("at most", operator.le),
 }
 _MOST = 2**53  # of a whole number, where an option states none
+_DIGITS = 5000  # of a whole number that is written with an exponent
 METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -114,11 +115,18 @@ def coerce(value: Any, annotation: Any, source: str) -> Any:
         with contextlib.suppress(TypeError, ValueError, ArithmeticError):
             if kind is float:
                 return float(value)  # YAML reads 1e-4 as a string
-            if kind is int and (number := Decimal(str(value))) == int(number):
+            if kind is int and _is_whole(number := Decimal(str(value))):
                 return int(number)
             if kind is bool or (kind is str and isinstance(value, (str, int, float, os.PathLike))):
+                if "\0" in str(value):
+                    raise ValueError  # no path or name may have it
                 return kind(value)
     raise ConfigError(f"{source}: must be {_NAMES[kind]}, not {brief(value)}.")
+
+
+def _is_whole(number: Decimal) -> bool:
+    """Return whether it is a whole number, without writing 1e999999999 out."""
+    return number.is_finite() and number.adjusted() < _DIGITS and number == int(number)
 
 
 def check_names(

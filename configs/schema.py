@@ -29,6 +29,22 @@ class ModelConfig(Checked):
     )
     neck: str = option("none", "what mixes the feature levels before the encoder", rare=True)
     encoder: str = option("deformable", "what turns feature levels into memory", rare=True)
+    encoder_updates: Literal["full", "lite"] = option(
+        "full", "tokens that an encoder layer changes: all, or lite: those of coarse levels often "
+        "and of fine ones rarely",
+    )  # fmt: skip
+    lite_levels: int | None = option(
+        None, "encoder_updates lite: coarsest levels that every layer changes (default: all but "
+        "the finest)", low=1, rare=True,
+    )  # fmt: skip
+    lite_expansion: int = option(
+        1, "encoder_updates lite: number of layers that change all tokens; a divisor of "
+        "enc_layers", low=1, rare=True,
+    )  # fmt: skip
+    enc_fusion: Literal["none", "dense"] = option(
+        "none", "what decoder and proposals get of the encoder: its last layer's tokens, or dense: "
+        "those of all layers together",
+    )  # fmt: skip
     enc_layers: int = option(6, "encoder layers", low=1, most=100)
     dec_layers: int = option(6, "decoder layers", low=1, most=100)
     dim_feedforward: int = option(
@@ -81,6 +97,10 @@ class ModelConfig(Checked):
         1e-5, "with_box_refine: distance from 0 and 1 at which a box's numbers are clamped before "
         "they are refined (DINO: 0.001)", above=0, high=0.1, rare=True,
     )  # fmt: skip
+    relation: Literal["none", "previous"] = option(
+        "none", "with_box_refine: attention among queries by how the boxes of the layer before lie "
+        "to each other",
+    )  # fmt: skip
     aux_loss: bool = option(
         True, "losses after every decoder layer", off="losses after the last decoder layer only",
         rare=True,
@@ -101,6 +121,12 @@ class ModelConfig(Checked):
                 f"query_position {self.query_position}: needs boxes to begin with, and learned "
                 "contents: `two_stage` and `mixed_query_selection`. Add them."
             )
+        self._check_encoder()
+        if self.relation != "none" and (not self.with_box_refine or self.dec_layers == 1):
+            raise ConfigError(
+                "relation: needs boxes of a layer before: `with_box_refine` and at least 2 "
+                "`dec_layers`."
+            )
         if self.hidden_dim % self.nheads:
             raise ConfigError(
                 f"hidden_dim: must be a multiple of `nheads {self.nheads}`, not {self.hidden_dim}."
@@ -112,6 +138,32 @@ class ModelConfig(Checked):
             )
         if self.dilation and self.num_feature_levels != 1:
             raise ConfigError("dilation: DC5 is a single-scale model. Add `num_feature_levels 1`.")
+
+    @property
+    def coarse_levels(self) -> int:
+        """Return `lite_levels` or its default."""
+        return self.num_feature_levels - 1 if self.lite_levels is None else self.lite_levels
+
+    def _check_encoder(self) -> None:
+        for name, usual in (("encoder_updates", "full"), ("enc_fusion", "none")):
+            if getattr(self, name) != usual and self.encoder != "deformable":
+                raise ConfigError(
+                    f"{name}: is of `encoder deformable`, and without effect on "
+                    f"`encoder {self.encoder}`. Remove one of them."
+                )
+        if self.encoder_updates != "lite":
+            return
+        if self.coarse_levels not in range(1, self.num_feature_levels):
+            raise ConfigError(
+                "encoder_updates lite: needs a coarse level and a fine one: `lite_levels` must be "
+                f"less than `num_feature_levels {self.num_feature_levels}`, which must be at "
+                "least 2."
+            )
+        if self.enc_layers % self.lite_expansion:
+            raise ConfigError(
+                f"lite_expansion: must be a divisor of `enc_layers {self.enc_layers}`, "
+                f"not {self.lite_expansion}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +190,10 @@ class LossConfig(Checked):
     bbox_loss_coef: float = option(5.0, "weight of the box L1 loss", low=0, rare=True)
     giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0, rare=True)
     focal_alpha: float = option(0.25, "alpha of the focal loss and cost", low=0, high=1, rare=True)
+    union_set: bool = option(
+        False, "boxes of all decoder layers learn the pairs of all of them: each query the object "
+        "that most layers give it",
+    )  # fmt: skip
     extra_losses: tuple[str, ...] = option(
         (), "more losses, by NAME or NAME=COEFFICIENT", rare=True
     )
@@ -210,6 +266,10 @@ class EvalDataConfig(DataSource):
         800, "short side in evaluation and prediction, pixels", low=16, most=16384
     )
     max_size: int = option(1333, "maximum long side, pixels", low=16, most=65536)
+    num_select: int = option(
+        100, "detections kept per image, all classes together; newer recipes keep 300. COCO's "
+        "numbers count the best 100 per image and class, whatever this is", low=1, most=100000,
+    )  # fmt: skip
     nms_iou: float | None = option(
         None, "NMS IoU threshold; none disables NMS, as in the paper (default: none)",
         above=0, high=1, unset=1.0,
@@ -231,8 +291,9 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
     one_scale_per_batch: bool = option(
         False, "draw one short side per batch, not per image: less padding"
     )
-    augment: Literal["none", "official", "strong"] = option(
-        "official", "preset of augmentation: none, that of the paper, or a strong one with mosaic; "
+    augment: Literal["none", "official", "strong", "dense", "lsj"] = option(
+        "official", "preset of augmentation: none, that of the paper, a strong one with mosaic, "
+        "dense mosaics and pasted objects (DEIM), or large-scale jitter; "
         "an augmentation's own option overrides it",
     )  # fmt: skip
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
@@ -250,6 +311,10 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
         (), "minimum and maximum factor on the drawn size; what exceeds that size is cropped",
         above=0, rare=True,
     )  # fmt: skip
+    fixed_size: int = option(
+        0, "crop or pad every training image to a square of this side, pixels, instead of "
+        "train_scales; 0: do not", low=0, most=16384, rare=True,
+    )  # fmt: skip
     zoom_out: float = option(
         0.0, "probability of shrinking an image on a larger canvas", low=0, high=1, rare=True
     )
@@ -259,13 +324,27 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
     mosaic: float = option(
         0.0, "probability of combining four images into one", low=0, high=1, rare=True
     )
+    mosaic_affine: tuple[float, ...] = option(
+        (), "combine four whole images, and move them by up to DEGREES SHIFT MIN MAX: a rotation, "
+        "a shift in sides, and factors on the scale, as 10 0.1 0.5 1.5; else each image is cut",
+        low=0, most=180, rare=True,
+    )  # fmt: skip
     mixup: float = option(
         0.0, "probability of blending two images, where there is no mosaic", low=0, high=1,
         rare=True,
     )  # fmt: skip
+    copy_blend: float = option(
+        0.0, "probability of pasting objects of other images, half transparent, where there is no "
+        "mixup", low=0, high=1, rare=True,
+    )  # fmt: skip
     close_augment_epochs: int = option(
-        10, "final epochs without mosaic and mixup", low=0, rare=True
+        10, "final epochs without mosaic, mixup and copy_blend", low=0, rare=True
     )
+    augment_phases: tuple[float, ...] = option(
+        (), "three shares of the epochs, as 0.07 0.57 0.93: only flips and scales before the "
+        "first, mosaic and mixup until the second, and only flips and scales from the third; "
+        "replaces close_augment_epochs", low=0, high=1, rare=True,
+    )  # fmt: skip
     cache_images: float = option(
         0.0, "GB of decoded training images to cache in memory per process", low=0,
         alias="cache_pictures", rare=True,
@@ -288,6 +367,20 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
             raise ConfigError(
                 f"scale_jitter: must be two factors, the smaller first, not {jitter}. Try 0.5 1.5."
             )
+        if 0 < self.fixed_size < 16:
+            raise ConfigError(f"fixed_size: must be 0 or at least 16, not {self.fixed_size}.")
+        affine = self.mosaic_affine
+        if affine and (len(affine) != 4 or affine[1] > 1 or not 0 < affine[2] <= affine[3] <= 2):
+            raise ConfigError(
+                "mosaic_affine: must be degrees, a shift of at most 1, and a minimum and maximum "
+                f"factor of at most 2, not {affine}. Try 10 0.1 0.5 1.5."
+            )
+        shares = self.augment_phases
+        if shares and (len(shares) != 3 or list(shares) != sorted(shares)):
+            raise ConfigError(
+                "augment_phases: must be three shares of the epochs, in ascending order, not "
+                f"{shares}. Try 0.07 0.57 0.93."
+            )
 
 
 # The options that say where data is: one of them replaces all that a lower layer gives.
@@ -305,8 +398,19 @@ AUGMENTATIONS: Mapping[str, Mapping[str, Any]] = {
         "mosaic": 0.25,
         "mixup": 0.1,
     },
+    "dense": {
+        "zoom_out": 0.5,
+        "color_jitter": 0.5,
+        "mosaic": 0.5,
+        "mosaic_affine": (10.0, 0.1, 0.5, 1.5),
+        "mixup": 0.5,
+        "copy_blend": 0.5,
+        "augment_phases": (0.07, 0.57, 0.93),
+    },
+    "lsj": {"random_crop": False, "scale_jitter": (0.1, 2.0), "fixed_size": 1024},
 }
-AUGMENTED = ("hflip", "random_crop", "scale_jitter", "zoom_out", "color_jitter", "mosaic", "mixup")
+AUGMENTED = ("hflip", "random_crop", "scale_jitter", "fixed_size", "zoom_out", "color_jitter",
+             "mosaic", "mosaic_affine", "mixup", "copy_blend", "augment_phases")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,18 +447,46 @@ class OptimConfig(Checked):
         rare=True,
     )
     weight_decay: float = option(1e-4, "AdamW weight decay", low=0)
+    norm_weight_decay: float | None = option(
+        None, "weight decay of norms and biases (default: weight_decay)", low=0, rare=True
+    )
     epochs: int = option(50, "epochs to train", low=1, most=1000000)
-    lr_scheduler: Literal["step", "cosine"] = option("step", "learning-rate schedule")
+    max_hours: float = option(
+        0.0, "train for this many hours instead of `epochs`: the first steps are timed, and the "
+        "schedule is laid over as many as fit, evaluations included; 0: train for epochs", low=0,
+        most=100000,
+    )  # fmt: skip
+    lr_scheduler: Literal["step", "cosine", "flat_cosine"] = option(
+        "step", "learning-rate schedule"
+    )
     lr_drop: int = option(40, "schedule step: epoch after which the rate is divided by ten", low=1)
     lr_drop_epochs: tuple[int, ...] = option(
         (), "schedule step: several such epochs; replaces lr_drop", low=1, rare=True
     )
-    warmup_steps: int = option(0, "steps of linear warm-up", low=0)
+    lr_flat: float = option(
+        0.5, "schedule flat_cosine: part of all steps before the rate falls", low=0, high=1,
+        rare=True,
+    )  # fmt: skip
+    lr_tail: float = option(
+        0.05, "schedule flat_cosine: part of all steps at the final rate", low=0, high=1, rare=True
+    )
+    lr_final: float = option(
+        0.5, "schedule flat_cosine: final rate, as a factor on the full one", low=0, high=1,
+        rare=True,
+    )  # fmt: skip
+    warmup_steps: int = option(0, "steps of warm-up", low=0)
+    warmup_shape: Literal["linear", "quadratic"] = option(
+        "linear", "how the rate rises in the warm-up", rare=True
+    )
     clip_max_norm: float = option(0.1, "maximum gradient norm; 0 disables clipping", low=0)
     precision: Precision = option(
         "fp32", "arithmetic of the model; losses and boxes stay in float32"
     )
     ema_decay: float = option(0.0, "EMA decay per step; 0 disables EMA", low=0, high=1)
+    ema_tau: float = option(
+        0.0, "steps over which the EMA decay rises from 0, as in 1 - exp(-step / tau); 0: as in "
+        "(1 + step) / (10 + step)", low=0,
+    )  # fmt: skip
     activation_checkpointing: tuple[Literal["backbone", "encoder", "decoder"], ...] = option(
         (), "parts that recompute their activations in the backward pass, to save memory"
     )
@@ -364,6 +496,14 @@ class OptimConfig(Checked):
         most=4096,
         rare=True,
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr_flat + self.lr_tail > 1:
+            raise ConfigError(
+                f"lr_flat {self.lr_flat}: and `lr_tail {self.lr_tail}` are parts of the same run, "
+                "and must be at most 1 together. Lower one of them."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,10 @@ class Names:
         return self.data[start : self.ends[i]].tobytes().decode("utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
+        data, start = self.data.tobytes(), 0
+        for end in self.ends.tolist():
+            yield data[start:end].decode("utf-8", "surrogatepass")
+            start = end
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +80,8 @@ class Annotations:
     area: FloatArray
     crowd: BoolArray
 
-    def select(self, keep: BoolArray) -> "Annotations":
-        """Return those where `keep` [A] is true."""
+    def select(self, keep: BoolArray | IntArray) -> "Annotations":
+        """Return those where `keep` [A] is true, or those at its positions, in their order."""
         return Annotations(*(getattr(self, f.name)[keep] for f in fields(self)))
 
     def with_area(self) -> "Annotations":

@@ -1,5 +1,6 @@
 """Turn data options into data sets."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from datasets.formats.detect import Located, locate
 from datasets.formats.registry import FORMATS, Reading, Source
 from datasets.images import limit_pixels
 from datasets.index import CocoIndex
-from datasets.sample import CHANNELS
+from datasets.mixing import Affine, Mixing
+from datasets.sample import CHANNELS, mean_colour
 from datasets.samplers import BatchSplit
-from datasets.transforms import EvalTransform, Mixing, TrainTransform, Transform
+from datasets.transforms import EvalTransform, TrainTransform, Transform
 from util.classes import Classes
 from util.console import console
 from util.errors import ConfigError, DataError
@@ -100,13 +102,19 @@ def data_paths(cfg: DataConfig, split: Split) -> tuple[Path, Path]:
 
 
 def build_transform(
-    cfg: DataConfig, *, train: bool, mean: Sequence[float], std: Sequence[float]
+    cfg: DataConfig,
+    *,
+    train: bool,
+    mean: Sequence[float],
+    std: Sequence[float],
+    epochs: int | None = 0,
 ) -> Transform:
-    """Return the preparation of images for training or for evaluation."""
+    """Return the preparation of images for evaluation, or for a training of so many epochs."""
     if not train:
         return EvalTransform(
             eval_scale=cfg.eval_scale, max_size=cfg.max_size, mean=tuple(mean), std=tuple(std)
         )
+    start, _, last = phases(cfg, epochs)
     return TrainTransform(
         train_scales=(cfg.eval_scale,) if cfg.augment == "none" else cfg.train_scales,
         max_size=cfg.max_size,
@@ -120,7 +128,50 @@ def build_transform(
         scale_jitter=cfg.scale_jitter,
         zoom_out=cfg.zoom_out,
         color_jitter=cfg.color_jitter,
+        fixed_size=cfg.fixed_size,
+        strong_epochs=range(start, last) if cfg.augment_phases else None,
     )
+
+
+def build_mixing(cfg: DataConfig, *, mean: Sequence[float], epochs: int | None) -> Mixing | None:
+    """Return what makes one image of several in a training of so many epochs, if anything does."""
+    if not (cfg.mosaic or cfg.mixup or cfg.copy_blend):
+        return None
+    start, until, last = phases(cfg, epochs)
+    return Mixing(
+        mosaic=cfg.mosaic,
+        mixup=cfg.mixup,
+        until=until,
+        copy_blend=cfg.copy_blend,
+        paste_until=last,
+        since=start,
+        affine=Affine(*cfg.mosaic_affine) if cfg.mosaic_affine else None,
+        fill=mean_colour(mean),
+    )
+
+
+def phases(cfg: DataConfig, epochs: int | None) -> tuple[int, int, int]:
+    """Return the first epoch with strong augmentation, the first after mosaics, and after all.
+
+    Without `augment_phases`, `close_augment_epochs` says when all that mixes images ends; where
+    the number of epochs is not known, `CocoDetection.mix_until` will.
+
+    Raises:
+        ConfigError: `augment_phases` are parts of an unknown number.
+    """
+    if epochs is None:
+        if cfg.augment_phases:
+            raise ConfigError(
+                "augment_phases: are shares of the epochs, whose number `max_hours` leaves open. "
+                "Give `epochs` instead, or leave `augment_phases` empty for "
+                "`close_augment_epochs`."
+            )
+        return 0, sys.maxsize, sys.maxsize
+    if not cfg.augment_phases:
+        until = epochs - cfg.close_augment_epochs
+        return 0, until, until
+    start, until, last = (round(share * epochs) for share in cfg.augment_phases)
+    return start, until, last
 
 
 def load_index(
@@ -202,26 +253,25 @@ def build_dataset(
     std: Sequence[float],
     seed: int = 0,
     classes: Classes | None = None,
-    epochs: int = 0,
+    epochs: int | None = 0,
 ) -> CocoDetection:
     """Return an index's images, augmented if `train`, labelled in `classes` if given.
 
-    `epochs` are those of the run; the last of them mix no images.
+    `epochs` are those of the run, of which the last mix no images; None: not known yet.
 
     Raises:
         DataError: `classes` lacks a class that annotations of the data have, or all classes.
     """
     for notice in _unused(cfg, epochs) if train else ():
         console(f"notice: {notice}")
-    mixing = cache = None
-    if train and (cfg.mosaic or cfg.mixup):
-        mixing = Mixing(mosaic=cfg.mosaic, mixup=cfg.mixup, until=epochs - cfg.close_augment_epochs)
+    mixing = build_mixing(cfg, mean=mean, epochs=epochs) if train else None
+    cache = None
     if train and cfg.cache_images:
         whole = CHANNELS * int(index.images.sizes.astype(np.int64).prod(axis=1).sum())
         cache = ImageCache(len(index), max(1, min(int(cfg.cache_images * 1e9), whole)))
     dataset = CocoDetection(
         index,
-        build_transform(cfg, train=train, mean=mean, std=std),
+        build_transform(cfg, train=train, mean=mean, std=std, epochs=epochs),
         seed=seed,
         classes=classes,
         mixing=mixing,
@@ -235,9 +285,12 @@ def build_dataset(
     return dataset
 
 
-def _unused(cfg: DataConfig, epochs: int) -> Iterator[str]:
+def _unused(cfg: DataConfig, epochs: int | None) -> Iterator[str]:
     """Yield a line on each option that has no effect because of others."""
-    if cfg.augment == "none" and cfg.train_scales not in (
+    if cfg.fixed_size:
+        if cfg.train_scales != DataConfig.train_scales:
+            yield f"fixed_size {cfg.fixed_size}: `train_scales` and `max_size` have no effect."
+    elif cfg.augment == "none" and cfg.train_scales not in (
         DataConfig.train_scales,
         (cfg.eval_scale,),
     ):
@@ -245,7 +298,13 @@ def _unused(cfg: DataConfig, epochs: int) -> Iterator[str]:
             f"augment none: images have a short side of `eval_scale {cfg.eval_scale}`; "
             "`train_scales` has no effect."
         )
-    if (cfg.mosaic or cfg.mixup) and epochs <= cfg.close_augment_epochs:
+    if cfg.mosaic_affine and not cfg.mosaic:
+        yield "mosaic 0: `mosaic_affine` has no effect."
+    mixed = cfg.mosaic or cfg.mixup or cfg.copy_blend
+    if cfg.augment_phases:
+        if cfg.close_augment_epochs != DataConfig.close_augment_epochs:
+            yield "augment_phases: replaces `close_augment_epochs`, which has no effect."
+    elif mixed and epochs is not None and epochs <= cfg.close_augment_epochs:
         yield (
             f"close_augment_epochs {cfg.close_augment_epochs} covers all {epochs} epochs: there "
             "will be no mosaic and no mixup. Lower it, or train longer."

@@ -2,6 +2,7 @@
 
 import glob
 import multiprocessing
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.ops import box_convert
 
 from datasets.class_mapping import map_used_classes
+from datasets.formats.layout import files_below
 from datasets.images import (
     READ_ERRORS,
     TURNED,
@@ -23,8 +25,9 @@ from datasets.images import (
     read_rgb,
 )
 from datasets.index import CocoIndex
+from datasets.mixing import Mixing
 from datasets.sample import CHANNELS, Sample, Size, clip_boxes, draw_integer, to_pixels
-from datasets.transforms import Mixing, Transform
+from datasets.transforms import Transform
 from util.batch import Target, UnreadableImage
 from util.classes import Classes
 from util.errors import ConfigError, DataError
@@ -136,6 +139,8 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         # Shared memory: worker processes that outlive an epoch see the next one.
         self._epoch: Tensor = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
+        self._mixed_epochs = torch.full((), sys.maxsize)
+        self._mixed_epochs.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -151,9 +156,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         epoch = int(self._epoch)
         generator = seeded_generator(self._seed, epoch, position)
         size = sample.size
-        if self._mixing is not None:
+        if self._mixing is not None and epoch < int(self._mixed_epochs):
             sample = self._mixing(sample, epoch, self._draw_sample, generator)
-        prepared = self.transform(sample, generator, seeded_generator(self._seed, epoch, batch, 1))
+        shared = seeded_generator(self._seed, epoch, batch, 1)
+        prepared = self.transform.in_epoch(epoch)(sample, generator, shared)
         return prepared.image, make_target(prepared, image_id, size)
 
     def read_image(self, image_id: int) -> Image.Image | None:
@@ -168,6 +174,10 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
     def set_epoch(self, epoch: int) -> None:
         """Draw new augmentation; call it before the loader is iterated."""
         self._epoch.fill_(epoch)
+
+    def mix_until(self, epoch: int) -> None:
+        """Mix images in the epochs before this one; call it between two epochs."""
+        self._mixed_epochs.fill_(epoch)
 
     def image_sizes(self) -> list[tuple[int, int]]:
         """Return the (height, width) of each image, (0, 0) where it is unknown."""
@@ -241,7 +251,7 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
         if path.is_file():
             images = [path]
         elif path.is_dir():
-            images = sorted(p for p in path.rglob("*") if is_image(p))
+            images = sorted(p for p in files_below(path) if is_image(p))
         else:
             matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
             images = [p for p in matches if is_image(p)]

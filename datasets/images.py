@@ -25,6 +25,12 @@ READ_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+# Not pixels without another program (the first runs Ghostscript), or no images.
+_NOT_READ = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC")
+_SCAN = b"\xff\xda"  # begins one; in its data a 0 follows each 255
+_PART = 1 << 20  # bytes that are looked through at once; one that lies across is not missed much
+_USUAL_SCANS = 20
+_MOST_SCANNED = 10**9  # pixels of all scans together: about ten seconds
 TURNED = (5, 6, 7, 8)  # orientations that swap width and height
 # What brings the stored pixels upright. Pillow's own function rewrites all of the EXIF data, and
 # fails where any of it is invalid.
@@ -83,6 +89,8 @@ def open_image(file: Path | IO[bytes] | Image.Image) -> Iterator[Image.Image]:
         except Image.DecompressionBombError as error:  # of twice the limit
             size = str(error).split(" exceeds")[0]
             raise Image.DecompressionBombError(f"{size}: over {hint}") from None
+        if image.format in _NOT_READ:  # whatever the file is called
+            raise UnidentifiedImageError(f"a file of the format {image.format} is not read")
         if limit is not None and image.width * image.height > limit:
             raise Image.DecompressionBombError(
                 f"{image.width}x{image.height} pixels are more than {hint}"
@@ -103,7 +111,25 @@ def decode(image: Image.Image) -> None:
         READ_ERRORS: the file cannot be decoded to its end.
     """
     with _as_read_error():
+        _refuse_endless_scans(image)
         image.load()
+
+
+def _refuse_endless_scans(image: Image.Image) -> None:
+    """Raise OSError for a JPEG that would take minutes.
+
+    A progressive one comes in about ten scans. Each is decoded over all pixels, and may be of a few
+    bytes.
+    """
+    file = getattr(image, "fp", None)
+    if not isinstance(image, JpegImageFile) or not image.info.get("progressive") or file is None:
+        return
+    place = file.tell()
+    file.seek(0)
+    scans = sum(part.count(_SCAN) for part in iter(lambda: file.read(_PART), b""))
+    file.seek(place)
+    if scans > _USUAL_SCANS and scans * image.width * image.height > _MOST_SCANNED:
+        raise OSError(f"damaged image: {scans} scans of {image.width}x{image.height} pixels")
 
 
 def read_header(file: Path | Image.Image) -> tuple[tuple[int, int], int] | None:
@@ -215,8 +241,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # the usual ones
-# Not pixels without another program (the first runs Ghostscript), or no images.
-_NOT_READ = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC")
 
 
 def is_image(path: Path) -> bool:

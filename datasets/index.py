@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.arrays import Annotations, Images, Names
-from datasets.checks.boxes import check_boxes, trained_boxes
+from datasets.checks.boxes import check_boxes, clip
 from datasets.checks.entries import CocoContent, check_content
 from datasets.checks.findings import Notice, SplitReport, short_name
 from datasets.checks.images import check_headers
@@ -30,11 +30,12 @@ from datasets.formats.registry import USUAL, Reading, Source
 from util.classes import Classes
 from util.console import console, in_line
 from util.errors import DataError
-from util.files import atomic_path
+from util.files import atomic_path, read_regular
 
 _CLASSES_SHOWN = 12
 _VERSION = 6  # of the kept arrays and of the checks that fill them
 _MIN_BYTES = 4_000_000  # smaller files are read again in a moment
+_MOST_BYTES = 2**34  # of a kept file
 _KEPT = 16  # files
 _DIGEST = 32  # bytes of SHA-256
 
@@ -146,10 +147,7 @@ class CocoIndex:
             check_headers(report, every_size=every_size)
         check_boxes(report)
         notices = (*content.notices, *report.notices)
-        # Training and evaluation take the numbers as they are, whatever layout they seem to have.
-        annotations = report.annotations.with_area()
-        boxes, usable = trained_boxes(report, annotations)
-        if need_boxes and not usable.any():
+        if need_boxes and not report.trained.any():
             raise DataError(
                 f"{place}: none of the {len(content.annotations.ids)} annotations is a usable box. "
                 + (
@@ -158,17 +156,20 @@ class CocoIndex:
                     else "Use another file."
                 )
             )
-        image = annotations.image[usable]
-        order = np.argsort(image, kind="stable")
+        # Training and evaluation take the numbers as they are, whatever layout they seem to have.
+        order = np.flatnonzero(report.trained)
+        order = order[np.argsort(report.annotations.image[order], kind="stable")]
+        trained = report.annotations.select(order)
+        sizes = report.images.sizes[trained.image][:, ::-1].astype(np.float64)  # width, height
         return cls(
             place=place,
             image_dir=report.source.image_dir,
             classes=content.classes,
             images=report.images,
-            annotations=annotations,
-            boxes=boxes[usable][order],
-            labels=annotations.labels[usable][order],
-            first=np.searchsorted(image[order], np.arange(len(report.images.ids) + 1)),
+            annotations=report.annotations.with_area(),
+            boxes=clip(trained.xywh, sizes),
+            labels=trained.labels,
+            first=np.searchsorted(trained.image, np.arange(len(report.images.ids) + 1)),
             findings=notices,
         )
 
@@ -269,16 +270,26 @@ def _save(file: Path, content: CocoContent) -> None:
 
 
 def _load(file: Path) -> CocoContent | None:
-    """Return what was saved, None where there is nothing sound."""
+    """Return what was saved, None where there is nothing sound, or nothing of this user."""
     try:
-        raw = memoryview(file.read_bytes())
+        if hasattr(os, "geteuid") and file.stat().st_uid != os.geteuid():
+            return None  # others could change the boxes
+        raw = memoryview(read_regular(file, _MOST_BYTES))
     except OSError:
         return None
     with contextlib.suppress(OSError):
         os.utime(file)  # the longest unused goes first
     if hashlib.sha256(raw[_DIGEST:]).digest() != raw[:_DIGEST]:
         return None
-    with np.load(io.BytesIO(raw[_DIGEST:]), allow_pickle=False) as saved:
+    try:
+        return _unpack(raw[_DIGEST:])
+    except Exception:  # what was damaged before it was hashed fails in any way
+        return None
+
+
+def _unpack(data: memoryview) -> CocoContent:
+    """Return the content of which `_save` made these bytes."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as saved:
         others = json.loads(saved["others"].tobytes())
         return CocoContent(
             Classes.from_json(others["classes"]),

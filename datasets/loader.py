@@ -93,6 +93,10 @@ class TrainLoader(DataLoader[Item]):
         self._augmentation.set_epoch(epoch)
         self._order.set_epoch(epoch, first_step)
 
+    def mix_until(self, epoch: int) -> None:
+        """Let images be mixed in the epochs before this one; call it between two epochs."""
+        self._augmentation.mix_until(epoch)
+
     def effective_batches(self) -> Iterator[list[Batch]]:
         """Yield this process's micro-batches of every step; see `with_images`."""
         batches: Iterator[Batch] = iter(self)

@@ -22,13 +22,15 @@ class Sample:
     """An image [3,h,w] RGB, uint8 until it is normalised, with boxes [K,4] xyxy and labels [K].
 
     Boxes are in pixels of `size`, the (height, width) that the image counts as; an image that
-    was decoded at a fraction of it has fewer pixels until it is resized.
+    was decoded at a fraction of it has fewer pixels until it is resized. `scaled` marks one whose
+    scale was drawn at random when it was put together.
     """
 
     image: Tensor
     boxes: Tensor
     labels: Tensor
     size: Size
+    scaled: bool = False
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -66,6 +68,12 @@ def resize(sample: Sample, size: Size, *, exact: bool = False) -> Sample:
     elif tuple(image.shape[-2:]) != size:
         image = pixels.resize(image, list(size), antialias=True)
     return counted_as(replace(sample, image=image), size)
+
+
+def times(size: Size, factor: float) -> Size:
+    """Return a (height, width) times `factor`, rounded, each at least 1."""
+    height, width = (max(1, round(side * factor)) for side in size)
+    return height, width
 
 
 def counted_as(sample: Sample, size: Size) -> Sample:
@@ -110,6 +118,28 @@ def crop_anywhere(sample: Sample, size: Size, generator: torch.Generator) -> Sam
         for full, side in ((sample.size[1], width), (sample.size[0], height))
     )
     return crop(sample, left, top, width, height)
+
+
+def mean_colour(mean: Sequence[float]) -> tuple[int, ...]:
+    """Return the 8-bit colour that is 0, as padding is, once it is normalised."""
+    return tuple(round(255 * value) for value in mean)
+
+
+def blank(size: Size, fill: Sequence[int]) -> Tensor:
+    """Return uint8 [3,H,W] of one colour, channels last in memory."""
+    image = torch.empty(*size, len(fill), dtype=torch.uint8).permute(2, 0, 1)
+    return image.copy_(torch.tensor(fill, dtype=torch.uint8)[:, None, None])
+
+
+def pad(sample: Sample, size: Size, fill: Sequence[int], place: tuple[int, int] = (0, 0)) -> Sample:
+    """Put the image at `place`, (top, left), on a canvas of `size` in the colour `fill`."""
+    if sample.size == size:
+        return sample
+    (height, width), (top, left) = sample.size, place
+    canvas = blank(size, fill)
+    canvas[:, top : top + height, left : left + width] = sample.image
+    boxes = sample.boxes + torch.tensor([left, top, left, top], dtype=sample.boxes.dtype)
+    return Sample(canvas, boxes, sample.labels, size)
 
 
 def clip_boxes(sample: Sample) -> Sample:

@@ -24,12 +24,31 @@ from util.errors import DataError, UserError
 
 SUBPIXELS = 4  # masks are drawn this much finer than the image, in each direction
 MIN_VISIBLE = 0.75  # an object may lose at most a quarter of itself to the ones drawn over it
-SIZE = (288, 216)  # of an image: one for all, so that no batch is padded
-SMALLEST, LARGEST = 20, 150  # size of an object, pixels
-MAX_OBJECTS = 12
 _ATTEMPTS = 8
 _VERSION = 4  # counts changes of the drawing, so that an old folder is not taken for a new one
 _FIRST_IMAGE_ID = {"train": 1, "val": 500_000}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A kind of image: its (width, height), and the sizes of objects, in pixels, and their number.
+
+    One size for all images, so that no batch is padded.
+    """
+
+    size: tuple[int, int] = (288, 216)
+    smallest: float = 20
+    largest: float = 150
+    fewest_objects: int = 1
+    most_objects: int = 12
+
+
+# By name. Crowded scenes show what a detector does with many small objects in large images.
+SCENES = {
+    "usual": Scene(),
+    "crowded": Scene((640, 480), smallest=16, largest=64, fewest_objects=20, most_objects=60),
+}
+USUAL = SCENES["usual"]
 
 
 def _polar(radii: list[float]) -> FloatArray:
@@ -82,21 +101,25 @@ class _Shape:
     visible: int
 
 
-def draw_image(rng: np.random.Generator) -> tuple[Image.Image, list[DrawnObject]]:
-    """Draw an image with 1 to 12 objects, later ones on top."""
-    canvas = _background(rng)
+def draw_image(
+    rng: np.random.Generator, scene: Scene = USUAL
+) -> tuple[Image.Image, list[DrawnObject]]:
+    """Draw an image of a scene, later objects on top; there may be no room for some of them."""
+    canvas = _background(rng, scene.size)
+    columns_of_all, rows_of_all = scene.size
     placed: list[_Shape] = []
     # Which object is seen at each subpixel, counted from 1: [H,4,W,4].
-    front = np.zeros((SIZE[1], SUBPIXELS, SIZE[0], SUBPIXELS), dtype=np.int8)
-    for _ in range(int(rng.integers(1, MAX_OBJECTS + 1))):
-        new = _place(rng, front, placed)
+    front = np.zeros((rows_of_all, SUBPIXELS, columns_of_all, SUBPIXELS), dtype=np.int8)
+    for _ in range(int(rng.integers(scene.fewest_objects, scene.most_objects + 1))):
+        new = _place(rng, front, placed, scene)
         if new is not None:
             _paint(rng, canvas, new)
             placed.append(new)
     grain = int(rng.integers(0, 13))
     canvas += rng.integers(-grain, grain + 1, size=canvas.shape, dtype=np.int8)
     objects = []
-    extents = ndimage.find_objects(front.reshape(SIZE[1] * SUBPIXELS, SIZE[0] * SUBPIXELS))
+    whole = front.reshape(rows_of_all * SUBPIXELS, columns_of_all * SUBPIXELS)
+    extents = ndimage.find_objects(whole)
     for shape, (rows, columns) in zip(placed, extents, strict=True):
         x, y = columns.start / SUBPIXELS, rows.start / SUBPIXELS
         width, height = columns.stop / SUBPIXELS - x, rows.stop / SUBPIXELS - y
@@ -104,9 +127,9 @@ def draw_image(rng: np.random.Generator) -> tuple[Image.Image, list[DrawnObject]
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8)), objects
 
 
-def _background(rng: np.random.Generator) -> NDArray[np.float32]:
+def _background(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float32]:
     """Return a colour gradient [H,W,3] in 0..255, plain, striped or blotched."""
-    width, height = SIZE
+    width, height = size
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     along = np.cos(angle) * (x / width - 0.5) + np.sin(angle) * (y / height - 0.5)
@@ -119,17 +142,17 @@ def _background(rng: np.random.Generator) -> NDArray[np.float32]:
         canvas += np.float32(strength) * np.sin(phase, dtype=np.float32)[..., None]
     elif texture == 2:
         coarse = rng.integers(0, 256, size=(8, 10, 3), dtype=np.uint8)
-        blotches = Image.fromarray(coarse).resize(SIZE, Image.Resampling.BICUBIC)
+        blotches = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
         canvas += (np.asarray(blotches, dtype=np.float32) - 128) * np.float32(strength / 90)
     return canvas
 
 
 def _place(
-    rng: np.random.Generator, front: NDArray[np.int8], placed: list[_Shape]
+    rng: np.random.Generator, front: NDArray[np.int8], placed: list[_Shape], scene: Scene
 ) -> _Shape | None:
     """Find room for a new object and put it in front; None where it would hide too much."""
     for _ in range(_ATTEMPTS):
-        new = _random_shape(rng)
+        new = _random_shape(rng, scene)
         seen = front[new.rows, :, new.columns]
         mask = (np.asarray(new.mask) > 0).reshape(seen.shape)
         hidden = np.bincount(seen[mask], minlength=len(placed) + 1)[1:].tolist()
@@ -142,18 +165,20 @@ def _place(
     return None
 
 
-def _random_shape(rng: np.random.Generator) -> _Shape:
+def _random_shape(rng: np.random.Generator, scene: Scene) -> _Shape:
     name = list(OUTLINES)[int(rng.integers(len(OUTLINES)))]
-    sides = np.sqrt(SMALLEST), np.sqrt(min(LARGEST, 0.7 * min(SIZE)))
-    size = float(rng.uniform(*sides) ** 2)  # small ones more often
+    most = min(scene.largest, 0.7 * min(scene.size))
+    # small ones more often
+    size = float(rng.uniform(np.sqrt(scene.smallest), np.sqrt(most)) ** 2)
     margin = 0.3 * size  # the image's border may cut an object, but not its middle
-    centre = rng.uniform((margin, margin), (SIZE[0] - margin, SIZE[1] - margin))
+    width, height = scene.size
+    centre = rng.uniform((margin, margin), (width - margin, height - margin))
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = np.cos(angle), np.sin(angle)
     turn = np.array([[cos, sin], [-sin, cos]]) * (size / 2)
     outlines = [outline @ turn + centre for outline in OUTLINES[name]]
     left, top = np.maximum(np.floor(outlines[0].min(0)) - 1, 0).astype(int).tolist()
-    right, bottom = np.minimum(np.ceil(outlines[0].max(0)) + 1, SIZE).astype(int).tolist()
+    right, bottom = np.minimum(np.ceil(outlines[0].max(0)) + 1, scene.size).astype(int).tolist()
     mask = Image.new("L", ((right - left) * SUBPIXELS, (bottom - top) * SUBPIXELS))
     pen = ImageDraw.Draw(mask)
     for fill, outline in zip((255, 0), outlines, strict=False):
@@ -176,31 +201,36 @@ def _paint(rng: np.random.Generator, canvas: NDArray[np.float32], new: _Shape) -
     behind += coverage * (colour + shade - behind).astype(np.float32)
 
 
-def generate_shapes(output_dir: Path, *, num_train: int, num_val: int, seed: int) -> None:
+def generate_shapes(
+    output_dir: Path, *, num_train: int, num_val: int, seed: int, scene: str = "usual"
+) -> None:
     """Write train2017/, val2017/ and annotations/ of drawn shapes with their exact boxes.
 
-    An image depends on (seed, split, index) alone. A folder that already holds exactly this set
-    is left as it is; an interrupted run leaves none.
+    An image depends on (scene, seed, split, index) alone. A folder that already holds exactly
+    this set is left as it is; an interrupted run leaves none.
 
     Raises:
         DataError: `output_dir` holds anything else.
     """
-    counts = {"train": num_train, "val": num_val}
+    wanted = {
+        split: _info(split, count, seed, scene)
+        for split, count in (("train", num_train), ("val", num_val))
+    }
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        _check_existing(output_dir, counts, seed)
+        _check_existing(output_dir, wanted)
         return
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".shapes-") as scratch:
         unfinished = Path(scratch) / "set"
-        for split, count in counts.items():
-            _write_split(unfinished, split, count, seed)
+        for split, info in wanted.items():
+            _write_split(unfinished, split, info)
         if output_dir.exists():
             output_dir.rmdir()
         unfinished.rename(output_dir)
 
 
-def _info(split: str, count: int, seed: int) -> dict[str, Any]:
-    return {
+def _info(split: str, count: int, seed: int, scene: str) -> dict[str, Any]:
+    info = {
         "description": "drawn shapes",
         "generator": "shapes",
         "generator_version": _VERSION,
@@ -208,10 +238,12 @@ def _info(split: str, count: int, seed: int) -> dict[str, Any]:
         "num_pictures": count,
         "seed": seed,
     }
+    return info if scene == "usual" else {**info, "scene": scene}
 
 
-def _check_existing(folder: Path, counts: dict[str, int], seed: int) -> None:
-    for split, count in counts.items():
+def _check_existing(folder: Path, wanted: dict[str, dict[str, Any]]) -> None:
+    for split, info in wanted.items():
+        count = info["num_pictures"]
         annotation_file, image_dir = coco_layout(folder, split)
         try:
             found = json.loads(annotation_file.read_text(encoding="utf-8"))["info"]
@@ -221,11 +253,13 @@ def _check_existing(folder: Path, counts: dict[str, int], seed: int) -> None:
             raise DataError(
                 f"`output_dir {folder}`: the folder has other content. Choose a new or empty one."
             )
-        if found != _info(split, count, seed):
+        if found != info:
             raise DataError(
                 f"`output_dir {folder}`: it holds {found.get('num_pictures')} {split} images of "
-                f"seed {found.get('seed')} (drawing version {found.get('generator_version')}), not "
-                f"{count} of seed {seed} (version {_VERSION}). Delete it or choose another folder."
+                f"{found.get('scene', 'usual')} scenes, seed {found.get('seed')} (drawing version "
+                f"{found.get('generator_version')}), not {count} of {info.get('scene', 'usual')} "
+                f"scenes, seed {info['seed']} (version {_VERSION}). Delete it or choose another "
+                "folder."
             )
         if sum(1 for _ in image_dir.glob("*.jpg")) != count:
             raise DataError(
@@ -234,14 +268,15 @@ def _check_existing(folder: Path, counts: dict[str, int], seed: int) -> None:
             )
 
 
-def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
+def _write_split(folder: Path, split: str, info: dict[str, Any]) -> None:
     annotation_file, image_dir = coco_layout(folder, split)
     image_dir.mkdir(parents=True)
     names = list(CATEGORY_IDS)
     images = []
-    for index in range(count):
-        key = (seed, list(_FIRST_IMAGE_ID).index(split), index)
-        image, objects = draw_image(np.random.default_rng(key))
+    scene = SCENES[info.get("scene", "usual")]
+    for index in range(info["num_pictures"]):
+        key = (info["seed"], list(_FIRST_IMAGE_ID).index(split), index)
+        image, objects = draw_image(np.random.default_rng(key), scene)
         image_id = _FIRST_IMAGE_ID[split] + index
         file = image_dir / f"{image_id:06d}.jpg"
         image.save(file, quality=92, subsampling=0)
@@ -258,7 +293,7 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
             )
         )
     drawn = coco_content(Split(split, tuple(CATEGORY_IDS.values()), tuple(names), images))
-    write_text(annotation_file, json.dumps({"info": _info(split, count, seed), **drawn}))
+    write_text(annotation_file, json.dumps({"info": info, **drawn}))
 
 
 def _main() -> int:
@@ -266,6 +301,10 @@ def _main() -> int:
     parser.add_argument("--output_dir", type=Path, required=True, help="a new or empty folder")
     for name, default in (("num_train", 2800), ("num_val", 200), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
+    parser.add_argument(
+        "--scene", choices=list(SCENES), default="usual",
+        help="crowded: 20 to 60 objects of 16 to 64 pixels in images of 640x480",
+    )  # fmt: skip
     args = parser.parse_args()
     try:
         generate_shapes(**vars(args))

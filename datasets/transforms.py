@@ -1,7 +1,6 @@
-"""Preparation of images with their boxes: DETR's recipe, stronger ones, images made of several."""
+"""Preparation of images with their boxes: DETR's recipe and stronger ones."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,16 +10,18 @@ from torchvision.transforms.v2 import functional as pixels
 from datasets.sample import (
     Sample,
     Size,
-    counted_as,
     crop_anywhere,
     draw_chance,
     draw_integer,
     draw_uniform,
     flip,
+    mean_colour,
     normalise,
+    pad,
     random_crop,
     resize,
     resized_size,
+    times,
 )
 
 _LONGEST_BEFORE_CROP = 16  # times max_size: else a line of 1 x 2000 pixels would take gigabytes
@@ -31,11 +32,6 @@ _COLOUR_CHANGES = (
     (pixels.adjust_saturation, (0.5, 1.5)),
     (pixels.adjust_hue, (-0.04, 0.04)),  # of the colour circle
 )
-_CENTRE = (0.3, 0.7)  # where a mosaic's four images meet, share of its sides
-_MOST_CUT = 16  # areas of a tile that an image may be scaled to: strips would fill the memory
-_OWN_SHARE = (0.4, 0.6)  # of a pixel that two images mix
-
-Partner = Callable[[torch.Generator], Sample | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +43,11 @@ class TrainTransform:
     side of the crop; `hflip`, `zoom_out` and `color_jitter` are probabilities; `scale_jitter` holds
     the minimum and maximum factor on the last scale, or nothing. With `one_scale_per_batch`,
     images of one size keep one size, and nothing is padded.
+
+    A `fixed_size` other than 0 is the side, in pixels, of a square that takes the place of
+    `train_scales` and `max_size`: the image is scaled to fit, and the rest filled with the mean
+    colour. The model takes that for part of the image, so a smaller image has smaller objects.
+    Outside the epochs of `strong_epochs` (None: all have it), images are flipped and scaled alone.
     """
 
     train_scales: tuple[int, ...]
@@ -61,6 +62,14 @@ class TrainTransform:
     scale_jitter: tuple[float, ...] = ()
     zoom_out: float = 0.0
     color_jitter: float = 0.0
+    fixed_size: int = 0
+    strong_epochs: range | None = None
+
+    def in_epoch(self, epoch: int) -> "TrainTransform":
+        """Return the preparation of an epoch, counted from 0."""
+        if self.strong_epochs is None or epoch in self.strong_epochs:
+            return self
+        return replace(self, random_crop=False, scale_jitter=(), zoom_out=0.0, color_jitter=0.0)
 
     def __call__(
         self, sample: Sample, generator: torch.Generator, batch_generator: torch.Generator
@@ -69,26 +78,33 @@ class TrainTransform:
 
         Drawn from `generator`, or from `batch_generator` what the images of a batch share.
         """
+        free = not sample.scaled
         if draw_chance(self.hflip, generator):
             sample = flip(sample)
-        if self.random_crop and draw_chance(0.5, generator):
+        if free and self.random_crop and draw_chance(0.5, generator):
             scale = _choose(self.crop_scales, generator)
             size = resized_size(*sample.size, scale, _LONGEST_BEFORE_CROP * self.max_size)
             sample = resize(sample, size)
             sample = random_crop(sample, self.crop_size, generator)
-        scale = _choose(
-            self.train_scales, batch_generator if self.one_scale_per_batch else generator
-        )
-        size = resized_size(*sample.size, scale, self.max_size)
-        if self.zoom_out and draw_chance(self.zoom_out, generator):
-            fill = tuple(round(255 * value) for value in self.mean)  # as padding looks
+        if self.fixed_size:
+            size = fit(sample.size, self.fixed_size)
+            window = (self.fixed_size, self.fixed_size)
+        else:
+            scale = _choose(
+                self.train_scales, batch_generator if self.one_scale_per_batch else generator
+            )
+            window = size = resized_size(*sample.size, scale, self.max_size)
+        fill = mean_colour(self.mean)
+        if free and self.zoom_out and draw_chance(self.zoom_out, generator):
             sample = zoom_out(sample, size, fill, generator)
-        elif self.scale_jitter:
-            sample = scale_jitter(sample, size, self.scale_jitter, generator)
+        elif free and self.scale_jitter:
+            sample = scale_jitter(sample, size, window, self.scale_jitter, generator)
         else:
             sample = resize(sample, size)
         if self.color_jitter and draw_chance(self.color_jitter, generator):
             sample = replace(sample, image=color_jitter(sample.image, generator))
+        if self.fixed_size:
+            sample = pad(sample, window, fill)
         return normalise(sample, self.mean, self.std)
 
     def output_size(self, height: int, width: int) -> Size | None:
@@ -97,12 +113,18 @@ class TrainTransform:
 
     def largest_size(self, height: int, width: int) -> Size:
         """Return the largest (height, width) that an uncropped image of this size may get."""
+        if self.fixed_size:
+            return self.fixed_size, self.fixed_size
         return resized_size(height, width, max(self.train_scales), self.max_size)
 
     def decoded_size(self, height: int, width: int) -> Size:
         """Return the minimum (height, width) to decode at: what any first resize may ask for."""
         zoom = max(1.0, self.scale_jitter[1]) if self.scale_jitter else 1.0
-        sizes = [tuple(round(side * zoom) for side in self.largest_size(height, width))]
+        if self.fixed_size:
+            largest = fit((height, width), self.fixed_size)
+        else:
+            largest = self.largest_size(height, width)
+        sizes = [tuple(round(side * zoom) for side in largest)]
         if self.random_crop:
             sizes.append(resized_size(height, width, max(self.crop_scales), None))
         return max(size[0] for size in sizes), max(size[1] for size in sizes)
@@ -127,6 +149,10 @@ class EvalTransform:
         resized = resize(sample, self.output_size(*sample.size), exact=True)
         return normalise(resized, self.mean, self.std, exact=True)
 
+    def in_epoch(self, epoch: int) -> "EvalTransform":
+        """Return itself: every epoch is alike."""
+        return self
+
     def output_size(self, height: int, width: int) -> Size:
         """Return the (height, width) that an image of this size will have."""
         return resized_size(height, width, self.eval_scale, self.max_size)
@@ -145,16 +171,25 @@ def _choose(values: Sequence[int], generator: torch.Generator) -> int:
     return values[draw_integer(0, len(values) - 1, generator)]
 
 
+def fit(size: Size, side: int) -> Size:
+    """Return the (height, width) of an image of `size` scaled so that its long side is `side`."""
+    return times(size, side / max(size))
+
+
 def scale_jitter(
-    sample: Sample, size: Size, factors: tuple[float, ...], generator: torch.Generator
+    sample: Sample,
+    size: Size,
+    window: Size,
+    factors: tuple[float, ...],
+    generator: torch.Generator,
 ) -> Sample:
-    """Resize to `size` times a factor drawn from `factors`, and cut what is more than `size`.
+    """Resize to `size` times a factor drawn from `factors`, and cut what is more than `window`.
 
     Large-scale jitter (arXiv 2012.07177) without its padding: what is smaller stays so.
     """
     low, high = factors
-    scaled = resize(sample, _times(size, draw_uniform(low, high, generator)))
-    height, width = (min(full, side) for full, side in zip(scaled.size, size, strict=True))
+    scaled = resize(sample, times(size, draw_uniform(low, high, generator)))
+    height, width = (min(full, side) for full, side in zip(scaled.size, window, strict=True))
     if (height, width) == scaled.size:
         return scaled
     return crop_anywhere(scaled, (height, width), generator)
@@ -164,15 +199,10 @@ def zoom_out(
     sample: Sample, size: Size, fill: tuple[int, ...], generator: torch.Generator
 ) -> Sample:
     """Put the image, made smaller, somewhere on a canvas of `size` in the colour `fill`."""
-    small = resize(sample, _times(size, draw_uniform(*ZOOM_OUT, generator)))
-    height, width = small.size
-    left = draw_integer(0, size[1] - width, generator)
-    top = draw_integer(0, size[0] - height, generator)
-    canvas = torch.empty(*size, len(fill), dtype=torch.uint8).permute(2, 0, 1)
-    canvas.copy_(torch.tensor(fill, dtype=torch.uint8)[:, None, None])
-    canvas[:, top : top + height, left : left + width] = small.image
-    boxes = small.boxes + torch.tensor([left, top, left, top], dtype=small.boxes.dtype)
-    return Sample(canvas, boxes, small.labels, size)
+    small = resize(sample, times(size, draw_uniform(*ZOOM_OUT, generator)))
+    left = draw_integer(0, size[1] - small.size[1], generator)
+    top = draw_integer(0, size[0] - small.size[0], generator)
+    return pad(small, size, fill, (top, left))
 
 
 def color_jitter(image: Tensor, generator: torch.Generator) -> Tensor:
@@ -180,99 +210,3 @@ def color_jitter(image: Tensor, generator: torch.Generator) -> Tensor:
     for change, factors in _COLOUR_CHANGES:
         image = change(image, draw_uniform(*factors, generator))
     return image
-
-
-def _times(size: Size, factor: float) -> Size:
-    height, width = (max(1, round(side * factor)) for side in size)
-    return height, width
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mixing:
-    """Mosaic or mixup with the probabilities of these names, in epochs before `until`.
-
-    `until` lets training end on images as they are.
-    """
-
-    mosaic: float
-    mixup: float
-    until: int
-
-    def __call__(
-        self, sample: Sample, epoch: int, partner: Partner, generator: torch.Generator
-    ) -> Sample:
-        """Return the sample, mixed or not; `partner` draws another, or None if unreadable."""
-        if epoch >= self.until:
-            return sample
-        if draw_chance(self.mosaic, generator):
-            others = [partner(generator) or sample for _ in range(3)]
-            return mosaic([sample, *others], generator)
-        if draw_chance(self.mixup, generator):
-            other = partner(generator)
-            return sample if other is None else mixup(sample, other, generator)
-        return sample
-
-
-def mosaic(samples: list[Sample], generator: torch.Generator) -> Sample:
-    """Return four images around a point, each cut to its quarter, in the size of the first.
-
-    An image is scaled to cover its quarter, whatever part of it is cut away (after YOLOv4, arXiv
-    2004.10934). Which quarter is whose is drawn.
-    """
-    _, height, width = samples[0].image.shape
-    y = round(height * draw_uniform(*_CENTRE, generator))
-    x = round(width * draw_uniform(*_CENTRE, generator))
-    corners = [(0, 0, y, x), (0, x, y, width), (y, 0, height, x), (y, x, height, width)]
-    image = torch.empty(height, width, 3, dtype=torch.uint8).permute(2, 0, 1)
-    boxes, labels = [], []
-    for number, sample in zip(torch.randperm(4, generator=generator), samples, strict=True):
-        top, left, bottom, right = corners[int(number)]
-        if top == bottom or left == right:  # an image one pixel wide has two quarters
-            continue
-        tile = _cover(sample, (bottom - top, right - left), generator)
-        image[:, top:bottom, left:right] = tile.image
-        boxes.append(tile.boxes + torch.tensor([left, top, left, top]))
-        labels.append(tile.labels)
-    mixed = Sample(image, torch.cat(boxes), torch.cat(labels), (height, width))
-    return counted_as(mixed, samples[0].size)
-
-
-def mixup(sample: Sample, other: Sample, generator: torch.Generator) -> Sample:
-    """Return the first image with the other blended into it, whole, with the boxes of both.
-
-    Mixup of detectors (arXiv 1902.04103), without weights in the loss.
-    """
-    _, height, width = sample.image.shape
-    small = resize(other, _times(other.size, min(height / other.size[0], width / other.size[1])))
-    top = draw_integer(0, height - small.size[0], generator)
-    left = draw_integer(0, width - small.size[1], generator)
-    share = draw_uniform(*_OWN_SHARE, generator)
-    image = sample.image.clone()
-    part = image[:, top : top + small.size[0], left : left + small.size[1]]
-    part.copy_(torch.lerp(small.image.float(), part.float(), share).round_())
-    boxes = torch.cat(
-        [
-            counted_as(sample, (height, width)).boxes,
-            small.boxes + torch.tensor([left, top, left, top]),
-        ]
-    )
-    mixed = Sample(image, boxes, torch.cat([sample.labels, other.labels]), (height, width))
-    return counted_as(mixed, sample.size)
-
-
-def _cover(sample: Sample, size: Size, generator: torch.Generator) -> Sample:
-    """Scale an image until it covers `size`, and cut it to that somewhere."""
-    factor = max(side / full for side, full in zip(size, sample.size, strict=True))
-    if math.prod(sample.size) * factor**2 > _MOST_CUT * math.prod(size):
-        # Cut out what will cover it before that is scaled, by a factor of its own.
-        height, width = (
-            min(full, math.ceil(side / factor))
-            for side, full in zip(size, sample.size, strict=True)
-        )
-        sample = crop_anywhere(sample, (height, width), generator)
-        factor = max(side / full for side, full in zip(size, sample.size, strict=True))
-    height, width = (
-        max(side, math.ceil(full * factor - 1e-6))
-        for side, full in zip(size, sample.size, strict=True)
-    )
-    return crop_anywhere(resize(sample, (height, width)), size, generator)

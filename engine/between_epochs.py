@@ -3,17 +3,20 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from datasets.dataset import CocoDetection
+from datasets.loader import collate
 from engine.data_report import report_unreadable
 from engine.evaluation.analysis import draw_gallery, evenly_spaced
-from engine.evaluation.evaluate import evaluate
+from engine.evaluation.evaluate import detect, evaluate
 from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
 from engine.evaluation.matching import Truth
 from engine.evaluation.outcomes import thresholds_by_name
@@ -27,6 +30,8 @@ from util.batch import Batch
 from util.console import log
 from util.errors import UserError
 from util.world import World
+
+_SAMPLED = 6  # images by which the time of an evaluation is estimated
 
 
 def training_values(steps: StepLog, label: str, output_dir: Path) -> dict[str, Any]:
@@ -90,6 +95,26 @@ class Validation:
             stats, thresholds, more = self._evaluate(averaged, step, label, "ema_", stopping)
             values |= more
         return stats, thresholds, values
+
+    def estimate_seconds(self, model: nn.Module, averaged: nn.Module | None) -> float:
+        """Estimate how long an evaluation takes, by a few of the images that can be read."""
+        positions = np.linspace(0, len(self.dataset) - 1, _SAMPLED).astype(int).tolist()
+        batches = [collate([self.dataset[position]]) for position in positions]
+        times = [time.perf_counter()]
+        with torch.compiler.set_stance("force_eager"):
+            for _ in detect(
+                model,
+                self.postprocess,
+                [batch for batch in batches if batch.images is not None],
+                device=self.device,
+                description=None,
+                on_outputs=self.criterion,
+                autocast=self.precision.autocast,
+            ):
+                times.append(time.perf_counter())
+        seconds = [after - before for before, after in pairwise(times)][1:]  # the first warms up
+        images = -(-len(self.dataset) // self.world.size) * (1 if averaged is None else 2)
+        return images * sum(seconds) / max(len(seconds), 1)
 
     def _evaluate(
         self, model: nn.Module, step: int, label: str, prefix: str, stopping: Callable[[], bool]

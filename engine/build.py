@@ -26,10 +26,11 @@ from engine.data_report import write_data_report
 from engine.ema import Ema
 from engine.guards import FlatLoss, Guards, MemoryGuard, NonFiniteSteps, UnreadableImages
 from engine.guards.timer import StepTimer
-from engine.optim import Precision, learning_rate_factor
+from engine.optim import Precision, Schedule
 from engine.plan import RunPlan
 from engine.probe import try_largest_step
 from engine.run_log import RunLog
+from engine.time_limit import Rhythm, TimeLimit
 from engine.trainer import Trainer
 from models.build import (
     ALL_STAGES,
@@ -71,8 +72,9 @@ def build_trainer(
     model, mean, std = build_training_model(plan, classes)
     model = model.to(device)
     train_set = build_dataset(
-        data, train_index, train=True, mean=mean, std=std, seed=options.seed, epochs=optim.epochs
-    )
+        data, train_index, train=True, mean=mean, std=std, seed=options.seed,
+        epochs=None if optim.max_hours else optim.epochs,
+    )  # fmt: skip
     val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
     num_workers = loader_processes(data.num_workers, local_size=world.local_size)
     loader, val_batches = build_loaders(
@@ -265,7 +267,7 @@ def assemble_trainer(
     optim, options = config.optim, config.run
     precision = Precision(optim.precision, device)
     set_checkpointing(model, optim.activation_checkpointing)
-    ema = Ema(model, optim.ema_decay) if optim.ema_decay else None
+    ema = Ema(model, optim.ema_decay, optim.ema_tau) if optim.ema_decay else None
     if optim.compile:
         compile_model(model)
     optimizer, scheduler = build_optimizer(model, optim, loader.steps)
@@ -285,7 +287,9 @@ def assemble_trainer(
         validation=Validation(
             dataset=val_set,
             batches=val_batches,
-            postprocess=PostProcess(nms_iou=config.data.nms_iou),
+            postprocess=PostProcess(
+                max_detections=config.data.num_select, nms_iou=config.data.nms_iou
+            ),
             criterion=criterion,
             precision=precision,
             world=world,
@@ -300,11 +304,24 @@ def assemble_trainer(
         output_dir=output_dir,
         checkpoints=folder,
         identity=identity,
-        epochs=optim.epochs,
+        epochs=sys.maxsize if optim.max_hours else optim.epochs,
         eval_every=options.eval_every,
         save_every=options.save_every,
         max_steps=options.max_steps,
+        time_limit=build_time_limit(config, loader.steps),
         seed=options.seed,
+    )
+
+
+def build_time_limit(config: Config, steps_per_epoch: int) -> TimeLimit | None:
+    """Return what fits a run into `max_hours`, None where it ends after its epochs."""
+    if not config.optim.max_hours:
+        return None
+    return TimeLimit(
+        config.optim.max_hours,
+        Rhythm(steps_per_epoch, config.run.eval_every, config.run.save_every),
+        schedule=build_schedule(config.optim),
+        unmixed_epochs=config.data.close_augment_epochs,
     )
 
 
@@ -338,33 +355,52 @@ def build_optimizer(
     """Build AdamW over the three official groups, and the schedule, stepped once per step.
 
     The groups are transformer and heads, backbone, and linear projections. Parameters that need no
-    gradient are left out; weight decay holds for everything.
+    gradient are left out. Weight decay holds for everything, unless norms and biases have their
+    own: then each group has a second one, of its parameters of one dimension.
     """
-    groups: dict[str, list[nn.Parameter]] = {"transformer": [], "backbone": [], "linear_proj": []}
+    rates = {
+        "transformer": optim.lr,
+        "backbone": optim.lr_backbone,
+        "linear_proj": optim.lr * optim.lr_linear_proj_mult,
+    }
+    groups: list[dict[str, Any]] = [
+        {"name": name, "params": [], "lr": rate} for name, rate in rates.items()
+    ]
+    if optim.norm_weight_decay is not None:
+        own = {"weight_decay": optim.norm_weight_decay}
+        groups += [{**group, **own, "name": f"{group['name']}_norms", "params": []}
+                   for group in groups]  # fmt: skip
+    parameters_of = {group["name"]: group["params"] for group in groups}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             linear = any(part in name for part in _LINEAR_PROJ)
-            group = "linear_proj" if linear else "transformer"
-            groups["backbone" if name.startswith(BACKBONE) else group].append(parameter)
-    rates = (optim.lr, optim.lr_backbone, optim.lr * optim.lr_linear_proj_mult)
+            place = "linear_proj" if linear else "transformer"
+            place = "backbone" if name.startswith(BACKBONE) else place
+            apart = optim.norm_weight_decay is not None and parameter.dim() <= 1
+            parameters_of[f"{place}_norms" if apart else place].append(parameter)
     optimizer = torch.optim.AdamW(
-        [
-            {"name": name, "params": parameters, "lr": rate}
-            for (name, parameters), rate in zip(groups.items(), rates, strict=True)
-        ],
+        groups,
         lr=optim.lr,
         weight_decay=optim.weight_decay,
         fused=all(p.device.type in ("cpu", "cuda") for p in model.parameters()),
     )
-    factor = learning_rate_factor(
-        optim.lr_scheduler,
-        steps_per_epoch,
+    total = None if optim.max_hours else optim.epochs * steps_per_epoch
+    return optimizer, LambdaLR(optimizer, build_schedule(optim).over(total))
+
+
+def build_schedule(optim: OptimConfig) -> Schedule:
+    """Return how the learning rate changes over the run."""
+    return Schedule(
+        kind=optim.lr_scheduler,
         epochs=optim.epochs,
-        warmup_steps=optim.warmup_steps,
         drop_every=optim.lr_drop,
         drop_epochs=optim.lr_drop_epochs,
+        flat=optim.lr_flat,
+        tail=optim.lr_tail,
+        final=optim.lr_final,
+        warmup_steps=optim.warmup_steps,
+        warmup_shape=optim.warmup_shape,
     )
-    return optimizer, LambdaLR(optimizer, factor)
 
 
 def distributed(model: DeformableDETR, world: World, *, exchange_norms: bool) -> nn.Module:

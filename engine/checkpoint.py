@@ -155,6 +155,10 @@ class CheckpointFolder:
         except OSError:  # no hard links here: for a moment there is no last.pth
             os.replace(self.last, aside)
 
+    def newest(self, count: int) -> list[Path]:
+        """Return the newest checkpoints, at most `count`, the newest first."""
+        return [p for p in (self.last, *self._earlier()) if p.exists()][:count]
+
     def _earlier(self) -> list[Path]:
         return sorted(self._folder.glob("step_*.pth"), reverse=True)
 

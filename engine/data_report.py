@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from util.batch import UnreadableImage
-from util.files import write_atomic
+from util.files import read_regular, write_atomic
 from util.world import World
 
 DATA_REPORT = "data_report.json"
 _UNREADABLE = "unreadable_in_training"  # key of the training split
+_LARGEST = 2**30  # bytes
 
 
 def write_data_report(folder: Path, report: Mapping[str, Any], *, continued: bool) -> None:
@@ -20,10 +21,9 @@ def write_data_report(folder: Path, report: Mapping[str, Any], *, continued: boo
     A `continued` run keeps the unreadable images of its earlier part.
     """
     path = folder / DATA_REPORT
-    if continued and path.is_file():
-        earlier = json.loads(path.read_text(encoding="utf-8"))["train"].get(_UNREADABLE)
-        if earlier:
-            report = {**report, "train": {**report["train"], _UNREADABLE: earlier}}
+    earlier = _unreadable_before(_read(path)) if continued else []
+    if earlier:
+        report = {**report, "train": {**report["train"], _UNREADABLE: earlier}}
     write_atomic(path, json.dumps(report, indent=1))
 
 
@@ -39,10 +39,32 @@ def report_unreadable(folder: Path, images: Mapping[str, UnreadableImage], world
     }
     path = folder / DATA_REPORT
     if world.main and path.is_file():
-        report = json.loads(path.read_text(encoding="utf-8"))
-        earlier = report["train"].get(_UNREADABLE, [])  # from before a resume
+        report = _read(path)
+        earlier = _unreadable_before(report)  # from before a resume
         found = {image["path"]: image for image in earlier} | found
         if found:
             report["train"][_UNREADABLE] = sorted(found.values(), key=lambda i: i["image_id"])
             write_atomic(path, json.dumps(report, indent=1))
     return len(found)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a data report; one without content where the file is missing or damaged."""
+    try:
+        report = json.loads(read_regular(path, _LARGEST))
+    except (OSError, ValueError, RecursionError):
+        report = None
+    sound = isinstance(report, dict) and isinstance(report.get("train"), dict)
+    return report if sound else {"train": {}}
+
+
+def _unreadable_before(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the unreadable images that a report lists, but for damaged entries."""
+    listed = report["train"].get(_UNREADABLE)
+    return [
+        image
+        for image in (listed if isinstance(listed, list) else [])
+        if isinstance(image, dict)
+        and isinstance(image.get("path"), str)
+        and type(image.get("image_id")) is int
+    ]

@@ -20,6 +20,7 @@ from datasets.dataset import CocoDetection, ImageList, ImageSource
 from datasets.eval_loader import eval_loader
 from datasets.images import limit_pixels
 from datasets.workers import loader_processes
+from engine.claims import check_claims
 from engine.evaluation.evaluate import detect, evaluate
 from engine.evaluation.evaluator import Backend, EvalResult, Evaluator
 from engine.evaluation.matching import Truth
@@ -37,6 +38,7 @@ from util.errors import CheckpointError, ConfigError, DataError, brief
 from util.world import World
 
 DEFAULT_THRESHOLD = 0.3  # of classes for which the checkpoint has none
+_LARGEST_BATCH = 65536  # that a checkpoint may ask for
 
 AnyImage = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 
@@ -59,8 +61,8 @@ class Detector:
     """A model with what it needs to turn images into named boxes.
 
     `thresholds` has the best score threshold by class name, of classes for which one is known.
-    `data` holds the data options of the model's training run: the image size, the NMS threshold,
-    and where the run's validation data is. `mean` and `std` are per channel, in 0..1.
+    `data` holds the data options of the model's training run: the image size, which detections are
+    kept, and where the run's validation data is. `mean` and `std` are per channel, in 0..1.
     """
 
     def __init__(
@@ -92,14 +94,16 @@ class Detector:
         ema: bool = True,
         eval_scale: int | None = None,
         max_size: int | None = None,
+        num_select: int | None = None,
         nms_iou: float | None = None,
         max_pixels: int | None = None,
     ) -> "Detector":
         """Load our own checkpoint, an official file, a Hugging Face folder, or `hf:NAME`.
 
-        `ema` takes the averaged weights, where there are any. The last four replace what the
+        `ema` takes the averaged weights, where there are any. The last five replace what the
         checkpoint says: the short side and the maximum long side of an image in pixels, the
-        NMS IoU threshold (1 disables NMS), and the pixels of the largest image that is read.
+        detections kept per image, the NMS IoU threshold (1 disables NMS), and the pixels of the
+        largest image that is read.
 
         Raises:
             CheckpointError: the source cannot be read, or does not say what model it is of.
@@ -117,14 +121,15 @@ class Detector:
                 "from."
             )
         replaced = {
-            "eval_scale": eval_scale, "max_size": max_size, "nms_iou": nms_iou,
-            "max_pixels": max_pixels,
+            "eval_scale": eval_scale, "max_size": max_size, "num_select": num_select,
+            "nms_iou": nms_iou, "max_pixels": max_pixels,
         }  # fmt: skip
         given = Given(
             {"data": {name: value for name, value in replaced.items() if value is not None}},
             KnownRecipes(),
         )
         config = given.on(_options_of(pretrained, given, source)).config()
+        check_claims(config.model, pretrained.state_dict, source, recipes=config.recipes)
         optim = (pretrained.config or {}).get("optim", {})
         model = build_model(
             config.model, num_classes=len(pretrained.classes), recipes=config.recipes
@@ -141,7 +146,7 @@ class Detector:
             std=pretrained.image_std or model.backbone.std,
             device=device,
             thresholds=pretrained.thresholds,
-            batch_size=optim.get("eval_batch_size") or optim.get("batch_size", 1),
+            batch_size=_batch_size(optim.get("eval_batch_size") or optim.get("batch_size")),
         )
 
     @property
@@ -152,6 +157,10 @@ class Detector:
             for label in range(len(self.classes))
             if self.classes.in_use(label)
         )
+
+    @property
+    def _postprocess(self) -> PostProcess:
+        return PostProcess(max_detections=self.data.num_select, nms_iou=self.data.nms_iou)
 
     def min_scores(self, threshold: float | None = None) -> dict[str, float]:
         """Return the score from which on each class's boxes count, by name.
@@ -224,7 +233,7 @@ class Detector:
         )
         for batch, found in detect(
             self.model,
-            PostProcess(nms_iou=self.data.nms_iou),
+            self._postprocess,
             eval_loader(dataset, batch_size=batch_size, num_workers=num_workers),
             device=self.device,
             description=description,
@@ -323,7 +332,7 @@ class Detector:
         )
         result, _ = evaluate(
             self.model,
-            PostProcess(nms_iou=self.data.nms_iou),
+            self._postprocess,
             batches,
             evaluator,
             device=self.device,
@@ -374,6 +383,11 @@ def _image_source(image: Any) -> ImageSource:
         f"cannot predict on a {got}. Give a path, a Pillow image, an RGB array [H,W,3] of uint8, "
         "an RGB tensor [3,H,W] of uint8 or of floats in 0..1, or a list of these."
     )
+
+
+def _batch_size(saved: object) -> int:
+    """Return the batch size that a checkpoint names, 1 where that makes no sense."""
+    return saved if type(saved) is int and 0 < saved <= _LARGEST_BATCH else 1
 
 
 def saved_options(given: Given, values: Mapping[str, Any], source: str) -> Given:

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from util.errors import ConfigError
+from util.device import check_precision
 
 _AUTOCAST: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,7 +29,7 @@ class Precision:
         Raises:
             ConfigError: the device has no such precision.
         """
-        _check_available(name, device)
+        check_precision(name, device)
         self.name = name
         self.device = device
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
@@ -65,84 +65,64 @@ class Precision:
         self.scaler.update()
 
 
-def _check_available(name: str, device: torch.device) -> None:
-    cuda = device.type == "cuda"
-    instead = "fp32"
-    if name == "tf32" and not (cuda and not torch.version.hip):
-        needed = "a CUDA device with TensorFloat-32"
-    elif name == "fp16" and not cuda:
-        needed = "a CUDA device"
-        instead = "bf16" if _has_bfloat16(device) else "fp32"
-    elif name == "bf16" and not _has_bfloat16(device):
-        needed = "a device with bfloat16"
-        instead = "fp16" if cuda else "fp32"
-    else:
-        return
-    raise ConfigError(
-        f"precision {name}: needs {needed}; this one is {device.type}. Use `precision {instead}`."
-    )
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How the learning rate changes over a run of a length that may be known only later.
 
-
-def _has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    if device.type == "mps":
-        return torch.backends.mps.is_macos_or_newer(14, 0)
-    return torch.amp.is_autocast_available(device.type)
-
-
-def learning_rate_factor(
-    kind: str,
-    steps_per_epoch: int,
-    *,
-    epochs: int,
-    warmup_steps: int,
-    drop_every: int,
-    drop_epochs: Sequence[int],
-) -> Callable[[int], float]:
-    """Return the factor on every group's rate as a function of the steps done.
-
-    "step": a tenth after every `drop_every` epochs, or after each of `drop_epochs`. "cosine": from
-    1 to 0 over all epochs. Both start with `warmup_steps` of linear warm-up.
+    "step": a tenth after every `drop_every` of `epochs` epochs, or after each of `drop_epochs`.
+    "cosine": from 1 to 0. "flat_cosine" (DEIM, arXiv 2412.04234): 1 for the part `flat` of the
+    run, then a cosine to `final`, where it stays for the last part `tail`. All start with
+    `warmup_steps`, in which the rate rises in proportion to the steps, or to their square.
     """
-    total = max(epochs * steps_per_epoch, 1)
 
-    def factor(step: int) -> float:
-        warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-        if kind == "cosine":
-            return warmup * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
-        epoch = step // max(steps_per_epoch, 1)
-        drops = sum(epoch >= e for e in drop_epochs) if drop_epochs else epoch // drop_every
-        return warmup * float(0.1**drops)
+    kind: str
+    epochs: int
+    drop_every: int = 1
+    drop_epochs: Sequence[int] = ()
+    flat: float = 0.5
+    tail: float = 0.0
+    final: float = 0.0
+    warmup_steps: int = 0
+    warmup_shape: str = "linear"
 
-    return factor
+    def over(self, total: int | None) -> Callable[[int], float]:
+        """Return the factor on every group's rate as a function of the steps done.
+
+        `total` are the steps of the run. As long as it is None, the rate stays that of the start.
+        """
+        if total is None:
+            return lambda step: self._warmup(step)  # a function, of which checkpoints keep nothing
+        length = max(total, 1)
+        kinds = {"step": self._step, "cosine": self._cosine, "flat_cosine": self._flat_cosine}
+        shape = kinds[self.kind]
+        return lambda step: self._warmup(step) * shape(step, length)
+
+    def _warmup(self, step: int) -> float:
+        if step >= self.warmup_steps:
+            return 1.0
+        if self.warmup_shape == "quadratic":
+            return float((step / self.warmup_steps) ** 2)
+        return (step + 1) / self.warmup_steps
+
+    def _step(self, step: int, total: int) -> float:
+        done = step * self.epochs  # in steps of which `total` are an epoch
+        drops = sum(done >= e * total for e in self.drop_epochs)
+        return float(0.1 ** (drops if self.drop_epochs else done // (total * self.drop_every)))
+
+    def _cosine(self, step: int, total: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
+
+    def _flat_cosine(self, step: int, total: int) -> float:
+        falls, ends = round(self.flat * total), total - round(self.tail * total)
+        if step <= falls:
+            return 1.0
+        if step >= ends:
+            return self.final
+        fall = 0.5 * (1 + math.cos(math.pi * (step - falls) / (ends - falls)))
+        return self.final + (1 - self.final) * fall
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, scheduler: LambdaLR, content: Mapping[str, Any]
-) -> None:
-    """Load the moments and the place in the schedule; all options are those of the run.
-
-    `check_state` must have found both sound.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        key: {name: _laid_out_as(parameters[key], moment) for name, moment in moments.items()}
-        for key, moments in content["optimizer"]["state"].items()
-    }
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-    saved = content["lr_scheduler"]
-    place = {key: saved[key] for key in ("last_epoch", "_step_count", "_last_lr")}
-    scheduler.load_state_dict({**scheduler.state_dict(), **place})
-    for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+def set_rates(scheduler: LambdaLR) -> None:
+    """Set the rates of all groups to those of the schedule at its present step."""
+    for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
         group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
-
-
-def _laid_out_as(parameter: Tensor, moment: Tensor) -> Tensor:
-    """Return a moment with the strides of its parameter, which the fused kernel relies on."""
-    if moment.shape != parameter.shape or moment.stride() == parameter.stride():
-        return moment
-    return torch.empty_like(parameter, dtype=moment.dtype, device=moment.device).copy_(moment)

@@ -21,6 +21,7 @@ from engine.checkpoint import (
     load_checkpoint,
     saved_preprocessing,
 )
+from engine.claims import check_claims
 from engine.detector import saved_options
 from models.build import ALL_STAGES
 from models.weights.load import Pretrained, load_pretrained
@@ -103,7 +104,9 @@ def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
         if asked.finetune:
             pretrained = load_pretrained(asked.finetune)
             model = {"model": pretrained.model_options}
-            given = given.on(saved_options(given, model, asked.finetune))
+            stated = saved_options(given, model, asked.finetune)
+            check_claims(stated.config().model, pretrained.state_dict, asked.finetune)
+            given = given.on(stated)
         config = given.config()
         if not config.run.output_dir:
             raise ConfigError("output_dir: is missing. Name a folder for the run.")
@@ -112,6 +115,7 @@ def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
     saved = saved_options(given, content["config"], str(checkpoint))
     before, config = saved.config(), given.on(saved).config()
     check_sizes(content["model"], asdict(before.model), str(checkpoint))
+    check_claims(before.model, content["model"], str(checkpoint), recipes=before.recipes)
     check_same("model", asdict(before.model), asdict(config.model), checkpoint)
     check_same("recipes", asdict(before)["recipes"], asdict(config)["recipes"], checkpoint)
     # what the place in an epoch and the optimiser's state depend on
@@ -120,6 +124,9 @@ def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
             "effective_batch_size": optim.effective_batch_size,
             "frozen_stages": ALL_STAGES if optim.lr_backbone == 0 else optim.frozen_stages,
             "freeze": optim.freeze,
+            "norm_weight_decay": "as weight_decay"
+            if optim.norm_weight_decay is None
+            else "its own",
         }
         for optim in (before.optim, config.optim)
     )

@@ -2,9 +2,8 @@
 
 import contextlib
 import json
-import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,23 +12,37 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from util.console import log, progress
+from util.console import log
+from util.errors import ConfigError
 from util.files import make_output_dir, write_atomic
+from util.json_lines import json_lines
+from util.progress import progress
 
 
 def _keep_until(path: Path, key: str, last: int) -> None:
     """Rewrite a log without the lines whose `key` lies past `last` and without a torn one."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a kill in the middle of a write leaves half a line
-        if isinstance(entry, dict) and entry.get(key, math.inf) <= last:
-            kept.append(line + "\n")
+    places = ((line, entry.get(key)) for line, entry in json_lines(path))
+    kept = [line + "\n" for line, place in places if type(place) is int and place <= last]
     write_atomic(path, "".join(kept))
+
+
+def _close(writer: Any) -> None:
+    with contextlib.suppress(OSError):  # its file was removed, and another begun
+        writer.close()
+
+
+def _check_places(folder: Path) -> None:
+    """Raise ConfigError if something else is in the way; writing to a pipe would never end."""
+    for name in ("metrics.jsonl", "log.txt", "tensorboard", "pictures", "nonfinite"):
+        path = folder / name
+        fits = path.is_file() if "." in name else path.is_dir()
+        if os.path.lexists(path) and not fits:
+            raise ConfigError(
+                f"output_dir {folder}: '{name}' in it is not what a run writes there. "
+                "Choose another folder."
+            )
 
 
 class _JsonLines:
@@ -80,6 +93,7 @@ class RunLog:
     def __init__(self, output_dir: Path, *, tensorboard: bool, enabled: bool = True) -> None:
         if enabled:
             make_output_dir(output_dir)
+            _check_places(output_dir)
             if tensorboard and str(output_dir) != os.fsencode(output_dir).decode("utf-8", "ignore"):
                 log.warning(f"{output_dir}: no TensorBoard files, which need UTF-8")
                 tensorboard = False
@@ -126,18 +140,20 @@ class RunLog:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add points to TensorBoard's curves."""
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        with self._without_tensorboard_if_it_fails():
+            if self._writer is not None:
+                for name, value in values.items():
+                    self._writer.add_scalar(name, value, step)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """Add an image to TensorBoard."""
-        if self._writer is not None:
-            pixels = np.asarray(image.convert("RGB"))
-            self._writer.add_image(name, pixels, step, dataformats="HWC")
+        with self._without_tensorboard_if_it_fails():
+            if self._writer is not None:
+                pixels = np.asarray(image.convert("RGB"))
+                self._writer.add_image(name, pixels, step, dataformats="HWC")
 
-    def progress_bar(self, total: int, *, done: int) -> "tqdm[Any]":
-        """Return a bar over the steps of the run."""
+    def progress_bar(self, total: int | None, *, done: int) -> "tqdm[Any]":
+        """Return a bar over the steps of the run, as far as their number is known."""
         return progress(total=total, done=done, unit="step", enabled=self._enabled, leave=True)
 
     @cached_property
@@ -148,5 +164,16 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
-        self._opened.callback(writer.close)
+        self._opened.callback(_close, writer)
         return writer
+
+    @contextlib.contextmanager
+    def _without_tensorboard_if_it_fails(self) -> Iterator[None]:
+        """Go on when TensorBoard cannot write: a removed file is begun anew, else curves end."""
+        try:
+            yield
+        except OSError as error:
+            self.__dict__.pop("_writer", None)
+            if not isinstance(error, FileNotFoundError):
+                log.warning(f"{self._tensorboard_dir}: no more TensorBoard curves: {error}")
+                self._tensorboard_dir = None

@@ -1,4 +1,4 @@
-"""What the state in a checkpoint must be, checked whole before any of it is loaded.
+"""The state of a run in a checkpoint: made, checked whole before any of it is loaded, restored.
 
 A moment of another size would make the fused optimiser write past its end, and a position outside
 NumPy's generator makes it read there: neither is an error that could be caught.
@@ -6,18 +6,141 @@ NumPy's generator makes it read there: neither is an error that could be caught.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from engine.optim import Precision, set_rates
+from engine.time_limit import TimedRun, TimeLimit
+from util.console import log
 from util.errors import CheckpointError, brief
-from util.random_state import check_rng_state
+from util.random_state import check_rng_state, rng_state, set_rng_state
 
 Spec = Any  # a mapping of specs, a list of one, or a function that raises ValueError
 _MOST = 2**48  # of counts
 _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+
+
+class SavedRun(TimedRun, Protocol):
+    """What is saved and restored of a run, or tells how: the trainer."""
+
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    identity: Mapping[str, Any]
+    time_limit: TimeLimit | None
+    epoch: int
+    epoch_step: int
+    seconds: float
+    unevaluated: bool
+    best: dict[str, float]
+    thresholds: dict[str, float]
+
+    def all_steps_done(self) -> bool:
+        """Return whether the run has all its steps."""
+
+
+def run_state(run: SavedRun) -> dict[str, Any]:
+    """Return the checkpoint of the present position in the main process; all must call it."""
+    return {
+        # plain strides, for readers that know no channels-last tensors
+        "model": {k: v.contiguous() for k, v in run.detector.state_dict().items()},
+        "ema": run.ema.state_dict() if run.ema is not None else {},
+        "optimizer": run.optimizer.state_dict(),
+        "lr_scheduler": run.scheduler.state_dict(),
+        "scaler": run.precision.scaler.state_dict(),
+        "epoch": run.epoch - 1 if run.epoch_step == 0 else run.epoch,
+        "progress": {
+            "step": run.step,
+            "next_epoch": run.epoch,
+            "next_step": run.epoch_step,
+            "seconds": run.seconds,
+            "unevaluated": run.unevaluated,
+            "steps": run.steps.state_dict(),
+            "rng": run.world.gather(rng_state()),
+            **({"time_limit": run.time_limit.state_dict()} if run.time_limit else {}),
+        },
+        "best": run.best,
+        "thresholds": run.thresholds,
+        **run.identity,
+    }
+
+
+def restore_run(run: SavedRun, content: Mapping[str, Any], source: object) -> None:
+    """Restore the state and the position of a checkpoint of this run.
+
+    Rates and weight decay are those of the present options, at the checkpoint's place in the
+    schedule.
+
+    Raises:
+        CheckpointError: the content of `source` is not sound; nothing was loaded.
+    """
+    check_state(
+        content,
+        source,
+        model=run.detector,
+        averages=None if run.ema is None else run.ema.model,
+        optimizer=run.optimizer,
+        scheduler=run.scheduler,
+    )
+    progress = content["progress"]
+    if run.time_limit is not None and "time_limit" in progress:
+        run.time_limit.load_state_dict(progress["time_limit"])
+        run.time_limit.lay_out(run)
+    run.detector.load_state_dict(content["model"])
+    _restore_optimizer(run.optimizer, run.scheduler, content)
+    if content["scaler"]:  # of a run in fp16
+        scale = {key: content["scaler"][key] for key in ("scale", "_growth_tracker")}
+        scaler = run.precision.scaler
+        scaler.load_state_dict({**scaler.state_dict(), **scale})
+    if run.ema is not None and content["ema"]:
+        run.ema.load_state_dict(content["ema"])
+    run.steps.load_state_dict(progress["steps"])
+    run.step = progress["step"]
+    run.epoch, run.epoch_step = progress["next_epoch"], progress["next_step"]
+    run.seconds = progress["seconds"]
+    # with more `max_steps` than before, the epoch continues
+    over = run.epoch_step >= run.loader.steps or run.all_steps_done()
+    run.unevaluated = progress["unevaluated"] and over
+    run.best = dict(content["best"])
+    run.thresholds = dict(content.get("thresholds", {}))  # older files have none
+    states = progress["rng"]
+    if run.world.size == len(states):
+        set_rng_state(states[run.world.rank])
+    else:
+        log.info(
+            f"the checkpoint is of {len(states)} processes, now there are {run.world.size}: "
+            "dropout draws different numbers from here on"
+        )
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, scheduler: LambdaLR, content: Mapping[str, Any]
+) -> None:
+    """Load the moments and the place in the schedule; all options are those of the run.
+
+    `check_state` must have found both sound.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        key: {name: _laid_out_as(parameters[key], moment) for name, moment in moments.items()}
+        for key, moments in content["optimizer"]["state"].items()
+    }
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
+    saved = content["lr_scheduler"]
+    place = {key: saved[key] for key in ("last_epoch", "_step_count", "_last_lr")}
+    scheduler.load_state_dict({**scheduler.state_dict(), **place})
+    set_rates(scheduler)
+
+
+def _laid_out_as(parameter: Tensor, moment: Tensor) -> Tensor:
+    """Return a moment with the strides of its parameter, which the fused kernel relies on."""
+    if moment.shape != parameter.shape or moment.stride() == parameter.stride():
+        return moment
+    return torch.empty_like(parameter, dtype=moment.dtype, device=moment.device).copy_(moment)
 
 
 def check_state(
@@ -48,6 +171,8 @@ def check_state(
         if content.get("scaler"):
             _fit(content["scaler"], {"scale": _positive, "_growth_tracker": _count}, "scaler")
         _fit(content["progress"], _PROGRESS, "progress")
+        if "time_limit" in content["progress"]:
+            _fit(content["progress"]["time_limit"], _TIME_LIMIT, "time_limit")
         for key in ("best", "thresholds"):
             _numbers(content.get(key, {}), key)
     except ValueError as error:
@@ -199,6 +324,15 @@ def _start(value: Any, place: str) -> None:
         _number(value, place)
 
 
+def _length(value: Any, place: str) -> None:
+    if value is not None:
+        costs = {"step": _positive, **dict.fromkeys(("epoch", "evaluation", "checkpoint"), _number)}
+        counts = {"steps": _count, "decided_at": _count}
+        _fit(value, {**counts, "used": _number, "costs": costs}, place)
+        if not 0 < value["decided_at"] <= value["steps"]:
+            raise ValueError(f"{place} is {value['steps']} steps at step {value['decided_at']}")
+
+
 def _block(value: Any, place: str) -> None:
     """Check a step and sums of squares, of which no root could be taken were they negative."""
     _several(_number, len(value) if type(value) in (list, tuple) else 0)(value, place)
@@ -221,6 +355,14 @@ def _window(value: Any, place: str) -> None:
         raise ValueError(f"{place}: its block is {brief(value['block'])}")
 
 
+_TIME_LIMIT: Spec = {
+    "hours": _positive,
+    "used": _number,
+    "times": [_number],
+    "first_times": [_number],
+    "evaluation": _start,
+    "length": _length,
+}
 _PROGRESS: Spec = {
     "step": _count,
     "next_epoch": _count,

@@ -23,16 +23,16 @@ from engine.evaluation.evaluate import Interrupted
 from engine.guards import Guards
 from engine.guards.timer import StepTimer
 from engine.metrics import StepLog
-from engine.optim import Precision, restore_optimizer
+from engine.optim import Precision
 from engine.processes import StopSignals
 from engine.run_log import RunLog
-from engine.saved_state import check_state
+from engine.saved_state import restore_run, run_state
+from engine.time_limit import TimeLimit
 from models.criterion import SetCriterion
 from models.deformable_detr import DeformableDETR
 from util.batch import Batch, EffectiveBatch, Uploads
 from util.console import log
 from util.plot import plot_curves
-from util.random_state import rng_state, set_rng_state
 from util.world import World
 
 
@@ -66,6 +66,7 @@ class Trainer:
     eval_every: int = 1  # epochs
     save_every: int = 0  # steps; 0: at the end of epochs alone
     max_steps: int = 0  # 0: all epochs
+    time_limit: TimeLimit | None = None  # as long as it has no length, `epochs` have no end
     seed: int = 0  # of what recipes draw
     flush_every: int = 10  # steps
     step: int = 0
@@ -91,13 +92,16 @@ class Trainer:
         """
         if not self.unfinished():
             limit = f" of `max_steps {self.max_steps}`" if self.max_steps else ""
+            length = "epochs" if self.time_limit is None else "max_hours"
             log.info(
-                f"this run is finished: {self.epoch} of {self.epochs} epochs, step {self.step}"
-                f"{limit}. Raise `epochs` or `max_steps` to continue."
+                f"this run is finished: {self.epoch}{self.of_epochs(' of ')} epochs, step "
+                f"{self.step}{limit}. Raise `{length}` or `max_steps` to continue."
             )
             return 0
         self.log.truncate_after(self.step - 1, self.epoch - 1)
-        with self.stop, self.log.progress_bar(self.total_steps, done=self.step) as bar:
+        if self.time_limit is not None:
+            self.time_limit.start()
+        with self.stop, self.log.progress_bar(self.last_step, done=self.step) as bar:
             while self.unfinished() and not self.stop.number:
                 if not self.unevaluated:
                     self.train_epoch(bar)
@@ -113,8 +117,9 @@ class Trainer:
         """Train the rest of the epoch, until a signal in any process or the last step."""
         self.model.train()
         self.loader.set_epoch(self.epoch, self.epoch_step)
-        bar.set_description(f"epoch {self.epoch + 1}/{self.epochs}", refresh=False)
-        clock = time.perf_counter()
+        bar.set_description(f"epoch {self.epoch + 1}{self.of_epochs('/')}", refresh=False)
+        clock = begun = time.perf_counter()
+        first = self.step
         self.timer.restart()
         for micro_batches in self.loader.effective_batches():
             own_images = sum(len(b.targets) for b in micro_batches if not b.blank)
@@ -144,9 +149,12 @@ class Trainer:
             if self.save_every and self.step % self.save_every == 0:
                 self.steps.flush()
                 self.save()
+            if self.time_limit is not None:
+                self.time_limit.after_step(self, now - begun, bar, first=self.step == first + 1)
             if self.all_steps_done():
                 break
             self.timer.restart()  # logging and saving are not part of a step
+            begun = time.perf_counter()
         self.steps.flush()
 
     def train_step(
@@ -159,7 +167,7 @@ class Trainer:
         """
         self.optimizer.zero_grad(set_to_none=True)
         num_boxes = max(whole.boxes, 1) / self.world.size  # every loss is a sum over boxes
-        self.criterion.progress = self.step / self.total_steps
+        self.criterion.progress = self.step / (self.last_step or math.inf)
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(self.upload(micro_batches)):
             earlier = i + 1 < len(micro_batches)  # the last exchanges gradients between processes
@@ -199,7 +207,7 @@ class Trainer:
         if evaluating:  # whatever happens in the evaluation, the epoch is not lost
             self.unevaluated = True
             self.save()
-        label = f"epoch {epoch + 1}/{self.epochs}"
+        label = f"epoch {epoch + 1}{self.of_epochs('/')}"
         values = {
             "train_lr": self.optimizer.param_groups[0]["lr"],
             "train_steps": self.epoch_step,
@@ -212,6 +220,7 @@ class Trainer:
             self.steps.begin_epoch()
         improved = False
         if evaluating:
+            started = time.perf_counter()
             try:
                 stats, self.thresholds, more = self.validation(
                     self.detector,
@@ -225,9 +234,13 @@ class Trainer:
                 return
             values |= more
             self.unevaluated = False
+            if self.time_limit is not None:
+                self.time_limit.evaluation = time.perf_counter() - started
             improved = stats["AP"] < 0 or stats["AP"] > self.best.get("AP", -1.0)  # below 0: n/a
             if improved:
                 self.best = {**stats, "epoch": float(epoch)}
+        if self.time_limit is not None:
+            values["total_steps"] = self.time_limit.steps or None
         self.log.epoch({**values, "epoch": epoch})
         self.save(best=improved)
         if self.world.main:
@@ -237,88 +250,32 @@ class Trainer:
         """Return whether something is left to do."""
         return self.unevaluated or (self.epoch < self.epochs and not self.all_steps_done())
 
-    @property
-    def total_steps(self) -> int:
-        """Return the number of steps from the first to the last of the run."""
-        total = self.epochs * self.loader.steps
-        return min(total, self.max_steps) if self.max_steps else total
-
     def all_steps_done(self) -> bool:
-        """Return whether `max_steps` is reached."""
-        return bool(self.max_steps) and self.step >= self.max_steps
+        """Return whether `max_steps` is reached, or the length that a time limit has fixed."""
+        limits = (self.max_steps, self.time_limit.steps if self.time_limit else 0)
+        return any(0 < limit <= self.step for limit in limits)
+
+    @property
+    def last_step(self) -> int | None:
+        """The steps of the whole run, None as long as a time limit has not fixed them."""
+        limits = [self.epochs * self.loader.steps, self.max_steps]
+        if self.time_limit is not None:
+            limits[0] = self.time_limit.steps
+        return min((limit for limit in limits if limit), default=None)
+
+    def of_epochs(self, word: str) -> str:
+        """Return the number of epochs after a word, or nothing as long as it is not known."""
+        unknown = self.time_limit is not None and not self.time_limit.steps
+        return "" if unknown else f"{word}{self.epochs}"
 
     def load_state_dict(
         self, content: Mapping[str, Any], source: Path | str = "checkpoint"
     ) -> None:
-        """Restore the state and the position of a checkpoint of this run.
-
-        Rates and weight decay are those of the present options, at the checkpoint's place in the
-        schedule.
-
-        Raises:
-            CheckpointError: the content of `source` is not sound; nothing was loaded.
-        """
-        check_state(
-            content,
-            source,
-            model=self.detector,
-            averages=None if self.ema is None else self.ema.model,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-        )
-        self.detector.load_state_dict(content["model"])
-        restore_optimizer(self.optimizer, self.scheduler, content)
-        if content["scaler"]:  # of a run in fp16
-            scale = {key: content["scaler"][key] for key in ("scale", "_growth_tracker")}
-            scaler = self.precision.scaler
-            scaler.load_state_dict({**scaler.state_dict(), **scale})
-        if self.ema is not None and content["ema"]:
-            self.ema.load_state_dict(content["ema"])
-        progress = content["progress"]
-        self.steps.load_state_dict(progress["steps"])
-        self.step = progress["step"]
-        self.epoch, self.epoch_step = progress["next_epoch"], progress["next_step"]
-        self.seconds = progress["seconds"]
-        # with more `max_steps` than before, the epoch continues
-        over = self.epoch_step >= self.loader.steps or self.all_steps_done()
-        self.unevaluated = progress["unevaluated"] and over
-        self.best = dict(content["best"])
-        self.thresholds = dict(content.get("thresholds", {}))  # older files have none
-        states = progress["rng"]
-        if self.world.size == len(states):
-            set_rng_state(states[self.world.rank])
-        else:
-            log.info(
-                f"the checkpoint is of {len(states)} processes, now there are {self.world.size}: "
-                "dropout draws different numbers from here on"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the checkpoint of the present position in the main process; all must call it."""
-        return {
-            # plain strides, for readers that know no channels-last tensors
-            "model": {k: v.contiguous() for k, v in self.detector.state_dict().items()},
-            "ema": self.ema.state_dict() if self.ema is not None else {},
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.scheduler.state_dict(),
-            "scaler": self.precision.scaler.state_dict(),
-            "epoch": self.epoch - 1 if self.epoch_step == 0 else self.epoch,
-            "progress": {
-                "step": self.step,
-                "next_epoch": self.epoch,
-                "next_step": self.epoch_step,
-                "seconds": self.seconds,
-                "unevaluated": self.unevaluated,
-                "steps": self.steps.state_dict(),
-                "rng": self.world.gather(rng_state()),
-            },
-            "best": self.best,
-            "thresholds": self.thresholds,
-            **self.identity,
-        }
+        """Restore the state and the position of a checkpoint of this run; see `restore_run`."""
+        restore_run(self, content, source)
 
     def save(self, *, best: bool = False) -> None:
         """Write `last.pth`, and `best.pth` if it is the best so far; all processes must call it."""
-        content = self.state_dict()
+        content = run_state(self)
         if self.world.main:
             self.checkpoints.save(content, best=best)

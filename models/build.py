@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,7 @@ from torch import nn
 
 from configs.schema import LossConfig, ModelConfig
 from models.backbones import create_backbone
-from models.class_losses import CLASS_LOSSES
-from models.criterion import CLASSIFICATION, LOSSES, SetCriterion
+from models.criterion import CLASS_LOSSES, CLASSIFICATION, LOSSES, SetCriterion
 from models.decoder import DeformableDecoder, DeformableDecoderLayer
 from models.deformable_detr import DeformableDETR
 from models.encoders import ENCODERS, EncoderOptions
@@ -19,9 +19,11 @@ from models.heads import MLP, DetectionHeads
 from models.layers import ExactLinear, GroupNorm
 from models.learned_positions import PositionEmbeddingLearned
 from models.levels import Joiner, PositionEmbeddingSine
+from models.match_costs import HighOrderMatcher, PositionModulatedMatcher
 from models.matcher import HungarianMatcher
 from models.necks import NECKS, NeckOptions
 from models.recipes import RECIPES
+from models.relations import RelationBias
 from models.transformer import DeformableTransformer
 from ops import MSDeformAttn
 from util.errors import ConfigError, nearest_hint
@@ -130,7 +132,15 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         "n_heads": config.nheads,
     }
     encoder = ENCODERS[config.encoder](
-        EncoderOptions(num_layers=config.enc_layers, n_points=config.enc_n_points, **common)
+        EncoderOptions(
+            num_layers=config.enc_layers,
+            n_points=config.enc_n_points,
+            fusion=config.enc_fusion,
+            updates=config.encoder_updates,
+            lite_levels=config.coarse_levels,
+            lite_expansion=config.lite_expansion,
+            **common,
+        )
     )
     decoder = DeformableDecoder(
         [
@@ -144,6 +154,7 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         query_position=config.query_position,
         norm=config.decoder_norm,
         refine_eps=config.refine_eps,
+        relation=RelationBias(config.nheads) if config.relation == "previous" else None,
     )
     transformer = DeformableTransformer(
         encoder,
@@ -188,13 +199,16 @@ def build_input_proj(channels: tuple[int, ...], d_model: int, num_levels: int) -
 
 def build_criterion(config: LossConfig) -> SetCriterion:
     """Build matcher and losses."""
-    matcher = HungarianMatcher(
+    matchers: dict[str, Callable[..., HungarianMatcher]] = {
+        "focal": HungarianMatcher,
+        "position_modulated": PositionModulatedMatcher,
+        "high_order": partial(HighOrderMatcher, high_order_from=config.high_order_from),
+    }
+    matcher = matchers[config.match_cost](
         cost_class=config.set_cost_class,
         cost_bbox=config.set_cost_bbox,
         cost_giou=config.set_cost_giou,
         focal_alpha=config.focal_alpha,
-        match_cost=config.match_cost,
-        high_order_from=config.high_order_from,
     )
     coefficient = config.cls_loss_coef
     if coefficient is None:
@@ -216,7 +230,11 @@ def build_criterion(config: LossConfig) -> SetCriterion:
                     "Write NAME or NAME=COEFFICIENT."
                 ) from None
     return SetCriterion(
-        matcher, weights=weights, cls_loss=config.cls_loss, focal_alpha=config.focal_alpha
+        matcher,
+        weights=weights,
+        cls_loss=config.cls_loss,
+        focal_alpha=config.focal_alpha,
+        union_set=config.union_set,
     )
 
 

@@ -1,56 +1,20 @@
-"""Classification losses by name: what a score should say, and how much each error counts.
+"""Other classification losses than the focal loss, by name, and how much each error counts.
 
-The focal loss teaches a score to say what is there. The others teach it to say how well the box
-fits as well: the score that keeps a detection is then that of its best box.
+The focal loss teaches a score to say what is there. These teach it to say how well the box fits as
+well: the score that keeps a detection is then that of its best box.
 
 All are sums over a batch, of every layer, before the division by the number of boxes. z is a
 logit, p its sigmoid, u the IoU of a matched prediction with its object, y 1 for the class of a
 query that is matched and else 0. No gradient passes through u.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
-from models.assigned import Assigned
-from util.registry import Registry
+from models.criterion import Assigned, class_loss, focal
 
-Loss = Callable[[Assigned], Tensor]  # the sum over the batch, of each layer: [G]
-
-
-class ClassLoss(NamedTuple):
-    """A loss of the scores, and its coefficient unless an option gives another."""
-
-    function: Loss
-    coefficient: float
-
-
-CLASS_LOSSES: Registry[ClassLoss] = Registry("cls_loss", __package__, {})
-
-
-def class_loss(name: str, *, coefficient: float) -> Callable[[Loss], Loss]:
-    """Return a decorator that adds a classification loss."""
-
-    def register(function: Loss) -> Loss:
-        CLASS_LOSSES.register(name)(ClassLoss(function, coefficient))
-        return function
-
-    return register
-
-
-@class_loss("focal", coefficient=2.0)
-def focal(assigned: Assigned) -> Tensor:
-    """Focal loss of all queries: most see background, which cross-entropy would learn alone.
-
-    Every class is a question of its own. Unlike DETR's softmax, it needs no class for "no object":
-    of background, all are false (Sec. 5).
-    """
-    loss: Tensor = sigmoid_focal_loss(assigned.logits, assigned.classes, alpha=assigned.focal_alpha)
-    return loss.sum((1, 2, 3))
+_POSITION_SUPERVISED = 6.0  # its coefficient
 
 
 @class_loss("vfl", coefficient=1.0)
@@ -84,9 +48,14 @@ def iou_aware_bce(assigned: Assigned, alpha: float = 0.25) -> Tensor:
     return (negative * z - F.logsigmoid(z) * (target + negative)).sum((1, 2, 3))
 
 
-@class_loss("position_supervised", coefficient=6.0)
+@class_loss("position_supervised", coefficient=_POSITION_SUPERVISED)
 def position_supervised(assigned: Assigned) -> Tensor:
-    """Focal loss whose target is u^2, the best match of an image 1 (arXiv 2304.04742, Eq. 7)."""
+    """Focal loss whose target is u^2, the best match of an image 1 (arXiv 2304.04742, Eq. 7).
+
+    Denoising queries keep the plain focal loss, with coefficient 1 where that of the rest is 6.
+    """
+    if assigned.name == "_dn":
+        return focal(assigned) / _POSITION_SUPERVISED
     squared = assigned.on_classes(assigned.iou**2)
     best = squared.amax((2, 3), keepdim=True)
     scaled = squared / torch.where(best > 0, best, 1.0)
@@ -99,7 +68,7 @@ def giou_focal(assigned: Assigned) -> Tensor:
 
     Rank-DETR, arXiv 2310.08854, Eq. 5.
     """
-    if assigned.name == "_enc":
+    if assigned.name.endswith("_enc"):
         return focal(assigned)
     return _focal_towards(assigned, assigned.on_classes((assigned.giou + 1) / 2))
 

@@ -1,22 +1,117 @@
 """The set-prediction loss: functions of matched predictions by name, and their sum."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, sigmoid_focal_loss
 
-from models.assigned import Assigned, assign
-from models.class_losses import CLASS_LOSSES, Loss
-from models.matcher import HungarianMatcher, Matches, PaddedTargets, generalized_iou, pad_targets
+from models.matcher import (
+    HungarianMatcher,
+    Matches,
+    PaddedTargets,
+    generalized_iou,
+    overlaps,
+    pad_targets,
+)
 from models.queries import DetectorOutput, GroupOutput
+from models.union_set import union_of_layers
 from util.batch import Target
 from util.registry import Registry
 
 # G prediction layers, N batch, Q predictions, P matched pairs.
 
 CLASSIFICATION = "loss_ce"  # its name, whichever it is
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """Predictions of one group beside what they should be, in float32 or better.
+
+    Shape: logits [G,N,Q,classes]; boxes [G,N,Q,4]; classes [G,N,Q,classes], 1 where a query is
+    matched with an object of a class, else 0; matched_boxes and target_boxes [G,P,4], those of
+    the pairs in `matches`, the same box on both sides where there is no pair; labels [G,P].
+    Boxes are normalised cxcywh. `name` is that of the group. `weights` [P] says how much each pair
+    counts, None for 1.
+    """
+
+    name: str
+    logits: Tensor
+    boxes: Tensor
+    classes: Tensor
+    matched_boxes: Tensor
+    target_boxes: Tensor
+    labels: Tensor
+    matches: Matches
+    focal_alpha: float
+    weights: Tensor | None = None
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum up values of every pair, each by its weight. Shape: [G,P] or [G,P,4] -> [G]."""
+        if self.weights is not None:
+            values = values * self.weights.reshape(-1, *[1] * (values.dim() - 2))
+        return values.sum(tuple(range(1, values.dim())))
+
+    @cached_property
+    def iou(self) -> Tensor:
+        """Return the IoU of every pair, without a gradient. Shape: [G,P]. Range: 0..1."""
+        return self._overlaps[0]
+
+    @cached_property
+    def giou(self) -> Tensor:
+        """Return the GIoU of every pair, without a gradient. Shape: [G,P]. Range: -1..1."""
+        return self._overlaps[1]
+
+    @cached_property
+    def _overlaps(self) -> tuple[Tensor, Tensor]:
+        both = (self.matched_boxes.detach(), self.target_boxes)
+        return overlaps(*(box_convert(boxes, "cxcywh", "xyxy") for boxes in both))
+
+    def on_classes(self, values: Tensor) -> Tensor:
+        """Put a value of every pair where `classes` is 1. Shape: [G,P] -> [G,N,Q,classes]."""
+        return _on_classes(values, self.logits, self.labels, self.matches)
+
+
+def assign(
+    name: str,
+    logits: Tensor,
+    boxes: Tensor,
+    targets: PaddedTargets,
+    matches: Matches,
+    *,
+    focal_alpha: float,
+    weights: Tensor | None = None,
+) -> Assigned:
+    """Put predictions beside their targets. Shape: logits [G,N,Q,classes]; boxes [G,N,Q,4]."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    logits, boxes = logits.to(exact), boxes.to(exact)
+    layer = torch.arange(len(logits), device=logits.device)[:, None]  # [G,1]
+    labels = targets.labels[matches.image, matches.target].expand(len(logits), -1)
+    matched = boxes[layer, matches.image, matches.query]
+    target = targets.boxes[matches.image, matches.target].to(exact)
+    if matches.real is not None:  # of what is no pair, nothing is learned
+        matched = torch.where(matches.real[..., None], matched, 0.5)
+        target = torch.where(matches.real[..., None], target, 0.5)
+    classes = _on_classes(torch.ones_like(labels, dtype=exact), logits, labels, matches)
+    return Assigned(
+        name, logits, boxes, classes, matched, target, labels, matches, focal_alpha, weights
+    )
+
+
+def _on_classes(values: Tensor, like: Tensor, labels: Tensor, matches: Matches) -> Tensor:
+    layer = torch.arange(len(like), device=like.device)[:, None]
+    place = (layer, matches.image, matches.query, labels)
+    if matches.chosen is None:
+        return torch.zeros_like(like).index_put(place, values)
+    # a query learns one class: where several of its pairs meet, all but one add 0
+    values = values.masked_fill(~matches.chosen, 0.0)
+    return torch.zeros_like(like).index_put(place, values, accumulate=True)
+
+
+Loss = Callable[[Assigned], Tensor]  # the sum over the batch, of each layer: [G]
 
 
 class RegisteredLoss(NamedTuple):
@@ -27,6 +122,10 @@ class RegisteredLoss(NamedTuple):
 
 
 LOSSES: Registry[RegisteredLoss] = Registry("loss", __package__, {})
+_OTHERS = ("vfl", "mal", "ia_bce", "position_supervised", "giou_focal")
+CLASS_LOSSES: Registry[RegisteredLoss] = Registry(
+    "cls_loss", __package__, dict.fromkeys(_OTHERS, ".class_losses")
+)
 
 
 def register_loss(name: str, *, coefficient: float = 1.0) -> Callable[[Loss], Loss]:
@@ -39,10 +138,31 @@ def register_loss(name: str, *, coefficient: float = 1.0) -> Callable[[Loss], Lo
     return register
 
 
+def class_loss(name: str, *, coefficient: float) -> Callable[[Loss], Loss]:
+    """Return a decorator that adds a classification loss."""
+
+    def register(function: Loss) -> Loss:
+        CLASS_LOSSES.register(name)(RegisteredLoss(function, coefficient))
+        return function
+
+    return register
+
+
+@class_loss("focal", coefficient=2.0)
+def focal(assigned: Assigned) -> Tensor:
+    """Focal loss of all queries: most see background, which cross-entropy would learn alone.
+
+    Every class is a question of its own. Unlike DETR's softmax, it needs no class for "no object":
+    of background, all are false (Sec. 5).
+    """
+    loss: Tensor = sigmoid_focal_loss(assigned.logits, assigned.classes, alpha=assigned.focal_alpha)
+    return loss.sum((1, 2, 3))
+
+
 @register_loss("loss_bbox")
 def box_distance(assigned: Assigned) -> Tensor:
     """L1 distance of matched boxes (DETR, Sec. 3.1): a few pixels weigh more on a small box."""
-    return (assigned.matched_boxes - assigned.target_boxes).abs().sum((1, 2))
+    return assigned.total((assigned.matched_boxes - assigned.target_boxes).abs())
 
 
 @register_loss("loss_giou")
@@ -50,14 +170,15 @@ def box_overlap(assigned: Assigned) -> Tensor:
     """GIoU loss of matched boxes, which does not depend on the size (DETR, Sec. 3.1)."""
     matched = box_convert(assigned.matched_boxes, "cxcywh", "xyxy")
     target = box_convert(assigned.target_boxes, "cxcywh", "xyxy")
-    return (1 - generalized_iou(matched, target)).sum(1)
+    return assigned.total(1 - generalized_iou(matched, target))
 
 
 class SetCriterion:
     """Match predictions with targets, then sum up their losses (Sec. 4, DETR Sec. 3.1).
 
     `weights` maps losses to their coefficients: "loss_ce", which is the one that `cls_loss` names,
-    and registered ones.
+    and registered ones. With `union_set`, boxes of queries that are matched one to one learn the
+    pairs of all layers together, see `models.union_set`; scores still learn those of their layer.
     """
 
     def __init__(
@@ -67,6 +188,7 @@ class SetCriterion:
         weights: Mapping[str, float],
         cls_loss: str = "focal",
         focal_alpha: float = 0.25,
+        union_set: bool = False,
     ) -> None:
         self.matcher = matcher
         self.weights = dict(weights)
@@ -76,6 +198,7 @@ class SetCriterion:
             for name in weights
         }
         self.focal_alpha = focal_alpha
+        self.union_set = union_set
 
     def __call__(
         self,
@@ -95,7 +218,7 @@ class SetCriterion:
 
         A prediction that is not finite makes the loss NaN or infinite; nothing is raised.
         """
-        groups = outputs["groups"]
+        groups = [group.learners() for group in outputs["groups"]]
         padded = pad_targets(targets, groups[0].logits.device)
         own_boxes = sum(padded.counts)
         divisor = max(own_boxes, 1) if num_boxes is None else num_boxes
@@ -105,12 +228,17 @@ class SetCriterion:
         weighted: list[Tensor] = []
         for group, own, matched in zip(groups, owned, matches, strict=True):
             layers = [*(f"_{i}" for i in range(len(group.logits) - 1)), ""]
-            assigned = assign(
-                group.name, group.logits, group.boxes, own, matched, focal_alpha=self.focal_alpha
-            )
+            learning = group.learning
+            assigned = boxes_assigned = self._assign(group, own, matched)
+            if self.union_set and learning.one_to_one and len(group.logits) > 1:
+                united, weights = union_of_layers(
+                    matched, own, group.logits.shape[2], assigned.boxes.dtype
+                )
+                boxes_assigned = self._assign(group, own, united, weights)
             for name, loss in self.losses.items():
-                values = loss(assigned) / (divisor * group.learning.divisor)
-                coefficient = self.weights[name] * group.learning.factors.get(name, 1.0)
+                on = assigned if name == CLASSIFICATION else boxes_assigned
+                values = loss(on) / (divisor * learning.divisor)
+                coefficient = self.weights[name] * learning.weight * learning.factors.get(name, 1.0)
                 self._group_weights[f"{name}{group.name}"] = coefficient
                 for layer, value in zip(layers, values, strict=True):
                     losses[f"{name}{group.name}{layer}"] = value
@@ -133,6 +261,23 @@ class SetCriterion:
         known = [base for base in weights if f"{name}_".startswith(f"{base}_")]
         return weights[max(known, key=len)] if known else None
 
+    def _assign(
+        self,
+        group: GroupOutput,
+        targets: PaddedTargets,
+        matches: Matches,
+        weights: Tensor | None = None,
+    ) -> Assigned:
+        return assign(
+            group.name,
+            group.logits,
+            group.boxes,
+            targets,
+            matches,
+            focal_alpha=self.focal_alpha,
+            weights=weights,
+        )
+
     def _match(
         self, groups: Sequence[GroupOutput], targets: Sequence[PaddedTargets]
     ) -> list[Matches]:
@@ -145,10 +290,36 @@ class SetCriterion:
                 matches[index] = learning.assign(group.logits, group.boxes, own)
             elif learning.matches is None:
                 anchors = learning.anchors
-                scored = group.logits if anchors is None else None
-                costly.append((scored, group.boxes if anchors is None else anchors[None], own))
+                boxes = group.boxes if anchors is None else anchors[None]
+                scored = _in_parts(group.logits, learning.parts) if anchors is None else None
+                costly.append((scored, _in_parts(boxes, learning.parts), own))
         found = iter(self.matcher(costly))
-        return [next(found) if pairs is None else pairs for pairs in matches]
+        return [
+            _joined(next(found), group.learning.parts, group.logits.shape[2])
+            if pairs is None
+            else pairs
+            for pairs, group in zip(matches, groups, strict=True)
+        ]
+
+
+def _in_parts(x: Tensor, parts: int) -> Tensor:
+    """Make layers of equal parts of the queries. Shape: [G,N,Q,...] -> [G*parts,N,Q/parts,...]."""
+    if parts == 1:
+        return x
+    layers, n, queries, *rest = x.shape
+    return x.reshape(layers, n, parts, queries // parts, *rest).transpose(1, 2).flatten(0, 1)
+
+
+def _joined(matches: Matches, parts: int, queries: int) -> Matches:
+    """Return the pairs of parts as those of the queries of which they are parts."""
+    if parts == 1:
+        return matches
+    rows, pairs = matches.query.shape
+    query, target = (
+        t.reshape(rows // parts, parts, pairs) for t in (matches.query, matches.target)
+    )
+    first = torch.arange(parts, device=query.device)[:, None] * (queries // parts)
+    return Matches(matches.image.repeat(parts), (query + first).flatten(1), target.flatten(1))
 
 
 @torch.no_grad()

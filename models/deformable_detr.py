@@ -1,6 +1,7 @@
 """The detector: backbone, projections, deformable transformer, heads (arXiv 2010.04159, Fig. 1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ class DeformableDETR(nn.Module):
     `input_proj` projects the backbone's maps, then makes further levels of the last one. A neck
     may mix the levels. Without `aux_loss`, the last decoder layer alone is supervised.
     """
+
+    _compiled: Callable[..., DetectorOutput] | None = None
 
     def __init__(
         self,
@@ -70,18 +73,44 @@ class DeformableDETR(nn.Module):
         In training with `targets`, recipes add queries of their own to those that detect. `whole`
         describes the effective batch that the batch is part of, by default all of it.
         """
+        prepared: list[Any] = []  # what each recipe knows of the targets
+        if self.training and targets is not None:
+            whole = EffectiveBatch.of(targets) if whole is None else whole
+            fixed_sizes = self._compiled is not None
+            prepared = [
+                recipe.prepare(targets, whole, fixed_sizes=fixed_sizes)
+                for recipe in self.chosen_recipes()
+            ]
+        return (self._compiled or self._detect)(batch, prepared)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the forward pass, all but what recipes prepare; see `torch.compile`."""
+        self._compiled = torch.compile(self._detect, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes for a copy, which is not compiled."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {name: value for name, value in state.items() if name != "_compiled"}
+
+    def _detect(self, batch: PaddedBatch, prepared: list[Any]) -> DetectorOutput:
         query_embed = None if self.query_embed is None else self.query_embed.weight
 
         # as text, because the compiler of PyTorch 2.6 cannot evaluate a union
         def more_queries(memory: Tensor, proposals: "Proposals | None") -> list[QueryGroup]:
             groups: list[QueryGroup] = []
-            if self.training and targets is not None:
-                for recipe in self.chosen_recipes():
-                    groups += recipe.queries(self.transformer, memory, proposals, targets, whole)
+            if prepared:
+                for recipe, own in zip(self.chosen_recipes(), prepared, strict=True):
+                    groups += recipe.queries(self.transformer, memory, proposals, own)
+            return groups
+
+        def regroup(groups: list[QueryGroup], proposals: "Proposals | None") -> list[QueryGroup]:
+            learning = bool(prepared)
+            for recipe in self.chosen_recipes():
+                groups = recipe.regroup(self.transformer, groups, proposals, learning=learning)
             return groups
 
         features, masks, pos = self.feature_levels(batch)
-        output = self.transformer(features, masks, pos, query_embed, more_queries)
+        output = self.transformer(features, masks, pos, query_embed, more_queries, regroup)
         kept = slice(None) if self.aux_loss else slice(-1, None)
         sizes = [group.content.shape[1] for group in output.groups]
         logits = torch.split(torch.stack(output.decoder.logits[kept]), sizes, dim=2)
@@ -90,8 +119,7 @@ class DeformableDETR(nn.Module):
             GroupOutput(g.name, g_logits, g_boxes, g.learning)
             for g, g_logits, g_boxes in zip(output.groups, logits, boxes, strict=True)
         ]
-        if output.proposals is not None:
-            groups.append(output.proposals.output())
+        groups += [g.encoder for g in output.groups if g.encoder is not None]
         result: DetectorOutput = {  # a literal, which compiles
             "pred_logits": output.decoder.logits[-1][:, : sizes[0]],
             "pred_boxes": output.decoder.boxes[-1][:, : sizes[0]],

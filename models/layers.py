@@ -1,14 +1,11 @@
 """Small building blocks."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
+from models.recomputation import recomputed
 from ops import fast_cpu_dropout
 
 
@@ -81,30 +78,7 @@ class Dropout(nn.Dropout):
 
 
 def checkpointed(module: nn.Module, *args: Any, enabled: bool) -> Any:
-    """Call a module; if `enabled`, keep its arguments alone for the backward pass.
-
-    What lies between is computed once more there: less memory for another forward pass.
-    """
+    """Call a module; if `enabled`, keep its arguments alone for the backward pass."""
     if not (enabled and torch.is_grad_enabled()):
         return module(*args)
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
-    if not norms:
-        return checkpoint(module, *args, use_reentrant=False)
-
-    @contextmanager
-    def statistics_kept() -> Iterator[None]:
-        """Keep the second forward pass from adding the batch to the statistics once more."""
-        buffers = [buffer for norm in norms for buffer in norm.buffers()]
-        before = [buffer.clone() for buffer in buffers]
-        try:
-            yield
-        finally:
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
-
-    return checkpoint(
-        module,
-        *args,
-        use_reentrant=False,
-        context_fn=lambda: (nullcontext(), statistics_kept()),  # of the first pass, the second
-    )
+    return recomputed(module, *args)

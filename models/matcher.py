@@ -89,10 +89,8 @@ class HungarianMatcher:
     The costs are those that the losses punish, and are weighted alike: of all ways to share the
     objects out among the queries, the one that is closest to being right is what they learn.
 
-    `match_cost` says what quality a query's class score stands for. "position_modulated": with the
-    score, the box must be right, too (Stable-DINO, arXiv 2304.04742, Eq. 9). "high_order": once
-    `progress`, the part of the training that is done, reaches `high_order_from`, the score times
-    IoU ** 4 is all that counts (Rank-DETR, arXiv 2310.08854, Sec. 3.3).
+    `models/match_costs.py` has other costs; they may depend on `progress`, the part of the training
+    that is done.
     """
 
     def __init__(
@@ -102,14 +100,11 @@ class HungarianMatcher:
         cost_bbox: float = 5.0,
         cost_giou: float = 2.0,
         focal_alpha: float = 0.25,
-        match_cost: str = "focal",
-        high_order_from: float = 0.75,
     ) -> None:
         if cost_class == cost_bbox == cost_giou == 0:
             raise ValueError("all matching costs are 0")
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
         self.focal_alpha = focal_alpha
-        self.match_cost, self.high_order_from = match_cost, high_order_from
         self.progress = 0.0
 
     @torch.no_grad()
@@ -129,13 +124,18 @@ class HungarianMatcher:
             return self.cost_bbox * distance - self.cost_giou * giou
         index = targets.labels[None, :, None].expand(*logits.shape[:3], -1)
         probability = logits.to(exact).gather(3, index).sigmoid()  # [G,N,Q,T], the target's class
-        if self.match_cost == "high_order" and self.progress >= self.high_order_from:
-            return -probability * iou**4
-        if self.match_cost == "position_modulated":
-            probability = probability * _best_is_1((giou + 1) / 2, targets.counts).sqrt()
+        return self.total(probability, distance, iou, giou, targets.counts)
+
+    def total(
+        self, score: Tensor, distance: Tensor, iou: Tensor, giou: Tensor, counts: Sequence[int]
+    ) -> Tensor:
+        """Return the cost of queries by their score for a target's class and their box.
+
+        Shape: all [G,N,Q,T], of which an image has `counts` targets; the others are padding.
+        """
         # how much more focal loss the query would have with the target than as background
-        positive = self.focal_alpha * (1 - probability) ** 2 * -(probability + 1e-8).log()
-        negative = (1 - self.focal_alpha) * probability**2 * -(1 - probability + 1e-8).log()
+        positive = self.focal_alpha * (1 - score) ** 2 * -(score + 1e-8).log()
+        negative = (1 - self.focal_alpha) * score**2 * -(1 - score + 1e-8).log()
         return (
             self.cost_class * (positive - negative)
             + self.cost_bbox * distance
@@ -151,6 +151,8 @@ class HungarianMatcher:
             image with more targets than predictions keeps its Q cheapest. A cost that is not
             finite counts as a very high one: it is for the loss to show it.
         """
+        if not groups:  # all know their pairs, or find them otherwise
+            return []
         costs = [self.cost(*group) for group in groups]
         flat = torch.cat([c.flatten() for c in costs]).cpu().numpy()
         flat[~np.isfinite(flat)] = _NOT_FINITE
@@ -161,14 +163,6 @@ class HungarianMatcher:
                 np.split(flat, ends[:-1]), costs, groups, strict=True
             )
         ]
-
-
-def _best_is_1(quality: Tensor, counts: Sequence[int]) -> Tensor:
-    """Scale the qualities [G,N,Q,T] of every image so that the best is 1."""
-    real = torch.arange(quality.shape[3]) < torch.tensor(counts)[:, None, None]  # [N,1,T]
-    padded = quality.masked_fill(~real.to(quality.device, non_blocking=True), 0.0)
-    best = padded.flatten(2).max(dim=2).values if padded.numel() else padded.sum((2, 3))
-    return quality / best.clamp(min=torch.finfo(best.dtype).tiny)[..., None, None]
 
 
 def _assign(cost: "np.ndarray[Any, Any]", counts: Sequence[int], device: torch.device) -> Matches:

@@ -1,14 +1,43 @@
-"""Several queries for an object: assignment by the quality of what they predict."""
+"""Several queries for an object: how they are assigned, and heads that propose other ones."""
+
+import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from models.heads import MLP
+from models.layers import ExactLayerNorm, ExactLinear
 from models.matcher import Matches, PaddedTargets, overlaps
+from models.queries import Proposals
 
 # G prediction layers, N batch, Q queries, T targets of an image (padded to the longest).
 
 MOST = 6  # queries for an object
+
+
+class FurtherHeads(nn.Module):
+    """A two-stage encoder's second opinion: where objects are, for queries that only train.
+
+    It sees the same tokens, by a projection of its own, and has one score: object or background.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.enc_output = nn.Linear(d_model, d_model)
+        self.enc_output_norm = ExactLayerNorm(d_model)
+        self.score = ExactLinear(d_model, 1)
+        self.box = MLP(d_model, d_model, 4, 3)
+        # as the encoder's own heads start: scores of 0.01, and boxes that are the anchors
+        nn.init.xavier_uniform_(self.enc_output.weight)
+        nn.init.constant_(self.score.bias, -math.log((1 - 0.01) / 0.01))
+        for name in ("weight", "bias"):
+            nn.init.zeros_(self.box.get_parameter(f"layers.2.{name}"))
+
+    def forward(self, proposals: Proposals) -> Proposals:
+        """Return what it proposes on the tokens of other proposals."""
+        output = self.enc_output_norm(self.enc_output(proposals.memory))
+        return proposals.again(self.score(output), self.box(output))
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ class PostProcess:
     """
 
     def __init__(self, *, max_detections: int = 100, nms_iou: float | None = None) -> None:
+        """Keep at most `max_detections` of an image, all classes together."""
         self.max_detections, self.nms_iou = max_detections, nms_iou
 
     @torch.no_grad()

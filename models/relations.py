@@ -1,11 +1,15 @@
 """How boxes lie to each other, as attention may see it (Relation-DETR, arXiv 2407.11699)."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from models.layers import sine_embedding
+from models.layers import ExactLinear, sine_embedding
+
+# N batch, Q and R boxes, H heads.
 
 _EPSILON = 1e-5
+_PAIRS = 2**18  # whose embeddings are in memory at once: 64 MB for 64 numbers of each
 
 
 def box_relations(a: Tensor, b: Tensor) -> Tensor:
@@ -23,3 +27,45 @@ def box_relations(a: Tensor, b: Tensor) -> Tensor:
 def embedded_relations(a: Tensor, b: Tensor, dims: int, *, scale: float) -> Tensor:
     """Return sines and cosines of relations, `dims` of each number. Shape: [N,Q,R,4 dims]."""
     return sine_embedding(box_relations(a, b) * scale, dims).flatten(-2)
+
+
+def relation_bias(project: nn.Module, a: Tensor, b: Tensor, *, dims: int, scale: float) -> Tensor:
+    """Return what `project` makes of embedded relations, one number for each head.
+
+    Nothing is learned through the boxes. Many pairs are worked on in parts, whose embeddings are
+    computed again in the backward pass: all of 900 queries would take 200 MB for an image.
+
+    Shape: a [N,Q,4], b [N,R,4], cxcywh; project [...,4 dims] -> [...,H]; returns [N,H,Q,R].
+    """
+    a, b = a.detach(), b.detach()
+
+    def of_rows(rows: Tensor, columns: Tensor) -> Tensor:
+        embedded = embedded_relations(rows, columns, dims, scale=scale)
+        output: Tensor = project(embedded).permute(0, 3, 1, 2)
+        return output
+
+    parts = torch.split(a, max(1, _PAIRS // (b.shape[0] * b.shape[1])), dim=1)
+    if len(parts) == 1:
+        return of_rows(a, b)
+    if not torch.is_grad_enabled():
+        return torch.cat([of_rows(part, b) for part in parts], dim=2)
+    computed = [
+        checkpoint(of_rows, part, b, use_reentrant=False, preserve_rng_state=False)
+        for part in parts
+    ]
+    return torch.cat(computed, dim=2)
+
+
+class RelationBias(nn.Module):
+    """What a decoder layer's attention gains from boxes of the layers before it (Sec. 4.2).
+
+    It is never negative: a query may be drawn towards another, and is never kept away.
+    """
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.pos_proj = nn.Sequential(ExactLinear(64, n_heads), nn.ReLU())
+
+    def forward(self, before: Tensor, now: Tensor) -> Tensor:
+        """Shape: before [N,Q,4], the attending queries' boxes; now [N,R,4] -> [N,H,Q,R]."""
+        return relation_bias(self.pos_proj, before, now, dims=16, scale=100.0)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,21 @@ from models.decoder import DecoderOutput, DeformableDecoder
 from models.encoders import Encoder
 from models.layers import ExactLayerNorm, ExactLinear, sine_embedding
 from models.levels import FeatureLevels, join_levels
-from models.queries import ONE_TO_ONE, Learning, Proposals, QueryGroup, token_proposals
+from models.queries import (
+    MAX_LOGIT,
+    ONE_TO_ONE,
+    Learning,
+    Proposals,
+    QueryGroup,
+    token_proposals,
+)
 
 # N batch, S tokens, Q queries, L levels, C width.
 
 # Memory, and a two-stage encoder's proposals -> groups of queries beside those that detect.
 MoreQueries = Callable[[Tensor, Proposals | None], list[QueryGroup]]
-
-_MAX_LOGIT = 1e4  # far beyond the logit whose sigmoid is 1
+# All groups, and the proposals -> the groups that are decoded.
+Regroup = Callable[[list[QueryGroup], Proposals | None], list[QueryGroup]]
 
 
 @dataclass(frozen=True)
@@ -72,8 +79,11 @@ class DeformableTransformer(nn.Module):
         pos: list[Tensor],
         query_embed: Tensor | None,
         more: MoreQueries = lambda memory, proposals: [],
+        regroup: Regroup = lambda groups, proposals: groups,
     ) -> TransformerOutput:
-        """Encode, choose or make queries, decode; `more` adds groups of queries.
+        """Encode, choose or make queries, decode.
+
+        `more` adds groups of queries; `regroup` sees all of them and may change or add some.
 
         Shape: features, pos L x [N,C,H,W]; masks L x [N,H,W]; query_embed [Q,2C]. In a two-stage
             model it is [Q,C], the contents of queries whose positions are proposals, or None for
@@ -85,10 +95,11 @@ class DeformableTransformer(nn.Module):
         if self.two_stage:
             proposals = self.propose(memory, levels)
             detecting = self.from_boxes("", proposals.best(0, self.num_queries), query_embed)
+            detecting = replace(detecting, encoder=proposals.output())
         else:
             assert query_embed is not None
             detecting = self.from_embedding("", query_embed, len(memory))
-        groups = [detecting, *more(memory, proposals)]
+        groups = regroup([detecting, *more(memory, proposals)], proposals)
         return TransformerOutput(groups, self.decoder(groups, memory, levels), proposals)
 
     def from_embedding(
@@ -132,14 +143,16 @@ class DeformableTransformer(nn.Module):
         heads, last = self.decoder.heads, len(self.decoder.layers)
         anchors = token_proposals(levels)
         usable = anchors.isfinite().all(-1, keepdim=True)
-        output = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0.0)))
+        memory = memory.masked_fill(~usable, 0.0)
+        output = self.enc_output_norm(self.enc_output(memory))
         logits = heads.logits(last, output)
         # infinite anchors become finite boxes: what is not finite is looked for in outputs
-        box_logits = (heads.delta(last, output) + anchors).clamp(max=_MAX_LOGIT)
+        box_logits = (heads.delta(last, output) + anchors).clamp(max=MAX_LOGIT)
         return Proposals(
             logits,
             box_logits,
             anchors.sigmoid(),
             levels.padding_mask,
+            memory,
             num_learning=self.num_queries if self.class_proposals else None,
         )

@@ -1,4 +1,4 @@
-"""Messages of the program: one logger for all rooms, and what shows it beside progress bars."""
+"""Messages of the program: one logger for all rooms, and what prints it."""
 
 import contextlib
 import errno
@@ -6,13 +6,9 @@ import logging
 import os
 import re
 import sys
-import time
-from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 from tqdm import tqdm
-
-_LINE_EVERY = 30.0  # seconds
 
 log = logging.getLogger("deformable_detr")
 _LONGEST_ERROR = 500  # characters
@@ -74,63 +70,6 @@ def show_messages(rank: int = 0) -> None:
 def console(message: str) -> None:
     """Log a line of a command's output."""
     log.info(message)
-
-
-def progress(
-    iterable: Iterable[Any] | None = None,
-    *,
-    total: int | None = None,
-    done: int = 0,
-    unit: str,
-    description: str = "",
-    enabled: bool = True,
-    leave: bool = False,
-) -> "tqdm[Any]":
-    """Return a bar over an iterable, or over what `update` counts: on a terminal or in a notebook.
-
-    In a file a bar would be one endless line, so lines are logged now and then in place of it.
-    """
-    bars = sys.stderr.isatty() or "ipykernel" in sys.modules
-    kind: Any = tqdm if bars else _Lines
-    bar: tqdm[Any] = kind(
-        iterable, total=total, initial=done, unit=unit, desc=description or None,
-        dynamic_ncols=True, leave=leave, disable=not enabled,
-    )  # fmt: skip
-    return bar
-
-
-class _Lines(tqdm):  # type: ignore[misc]  # it comes without types
-    """Stands in for a bar and logs a line every half minute."""
-
-    def __init__(self, iterable: Iterable[Any] | None, *, disable: Any, **options: Any) -> None:
-        super().__init__(iterable, disable=True, **options)
-        self._enabled = not disable
-        self.desc, self.unit, self._first = options["desc"] or "", options["unit"], self.n
-        self.postfix: str | None = None
-        self._start = self._last = time.monotonic()
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in super().__iter__():
-            yield item
-            self.update()
-
-    def update(self, n: float | None = 1) -> bool | None:
-        self.n += int(n or 0)
-        now = time.monotonic()
-        if self._enabled and now - self._last >= _LINE_EVERY:
-            self._last = now
-            log.info(self._line(now - self._start))
-        return None
-
-    def _line(self, seconds: float) -> str:
-        rate = (self.n - self._first) / seconds
-        of = f" of {self.total} ({self.n / self.total:.0%})" if self.total else ""
-        parts = [f"{self.unit} {self.n}{of}", f"{rate:.3g} a second"]
-        if self.total and rate:
-            parts.append(f"{tqdm.format_interval((self.total - self.n) / rate)} to go")
-        parts += [self.postfix] if self.postfix else []
-        name = self.desc.removesuffix(": ")  # which tqdm adds
-        return ": ".join([*([name] if name else []), ", ".join(parts)])
 
 
 class _Steady:

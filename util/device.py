@@ -44,3 +44,35 @@ def set_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def check_precision(name: str, device: torch.device) -> None:
+    """Refuse a precision that the device does not have.
+
+    Raises:
+        ConfigError: it names the device and what to use in place of it.
+    """
+    cuda = device.type == "cuda"
+    instead = "fp32"
+    if name == "tf32" and not (cuda and not torch.version.hip):
+        needed = "a CUDA device with TensorFloat-32"
+    elif name == "fp16" and not cuda:
+        needed = "a CUDA device"
+        instead = "bf16" if _has_bfloat16(device) else "fp32"
+    elif name == "bf16" and not _has_bfloat16(device):
+        needed = "a device with bfloat16"
+        instead = "fp16" if cuda else "fp32"
+    else:
+        return
+    raise ConfigError(
+        f"precision {name}: needs {needed}; this one is {device.type}. Use `precision {instead}`."
+    )
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return torch.amp.is_autocast_available(device.type)

@@ -1,11 +1,9 @@
 """Charts: training curves as an image, and those of reports."""
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,12 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from util.files import atomic_path
+from util.json_lines import json_lines
 
 THEME = {"soft": "#5b6068", "line": "#d9dce1", "c0": "#1f6fb5", "c1": "#c2570c", "c2": "#22805a"}
 """Colours of text, of lines behind a chart and of its series; a dark page replaces them."""
 _SERIES = tuple(THEME[f"c{i}"] for i in range(3))
 _DASHES = ("-", (0, (5, 3)), (0, (1, 1.5)))
 
+_MOST_EPOCHS = 2**31
+_LARGEST_DRAWN = 1e30  # the ticks of an axis are computed beyond its ends
 _COLOURS = ("#222222", *_SERIES)  # of training curves
 
 _LOSSES = {
@@ -37,19 +38,20 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
     ground truth and losses that are null. A dotted line marks a drop of the learning rate.
     """
     lines: dict[int, dict[str, Any]] = {}
-    for line in log_path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # a torn line
-            entry = json.loads(line)
-            lines[int(entry["epoch"])] = entry  # the last line of an epoch counts
+    for _, entry in json_lines(log_path):
+        if type(entry.get("epoch")) is int and 0 <= entry["epoch"] < _MOST_EPOCHS:
+            lines[entry["epoch"]] = entry  # the last line of an epoch counts
     epochs = [lines[epoch] for epoch in sorted(lines)]
-    numbers = {e["epoch"] + 1: e.get("test_coco_eval_bbox") for e in epochs}
+    numbers = {e["epoch"] + 1: _list(e.get("test_coco_eval_bbox")) for e in epochs}
     panels = {
         "training loss": {
-            name: {e["epoch"] + 1: e[key] for e in epochs if e.get(key) is not None}
+            name: {e["epoch"] + 1: e[key] for e in epochs if _is_finite(e.get(key))}
             for name, key in _LOSSES.items()
         },
         "COCO box AP, validation": {
-            name: {x: y[i] for x, y in numbers.items() if y and y[i] is not None and y[i] >= 0}
+            name: {
+                x: y[i] for x, y in numbers.items() if i < len(y) and _is_finite(y[i]) and y[i] >= 0
+            }
             for name, i in _METRICS.items()
         },
     }
@@ -62,8 +64,10 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
                 style = {"color": colour, "marker": "o" if len(x) <= 30 else None, "markersize": 3}
                 axes.plot(x, y, label=f"{name}  {y[-1]:.3f}", **style)
         for before, after in zip(epochs[:-1], epochs[1:], strict=True):
-            old, new = before.get("train_lr"), after.get("train_lr")
-            if old and new and new <= old / 5:  # a cosine's end falls less steeply
+            rates = before.get("train_lr"), after.get("train_lr")
+            old, new = (rate if _is_finite(rate) else None for rate in rates)
+            # a cosine's end falls less steeply
+            if old is not None and new is not None and 0 < new <= old / 5:
                 axes.axvline(after["epoch"] + 0.5, color="#999999", linewidth=1, linestyle=":")
         _style(axes)
         axes.set_title(title, loc="left", fontsize=11)
@@ -78,6 +82,15 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
             )
     with atomic_path(out_path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _is_finite(value: object) -> bool:
+    """Return whether a value of a log is a number that can be drawn."""
+    return type(value) in (int, float) and abs(cast(float, value)) < _LARGEST_DRAWN
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def curve_chart(lines: Mapping[str, Sequence[float]]) -> Figure:

@@ -8,10 +8,12 @@ import yaml
 
 from util.files import read_regular
 
-_LARGEST = 10_000_000  # bytes
+_LARGEST = 5_000_000  # bytes
 _MOST_KEYS = 100_000  # of a mapping that others are merged into
 _MOST_ALIASES = 1000
 _DEEPEST = 50
+_MOST_NODES = 100_000  # which take two seconds and 100 MB
+_MOST_DIGITS = 4000  # of a whole number: Python refuses to write longer ones in a message
 
 
 def _utf8(data: bytes) -> str:
@@ -21,15 +23,18 @@ def _utf8(data: bytes) -> str:
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # without types
     """Refuses what would grow without bound: a few lines can stand for a billion values."""
 
-    aliases = depth = 0
+    aliases = depth = nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """See the base class."""
         self.aliases += self.check_event(yaml.AliasEvent)
         self.depth += 1
-        if self.aliases > _MOST_ALIASES or self.depth > _DEEPEST:
-            what = f"more than {_MOST_ALIASES} aliases, or deeper than {_DEEPEST} levels"
-            raise yaml.YAMLError(what)
+        self.nodes += 1
+        if self.aliases > _MOST_ALIASES or self.depth > _DEEPEST or self.nodes > _MOST_NODES:
+            raise yaml.YAMLError(
+                f"more than {_MOST_NODES} values or {_MOST_ALIASES} aliases, or deeper than "
+                f"{_DEEPEST} levels"
+            )
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -39,6 +44,15 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # without types
         super().flatten_mapping(node)
         if len(node.value) > _MOST_KEYS:
             raise yaml.YAMLError(f"more than {_MOST_KEYS} keys are merged")
+
+    def construct_yaml_int(self, node: Any) -> int:
+        """See the base class."""
+        if len(node.value) > _MOST_DIGITS:
+            raise yaml.YAMLError(f"a number of {len(node.value)} digits")
+        return int(super().construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_yaml(path: Path, decode: Callable[[bytes], str] = _utf8) -> Any:

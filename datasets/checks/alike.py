@@ -15,7 +15,7 @@ from scipy.fft import dctn
 
 from datasets.checks.findings import Partner, SplitReport
 from datasets.images import SMALL_SIDE
-from util.console import progress
+from util.progress import progress
 
 _FREQUENCIES = 8  # of each axis, the constant one left out: 63 bits
 _BANDS, _BAND_BITS = 4, 16

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.arrays import Annotations, BoolArray, FloatArray
+from datasets.arrays import BoolArray, FloatArray
 from datasets.checks.findings import SplitReport
 from datasets.sample import resized_size
 
@@ -61,7 +61,10 @@ def check_boxes(report: SplitReport) -> None:
     report.xywh[past] = np.concatenate([low, high - low], axis=1)[past]
     report.fixed[past & (report.fixed == "")] = "past_edge"
 
-    report.trained = trained_boxes(report, found)[1] & (found.xywh[:, 2:] > 0).all(axis=1)
+    # Training takes the numbers as the file has them. Images that are not there, or known to be
+    # unreadable, are never seen.
+    report.trained = has_area(clip(found.xywh, size)) & (found.xywh[:, 2:] > 0).all(axis=1)
+    report.trained &= ~found.crowd & report.sound[found.image]
     _find_crowds(report)
     if report.section("annotations") or len(found.ids):  # a set to predict on has none
         if not report.trained.any():
@@ -71,16 +74,6 @@ def check_boxes(report: SplitReport) -> None:
         empty = np.bincount(found.image[trained], minlength=len(report.images.ids)) == 0
         empty[[i for i, f in report.facts.items() if f.state in ("missing", "unreadable")]] = False
         report.report_images("no_boxes", np.flatnonzero(empty))
-
-
-def trained_boxes(report: SplitReport, found: Annotations) -> tuple[NDArray[np.float32], BoolArray]:
-    """Return boxes as training takes them: clipped to their images ([A,4] xyxy), and which [A].
-
-    Those of images that are not there, or known to be unreadable, are never seen.
-    """
-    sizes = report.images.sizes[found.image][:, ::-1].astype(np.float64)
-    boxes = clip(found.xywh, sizes)
-    return boxes, has_area(boxes) & ~found.crowd & report.sound[found.image]
 
 
 def _find_crowds(report: SplitReport) -> None:

@@ -19,6 +19,7 @@ from datasets.checks.kinds import KINDS
 from datasets.checks.names import find_files
 from datasets.checks.values import is_area
 from datasets.class_mapping import map_used_classes
+from datasets.formats.layout import files_below
 from datasets.formats.registry import Source
 from datasets.images import is_image
 from util.errors import DataError
@@ -197,7 +198,7 @@ def _searched(source: Source) -> list[Path]:
     """Return all that is in the folders of images; what only lies above them is not searched."""
     if source.folders:
         return sorted(path for folder in source.folders for path in folder.glob("*"))
-    return sorted(source.image_dir.rglob("*")) if source.image_dir.is_dir() else []
+    return sorted(files_below(source.image_dir))
 
 
 @lru_cache(maxsize=4096)

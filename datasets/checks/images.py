@@ -30,9 +30,10 @@ from datasets.images import (
     read_header,
     small_grey,
 )
-from util.console import in_line, log, progress
+from util.console import in_line, log
 from util.errors import DataError
 from util.files import read_regular
+from util.progress import progress
 
 _SIZES_CHECKED = 100  # images whose stated size is compared with the file when an index is made
 _FEW = 64  # images that one process has decoded before others have started
@@ -89,13 +90,13 @@ def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared
     files where the two differ, are put into the images. `compared` is the number of files that
     stated sizes were compared with, if not all.
     """
-    stated, sizes = report.images.sizes.tolist(), report.images.sizes.copy()
+    stated, sizes = report.images.sizes, report.images.sizes.copy()
     found: dict[str, list[int]] = defaultdict(list)
     for i, of_file in sorted(facts.items()):
         if of_file.state != "sound":
             found[f"{of_file.state}_image"].append(i)
-        if of_file.size is not None and of_file.contradicts(*stated[i]):
-            found["wrong_size" if all(stated[i]) else "size_not_stated"].append(i)
+        if of_file.size is not None and of_file.contradicts(*stated[i].tolist()):
+            found["wrong_size" if stated[i].all() else "size_not_stated"].append(i)
             sizes[i] = of_file.size
     report.facts.update(facts)
     report.report_images("missing_image", found["missing_image"], lambda i: facts[i].error)

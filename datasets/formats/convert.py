@@ -9,6 +9,7 @@ import numpy as np
 from datasets.checks.entries import check_content
 from datasets.checks.kinds import KINDS
 from datasets.formats.registry import FORMATS, Placer, Source, Split, SplitImage
+from datasets.images import read_header
 from datasets.index import CocoIndex
 from util.errors import DataError
 
@@ -23,8 +24,8 @@ def convert(
 ) -> list[str]:
     """Write splits in the format `target` under `output_dir`; return a line on each and its flaws.
 
-    What the checks leave out is not written, nor are images that are not there. `options` are those
-    of the format.
+    What the checks leave out is not written, nor are images that are not there. With `copy`, files
+    that are no images are left out, too: a list may name any. `options` are those of the format.
 
     Raises:
         ConfigError: there is no such format, or `output_dir` cannot be made.
@@ -45,7 +46,7 @@ def convert(
     ]
     if copy:
         _refuse_links_out(indices)
-    splits = [_gather(name, index) for name, index in zip(sources, indices, strict=True)]
+    splits = [_gather(name, index, copy=copy) for name, index in zip(sources, indices, strict=True)]
     for split, index in zip(splits, indices, strict=True):
         _require_boxes(split, index)
     written = data_format.write(splits, output_dir, Placer(copy=copy), **options)
@@ -87,7 +88,7 @@ def _require_boxes(split: Split, index: CocoIndex) -> None:
         )
 
 
-def _gather(name: str, index: CocoIndex) -> Split:
+def _gather(name: str, index: CocoIndex, *, copy: bool) -> Split:
     """Return a split with its boxes as in the file, of the images that are there."""
     found = index.annotations
     order = np.argsort(found.image, kind="stable")
@@ -95,7 +96,7 @@ def _gather(name: str, index: CocoIndex) -> Split:
     images = []
     for i, file_name in enumerate(index.images.file_names):
         file = index.image_dir / file_name
-        if not os.path.isfile(file):
+        if not os.path.isfile(file) or (copy and read_header(file) is None):
             continue
         own = order[first[i] : first[i + 1]]
         height, width = index.images.sizes[i].tolist()

@@ -1,16 +1,20 @@
 """Find out what format a folder of data has."""
 
 import os
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from datasets.formats.coco_layouts import has_coco
 from datasets.formats.labelme import has_labelme
-from datasets.formats.layout import SPLITS, files, folders, split_names, subfolder
+from datasets.formats.layout import files, folders, mentions
 from datasets.formats.registry import FORMATS, Source, read_source
 from datasets.formats.voc import has_voc
+from datasets.formats.voc_xml import is_cvat
 from datasets.formats.yolo_layout import has_yolo
+from datasets.formats.yolo_lines import read_lines
 from util.errors import DataError
 
 AUTO = "auto"
@@ -20,12 +24,24 @@ _SIGNS: dict[str, Callable[[Path], str]] = {
 _YOLO_FILES = (".yaml", ".yml", ".data")
 _DEPTH = 3  # folders that hold nothing but one folder, as archives leave them
 _WIDTH = 20  # folders that are looked into
-# By the end of a file's name: formats that are not read here.
-_OTHERS = {
+# Formats that are not read here: by the end of a file's name, or by words in the file.
+_OTHER_NAMES = {
     ".createml.json": "Create ML JSON", ".jsonl": "JSON lines", ".ndjson": "JSON lines",
-    ".csv": "a table (CSV)", ".tfrecord": "TFRecord", ".record": "TFRecord",
-    ".parquet": "Parquet",
+    ".odgt": "JSON lines", ".manifest": "JSON lines", ".csv": "a table (CSV)",
+    ".tfrecord": "TFRecord", ".record": "TFRecord", ".parquet": "Parquet",
 }  # fmt: skip
+_OTHER_KEYS = {
+    "Create ML JSON": ("image", "annotations", "coordinates"),
+    "Label Studio's own JSON": ("from_name", "to_name"),
+    "VGG Image Annotator (VIA) JSON": ("regions", "shape_attributes"),
+    "Supervisely JSON": ("objects", "classTitle"),
+    "FiftyOne's own JSON": ("samples", "_cls"),
+    "Datumaro's own JSON": ("items", "categories", "label_id"),
+    "V7 Darwin JSON": ("item", "annotations", "bounding_box"),
+    "BDD100K JSON": ("labels", "box2d"),
+}
+_SUFFIXES = (*_OTHER_NAMES, ".json", ".xml", ".txt")
+_EXAMINED, _FEW = 50, 3  # folders that are looked through for such files, and files of each kind
 
 
 @dataclass(frozen=True)
@@ -107,24 +123,42 @@ def _format_of_file(place: Path) -> str:
 
 def _unknown(place: Path) -> str:
     """Return that a folder has no data, and what other format it may have."""
-    own = (subfolder(place, *split_names(split)) for split in SPLITS)
-    for folder in (place, subfolder(place, "annotations"), *own):
-        for end, name in _OTHERS.items() if folder else ():
-            file = next(files(folder, end), None) if folder else None
-            if file:
-                return (
-                    f"{file.relative_to(place).as_posix()} looks like {name}, which is not read. "
-                    "Export the data as COCO, VOC or YOLO."
-                )
-        for file in sorted(files(folder, ".json"))[:3] if folder else ():
-            with file.open("rb") as opened:
-                start = opened.read(4096)
-            if start.lstrip().startswith(b"[") and b'"coordinates"' in start:
-                return (
-                    f"{file.relative_to(place).as_posix()} looks like Create ML JSON, which is "
-                    "not read. Export the data as COCO, VOC or YOLO."
-                )
+    for file in _some_files(place):
+        name, other = file.relative_to(place).as_posix(), _other_format(file)
+        if other:
+            return (
+                f"{name} looks like {other}, which is not read. "
+                "Export the data as COCO, VOC or YOLO."
+            )
+        if file.suffix.lower() == ".txt" and read_lines(file)[0]:
+            return (
+                f"{name} looks like a label file of YOLO, but nothing names the classes. List "
+                "their names in classes.txt there, one a line, or write a data.yaml."
+            )
     return (
         "no data of a known format: neither a COCO-format file, nor VOC's XML files, nor YOLO's "
         "data.yaml or classes.txt, nor labelme's files. Check `data_path`, or set `data_format`."
     )
+
+
+def _some_files(place: Path) -> Iterator[Path]:
+    """Yield some of the files that may hold annotations, those of the upper folders first."""
+    queue = deque([(place, 0)])
+    for _ in range(_EXAMINED):
+        if not queue:
+            return
+        folder, depth = queue.popleft()
+        for suffix in _SUFFIXES:
+            yield from sorted(islice(files(folder, suffix), _FEW))
+        queue.extend((below, depth + 1) for below in folders(folder) if depth < _DEPTH)
+
+
+def _other_format(file: Path) -> str:
+    """Return which format that is not read here a file has, "" if none of those known."""
+    name = file.name.lower()
+    for end, other in _OTHER_NAMES.items():
+        if name.endswith(end):
+            return other
+    if name.endswith(".json"):
+        return next((o for o, keys in _OTHER_KEYS.items() if mentions(file, *keys)), "")
+    return "CVAT's own XML" if name.endswith(".xml") and is_cvat(file) else ""

@@ -5,6 +5,7 @@ Every shape with an area becomes the box around it. Files are of a split if they
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NoReturn
@@ -24,6 +25,7 @@ from util.errors import ConfigError, DataError
 from util.files import read_regular
 
 _KEYS = ("shapes", "imagePath")
+_FOLDERS = ("labels", "annotations", "json", "jsons")  # where files are that lie in their own
 
 
 def read_labelme(place: Path, split: str) -> Source:
@@ -82,7 +84,8 @@ def read_labelme(place: Path, split: str) -> Source:
 def has_labelme(place: Path) -> str:
     """Return a labelme file of a folder, "" if there is none."""
     own = (subfolder(place, *split_names(split)) for split in SPLITS)
-    for folder in (place, *own):
+    roots = [folder for folder in (place, *own) if folder]
+    for folder in (*roots, *(subfolder(root, *_FOLDERS) for root in roots)):
         file = next(files(folder, ".json"), None) if folder else None
         if file and mentions(file, *_KEYS):
             return file.relative_to(place).as_posix()
@@ -111,10 +114,12 @@ def _shapes(found: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def _image_name(folder: Path, path: Path, stated: str) -> str:
     """Return the image's file relative to the split's folder; `stated` is relative to the file."""
-    name = PurePath(stated.replace("\\", "/")).name or path.stem
+    written = PurePath(stated.replace("\\", "/"))
+    name = written.name or path.stem
     beside = path.with_name(name)
-    for place in (beside, folder / "images" / name, folder / name):
-        if place.is_file():
+    exact = Path(os.path.normpath(path.parent / written))
+    for place in (exact, beside, folder / "images" / name, folder / name):
+        if place.is_relative_to(folder) and os.path.isfile(place):
             return place.relative_to(folder).as_posix()
     return beside.relative_to(folder).as_posix()
 

@@ -41,7 +41,9 @@ def folders(root: Path) -> list[Path]:
     try:
         with os.scandir(root) as entries:
             return sorted(
-                root / e.name for e in entries if not e.name.startswith((".", "__")) and e.is_dir()
+                root / e.name
+                for e in entries
+                if not e.name.startswith((".", "__")) and os.path.isdir(e.path)
             )
     except (OSError, ValueError):  # a name that no folder can have
         return []
@@ -53,7 +55,8 @@ def files(root: Path, suffix: str) -> Iterator[Path]:
         with os.scandir(root) as entries:
             for entry in entries:
                 name = entry.name
-                if name.lower().endswith(suffix) and not is_hidden(name) and entry.is_file():
+                fits = name.lower().endswith(suffix) and not is_hidden(name)
+                if fits and os.path.isfile(entry.path):  # an entry fails for links in a circle
                     yield root / name
     except (OSError, ValueError):  # a name that no folder can have
         return
@@ -66,7 +69,42 @@ def has_file(root: Path | None, suffix: str) -> bool:
 
 def walk(root: Path, suffix: str) -> list[Path]:
     """Return the files of a suffix in a folder and all below, sorted."""
-    return sorted(p for p in root.rglob(f"*{suffix}") if not is_hidden(p.name) and p.is_file())
+    return sorted(p for p in files_below(root) if p.name.endswith(suffix) and not is_hidden(p.name))
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """Yield the files in a folder and all below, in no order; links to folders are not followed."""
+    for folder, names in listings(root):
+        yield from (folder / name for name in names)
+
+
+def listings(root: Path, *, follow_links: bool = False) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a folder and all below, each with the names of its files and of links to files.
+
+    A listing says what each entry is without asking for it, which takes minutes on some networks.
+    Nothing recurses: an archive can nest folders a thousand deep. With `follow_links`, a folder to
+    which several lead comes once.
+    """
+    waiting, seen = [root], set()
+    while waiting:
+        folder = waiting.pop()
+        names: list[str] = []
+        with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
+            status = os.stat(folder)
+            if follow_links and (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            for entry in entries:
+                linked = entry.is_symlink()
+                if entry.is_dir(follow_symlinks=False) or (
+                    follow_links and linked and os.path.isdir(entry.path)
+                ):
+                    waiting.append(folder / entry.name)
+                elif entry.is_file(follow_symlinks=False) or (
+                    linked and os.path.isfile(entry.path)
+                ):
+                    names.append(entry.name)
+        yield folder, names
 
 
 def mentions(path: Path, *words: str) -> bool:

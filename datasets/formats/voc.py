@@ -19,6 +19,7 @@ from typing import Any
 from datasets.checks.findings import first_few
 from datasets.formats.layout import (
     SPLITS,
+    files_below,
     folders,
     has_file,
     split_names,
@@ -38,6 +39,7 @@ from datasets.formats.registry import (
 )
 from datasets.formats.voc_xml import (
     CORNERS,
+    is_cvat,
     look_like_sizes,
     objects,
     parse_files,
@@ -50,8 +52,10 @@ from util.errors import DataError
 from util.files import make_output_dir, write_atomic
 
 _ANNOTATIONS = ("Annotations", "annotation", "xmls")
-_IMAGES = ("JPEGImages", "images", "image", "imgs", "img")
-_FLAG = re.compile(r"\s+-?[01]$")  # lists of one class say after each name whether it is there
+_IMAGES = ("JPEGImages", "images", "image", "imgs", "img", "data")
+# Lists of one class say after each name whether it is there. Matched from the first blank of a row
+# on, or a long row would be tried from each of them.
+_FLAG = re.compile(r"(?<!\s)\s+-?[01]$")
 # What XML 1.0 cannot hold, and line breaks, which end a name in a list.
 _NOT_IN_XML = re.compile(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -134,7 +138,7 @@ def find_voc(root: Path, split: str) -> _Place:
     Raises:
         DataError: there are no such files, or no folder of images.
     """
-    folder = subfolder(root, *_ANNOTATIONS)
+    folder = _annotations_in(root)
     if folder:
         return _find_in_voc(root, folder, split)
     own = {name: place for name in SPLITS if (place := _split_folder(root, name))}
@@ -177,22 +181,34 @@ def _find_in_voc(root: Path, folder: Path, split: str) -> _Place:
 def _split_folder(root: Path, split: str) -> tuple[Path, Path] | None:
     """Return the folders of a split's XML files and images, if it has one of its own."""
     own = subfolder(root, *split_names(split))
-    inner = own and subfolder(own, *_ANNOTATIONS)
+    inner = own and _annotations_in(own)
     for folder in (inner, own):
         if own and folder and has_file(folder, ".xml"):
             return folder, subfolder(own, *_IMAGES) or own
     return None
 
 
+def _annotations_in(root: Path) -> Path | None:
+    """Return the folder of XML files; FiftyOne calls it labels, as others call that of YOLO."""
+    labels = subfolder(root, "labels")
+    return subfolder(root, *_ANNOTATIONS) or (labels if labels and _has_xml(labels) else None)
+
+
+def _has_xml(folder: Path) -> bool:
+    """Return whether there are XML files in a folder or in one of its subfolders."""
+    return any(has_file(f, ".xml") for f in (folder, *folders(folder)))
+
+
 def has_voc(root: Path) -> str:
     """Return what shows that a folder holds VOC data, "" if nothing does."""
-    folder = subfolder(root, *_ANNOTATIONS)
-    if folder and any(has_file(f, ".xml") for f in (folder, *folders(folder))):
+    folder = _annotations_in(root)
+    if folder and _has_xml(folder):
         return f"XML files in {folder.name}/"
     found = next((place for split in SPLITS if (place := _split_folder(root, split))), None)
     if found:
         return f"XML files in {found[0].relative_to(root).as_posix()}/"
-    return "XML files" if has_file(root, ".xml") else ""
+    first = next(files_in(root, ".xml"), None)
+    return "XML files" if first and not is_cvat(first) else ""
 
 
 def _key(path: Path, folder: Path) -> str:
@@ -206,7 +222,7 @@ class _ImageNames:
     def __init__(self, folder: Path) -> None:
         self._by_key: dict[str, list[str]] = defaultdict(list)
         self._by_stem: dict[str, list[str]] = defaultdict(list)
-        for path in sorted(folder.rglob("*")):
+        for path in sorted(files_below(folder)):
             if is_image(path):
                 name = path.relative_to(folder).as_posix()
                 self._by_key[_key(path, folder)].append(name)

@@ -14,8 +14,10 @@ from util.files import read_regular
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _DECLARATION = re.compile(r"\s*<\?xml[^>]*\?>")
 _ENCODING = re.compile(rb"\s*<\?xml[^>]*?encoding\s*=\s*[\"']([\w.:-]+)")
+_ENTITY = re.compile(rb"<!ENTITY", re.IGNORECASE)
 _STRAY = re.compile(r"&(?!#\d+;|#x[0-9a-fA-F]+;|(?:amp|lt|gt|quot|apos);)")
 _LARGEST = 10_000_000  # bytes of a file
+_START = 1000  # bytes that show what a file is
 _FEW = 3  # boxes that show a habit
 
 
@@ -26,14 +28,19 @@ def parse_xml(data: bytes) -> tuple[ET.Element, str]:
 
     Raises:
         ET.ParseError: it is not XML.
-        ValueError: its encoding is unknown, or it is not in the one that it declares.
+        ValueError: its encoding is unknown, it is not in the one that it declares, or it defines
+            entities, with which a few bytes stand for many.
     """
+    if _ENTITY.search(data.replace(b"\0", b"")):  # in UTF-16, every other byte is 0
+        raise ValueError("defines entities, which annotations do not need")
     try:
         return ET.fromstring(data), ""
     except (ET.ParseError, LookupError, ValueError):
         declared = _ENCODING.match(data)
         encoding = declared.group(1).decode("ascii", "replace") if declared else ""
-        text = _DECLARATION.sub("", decode(data, encoding), count=1)
+        text = decode(data, encoding)
+        declaration = _DECLARATION.match(text)  # a search would take long in a file of blanks
+        text = text[declaration.end() :] if declaration else text
     repaired, strays = _STRAY.subn("&amp;", text)
     try:
         return ET.fromstring(text), f"in the encoding {encoding or 'that it does not declare'}"
@@ -149,6 +156,15 @@ def look_like_sizes(trees: Iterable[ET.Element]) -> str:
     if inverted < _FEW or inverted < boxes / 10:
         return ""
     return f"{inverted} of {boxes} boxes have xmax or ymax below xmin or ymin"
+
+
+def is_cvat(path: Path) -> bool:
+    """Return whether a file is CVAT's, which holds all images, not one as VOC's do."""
+    try:
+        with path.open("rb") as file:
+            return b"<annotations>" in file.read(_START)
+    except OSError:
+        return False
 
 
 def _number(text: str) -> float | None:

@@ -12,6 +12,7 @@ import yaml
 from datasets.formats.layout import (
     SPLITS,
     files,
+    files_below,
     folders,
     split_names,
     subfolder,
@@ -23,7 +24,7 @@ from util.errors import DataError, brief
 from util.yaml_files import read_yaml
 
 _NAMES = ("classes.txt", "obj.names", "_darknet.labels", "classes.names", "labels.txt")
-_LOOKED_AT, _MOST_BYTES = 20, 4_000_000  # YAML files that may be a data.yaml
+_MOST_BYTES = 4_000_000  # of all YAML files together that may be a data.yaml
 _CHOOSE = "Choose with `train_split` and `val_split`."
 
 
@@ -56,7 +57,7 @@ def describe(place: Path) -> Description:
         return _read_data(darknet[0])
     names_file = names_of_classes(place)
     if names_file:
-        return Description(names_file, {"names": read_list(names_file)}, place)
+        return Description(names_file, {"names": read_list(names_file)}, _one_slash(place))
     raise DataError(
         f"{place}: there is no data.yaml, nor obj.data or classes.txt. Check `data_path`."
     )
@@ -74,10 +75,13 @@ def names_of_classes(place: Path) -> Path | None:
 
 def has_yolo(place: Path) -> str:
     """Return what shows that a folder holds YOLO data, "" if nothing does."""
-    for file in sorted([*place.glob("*.yaml"), *place.glob("*.yml")])[:_LOOKED_AT]:
+    looked_at = 0  # bytes
+    for file in sorted([*place.glob("*.yaml"), *place.glob("*.yml")]):
         try:
-            if file.stat().st_size > _MOST_BYTES:
+            size = file.stat().st_size
+            if looked_at + size > _MOST_BYTES:
                 continue
+            looked_at += size
             options = _read_yaml(file).options
         except (OSError, DataError):
             continue
@@ -116,8 +120,8 @@ def _read_yaml(file: Path) -> Description:
         raise DataError(f"{file}: not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise DataError(f"{file}: must hold `names`, `train` and `val`, not {brief(content)}.")
-    here = Path(os.path.abspath(file.parent))
-    root = here / str(content.get("path") or "")
+    here = _one_slash(Path(os.path.abspath(file.parent)))
+    root = _one_slash(here / str(content.get("path") or ""))
     return Description(file, content, root if os.path.isdir(root) else here)  # of another machine
 
 
@@ -125,7 +129,7 @@ def _read_data(file: Path) -> Description:
     """Read darknet's obj.data: lines of key = value, with the list of classes under `names`."""
     pairs = (line.partition("=") for line in read_list(file))
     options: dict[str, Any] = {key.strip(): value.strip() for key, _, value in pairs}
-    root = Path(os.path.abspath(file.parent))
+    root = _one_slash(Path(os.path.abspath(file.parent)))
     found = resolve(root, str(options.get("names") or "obj.names"))
     if found is None or not found.is_file():
         raise DataError(
@@ -135,6 +139,17 @@ def _read_data(file: Path) -> Description:
     return Description(file, {**options, "names": read_list(found)}, root)
 
 
+def _one_slash(path: Path) -> Path:
+    """Return a path that starts with one slash where it has two, which POSIX tells apart."""
+    text = str(path)
+    return Path(text[1:]) if os.name == "posix" and text.startswith("//") else path
+
+
+def _normal(path: Path) -> Path:
+    """Return a path without `..` and doubled slashes, so that equal places are written alike."""
+    return _one_slash(Path(os.path.normpath(path)))
+
+
 def resolve(base: Path, entry: str) -> Path | None:
     """Return the file or folder that a path leads to, of this machine or of another.
 
@@ -142,13 +157,13 @@ def resolve(base: Path, entry: str) -> Path | None:
     other layouts and from other machines keep their end.
     """
     if os.path.exists(base / entry):
-        return Path(os.path.normpath(base / entry))
+        return _normal(base / entry)
     plain = PurePath(entry.replace("\\", "/"))
     parts = [part for part in plain.parts if part not in (plain.anchor, ".")]
     if ".." in parts:
         parts = parts[len(parts) - parts[::-1].index("..") :]
     tries = [plain, *(PurePath(*parts[i:]) for i in range(len(parts)))]
-    found = (Path(os.path.normpath(base / path)) for path in tries)
+    found = (_normal(base / path) for path in tries)
     return next((path for path in found if os.path.exists(path)), None)
 
 
@@ -178,11 +193,11 @@ def find_images(described: Description, split: str) -> tuple[list[Path], str]:
             raise DataError(
                 f"{file}: `{split}` names '{entry:.200}', which is not under {base}. Fix the path."
             )
-        if path != Path(os.path.normpath(base / entry.replace("\\", "/"))):
+        if path != _normal(base / entry.replace("\\", "/")):
             where = f"'{entry:.200}' is read from {os.path.relpath(path, base)}"
             note = f"{note}; {where}" if note else where
         if path.is_dir():
-            found.update(dict.fromkeys(sorted(p for p in path.rglob("*") if is_image(p))))
+            found.update(dict.fromkeys(sorted(p for p in files_below(path) if is_image(p))))
             continue
         listed, dropped = _listed(path, base)
         found.update(dict.fromkeys(listed))
@@ -226,7 +241,7 @@ def _listed(path: Path, base: Path) -> tuple[list[Path], int]:
     """
     names = [line.replace("\\", "/") for line in read_list(path)]
     bases = [path.parent if name.startswith("./") else base for name in names]
-    found = [Path(os.path.normpath(f / name)) for f, name in zip(bases, names, strict=True)]
+    found = [_normal(f / name) for f, name in zip(bases, names, strict=True)]
     if not found or found[0].exists():
         return found, 0
     first = resolve(base, names[0])

@@ -71,12 +71,21 @@ def _parse(line: str, place: str) -> Line:
     Raises:
         ValueError: it has neither four numbers nor more than five after the class.
     """
-    label, *values = (float(word) for word in line.split())
+    label, *values = map(_number, line.split())
     if label != int(label):
         raise ValueError(f"class index {label} is not a whole number")
+    if len(values) == 5 and 0 <= values[4] <= 1:
+        raise ValueError("a fifth number after the class: a confidence? Remove it to use the box")
     if len(values) < 4 or len(values) == 5:
         raise ValueError(f"{len(values)} numbers after the class are neither a box nor corners")
     return Line(place, int(label), values)
+
+
+def _number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        raise ValueError(f"{word!r:.60} is not a number") from None
 
 
 def judge(found: Sequence[Sequence[Line]], *, points: int | None) -> Lines:

@@ -43,6 +43,10 @@ class PredictOptions(Checked):
     max_size: int | None = option(
         None, "maximum long side, pixels (default: the checkpoint's)", low=16, most=65536, unset=0
     )
+    num_select: int | None = option(
+        None, "detections kept per image, all classes together (default: the checkpoint's)", low=1,
+        most=100000,
+    )  # fmt: skip
     nms_iou: float | None = option(
         None, "NMS IoU threshold; 1 disables NMS (default: the checkpoint's)",
         above=0, high=1, unset=0,
@@ -69,6 +73,7 @@ def main(options: PredictOptions) -> int:
         device=options.device,
         eval_scale=options.eval_scale,
         max_size=options.max_size,
+        num_select=options.num_select,
         nms_iou=options.nms_iou,
         max_pixels=options.max_pixels,
     )

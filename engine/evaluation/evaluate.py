@@ -15,8 +15,8 @@ from models.criterion import SetCriterion
 from models.postprocess import PostProcess
 from models.queries import DetectorOutput
 from util.batch import Batch, PaddedBatch, Target, pad_images
-from util.console import progress
 from util.errors import DataError, UserError
+from util.progress import progress
 from util.world import World
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ def detect(
     device: torch.device,
     description: str | None,
     skip_unreadable: bool = True,
-    on_outputs: Callable[[DetectorOutput, Sequence[Target]], None] | None = None,
+    on_outputs: Callable[[DetectorOutput, Sequence[Target]], object] | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[tuple[Batch, list[dict[str, Tensor]]]]:
     """Yield every batch with its detections (pixels of the original images, on the host).

@@ -11,7 +11,11 @@ from util.registry import Registry
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """What an encoder is built from."""
+    """What an encoder is built from.
+
+    Of the deformable one alone: `fusion` says what the memory is made of, "none" for the last
+    layer's tokens, `updates` which tokens a layer changes, and the others are options of that.
+    """
 
     d_model: int
     num_layers: int
@@ -20,6 +24,10 @@ class EncoderOptions:
     n_levels: int
     n_heads: int
     n_points: int
+    fusion: str = "none"
+    updates: str = "full"
+    lite_levels: int = 1
+    lite_expansion: int = 1
 
 
 class Encoder(nn.Module):
@@ -37,4 +45,8 @@ class Encoder(nn.Module):
 
 ENCODERS: Registry[Callable[[EncoderOptions], Encoder]] = Registry(
     "encoder", __name__, {"deformable": ".deformable"}
+)
+# The deformable encoder, by which tokens its layers change.
+UPDATES: Registry[Callable[[EncoderOptions], Encoder]] = Registry(
+    "encoder_updates", __name__, {"full": ".deformable", "lite": ".lite"}
 )

@@ -1,14 +1,15 @@
 """The deformable encoder."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.encoders import ENCODERS, Encoder, EncoderOptions
+from models.encoders import ENCODERS, UPDATES, Encoder, EncoderOptions
 from models.layers import Dropout, ExactLayerNorm, checkpointed
 from models.levels import FeatureLevels, cell_centres
 from ops import MSDeformAttn
 
-# N batch, S tokens of all levels, L levels, C width.
+# N batch, S tokens of all levels, T of them that a layer changes, L levels, C width.
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -28,12 +29,22 @@ class DeformableEncoderLayer(nn.Module):
         self.norm2 = ExactLayerNorm(width)
         self.dropout = Dropout(options.dropout)
 
-    def forward(self, x: Tensor, levels: FeatureLevels, reference_points: Tensor) -> Tensor:
-        """Shape: x [N,S,C]; reference_points [N,S,L,2]; returns [N,S,C]."""
+    def forward(
+        self,
+        x: Tensor,
+        pos: Tensor,
+        reference_points: Tensor,
+        tokens: Tensor,
+        levels: FeatureLevels,
+    ) -> Tensor:
+        """Return x, some of the tokens, after a look at all of them.
+
+        Shape: x, pos [N,T,C]; reference_points [N,T,L,2]; tokens [N,S,C]; returns [N,T,C].
+        """
         attended = self.self_attn(
-            x + levels.pos,
+            x + pos,
             reference_points,
-            x,
+            tokens,
             levels.spatial_shapes,
             input_padding_mask=levels.padding_mask,
         )
@@ -44,18 +55,54 @@ class DeformableEncoderLayer(nn.Module):
 
 
 @ENCODERS.register("deformable")
+def create(options: EncoderOptions) -> Encoder:
+    """Return the encoder whose layers change the tokens that `options.updates` says."""
+    return UPDATES[options.updates](options)
+
+
+@UPDATES.register("full")
 class DeformableEncoder(Encoder):
-    """The paper's encoder: each token looks around its own cell's centre, on every level."""
+    """The paper's encoder: each token looks around its own cell's centre, on every level.
+
+    With `fusion` "dense", the memory is made of the tokens before and after every layer
+    (Stable-DINO, arXiv 2304.04742, Sec. 3.4).
+    """
 
     def __init__(self, options: EncoderOptions) -> None:
         super().__init__()
         layers = [DeformableEncoderLayer(options) for _ in range(options.num_layers)]
         self.layers = nn.ModuleList(layers)
+        self.fusion_layer: nn.Module | None = None
+        if options.fusion == "dense":
+            width = options.d_model
+            linear = nn.Linear(width * (options.num_layers + 1), width)
+            nn.init.zeros_(linear.bias)
+            self.fusion_layer = nn.Sequential(linear, ExactLayerNorm(width))
 
     def forward(self, levels: FeatureLevels) -> Tensor:
         """Return the memory. Shape: [N,S,C]."""
         reference_points = cell_centres(levels)
         x = levels.tokens
-        for layer in self.layers:
-            x = checkpointed(layer, x, levels, reference_points, enabled=self.checkpointing)
-        return x
+        states = [x]
+        for index in range(len(self.layers)):
+            x = self.update(index, x, levels, reference_points)
+            if self.fusion_layer is not None:
+                states.append(x)
+        return x if self.fusion_layer is None else self.fused(states)
+
+    def update(
+        self, index: int, x: Tensor, levels: FeatureLevels, reference_points: Tensor
+    ) -> Tensor:
+        """Return the tokens after a layer. Shape: x [N,S,C]; reference_points [N,S,L,2]."""
+        output: Tensor = checkpointed(
+            self.layers[index],
+            *(x, levels.pos, reference_points, x, levels),
+            enabled=self.checkpointing,
+        )
+        return output
+
+    def fused(self, states: list[Tensor]) -> Tensor:
+        """Return the memory made of the tokens at every depth. Shape: [N,S,C] each."""
+        assert self.fusion_layer is not None
+        memory: Tensor = self.fusion_layer(torch.cat(states, dim=-1))
+        return memory

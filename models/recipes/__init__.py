@@ -38,30 +38,67 @@ class Recipe(nn.Module):
     ) -> None:
         super().__init__()
 
+    def prepare(
+        self, targets: Sequence[Target], whole: EffectiveBatch, *, fixed_sizes: bool
+    ) -> Any:
+        """Return what the queries of a training step need to know of its targets.
+
+        What depends on other images depends on `whole`, the effective batch. This runs before the
+        forward pass, and is not compiled. With `fixed_sizes`, that pass is: each new shape of a
+        tensor, and each new number that `queries` uses, compiles it once more.
+        """
+        return None
+
     def queries(
         self,
         transformer: DeformableTransformer,
         memory: Tensor,
         proposals: Proposals | None,
-        targets: Sequence[Target],
-        whole: EffectiveBatch | None,
+        prepared: Any,
     ) -> list[QueryGroup]:
         """Return groups of queries for a training step; proposals are a two-stage encoder's.
 
-        Every step returns groups of the same names, which all processes log together. What depends
-        on other images depends on `whole`, the effective batch, which is all of `targets` where
-        it is None. Shape: memory [N,S,C].
+        Every step returns groups of the same names, which all processes log together. `prepared`
+        is what `prepare` has returned. Shape: memory [N,S,C].
         """
         return []
+
+    def regroup(
+        self,
+        transformer: DeformableTransformer,
+        groups: list[QueryGroup],
+        proposals: Proposals | None,
+        *,
+        learning: bool,
+    ) -> list[QueryGroup]:
+        """Return all groups of queries that are decoded, the first those that detect.
+
+        Unlike `queries`, it may start from those that detect, or change how they pass the decoder
+        and how they and the encoder learn. `learning`: it is a training step.
+        """
+        return groups
 
     def output(self, output: DetectorOutput, decoded: TransformerOutput) -> DetectorOutput:
         """Return what is detected and learned, in training and in evaluation."""
         return output
 
 
-RECIPES: Registry[type[Recipe]] = Registry("recipe", __name__, {"hybrid": ".hybrid", "mds": ".mds"})
+RECIPES: Registry[type[Recipe]] = Registry(
+    "recipe",
+    __name__,
+    {
+        "denoising": ".denoising",
+        "group": ".group",
+        "hybrid": ".hybrid",
+        "mds": ".mds",
+        "mr": ".mr",
+        "ms": ".ms",
+    },
+)
 # Of these a model has one: an option of this name chooses it.
-ALTERNATIVES: Mapping[str, tuple[str, ...]] = {"one_to_many": ("hybrid", "mds")}
+ALTERNATIVES: Mapping[str, tuple[str, ...]] = {
+    "one_to_many": ("hybrid", "group", "ms", "mr", "mds")
+}
 
 
 class KnownRecipes(Mapping[str, type[Any]]):

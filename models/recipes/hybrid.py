@@ -5,7 +5,6 @@ is matched with every object `k_one2many` times; decoder and heads, which both g
 from all of them (Sec. 3.2, hybrid branch scheme).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from models.matcher import PaddedTargets
 from models.queries import Learning, Proposals, QueryGroup
 from models.recipes import RECIPES, Recipe, RecipeOptions
 from models.transformer import DeformableTransformer
-from util.batch import EffectiveBatch, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +48,7 @@ class Hybrid(Recipe):
         transformer: DeformableTransformer,
         memory: Tensor,
         proposals: Proposals | None,
-        targets: Sequence[Target],
-        whole: EffectiveBatch | None,
+        prepared: None,
     ) -> list[QueryGroup]:
         """Return the one group, which may be empty where an image has few tokens."""
         learned = None if self.query_embed is None else self.query_embed.weight

@@ -19,7 +19,7 @@ from models.layers import ExactLayerNorm, ExactLinear
 from models.one_to_many import assign_by_quality
 from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput, Learning
 from models.recipes import RECIPES, Recipe, RecipeOptions
-from models.relations import embedded_relations
+from models.relations import relation_bias
 from models.transformer import DeformableTransformer, TransformerOutput
 
 # N batch, Q queries, C width, H heads.
@@ -133,10 +133,9 @@ class Suppressor(nn.Module):
 
         Nothing is learned through scores and boxes. Shape: [N,H,Q,Q+tokens].
         """
-        best, boxes = scores.detach().amax(-1), boxes.detach()
+        best = scores.detach().amax(-1)
         better = best[:, None, :] > best[:, :, None]  # [N,Q,Q]: the column's is better
-        embedded = embedded_relations(boxes, boxes, _FREQUENCIES, scale=1.0)
-        relation = self.relation(embedded).permute(0, 3, 1, 2)  # [N,H,Q,Q]
+        relation = relation_bias(self.relation, boxes, boxes, dims=_FREQUENCIES, scale=1.0)
         relation = 0.5 * (relation + relation.transpose(2, 3))
         relation = relation.masked_fill(~better[:, None], -math.inf)
         tokens = self.token_bias[None, :, None].expand(*relation.shape[:3], -1)

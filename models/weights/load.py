@@ -22,10 +22,11 @@ from models.weights.official import (
 from models.weights.unwrap import find_weights, keys_of, largest_state_dict
 from util.classes import Classes
 from util.console import log
-from util.errors import CheckpointError
+from util.errors import CheckpointError, brief
 from util.tensor_files import load_safely
 
 Triple = tuple[float, float, float]
+_LARGEST_VALUE = 1e6  # of a mean or deviation, which are in 0..1 or, of some networks, in 0..255
 # What is in every Deformable DETR, and little else; a class head may be stored in one place only.
 _EXPECTED = (
     "transformer.level_embed",
@@ -127,9 +128,9 @@ def _parts_of(path: Path, expected: str) -> Iterator[None]:
     """Report parts that are not what they should be in one line."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: is not a valid {expected} ({type(error).__name__}: {error}). "
+            f"{path}: is not a valid {expected} ({type(error).__name__}: {str(error)[:100]}). "
             "Use another, or weights alone."
         ) from error
 
@@ -138,7 +139,7 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
     preprocessing = content.get("preprocessing") or {}
     config = {title: dict(options) for title, options in content["config"].items()}
     averages = content.get("ema")
-    weights = dict(averages["model"] if ema and averages else content["model"])
+    weights = _tensors(averages["model"] if ema and averages else content["model"])
     classes = content.get("classes")
     check_sizes(weights, config["model"], source)
     return Pretrained(
@@ -148,9 +149,23 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
         classes=Classes.from_json(classes) if classes else official_classes(weights),
         config=config,
         image_mean=_triple(preprocessing.get("mean")),
-        image_std=_triple(preprocessing.get("std")),
-        thresholds=dict(content.get("thresholds") or {}),
+        image_std=_deviations(preprocessing.get("std")),
+        thresholds={
+            str(name): float(score) for name, score in (content.get("thresholds") or {}).items()
+        },
     )
+
+
+def _tensors(found: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """Return a state dict, after a look at what is in it.
+
+    Raises:
+        TypeError: something in it is no tensor, or has no name.
+    """
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f"{brief(name)} is {brief(type(tensor).__name__)}, not a tensor")
+    return dict(found)
 
 
 def _check_detector(weights: Mapping[str, Tensor], source: Path) -> None:
@@ -203,7 +218,8 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
     config = hugging_face.read_json(folder / "config.json")
     with _parts_of(folder / "config.json", "Hugging Face model description"):
         options = hugging_face.config_options(config, source)
-    weights = hugging_face.to_official(load_safely(file), options, source)
+    with _parts_of(file, "state dict of Hugging Face"):
+        weights = hugging_face.to_official(_tensors(load_safely(file)), options, source)
     if not is_deformable_detr(weights):
         raise CheckpointError(
             f"{source}: holds the bare model, without detection heads. "
@@ -220,7 +236,7 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
             options,
             classes,
             image_mean=_triple(preprocessing.get("image_mean")),
-            image_std=_triple(preprocessing.get("image_std")),
+            image_std=_deviations(preprocessing.get("image_std")),
             image_size=_image_size(preprocessing),
         )
 
@@ -248,7 +264,16 @@ def _triple(values: Any) -> Triple | None:
     if not values:
         return None
     red, green, blue = map(float, values)
+    if not max(abs(red), abs(green), abs(blue)) < _LARGEST_VALUE:
+        raise ValueError(f"{brief(values)} is no colour")
     return red, green, blue
+
+
+def _deviations(values: Any) -> Triple | None:
+    found = _triple(values)
+    if found and min(found) <= 0:
+        raise ValueError(f"{brief(values)} is no deviation")
+    return found
 
 
 def _image_size(preprocessing: Mapping[str, Any]) -> tuple[int, int] | None:

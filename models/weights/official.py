@@ -81,9 +81,9 @@ def official_options(
 
 
 def count_layers(state_dict: Mapping[str, Any], prefix: str) -> int:
-    """Return how many numbered modules lie under `prefix`."""
+    """Return how many numbered modules lie under `prefix`, never more than there are names."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return 1 + max((int(m[1]) for m in map(pattern.match, state_dict) if m), default=-1)
+    return len({m[1] for m in map(pattern.match, state_dict) if m})
 
 
 def _options_from_shapes(state_dict: Mapping[str, Tensor], nheads: int) -> dict[str, Any]:
@@ -136,9 +136,13 @@ def check_sizes(state_dict: Mapping[str, Tensor], options: Mapping[str, Any], so
     Raises:
         CheckpointError: they differ.
     """
-    if "transformer.level_embed" not in state_dict:
-        return
-    found = _options_from_shapes(state_dict, max(1, int(options.get("nheads", _DEFAULT_HEADS))))
+    nheads = options.get("nheads", _DEFAULT_HEADS)
+    if type(nheads) is not int or nheads < 1:
+        return  # no option can be so, which is said of it
+    try:
+        found = _options_from_shapes(state_dict, nheads)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return  # no such weights: they will not fit the model, whose size `check_claims` bounds
     for name in _SIZES:
         stated, real = options.get(name), found.get(name)
         if stated is not None and real and stated != real:
@@ -211,12 +215,15 @@ def published_weights(
     Raises:
         CheckpointError: other implementations have no such model.
     """
-    for name, usual in (("backbone", r"resnet\d+"), ("encoder", "deformable"), ("neck", "none")):
+    for name, usual in (
+        ("backbone", r"resnet\d+"), ("encoder", "deformable"), ("neck", "none"),
+        ("relation", "none"), ("encoder_updates", "full"), ("enc_fusion", "none"),
+    ):  # fmt: skip
         value = str(options.get(name, "" if name == "backbone" else usual))
         if not re.fullmatch(usual, value):
             raise CheckpointError(
                 f"{path}: cannot be written: other implementations have no {name} '{value}', only "
-                "torchvision's ResNets and the paper's encoder. Keep our own checkpoint."
+                "torchvision's ResNets and the paper's transformer. Keep our own checkpoint."
             )
     left_out = [name for name in state_dict if name.startswith("recipes.")]
     needed = sorted({n.split(".")[1] for n in left_out if RECIPES[n.split(".")[1]].detects})

@@ -18,6 +18,7 @@ from util.errors import CheckpointError
 
 _HEAD = re.compile(r"(transformer\.decoder\.)?(class|bbox)_embed\.(\d+)\.(.+)")
 _QUERIES = "query_embed.weight"
+_LABELS = "recipes.denoising.label_enc.weight"  # a row for each class, one for none
 _COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none
 BACKBONE = "backbone.0."
 RECIPES = "recipes."  # what only helps training
@@ -116,13 +117,13 @@ def transfer(
 ) -> TransferReport:
     """Start `model` from the weights of another training, as far as they fit.
 
-    Tensors of equal name and shape are copied. Rows of the class heads follow the class name, see
-    `class_names.matching_names`, so labels may have another order or number. A two-stage model
-    ranks proposals by row 0 of the encoder's class head: that row is kept. Where, in checkpoint and
-    model, `proposals_tell` classes, rows follow names there, too; it stays fresh if they tell
-    objects in one and classes in the other, "either". Missing queries are
-    noisy copies of the first ones (equal queries would never part); of too many, those stay whose
-    reference points lie farthest apart. Everything else keeps its fresh weights and is reported.
+    Tensors of equal name and shape are copied. Rows of class heads and of embedded labels follow
+    the class name, see `class_names.matching_names`, so labels may have another order or number. A
+    two-stage model ranks proposals by row 0 of the encoder's class head: that row is kept. Where,
+    in checkpoint and model, `proposals_tell` classes, rows follow names there, too; it stays fresh
+    if they tell objects in one and classes in the other, "either". Missing queries are noisy copies
+    of the first ones (equal queries would never part); of too many, those stay whose reference
+    points lie farthest apart. Everything else keeps its fresh weights and is reported.
     Without `backbone`, that of `model`, which is another one, stays as it is and is left out.
 
     Raises:
@@ -148,7 +149,7 @@ def transfer(
                     continue
                 rows = _RANKING_ROW if ranks and proposals_tell == "objects" else pairs
                 _fill(name, tensor, source[origin[name]], rows, report)
-            elif name.startswith(RECIPES) and ".class_embed." in name:
+            elif name == _LABELS or (name.startswith(RECIPES) and ".class_embed." in name):
                 _fill(name, tensor, source[origin[name]], pairs, report)
             else:
                 _fill(name, tensor, source[origin[name]], None, report)

@@ -39,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     plain = replace(
         data, train_scales=(data.eval_scale,), hflip=0.0, random_crop=False,
-        scale_jitter=(1.0, 1.0), zoom_out=0.0, color_jitter=0.0, mosaic=0.0, mixup=0.0,
+        scale_jitter=(1.0, 1.0), fixed_size=0, zoom_out=0.0, color_jitter=0.0, mosaic=0.0,
+        mixup=0.0, copy_blend=0.0,
     )  # fmt: skip
     index = load_index(data, "val")
     truth = Truth.of(index)

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ _WORDS = (
     b"\xff\xfe",
     b"\\ud800", b"../" * 9, b"/dev/zero", b"9" * 400, b"9" * 5000, b"[" * 2000, b"x" * 70000,
     b"*a", b"&a ", b"<<: ", b"!!python/object:os.system ", b"\x7f\xff\xff\xff", b"\xff\xff\xff\xff",
+    b" " * 100_000, b"0x" + b"f" * 6000, b"1e99999999", b"<?xml" * 9000, b"2001-99-99", b"-" * 9000,
+    b"<!ENTITY x 'yy'>", b"'" * 3000, b"{a: " * 900, b"\r", b"\xe2\x80\xae",
+    b"data:,", b"~", b"$HOME",
 )  # fmt: skip
 
 
@@ -57,7 +61,8 @@ def mutated(draw: st.DrawFn, sound: Sequence[bytes]) -> bytes:
 
 
 ODD_VALUES: tuple[Any, ...] = (
-    None, True, -1, 0, 10**30, 10**5000, -0.5, float("nan"), float("inf"), "", "1", "\x1b]0;x\x07",
+    None, True, -1, 0, 2, 10**6, 10**30, 10**5000, -0.5, "1e99999999", "0x10", 2.5,
+    float("nan"), float("inf"), "", "1", "\x1b]0;x\x07",
     "x" * 5000, "../../etc/passwd", [], [[]], [1, 2, 3], {}, {"a": 1}, {1: 2},
     [float("inf")] * 4, ["1", None, {}, []], [1e308, 1e308, 1e308, 1e308],
 )  # fmt: skip
@@ -93,7 +98,7 @@ def exchanged(draw: st.DrawFn, content: Any, values: Sequence[Any]) -> Any:
             inner = inner[step]
         kind = draw(st.sampled_from(("exchange", "exchange", "remove", "add")))
         if kind == "exchange":
-            inner[key] = draw(st.sampled_from(list(values)))
+            inner[key] = _copied(draw(st.sampled_from(list(values))))
         elif kind == "remove":
             del inner[key]
         elif isinstance(inner, dict):
@@ -108,10 +113,20 @@ def _copied(value: Any) -> Any:
     return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
+class TooLongError(BaseException):
+    """No reader may catch it."""
+
+
+def _too_long(*_: object) -> None:
+    raise TooLongError(f"more than {SECONDS} s of processor time")
+
+
 @contextmanager
 def only_refused(*others: type[BaseException]) -> Iterator[None]:
     """Allow what a user is told in one line, and `others`; no hang, and bounded memory."""
     start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    usual = signal.signal(signal.SIGPROF, _too_long)  # what never ends would never be measured
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     except UserError as error:
@@ -120,5 +135,8 @@ def only_refused(*others: type[BaseException]) -> Iterator[None]:
             raise AssertionError(f"no line for a user: {line}") from error
     except others:
         pass
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, usual)
     assert time.process_time() - start < SECONDS
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < BYTES

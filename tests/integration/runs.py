@@ -25,9 +25,11 @@ Prepare = Callable[[], None]  # called in a process before its command: limits, 
 DEADLINE = 240.0  # seconds after which a process counts as hanging
 
 _context = multiprocessing.get_context("forkserver")
+_COMMANDS = ("check", "convert", "eval", "predict", "preview", "train")
 _context.set_forkserver_preload(
-    ["main", "torch.utils.tensorboard", "matplotlib.pyplot", "tests.integration.runs"]
-)
+    ["main", "torch.utils.tensorboard", "matplotlib.pyplot", "tests.integration.runs",
+     *(f"engine.commands.{name}" for name in _COMMANDS)]
+)  # fmt: skip
 
 
 def _be_main(argv: list[str], output: str, method: str, prepare: Prepare | None) -> None:
@@ -185,6 +187,8 @@ def state_of(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = torch.load(path, weights_only=True)
     del content["config"]  # names its folder
     del content["progress"]["seconds"]
+    for key in ("used", "evaluation"):  # of time
+        content["progress"].get("time_limit", {}).pop(key, None)
     return content
 
 

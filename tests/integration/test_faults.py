@@ -17,7 +17,7 @@ import torch
 
 from datasets.dataset import CocoDetection
 from engine.trainer import Trainer
-from tests.integration.conftest import read_log
+from tests.integration.conftest import ROOT, read_log
 from tests.integration.runs import Command, assert_same, assert_same_runs, errors, metrics, state_of
 
 Options = tuple[str | Path, ...]
@@ -220,6 +220,45 @@ def test_a_loader_process_that_is_killed(
     assert "Traceback" not in running.output
     command.run()
     assert_same_runs(folder, reference)
+
+
+@linux
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_an_output_folder_that_is_removed(
+    reference: Path, shapes: Path, tmp_path: Path, tensorboard: bool
+) -> None:
+    """What was logged is lost, but not the run, which may have taken days."""
+    folder = tmp_path / "run"
+    options = ("--coco_path", shapes, "--epochs", "3", "--dropout", "0.1", "--ema_decay", "0.9")
+    command = Command(folder, options if tensorboard else (*options, "--no_tensorboard"))
+    running = command.start()
+    running.wait_until(lambda: len(metrics(folder)) >= 2)
+    os.kill(running.pid, signal.SIGSTOP)
+    shutil.rmtree(folder)
+    os.kill(running.pid, signal.SIGCONT)
+    assert running.end() == 0, running.output
+    # not even once if a checkpoint made it again before the next step was logged
+    assert running.output.count("the folder was removed during the run") <= 1
+    # TensorBoard writes in a thread of its own, which may print how it ends
+    assert tensorboard or "Traceback" not in running.output
+    assert list((folder / "tensorboard").glob("events*")) if tensorboard else True
+    assert_same(state_of(folder / "last.pth"), state_of(reference / "last.pth"), "last.pth")
+    assert metrics(folder)[-1]["step"] == metrics(reference)[-1]["step"]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes without a reader")
+@pytest.mark.parametrize("more", [">&- 2>&-", "2>&1 | head -n 1"])
+def test_a_command_whose_output_nobody_reads(shapes: Path, tmp_path: Path, more: str) -> None:
+    words = [sys.executable, "main.py", "check", "--coco_path", str(shapes), "--output_dir",
+             str(tmp_path / "out"), "--num_workers", "0"]  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", f'set -o pipefail; "$@" {more}', "bash", *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["check"] == 1
 
 
 def test_a_corrupt_image_and_more_boxes_than_queries_are_reported(

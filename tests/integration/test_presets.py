@@ -6,18 +6,19 @@ import pytest
 
 from configs.load import read_options, to_yaml
 from models.build import build_model
+from models.recipes import KnownRecipes
 
 PRESETS = sorted(Path("configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda p: p.stem)
 def test_preset_builds_and_its_resolved_form_is_a_config(preset: Path, tmp_path: Path) -> None:
-    config = read_options(str(preset), {}).config()
-    model = build_model(config.model, num_classes=91)
+    config = read_options(str(preset), {}, KnownRecipes()).config()
+    model = build_model(config.model, num_classes=91, recipes=config.recipes)
     assert sum(p.numel() for p in model.parameters()) > 10_000
     resolved = tmp_path / "config.yaml"
     resolved.write_text(to_yaml(config))
-    assert read_options(str(resolved), {}).config() == config
+    assert read_options(str(resolved), {}, KnownRecipes()).config() == config
 
 
 @pytest.mark.parametrize(

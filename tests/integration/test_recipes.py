@@ -9,6 +9,7 @@ import yaml
 from engine.detector import Detector
 from main import main
 from tests.integration.conftest import TINY, read_log, run_cli
+from tests.integration.runs import Command, assert_same_runs, metrics
 
 KEY = "recipes.hybrid.query_embed.weight"
 PLAIN = ("--no_two_stage", "--no_with_box_refine")
@@ -66,3 +67,38 @@ def test_a_resumed_run_keeps_its_recipes_and_a_new_one_may_drop_those_of_its_fil
     assert main([*again, str(tmp_path / "plain")]) == 0
     assert "train_loss_ce_one2many" in read_log(folder)[-1]
     assert "train_loss_ce_one2many" not in read_log(tmp_path / "plain")[-1]
+
+
+@pytest.mark.slow
+def test_denoising_killed_and_resumed_ends_as_if_nothing_had_happened(
+    reference_options: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    options = (*reference_options, "--num_denoising", "10")
+    whole, command = (Command(tmp_path / name, options) for name in ("whole", "run"))
+    running = command.start()
+    running.wait_until((command.folder / "last.pth").exists)
+    running.kill()
+    command.run("--resume", "auto")
+    whole.run()
+    assert_same_runs(command.folder, whole.folder)
+    assert metrics(whole.folder)[0]["loss_giou_dn_0"] > 0
+
+
+def test_an_option_of_denoising_chooses_it_and_0_leaves_it_out(
+    shapes: Path, tmp_path: Path
+) -> None:
+    new = ("train", "--config", TINY, "--coco_path", shapes, "--max_steps", "1", "--output_dir")
+    done = run_cli(*new, tmp_path / "one", "--dn_label_noise", "0.4", "--no_dn_contrast")
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load((tmp_path / "one" / "config.yaml").read_text())
+    assert config["recipes"] == {"denoising": {
+        "num_denoising": 100, "dn_label_noise": 0.4, "dn_box_noise": 1.0, "dn_contrast": False,
+    }}  # fmt: skip
+    assert "train_loss_ce_dn" in read_log(tmp_path / "one")[-1]
+    assert not any("_dn" in name for name in read_log(tmp_path / "one")[-1] if "test" in name)
+    again = ("train", "--config", tmp_path / "one" / "config.yaml", "--num_denoising", "0")
+    done = run_cli(*again, "--output_dir", tmp_path / "none")
+    assert done.returncode == 0, done.stderr
+    assert "train_loss_ce_dn" not in read_log(tmp_path / "none")[-1]
+    weights = torch.load(tmp_path / "none" / "last.pth", weights_only=True)["model"]
+    assert not any(name.startswith("recipes") for name in weights)

@@ -12,6 +12,11 @@ from tests.lanes import some
 FLAGS: dict[str, str] = {
     "mds": "--one_to_many mds --cls_loss vfl",
     "hybrid": "--one_to_many hybrid --num_queries_one2many 9 --k_one2many 2 --cls_loss ia_bce",
+    "group": "--one_to_many group --group_detr 3 --union_set",
+    "ms": "--one_to_many ms --dropout 0.1",
+    "mr": "--one_to_many mr --mr_tokens 4",
+    "relation": "--relation previous",
+    "lite": "--encoder_updates lite --enc_fusion dense",
     "++": "--mixed_query_selection --look_forward_twice --cls_loss mal --match_cost high_order "
     "--high_order_from 0.5",
 }

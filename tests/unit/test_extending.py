@@ -151,5 +151,5 @@ def test_an_unknown_name_is_named_with_the_nearest() -> None:
         build_criterion(LossConfig(extra_losses=("loss_gio",)))
     with pytest.raises(ConfigError, match=r"'loss_giou=much' has no number after '='"):
         build_criterion(LossConfig(extra_losses=("loss_giou=much",)))
-    with pytest.raises(ConfigError, match="recipe one_to_may: does not exist. Did you mean"):
-        build_model(small_config(), num_classes=5, recipes={"one_to_may": None})
+    with pytest.raises(ConfigError, match="recipe hybird: does not exist. Did you mean"):
+        build_model(small_config(), num_classes=5, recipes={"hybird": None})

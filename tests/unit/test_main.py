@@ -106,7 +106,7 @@ def test_help_of_a_command_is_grouped_and_short(capsys: pytest.CaptureFixture[st
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == ["usage: main.py train [options]", "", COMMANDS["train"]]
     groups = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert groups[:5] == ["options:", "data:", "model:", "optim:", "run:"]  # loss has rare ones
+    assert groups[:5] == ["options:", "data:", "model:", "optim:", "loss:"]
     assert "--help_all lists" in lines[-1]
 
 

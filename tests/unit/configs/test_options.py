@@ -204,6 +204,7 @@ def test_optional_values_may_be_absent() -> None:
         (["--dept", "3"], "command line: unknown option '--dept'. Did you mean '--depth'?"),
         (["--no_refin"], "unknown option '--no_refin'. Did you mean '--no_refine'?"),
         (["--depth", "six"], "--depth: must be a whole number, not 'six'."),
+        (["--depth", "1e999999999"], "--depth: must be a whole number, not '1e999999999'."),
         (["--rate", "fast"], "--rate: must be a number, not 'fast'."),
         (["--sizes", "480", "big"], "--sizes: must be a whole number, not 'big'."),
         (["stray"], "unknown option 'stray'."),

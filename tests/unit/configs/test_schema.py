@@ -21,6 +21,7 @@ from configs.schema import (
 )
 from engine.commands.eval import EvalOptions
 from models.build import build_criterion
+from models.recipes import KnownRecipes
 from util.errors import ConfigError
 
 PRESETS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
@@ -63,9 +64,18 @@ def test_defaults_are_the_published_recipe() -> None:
         (ModelConfig, {"dropout": 1.5}, "dropout: must be at least 0 and at most 1, not 1.5."),
         (DataConfig, {"crop_size": (600, 384)}, "crop_size: must be two sizes, the smaller first"),
         (DataConfig, {"crop_size": (600,)}, "crop_size: must be two sizes"),
+        (DataConfig, {"fixed_size": 15}, "fixed_size: must be 0 or at least 16"),
+        (DataConfig, {"mosaic_affine": (10.0,)}, "mosaic_affine: must be degrees, a shift"),
+        (DataConfig, {"mosaic_affine": (10.0, 0.1, 0.0, 1.5)}, "mosaic_affine: must be degrees"),
+        (DataConfig, {"mosaic_affine": (10.0, 0.1, 1.5, 0.5)}, "mosaic_affine: must be degrees"),
+        (DataConfig, {"augment_phases": (0.5, 0.1, 1.0)}, "augment_phases: must be three shares"),
+        (DataConfig, {"augment_phases": (0.5, 0.6)}, "augment_phases: must be three shares"),
         (DataConfig, {"train_scales": ()}, "train_scales: needs at least one size"),
         (OptimConfig, {"lr": 0.0}, "lr: must be more than 0, not 0.0."),
         (OptimConfig, {"lr_drop_epochs": (10, 0)}, "lr_drop_epochs: must be at least 1, not 0."),
+        (OptimConfig, {"lr_flat": 0.8, "lr_tail": 0.3}, "lr_flat 0.8: and `lr_tail 0.3`"),
+        (OptimConfig, {"max_hours": -1.0}, "max_hours: must be at least 0"),
+        (OptimConfig, {"lr_scheduler": "flat"}, "must be one of step, cosine, flat_cosine"),
         (RunConfig, {"seed": -1}, "seed: must be at least 0, not -1."),
         (EvalOptions, {"max_dets": 100}, "max_dets: must be 0 or more than COCO's 100"),
         (EvalOptions, {"max_dets": -1}, "max_dets: must be at least 0, not -1."),
@@ -148,7 +158,7 @@ def test_a_data_location_replaces_every_location_below_it() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS, ids=[p.stem for p in PRESETS])
 def test_presets_load_and_say_what_they_reproduce(preset: Path) -> None:
-    read_options(str(preset), {}).config()
+    read_options(str(preset), {}, KnownRecipes()).config()
     assert preset.read_text(encoding="utf-8").startswith("#")
 
 
@@ -158,6 +168,10 @@ def test_an_augmentation_recipe_yields_to_explicit_options() -> None:
     assert (strong.mosaic, strong.mixup, strong.random_crop) == (0.0, 0.1, False)
     none = Given({"data": {"augment": "none", "hflip": 0.5}}).config().data
     assert (none.hflip, none.random_crop) == (0.5, False)
+    lsj = Given({"data": {"augment": "lsj", "fixed_size": 640}}).config().data
+    assert (lsj.fixed_size, lsj.scale_jitter, lsj.random_crop) == (640, (0.1, 2.0), False)
+    dense = Given({"data": {"augment": "dense", "mosaic_affine": ()}}).config().data
+    assert (dense.mosaic_affine, dense.copy_blend) == ((), 0.5)
 
 
 def test_a_recipe_replaces_the_parts_of_the_one_below() -> None:
@@ -166,6 +180,10 @@ def test_a_recipe_replaces_the_parts_of_the_one_below() -> None:
             Given({"data": {"augment": "strong", "max_size": 99}}).config().data
         )
     }
+    for preset in ("dense", "lsj"):
+        old = {"data": dataclasses.asdict(Given({"data": {"augment": preset}}).config().data)}
+        plain = Given({"data": {"augment": "official"}}).on(Given(old)).config().data
+        assert plain == Given({"data": {"augment": "official"}}).config().data
     again = Given({"data": {"augment": "official"}}).on(Given(saved)).config().data
     assert (again.mosaic, again.random_crop, again.max_size) == (0.0, True, 99)
     kept = Given({"data": {"hflip": 0.1}}).on(Given(saved)).config().data

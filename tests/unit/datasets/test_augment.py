@@ -1,6 +1,6 @@
 """Augmentation of every kind: boxes stay on what they enclose.
 
-The oracle is the image itself: each object is a rectangle of its label's colour on black.
+The oracle is the image itself; see `scenes`.
 """
 
 from dataclasses import replace
@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from datasets.dataset import seeded_generator
+from datasets.mixing import Mixing, mixup, mosaic
 from datasets.sample import Sample, Size
-from datasets.transforms import Mixing, TrainTransform, color_jitter, mixup, mosaic
+from datasets.transforms import TrainTransform, color_jitter
+from tests.unit.datasets.scenes import check_boxes_hold_their_colours, scene
 
-COLOURS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255]])
 PLAIN = TrainTransform(
     train_scales=(160, 240),
     max_size=400,
@@ -32,52 +33,9 @@ RECIPES = {
     "official": replace(PLAIN, random_crop=True),
     "jitter": replace(PLAIN, scale_jitter=(0.4, 1.8)),
     "zoom_out": replace(PLAIN, zoom_out=1.0),
+    "square": replace(PLAIN, random_crop=True, fixed_size=200, scale_jitter=(0.2, 2.0)),
     "all": replace(PLAIN, random_crop=True, scale_jitter=(0.5, 1.5), zoom_out=0.3),
 }
-
-
-def scene(seed: int) -> Sample:
-    """Return an image of up to four rectangles of unlike colours, one in each quarter."""
-    generator = seeded_generator(seed)
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
-    height, width = draw(90, 260), draw(90, 260)
-    image = torch.zeros(height, width, 3, dtype=torch.uint8)
-    labels = torch.randperm(len(COLOURS), generator=generator)[: draw(0, 4)]
-    boxes = []
-    for quarter, label in enumerate(labels):
-        left = draw(0, width // 4) + quarter % 2 * (width // 2)
-        top = draw(0, height // 4) + quarter // 2 * (height // 2)
-        right, bottom = left + draw(4, width // 4), top + draw(4, height // 4)
-        image[top:bottom, left:right] = COLOURS[label].to(torch.uint8)
-        boxes.append([left, top, right, bottom])
-    corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    return Sample(image.permute(2, 0, 1), corners, labels, (height, width))
-
-
-def check_boxes_hold_their_colours(prepared: Sample) -> None:
-    """Compare each colour's place with its boxes, a margin of blurred edges apart."""
-    _, height, width = prepared.image.shape
-    boxes, margin = prepared.boxes, 4.0
-    assert (boxes >= 0).all()
-    assert (boxes <= torch.tensor([width, height] * 2)).all()
-    assert (boxes[:, 2:] > boxes[:, :2]).all()
-    assert len(prepared.labels) == len(boxes)
-    pixels = prepared.image.permute(1, 2, 0) * 255
-    for label, colour in enumerate(COLOURS):
-        inside = torch.zeros(height, width, dtype=torch.bool)
-        for x0, y0, x1, y1 in boxes[prepared.labels == label].tolist():
-            core = pixels[
-                int(y0 + margin) : max(0, int(y1 - margin)),
-                int(x0 + margin) : max(0, int(x1 - margin)),
-            ]
-            assert ((core - colour).abs() < 60).all(), "a box covers what is not its object"
-            rows = slice(max(0, int(y0 - margin)), int(y1 + margin) + 1)
-            inside[rows, max(0, int(x0 - margin)) : int(x1 + margin) + 1] = True
-        same = ((pixels - colour).abs() < 60).all(dim=2)
-        assert not (same & ~inside).any(), "an object has no box"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -89,6 +47,7 @@ def test_boxes_follow_their_objects(recipe: str, seed: int) -> None:
     height, width = prepared.image.shape[-2:]
     most = RECIPES[recipe].largest_size(*scene(seed).size)
     assert recipe not in ("jitter", "zoom_out") or (height <= most[0] and width <= most[1])
+    assert recipe != "square" or (height, width) == most == (200, 200)
 
 
 @given(st.integers(0, 10**6))
@@ -185,7 +144,7 @@ def test_colours_change_and_nothing_else() -> None:
     assert torch.equal(changed, color_jitter(image, seeded_generator(1)))
 
 
-def test_mixing_ends_and_survives_unreadable_partners() -> None:
+def test_mixing_survives_unreadable_partners() -> None:
     mixing, own = Mixing(mosaic=1.0, mixup=0.0, until=3), scene(7)
     assert mixing(own, 3, lambda _: scene(8), seeded_generator(0)) is own
     alone = mixing(own, 2, lambda _: None, seeded_generator(0))
@@ -195,3 +154,32 @@ def test_mixing_ends_and_survives_unreadable_partners() -> None:
     assert len(blend(own, 2, lambda _: scene(8), seeded_generator(0)).boxes) == len(
         own.boxes
     ) + len(scene(8).boxes)
+
+
+@pytest.mark.parametrize("size", [(60, 90), (90, 60), (90, 90), (1, 90)])
+def test_a_fixed_square_holds_the_whole_image_and_the_mean_colour(size: Size) -> None:
+    mean = (0.4, 0.2, 0.6)
+    transform = replace(PLAIN, hflip=0.0, fixed_size=45, mean=mean)
+    generator = seeded_generator(0)
+    prepared = transform(white(size), generator, generator)
+    height, width = (max(1, side // 2) for side in size)
+    assert prepared.image.shape == (3, 45, 45)
+    assert prepared.boxes.tolist() == [[0, 0, width, height]]
+    shown = prepared.image + torch.tensor(mean)[:, None, None]
+    assert (shown[:, :height, :width] - 1).abs().max() < 1e-5
+    assert prepared.image[:, height:].abs().max() <= 0.5 / 255 + 1e-6 if height < 45 else True
+    assert prepared.image[:, :, width:].abs().max() <= 0.5 / 255 + 1e-6 if width < 45 else True
+
+
+def test_outside_its_epochs_strong_augmentation_leaves_flips_and_scales() -> None:
+    flips_and_scales = replace(PLAIN, fixed_size=200)
+    strong = replace(
+        flips_and_scales, random_crop=True, scale_jitter=(0.2, 2.0), zoom_out=0.5, color_jitter=1.0,
+        strong_epochs=range(2, 4),
+    )  # fmt: skip
+    for seed in range(5):
+        plain, *phases = (
+            transform(scene(seed), seeded_generator(seed), seeded_generator(seed)).image
+            for transform in (flips_and_scales, *map(strong.in_epoch, (1, 2, 3, 4)))
+        )
+        assert [torch.equal(image, plain) for image in phases] == [True, False, False, True]

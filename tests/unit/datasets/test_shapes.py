@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from datasets.index import CocoIndex
-from datasets.shapes import CATEGORY_IDS, MAX_OBJECTS, _background, draw_image, generate_shapes
+from datasets.shapes import CATEGORY_IDS, USUAL, _background, draw_image, generate_shapes
 from util.errors import DataError
 
 
@@ -34,7 +34,7 @@ def test_set_reads_without_notices_and_covers_all_classes_and_sizes(folder: Path
     assert (area > 96**2).any()
     assert ((area >= 32**2) & (area <= 96**2)).any()
     assert set(train.images.ids).isdisjoint(val.images.ids)
-    assert 1 <= np.diff(train.first).min() <= np.diff(train.first).max() <= MAX_OBJECTS
+    assert 1 <= np.diff(train.first).min() <= np.diff(train.first).max() <= USUAL.most_objects
 
 
 def test_images_depend_on_seed_and_position_alone(folder: Path, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_boxes_bound_exactly_what_is_painted() -> None:
         if len(objects) != 1:
             continue
         rng = np.random.default_rng(seed)
-        background = _background(rng).clip(0, 255)
+        background = _background(rng, USUAL.size).clip(0, 255)
         painted = np.abs(np.asarray(image) - background).sum(-1) > 3 * 13
         rows, columns = np.flatnonzero(painted.any(1)), np.flatnonzero(painted.any(0))
         measured = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
@@ -71,12 +71,25 @@ def test_boxes_bound_exactly_what_is_painted() -> None:
     assert max(errors) < 1
 
 
+def test_crowded_scenes_hold_many_small_objects(tmp_path: Path) -> None:
+    generate_shapes(tmp_path / "set", num_train=6, num_val=1, seed=0, scene="crowded")
+    train = load(tmp_path / "set", "train")
+    assert {tuple(size) for size in train.images.sizes.tolist()} == {(480, 640)}
+    counts = np.diff(train.first)
+    assert 15 <= counts.min() <= counts.max() <= 60
+    sides = (train.boxes[:, 2:] - train.boxes[:, :2]).max(axis=1)
+    assert sides.max() <= 1.1 * 64
+    assert np.median(sides) < 48
+    with pytest.raises(DataError, match="images of crowded scenes, seed 0 .* not 6 of usual"):
+        generate_shapes(tmp_path / "set", num_train=6, num_val=1, seed=0)
+
+
 def test_existing_set_is_kept_and_anything_else_refused(folder: Path, tmp_path: Path) -> None:
     marker = folder / "annotations" / "instances_train2017.json"
     before = marker.stat().st_mtime_ns
     generate_shapes(folder, num_train=40, num_val=5, seed=0)
     assert marker.stat().st_mtime_ns == before
-    with pytest.raises(DataError, match="it holds 40 train images of seed 0"):
+    with pytest.raises(DataError, match="it holds 40 train images of usual scenes, seed 0"):
         generate_shapes(folder, num_train=40, num_val=5, seed=1)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match="Choose a new or empty one"):

@@ -23,8 +23,12 @@ from engine.run_log import RunLog
 from engine.trainer import Trainer
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
+from models.recipes.denoising import Options as DenoisingOptions
+from models.recipes.group import Options as GroupOptions
 from models.recipes.hybrid import Options
 from models.recipes.mds import Options as MDSOptions
+from models.recipes.mr import Options as MrOptions
+from models.recipes.ms import Options as MSOptions
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, small_config
 from util.batch import Batch, UnreadableImage, pad_images
@@ -38,7 +42,19 @@ SHARES = {1: (1, 4), 2: (2,), 3: (1, 4)}  # processes: micro-batches of each
 CASES: dict[str, dict[str, Any]] = {
     **{variant: {"variant": variant} for variant in VARIANTS},
     "hybrid": {"recipes": {"hybrid": Options(num_queries_one2many=20, k_one2many=3)}},
+    "denoising": {"recipes": {"denoising": DenoisingOptions(num_denoising=20)}},
+    "denoising, two-stage": {
+        "recipes": {"denoising": DenoisingOptions(num_denoising=20)},
+        "variant": "two_stage",
+    },
     "mds": {"variant": "two_stage", "recipes": {"mds": MDSOptions()}, "loss": {"cls_loss": "vfl"}},
+    "group": {
+        "variant": "two_stage",
+        "recipes": {"group": GroupOptions(group_detr=3)},
+        "loss": {"union_set": True},
+    },
+    "ms": {"variant": "two_stage", "recipes": {"ms": MSOptions()}},
+    "mr": {"variant": "two_stage", "recipes": {"mr": MrOptions()}, "loss": {"cls_loss": "mal"}},
     "plus_plus": {
         "variant": "two_stage",
         "model": {"mixed_query_selection": True, "look_forward_twice": True},
@@ -55,6 +71,8 @@ CASES: dict[str, dict[str, Any]] = {
             "class_proposals": True,
         },
     },
+    "relation": {"variant": "two_stage", "model": {"relation": "previous"}},
+    "lite": {"model": {"encoder_updates": "lite", "enc_fusion": "dense", "enc_layers": 2}},
     "broken": {"broken": BROKEN},
     "poisoned": {"poisoned": 2},
 }
@@ -139,11 +157,11 @@ def make_trainer(
     )
 
 
-def small_trainer(folder: Path, log: RunLog, batches: list[Batch], **options: float) -> Trainer:
+def small_trainer(folder: Path, log: RunLog, batches: list[Batch], **options: Any) -> Trainer:
     """Return what trains a small detector in this process, one micro-batch a step."""
     config = Config(
         model=small_config(enc_layers=1, dec_layers=1),
-        optim=OptimConfig(**options),  # type: ignore[arg-type]
+        optim=OptimConfig(**options),
         run=RunConfig(output_dir=str(folder), max_nonfinite=2),
     )
     model = build_model(config.model, num_classes=CLASSES)
@@ -172,7 +190,7 @@ def run_steps(
     small = {"dropout": 0.0, "num_queries": 10, "enc_layers": 1, "dec_layers": 2}
     share = BatchSplit(IMAGES // accumulation // world.size, accumulation, world.rank, world.size)
     config = Config(
-        model=small_config(**VARIANTS[variant], **small, **model),
+        model=small_config(**VARIANTS[variant], **(small | dict(model))),
         loss=LossConfig(**loss),
         optim=OptimConfig(clip_max_norm=0, lr=1e-3, lr_backbone=1e-3, frozen_stages=0),
         run=RunConfig(output_dir=str(folder)),

@@ -357,13 +357,29 @@ def test_predicting_prints_nothing(
 
 def test_options_replace_those_of_the_checkpoint(content: dict[str, Any], tmp_path: Path) -> None:
     source = Path(save(content, tmp_path))
-    detector = Detector.load(source, device="cpu", eval_scale=96, nms_iou=0.5)
+    detector = Detector.load(source, device="cpu", eval_scale=96, nms_iou=0.5, num_select=300)
     assert (detector.data.eval_scale, detector.data.max_size) == (96, 1333)
-    assert detector.data.nms_iou == 0.5
+    assert (detector.data.nms_iou, detector.data.num_select) == (0.5, 300)
     with pytest.raises(ConfigError, match="nms_iou"):
         Detector.load(source, device="cpu", nms_iou=1.5)
     with pytest.raises(ConfigError, match="checkpoint: give a file"):
         Detector.load("")
+
+
+def test_a_checkpoint_of_before_keeps_100_detections_unless_told_otherwise(
+    content: dict[str, Any], tmp_path: Path, photo: Path
+) -> None:
+    config = copy.deepcopy(content["config"])
+    del config["data"]["num_select"]
+    del config["optim"]["max_hours"]
+    source = save(content, tmp_path, config=config)
+    assert Detector.load(source, device="cpu").data.num_select == 100
+    every, few = (
+        Detector.load(source, device="cpu", eval_scale=64, num_select=number).predict(photo, 0.0)
+        for number in (300, 4)
+    )
+    assert len(every) == 6 * 3  # queries x classes
+    assert few == every[:4]
 
 
 def test_evaluation_needs_both_images_and_annotations(detector: Detector, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Averaged weights against a loop in double precision; evaluating and resuming bit for bit."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,40 @@ def test_averages_are_those_of_a_loop_in_double_precision(decay: float, steps: i
             assert value.dtype == torch.int64
         else:
             torch.testing.assert_close(value.double(), expected[key], rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("decay", "tau", "expected"),
+    [
+        (0.993, 100.0, {1: 0.009881, 100: 0.627696, 500: 0.986309}),
+        (0.9999, 2000.0, {1: 0.9999 * 0.000499875, 2000: 0.9999 * 0.632121}),
+    ],
+)
+def test_the_decay_rises_as_published(decay: float, tau: float, expected: dict[int, float]) -> None:
+    ema = Ema(nn.Linear(1, 1), decay, tau)
+    found = {}
+    for number in expected:
+        ema.count = number - 1
+        found[number] = ema.present_decay
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_averages_with_a_rising_decay_are_those_of_a_loop_in_double_precision() -> None:
+    torch.manual_seed(5)
+    model = Tied()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = Ema(model, 0.9, 3.0)
+    expected = {k: v.double() for k, v in bits(model).items() if v.is_floating_point()}
+    for number in range(1, 8):
+        trained(model, optimizer)
+        ema.update(model)
+        kept = 0.9 * (1 - math.exp(-number / 3))
+        for key, value in expected.items():
+            expected[key] = value * kept + bits(model)[key].double() * (1 - kept)
+    for key, value in expected.items():
+        torch.testing.assert_close(
+            ema.state_dict()["model"][key].double(), value, rtol=2e-6, atol=1e-7
+        )
 
 
 def test_unchanging_weights_stay_bit_equal() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.optim import Precision, learning_rate_factor
+from engine.optim import Precision, Schedule
 from util.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -160,7 +160,7 @@ def test_a_device_without_bfloat16_is_refused_without_advice_to_use_it(name: str
 
 
 def test_only_the_requested_precision_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("engine.optim._has_bfloat16")
+    monkeypatch.delattr("util.device._has_bfloat16")
     Precision("fp32", CPU)
 
 
@@ -200,7 +200,44 @@ def test_fp16_drops_an_overflow_without_waiting_for_the_device() -> None:
 def test_the_rate_warms_up_and_falls(
     kind: str, drop_epochs: tuple[int, ...], expected: list[float]
 ) -> None:
-    factor = learning_rate_factor(
-        kind, 3, epochs=2, warmup_steps=4, drop_every=2, drop_epochs=drop_epochs
-    )
+    schedule = Schedule(kind=kind, epochs=2, warmup_steps=4, drop_every=2, drop_epochs=drop_epochs)
+    factor = schedule.over(6)
     assert [factor(step) for step in range(len(expected))] == pytest.approx(expected)
+    unknown = schedule.over(None)
+    assert [unknown(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_flat_cosine_has_the_published_values() -> None:
+    """DEIM's rule with T 1000, w 100, f 540, n 60 and gamma 0.5, computed by hand."""
+    factor = Schedule(
+        kind="flat_cosine", epochs=7, flat=0.54, tail=0.06, final=0.5, warmup_steps=100,
+        warmup_shape="quadratic",
+    ).over(1000)  # fmt: skip
+    expected = {0: 0.0, 50: 0.25, 100: 1.0, 540: 1.0, 640: 0.926777, 740: 0.75, 840: 0.573223,
+                940: 0.5, 1000: 0.5, 2000: 0.5}  # fmt: skip
+    assert {t: factor(t) for t in expected} == pytest.approx(expected, abs=1e-6)
+    falling = [factor(t) for t in range(540, 941)]
+    assert falling == sorted(falling, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("flat", "tail", "expected"),
+    [
+        (1.0, 0.0, [1.0] * 5),
+        (0.0, 1.0, [1.0, 0.1, 0.1, 0.1, 0.1]),
+        (0.5, 0.5, [1.0, 1.0, 1.0, 0.1, 0.1]),
+        (0.0, 0.0, [1.0, 0.868198, 0.55, 0.231802, 0.1]),
+    ],
+)
+def test_flat_cosine_may_lack_a_part(flat: float, tail: float, expected: list[float]) -> None:
+    schedule = Schedule(kind="flat_cosine", epochs=1, flat=flat, tail=tail, final=0.1)
+    factor = schedule.over(4)
+    assert [factor(step) for step in range(5)] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("drop_epochs", [(), (2, 4)])
+def test_drops_are_stretched_over_a_run_of_any_length(drop_epochs: tuple[int, ...]) -> None:
+    """After two and four of five epochs, whose length in steps need not be whole."""
+    factor = Schedule(kind="step", epochs=5, drop_every=2, drop_epochs=drop_epochs).over(13)
+    drops = [round(-math.log10(factor(step))) for step in range(13)]
+    assert drops == [sum(step / 13 >= share - 1e-9 for share in (0.4, 0.8)) for step in range(13)]

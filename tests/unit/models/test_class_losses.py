@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,9 +14,8 @@ from transformers.loss.loss_lw_detr import LwDetrImageLoss
 from transformers.loss.loss_rt_detr import RTDetrLoss
 
 from configs.schema import LossConfig
-from models.assigned import Assigned, assign
 from models.build import build_criterion
-from models.class_losses import CLASS_LOSSES
+from models.criterion import CLASS_LOSSES, Assigned, assign
 from models.matcher import HungarianMatcher, Matches, PaddedTargets, pad_targets
 from models.queries import DetectorOutput, GroupOutput
 from tests.unit.models.definitions import Target, giou, random_targets
@@ -198,7 +197,8 @@ def test_an_encoder_keeps_the_plain_loss_where_the_score_says_giou() -> None:
     assert not torch.equal(giou_focal(assigned), focal(assigned))
 
 
-COSTS: dict[str, Callable[[float, float, float, float], float]] = {
+MatchCost = Literal["focal", "position_modulated"]
+COSTS: dict[MatchCost, Callable[[float, float, float, float], float]] = {
     "position_modulated": lambda p, l1, g, best: (
         focal_cost(p * math.sqrt((g + 1) / 2 / best)) + 5 * l1 - 2 * g
     ),
@@ -213,12 +213,12 @@ def focal_cost(p: float) -> float:
 
 
 @pytest.mark.parametrize("name", COSTS)
-def test_costs_follow_their_formulas(name: str) -> None:
+def test_costs_follow_their_formulas(name: MatchCost) -> None:
     torch.manual_seed(0)
     targets = random_targets([2, 0, 1], CLASSES)
     logits = torch.randn(1, 3, 4, CLASSES, dtype=torch.float64)
     boxes = torch.rand(1, 3, 4, 4, dtype=torch.float64) * 0.5 + 0.2
-    matcher = HungarianMatcher(match_cost=name)
+    matcher = build_criterion(LossConfig(match_cost=name)).matcher
     cost = matcher.cost(logits, boxes, pad_targets(targets, CPU))
     for image, target in enumerate(targets):
         overlaps = {
@@ -242,7 +242,8 @@ def test_late_in_training_the_high_order_cost_is_score_times_iou4() -> None:
     boxes = torch.tensor([[0.5, 0.5, 0.4, 0.32], [0.5, 0.5, 0.4, 0.36]], dtype=torch.float64)
     logits = torch.full((1, 1, 2, 1), 40.0, dtype=torch.float64)
     padded = pad_targets([target], CPU)
-    matcher, plain = HungarianMatcher(match_cost="high_order"), HungarianMatcher()
+    matcher = build_criterion(LossConfig(match_cost="high_order")).matcher
+    plain = HungarianMatcher()
     given = (logits, boxes[None, None], padded)
     matcher.progress = 0.7499
     assert torch.equal(matcher.cost(*given), plain.cost(*given))

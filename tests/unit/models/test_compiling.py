@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model, compile_model, set_checkpointing
 from models.deformable_detr import DeformableDETR
+from models.recipes.denoising import Options as DenoisingOptions
 from models.recipes.hybrid import Options
 from tests.lanes import some
 from tests.unit.models.definitions import random_targets
@@ -41,6 +42,7 @@ def gradients(model: DeformableDETR, counts: Sequence[int] = (3, 2)) -> dict[str
     model.zero_grad()
     torch.manual_seed(1)
     images, targets = random_images(*SIZES), random_targets(counts, 5)
+    targets = [{**t, "image_id": torch.tensor(i)} for i, t in enumerate(targets)]
     losses = build_criterion(LossConfig())(model(pad_images(images), targets), targets)
     torch.autograd.backward(losses["loss"])
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -73,12 +75,15 @@ def test_training_and_evaluation_are_one_graph_each_and_compute_the_same(variant
 @variants
 def test_a_recipe_compiles_once_for_any_number_of_boxes(variant: str) -> None:
     torch.compiler.reset()
-    recipes = {"hybrid": Options(num_queries_one2many=9, k_one2many=2)}
+    recipes = {
+        "hybrid": Options(num_queries_one2many=9, k_one2many=2),
+        "denoising": DenoisingOptions(num_denoising=6),
+    }
     options = VARIANTS[variant] | {"num_feature_levels": 5}
     plain, compiled = small(recipes, **options), small(recipes, **options)
     counter = CompileCounter()
     compile_model(compiled, backend=counter)
-    for counts in ((3, 2), (0, 5), (1, 1)):
+    for counts in ((3, 2), (0, 5), (1, 1), (0, 0)):
         expected, found = gradients(plain, counts), gradients(compiled, counts)
         assert expected.keys() == found.keys()
         for name, value in expected.items():

@@ -15,8 +15,11 @@ from configs.schema import LossConfig
 from models.build import build_criterion, build_model, compile_model, set_checkpointing
 from models.deformable_detr import DeformableDETR
 from models.recipes import RECIPES
+from models.recipes.group import Options as Group
 from models.recipes.hybrid import Options as Hybrid
 from models.recipes.mds import Options as MDS
+from models.recipes.mr import Options as Mr
+from models.recipes.ms import Options as MS
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
 from util.batch import EffectiveBatch, pad_images
@@ -24,6 +27,8 @@ from util.batch import EffectiveBatch, pad_images
 CLASSES = 5
 SIZES = [(60, 90), (75, 64)]
 HYBRID = Hybrid(num_queries_one2many=9, k_one2many=2)
+RELATION = {"relation": "previous"}
+LITE = {"encoder_updates": "lite", "enc_layers": 2}
 PLUS_PLUS = {"mixed_query_selection": True, "look_forward_twice": True}
 DINO = {
     **PLUS_PLUS, "query_position": "box", "decoder_norm": True, "shared_heads": True,
@@ -46,12 +51,36 @@ CASES: dict[str, Case] = {
     "hybrid": Case(recipes={"hybrid": HYBRID}),
     "hybrid, plain": Case("plain", recipes={"hybrid": HYBRID}),
     "hybrid, ++": Case(recipes={"hybrid": HYBRID}, model=PLUS_PLUS),
+    "relation": Case(model=RELATION),
+    "relation, refine": Case("refine", model=RELATION),
+    "relation, ++, hybrid": Case(recipes={"hybrid": HYBRID}, model={**RELATION, **PLUS_PLUS}),
+    "relation, mds": Case(recipes={"mds": MDS()}, model=RELATION),
+    "fusion": Case(model={"enc_fusion": "dense"}),
+    "lite": Case(model=LITE),
+    "lite, plain, fusion": Case("plain", model={**LITE, "enc_fusion": "dense"}),
+    "lite, relation, mds": Case(recipes={"mds": MDS()}, model={**LITE, **RELATION}),
     "mds": Case(recipes={"mds": MDS()}, loss={"cls_loss": "vfl"}),
     "mds, plain": Case("plain", recipes={"mds": MDS()}),
     "dino": Case(model=DINO),
     "hybrid, dino": Case(
         recipes={"hybrid": HYBRID}, model={**DINO, "query_position": "scaled_box"}
     ),
+    "group": Case(recipes={"group": Group(group_detr=3)}),
+    "group, plain": Case("plain", recipes={"group": Group(group_detr=3)}),
+    "group, ++": Case(
+        recipes={"group": Group(group_detr=3)},
+        model=PLUS_PLUS,
+        loss={"cls_loss": "ia_bce", "union_set": True},
+    ),
+    "ms": Case(recipes={"ms": MS()}),
+    "ms, plain": Case("plain", recipes={"ms": MS()}),
+    "ms, ++": Case(recipes={"ms": MS()}, model=PLUS_PLUS, loss={"cls_loss": "vfl"}),
+    "ms, last layer alone": Case(recipes={"ms": MS()}, model={"aux_loss": False}),
+    "mr": Case(recipes={"mr": Mr()}),
+    "mr, plain": Case("plain", recipes={"mr": Mr()}),
+    "mr, ++": Case(recipes={"mr": Mr()}, model=PLUS_PLUS, loss={"cls_loss": "giou_focal"}),
+    "mr, last layer alone": Case(recipes={"mr": Mr()}, model={"aux_loss": False}),
+    "union set": Case(loss={"union_set": True, "cls_loss": "mal"}),
     "mds, ++": Case(recipes={"mds": MDS()}, model=PLUS_PLUS, loss={"cls_loss": "mal"}),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -81,6 +81,44 @@ def test_a_mask_applies_within_its_group() -> None:
     assert not torch.isclose(run([group]).logits[-1][:, -6:], apart.logits[-1][:, -6:]).any()
 
 
+@variants
+def test_a_group_may_see_the_queries_that_detect(variant: str) -> None:
+    run = decode(variant)
+    numbers = 4 if variant == "two_stage" else 2
+    group, other = (random_group(name, 6, numbers) for name in ("_a", "_b"))
+    alone, beside = run([group]), run([other, replace(group, sees_detecting=True)])
+    again = run([replace(group, sees_detecting=True)])
+    for a, b, c in zip(alone.logits, beside.logits, again.logits, strict=True):
+        torch.testing.assert_close(b[:, :7], a[:, :7], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(b[:, -6:], c[:, -6:], rtol=1e-12, atol=1e-12)
+        assert not torch.isclose(b[:, -6:], a[:, -6:]).all(-1).any()
+    # each sees itself and those that detect alone: as if it were a group of one
+    masked = run([replace(group, sees_detecting=True, blocked=~torch.eye(6, dtype=torch.bool))])
+    ones = [
+        replace(
+            group,
+            sees_detecting=True,
+            **{n: getattr(group, n)[:, i : i + 1] for n in ("content", "position", "reference")},
+        )
+        for i in range(6)
+    ]
+    for a, b in zip(masked.logits, run(ones).logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_queries_beyond_the_size_learn_nothing() -> None:
+    targets = random_targets([3, 2], CLASSES)
+    detecting, (logits, boxes) = predictions(2, 6), predictions(2, 5)
+    learning = Learning(size=4)
+    padded = GroupOutput("_more", logits, boxes, learning)
+    exact = GroupOutput("_more", logits[:, :, :4], boxes[:, :, :4])
+    criterion = build_criterion(LossConfig())
+    found, wanted = (
+        criterion(outputs_of(GroupOutput("", *detecting), g), targets) for g in (padded, exact)
+    )
+    assert all(found[name].equal(value) for name, value in wanted.items())
+
+
 def test_a_group_may_be_empty() -> None:
     run = decode("two_stage")
     empty, full = random_group("_a", 0, 4), random_group("_b", 2, 4)

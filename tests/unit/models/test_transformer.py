@@ -154,7 +154,7 @@ def test_padding_is_never_chosen_while_pixels_are_left() -> None:
     scores = torch.tensor([[0.0, 9.0, -5.0, 8.0], [1.0, 2.0, 3.0, 4.0]])
     padding = torch.tensor([[False, True, False, True], [False, False, False, False]])
     boxes = torch.arange(8.0).reshape(2, 4, 1).expand(-1, -1, 4)
-    proposals = Proposals(scores[..., None], boxes, boxes, padding)
+    proposals = Proposals(scores[..., None], boxes, boxes, padding, boxes)
     best, second = (proposals.best(first, 2)[..., 0].logit() for first in (0, 1))
     torch.testing.assert_close(best, torch.tensor([[0.0, 2], [7, 6]]), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(second, best[:, 1:])

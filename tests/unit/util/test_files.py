@@ -65,11 +65,14 @@ BILLION = "a0: &a0 {k: v}\n" + "".join(
         "x: " + "[" * 60 + "]" * 60,
         f"x: {'9' * 5000}",
         "&a [" + "*a," * 2000 + "]",
+        "[" + "a," * 250_000 + "]",
+        f"0x{'f' * 5000}: 1",
+        "#" * 5_000_001,
     ],
 )
 def test_yaml_that_would_grow_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises((yaml.YAMLError, ValueError)):
+    with pytest.raises((yaml.YAMLError, ValueError, OSError)):
         read_yaml(tmp_path / "x.yaml")
 
 

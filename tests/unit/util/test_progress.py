@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from util.console import progress, show_messages
+from util.console import show_messages
+from util.progress import progress
 
 
 class Terminal(io.StringIO):
@@ -20,7 +21,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that stands still unless its only item is changed."""
     now = [100.0]
-    monkeypatch.setattr("util.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("util.progress.time.monotonic", lambda: now[0])
     return now
 
 

@@ -92,12 +92,12 @@ def test_counts_are_exact_and_a_corrected_copy_is_clean(
     assert named <= data.flawed | {None, 99999}
 
     content, changes = corrected(diagnosis.splits[0])
-    mended = Source(json.loads(json.dumps(content)), train.image_dir, train.place)
-    again = check(train=mended, val=other)
+    repaired = Source(json.loads(json.dumps(content)), train.image_dir, train.place)
+    again = check(train=repaired, val=other)
     assert {k for k in again.findings if not KINDS[k].note} <= {"too_many_boxes"}
     assert changes or not set(data.expected) - {"too_many_boxes"} - _NOTES
     sound = boxes_of(Source(data.sound, train.image_dir, train.place))
-    trained = boxes_of(mended)
+    trained = boxes_of(repaired)
     for image in data.sound["images"]:
         if image["id"] not in data.flawed:
             assert trained[image["file_name"]] == sound[image["file_name"]]
@@ -143,9 +143,9 @@ def test_boxes_in_another_layout_are_reported_and_fixed(
     assert counts(diagnosis) == {kind: 24}
     content, changes = corrected(diagnosis.splits[0])
     assert len(changes) == 24
-    mended = Source(content, data.folder, data.folder)
-    assert check(train=mended).healthy
-    assert boxes_of(mended) == expected
+    repaired = Source(content, data.folder, data.folder)
+    assert check(train=repaired).healthy
+    assert boxes_of(repaired) == expected
 
 
 @given(
@@ -234,8 +234,8 @@ def test_fractions_are_all_fixed_though_a_few_exceed_the_image(tmp_path: Path) -
     last[2] = 1.02  # a pixel and a bit past the right edge
     diagnosis = check(train=data.source())
     assert counts(diagnosis)["normalised_bbox"] == 24
-    mended = boxes_of(Source(corrected(diagnosis.splits[0])[0], data.folder, data.folder))
-    assert mended == expected
+    repaired = boxes_of(Source(corrected(diagnosis.splits[0])[0], data.folder, data.folder))
+    assert repaired == expected
 
 
 def test_names_that_no_terminal_can_show_do_not_end_it(tmp_path: Path) -> None:
@@ -304,8 +304,8 @@ def test_each_flaw_of_each_format_is_found_and_fixed(target: str, tmp_path: Path
         assert wrong == told.check
         assert diagnosis.healthy == (not told.check)
         page(diagnosis, title=target)
-        mended, _ = corrected(diagnosis.splits[0])
-        assert check(train=Source(mended, source.image_dir, place)).healthy, told
+        repaired, _ = corrected(diagnosis.splits[0])
+        assert check(train=Source(repaired, source.image_dir, place)).healthy, told
 
 
 JSON = st.recursive(
@@ -341,8 +341,8 @@ def test_any_value_anywhere_is_reported(
         patch.setattr("datasets.checks.report.svg", lambda chart, description: description)
         (summary(diagnosis) + page(diagnosis, title="any")).encode()
     json.dumps(diagnosis.to_json())
-    mended, _ = corrected(diagnosis.splits[0])
-    wrong = {k for k in check(train=Source(mended, folder, folder)).findings if not KINDS[k].note}
+    repaired, _ = corrected(diagnosis.splits[0])
+    wrong = {k for k in check(train=Source(repaired, folder, folder)).findings if not KINDS[k].note}
     assert wrong <= {"missing_section"}
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from datasets.checks import names as names_module
@@ -167,3 +169,9 @@ def test_whole_disks_and_huge_folders_are_not_searched(
     assert names_module._list_files(tmp_path) == ["a", "b", "c"]
     monkeypatch.setattr(names_module, "_LISTED", 2)
     assert names_module._list_files(tmp_path) == []
+
+
+@given(st.text("./\\:\0a", max_size=8))
+def test_a_name_that_may_lead_out_of_its_folder_is_not_inside(name: str) -> None:
+    expected = name[:1] != "/" and ".." not in name.split("/") and "\0" not in name
+    assert names_module.is_inside(name) == expected

@@ -308,6 +308,23 @@ def test_a_name_that_no_file_can_have_is_reported(tmp_path: Path) -> None:
         ("set.jsonl", "{}", "set.jsonl looks like JSON lines, which is not read. Export"),
         ("train/_annotations.csv", "a,b", r"looks like a table \(CSV\)"),
         ("a.json", "{}", "no data of a known format"),
+        ("ls.json", '[{"annotations": [{"result": [{"from_name": "a", "to_name": "b"}]}]}]',
+         "ls.json looks like Label Studio's own JSON, which is not read. Export"),
+        ("train/via.json", '{"a.png9": {"regions": [{"shape_attributes": {}}]}}',
+         r"train/via.json looks like VGG Image Annotator \(VIA\) JSON"),
+        ("ds0/ann/a.png.json", '{"objects": [{"classTitle": "mug"}]}',
+         "ds0/ann/a.png.json looks like Supervisely JSON"),
+        ("samples.json", '{"samples": [{"ground_truth": {"_cls": "Detections"}}]}', "FiftyOne's"),
+        ("annotations/default.json", '{"categories": {}, "items": [{"label_id": 0}]}', "Datumaro"),
+        ("releases/latest/annotations/a.json", '{"item": {}, "annotations": [{"bounding_box": 1}]}',
+         "releases/latest/annotations/a.json looks like V7 Darwin JSON"),
+        ("labels/det_train.json", '[{"name": "a", "labels": [{"box2d": {}}]}]', "BDD100K JSON"),
+        ("annotations.xml", "<?xml version='1.0'?>\n<annotations><version>1.1</version>"
+         "<image name='a.png'/></annotations>", "annotations.xml looks like CVAT's own XML"),
+        ("annotation_train.odgt", "{}", "JSON lines"),
+        ("labels/a.txt", "0 0.5 0.5 0.1 0.1\n", "labels/a.txt looks like a label file of YOLO, but "
+         "nothing names the classes. List their names in classes.txt"),
+        ("README.txt", "0 is what nobody reads", "no data of a known format"),
         ("ann.json", json.dumps(coco_content(["a.png"])), "there is one COCO-format file, "
          r"ann.json, and nothing says .* `train_annotations .*/set/ann.json` "
          "`train_images .*/set`"),

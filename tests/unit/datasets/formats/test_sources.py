@@ -308,10 +308,19 @@ def test_yolo_lists_of_names(yolo: Path) -> None:
 
 def test_yolo_lines_that_are_no_box_are_named(yolo: Path) -> None:
     path = yolo / "labels" / "train" / "b.txt"
-    path.write_text("0 0.5 0.5 0.5 0.1\n\ncat 1 2 3 4\n0 0.5 0.5\n1.5 0 0 1 1\n0 1 1 1 1 1\n")
+    path.write_text(
+        "0 0.5 0.5 0.5 0.1\n\ncat 1 2 3 4\n0,1,1,1,1\n0 0.5 0.5\n1.5 0 0 1 1\n0 1 1 1 1 1\n"
+        "0 1 1 1 1 7\n"
+    )
     wrong = found(read_source("yolo", yolo, "train"))["unreadable_annotation"]
-    assert [place for place, _ in wrong] == [f"{path}:{line}" for line in (3, 4, 5, 6)]
-    assert wrong[0][1].startswith("could not convert")
+    assert wrong == [
+        (f"{path}:3", "'cat' is not a number"),
+        (f"{path}:4", "'0,1,1,1,1' is not a number"),
+        (f"{path}:5", "2 numbers after the class are neither a box nor corners"),
+        (f"{path}:6", "class index 1.5 is not a whole number"),
+        (f"{path}:7", "a fifth number after the class: a confidence? Remove it to use the box"),
+        (f"{path}:8", "5 numbers after the class are neither a box nor corners"),
+    ]
 
 
 def test_yolo_key_points_follow_the_box(yolo: Path) -> None:

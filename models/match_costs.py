@@ -1,0 +1,47 @@
+"""Matching costs in which a query's class score is not all that its class costs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from models.matcher import HungarianMatcher
+
+
+class PositionModulatedMatcher(HungarianMatcher):
+    """With the score, the box must be right, too (Stable-DINO, arXiv 2304.04742, Eq. 9)."""
+
+    def total(
+        self, score: Tensor, distance: Tensor, iou: Tensor, giou: Tensor, counts: Sequence[int]
+    ) -> Tensor:
+        """See `HungarianMatcher`."""
+        score = score * _best_is_1((giou + 1) / 2, counts).sqrt()
+        return super().total(score, distance, iou, giou, counts)
+
+
+class HighOrderMatcher(HungarianMatcher):
+    """Late in the training, the score times IoU ** 4 is all that counts.
+
+    That is once `progress` reaches `high_order_from` (Rank-DETR, arXiv 2310.08854, Sec. 3.3).
+    """
+
+    def __init__(self, *, high_order_from: float, **costs: float) -> None:
+        """`costs` are those of `HungarianMatcher`, for the time before."""
+        super().__init__(**costs)
+        self.high_order_from = high_order_from
+
+    def total(
+        self, score: Tensor, distance: Tensor, iou: Tensor, giou: Tensor, counts: Sequence[int]
+    ) -> Tensor:
+        """See `HungarianMatcher`."""
+        if self.progress >= self.high_order_from:
+            return -score * iou**4
+        return super().total(score, distance, iou, giou, counts)
+
+
+def _best_is_1(quality: Tensor, counts: Sequence[int]) -> Tensor:
+    """Scale the qualities [G,N,Q,T] of every image so that the best is 1."""
+    real = torch.arange(quality.shape[3]) < torch.tensor(counts)[:, None, None]  # [N,1,T]
+    padded = quality.masked_fill(~real.to(quality.device, non_blocking=True), 0.0)
+    best = padded.flatten(2).max(dim=2).values if padded.numel() else padded.sum((2, 3))
+    return quality / best.clamp(min=torch.finfo(best.dtype).tiny)[..., None, None]
