@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from models.build import build_model
-from models.decoder import DeformableDecoderLayer
+from models.decoder import DeformableDecoderLayer, Members
 from models.deformable_detr import DeformableDETR
 from models.heads import MLP
 from models.levels import PositionEmbeddingSine
-from models.queries import Proposals
+from models.queries import Proposals, Route
 from tests.unit.models.small import group_of, random_images, small_config, small_model
 from util.batch import pad_images
 from util.errors import ConfigError
@@ -77,7 +77,9 @@ def test_the_decoder_follows_its_definition(scaled: bool) -> None:
         if scaled and index > 0:
             assert decoder.query_scale is not None
             position = position * perceptron(decoder.query_scale, x)
-        x = layer(x, position, places, memory, levels, [(x.shape[1], None)])
+        x, _ = layer(
+            x, position, places, memory, levels, [Members(x.shape[1], None, False, 1, Route())]
+        )
         read = F.layer_norm(x, (64,), decoder.norm.weight, decoder.norm.bias)
         classes = decoder.heads.class_embed[index]
         boxes = decoder.heads.bbox_embed[index]
@@ -130,7 +132,8 @@ def proposals(**options: Any) -> Proposals:
     torch.manual_seed(0)
     logits, padding = torch.randn(2, 9, 4), torch.zeros(2, 9, dtype=torch.bool)
     padding[1, :3] = True
-    return Proposals(logits, torch.randn(2, 9, 4), torch.rand(2, 9, 4), padding, **options)
+    boxes, anchors, memory = torch.randn(2, 9, 4), torch.rand(2, 9, 4), torch.randn(2, 9, 8)
+    return Proposals(logits, boxes, anchors, padding, memory, **options)
 
 
 @pytest.mark.parametrize("num_learning", [None, 5, 20])
