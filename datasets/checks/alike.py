@@ -101,7 +101,7 @@ def find_alike(small: Small) -> Iterator[Pair]:
 
     Shape: small [N,S,S], grey.
     """
-    structured = np.flatnonzero(small.reshape(len(small), -1).std(axis=1) >= _FLAT)
+    structured = np.flatnonzero(small.std(axis=(1, 2)) >= _FLAT)
     if len(structured) < 2:
         return
     hashes, flipped = (_hashes(part) for part in (small[structured], small[structured, :, ::-1]))

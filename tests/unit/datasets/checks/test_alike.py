@@ -154,3 +154,9 @@ def test_identical_files_are_reported_once_as_such(tmp_path: Path) -> None:
 
 def test_without_the_search_nothing_of_it_is_reported(tmp_path: Path) -> None:
     assert not diagnosis(*two_splits(tmp_path), similar=False).findings
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_images_are_no_pair(count: int) -> None:
+    small = np.zeros((count, SMALL_SIDE, SMALL_SIDE), dtype=np.uint8)
+    assert not list(find_alike(small))
