@@ -94,12 +94,10 @@ def save_whole(
             untouched.
     """
     try:
-        with atomic_path(path) as temporary:
-            with temporary.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())  # a full disk may show only now
-            before_replacing()
+        try:
+            _write(path, content, before_replacing)
+        except FileNotFoundError:  # the folder was removed in the meantime: into a new one
+            _write(path, content, before_replacing)
     except (OSError, RuntimeError) as error:
         # torch's writer reports a failed write as a RuntimeError, raised on top of the cause
         cause = error if isinstance(error, OSError) else error.__context__
@@ -109,6 +107,15 @@ def save_whole(
             f"{path}: cannot be written: {cause.strerror or cause}. "
             "Free space or choose another folder; a previous file there is untouched."
         ) from error
+
+
+def _write(path: Path, content: Any, before_replacing: Callable[[], None]) -> None:
+    with atomic_path(path) as temporary:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())  # a full disk may show only now
+        before_replacing()
 
 
 def check_content(path: Path) -> None:

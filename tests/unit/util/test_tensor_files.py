@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path, PosixPath, PurePosixPath
 from typing import Any
@@ -150,3 +151,18 @@ def test_a_changed_bit_of_a_tensor_is_found_by_its_sum(
     with pytest.raises(CheckpointError, match=r"a\.pth: the checkpoint is damaged") as caught:
         check_content(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_removed_while_a_file_is_written_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    removed: list[bool] = []
+
+    def remove_once() -> None:
+        if not removed:
+            removed.append(True)
+            shutil.rmtree(folder)
+
+    save_whole(folder / "a.pth", {"w": torch.ones(3)}, before_replacing=remove_once)
+    assert removed
+    assert load_safely(folder / "a.pth")["w"].equal(torch.ones(3))
+    assert [path.name for path in folder.iterdir()] == ["a.pth"]
