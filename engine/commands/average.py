@@ -62,10 +62,10 @@ def chosen(options: AverageOptions) -> list[Path]:
     if options.output_dir:
         paths = CheckpointFolder(Path(options.output_dir), keep=1).newest(options.last)
         if len(paths) < options.last:
+            found = f"{len(paths)} checkpoint{'' if len(paths) == 1 else 's'}"
             raise CheckpointError(
-                f"{options.output_dir}: has {len(paths)} checkpoints of its run, not "
-                f"{options.last}. Take fewer with `last`, or train with `keep_checkpoints "
-                f"{options.last}`."
+                f"{options.output_dir}: has {found} of its run, not {options.last}. Take fewer "
+                f"with `last`, or train with --keep_checkpoints {options.last}."
             )
         return paths
     if not options.output:

@@ -193,7 +193,7 @@ def test_an_average_is_the_mean_of_the_last_checkpoints_and_is_measured_as_any_o
         (("--checkpoints", "{a}/last.pth", "{b}/last.pth", "--output", "{out}"),
          "of another model than the other checkpoints (`dropout` 0.1, others 0.0"),
         (("--checkpoints", "{a}/last.pth", "{a}/last.pth", "--output", "{out}"), "at least two"),
-        (("--output_dir", "{b}", "--last", "9"), "train with `keep_checkpoints 9`"),
+        (("--output_dir", "{b}", "--last", "9"), "train with --keep_checkpoints 9"),
         (("--output_dir", "{b}", "--last", "2", "--output", "{b}/last.pth"), "overwritten"),
         (("--checkpoints", "{a}/last.pth", "{out}", "--output", "{out}2"), "no such file"),
         (("--checkpoints", "{a}/last.pth"), "--output: is missing"),
