@@ -6,6 +6,7 @@ The search is of bounded cost: it looks up parts of hashes in sorted lists and c
 with a limited number of others.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,9 @@ _COMPARED = 512  # pairs whose small versions are
 _FLAT = 8.0  # grey levels: with a smaller deviation there is nothing to compare
 _ALIKE = 0.88  # correlation of the small versions
 _COPY = 3.0  # grey levels that the small versions of copies differ by
+# The largest difference of copies, as a multiple of that: where something has moved, it is larger.
+_PEAK = 7.0
+_NOISE = 0.5  # grey levels: rounding alone
 
 Hashes = NDArray[np.uint64]
 Small = NDArray[np.uint8]
@@ -41,12 +45,14 @@ class Pair:
     second: int
     likeness: float
     difference: float  # grey levels, root of the mean square, brightness and contrast aside
+    peak: float  # grey levels, of the cell that differs most
     mirrored: bool
 
     @property
     def is_copy(self) -> bool:
         """Whether nothing but scale, coding, brightness or direction seems to differ."""
-        return self.difference <= _COPY
+        even = self.peak <= _PEAK * max(self.difference, _NOISE)
+        return self.difference <= _COPY and even
 
 
 def check_alike(splits: Sequence[SplitReport]) -> None:
@@ -58,19 +64,46 @@ def check_alike(splits: Sequence[SplitReport]) -> None:
         if report.facts[i].small
     ]
     small = np.frombuffer(b"".join(r.facts[i].small for r, i in places), dtype=np.uint8)
+    contents = {id(report): _Contents(report) for report in splits}
     best: dict[str, dict[int, Pair]] = {"inside": {}, "across": {}}
+    copies: set[int] = set()  # images of pairs across splits
     for pair in find_alike(small.reshape(-1, SMALL_SIDE, SMALL_SIDE)):
         (one, i), (other, j) = places[pair.first], places[pair.second]
         if one.facts[i].digest == other.facts[j].digest:
             continue  # which is reported as a duplicate or leak
         found = best["inside" if one is other else "across"]
         row = pair.second if one is other else pair.first
-        if row not in found or pair.likeness > found[row].likeness:
+        same = pair.is_copy and contents[id(one)].of(i) == contents[id(other)].of(j)
+        if (row not in found) or (same, pair.likeness) > (row in copies, found[row].likeness):
             found[row] = pair
+            if one is not other and same:
+                copies.add(row)
+    across = best["across"]
+    copied = {row: pair for row, pair in across.items() if row in copies}
+    similar = {row: pair for row, pair in across.items() if row not in copies}
     for report in splits:
-        _report(report, "similar_image", places, best["inside"], copies=None)
-    _report(splits[0], "copied_leak", places, best["across"], copies=True)
-    _report(splits[0], "similar_leak", places, best["across"], copies=False)
+        _report(report, "similar_image", places, best["inside"])
+    _report(splits[0], "copied_leak", places, copied)
+    _report(splits[0], "similar_leak", places, similar)
+
+
+class _Contents:
+    """How many objects of which class the images of a split show, as far as they are annotated.
+
+    A still camera sees the same picture with another small object in it: too small a difference for
+    pixels to tell.
+    """
+
+    def __init__(self, report: SplitReport) -> None:
+        self._names = report.classes.names
+        usable = report.annotations.select(report.trained)
+        order = np.argsort(usable.image, kind="stable")
+        self._labels, self._image = usable.labels[order], usable.image[order]
+
+    def of(self, image: int) -> Counter[str]:
+        """Return the number of boxes of each class, by its name."""
+        first, end = np.searchsorted(self._image, [image, image + 1])
+        return Counter(self._names[label] for label in self._labels[first:end].tolist())
 
 
 def _report(
@@ -78,13 +111,11 @@ def _report(
     kind: str,
     places: Sequence[tuple[SplitReport, int]],
     best: Mapping[int, Pair],
-    *,
-    copies: bool | None,
 ) -> None:
     details: dict[int, str] = {}
     partners: dict[int, Partner] = {}
     for row, pair in sorted(best.items()):
-        if places[row][0] is not report or copies not in (None, pair.is_copy):
+        if places[row][0] is not report:
             continue
         of_other, j = places[pair.first if row == pair.second else pair.second]
         name, image_id = of_other.images.file_names[j], int(of_other.images.ids[j])
@@ -114,11 +145,11 @@ def find_alike(small: Small) -> Iterator[Pair]:
             for mirrored, wanted in ((False, hashes), (True, flipped)):
                 first, second = index.near(rows, wanted[rows])
                 first, second = structured[first], structured[second]
-                likeness, difference = _compare(small, first, second, mirrored=mirrored)
+                likeness, difference, peak = _compare(small, first, second, mirrored=mirrored)
                 for k in np.flatnonzero(likeness >= _ALIKE).tolist():
                     yield Pair(
                         int(second[k]), int(first[k]), float(likeness[k]), float(difference[k]),
-                        mirrored,
+                        float(peak[k]), mirrored,
                     )  # fmt: skip
             bar.update(len(rows))
 
@@ -200,12 +231,12 @@ def _distance(first: Hashes, second: Hashes) -> NDArray[np.int64]:
 
 def _compare(
     small: Small, first: NDArray[np.int64], second: NDArray[np.int64], *, mirrored: bool
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the correlation of pairs [n], and by how many grey levels they differ [n].
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the correlation of pairs [n], and the grey levels by which they differ: rms, most.
 
     The first of each pair may be mirrored. Brightness and contrast make no difference.
     """
-    likeness, difference = np.zeros(len(first)), np.zeros(len(first))
+    likeness, difference, peak = (np.zeros(len(first)) for _ in range(3))
     for start in range(0, len(first), _COMPARED):
         part = slice(start, start + _COMPARED)
         one, other = small[first[part]], small[second[part]]
@@ -213,8 +244,13 @@ def _compare(
         values = [v.reshape(len(v), -1).astype(np.float32) for v in (one, other)]
         values = [v - v.mean(axis=1, keepdims=True) for v in values]
         spread = [np.sqrt((v**2).mean(axis=1)) for v in values]
-        product = (values[0] * values[1]).mean(axis=1)
-        likeness[part] = product / (spread[0] * spread[1])
+        likeness[part] = (values[0] * values[1]).mean(axis=1) / (spread[0] * spread[1])
         unlike = np.sqrt(np.clip(1 - likeness[part] ** 2, 0, None))
-        difference[part] = np.minimum(*spread) * unlike
-    return likeness, difference
+        lower = np.minimum(*spread)
+        difference[part] = lower * unlike
+        # what is left of the one with less contrast when the other, fitted to it, is taken away
+        one, other = (v / s[:, None] for v, s in zip(values, spread, strict=True))
+        slope = likeness[part, None]
+        left = np.where((spread[0] <= spread[1])[:, None], one - slope * other, other - slope * one)
+        peak[part] = lower * np.abs(left).max(axis=1)
+    return likeness, difference, peak

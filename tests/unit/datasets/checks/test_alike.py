@@ -74,6 +74,17 @@ def test_a_moved_object_makes_no_copy_but_is_alike() -> None:
     assert pair.likeness < 1
 
 
+@pytest.mark.parametrize("size", [10, 14, 24])
+def test_a_small_object_elsewhere_makes_no_copy(size: int) -> None:
+    """Frames of a still camera, one chess piece on the board: most pixels are equal."""
+    first, second = scene(1), scene(1)
+    first.paste((90, 90, 90), (20, 20, 20 + size, 20 + size))
+    second.paste((90, 90, 90), (90, 70, 90 + size, 70 + size))
+    (pair,) = best(first, second).values()
+    assert not pair.is_copy
+    assert pair.likeness > 0.88
+
+
 def test_flat_images_are_not_compared() -> None:
     images = [Image.new("RGB", SIZE, (level,) * 3) for level in (0, 90, 91, 255)]
     assert not best(*images)
@@ -135,6 +146,16 @@ def test_pairs_are_reported_with_both_names_and_splits(tmp_path: Path) -> None:
     assert offenders["similar_image"]["place"] == "p105.png"
     assert offenders["similar_image"]["partner"]["place"] == "p103.png"
     assert "1  images of train that are copies of one in val" in summary(found)
+
+
+def test_a_copy_with_objects_of_other_classes_is_alike_only(tmp_path: Path) -> None:
+    train, val = two_splits(tmp_path)
+    annotations = val.content["annotations"]
+    annotations.append({**annotations[0], "id": 10**6, "image_id": 9})
+    found = diagnosis(train, val)
+    assert {kind: len(some) for kind, some in found.findings.items()} == {
+        "similar_image": 1, "similar_leak": 1,
+    }  # fmt: skip
 
 
 def test_the_page_shows_both_images_of_a_pair(tmp_path: Path) -> None:
