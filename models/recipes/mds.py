@@ -99,8 +99,8 @@ class Suppressor(nn.Module):
         self.in_proj = nn.Linear(d_model, 3 * d_model)
         self.out_proj = nn.Linear(d_model, d_model)
         self.relation = MLP(4 * _FREQUENCIES, 4 * _FREQUENCIES, n_heads, 2)
-        self.token_key = nn.Parameter(torch.zeros(_TOKENS, d_model))
-        self.token_value = nn.Parameter(torch.zeros(_TOKENS, d_model))
+        self.token_key = nn.Parameter(torch.empty(_TOKENS, d_model))
+        self.token_value = nn.Parameter(torch.empty(_TOKENS, d_model))
         # together, the tokens weigh as much as one query that is as good as any
         self.token_bias = nn.Parameter(torch.full((n_heads, _TOKENS), -math.log(_TOKENS)))
         self.norm1 = ExactLayerNorm(d_model)
@@ -108,18 +108,24 @@ class Suppressor(nn.Module):
         self.linear2 = nn.Linear(d_ffn, d_model)
         self.norm2 = ExactLayerNorm(d_model)
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1 and not name.startswith("token"):
-                nn.init.xavier_uniform_(parameter)
-        for name in ("weight", "bias"):  # at first, only scores matter
+            if parameter.dim() > 1 and name != "token_bias":
+                nn.init.xavier_uniform_(parameter)  # tokens, too: equal ones would never part
+        for linear in (self.in_proj, self.out_proj):  # as in attention of the decoder
+            nn.init.zeros_(linear.bias)
+        for name in ("weight", "bias"):  # at first, boxes do not matter
             nn.init.zeros_(self.relation.get_parameter(f"layers.1.{name}"))
 
     def forward(self, x: Tensor, scores: Tensor, boxes: Tensor) -> Tensor:
         """Shape: x [N,Q,C]; scores [N,Q,classes], logits; boxes [N,Q,4] cxcywh -> [N,Q,C]."""
+        query, key, value = self.in_proj(x).chunk(3, dim=-1)
+        token_key = self.in_proj(self.token_key).chunk(3, dim=-1)[1].expand(len(x), -1, -1)
+        token_value = self.in_proj(self.token_value).chunk(3, dim=-1)[2].expand(len(x), -1, -1)
         query, key, value = (
-            part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [N,H,Q,C/H]
-            for part in self.in_proj(x).chunk(3, dim=-1)
-        )
-        key, value = self._beside(key, self.token_key), self._beside(value, self.token_value)
+            part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [N,H,...,C/H]
+            for part in (
+                query, torch.cat([key, token_key], dim=1), torch.cat([value, token_value], dim=1)
+            )
+        )  # fmt: skip
         bias = self.bias(scores, boxes).to(query.dtype)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         attended = self.out_proj(attended.transpose(1, 2).flatten(2))
@@ -140,8 +146,3 @@ class Suppressor(nn.Module):
         relation = relation.masked_fill(~better[:, None], -math.inf)
         tokens = self.token_bias[None, :, None].expand(*relation.shape[:3], -1)
         return torch.cat([relation, tokens.to(relation.dtype)], dim=-1)
-
-    def _beside(self, heads: Tensor, tokens: Tensor) -> Tensor:
-        """Append the tokens to keys or values. Shape: [N,H,Q,C/H] -> [N,H,Q+tokens,C/H]."""
-        parts = tokens.reshape(_TOKENS, self.n_heads, -1).transpose(0, 1)  # [H,tokens,C/H]
-        return torch.cat([heads, parts[None].expand(len(heads), -1, -1, -1).to(heads.dtype)], dim=2)

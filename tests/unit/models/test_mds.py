@@ -72,6 +72,54 @@ def test_at_first_a_query_looks_at_better_ones_and_at_the_tokens_alike() -> None
         torch.testing.assert_close(found, expected)
 
 
+def written_out(layer: Suppressor, x: Tensor, scores: Tensor, boxes: Tensor) -> Tensor:
+    """Return the output for one image, query by query and head by head."""
+    width, head = x.shape[-1], x.shape[-1] // layer.n_heads
+    rows = [
+        slice(start + part * width, start + part * width + head)
+        for start in range(0, width, head)
+        for part in range(3)
+    ]
+    weight, offset = layer.in_proj.weight, layer.in_proj.bias
+    best, bias = scores[0].amax(-1), layer.bias(scores, boxes)[0]
+    attended = torch.zeros_like(x[0])
+    for h in range(layer.n_heads):
+        of_query, of_key, of_value = rows[3 * h : 3 * h + 3]
+        keys = torch.cat([x[0], layer.token_key]) @ weight[of_key].T + offset[of_key]
+        values = torch.cat([x[0], layer.token_value]) @ weight[of_value].T + offset[of_value]
+        for i in range(x.shape[1]):
+            query = weight[of_query] @ x[0, i] + offset[of_query]
+            seen = [j for j in range(x.shape[1]) if best[j] > best[i]]
+            seen += range(x.shape[1], len(keys))
+            logits = torch.stack([query @ keys[j] / math.sqrt(head) + bias[h, i, j] for j in seen])
+            attended[i, h * head : (h + 1) * head] = logits.softmax(0) @ values[seen]
+    y = layer.norm1(x[0] + layer.out_proj(attended))
+    output: Tensor = layer.norm2(y + layer.linear2(layer.linear1(y).relu()))
+    return output[None]
+
+
+def test_queries_attend_to_better_ones_and_to_projected_tokens() -> None:
+    layer = suppressor()
+    given = random_queries(6)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(*given), written_out(layer, *given))
+
+
+def kinds(rows: Tensor) -> int:
+    """Return how many rows there are of which none equals another."""
+    return len({tuple(row) for row in rows.tolist()})
+
+
+def test_tokens_differ_from_the_first_step_on() -> None:
+    layer = suppressor(zero=True)
+    assert kinds(layer.token_key) == kinds(layer.token_value) == 10
+    x, scores, boxes = random_queries(6)
+    torch.autograd.backward(layer(x, scores, boxes).square().sum())
+    for tokens in (layer.token_key, layer.token_value):
+        assert tokens.grad is not None
+        assert kinds(tokens.grad) == 10
+
+
 def test_it_has_the_published_number_of_parameters() -> None:
     assert sum(p.numel() for p in Suppressor(256, 8, 2048).parameters()) == 1_337_816
 
