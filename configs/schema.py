@@ -29,6 +29,10 @@ class ModelConfig(Checked):
     )
     neck: str = option("none", "what mixes the feature levels before the encoder", rare=True)
     encoder: str = option("deformable", "what turns feature levels into memory", rare=True)
+    encoder_attn: str = option(
+        "deformable", "what encoder layers attend with: deformable, dense (DETR), mswin (windows), "
+        "msda (dilated), or several in turn, as in mswin+deformable",
+    )  # fmt: skip
     encoder_updates: Literal["full", "lite"] = option(
         "full", "tokens that an encoder layer changes: all, or lite: those of coarse levels often "
         "and of fine ones rarely",
@@ -151,6 +155,13 @@ class ModelConfig(Checked):
                     f"{name}: is of `encoder deformable`, and without effect on "
                     f"`encoder {self.encoder}`. Remove one of them."
                 )
+        if self.encoder_attn != "deformable":
+            for name, usual in (("encoder", "deformable"), ("encoder_updates", "full")):
+                if (value := getattr(self, name)) != usual:
+                    raise ConfigError(
+                        f"encoder_attn: cannot be combined with `{name} {value}`. "
+                        "Remove one of them."
+                    )
         if self.encoder_updates != "lite":
             return
         if self.coarse_levels not in range(1, self.num_feature_levels):

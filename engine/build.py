@@ -20,6 +20,7 @@ from datasets.index import CocoIndex
 from datasets.loader import TrainLoader
 from datasets.samplers import BatchSplit
 from datasets.workers import loader_processes
+from engine.attention_memory import check_attention
 from engine.between_epochs import Validation, count_parameters
 from engine.checkpoint import CheckpointFolder
 from engine.data_report import write_data_report
@@ -110,6 +111,8 @@ def build_trainer(
         f"{loader.accumulation} micro-batches x {world.size} processes, "
         f"each with {num_workers} loader processes"
     )
+    if config.model.encoder_attn != "deformable":
+        check_attention(config, model, train_set, share.batch_size)
     if options.probe:
         try_largest_step(trainer, train_set, share.batch_size)
     torch.manual_seed(options.seed + world.rank)  # dropout differs between processes

@@ -15,6 +15,7 @@ from models.criterion import CLASS_LOSSES, CLASSIFICATION, LOSSES, SetCriterion
 from models.decoder import DeformableDecoder, DeformableDecoderLayer
 from models.deformable_detr import DeformableDETR
 from models.encoders import ENCODERS, EncoderOptions
+from models.encoders.attention import EncoderAttention
 from models.heads import MLP, DetectionHeads
 from models.layers import ExactLinear, GroupNorm
 from models.learned_positions import PositionEmbeddingLearned
@@ -121,8 +122,8 @@ def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
 def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableTransformer:
     """Build the transformer around the heads, with the official initial weights.
 
-    Deformable attention resets itself: offsets in one direction per head, and equal weights
-    (Appendix A.4).
+    Attention resets itself; deformable attention to offsets in one direction per head, and equal
+    weights (Appendix A.4).
     """
     common: dict[str, Any] = {
         "d_model": config.hidden_dim,
@@ -131,7 +132,8 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         "n_levels": config.num_feature_levels,
         "n_heads": config.nheads,
     }
-    encoder = ENCODERS[config.encoder](
+    kind = config.encoder if config.encoder_attn == "deformable" else "mixed"
+    encoder = ENCODERS[kind](
         EncoderOptions(
             num_layers=config.enc_layers,
             n_points=config.enc_n_points,
@@ -139,6 +141,7 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
             updates=config.encoder_updates,
             lite_levels=config.coarse_levels,
             lite_expansion=config.lite_expansion,
+            attention=config.encoder_attn,
             **common,
         )
     )
@@ -171,7 +174,7 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         if parameter.dim() > 1 and not name.startswith(initialised):
             nn.init.xavier_uniform_(parameter)
     for module in transformer.modules():
-        if isinstance(module, MSDeformAttn):
+        if isinstance(module, (MSDeformAttn, EncoderAttention)):
             module.reset_parameters()
     if not config.two_stage:
         nn.init.zeros_(transformer.reference_points.bias)

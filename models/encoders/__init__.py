@@ -15,6 +15,7 @@ class EncoderOptions:
 
     Of the deformable one alone: `fusion` says what the memory is made of, "none" for the last
     layer's tokens, `updates` which tokens a layer changes, and the others are options of that.
+    `attention` names what a layer of the mixed one attends with, with "+" between several.
     """
 
     d_model: int
@@ -28,6 +29,7 @@ class EncoderOptions:
     updates: str = "full"
     lite_levels: int = 1
     lite_expansion: int = 1
+    attention: str = "deformable"
 
 
 class Encoder(nn.Module):
@@ -44,7 +46,7 @@ class Encoder(nn.Module):
 
 
 ENCODERS: Registry[Callable[[EncoderOptions], Encoder]] = Registry(
-    "encoder", __name__, {"deformable": ".deformable"}
+    "encoder", __name__, {"deformable": ".deformable", "mixed": ".mixed"}
 )
 # The deformable encoder, by which tokens its layers change.
 UPDATES: Registry[Callable[[EncoderOptions], Encoder]] = Registry(

@@ -19,10 +19,12 @@ class DeformableEncoderLayer(nn.Module):
     (Eq. 3): there are no dot products to divide by the square root of their length.
     """
 
-    def __init__(self, options: EncoderOptions) -> None:
+    def __init__(self, options: EncoderOptions, attention: nn.Module | None = None) -> None:
         super().__init__()
         width = options.d_model
-        self.self_attn = MSDeformAttn(width, options.n_levels, options.n_heads, options.n_points)
+        self.self_attn = attention or MSDeformAttn(
+            width, options.n_levels, options.n_heads, options.n_points
+        )
         self.norm1 = ExactLayerNorm(width)
         self.linear1 = nn.Linear(width, options.d_ffn)
         self.linear2 = nn.Linear(options.d_ffn, width)
@@ -41,17 +43,29 @@ class DeformableEncoderLayer(nn.Module):
 
         Shape: x, pos [N,T,C]; reference_points [N,T,L,2]; tokens [N,S,C]; returns [N,T,C].
         """
-        attended = self.self_attn(
+        attended = self.attend(x, pos, reference_points, tokens, levels)
+        x = self.norm1(x + self.dropout(attended.to(x.dtype)))
+        hidden = self.dropout(F.relu(self.linear1(x)))
+        output: Tensor = self.norm2(x + self.dropout(self.linear2(hidden).to(x.dtype)))
+        return output
+
+    def attend(
+        self,
+        x: Tensor,
+        pos: Tensor,
+        reference_points: Tensor,
+        tokens: Tensor,
+        levels: FeatureLevels,
+    ) -> Tensor:
+        """Return what x finds in all of the tokens. Shape: as of `forward`."""
+        attended: Tensor = self.self_attn(
             x + pos,
             reference_points,
             tokens,
             levels.spatial_shapes,
             input_padding_mask=levels.padding_mask,
         )
-        x = self.norm1(x + self.dropout(attended.to(x.dtype)))
-        hidden = self.dropout(F.relu(self.linear1(x)))
-        output: Tensor = self.norm2(x + self.dropout(self.linear2(hidden).to(x.dtype)))
-        return output
+        return attended
 
 
 @ENCODERS.register("deformable")
@@ -70,14 +84,17 @@ class DeformableEncoder(Encoder):
 
     def __init__(self, options: EncoderOptions) -> None:
         super().__init__()
-        layers = [DeformableEncoderLayer(options) for _ in range(options.num_layers)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(self.layer(options) for _ in range(options.num_layers))
         self.fusion_layer: nn.Module | None = None
         if options.fusion == "dense":
             width = options.d_model
             linear = nn.Linear(width * (options.num_layers + 1), width)
             nn.init.zeros_(linear.bias)
             self.fusion_layer = nn.Sequential(linear, ExactLayerNorm(width))
+
+    def layer(self, options: EncoderOptions) -> nn.Module:
+        """Return a new layer, which is called as `DeformableEncoderLayer` is."""
+        return DeformableEncoderLayer(options)
 
     def forward(self, levels: FeatureLevels) -> Tensor:
         """Return the memory. Shape: [N,S,C]."""

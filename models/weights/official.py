@@ -217,6 +217,7 @@ def published_weights(
     """
     for name, usual in (
         ("backbone", r"resnet\d+"), ("encoder", "deformable"), ("neck", "none"),
+        ("encoder_attn", "deformable"),
         ("relation", "none"), ("encoder_updates", "full"), ("enc_fusion", "none"),
     ):  # fmt: skip
         value = str(options.get(name, "" if name == "backbone" else usual))

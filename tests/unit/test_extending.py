@@ -22,6 +22,7 @@ from main import main
 from models.backbones import BACKBONES
 from models.build import build_criterion, build_model
 from models.criterion import LOSSES
+from models.encoders.attention import ATTENTIONS
 from models.matcher import pad_targets
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import group_of, random_images, small_config, small_model
@@ -81,6 +82,12 @@ def test_an_encoder_layer(add: Add) -> None:
     model = small_model(encoder="pointwise")
     assert "transformer.encoder.layers.1.weight" in model.state_dict()
     assert step(encoder="pointwise")["loss"].isfinite()
+
+
+def test_an_encoder_s_attention(add: Add) -> None:
+    add(models.encoders, ATTENTIONS, "average", "models/encoders/average.py")
+    for given in ("average", "average+deformable"):
+        assert step(encoder_attn=given)["loss"].isfinite()
 
 
 def test_a_neck(add: Add) -> None:

@@ -73,6 +73,9 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "relation": {"variant": "two_stage", "model": {"relation": "previous"}},
     "lite": {"model": {"encoder_updates": "lite", "enc_fusion": "dense", "enc_layers": 2}},
+    "dense encoder": {"model": {"encoder_attn": "dense"}},
+    "mswin": {"model": {"encoder_attn": "mswin+deformable"}},
+    "msda": {"model": {"encoder_attn": "msda+deformable", "hidden_dim": 48, "nheads": 3}},
     "broken": {"broken": BROKEN},
     "poisoned": {"poisoned": 2},
 }

@@ -28,7 +28,9 @@ CLASSES = 5
 SIZES = [(60, 90), (75, 64)]
 HYBRID = Hybrid(num_queries_one2many=9, k_one2many=2)
 RELATION = {"relation": "previous"}
+ONE_LEVEL = {"num_feature_levels": 1}
 LITE = {"encoder_updates": "lite", "enc_layers": 2}
+MSDA = {"hidden_dim": 48, "nheads": 3}
 PLUS_PLUS = {"mixed_query_selection": True, "look_forward_twice": True}
 DINO = {
     **PLUS_PLUS, "query_position": "box", "decoder_norm": True, "shared_heads": True,
@@ -59,6 +61,11 @@ CASES: dict[str, Case] = {
     "lite": Case(model=LITE),
     "lite, plain, fusion": Case("plain", model={**LITE, "enc_fusion": "dense"}),
     "lite, relation, mds": Case(recipes={"mds": MDS()}, model={**LITE, **RELATION}),
+    "dense encoder": Case(model={"encoder_attn": "dense"}),
+    "dense encoder, one level": Case("plain", model={"encoder_attn": "dense", **ONE_LEVEL}),
+    "mswin": Case(model={"encoder_attn": "mswin", "enc_fusion": "dense"}),
+    "mswin, deformable": Case("plain", model={"encoder_attn": "mswin+deformable"}),
+    "msda, deformable": Case(model={"encoder_attn": "msda+deformable", **MSDA}),
     "mds": Case(recipes={"mds": MDS()}, loss={"cls_loss": "vfl"}),
     "mds, plain": Case("plain", recipes={"mds": MDS()}),
     "dino": Case(model=DINO),
