@@ -36,7 +36,7 @@ class MSDA(nn.Module):
         Shape: x, pos [N,H,W,C]; padding_mask [N,H,W], True = padding; returns [N,H,W,C].
         """
         width = x.shape[3]
-        parts = (2 * width, width)
+        parts = [2 * width, width]
         weights, biases = torch.split(self.qkv.weight, parts), torch.split(self.qkv.bias, parts)
         q, k = F.linear(x + pos, weights[0], biases[0]).chunk(2, dim=-1)
         v = F.linear(x, weights[1], biases[1])

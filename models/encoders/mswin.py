@@ -39,7 +39,7 @@ class WindowAttention(nn.Module):
 
         Shape: x, pos [N,H,W,C]; padding_mask [N,H,W], True = padding; returns [N,H,W,C].
         """
-        query_key, value_weight = torch.split(self.to_qkv.weight, (2 * x.shape[3], x.shape[3]))
+        query_key, value_weight = torch.split(self.to_qkv.weight, [2 * x.shape[3], x.shape[3]])
         q, k = self._windows(F.linear(x + pos, query_key)).chunk(2, dim=-1)
         v = self._windows(F.linear(x, value_weight))
         split = (*q.shape[:2], self.heads, -1)

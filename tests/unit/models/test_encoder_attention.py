@@ -145,10 +145,11 @@ def _options(**options: Any) -> EncoderOptions:
 
 def test_dense_layers_are_those_of_hugging_face_s_detr() -> None:
     torch.manual_seed(0)
-    config = DetrConfig(
-        d_model=WIDTH, encoder_attention_heads=HEADS, encoder_ffn_dim=24, dropout=0.0,
-        attn_implementation="eager",
-    )  # fmt: skip
+    values: dict[str, Any] = {
+        "d_model": WIDTH, "encoder_attention_heads": HEADS, "encoder_ffn_dim": 24, "dropout": 0.0,
+        "attn_implementation": "eager",
+    }  # fmt: skip
+    config = DetrConfig(**values)
     theirs = DetrEncoderLayer(config).double().eval()
     (ours,) = encoder("dense", num_layers=1).eval().get_submodule("layers").children()
     names = {"norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"}
