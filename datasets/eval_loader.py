@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch.utils.data import DataLoader
 
+from datasets.collate import Item, collate
 from datasets.dataset import CocoDetection, ImageList
-from datasets.loader import Item, collate
 from datasets.workers import loader_options
 
 

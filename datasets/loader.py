@@ -6,27 +6,15 @@ from functools import partial
 from itertools import islice
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
+from datasets.collate import Item, collate
 from datasets.dataset import CocoDetection
 from datasets.samplers import BatchSplit, ShuffledBatchSampler
 from datasets.workers import loader_options
-from util.batch import Batch, Target, UnreadableImage, pad_images
+from util.batch import Batch, UnreadableImage, pad_images
 
 _BLANK_SIDE = 64  # pixels of the image that stands in where a process has none
-
-Item = tuple[Tensor, Target] | UnreadableImage
-
-
-def collate(items: Sequence[Item], *, pad_multiple: int = 1) -> Batch:
-    """Pad images to one size, of that multiple, and set those that could not be read apart."""
-    read = [item for item in items if not isinstance(item, UnreadableImage)]
-    return Batch(
-        images=pad_images([i for i, _ in read], multiple=pad_multiple) if read else None,
-        targets=[target for _, target in read],
-        unreadable=[item for item in items if isinstance(item, UnreadableImage)],
-    )
 
 
 def with_images(micro_batches: Sequence[Batch], *, alone: bool) -> list[Batch]:

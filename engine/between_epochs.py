@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from datasets.collate import collate
 from datasets.dataset import CocoDetection
-from datasets.loader import collate
+from engine.averages import official_log_values
 from engine.data_report import report_unreadable
 from engine.evaluation.analysis import draw_gallery, evenly_spaced
 from engine.evaluation.evaluate import detect, evaluate
@@ -21,7 +22,7 @@ from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
 from engine.evaluation.matching import Truth
 from engine.evaluation.outcomes import thresholds_by_name
 from engine.guards.timer import shares
-from engine.metrics import StepLog, official_log_values
+from engine.metrics import StepLog
 from engine.optim import Precision
 from engine.run_log import RunLog
 from models.criterion import SetCriterion

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from signal import SIGTERM, Signals
+from signal import Signals
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from datasets.loader import TrainLoader
-from engine.between_epochs import Validation, count_parameters, training_values
+from engine.between_epochs import Validation
 from engine.checkpoint import CheckpointFolder
 from engine.ema import Ema
-from engine.evaluation.evaluate import Interrupted
+from engine.end_of_epoch import end_epoch
 from engine.guards import Guards
 from engine.guards.timer import StepTimer
 from engine.metrics import StepLog
@@ -32,7 +32,6 @@ from models.criterion import SetCriterion
 from models.deformable_detr import DeformableDETR
 from util.batch import Batch, EffectiveBatch, Uploads
 from util.console import log
-from util.plot import plot_curves
 from util.world import World
 
 
@@ -105,7 +104,7 @@ class Trainer:
             while self.unfinished() and not self.stop.number:
                 if not self.unevaluated:
                     self.train_epoch(bar)
-                self.end_epoch()
+                end_epoch(self)
         if not self.stop.number:
             return 0
         last = self.checkpoints.last
@@ -192,59 +191,6 @@ class Trainer:
         self.scheduler.step()
         self.timer.mark("optimiser")
         return {**dict(zip(losses, total, strict=True)), "grad_norm": grad_norm.detach()}
-
-    def end_epoch(self) -> None:
-        """Evaluate, log and save; after an interruption in the middle of an epoch save alone."""
-        whole = self.epoch_step >= self.loader.steps
-        if not whole and not self.all_steps_done():  # interrupted, here or in another process
-            self.stop.number = self.stop.number or SIGTERM
-            self.save()
-            self.world.broadcast(None)  # who ends first takes the others along
-            return
-        epoch = self.epoch
-        last = self.all_steps_done() or epoch + 1 >= self.epochs
-        evaluating = last or (epoch + 1) % self.eval_every == 0
-        if evaluating:  # whatever happens in the evaluation, the epoch is not lost
-            self.unevaluated = True
-            self.save()
-        label = f"epoch {epoch + 1}{self.of_epochs('/')}"
-        values = {
-            "train_lr": self.optimizer.param_groups[0]["lr"],
-            "train_steps": self.epoch_step,
-            "train_seconds": self.seconds,
-            **training_values(self.steps, label, self.output_dir),
-            "n_parameters": count_parameters(self.detector),
-        }
-        if whole:
-            self.epoch, self.epoch_step, self.seconds = epoch + 1, 0, 0.0
-            self.steps.begin_epoch()
-        improved = False
-        if evaluating:
-            started = time.perf_counter()
-            try:
-                stats, self.thresholds, more = self.validation(
-                    self.detector,
-                    None if self.ema is None else self.ema.model,
-                    step=self.step,
-                    label=label,
-                    stopping=lambda: bool(self.stop.number),
-                )
-            except Interrupted:  # here or in another process; it was saved before
-                self.stop.number = self.stop.number or SIGTERM
-                return
-            values |= more
-            self.unevaluated = False
-            if self.time_limit is not None:
-                self.time_limit.evaluation = time.perf_counter() - started
-            improved = stats["AP"] < 0 or stats["AP"] > self.best.get("AP", -1.0)  # below 0: n/a
-            if improved:
-                self.best = {**stats, "epoch": float(epoch)}
-        if self.time_limit is not None:
-            values["total_steps"] = self.time_limit.steps or None
-        self.log.epoch({**values, "epoch": epoch})
-        self.save(best=improved)
-        if self.world.main:
-            plot_curves(self.output_dir / "log.txt", self.output_dir / "curves.png")
 
     def unfinished(self) -> bool:
         """Return whether something is left to do."""

@@ -14,6 +14,7 @@ from models.backbones import create_backbone
 from models.criterion import CLASS_LOSSES, CLASSIFICATION, LOSSES, SetCriterion
 from models.decoder import DeformableDecoder, DeformableDecoderLayer
 from models.deformable_detr import DeformableDETR
+from models.dino_decoder import DinoDecoder
 from models.encoders import ENCODERS, EncoderOptions
 from models.encoders.attention import EncoderAttention
 from models.heads import MLP, DetectionHeads
@@ -26,6 +27,8 @@ from models.necks import NECKS, NeckOptions
 from models.recipes import RECIPES
 from models.relations import RelationBias
 from models.transformer import DeformableTransformer
+from models.two_stage import TwoStageTransformer
+from models.union_set import UnionSetCriterion
 from ops import MSDeformAttn
 from util.errors import ConfigError, nearest_hint
 
@@ -145,30 +148,22 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
             **common,
         )
     )
-    decoder = DeformableDecoder(
-        [
-            DeformableDecoderLayer(n_points=config.dec_n_points, **common)
-            for _ in range(config.dec_layers)
-        ],
-        heads,
-        with_box_refine=config.with_box_refine,
-        two_stage=config.two_stage,
-        look_forward_twice=config.look_forward_twice,
-        query_position=config.query_position,
-        norm=config.decoder_norm,
-        refine_eps=config.refine_eps,
-        relation=RelationBias(config.nheads) if config.relation == "previous" else None,
-    )
-    transformer = DeformableTransformer(
-        encoder,
-        decoder,
-        d_model=config.hidden_dim,
-        num_feature_levels=config.num_feature_levels,
-        two_stage=config.two_stage,
-        mixed_query_selection=config.mixed_query_selection,
-        class_proposals=config.class_proposals,
-        num_queries=config.num_queries,
-    )
+    shared: dict[str, Any] = {
+        "d_model": config.hidden_dim,
+        "num_feature_levels": config.num_feature_levels,
+        "num_queries": config.num_queries,
+    }
+    transformer: DeformableTransformer
+    if config.two_stage:
+        transformer = TwoStageTransformer(
+            encoder,
+            build_decoder(config, heads, common),
+            mixed_query_selection=config.mixed_query_selection,
+            class_proposals=config.class_proposals,
+            **shared,
+        )
+    else:
+        transformer = DeformableTransformer(encoder, build_decoder(config, heads, common), **shared)
     initialised = ("decoder.bbox_embed", "decoder.class_embed")
     for name, parameter in transformer.named_parameters():
         if parameter.dim() > 1 and not name.startswith(initialised):
@@ -180,6 +175,34 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         nn.init.zeros_(transformer.reference_points.bias)
     nn.init.normal_(transformer.level_embed)
     return transformer
+
+
+def build_decoder(
+    config: ModelConfig, heads: DetectionHeads, common: Mapping[str, Any]
+) -> DeformableDecoder:
+    """Build the paper's decoder, or the one of later papers where something of it is asked for."""
+    layers = [
+        DeformableDecoderLayer(n_points=config.dec_n_points, **common)
+        for _ in range(config.dec_layers)
+    ]
+    refining: dict[str, Any] = {
+        "with_box_refine": config.with_box_refine,
+        "two_stage": config.two_stage,
+        "refine_eps": config.refine_eps,
+    }
+    related = config.relation == "previous"
+    fixed = config.query_position == "fixed"
+    if fixed and not (config.look_forward_twice or config.decoder_norm or related):
+        return DeformableDecoder(layers, heads, **refining)
+    return DinoDecoder(
+        layers,
+        heads,
+        look_forward_twice=config.look_forward_twice,
+        query_position=config.query_position,
+        norm=config.decoder_norm,
+        relation=RelationBias(config.nheads) if related else None,
+        **refining,
+    )
 
 
 def build_input_proj(channels: tuple[int, ...], d_model: int, num_levels: int) -> nn.ModuleList:
@@ -232,13 +255,8 @@ def build_criterion(config: LossConfig) -> SetCriterion:
                     f"extra_losses: '{given}' has no number after '='. "
                     "Write NAME or NAME=COEFFICIENT."
                 ) from None
-    return SetCriterion(
-        matcher,
-        weights=weights,
-        cls_loss=config.cls_loss,
-        focal_alpha=config.focal_alpha,
-        union_set=config.union_set,
-    )
+    kind = UnionSetCriterion if config.union_set else SetCriterion
+    return kind(matcher, weights=weights, cls_loss=config.cls_loss, focal_alpha=config.focal_alpha)
 
 
 def freeze(model: DeformableDETR, part: str, *, fresh: Collection[str] = ()) -> None:

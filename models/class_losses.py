@@ -11,8 +11,10 @@ query that is matched and else 0. No gradient passes through u.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_convert
 
-from models.criterion import Assigned, class_loss, focal
+from models.criterion import Assigned, class_loss, focal, on_classes
+from models.matcher import overlaps
 
 _POSITION_SUPERVISED = 6.0  # its coefficient
 
@@ -21,7 +23,7 @@ _POSITION_SUPERVISED = 6.0  # its coefficient
 def varifocal(assigned: Assigned) -> Tensor:
     """Varifocal loss: a score should be u, and good boxes count more (arXiv 2008.13367, Eq. 2)."""
     z, y = assigned.logits, assigned.classes
-    target = assigned.on_classes(assigned.iou)
+    target = _on_classes(assigned, _overlaps(assigned)[0])
     # alpha of the focal loss weighs positives, 1 - alpha the rest
     weight = (1 - assigned.focal_alpha) * z.detach().sigmoid() ** 2 * (1 - y) + target
     return (F.binary_cross_entropy_with_logits(z, target, reduction="none") * weight).sum((1, 2, 3))
@@ -31,7 +33,7 @@ def varifocal(assigned: Assigned) -> Tensor:
 def matchability_aware(assigned: Assigned, gamma: float = 1.5) -> Tensor:
     """Matchability-aware loss: a bad match counts in full (DEIM, arXiv 2412.04234, Eq. 3)."""
     z, y = assigned.logits, assigned.classes
-    target = assigned.on_classes(assigned.iou**gamma)
+    target = _on_classes(assigned, _overlaps(assigned)[0] ** gamma)
     weight = z.detach().sigmoid() ** gamma * (1 - y) + y
     return (F.binary_cross_entropy_with_logits(z, target, reduction="none") * weight).sum((1, 2, 3))
 
@@ -41,7 +43,7 @@ def iou_aware_bce(assigned: Assigned, alpha: float = 0.25) -> Tensor:
     """IoU-aware cross-entropy: a score should be p^a u^(1-a) (Align-DETR, arXiv 2304.07527)."""
     z, y = assigned.logits, assigned.classes
     p = z.sigmoid()
-    iou = assigned.on_classes(assigned.iou)
+    iou = _on_classes(assigned, _overlaps(assigned)[0])
     target = (p.detach() ** alpha * iou ** (1 - alpha)).clamp(min=0.01) * y
     negative = (1 - target) * y + p**2 * (1 - y)
     # -t log p - n log(1 - p), where log(1 - p) is log p - z
@@ -56,7 +58,7 @@ def position_supervised(assigned: Assigned) -> Tensor:
     """
     if assigned.name == "_dn":
         return focal(assigned) / _POSITION_SUPERVISED
-    squared = assigned.on_classes(assigned.iou**2)
+    squared = _on_classes(assigned, _overlaps(assigned)[0] ** 2)
     best = squared.amax((2, 3), keepdim=True)
     scaled = squared / torch.where(best > 0, best, 1.0)
     return _focal_towards(assigned, scaled)
@@ -70,7 +72,7 @@ def giou_focal(assigned: Assigned) -> Tensor:
     """
     if assigned.name.endswith("_enc"):
         return focal(assigned)
-    return _focal_towards(assigned, assigned.on_classes((assigned.giou + 1) / 2))
+    return _focal_towards(assigned, _on_classes(assigned, (_overlaps(assigned)[1] + 1) / 2))
 
 
 def _focal_towards(assigned: Assigned, target: Tensor) -> Tensor:
@@ -78,3 +80,14 @@ def _focal_towards(assigned: Assigned, target: Tensor) -> Tensor:
     z, y, alpha = assigned.logits, assigned.classes, assigned.focal_alpha
     weight = (alpha * y + (1 - alpha) * (1 - y)) * (target - z.sigmoid()) ** 2
     return (F.binary_cross_entropy_with_logits(z, target, reduction="none") * weight).sum((1, 2, 3))
+
+
+def _overlaps(assigned: Assigned) -> tuple[Tensor, Tensor]:
+    """Return IoU and GIoU of every pair, without a gradient. Shape: [G,P] each."""
+    both = (assigned.matched_boxes.detach(), assigned.target_boxes)
+    return overlaps(*(box_convert(boxes, "cxcywh", "xyxy") for boxes in both))
+
+
+def _on_classes(assigned: Assigned, values: Tensor) -> Tensor:
+    """Put a value of every pair where `classes` is 1. Shape: [G,P] -> [G,N,Q,classes]."""
+    return on_classes(values, assigned.logits, assigned.labels, assigned.matches)

@@ -2,23 +2,21 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
+from models.group_matching import learners, match_groups
 from models.matcher import (
     HungarianMatcher,
     Matches,
     PaddedTargets,
     generalized_iou,
-    overlaps,
     pad_targets,
 )
-from models.queries import DetectorOutput, GroupOutput
-from models.union_set import union_of_layers
+from models.queries import DetectorOutput, GroupOutput, Learning
 from util.batch import Target
 from util.registry import Registry
 
@@ -55,25 +53,6 @@ class Assigned:
             values = values * self.weights.reshape(-1, *[1] * (values.dim() - 2))
         return values.sum(tuple(range(1, values.dim())))
 
-    @cached_property
-    def iou(self) -> Tensor:
-        """Return the IoU of every pair, without a gradient. Shape: [G,P]. Range: 0..1."""
-        return self._overlaps[0]
-
-    @cached_property
-    def giou(self) -> Tensor:
-        """Return the GIoU of every pair, without a gradient. Shape: [G,P]. Range: -1..1."""
-        return self._overlaps[1]
-
-    @cached_property
-    def _overlaps(self) -> tuple[Tensor, Tensor]:
-        both = (self.matched_boxes.detach(), self.target_boxes)
-        return overlaps(*(box_convert(boxes, "cxcywh", "xyxy") for boxes in both))
-
-    def on_classes(self, values: Tensor) -> Tensor:
-        """Put a value of every pair where `classes` is 1. Shape: [G,P] -> [G,N,Q,classes]."""
-        return _on_classes(values, self.logits, self.labels, self.matches)
-
 
 def assign(
     name: str,
@@ -83,7 +62,6 @@ def assign(
     matches: Matches,
     *,
     focal_alpha: float,
-    weights: Tensor | None = None,
 ) -> Assigned:
     """Put predictions beside their targets. Shape: logits [G,N,Q,classes]; boxes [G,N,Q,4]."""
     exact = torch.promote_types(logits.dtype, torch.float32)
@@ -95,13 +73,15 @@ def assign(
     if matches.real is not None:  # of what is no pair, nothing is learned
         matched = torch.where(matches.real[..., None], matched, 0.5)
         target = torch.where(matches.real[..., None], target, 0.5)
-    classes = _on_classes(torch.ones_like(labels, dtype=exact), logits, labels, matches)
-    return Assigned(
-        name, logits, boxes, classes, matched, target, labels, matches, focal_alpha, weights
-    )
+    classes = on_classes(torch.ones_like(labels, dtype=exact), logits, labels, matches)
+    return Assigned(name, logits, boxes, classes, matched, target, labels, matches, focal_alpha)
 
 
-def _on_classes(values: Tensor, like: Tensor, labels: Tensor, matches: Matches) -> Tensor:
+def on_classes(values: Tensor, like: Tensor, labels: Tensor, matches: Matches) -> Tensor:
+    """Put a value of every pair where its query has its class, and 0 elsewhere.
+
+    Shape: values, labels [G,P]; like [G,N,Q,classes] -> the same.
+    """
     layer = torch.arange(len(like), device=like.device)[:, None]
     place = (layer, matches.image, matches.query, labels)
     if matches.chosen is None:
@@ -177,8 +157,7 @@ class SetCriterion:
     """Match predictions with targets, then sum up their losses (Sec. 4, DETR Sec. 3.1).
 
     `weights` maps losses to their coefficients: "loss_ce", which is the one that `cls_loss` names,
-    and registered ones. With `union_set`, boxes of queries that are matched one to one learn the
-    pairs of all layers together, see `models.union_set`; scores still learn those of their layer.
+    and registered ones.
     """
 
     def __init__(
@@ -188,7 +167,6 @@ class SetCriterion:
         weights: Mapping[str, float],
         cls_loss: str = "focal",
         focal_alpha: float = 0.25,
-        union_set: bool = False,
     ) -> None:
         self.matcher = matcher
         self.weights = dict(weights)
@@ -198,7 +176,6 @@ class SetCriterion:
             for name in weights
         }
         self.focal_alpha = focal_alpha
-        self.union_set = union_set
 
     def __call__(
         self,
@@ -218,25 +195,25 @@ class SetCriterion:
 
         A prediction that is not finite makes the loss NaN or infinite; nothing is raised.
         """
-        groups = [group.learners() for group in outputs["groups"]]
+        groups = [g if g.learning.size is None else learners(g) for g in outputs["groups"]]
         padded = pad_targets(targets, groups[0].logits.device)
         own_boxes = sum(padded.counts)
         divisor = max(own_boxes, 1) if num_boxes is None else num_boxes
         owned = [g.learning.targets(padded) if g.learning.targets else padded for g in groups]
-        matches = self._match(groups, owned)
+        if all(_cheapest(group.learning) for group in groups):
+            triples = zip(groups, owned, strict=True)
+            matches = self.matcher([(group.logits, group.boxes, own) for group, own in triples])
+        else:
+            matches = match_groups(self.matcher, groups, owned)
         losses: dict[str, Tensor] = {}
         weighted: list[Tensor] = []
         for group, own, matched in zip(groups, owned, matches, strict=True):
             layers = [*(f"_{i}" for i in range(len(group.logits) - 1)), ""]
             learning = group.learning
-            assigned = boxes_assigned = self._assign(group, own, matched)
-            if self.union_set and learning.one_to_one and len(group.logits) > 1:
-                united, weights = union_of_layers(
-                    matched, own, group.logits.shape[2], assigned.boxes.dtype
-                )
-                boxes_assigned = self._assign(group, own, united, weights)
+            assigned = self.assign(group, own, matched)
+            on_boxes = self.on_boxes(group, own, matched, assigned)
             for name, loss in self.losses.items():
-                on = assigned if name == CLASSIFICATION else boxes_assigned
+                on = assigned if name == CLASSIFICATION else on_boxes
                 values = loss(on) / (divisor * learning.divisor)
                 coefficient = self.weights[name] * learning.weight * learning.factors.get(name, 1.0)
                 self._group_weights[f"{name}{group.name}"] = coefficient
@@ -261,65 +238,22 @@ class SetCriterion:
         known = [base for base in weights if f"{name}_".startswith(f"{base}_")]
         return weights[max(known, key=len)] if known else None
 
-    def _assign(
-        self,
-        group: GroupOutput,
-        targets: PaddedTargets,
-        matches: Matches,
-        weights: Tensor | None = None,
+    def assign(self, group: GroupOutput, targets: PaddedTargets, matches: Matches) -> Assigned:
+        """Put the predictions of a group beside its targets."""
+        alpha = self.focal_alpha
+        return assign(group.name, group.logits, group.boxes, targets, matches, focal_alpha=alpha)
+
+    def on_boxes(
+        self, group: GroupOutput, targets: PaddedTargets, matches: Matches, assigned: Assigned
     ) -> Assigned:
-        return assign(
-            group.name,
-            group.logits,
-            group.boxes,
-            targets,
-            matches,
-            focal_alpha=self.focal_alpha,
-            weights=weights,
-        )
-
-    def _match(
-        self, groups: Sequence[GroupOutput], targets: Sequence[PaddedTargets]
-    ) -> list[Matches]:
-        """Return every group's pairs: those it knows, those it finds itself, or the cheapest."""
-        matches: list[Matches | None] = [group.learning.matches for group in groups]
-        costly = []
-        for index, (group, own) in enumerate(zip(groups, targets, strict=True)):
-            learning = group.learning
-            if learning.assign is not None:
-                matches[index] = learning.assign(group.logits, group.boxes, own)
-            elif learning.matches is None:
-                anchors = learning.anchors
-                boxes = group.boxes if anchors is None else anchors[None]
-                scored = _in_parts(group.logits, learning.parts) if anchors is None else None
-                costly.append((scored, _in_parts(boxes, learning.parts), own))
-        found = iter(self.matcher(costly))
-        return [
-            _joined(next(found), group.learning.parts, group.logits.shape[2])
-            if pairs is None
-            else pairs
-            for pairs, group in zip(matches, groups, strict=True)
-        ]
+        """Return what the losses of boxes learn: here, the pairs that classes learn."""
+        return assigned
 
 
-def _in_parts(x: Tensor, parts: int) -> Tensor:
-    """Make layers of equal parts of the queries. Shape: [G,N,Q,...] -> [G*parts,N,Q/parts,...]."""
-    if parts == 1:
-        return x
-    layers, n, queries, *rest = x.shape
-    return x.reshape(layers, n, parts, queries // parts, *rest).transpose(1, 2).flatten(0, 1)
-
-
-def _joined(matches: Matches, parts: int, queries: int) -> Matches:
-    """Return the pairs of parts as those of the queries of which they are parts."""
-    if parts == 1:
-        return matches
-    rows, pairs = matches.query.shape
-    query, target = (
-        t.reshape(rows // parts, parts, pairs) for t in (matches.query, matches.target)
-    )
-    first = torch.arange(parts, device=query.device)[:, None] * (queries // parts)
-    return Matches(matches.image.repeat(parts), (query + first).flatten(1), target.flatten(1))
+def _cheapest(learning: Learning) -> bool:
+    """Return whether the pairs are the cheapest ones of all predictions."""
+    known = learning.matches is not None or learning.assign is not None
+    return not known and learning.anchors is None and learning.parts == 1
 
 
 @torch.no_grad()

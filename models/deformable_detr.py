@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from models.heads import DetectionHeads
 from models.levels import Joiner
-from models.queries import DetectorOutput, GroupOutput, Proposals, QueryGroup
+from models.proposals import Proposals
+from models.queries import DetectorOutput, GroupOutput, QueryGroup
 from models.recipes import Recipe
 from models.transformer import DeformableTransformer
 from util.batch import EffectiveBatch, PaddedBatch, Target

@@ -9,7 +9,7 @@ from torchvision.ops import box_convert
 from models.heads import MLP
 from models.layers import ExactLayerNorm, ExactLinear
 from models.matcher import Matches, PaddedTargets, overlaps
-from models.queries import Proposals
+from models.proposals import Proposals
 
 # G prediction layers, N batch, Q queries, T targets of an image (padded to the longest).
 

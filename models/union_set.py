@@ -5,12 +5,35 @@ learn to go back and forth. Here a query learns one object in all layers, and a 
 has matched learns in all of them.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from models.criterion import Assigned, SetCriterion
 from models.matcher import Matches, PaddedTargets
+from models.queries import GroupOutput
 
 # G prediction layers, N batch, Q queries, T targets of an image (padded to the longest).
+
+
+class UnionSetCriterion(SetCriterion):
+    """Boxes of queries that are matched one to one learn the pairs of all layers together.
+
+    Scores still learn those of their layer.
+    """
+
+    def on_boxes(
+        self, group: GroupOutput, targets: PaddedTargets, matches: Matches, assigned: Assigned
+    ) -> Assigned:
+        """Return what the losses of boxes learn."""
+        learning = group.learning
+        others = (learning.targets, learning.matches, learning.assign)
+        if len(group.logits) == 1 or any(other is not None for other in others):
+            return assigned
+        queries, dtype = group.logits.shape[2], assigned.boxes.dtype
+        united, weights = union_of_layers(matches, targets, queries, dtype)
+        return replace(self.assign(group, targets, united), weights=weights)
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from engine.averages import Averages, official_log_values
 from engine.evaluation.evaluator import EvalResult, Evaluator
 from engine.guards.guard import UnreadableImages
-from engine.metrics import Averages, official_log_values
 from models.criterion import SetCriterion
 from models.postprocess import PostProcess
 from models.queries import DetectorOutput

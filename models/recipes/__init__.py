@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from configs.options import Checked
-from models.queries import DetectorOutput, Proposals, QueryGroup
+from models.proposals import Proposals
+from models.queries import DetectorOutput, QueryGroup
 from models.transformer import DeformableTransformer, TransformerOutput
 from util.batch import EffectiveBatch, Target
 from util.registry import Registry

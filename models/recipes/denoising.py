@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from configs.options import option
 from models.layers import ExactLayerNorm, sine_embedding
 from models.matcher import Matches
-from models.queries import Learning, Proposals, QueryGroup
+from models.proposals import Proposals
+from models.queries import Learning, QueryGroup
 from models.recipes import RECIPES, Recipe, RecipeOptions
 from models.transformer import DeformableTransformer
+from models.two_stage import TwoStageTransformer
 from util.batch import EffectiveBatch, Target
 
 # N batch, M boxes of the image that has most, P slots, T boxes of an image, C width.
@@ -153,7 +155,7 @@ class Denoising(Recipe):
     ) -> list[QueryGroup]:
         """Return one group of queries for all groups of objects, which a mask keeps apart."""
         boxes = reference = prepared.boxes
-        if transformer.two_stage:
+        if isinstance(transformer, TwoStageTransformer):
             position = transformer.from_boxes("_dn", boxes).position
         else:
             embedded = sine_embedding(boxes * 2 * math.pi, transformer.d_model // 2).flatten(-2)

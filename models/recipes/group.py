@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from configs.options import option
 from models.one_to_many import FurtherHeads
-from models.queries import GroupOutput, Learning, Proposals, QueryGroup, objects_of_one_class
+from models.proposals import Proposals, objects_of_one_class
+from models.queries import GroupOutput, Learning, QueryGroup
 from models.recipes import RECIPES, Recipe, RecipeOptions
 from models.transformer import DeformableTransformer
+from models.two_stage import TwoStageTransformer
 
 # N batch, Q queries of a group, P groups beside the one that detects, C width.
 
@@ -84,6 +86,7 @@ class Group(Recipe):
 
     def _proposed(self, transformer: DeformableTransformer, proposals: Proposals) -> QueryGroup:
         """Return queries that start from each group's own best proposals, which learn as well."""
+        assert isinstance(transformer, TwoStageTransformer)
         chosen = [_best(heads(proposals), transformer.num_queries) for heads in self.encoder_heads]
         logits, boxes = (torch.cat(part, dim=1) for part in zip(*chosen, strict=True))
         contents: Tensor | None = None

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from configs.options import option
 from models.matcher import PaddedTargets
-from models.queries import Learning, Proposals, QueryGroup
+from models.proposals import Proposals
+from models.queries import Learning, QueryGroup
 from models.recipes import RECIPES, Recipe, RecipeOptions
 from models.transformer import DeformableTransformer
+from models.two_stage import TwoStageTransformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class Hybrid(Recipe):
             assert learned is not None
             count = len(memory)
             return [transformer.from_embedding("_one2many", learned, count, self.learning)]
+        assert isinstance(transformer, TwoStageTransformer)
         first = transformer.num_queries
         boxes = proposals.best(first, first + self.num_queries)
         return [transformer.from_boxes("_one2many", boxes, learned, self.learning)]

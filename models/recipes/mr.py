@@ -16,9 +16,11 @@ from configs.options import option
 from models.decoder import DeformableDecoderLayer
 from models.layers import Dropout, ExactLayerNorm
 from models.one_to_many import FurtherHeads, assign_by_quality
-from models.queries import Learning, Proposals, QueryGroup, Route
+from models.proposals import Proposals
+from models.queries import Learning, QueryGroup, Route
 from models.recipes import RECIPES, Recipe, RecipeOptions
 from models.transformer import DeformableTransformer
+from models.two_stage import TwoStageTransformer
 
 _ONE_TO_MANY = Learning(assign=assign_by_quality)
 
@@ -112,6 +114,7 @@ class Mr(Recipe):
         other = same
         if proposals is not None:
             assert self.encoder_heads is not None
+            assert isinstance(transformer, TwoStageTransformer)
             found: Proposals = self.encoder_heads(proposals)
             other = transformer.from_boxes("", found.best(0, transformer.num_queries))
             if transformer.learned_width:

@@ -16,7 +16,8 @@ from models.decoder import DeformableDecoderLayer
 from models.heads import apply_delta
 from models.layers import Dropout, ExactLayerNorm
 from models.one_to_many import assign_by_quality
-from models.queries import DetectorOutput, GroupOutput, Learning, Proposals, QueryGroup, Route
+from models.proposals import Proposals
+from models.queries import DetectorOutput, GroupOutput, Learning, QueryGroup, Route
 from models.recipes import RECIPES, Recipe, RecipeOptions
 from models.transformer import DeformableTransformer, TransformerOutput
 

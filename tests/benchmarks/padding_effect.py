@@ -16,9 +16,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from datasets.build import build_dataset, load_index
+from datasets.collate import collate
 from datasets.dataset import CocoDetection
 from datasets.eval_loader import eval_loader
-from datasets.loader import collate
 from engine.detector import Detector
 from engine.evaluation.evaluator import EvalResult, Evaluator
 from engine.evaluation.matching import Truth

@@ -1,13 +1,16 @@
 """What a reader of one training update has to open: a profiler counts in a real training run.
 
-`python -m tests.benchmarks.reading_path [--tree DIR]` trains the tests' tiny model through the
-command line, with the data read by a loader process, and watches every Python function that the
-main thread enters from one call of the model to the next: one update, with its logging and the
-fetching of its batch. Counted are this project's own files only: product code, whole files with
-all their lines. Left out are `engine/guards/`, which watch a run from beside the update.
+`python -m tests.benchmarks.reading_path [--tree DIR] [--two_stage]` trains the tests' tiny model
+through the command line, with the data read by a loader process, and watches every Python function
+that the main thread enters from one call of the model to the next: one update, with its logging and
+the fetching of its batch. The model is the paper's plain one, or refines boxes in two stages.
+Counted are this project's own files only: product code, whole files with all their lines, if one of
+their functions is entered. Files that hold nothing but descriptions of data, such as
+`models/queries.py`, have no function and do not count. Left out are `engine/guards/`, which watch a
+run from beside the update.
 
 `--tree` counts in another checkout, such as an older commit; the numbers of the review that led
-to the redesign (10a4dea: 30 files, 3,888 lines, 10 frames) were counted alike.
+to the redesign (10a4dea, two stages: 30 files, 3,888 lines, 10 frames) were counted alike.
 """
 
 import argparse
@@ -62,13 +65,15 @@ class Watcher:
             frame = frame.f_back
 
 
-def watch(root: Path, data: Path, folder: Path) -> Watcher:
+def watch(root: Path, data: Path, folder: Path, *, two_stage: bool) -> Watcher:
     """Train in this process, with a profiler that watches it."""
     import main
 
     watcher = Watcher(root)
     options = ["--config", f"{root}/tests/integration/tiny.yaml", "--num_workers", "1"]
     options += ["--device", "cpu", "--epochs", "3", "--eval_every", "3"]
+    if not two_stage:
+        options += ["--no_two_stage", "--no_with_box_refine"]
     sys.argv = ["main.py"]
     sys.setprofile(watcher)
     try:
@@ -96,24 +101,27 @@ def report(root: Path, watcher: Watcher) -> None:
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--tree", type=Path, default=HERE, help="checkout to count in")
-    root = parser.parse_args().tree.resolve()
+    parser.add_argument("--two_stage", action="store_true", help="in place of the plain model")
+    given = parser.parse_args()
+    root = given.tree.resolve()
     if root != HERE:  # its modules have the names of ours: a process of its own
-        code = f"import runpy, sys; sys.path.insert(0, {str(root)!r}); sys.argv = ['x', '--tree', "
-        code += f"{str(root)!r}]; runpy.run_path({__file__!r}, run_name='__inside__')"
+        argv = ["x", str(root), *["--two_stage"] * given.two_stage]
+        code = f"import runpy, sys; sys.path.insert(0, {str(root)!r}); sys.argv = {argv!r}; "
+        code += f"runpy.run_path({__file__!r}, run_name='__inside__')"
         raise SystemExit(subprocess.run([sys.executable, "-c", code], cwd=root).returncode)
-    _count(root)
+    _count(root, two_stage=given.two_stage)
 
 
-def _count(root: Path) -> None:
+def _count(root: Path, *, two_stage: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "shapes"
         make = "from pathlib import Path; from datasets.shapes import generate_shapes; "
         make += f"generate_shapes(Path({str(data)!r}), num_train=16, num_val=7, seed=0)"
         subprocess.run([sys.executable, "-c", make], cwd=root, check=True)
-        report(root, watch(root, data, Path(folder) / "run"))
+        report(root, watch(root, data, Path(folder) / "run", two_stage=two_stage))
 
 
 if __name__ == "__main__":
     _main()
 elif __name__ == "__inside__":
-    _count(Path(sys.argv[2]))
+    _count(Path(sys.argv[1]), two_stage="--two_stage" in sys.argv)

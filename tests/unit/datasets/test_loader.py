@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from datasets.build import split_batch
+from datasets.collate import collate
 from datasets.dataset import CocoDetection, SampleKey
 from datasets.eval_loader import eval_loader, same_size_batches
 from datasets.index import CocoIndex
-from datasets.loader import TrainLoader, collate, with_images
+from datasets.loader import TrainLoader, with_images
 from datasets.samplers import (
     BatchSplit,
     ShuffledBatchSampler,

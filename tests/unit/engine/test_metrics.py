@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from engine.averages import Averages, official_log_values
 from engine.guards import FlatLoss, Guards, MemoryGuard, NonFiniteSteps, UnreadableImages
 from engine.guards.timer import StepTimer
-from engine.metrics import Averages, StepLog, official_log_values
+from engine.metrics import StepLog
 from engine.optim import Precision
 from engine.run_log import RunLog
 from models.criterion import SetCriterion

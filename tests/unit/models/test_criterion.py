@@ -10,7 +10,8 @@ from torch import Tensor
 
 from configs.schema import LossConfig
 from models.build import build_criterion
-from models.queries import DetectorOutput, GroupOutput, Learning, objects_of_one_class
+from models.proposals import objects_of_one_class
+from models.queries import DetectorOutput, GroupOutput, Learning
 from tests.unit.models.definitions import Coefficients, Target, random_targets, total_loss
 
 CLASSES = 3

@@ -14,8 +14,8 @@ from transformers.models.rt_detr.modeling_rt_detr import get_contrastive_denoisi
 
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model, set_checkpointing
-from models.decoder import _members
 from models.deformable_detr import DeformableDETR
+from models.groups import groups_in_layer
 from models.queries import DetectorOutput, QueryGroup
 from models.recipes.denoising import Denoising, Noised, Options
 from models.recipes.hybrid import Options as HybridOptions
@@ -85,7 +85,7 @@ def whole_mask(prepared: Noised, detecting: int) -> Tensor:
     first = QueryGroup("", none, none, none)
     nothing = torch.zeros(1, size, 8)
     group = QueryGroup("_dn", nothing, nothing, nothing, prepared.blocked, sees_detecting=True)
-    rows = _members(group, first, 0, None).mask
+    rows = groups_in_layer([first, group], 0).members[1].mask
     assert rows is not None
     mask = torch.zeros(size + detecting, size + detecting, dtype=torch.bool)
     mask[size:, :size] = True

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from configs.schema import ModelConfig
 from models.build import build_model
-from models.decoder import DeformableDecoderLayer, Members
+from models.decoder import DeformableDecoderLayer
 from models.deformable_detr import DeformableDETR
+from models.dino_decoder import DinoDecoder
 from models.heads import MLP
 from models.levels import PositionEmbeddingSine
-from models.queries import Proposals, Route
+from models.proposals import Proposals
 from tests.unit.models.small import group_of, random_images, small_config, small_model
 from util.batch import pad_images
 from util.errors import ConfigError
@@ -62,6 +63,7 @@ def test_the_decoder_follows_its_definition(scaled: bool) -> None:
     output = group_of(model(pad_images(random_images((60, 90), (75, 64)))))
     groups, memory, levels = seen[0]
     (group,) = groups
+    assert isinstance(decoder, DinoDecoder)
     assert decoder.ref_point_head is not None
     assert decoder.norm is not None
     ratios = torch.cat([levels.valid_ratios, levels.valid_ratios], dim=-1)  # [N,L,4]
@@ -77,9 +79,7 @@ def test_the_decoder_follows_its_definition(scaled: bool) -> None:
         if scaled and index > 0:
             assert decoder.query_scale is not None
             position = position * perceptron(decoder.query_scale, x)
-        x, _ = layer(
-            x, position, places, memory, levels, [Members(x.shape[1], None, False, 1, Route())]
-        )
+        x, _ = layer(x, position, places, memory, levels)
         read = F.layer_norm(x, (64,), decoder.norm.weight, decoder.norm.bias)
         classes = decoder.heads.class_embed[index]
         boxes = decoder.heads.bbox_embed[index]

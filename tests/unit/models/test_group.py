@@ -11,10 +11,12 @@ from transformers.models.lw_detr.modeling_lw_detr import LwDetrAttention
 
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model
-from models.decoder import DeformableDecoderLayer, Members
+from models.decoder import DeformableDecoderLayer
 from models.deformable_detr import DeformableDETR
+from models.groups import Groups, Members
 from models.one_to_many import FurtherHeads
-from models.queries import DetectorOutput, GroupOutput, Learning, Route, objects_of_one_class
+from models.proposals import objects_of_one_class
+from models.queries import DetectorOutput, GroupOutput, Learning, Route
 from models.recipes.group import Group, Options
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, group_of, perturb, random_images, small_config
@@ -112,7 +114,8 @@ def test_attention_is_that_of_lw_detr() -> None:
     x, position = torch.randn(2, 2, GROUPS * QUERIES, width, dtype=torch.float64)
     expected, _ = theirs(x, position_embeddings=position)
     members = Members(GROUPS * QUERIES, None, False, GROUPS, Route())
-    torch.testing.assert_close(layer._attend_within([members], x + position, x), expected)
+    attended = Groups([members]).attend(layer.self_attn, x + position, x)
+    torch.testing.assert_close(attended, expected)
 
 
 @variants

@@ -11,6 +11,7 @@ from torch import Tensor
 from models import relations
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
+from models.dino_decoder import DinoDecoder
 from models.recipes.hybrid import Options as Hybrid
 from models.relations import RelationBias, box_relations
 from tests.unit.models.definitions import random_targets
@@ -121,15 +122,21 @@ def test_many_pairs_are_worked_on_in_parts_and_give_the_same(
         torch.testing.assert_close(layer(a, b), whole[0])
 
 
+def decoder_of(model: DeformableDETR) -> DinoDecoder:
+    """Return the decoder whose boxes see each other."""
+    assert isinstance(model.transformer.decoder, DinoDecoder)
+    return model.transformer.decoder
+
+
 def test_a_projection_of_zeros_leaves_attention_as_it_is() -> None:
     model = related_model()
-    relation = model.transformer.decoder.position_relation_embedding
+    relation = decoder_of(model).position_relation_embedding
     assert relation is not None
     biased = boxes_of(model)
     for parameter in relation.parameters():
         torch.nn.init.zeros_(parameter)
     unbiased = boxes_of(model)
-    model.transformer.decoder.position_relation_embedding = None
+    decoder_of(model).position_relation_embedding = None
     plain = boxes_of(model)
     torch.testing.assert_close(unbiased, plain)
     assert torch.equal(biased[0], plain[0])  # the first layer has no layer before it
@@ -139,7 +146,7 @@ def test_a_projection_of_zeros_leaves_attention_as_it_is() -> None:
 @pytest.mark.parametrize("two_stage", [True, False])
 def test_boxes_given_to_a_layer_attend_to_those_it_found(two_stage: bool) -> None:
     model = related_model(two_stage=two_stage)
-    relation = model.transformer.decoder.position_relation_embedding
+    relation = decoder_of(model).position_relation_embedding
     assert relation is not None
     seen: list[tuple[Tensor, Tensor]] = []
     relation.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
@@ -158,7 +165,7 @@ def test_boxes_given_to_a_layer_attend_to_those_it_found(two_stage: bool) -> Non
 def test_queries_of_a_recipe_attend_without_relations() -> None:
     model = related_model({"hybrid": Hybrid(num_queries_one2many=9, k_one2many=2)})
     related = boxes_of(model, "_one2many")
-    model.transformer.decoder.position_relation_embedding = None
+    decoder_of(model).position_relation_embedding = None
     assert torch.equal(boxes_of(model, "_one2many"), related)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from models.heads import apply_delta
 from models.layers import inverse_sigmoid
 from models.levels import FeatureLevels, PositionEmbeddingSine, cell_centres, valid_ratio
-from models.queries import Proposals, token_proposals
+from models.proposals import Proposals, token_proposals
 from models.transformer import DeformableTransformer, TransformerOutput
+from models.two_stage import TwoStageTransformer
 from ops import MSDeformAttn
 from tests.unit.models.small import VARIANTS, perturb, small_model
 from tests.unit.ops.oracle import loop_oracle
@@ -138,6 +139,7 @@ def test_tokens_at_the_very_border_or_on_too_coarse_levels_propose_nothing() -> 
 
 def test_queries_from_boxes_start_from_interleaved_sines_of_each_number() -> None:
     transformer = build_small_transformer("two_stage")
+    assert isinstance(transformer, TwoStageTransformer)
     seen: list[Tensor] = []
     transformer.pos_trans.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     boxes = torch.rand(1, 2, 4, dtype=torch.float64)

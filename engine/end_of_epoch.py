@@ -1,0 +1,79 @@
+"""The end of an epoch of a run: it is evaluated, logged and saved."""
+
+import time
+from pathlib import Path
+from signal import SIGTERM
+from typing import Protocol
+
+from engine.between_epochs import count_parameters, training_values
+from engine.evaluation.evaluate import Interrupted
+from engine.processes import StopSignals
+from engine.run_log import RunLog
+from engine.saved_state import SavedRun
+from util.plot import plot_curves
+
+
+class EndingRun(SavedRun, Protocol):
+    """What the end of an epoch reads and changes of a run: the trainer."""
+
+    stop: StopSignals
+    log: RunLog
+    output_dir: Path
+    eval_every: int
+
+    def of_epochs(self, word: str) -> str:
+        """Return the number of epochs after a word."""
+
+
+def end_epoch(run: EndingRun) -> None:
+    """Evaluate, log and save; after an interruption in the middle of an epoch save alone."""
+    whole = run.epoch_step >= run.loader.steps
+    if not whole and not run.all_steps_done():  # interrupted, here or in another process
+        run.stop.number = run.stop.number or SIGTERM
+        run.save()
+        run.world.broadcast(None)  # who ends first takes the others along
+        return
+    epoch = run.epoch
+    last = run.all_steps_done() or epoch + 1 >= run.epochs
+    evaluating = last or (epoch + 1) % run.eval_every == 0
+    if evaluating:  # whatever happens in the evaluation, the epoch is not lost
+        run.unevaluated = True
+        run.save()
+    label = f"epoch {epoch + 1}{run.of_epochs('/')}"
+    values = {
+        "train_lr": run.optimizer.param_groups[0]["lr"],
+        "train_steps": run.epoch_step,
+        "train_seconds": run.seconds,
+        **training_values(run.steps, label, run.output_dir),
+        "n_parameters": count_parameters(run.detector),
+    }
+    if whole:
+        run.epoch, run.epoch_step, run.seconds = epoch + 1, 0, 0.0
+        run.steps.begin_epoch()
+    improved = False
+    if evaluating:
+        started = time.perf_counter()
+        try:
+            stats, run.thresholds, more = run.validation(
+                run.detector,
+                None if run.ema is None else run.ema.model,
+                step=run.step,
+                label=label,
+                stopping=lambda: bool(run.stop.number),
+            )
+        except Interrupted:  # here or in another process; it was saved before
+            run.stop.number = run.stop.number or SIGTERM
+            return
+        values |= more
+        run.unevaluated = False
+        if run.time_limit is not None:
+            run.time_limit.evaluation = time.perf_counter() - started
+        improved = stats["AP"] < 0 or stats["AP"] > run.best.get("AP", -1.0)  # below 0: n/a
+        if improved:
+            run.best = {**stats, "epoch": float(epoch)}
+    if run.time_limit is not None:
+        values["total_steps"] = run.time_limit.steps or None
+    run.log.epoch({**values, "epoch": epoch})
+    run.save(best=improved)
+    if run.world.main:
+        plot_curves(run.output_dir / "log.txt", run.output_dir / "curves.png")

@@ -1,0 +1,131 @@
+"""The decoder of later papers: positions from boxes, normed heads, boxes that see each other."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from models.decoder import (
+    DecoderOutput,
+    DeformableDecoder,
+    DeformableDecoderLayer,
+    on_levels,
+    side_by_side,
+)
+from models.heads import MLP, DetectionHeads, apply_delta
+from models.layers import ExactLayerNorm, sine_embedding
+from models.levels import FeatureLevels
+from models.queries import QueryGroup
+from models.relations import RelationBias
+
+# N batch, Q queries, S tokens, C width.
+
+
+class DinoDecoder(DeformableDecoder):
+    """What DINO and Relation-DETR add to the decoder, each by itself or with the others.
+
+    With `look_forward_twice`, a layer's losses teach the layer before as well (DINO, arXiv
+    2203.03605, Sec. 3.5).
+    Unless `query_position` is "fixed", each layer computes the positions of queries from the boxes
+    that it is given; with "scaled_box", each layer but the first multiplies them by what it
+    computes from the queries. With `norm`, heads read normalised queries; what a layer passes on,
+    queries and boxes, comes from those that are not.
+    With `relation`, queries that detect attend, from the second layer on, by how their boxes lie to
+    each other: those that a layer was given to those that it found. Both are as they are predicted.
+    """
+
+    ref_point_head: MLP | None
+    query_scale: MLP | None
+    norm: ExactLayerNorm | None
+    position_relation_embedding: RelationBias | None  # the published key
+
+    def __init__(
+        self,
+        layers: list[DeformableDecoderLayer],
+        heads: DetectionHeads,
+        *,
+        with_box_refine: bool,
+        two_stage: bool,
+        refine_eps: float = 1e-5,
+        look_forward_twice: bool = False,
+        query_position: Literal["fixed", "box", "scaled_box"] = "fixed",
+        norm: bool = False,
+        relation: RelationBias | None = None,
+    ) -> None:
+        width = layers[0].linear1.in_features
+        from_boxes, scaled = query_position != "fixed", query_position == "scaled_box"
+        super().__init__(
+            layers,
+            heads,
+            with_box_refine=with_box_refine,
+            two_stage=two_stage,
+            refine_eps=refine_eps,
+            parts={
+                "ref_point_head": MLP(2 * width, width, width, 2) if from_boxes else None,
+                "query_scale": MLP(width, width, width, 2) if scaled else None,
+                "norm": ExactLayerNorm(width) if norm else None,
+                "position_relation_embedding": relation,
+            },
+        )
+        self.positions_from_boxes = from_boxes
+        self.look_forward_twice = look_forward_twice
+
+    def forward(
+        self, groups: Sequence[QueryGroup], memory: Tensor, levels: FeatureLevels
+    ) -> DecoderOutput:
+        """Decode all groups of queries at once. Shape: memory [N,S,C]."""
+        x, query_pos, reference = side_by_side(groups)
+        moved = reference  # the same numbers; with `look_forward_twice`, a gradient passes
+        relations: Tensor | None = None  # known once the first layer has moved the boxes
+        hidden, references, boxes, asides = [], [], [], []
+        for index in range(len(self.layers)):
+            points = on_levels(reference, levels)
+            if self.ref_point_head is not None:
+                query_pos = self.ref_point_head(embedded_boxes(points[:, :, 0], x.shape[-1]))
+                if self.query_scale is not None and index > 0:
+                    query_pos = query_pos * self.query_scale(x)
+            x, aside = self.through_layer(
+                index, x, query_pos, points, memory, levels, groups, relations
+            )
+            hidden.append(x if self.norm is None else self.norm(x))
+            references.append(moved)
+            asides.append(aside)
+            if self.with_box_refine:
+                delta = self.heads.delta(index, hidden[-1])
+                boxes.append(apply_delta(delta, moved, self.refine_eps))
+                if self.norm is not None:
+                    delta = self.heads.delta(index, x)
+                refined = boxes[-1]
+                if self.look_forward_twice or self.norm is not None:
+                    refined = apply_delta(delta, reference, self.refine_eps)
+                if index + 1 < len(self.layers):
+                    before = boxes[-2] if index else reference
+                    relations = self._relations(groups[0], before, boxes[-1])
+                reference = refined.detach()  # as in `DeformableDecoder`
+                moved = refined if self.look_forward_twice else reference
+        return self.predictions(hidden, references, boxes, asides)
+
+    def _relations(self, group: QueryGroup, before: Tensor, now: Tensor) -> Tensor | None:
+        """Return what the relations of boxes add to the attention of the queries that detect.
+
+        Shape: before, now [N,Q,2 or 4]; returns [N heads,Q,Q].
+        """
+        if self.position_relation_embedding is None:
+            return None
+        size = group.content.shape[1]
+        if before.shape[-1] == 2:  # a point has no size: the first layer's boxes stand for it
+            before = now
+        related: Tensor = self.position_relation_embedding(before[:, :size], now[:, :size])
+        bias = related.flatten(0, 1)
+        return bias if group.blocked is None else bias.masked_fill(group.blocked, -math.inf)
+
+
+def embedded_boxes(boxes: Tensor, width: int) -> Tensor:
+    """Return sines and cosines of y, x, w and h, in this order (DINO, arXiv 2203.03605).
+
+    Shape: boxes [N,Q,4] cxcywh, fractions -> [N,Q,2*width].
+    """
+    x, y, w, h = (boxes * 2 * math.pi).unbind(-1)
+    return sine_embedding(torch.stack([y, x, w, h], dim=-1), width // 2).flatten(-2)
