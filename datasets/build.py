@@ -19,11 +19,12 @@ from datasets.images import limit_pixels
 from datasets.index import CocoIndex
 from datasets.mixing import Affine, Mixing
 from datasets.sample import CHANNELS, mean_colour
-from datasets.samplers import BatchSplit
+from datasets.split import BatchSplit
 from datasets.transforms import EvalTransform, TrainTransform, Transform
 from util.classes import Classes
 from util.console import console
 from util.errors import ConfigError, DataError
+from util.main_process import from_main
 from util.world import World
 
 Split = Literal["train", "val"]
@@ -193,7 +194,9 @@ def load_index(
     """
     world = world or World()
     limit_pixels(cfg.max_pixels)
-    index = world.from_main(lambda: _read_index(cfg, split, need_boxes=need_boxes, classes=classes))
+    index = from_main(
+        world, lambda: _read_index(cfg, split, need_boxes=need_boxes, classes=classes)
+    )
     if not world.main and world.local_rank == 0:
         index.require_images()
     return index

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from datasets.collate import Item, collate
 from datasets.dataset import CocoDetection
-from datasets.samplers import BatchSplit, ShuffledBatchSampler
+from datasets.samplers import ShuffledBatchSampler
+from datasets.split import BatchSplit
 from datasets.workers import loader_options
 from util.batch import Batch, UnreadableImage, pad_images
 

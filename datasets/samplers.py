@@ -1,8 +1,7 @@
-"""The order of images: how effective batches are split, and which images each holds."""
+"""The order of images: which of them each effective batch holds."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import cycle, islice
 from math import ceil
 
@@ -10,24 +9,7 @@ import torch
 from torch.utils.data import Sampler
 
 from datasets.dataset import SampleKey, seeded_generator
-
-
-@dataclass(frozen=True)
-class BatchSplit:
-    """Which part of every effective batch a process takes, and in how many micro-batches.
-
-    An effective batch holds `batch_size * accumulation * world_size` images.
-    """
-
-    batch_size: int
-    accumulation: int = 1
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def effective(self) -> int:
-        """Return the images of a step on all processes."""
-        return self.batch_size * self.accumulation * self.world_size
+from datasets.split import BatchSplit
 
 
 class ShuffledBatchSampler(Sampler[list[SampleKey]]):

@@ -18,7 +18,7 @@ from datasets.dataset import CocoDetection
 from datasets.eval_loader import eval_loader
 from datasets.index import CocoIndex
 from datasets.loader import TrainLoader
-from datasets.samplers import BatchSplit
+from datasets.split import BatchSplit
 from datasets.workers import loader_processes
 from engine.attention_memory import check_attention
 from engine.between_epochs import Validation, count_parameters

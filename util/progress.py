@@ -1,15 +1,12 @@
 """Progress bars on a terminal, and lines in place of them in a file."""
 
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
 
-from util.console import log
-
-_LINE_EVERY = 30.0  # seconds
+from util.progress_lines import ProgressLines
 
 
 def progress(
@@ -27,43 +24,9 @@ def progress(
     In a file a bar would be one endless line, so lines are logged now and then in place of it.
     """
     bars = sys.stderr.isatty() or "ipykernel" in sys.modules
-    kind: Any = tqdm if bars else _Lines
+    kind: Any = tqdm if bars else ProgressLines
     bar: tqdm[Any] = kind(
         iterable, total=total, initial=done, unit=unit, desc=description or None,
         dynamic_ncols=True, leave=leave, disable=not enabled,
     )  # fmt: skip
     return bar
-
-
-class _Lines(tqdm):  # type: ignore[misc]  # it comes without types
-    """Stands in for a bar and logs a line every half minute."""
-
-    def __init__(self, iterable: Iterable[Any] | None, *, disable: Any, **options: Any) -> None:
-        super().__init__(iterable, disable=True, **options)
-        self._enabled = not disable
-        self.desc, self.unit, self._first = options["desc"] or "", options["unit"], self.n
-        self.postfix: str | None = None
-        self._start = self._last = time.monotonic()
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in super().__iter__():
-            yield item
-            self.update()
-
-    def update(self, n: float | None = 1) -> bool | None:
-        self.n += int(n or 0)
-        now = time.monotonic()
-        if self._enabled and now - self._last >= _LINE_EVERY:
-            self._last = now
-            log.info(self._line(now - self._start))
-        return None
-
-    def _line(self, seconds: float) -> str:
-        rate = (self.n - self._first) / seconds
-        of = f" of {self.total} ({self.n / self.total:.0%})" if self.total else ""
-        parts = [f"{self.unit} {self.n}{of}", f"{rate:.3g} a second"]
-        if self.total and rate:
-            parts.append(f"{tqdm.format_interval((self.total - self.n) / rate)} to go")
-        parts += [self.postfix] if self.postfix else []
-        name = self.desc.removesuffix(": ")  # which tqdm adds
-        return ": ".join([*([name] if name else []), ", ".join(parts)])

@@ -1,17 +1,13 @@
 """The processes of a run: who we are among them, and small exchanges between their hosts."""
 
-import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from util.errors import UserError
-
 T = TypeVar("T")
-_LONGEST_WORK = datetime.timedelta(hours=12)  # of the main process, while the others wait
 
 
 @dataclass(frozen=True)
@@ -64,23 +60,3 @@ class World:
         items = [item]
         dist.broadcast_object_list(items, group=self.group)
         return items[0]
-
-    def from_main(self, make: Callable[[], T]) -> T:
-        """Return everywhere what `make` returns in the main process, the only one that calls it.
-
-        Raises:
-            UserError: `make` raised it; every process raises the same.
-        """
-        if self.size == 1:
-            return make()
-        patient: Any = dist.new_group(backend="gloo", timeout=_LONGEST_WORK)
-        made: list[Any] = [None]
-        if self.main:
-            try:
-                made = [make()]
-            except UserError as error:
-                made = [error]
-        dist.broadcast_object_list(made, group=patient)
-        if isinstance(made[0], UserError):
-            raise made[0]
-        return cast(T, made[0])

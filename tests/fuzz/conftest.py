@@ -2,7 +2,7 @@
 
 import pytest
 
-from datasets.samplers import BatchSplit
+from datasets.split import BatchSplit
 from engine.run_log import RunLog
 from engine.trainer import Trainer
 from tests.unit.engine.shared_steps import IMAGES, micro_batches, small_trainer, train_epoch

@@ -1,4 +1,4 @@
-"""One training update stays short to read; `tests/benchmarks/reading_path.py` says how it counts."""
+"""One training update stays short to read, as `tests/benchmarks/reading_path.py` counts."""
 
 import re
 import subprocess

@@ -13,7 +13,7 @@ from configs.schema import DataConfig
 from datasets.build import build_dataset, load_index
 from datasets.dataset import ImageCache
 from datasets.loader import TrainLoader
-from datasets.samplers import BatchSplit
+from datasets.split import BatchSplit
 from util.errors import ConfigError
 
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

@@ -11,8 +11,8 @@ from configs.load import Given
 from datasets.build import build_dataset, load_index
 from datasets.dataset import CocoDetection
 from datasets.loader import TrainLoader
-from datasets.samplers import BatchSplit
 from datasets.shapes import generate_shapes
+from datasets.split import BatchSplit
 from datasets.workers import loader_processes
 
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

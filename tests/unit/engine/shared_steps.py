@@ -16,7 +16,7 @@ from tqdm import tqdm
 from configs.schema import Config, LossConfig, OptimConfig, RunConfig
 from datasets.dataset import CocoDetection
 from datasets.loader import TrainLoader, with_images
-from datasets.samplers import BatchSplit
+from datasets.split import BatchSplit
 from engine.build import assemble_trainer
 from engine.checkpoint import CheckpointFolder
 from engine.run_log import RunLog

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from datasets.samplers import BatchSplit
+from datasets.split import BatchSplit
 from engine.checkpoint import load_checkpoint
 from engine.run_log import RunLog
 from engine.trainer import Trainer

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datasets.samplers import BatchSplit
+from datasets.split import BatchSplit
 from engine.checkpoint import load_checkpoint
 from engine.optim import Schedule
 from engine.run_log import RunLog

@@ -11,7 +11,7 @@ from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
 from configs.schema import Config, OptimConfig, RunConfig
-from datasets.samplers import BatchSplit
+from datasets.split import BatchSplit
 from engine.checkpoint import load_checkpoint
 from engine.guards import UnreadableImages
 from engine.probe import try_step

@@ -23,6 +23,7 @@ from util.distributed import (
     take_slurm_variables,
 )
 from util.errors import ConfigError
+from util.main_process import from_main
 from util.world import World
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -168,7 +169,7 @@ def test_a_single_process_gets_back_its_own_items() -> None:
     assert world.sum([1.5, 2]) == [1.5, 2]
     assert world.gather("x") == ["x"]
     assert world.broadcast({"a": 1}) == {"a": 1}
-    assert world.from_main(lambda: {"a": 1}) == {"a": 1}
+    assert from_main(world, lambda: {"a": 1}) == {"a": 1}
     destroy_process_group()  # nothing to leave
 
 
@@ -193,10 +194,10 @@ def exchange(rank: int, port: int, folder: Path) -> None:
     def fail() -> None:
         raise ConfigError(f"seen by {rank}")
 
-    assert world.from_main(make) == "of 0"
+    assert from_main(world, make) == "of 0"
     assert calls == ([0] if rank == 0 else [])
     with pytest.raises(ConfigError, match="seen by 0"):
-        world.from_main(fail)
+        from_main(world, fail)
     name = "set.json" if rank == 0 else "nowhere.json"  # the others do not read it
     data = DataConfig(train_images=str(folder / "data"), train_annotations=str(folder / name))
     index = load_index(data, "train", world=world)

@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that stands still unless its only item is changed."""
     now = [100.0]
-    monkeypatch.setattr("util.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("util.progress_lines.time.monotonic", lambda: now[0])
     return now
 
 
