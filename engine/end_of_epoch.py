@@ -1,4 +1,4 @@
-"""The end of an epoch of a run: it is evaluated, logged and saved."""
+"""The end of an epoch of a run: it is evaluated, logged and saved. The end of a run."""
 
 import time
 from pathlib import Path
@@ -10,6 +10,7 @@ from engine.evaluation.evaluate import Interrupted
 from engine.processes import StopSignals
 from engine.run_log import RunLog
 from engine.saved_state import SavedRun
+from util.console import log
 from util.plot import plot_curves
 
 
@@ -20,6 +21,7 @@ class EndingRun(SavedRun, Protocol):
     log: RunLog
     output_dir: Path
     eval_every: int
+    max_steps: int
 
     def of_epochs(self, word: str) -> str:
         """Return the number of epochs after a word."""
@@ -77,3 +79,13 @@ def end_epoch(run: EndingRun) -> None:
     run.save(best=improved)
     if run.world.main:
         plot_curves(run.output_dir / "log.txt", run.output_dir / "curves.png")
+
+
+def report_finished(run: EndingRun) -> None:
+    """Say that nothing is left to do, and what would change it."""
+    limit = f" of `max_steps {run.max_steps}`" if run.max_steps else ""
+    length = "epochs" if run.time_limit is None else "max_hours"
+    log.info(
+        f"this run is finished: {run.epoch}{run.of_epochs(' of ')} epochs, step "
+        f"{run.step}{limit}. Raise `{length}` or `max_steps` to continue."
+    )

@@ -19,7 +19,7 @@ from datasets.loader import TrainLoader
 from engine.between_epochs import Validation
 from engine.checkpoint import CheckpointFolder
 from engine.ema import Ema
-from engine.end_of_epoch import end_epoch
+from engine.end_of_epoch import end_epoch, report_finished
 from engine.guards import Guards
 from engine.guards.timer import StepTimer
 from engine.metrics import StepLog
@@ -90,12 +90,7 @@ class Trainer:
         returns 128 + the signal's number.
         """
         if not self.unfinished():
-            limit = f" of `max_steps {self.max_steps}`" if self.max_steps else ""
-            length = "epochs" if self.time_limit is None else "max_hours"
-            log.info(
-                f"this run is finished: {self.epoch}{self.of_epochs(' of ')} epochs, step "
-                f"{self.step}{limit}. Raise `{length}` or `max_steps` to continue."
-            )
+            report_finished(self)
             return 0
         self.log.truncate_after(self.step - 1, self.epoch - 1)
         if self.time_limit is not None:

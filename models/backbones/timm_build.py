@@ -10,7 +10,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from models.backbones import BACKBONES, Backbone, BackboneOptions, weights_from_file
-from models.backbones.timm_model import TimmBackbone, in_precision_of_weights
+from models.backbones.timm_model import TimmBackbone
 from models.weights.unwrap import keys_of
 from util.errors import CheckpointError, ConfigError, nearest_hint
 
@@ -136,3 +136,11 @@ def _freeze(body: Any, stages: int) -> None:
     for _, module in named[: max(ends, default=-1) + 1]:
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
+
+
+def in_precision_of_weights(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Exempt a layer norm from autocast, see `models.layers.ExactLayerNorm`: a hook before it."""
+    x, *rest = inputs
+    if norm.weight is None or not torch.is_autocast_enabled(x.device.type):
+        return inputs
+    return (x.to(norm.weight.dtype), *rest)  # type: ignore[arg-type]

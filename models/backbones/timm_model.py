@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from timm.layers.format import Format
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
@@ -48,11 +47,3 @@ class TimmBackbone(nn.Module):
         if getattr(self.body, "output_fmt", Format.NCHW) == Format.NHWC:
             maps = [m.permute(0, 3, 1, 2).contiguous() for m in maps]
         return maps
-
-
-def in_precision_of_weights(norm: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Exempt a layer norm from autocast, see `models.layers.ExactLayerNorm`: a hook before it."""
-    x, *rest = inputs
-    if norm.weight is None or not torch.is_autocast_enabled(x.device.type):
-        return inputs
-    return (x.to(norm.weight.dtype), *rest)  # type: ignore[arg-type]
