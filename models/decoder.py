@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -127,14 +126,14 @@ class DeformableDecoder(nn.Module):
         with_box_refine: bool,
         two_stage: bool,
         refine_eps: float = 1e-5,
-        parts: Mapping[str, nn.Module | None] = MappingProxyType({}),
+        parts: Mapping[str, nn.Module | None] | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.heads = heads
         self.with_box_refine = with_box_refine
         self.refine_eps = refine_eps
-        for name, part in parts.items():
+        for name, part in (parts or {}).items():
             self.register_module(name, part)
         if with_box_refine:
             self.bbox_embed = heads.bbox_embed
