@@ -5,17 +5,14 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 
-import torch
 from torch.utils.data import DataLoader
 
-from datasets.collate import Item, collate
+from datasets.collate import Item, blank_batch, collate
 from datasets.dataset import CocoDetection
 from datasets.samplers import ShuffledBatchSampler
 from datasets.split import BatchSplit
 from datasets.workers import loader_options
-from util.batch import Batch, UnreadableImage, pad_images
-
-_BLANK_SIDE = 64  # pixels of the image that stands in where a process has none
+from util.batch import Batch
 
 
 def with_images(micro_batches: Sequence[Batch], *, alone: bool) -> list[Batch]:
@@ -28,20 +25,7 @@ def with_images(micro_batches: Sequence[Batch], *, alone: bool) -> list[Batch]:
     if alone and kept:
         unreadable = [image for batch in micro_batches for image in batch.unreadable]
         return [replace(kept[0], unreadable=unreadable), *kept[1:]]
-    return [b if b.images is not None else _blank(b.unreadable) for b in micro_batches]
-
-
-def _blank(unreadable: list[UnreadableImage]) -> Batch:
-    size = torch.tensor([_BLANK_SIDE, _BLANK_SIDE])
-    target = {
-        "image_id": torch.tensor(-1),
-        "labels": torch.zeros(0, dtype=torch.int64),
-        "boxes": torch.zeros(0, 4),
-        "orig_size": size,
-        "size": size,
-    }
-    images = pad_images([torch.zeros(3, _BLANK_SIDE, _BLANK_SIDE)])
-    return Batch(images, [target], unreadable, blank=True)
+    return [b if b.images is not None else blank_batch(b.unreadable) for b in micro_batches]
 
 
 class TrainLoader(DataLoader[Item]):

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.benchmark import Measurement, Timer
 
-from .ms_deform_attn import fused_ms_deform_attn, ms_deform_attn
+from .ms_deform_attn import fused_ms_deform_attn
+from .plain import ms_deform_attn
 from .reference import sampling_locations
 
 _SAMPLE = 0.02  # seconds, at least

@@ -1,4 +1,4 @@
-"""The op, plain and fused: the public functions, which check their inputs, kernel and gradient."""
+"""The op in its fused form, which checks its inputs; kernel and gradient of both forms."""
 
 import os
 from collections.abc import Sequence
@@ -14,31 +14,6 @@ from .schema import library
 SpatialShapes = Sequence[tuple[int, int]] | Tensor
 
 
-def ms_deform_attn(
-    value: Tensor,
-    spatial_shapes: SpatialShapes,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-) -> Tensor:
-    """Compute multi-scale deformable attention (Deformable DETR, Eq. 3, after the projections).
-
-    Every query reads K points of each of L feature levels by bilinear interpolation and sums them
-    by its attention weights. Points outside a level, and points that are NaN, read zero.
-
-    Shape: value [N,S,M,D] with S = sum of H*W over levels; spatial_shapes L pairs (H, W), Python
-        ints (a tensor [L,2] is accepted and read back to the host); sampling_locations
-        [N,Q,M,L,K,2]; attention_weights [N,Q,M,L,K]; returns [N,Q,M*D] in the dtype of value.
-    Units: locations are (x, y) fractions of the padded level, 0..1 from edge to edge.
-
-    Half-precision values are summed in float32; locations and weights are used in float32, or in
-    float64 if the value is float64.
-
-    Raises:
-        ValueError: the shapes do not fit each other.
-    """
-    return _attend(value, spatial_shapes, sampling_locations, attention_weights, None)
-
-
 def fused_ms_deform_attn(
     value: Tensor,
     spatial_shapes: SpatialShapes,
@@ -46,7 +21,7 @@ def fused_ms_deform_attn(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    """Compute `ms_deform_attn` from the outputs of the projections, in one kernel.
+    """Compute `ops.ms_deform_attn` from the outputs of the projections, in one kernel.
 
     Softmax over the L*K samples of a head gives the attention weights; sampling offsets around
     reference points give the locations (Deformable DETR, Eq. 3 and Appendix A.4). The kernel saves
@@ -61,16 +36,17 @@ def fused_ms_deform_attn(
     Raises:
         ValueError: the shapes do not fit each other.
     """
-    return _attend(value, spatial_shapes, sampling_offsets, attention_logits, reference_points)
+    return attend(value, spatial_shapes, sampling_offsets, attention_logits, reference_points)
 
 
-def _attend(
+def attend(
     value: Tensor,
     shapes: SpatialShapes,
     points: Tensor,
     weights: Tensor,
     reference: Tensor | None,
 ) -> Tensor:
+    """Check the inputs of either form, and compute it; without `reference`, the plain one."""
     if isinstance(shapes, Tensor):
         shapes = [(int(height), int(width)) for height, width in shapes.tolist()]
     _check(value, shapes, points, weights, reference)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS, Backend, use_backend
-from .ms_deform_attn import ms_deform_attn
+from .plain import ms_deform_attn
 
 MAX_ERROR = 1e-4  # relative, float32
 _SHAPES = [(5, 7), (3, 2)]
