@@ -146,9 +146,11 @@ class DeformableDecoder(nn.Module):
         """Decode all groups of queries at once. Shape: memory [N,S,C]."""
         x, query_pos, reference = side_by_side(groups)
         hidden, references, boxes, asides = [], [], [], []
-        for index in range(len(self.layers)):
-            points = on_levels(reference, levels)
-            x, aside = self.through_layer(index, x, query_pos, points, memory, levels, groups)
+        for index, layer in enumerate(self.layers):
+            points, within = on_levels(reference, levels), within_layer(groups, index)
+            x, aside = checkpointed(
+                layer, x, query_pos, points, memory, levels, within, enabled=self.checkpointing
+            )
             hidden.append(x)
             references.append(reference)
             asides.append(aside)
@@ -158,33 +160,6 @@ class DeformableDecoder(nn.Module):
                 # to it: without this, training is unstable (Appendix A.4)
                 reference = boxes[-1].detach()
         return self.predictions(hidden, references, boxes, asides)
-
-    def through_layer(
-        self,
-        index: int,
-        x: Tensor,
-        query_pos: Tensor,
-        points: Tensor,
-        memory: Tensor,
-        levels: FeatureLevels,
-        groups: Sequence[QueryGroup],
-        relations: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return what a layer makes of the queries; see `DeformableDecoderLayer`.
-
-        `relations` [N heads,Q,Q] is added to what the queries that detect think of each other.
-        """
-        first = groups[0]
-        alone = len(groups) == 1 and first.parts == 1 and first.blocked is None
-        within: Groups | None = None
-        if not alone or first.routes or relations is not None:
-            within = groups_in_layer(groups, index, relations)
-        output: tuple[Tensor, Tensor | None] = checkpointed(
-            self.layers[index],
-            *(x, query_pos, points, memory, levels, within),
-            enabled=self.checkpointing,
-        )
-        return output
 
     def predictions(
         self,
@@ -221,3 +196,12 @@ def on_levels(reference: Tensor, levels: FeatureLevels) -> Tensor:
     ratios = levels.valid_ratios[:, None]  # [N,1,L,2]
     scale = ratios if reference.shape[-1] == 2 else torch.cat([ratios, ratios], dim=-1)
     return reference[:, :, None] * scale
+
+
+def within_layer(
+    groups: Sequence[QueryGroup], index: int, relations: Tensor | None = None
+) -> Groups | None:
+    """Return how groups pass a layer; None for one that attends to itself and shares all parts."""
+    first = groups[0]
+    alone = len(groups) == 1 and first.parts == 1 and first.blocked is None and not first.routes
+    return None if alone and relations is None else groups_in_layer(groups, index, relations)

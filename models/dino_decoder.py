@@ -13,9 +13,10 @@ from models.decoder import (
     DeformableDecoderLayer,
     on_levels,
     side_by_side,
+    within_layer,
 )
 from models.heads import MLP, DetectionHeads, apply_delta
-from models.layers import ExactLayerNorm, sine_embedding
+from models.layers import ExactLayerNorm, checkpointed, sine_embedding
 from models.levels import FeatureLevels
 from models.queries import QueryGroup
 from models.relations import RelationBias
@@ -80,14 +81,15 @@ class DinoDecoder(DeformableDecoder):
         moved = reference  # the same numbers; with `look_forward_twice`, a gradient passes
         relations: Tensor | None = None  # known once the first layer has moved the boxes
         hidden, references, boxes, asides = [], [], [], []
-        for index in range(len(self.layers)):
+        for index, layer in enumerate(self.layers):
             points = on_levels(reference, levels)
             if self.ref_point_head is not None:
                 query_pos = self.ref_point_head(embedded_boxes(points[:, :, 0], x.shape[-1]))
                 if self.query_scale is not None and index > 0:
                     query_pos = query_pos * self.query_scale(x)
-            x, aside = self.through_layer(
-                index, x, query_pos, points, memory, levels, groups, relations
+            within = within_layer(groups, index, relations)
+            x, aside = checkpointed(
+                layer, x, query_pos, points, memory, levels, within, enabled=self.checkpointing
             )
             hidden.append(x if self.norm is None else self.norm(x))
             references.append(moved)

@@ -64,6 +64,21 @@ class Call:
         """No query, no head, no channel, no sample or no token: every result is zero or empty."""
         return min(self.value.numel(), self.weights.numel()) == 0
 
+    def of_offsets_and_reference(self, of_locations: Tensor) -> tuple[Tensor, Tensor]:
+        """Propagate the gradient of sampling locations to offsets and reference points (`ops.reference.sampling_locations`).
+
+        Shape: of_locations [N,Q,M,L,K,2]; returns those of the offsets and the reference of this call.
+        """
+        assert self.reference is not None
+        offsets, of_centre = self.points, of_locations.sum((2, 4))  # [N,Q,L,2]
+        if self.reference.shape[-1] == 2:
+            return of_locations / level_sizes(self.shapes, offsets)[:, None], of_centre
+        share = 0.5 / offsets.shape[4]
+        of_offsets = of_locations * self.reference[:, :, None, :, None, 2:] * share
+        # an offset that is NaN has no gradient, and gives the box none
+        of_sides = (of_locations * offsets.where(of_locations != 0, 0)).sum((2, 4)) * share
+        return of_offsets, torch.cat([of_centre, of_sides], dim=-1)
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -78,3 +93,12 @@ class Gradients:
 def arithmetic_dtype(storage: torch.dtype) -> torch.dtype:
     """Return the dtype of points, weights and sums for values of dtype `storage`."""
     return torch.float64 if storage == torch.float64 else torch.float32
+
+
+def level_sizes(spatial_shapes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
+    """Return (width, height) of each level in cells. Shape: [L,2], dtype and device of `like`."""
+    # filled on the device: a copy from the host would wait for all work queued there
+    sides = [
+        like.new_full((), side) for height, width in spatial_shapes for side in (width, height)
+    ]
+    return torch.stack(sides).view(-1, 2)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from .call import STORAGE, BackendError, Call, Gradients
 from .compiler import cpu_functions, openmp
-from .reference import of_offsets_and_reference
 
 _TOO_LARGE = 2  # `Outcome` of `csrc/problem.h`
 _POINTERS = (
@@ -61,7 +60,7 @@ class CpuBackend:
             grad_value=value, grad_points=points, grad_weights=weights,
         )  # fmt: skip
         if need_reference:
-            return Gradients(value, *of_offsets_and_reference(call, points), weights)
+            return Gradients(value, *call.of_offsets_and_reference(points), weights)
         return Gradients(value, points, None, weights)
 
 

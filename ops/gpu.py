@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from .call import Call, Gradients
-from .reference import of_offsets_and_reference
 
 _SUM_BITS = 62  # 63 without the sign, one spare for rounding
 
@@ -31,7 +30,7 @@ class GpuBackend:
             value = (value.double() / scale).to(exact)  # all NaN if any gradient was
         value = value.to(call.value.dtype)
         if need_reference:
-            return Gradients(value, *of_offsets_and_reference(call, points), weights)
+            return Gradients(value, *call.of_offsets_and_reference(points), weights)
         return Gradients(value, points, None, weights)
 
     def start_backward(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Call, Gradients, arithmetic_dtype
+from .call import Call, Gradients, arithmetic_dtype, level_sizes
 
 # N batch, S tokens, M heads, D channels per head, Q queries, L levels, K points.
 
@@ -49,15 +49,6 @@ def sampling_locations(reference: Tensor, offsets: Tensor, spatial_shapes: Shape
     if reference.shape[-1] == 2:
         return reference + offsets / level_sizes(spatial_shapes, offsets)[:, None]
     return reference[..., :2] + offsets * reference[..., 2:] * (0.5 / offsets.shape[4])
-
-
-def level_sizes(spatial_shapes: Shapes, like: Tensor) -> Tensor:
-    """Return (width, height) of each level in cells. Shape: [L,2], dtype and device of `like`."""
-    # filled on the device: a copy from the host would wait for all work queued there
-    sides = [
-        like.new_full((), side) for height, width in spatial_shapes for side in (width, height)
-    ]
-    return torch.stack(sides).view(-1, 2)
 
 
 def _maps(value: Tensor, spatial_shapes: Shapes) -> list[Tensor]:
@@ -103,24 +94,8 @@ class ReferenceBackend:
             return Gradients(value, of_locations, None, of_weights)
         mean = (of_weights * weights).flatten(3).sum(-1)[..., None, None]
         of_logits = weights * (of_weights - mean)
-        of_offsets, of_reference = of_offsets_and_reference(call, of_locations)
+        of_offsets, of_reference = call.of_offsets_and_reference(of_locations)
         return Gradients(value, of_offsets, of_reference if need_reference else None, of_logits)
-
-
-def of_offsets_and_reference(call: Call, of_locations: Tensor) -> tuple[Tensor, Tensor]:
-    """Propagate the gradient of sampling locations to offsets and reference points.
-
-    Shape: of_locations [N,Q,M,L,K,2]; returns those of the offsets and the reference of `call`.
-    """
-    assert call.reference is not None
-    offsets, of_centre = call.points, of_locations.sum((2, 4))  # [N,Q,L,2]
-    if call.reference.shape[-1] == 2:
-        return of_locations / level_sizes(call.shapes, offsets)[:, None], of_centre
-    share = 0.5 / offsets.shape[4]
-    of_offsets = of_locations * call.reference[:, :, None, :, None, 2:] * share
-    # an offset that is NaN has no gradient, and gives the box none
-    of_sides = (of_locations * offsets.where(of_locations != 0, 0)).sum((2, 4)) * share
-    return of_offsets, torch.cat([of_centre, of_sides], dim=-1)
 
 
 def _plain(call: Call) -> tuple[Tensor, Tensor]:
