@@ -77,8 +77,9 @@ class Groups:
 def groups_in_layer(
     groups: Sequence[QueryGroup], layer: int, relations: Tensor | None = None
 ) -> Groups:
-    """Return the groups as a layer needs them; `relations` [N heads,Q,Q] is
-    added to the attention of the queries that detect.
+    """Return the groups as a layer needs them.
+
+    `relations` [N heads,Q,Q] is added to what the queries that detect see in each other.
     """
     return Groups([_members(group, groups[0], layer, relations) for group in groups])
 

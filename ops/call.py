@@ -65,9 +65,9 @@ class Call:
         return min(self.value.numel(), self.weights.numel()) == 0
 
     def of_offsets_and_reference(self, of_locations: Tensor) -> tuple[Tensor, Tensor]:
-        """Propagate the gradient of sampling locations to offsets and reference points (`ops.reference.sampling_locations`).
+        """Propagate the gradient of `sampling_locations` to offsets and reference points.
 
-        Shape: of_locations [N,Q,M,L,K,2]; returns those of the offsets and the reference of this call.
+        Shape: of_locations [N,Q,M,L,K,2]; returns those of offsets and reference.
         """
         assert self.reference is not None
         offsets, of_centre = self.points, of_locations.sum((2, 4))  # [N,Q,L,2]

@@ -20,10 +20,8 @@ from datasets.dataset import CocoDetection, SampleKey
 from datasets.eval_loader import eval_loader, same_size_batches
 from datasets.index import CocoIndex
 from datasets.loader import TrainLoader, with_images
-from datasets.samplers import (
-    BatchSplit,
-    ShuffledBatchSampler,
-)
+from datasets.samplers import ShuffledBatchSampler
+from datasets.split import BatchSplit
 from datasets.transforms import EvalTransform, TrainTransform
 from util.batch import Batch, Target, UnreadableImage, pad_images
 from util.errors import ConfigError

@@ -13,6 +13,7 @@ from models.deformable_detr import DeformableDETR
 from models.queries import DetectorOutput, GroupOutput
 from models.recipes import RECIPES
 from models.recipes.hybrid import Hybrid, Options
+from models.two_stage import TwoStageTransformer
 from models.weights.transfer import load_strict, transfer
 from tests.unit.models.definitions import Coefficients, Target, layer_losses, random_targets
 from tests.unit.models.small import VARIANTS, group_of, perturb, random_images, small_config
@@ -111,10 +112,12 @@ def test_proposals_that_rank_next_are_its_queries() -> None:
     best = scores.topk(27).indices
     boxes = group_of(outputs, "_enc").boxes[0].gather(1, best[..., None].expand(-1, -1, 4))
     features = model.feature_levels(pad_images(images()))
+    transformer = model.transformer
+    assert isinstance(transformer, TwoStageTransformer)
     with torch.no_grad():
-        started = model.transformer(
+        started = transformer(
             *features, None,
-            lambda memory, proposals: [model.transformer.from_boxes("", proposals.best(7, 27))],
+            lambda memory, proposals: [transformer.from_boxes("", proposals.best(7, 27))],
         )  # fmt: skip
     torch.testing.assert_close(started.groups[1].reference, boxes[:, 7:])
 

@@ -250,6 +250,7 @@ def test_fewer_tokens_than_queries_give_fewer_queries() -> None:
 
 def test_encoder_predictions_are_finite_and_infinite_proposals_stay_at_the_edge() -> None:
     transformer = build_small_transformer("two_stage")
+    assert isinstance(transformer, TwoStageTransformer)
     output = decode(transformer, make_maps(VALID_3, SHAPES_3, seed=6))
     assert output.proposals is not None
     boxes = output.proposals.box_logits.sigmoid()
