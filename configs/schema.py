@@ -27,7 +27,13 @@ class ModelConfig(Checked):
     num_feature_levels: Literal[1, 3, 4, 5, 6] = option(
         4, "feature levels: 1 is the last stage, 3 the last three; more adds stride-2 levels"
     )
-    neck: str = option("none", "what mixes the feature levels before the encoder", rare=True)
+    neck: str = option(
+        "none", "what mixes the feature levels before the encoder: none, fpn or hsfpn", rare=True
+    )
+    neck_width: int | None = option(
+        None, "neck hsfpn: channels of the levels that the backbone lacks (default: twice those of "
+        "its last map)", low=8, most=65536, rare=True,
+    )  # fmt: skip
     encoder: str = option("deformable", "what turns feature levels into memory", rare=True)
     encoder_attn: str = option(
         "deformable", "what encoder layers attend with: deformable, dense (DETR), mswin (windows), "
@@ -126,6 +132,7 @@ class ModelConfig(Checked):
                 "contents: `two_stage` and `mixed_query_selection`. Add them."
             )
         self._check_encoder()
+        self._check_neck()
         if self.relation != "none" and (not self.with_box_refine or self.dec_layers == 1):
             raise ConfigError(
                 "relation: needs boxes of a layer before: `with_box_refine` and at least 2 "
@@ -147,6 +154,14 @@ class ModelConfig(Checked):
     def coarse_levels(self) -> int:
         """Return `lite_levels` or its default."""
         return self.num_feature_levels - 1 if self.lite_levels is None else self.lite_levels
+
+    def _check_neck(self) -> None:
+        if self.neck_width is None:
+            return
+        if self.neck != "hsfpn":
+            raise ConfigError("neck_width: is of `neck hsfpn`. Remove one, or add the other.")
+        if self.neck_width % 8:
+            raise ConfigError(f"neck_width: must be a multiple of 8, not {self.neck_width}.")
 
     def _check_encoder(self) -> None:
         for name, usual in (("encoder_updates", "full"), ("enc_fusion", "none")):

@@ -23,7 +23,7 @@ from models.learned_positions import PositionEmbeddingLearned
 from models.levels import Joiner, PositionEmbeddingSine
 from models.match_costs import HighOrderMatcher, PositionModulatedMatcher
 from models.matcher import HungarianMatcher
-from models.necks import NECKS, NeckOptions
+from models.necks import NECKS, NeckOptions, RawNeck
 from models.recipes import RECIPES
 from models.relations import RelationBias
 from models.transformer import DeformableTransformer
@@ -66,13 +66,15 @@ def build_model(
     transformer = build_transformer(config, heads)
     learned = transformer.learned_width
     query_embed = nn.Embedding(config.num_queries, learned) if learned else None
+    neck = NECKS[config.neck](NeckOptions(width, levels, backbone.channels, config.neck_width))
+    own = neck.input_proj() if isinstance(neck, RawNeck) else None
     model = DeformableDETR(
         Joiner(backbone, position_encoding),
-        build_input_proj(backbone.channels, width, levels),
+        own or build_input_proj(backbone.channels, width, levels),
         transformer,
         heads,
         query_embed=query_embed,
-        neck=NECKS[config.neck](NeckOptions(width, levels)),
+        neck=neck,
         aux_loss=config.aux_loss,
     )
     for name, options in (recipes or {}).items():  # last: no other weight depends on them

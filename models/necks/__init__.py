@@ -10,14 +10,33 @@ from util.registry import Registry
 
 @dataclass(frozen=True)
 class NeckOptions:
-    """What a neck is built from: every level's number of channels, and how many levels come in."""
+    """What a neck is built from.
+
+    `d_model` is every level's number of channels, `channels` those of the backbone's maps, and
+    `width` that of the levels which a `RawNeck` adds, or None.
+    """
 
     d_model: int
     num_levels: int
+    channels: tuple[int, ...]
+    width: int | None
+
+
+class RawNeck(nn.Module):
+    """A neck that gets the backbone's maps as they are, not projected to one width.
+
+    It makes the levels that the backbone lacks, and projects.
+    """
+
+    def input_proj(self) -> nn.ModuleList:
+        """Return what is applied to each of the backbone's maps, then what makes further levels."""
+        raise NotImplementedError
 
 
 # A neck maps a list of maps [N,C,H,W], finest first, to as many maps of the same shapes.
-NECKS: Registry[Callable[[NeckOptions], nn.Module]] = Registry("neck", __name__, {})
+NECKS: Registry[Callable[[NeckOptions], nn.Module]] = Registry(
+    "neck", __name__, {"fpn": ".fpn", "hsfpn": ".hsfpn"}
+)
 
 
 @NECKS.register("none")

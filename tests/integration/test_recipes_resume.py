@@ -20,6 +20,7 @@ FLAGS: dict[str, str] = {
     "dense encoder": "--encoder_attn dense --dropout 0.1",
     "mswin": "--encoder_attn mswin+deformable --dropout 0.1",
     "msda": "--encoder_attn msda+deformable --hidden_dim 48 --nheads 3",
+    "fpn": "--neck fpn",
     "++": "--mixed_query_selection --look_forward_twice --cls_loss mal --match_cost high_order "
     "--high_order_from 0.5",
 }

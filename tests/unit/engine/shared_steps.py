@@ -76,6 +76,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dense encoder": {"model": {"encoder_attn": "dense"}},
     "mswin": {"model": {"encoder_attn": "mswin+deformable"}},
     "msda": {"model": {"encoder_attn": "msda+deformable", "hidden_dim": 48, "nheads": 3}},
+    "hsfpn": {"model": {"neck": "hsfpn", "neck_width": 32}},
     "broken": {"broken": BROKEN},
     "poisoned": {"poisoned": 2},
 }

@@ -66,6 +66,8 @@ CASES: dict[str, Case] = {
     "mswin": Case(model={"encoder_attn": "mswin", "enc_fusion": "dense"}),
     "mswin, deformable": Case("plain", model={"encoder_attn": "mswin+deformable"}),
     "msda, deformable": Case(model={"encoder_attn": "msda+deformable", **MSDA}),
+    "fpn": Case("plain", model={"neck": "fpn"}),
+    "hsfpn": Case(model={"neck": "hsfpn", "neck_width": 32}),
     "mds": Case(recipes={"mds": MDS()}, loss={"cls_loss": "vfl"}),
     "mds, plain": Case("plain", recipes={"mds": MDS()}),
     "dino": Case(model=DINO),
