@@ -79,7 +79,8 @@ def test_hsfpn_is_what_its_formulas_say() -> None:
         first, second = (state[f"{name}.{fc}.weight"][:, :, 0, 0] for fc in ("fc1", "fc2"))
         pooled = (x.flatten(2).mean(2), x.flatten(2).max(2).values)
         mean, most = ((v @ first.T).clamp(min=0) @ second.T for v in pooled)
-        return (mean + most).sigmoid()[..., None, None]
+        gate: Tensor = (mean + most).sigmoid()
+        return gate[..., None, None]
 
     u = [
         torch.einsum("nkhw,ck->nchw", x * weights(f"select.{i}", x),
