@@ -212,6 +212,16 @@ LAYOUTS: dict[Callable[[Path], None], str] = {
 }
 
 
+def test_a_listed_name_that_is_too_long_for_a_file_is_one_more_missing_image(
+    tmp_path: Path,
+) -> None:
+    yolo_darknet(tmp_path)
+    file = tmp_path / "train.txt"
+    file.write_text(f"data/{'f' * 5000}.png\n{file.read_text()}")
+    source = read_split(DataConfig(data_path=str(tmp_path)), "train")
+    assert len(source.content["images"]) == 4
+
+
 @pytest.mark.parametrize("write", LAYOUTS, ids=lambda write: write.__name__)
 def test_a_layout_is_read_from_its_folder_alone(
     write: Callable[[Path], None], tmp_path: Path
