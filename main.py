@@ -21,6 +21,7 @@ from util.errors import EXIT_USER_ERROR, ConfigError, in_one_line, nearest_hint
 # Modules of engine/commands; one is imported only when it is chosen.
 COMMANDS = {
     "train": "train on your data, or continue a run",
+    "plan": "print the options that fit your data, this machine and your hours",
     "eval": "evaluate a checkpoint, or saved detections, on COCO-format data",
     "predict": "draw what a checkpoint finds in images, and write it as JSON",
     "average": "write the mean of the weights of several checkpoints of a run",

@@ -6,6 +6,7 @@ that takes some of them, a `Config` or a `Given`. It may have more tables:
 - `RECIPES`: the classes of recipes' options by name. Options then come from a file, too.
 - `RELEVANT`: names by section. Of these sections, `--help` lists no other option.
 - `DEFAULTS`: what the help says of every default in a section, instead of each field's own.
+- `AUTO`: true where options may be left to a plan of the data, by `--config auto`.
 """
 
 import argparse
@@ -159,7 +160,12 @@ def read_command_line(parser: OptionParser, command: Any, argv: Sequence[str]) -
     recipes: Mapping[str, Section] | None = getattr(command, "RECIPES", None)
     if recipes is None:
         return Given(parser.parse_options(argv)[1])
-    parser.add_argument("--config", metavar="FILE", help="preset or YAML file of options")
+    may_be_auto = getattr(command, "AUTO", False)
+    parser.add_argument(
+        "--config", metavar="FILE", help="preset or YAML file of options"
+        + ("; auto: those that are not given fit the data, this machine and --max_hours"
+           if may_be_auto else ""),
+    )  # fmt: skip
     parser.add_argument(
         "--recipes", metavar="NAME", nargs="*",
         help=f"training recipes to use: {', '.join(recipes)}",
@@ -175,6 +181,11 @@ def read_command_line(parser: OptionParser, command: Any, argv: Sequence[str]) -
     if {"-h", "--help", "--help_all"}.isdisjoint(argv):
         args, unknown = parser.parse_known_args(argv)
         file = read_options(args.config, {}, recipes)
+        if file.auto and not may_be_auto:
+            raise ConfigError(
+                "config auto: is of `train` and `plan`. Write the options to a file with "
+                "`plan --output FILE`, and give that one."
+            )
         names = list(file.values.get("recipes", {}))
         chosen, dropped = choose_recipes(
             recipes,

@@ -19,6 +19,7 @@ T = TypeVar("T")
 Values = Mapping[str, Mapping[str, Any]]  # by section and name; of recipes also by theirs
 Known = Mapping[str, Section | Mapping[str, Section]]  # classes by section; of recipes by theirs
 PRESETS = Path(__file__).parent
+AUTO = "auto"  # in place of a file: options that are not given are left to a plan of the data
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,13 @@ class Given:
 
     `values` holds them by section and name; its section "recipes" holds the options of each recipe
     by its name. `recipes` are the classes of those options, `dropped` names those that a command
-    line leaves out.
+    line leaves out. With `auto`, a plan of the data chooses the others.
     """
 
     values: Values = field(default_factory=dict)
     recipes: Mapping[str, Section] = field(default_factory=dict)
     dropped: frozenset[str] = frozenset()
+    auto: bool = False
 
     @property
     def known(self) -> Known:
@@ -53,7 +55,8 @@ class Given:
         if self.dropped:
             kept = {k: v for k, v in values.get("recipes", {}).items() if k not in self.dropped}
             values["recipes"] = kept
-        return replace(self, values=merge(values, self.values, self.recipes))
+        merged = merge(values, self.values, self.recipes)
+        return replace(self, values=merged, auto=self.auto or below.auto)
 
     def saved(self, content: Mapping[str, Any], source: str) -> "Given":
         """Return the options that a checkpoint holds; see `check_sections`."""
@@ -91,16 +94,18 @@ class Given:
 def read_options(
     file: str | None, values: Values, recipes: Mapping[str, Section] | None = None
 ) -> Given:
-    """Return options on top of those of a preset or file.
+    """Return options on top of those of a preset or file; "auto" leaves the others to a plan.
 
     Raises:
         ConfigError: see `load_file`.
     """
     given = Given(values, recipes or {})
-    if not file:
-        return given
+    if not file or file == AUTO:
+        return replace(given, auto=file == AUTO)
     path = file_or_preset(Path(), file, PRESETS)
-    return given.on(Given(load_file(path, given.known, PRESETS)))
+    below = load_file(path, given.known, PRESETS)
+    auto = below.pop("base", None) == AUTO
+    return given.on(Given(below, auto=auto))
 
 
 def load_file(
@@ -109,7 +114,8 @@ def load_file(
     """Read a YAML file and the files its `base` names, nearest last.
 
     Where the file of a `base` is not there, `NAME`, `NAME.yaml` and `configs/NAME.yaml` mean the
-    one in the folder `presets`; `NAME` is NAME.yaml beside the file first.
+    one in the folder `presets`; `NAME` is NAME.yaml beside the file first. A `base` of "auto" is
+    no file: it stays in what is returned.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or has an unknown section, key or type.
@@ -132,7 +138,9 @@ def load_file(
         )
     base = content.pop("base", None)
     below: dict[str, Any] = {}
-    if base is not None:
+    if base == AUTO:
+        below = {"base": AUTO}
+    elif base is not None:
         file = file_or_preset(path.parent, str(base), presets)
         below = load_file(file, known, presets, (*_seen, path.resolve()))
     return merge(below, check_sections(content, known, where), known.get("recipes"))

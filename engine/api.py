@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from configs.load import Given, alternatives_of, choose_recipes, read_options
+from configs.load import AUTO, Given, alternatives_of, choose_recipes, read_options
 from configs.options import by_section
 from configs.schema import SECTIONS
 from engine.commands import train as command
@@ -45,6 +45,8 @@ def train(config: str | os.PathLike[str] | None = None, **options: Any) -> Path:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "options.yaml"
             plain = json.loads(json.dumps(given.values))  # lists in place of tuples
+            if given.auto:
+                plain["base"] = AUTO
             file.write_text(yaml.safe_dump(plain), encoding="utf-8")
             code = launch(
                 _INSTALLED if _INSTALLED.is_file() else _ROOT / "main.py",

@@ -5,11 +5,11 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -32,6 +32,7 @@ from util.files import make_output_dir
 from util.world import World
 
 _LOCK, _HOLDER = ".lock", ".lock_holder"
+_NO_FOLDER = "output_dir: is missing. Name a folder for the run."
 _PATIENCE = 15.0  # seconds that the processes of a killed run may take to end
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from some network drives
 _FAR_PATIENCE = 100.0  # NFSv4 servers keep the locks of a host that died for some 90 s
@@ -45,6 +46,7 @@ class RunPlan:
     pretrained: Pretrained | None = None
     checkpoint: Path | None = None
     preprocessing: Mapping[str, Sequence[float]] | None = None  # the checkpoint's
+    record: str = ""  # of how options were chosen, where they were left open
 
     @property
     def output_dir(self) -> Path:
@@ -56,6 +58,49 @@ class RunPlan:
         """Return whether the run continues in the folder of its checkpoint."""
         parent = None if self.checkpoint is None else self.checkpoint.parent.resolve()
         return self.output_dir.resolve() == parent
+
+
+class Chosen(Protocol):
+    """Options that were left open, and the text of a record of how they were chosen."""
+
+    @property
+    def options(self) -> Given:
+        """The options; those that are given replace them."""
+
+    @property
+    def record(self) -> str:
+        """The record."""
+
+
+Choose = Callable[[Given, Given], Chosen]  # from those given, and those of the weights
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """The options of a new run, the weights it starts from, and how options were chosen."""
+
+    given: Given
+    pretrained: Pretrained | None
+    record: str
+
+
+def fresh_options(given: Given, choose: Choose | None = None) -> Fresh:
+    """Put the options of a new run on those of the weights it starts from.
+
+    Where `--config auto` leaves options open, `choose` says which they are.
+
+    Raises:
+        ConfigError, CheckpointError: the weights cannot be used.
+    """
+    pretrained, weights, record = None, Given(), ""
+    if source := given.section("run", RunConfig).finetune:
+        pretrained = load_pretrained(source)
+        weights = saved_options(given, {"model": pretrained.model_options}, source)
+        check_claims(weights.config().model, pretrained.state_dict, source)
+    if given.auto and choose is not None:
+        chosen = choose(given, weights)
+        weights, record = chosen.options, chosen.record
+    return Fresh(given.on(weights), pretrained, record)
 
 
 def restarted() -> bool:
@@ -74,7 +119,9 @@ def processes(given: Given) -> RunConfig:
     return given.on(moved.on(saved_options(given, config, options.resume))).config().run
 
 
-def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
+def plan_run(
+    given: Given, options: RunConfig, world: World, choose: Choose | None = None
+) -> RunPlan:
     """Decide what a run starts from, and with which options.
 
     | `resume`     | started                     | started again after a failure               |
@@ -83,7 +130,8 @@ def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
     | a checkpoint | from that one               | newest in `output_dir`, else from that one  |
     | auto         | newest in `output_dir`, else fresh                                        |
 
-    A fresh run has the options given, on top of the model options of `finetune`. A run from a
+    A fresh run has the options given, on top of the model options of `finetune`, and those that
+    `choose` returns where they are left open by `--config auto`. A run from a
     checkpoint has those given on top of the checkpoint's; the model, batches and frozen parts must
     be the same.
 
@@ -100,17 +148,14 @@ def plan_run(given: Given, options: RunConfig, world: World) -> RunPlan:
         folder = CheckpointFolder(Path(options.output_dir), keep=options.keep_checkpoints)
         checkpoint = world.broadcast(folder.newest_sound() if world.main else None) or checkpoint
     if checkpoint is None:
-        pretrained = None
-        if asked.finetune:
-            pretrained = load_pretrained(asked.finetune)
-            model = {"model": pretrained.model_options}
-            stated = saved_options(given, model, asked.finetune)
-            check_claims(stated.config().model, pretrained.state_dict, asked.finetune)
-            given = given.on(stated)
-        config = given.config()
+        if given.auto and not asked.output_dir:  # before it is measured
+            raise ConfigError(_NO_FOLDER)
+        fresh = fresh_options(given, choose)
+        config = fresh.given.config()
         if not config.run.output_dir:
-            raise ConfigError("output_dir: is missing. Name a folder for the run.")
-        return RunPlan(replace(config, run=replace(config.run, resume="")), pretrained)
+            raise ConfigError(_NO_FOLDER)
+        config = replace(config, run=replace(config.run, resume=""))
+        return RunPlan(config, fresh.pretrained, record=fresh.record)
     content = saved_run(checkpoint)
     saved = saved_options(given, content["config"], str(checkpoint))
     before, config = saved.config(), given.on(saved).config()

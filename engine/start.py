@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from configs.load import Given, changed_options, to_yaml
 from configs.schema import RunConfig
 from datasets.build import split_batch
+from engine.auto.complete import RECORD, complete
 from engine.build import build_trainer
 from engine.checkpoint import CheckpointFolder, check_classes
 from engine.plan import forget_saved_run, plan_run, restarted, run_lock, saved_run
@@ -32,7 +34,7 @@ def start(
         if not options.output_dir:
             raise ConfigError("`resume auto` needs `output_dir`. Give both.")
         stack.enter_context(run_lock(Path(options.output_dir), world))
-    plan = plan_run(given, options, world)
+    plan = plan_run(given, options, world, partial(complete, device=device, world=world))
     if not searching:
         stack.enter_context(run_lock(plan.output_dir, world))
     folder = CheckpointFolder(plan.output_dir, keep=plan.config.run.keep_checkpoints)
@@ -64,4 +66,6 @@ def start(
     if world.main:
         folder.remove_remains()
         write_atomic(plan.output_dir / "config.yaml", to_yaml(plan.config))
+        if plan.record:
+            write_atomic(plan.output_dir / RECORD, plan.record)
     return trainer

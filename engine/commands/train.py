@@ -12,6 +12,7 @@ from util.device import set_deterministic
 
 __all__ = ["RECIPES", "SECTIONS", "main", "processes"]
 RECIPES = KnownRecipes()
+AUTO = True  # options may be left to a plan
 
 
 def main(given: Given) -> int:

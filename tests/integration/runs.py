@@ -25,7 +25,7 @@ Prepare = Callable[[], None]  # called in a process before its command: limits, 
 DEADLINE = 240.0  # seconds after which a process counts as hanging
 
 _context = multiprocessing.get_context("forkserver")
-_COMMANDS = ("check", "convert", "eval", "predict", "preview", "train")
+_COMMANDS = ("check", "convert", "eval", "plan", "predict", "preview", "train")
 _context.set_forkserver_preload(
     ["main", "torch.utils.tensorboard", "matplotlib.pyplot", "tests.integration.runs",
      *(f"engine.commands.{name}" for name in _COMMANDS)]
