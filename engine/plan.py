@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -60,19 +60,9 @@ class RunPlan:
         return self.output_dir.resolve() == parent
 
 
-class Chosen(Protocol):
-    """Options that were left open, and the text of a record of how they were chosen."""
-
-    @property
-    def options(self) -> Given:
-        """The options; those that are given replace them."""
-
-    @property
-    def record(self) -> str:
-        """The record."""
-
-
-Choose = Callable[[Given, Given], Chosen]  # from those given, and those of the weights
+# From the options given, and those of the weights, to all others with these, and a text that says
+# how they were chosen.
+Choose = Callable[[Given, Given], tuple[Given, str]]
 
 
 @dataclass(frozen=True)
@@ -98,8 +88,7 @@ def fresh_options(given: Given, choose: Choose | None = None) -> Fresh:
         weights = saved_options(given, {"model": pretrained.model_options}, source)
         check_claims(weights.config().model, pretrained.state_dict, source)
     if given.auto and choose is not None:
-        chosen = choose(given, weights)
-        weights, record = chosen.options, chosen.record
+        weights, record = choose(given, weights)
     return Fresh(given.on(weights), pretrained, record)
 
 
@@ -130,10 +119,9 @@ def plan_run(
     | a checkpoint | from that one               | newest in `output_dir`, else from that one  |
     | auto         | newest in `output_dir`, else fresh                                        |
 
-    A fresh run has the options given, on top of the model options of `finetune`, and those that
-    `choose` returns where they are left open by `--config auto`. A run from a
-    checkpoint has those given on top of the checkpoint's; the model, batches and frozen parts must
-    be the same.
+    A fresh run has the options given, on top of the model options of `finetune`; `choose` adds
+    those that `--config auto` leaves open. A run from a checkpoint has those given on top of the
+    checkpoint's; the model, batches and frozen parts must be the same.
 
     Raises:
         ConfigError: options exclude each other, or a fresh run has no `output_dir`.

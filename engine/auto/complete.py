@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,10 @@ _NEEDED_BY = {  # switches of a preset that an option given as false takes along
 _FINE_RATES = {"lr": 5e-5, "lr_backbone": 5e-6}  # of a model that can detect already
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Options for those that are not given, and the text of their record; see `record_of`."""
-
-    options: Given
-    record: str
-
-
-def complete(given: Given, weights: Given, *, device: torch.device, world: World) -> Plan:
-    """Choose, in the main process for all, the options that a user leaves open.
+def complete(
+    given: Given, weights: Given, *, device: torch.device, world: World
+) -> tuple[Given, str]:
+    """Choose, in the main process for all, the options that a user leaves open; and their record.
 
     `weights` are the model options of the weights to start from; without any the model is that of a
     preset. The order of precedence is given, chosen, weights, preset. A measurement that an earlier
@@ -50,10 +44,12 @@ def complete(given: Given, weights: Given, *, device: torch.device, world: World
         DataError: the data cannot be used.
         UserError: an image does not fit into memory.
     """
-    return world.from_main(lambda: make_plan(given, weights, device, processes=world.size))
+    return world.from_main(lambda: make_plan(given, weights, device=device, processes=world.size))
 
 
-def make_plan(given: Given, weights: Given, device: torch.device, *, processes: int) -> Plan:
+def make_plan(
+    given: Given, weights: Given, *, device: torch.device, processes: int
+) -> tuple[Given, str]:
     """Choose the options of a run in so many processes; see `complete`."""
     optim, run = given.section("optim", OptimConfig), given.section("run", RunConfig)
     if not optim.max_hours and "epochs" not in given.values.get("optim", {}):
@@ -78,7 +74,8 @@ def make_plan(given: Given, weights: Given, device: torch.device, *, processes: 
         f"image; {device}"
     )
     draft = given.on(Given(planner.values)).on(weights).on(preset)
-    basis = {"facts": asdict(facts), "machine": asdict(machine), "draft": draft.values}
+    tried = {section: entries for section, entries in draft.values.items() if section != "run"}
+    basis = {"facts": asdict(facts), "machine": asdict(machine), "options": tried}
     measured = recorded(Path(run.output_dir) / RECORD, basis) if run.output_dir else None
     if measured is None:
         log.info("measuring a few steps of images of two sizes")
@@ -92,7 +89,7 @@ def make_plan(given: Given, weights: Given, device: torch.device, *, processes: 
         log.warning(notice)
     options = Given(planner.values).on(weights).on(preset)
     given.on(options).config()  # accepted, or an error before the run begins
-    return Plan(options, record_of(basis, measured, lines, notices))
+    return options, record_of(basis, measured, lines, notices)
 
 
 def preset_options(name: str, given: Given, weights: Given) -> Given:

@@ -43,7 +43,7 @@ def main(given: Given, options: PlanOptions) -> int:
     make = partial(make_plan, device=pick_device(run.device), processes=run.gpus)
     config = fresh_options(given, make).given.config()
     if output is None:
-        console("`output FILE` writes the options to a file for `train`.")
+        console("--output FILE writes all options to a file, which train --config takes.")
     else:
         write_atomic(output, to_yaml(config))
         console(f"written: {output}; python main.py train --config {output} --output_dir DIR")

@@ -270,3 +270,22 @@ def test_a_base_of_any_name_is_one_that_is_missing(tmp_path: Path, name: str) ->
     (tmp_path / "x.yaml").write_text(f'base: "{name}"')
     with pytest.raises(ConfigError, match="no such file"):
         read_options(str(tmp_path / "x.yaml"), {})
+
+
+def test_auto_leaves_options_open_by_name_and_as_a_base(tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text("base: auto\ndata: {max_size: 99}\n")
+    (tmp_path / "mine.yaml").write_text("base: data\nmodel: {num_queries: 7}\n")
+    for file, values in (
+        ("auto", {}),
+        (str(tmp_path / "data.yaml"), {"data": {"max_size": 99}}),
+        (str(tmp_path / "mine.yaml"), {"data": {"max_size": 99}, "model": {"num_queries": 7}}),
+    ):
+        found = read_options(file, {"optim": {"lr": 0.1}})
+        assert found.auto
+        assert found.values == {**values, "optim": {"lr": 0.1}}
+    assert not read_options("finetune_small", {}).auto
+
+
+def test_a_command_without_a_plan_refuses_auto() -> None:
+    with pytest.raises(ConfigError, match="config auto: is of `train` and `plan`"):
+        parse("--config", "auto")
