@@ -14,6 +14,7 @@ from configs.schema import Config
 from engine.auto.facts import OVERLAP, Facts
 
 SMALLEST_BOX = 16  # pixels: nine of ten boxes should have at least this side
+VANISHED = 8  # pixels: a cell of the finest level; time never makes that many boxes smaller
 EPOCHS = 10  # that a run needs to learn from its images
 _STEP = 32  # pixels, between short sides that are considered
 _SHORTEST, _LONGEST = 160, 2048  # pixels: short sides, where images are large enough
@@ -149,8 +150,9 @@ class Planner:
         if given := self._fixed("data", "train_scales"):
             return int(sorted(given)[len(given) // 2])
         least = min(_SHORTEST, self.wanted)
+        seen = max(least, _round_up(VANISHED / max(self.facts.small, 1e-6), _STEP))
         sides = range(self.wanted, least, -_STEP)
-        return next((s for s in sides if self._fits(s) and self._in_time(s)), least)
+        return next((s for s in sides if self._fits(s) and (s <= seen or self._in_time(s))), least)
 
     @cached_property
     def wanted(self) -> int:

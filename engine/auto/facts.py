@@ -47,7 +47,7 @@ def facts_of(train: CocoIndex, val: CocoIndex) -> Facts:
         DataError: no image with boxes has a known size.
     """
     sizes = train.images.sizes.astype(np.float64)
-    known = sizes.all(axis=1)
+    known: NDArray[np.bool_] = np.asarray(sizes.all(axis=1))
     image_of_box = np.repeat(np.arange(len(train)), train.boxes_per_image)
     if not known[image_of_box].any():
         raise DataError(f"{train.place}: no image with boxes has a known size. Use another file.")

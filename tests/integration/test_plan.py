@@ -52,6 +52,7 @@ def options_of(file: Path) -> dict[str, Any]:
     return {name: value for entries in content.values() for name, value in entries.items()}
 
 
+@pytest.mark.long
 def test_a_planned_run_sees_small_boxes_and_saves_an_ordinary_file(
     crowded: Path, planned_run: Path
 ) -> None:
@@ -70,6 +71,7 @@ def test_a_planned_run_sees_small_boxes_and_saves_an_ordinary_file(
     assert all(trial["seconds"] > 0 for trial in record["measured"]["trials"])
 
 
+@pytest.mark.slow
 def test_the_saved_file_runs_the_same_and_a_resumed_run_measures_nothing(
     crowded: Path, planned_run: Path, tmp_path: Path
 ) -> None:
@@ -90,6 +92,7 @@ def test_the_saved_file_runs_the_same_and_a_resumed_run_measures_nothing(
     assert len(losses[0]) == 4
 
 
+@pytest.mark.slow
 def test_a_start_that_came_to_nothing_is_repeated_with_what_it_measured(
     crowded: Path, planned_run: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +109,7 @@ def test_a_start_that_came_to_nothing_is_repeated_with_what_it_measured(
     assert {k for k in found if found[k] != expected[k]} == {"output_dir", "max_steps"}
 
 
+@pytest.mark.long
 def test_given_options_win_and_are_named(cli: Cli, crowded: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("base: auto\nmodel: {num_queries: 20}\n")
@@ -132,7 +136,7 @@ def test_the_plan_is_that_of_the_data_whatever_its_format(
     cli: Cli, crowded: Path, planned_run: Path, tmp_path: Path, to: str
 ) -> None:
     folder = tmp_path / to
-    done = cli("convert", "--coco_path", crowded, "--to", to, "--output_dir", folder)
+    done = cli("convert", "--data_path", crowded, "--to", to, "--output_dir", folder)
     assert done.returncode == 0, done.stderr
     done = cli("plan", *SMALL, "--data_path", folder, "--max_hours", "1", "--output",
                tmp_path / "plan.yaml")  # fmt: skip
