@@ -146,6 +146,16 @@ def test_the_plan_is_that_of_the_data_whatever_its_format(
         assert found[name] == expected[name], name
 
 
+@pytest.mark.slow
+def test_processes_have_one_plan(crowded: Path, tmp_path: Path) -> None:
+    two = Command(tmp_path / "two", ("--coco_path", crowded, "--max_hours", "1", *QUICK))
+    output = two.run("--gpus", "2", "--max_steps", "1", "--save_every", "1")
+    assert output.count("measuring a few steps") == 1
+    options = options_of(two.folder / "config.yaml")
+    assert (options["batch_size"], options["effective_batch_size"]) == (2, 4)
+    assert len(metrics(two.folder)) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
