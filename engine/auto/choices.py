@@ -139,7 +139,7 @@ class Planner:
             factor = side / official.eval_scale
             for name in ("crop_scales", "crop_size"):
                 sizes = getattr(official, name)
-                data[name] = tuple(max(16, round(size * factor / 16) * 16) for size in sizes)
+                data[name] = tuple(max(16, round(size * factor)) for size in sizes)
         return self._choice(self._size_reason(), data=data)
 
     @cached_property

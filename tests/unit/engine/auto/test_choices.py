@@ -231,15 +231,15 @@ def test_nms_is_left_out_where_it_would_remove_objects_or_is_not_needed() -> Non
 
 
 def test_a_gpu_gets_its_preset_with_crops_in_proportion() -> None:
-    config = config_of(planner(replace(FACTS, small=0.08), GPU))
+    config = config_of(planner(replace(FACTS, small=0.08), GPU, hours=10.0))
     assert config.model.backbone == "resnet50"
     assert config.optim.precision == "bf16"
     assert config.optim.effective_batch_size == 16
     assert config.data.train_scales == tuple(range(480, 801, 32))
-    assert (config.data.crop_scales, config.data.crop_size) == ((400, 496, 608), (384, 608))
+    assert (config.data.crop_scales, config.data.crop_size) == ((400, 500, 600), (384, 600))
     small = config_of(planner(replace(FACTS, small=0.08, short_side=320.0), GPU))
     assert small.data.eval_scale == 640
-    assert small.data.crop_size == (304, 480)
+    assert small.data.crop_size == (307, 480)
 
 
 def test_costs_lie_on_a_line_through_both_trials() -> None:
