@@ -299,8 +299,8 @@ def _write_split(folder: Path, split: str, info: dict[str, Any]) -> None:
 def _main() -> int:
     parser = argparse.ArgumentParser(prog="python -m datasets.shapes", allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, required=True, help="a new or empty folder")
-    for name, default in (("num_train", 2800), ("num_val", 200), ("seed", 0)):
-        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
+    for flag, default in (("--num_train", 2800), ("--num_val", 200), ("--seed", 0)):
+        parser.add_argument(flag, type=int, default=default, help="default: %(default)s")
     parser.add_argument(
         "--scene", choices=list(SCENES), default="usual",
         help="crowded: 20 to 60 objects of 16 to 64 pixels in images of 640x480",
