@@ -23,7 +23,7 @@ from engine.checkpoint import CheckpointFolder
 from engine.probe import random_batch, total_memory
 from engine.run_log import RunLog
 from engine.trainer import Trainer
-from models.build import ALL_STAGES, build_model
+from models.build import ALL_STAGES, build_model, freeze
 from util.batch import EffectiveBatch
 from util.cores import available_cores
 from util.device import check_precision
@@ -59,7 +59,8 @@ def measure(config: Config, train: CocoIndex, val: CocoIndex, device: torch.devi
     """
     side = min(config.data.eval_scale, _LONGEST.get(device.type, _LONGEST_OF_GPU))
     longest = round(side * config.data.max_size / max(config.data.train_scales))
-    data = replace(config.data, eval_scale=side, train_scales=(side,), max_size=longest)
+    sizes: dict[str, Any] = {"eval_scale": side, "train_scales": (side,), "max_size": longest}
+    data = replace(config.data, cache_images=0.0, **sizes)
     optim = replace(config.optim, batch_size=_AT_ONCE, effective_batch_size=0, compile=False)
     config = replace(config, data=data, optim=optim)
     with tempfile.TemporaryDirectory() as folder:
@@ -93,6 +94,7 @@ def throwaway_trainer(
         frozen_stages=optim.frozen_stages if optim.lr_backbone else ALL_STAGES,
         recipes=config.recipes,
     ).to(device)
+    freeze(model, optim.freeze)
     mean, std = model.backbone.mean, model.backbone.std
     train_set, val_set = (
         build_dataset(
