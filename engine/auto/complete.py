@@ -18,6 +18,7 @@ from engine.auto.measure import machine_of, measure
 from util.console import log
 from util.errors import ConfigError
 from util.files import read_regular
+from util.main_process import from_main
 from util.world import World
 
 RECORD = "plan.json"  # in a run's folder
@@ -44,7 +45,7 @@ def complete(
         DataError: the data cannot be used.
         UserError: an image does not fit into memory.
     """
-    return world.from_main(lambda: make_plan(given, weights, device=device, processes=world.size))
+    return from_main(world, lambda: make_plan(given, weights, device=device, processes=world.size))
 
 
 def make_plan(
