@@ -36,10 +36,15 @@ class Registry(Generic[T]):
         """Return an entry; import its module if that has not happened yet.
 
         Raises:
-            ConfigError: there is none of this name.
+            ConfigError: there is none of this name, or its module does not register it.
         """
         if name not in self._entries and name in self.modules:
-            import_module(self.modules[name], self.package)
+            module = import_module(self.modules[name], self.package)
+            if name not in self._entries:
+                raise ConfigError(
+                    f"{self.kind} {name}: {module.__file__} registers no such name. "
+                    f"Call `register` there with '{name}'."
+                )
         if name not in self._entries:
             raise ConfigError(f"{self.kind} {name}: does not exist. {nearest_hint(name, [*self])}")
         return self._entries[name]

@@ -1,6 +1,7 @@
 """The files that docs/extending.md shows: each adds something, with one line of registration."""
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +47,9 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Add:
         folder.mkdir(parents=True)
         (tmp_path / file).write_text(FILES[file])
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(folder)])
+        monkeypatch.delitem(
+            sys.modules, f"{package.__name__}.{Path(file).stem}", raising=False
+        )  # an earlier test's
         line = f'`"{name}": ".{Path(file).stem}"`'
         assert line in DOCUMENT
         monkeypatch.setitem(registry.modules, name, f".{Path(file).stem}")
@@ -97,10 +101,14 @@ def test_a_neck(add: Add) -> None:
     assert not any(key.startswith("neck") for key in small_model().state_dict())
 
 
-def test_a_recipe(add: Add) -> None:
+@pytest.mark.parametrize(
+    "switches", [(), ("two_stage",), ("two_stage", "mixed_query_selection")], ids="+".join
+)
+def test_a_recipe(add: Add, switches: tuple[str, ...]) -> None:
     add(models.recipes, models.recipes.RECIPES, "echo", "models/recipes/echo.py")
     options = models.recipes.RECIPES["echo"].options_class(echo_queries=3)
-    model = build_model(small_config(), num_classes=5, recipes={"echo": options}).double().train()
+    config = small_config(with_box_refine=True, **dict.fromkeys(switches, True))
+    model = build_model(config, num_classes=5, recipes={"echo": options}).double().train()
     targets = random_targets([2, 1], 5)
     outputs = model(pad_images(random_images(*BATCH)), targets)
     assert group_of(outputs, "_echo").logits.shape[2] == 3
@@ -145,6 +153,7 @@ def test_a_data_format(
     assert "classes and crowds are lost" in capsys.readouterr().out
     config = DataConfig(data_format="tsv", data_path=str(tmp_path / "table"))
     found = load_index(config, "train").annotations.xywh.tolist()
+    assert "valid area or iscrowd" not in capsys.readouterr().out
     expected = [tuple(map(float, entry["bbox"])) for entry in content["annotations"]]
     assert sorted(map(tuple, found)) == sorted(expected)
 
