@@ -104,12 +104,13 @@ def build_trainer(
     )
     log.info(
         f"{config.model.backbone}: {count_parameters(model):,} trained parameters, "
-        f"{loader.steps} steps an epoch on {device}"
+        f"steps an epoch: {loader.steps}, on {device}"
     )
+    micro_batches = f"{loader.accumulation} micro-batch{'es' * (loader.accumulation > 1)}"
+    processes = f"{world.size} process{'es' * (world.size > 1)}{', each' * (world.size > 1)}"
     log.info(
-        f"a step: {share.effective} images = {share.batch_size} at once x "
-        f"{loader.accumulation} micro-batches x {world.size} processes, "
-        f"each with {num_workers} loader processes"
+        f"a step: {share.effective} images = {share.batch_size} at once x {micro_batches} x "
+        f"{processes} with {num_workers} loader process{'es' * (num_workers != 1)}"
     )
     if config.model.encoder_attn != "deformable":
         check_attention(config, model, train_set, share.batch_size)

@@ -182,6 +182,7 @@ def _thumbnails(
             "image": inline_image(drawn, max_width=2 * _SIDE + _BEYOND),
             "alt": f"{KINDS[kind].title}: {caption}; {len(rows)} boxes drawn",
             "caption": caption,
+            "wide": finding.partner is not None,
         }
 
 

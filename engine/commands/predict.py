@@ -140,11 +140,11 @@ def write_predictions(
         in_order = [place for _, place in sorted(places.items()) if place[1]]
         _write_list(output_dir / "predictions.json", entries, in_order)
     levels = sorted(set(thresholds.values()))
-    reached = f"score {levels[0]}" if len(levels) == 1 else "their class's score threshold"
+    reached = f"score {levels[0]}" if len(levels) == 1 else "the score threshold of their class"
     unreadable = len(paths) - len(places)
     console(
-        f"written to {output_dir}: {len(places)} images with {drawn} boxes of {reached} or more, "
-        "predictions.json" + (f"; {unreadable} images could not be read" if unreadable else "")
+        f"written to {output_dir}: {len(places)} images with {drawn} boxes at or above {reached}, "
+        "and predictions.json" + (f"; {unreadable} images could not be read" if unreadable else "")
     )
 
 

@@ -222,10 +222,10 @@ def test_predict_draws_from_the_thresholds_of_the_checkpoint(
     found = json.loads((tmp_path / "a" / "predictions.json").read_text())
     drawn = sum(p["category_name"] == "dog" or p["score"] >= 0.3 for p in found)
     assert drawn > 0
-    assert f"1 images with {drawn} boxes of their class's score threshold or more" in printed
+    assert f"1 images with {drawn} boxes at or above the score threshold of their class" in printed
 
     assert set(predict(tmp_path / "old.pth", people, tmp_path / "b").values()) == {0.3}
     assert "thresholds" not in capsys.readouterr().out
     chosen = predict(tmp_path / "with.pth", people, tmp_path / "c", "--score_threshold", "0.9")
     assert set(chosen.values()) == {0.9}
-    assert "boxes of score 0.9 or more" in capsys.readouterr().out
+    assert "boxes at or above score 0.9" in capsys.readouterr().out

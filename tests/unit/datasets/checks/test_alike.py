@@ -146,6 +146,7 @@ def test_pairs_are_reported_with_both_names_and_splits(tmp_path: Path) -> None:
     assert offenders["similar_image"]["place"] == "p105.png"
     assert offenders["similar_image"]["partner"]["place"] == "p103.png"
     assert "1  images of train that are copies of one in val" in summary(found)
+    assert page(found, title="pairs").count('<figure class="double">') == 2
 
 
 def test_a_copy_with_objects_of_other_classes_is_alike_only(tmp_path: Path) -> None:

@@ -379,7 +379,7 @@ def test_available_images_are_shown(tmp_path: Path) -> None:
     )
     page = (out / "eval" / "report.html").read_text()
     assert page.count("data:image/jpeg") == 2
-    assert 'alt="9.png: 1 missed, 0 false alarms' in page
+    assert 'alt="9.png: 1 not found, 0 false alarms' in page
 
 
 @pytest.mark.parametrize(
