@@ -14,10 +14,32 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 class ModelConfig(Checked):
     """The network; a checkpoint loads only where these options agree."""
 
-    backbone: str = option("resnet50", "resnet18/34/50/101 (torchvision) or timm/NAME")
+    backbone: str = option(
+        "resnet50", "resnet18/34/50/101, dat_tiny/small/base, "
+        "dilateformer_tiny/small/base or timm/NAME",
+    )  # fmt: skip
     dilation: bool = option(
         False, "dilate the last ResNet stage instead of striding it (DC5)", rare=True
     )
+    drop_path: float = option(
+        0.0, "how often a block of a transformer backbone is left out in training, the deepest one",
+        low=0, high=0.9, rare=True,
+    )  # fmt: skip
+    dat_grid: Literal["corrected", "published"] = option(
+        "corrected", "backbone dat_*: where points without offsets are: at cells, or as in its "
+        "first release", rare=True,
+    )  # fmt: skip
+    dat_stride: int = option(
+        1, "backbone dat_*: cells from point to point of its deformable attention", low=1, most=32,
+        rare=True,
+    )  # fmt: skip
+    dcn: Literal["none", "v1", "v2"] = option(
+        "none", "deformable convolutions in a ResNet; v2: with modulation (docs/architectures.md)"
+    )
+    dcn_stages: tuple[Literal[3, 4, 5], ...] = option(
+        (3, 4, 5), "dcn: stages with them, of 3, 4 and 5, whose strides are 8, 16 and 32",
+        rare=True,
+    )  # fmt: skip
     train_backbone_norm: bool = option(
         False, "train the backbone's batch norms (to train from scratch)", rare=True
     )
@@ -147,8 +169,7 @@ class ModelConfig(Checked):
                 f"hidden_dim: must be a multiple of 8 (group norm and positional encoding), "
                 f"not {self.hidden_dim}."
             )
-        if self.dilation and self.num_feature_levels != 1:
-            raise ConfigError("dilation: DC5 is a single-scale model. Add `num_feature_levels 1`.")
+        self._check_backbone()
 
     @property
     def coarse_levels(self) -> int:
@@ -162,6 +183,15 @@ class ModelConfig(Checked):
             raise ConfigError("neck_width: is of `neck hsfpn`. Remove one, or add the other.")
         if self.neck_width % 8:
             raise ConfigError(f"neck_width: must be a multiple of 8, not {self.neck_width}.")
+
+    def _check_backbone(self) -> None:
+        for name, usual in (("dat_grid", "corrected"), ("dat_stride", 1)):
+            if getattr(self, name) != usual and not self.backbone.startswith("dat"):
+                raise ConfigError(f"{name}: has no effect without `backbone dat_tiny` or the like.")
+        if self.dcn != "none" and not self.dcn_stages:
+            raise ConfigError("dcn_stages: needs at least one stage, as `dcn_stages 3 4 5`.")
+        if self.dilation and self.num_feature_levels != 1:
+            raise ConfigError("dilation: DC5 is a single-scale model. Add `num_feature_levels 1`.")
 
     def _check_encoder(self) -> None:
         for name, usual in (("encoder_updates", "full"), ("enc_fusion", "none")):
@@ -448,6 +478,9 @@ class OptimConfig(Checked):
     lr_linear_proj_mult: float = option(
         0.1, "learning-rate factor of reference_points and sampling_offsets", low=0, rare=True
     )
+    lr_dcn_mult: float = option(
+        0.1, "factor on lr_backbone of what computes the offsets of dcn", low=0, rare=True
+    )
     frozen_stages: int = option(
         2, "frozen backbone stages: 0 none, 1 stem, 2 stem and first stage", low=0, high=2,
         rare=True,
@@ -474,7 +507,10 @@ class OptimConfig(Checked):
     )
     weight_decay: float = option(1e-4, "AdamW weight decay", low=0)
     norm_weight_decay: float | None = option(
-        None, "weight decay of norms and biases (default: weight_decay)", low=0, rare=True
+        None,
+        "weight decay of norms, biases and tables of relative positions (default: weight_decay)",
+        low=0,
+        rare=True,
     )
     epochs: int = option(50, "epochs to train", low=1, most=1000000)
     max_hours: float = option(

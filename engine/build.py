@@ -33,6 +33,7 @@ from engine.probe import try_largest_step
 from engine.run_log import RunLog
 from engine.time_limit import Rhythm, TimeLimit
 from engine.trainer import Trainer
+from models.backbones.deformable_conv import OFFSETS
 from models.build import (
     ALL_STAGES,
     build_criterion,
@@ -54,6 +55,7 @@ from util.version import __version__
 from util.world import World
 
 _LINEAR_PROJ = ("reference_points", "sampling_offsets")
+_TABLES = ("relative_position_bias_table", "rpe_table")  # of relative positions: biases
 
 
 def build_trainer(
@@ -205,7 +207,23 @@ def build_training_model(
     if backbone_weights != "none":
         fresh = {name for name in fresh if not name.startswith(BACKBONE)}
     freeze(model, config.optim.freeze, fresh=fresh)
+    if plan.checkpoint is None:
+        check_offsets(model)
     return model, mean, std
+
+
+def check_offsets(model: DeformableDETR) -> None:
+    """Refuse deformable convolutions whose offsets would be zero for ever.
+
+    Raises:
+        ConfigError: they are frozen before they have learned anything.
+    """
+    for name, parameter in model.named_parameters():
+        if OFFSETS in name and not parameter.requires_grad and not parameter.any():
+            raise ConfigError(
+                "dcn: the backbone is frozen, and the offsets would stay zero. Let it learn "
+                "(`lr_backbone`, `freeze`), or leave `dcn` out."
+            )
 
 
 def load_pretrained_weights(
@@ -240,7 +258,7 @@ def load_pretrained_weights(
         proposals_tell=tells if by_class == config.model.class_proposals else "either",
     )
     log.info(report.table())
-    random = [name for name in report.reinitialised if name.startswith(BACKBONE)]
+    random = [n for n in report.reinitialised if n.startswith(BACKBONE) and OFFSETS not in n]
     if random:
         raise CheckpointError(
             f"`backbone {config.model.backbone}`: does not match the weights of `finetune` "
@@ -358,15 +376,18 @@ def build_optimizer(
 ) -> tuple[torch.optim.AdamW, LambdaLR]:
     """Build AdamW over the three official groups, and the schedule, stepped once per step.
 
-    The groups are transformer and heads, backbone, and linear projections. Parameters that need no
-    gradient are left out. Weight decay holds for everything, unless norms and biases have their
-    own: then each group has a second one, of its parameters of one dimension.
+    The groups are transformer and heads, backbone, and linear projections; offsets of deformable
+    convolutions are a fourth, in a backbone that has them. Parameters that need no gradient are
+    left out. Weight decay holds for everything, unless norms and biases have their own: then each
+    group has a second one, of its parameters of one dimension and tables of relative positions.
     """
     rates = {
         "transformer": optim.lr,
         "backbone": optim.lr_backbone,
         "linear_proj": optim.lr * optim.lr_linear_proj_mult,
     }
+    if any(OFFSETS in name for name, _ in model.named_parameters()):
+        rates["dcn_offsets"] = optim.lr_backbone * optim.lr_dcn_mult
     groups: list[dict[str, Any]] = [
         {"name": name, "params": [], "lr": rate} for name, rate in rates.items()
     ]
@@ -380,7 +401,10 @@ def build_optimizer(
             linear = any(part in name for part in _LINEAR_PROJ)
             place = "linear_proj" if linear else "transformer"
             place = "backbone" if name.startswith(BACKBONE) else place
-            apart = optim.norm_weight_decay is not None and parameter.dim() <= 1
+            place = "dcn_offsets" if OFFSETS in name else place
+            apart = optim.norm_weight_decay is not None and (
+                parameter.dim() <= 1 or name.endswith(_TABLES)
+            )
             parameters_of[f"{place}_norms" if apart else place].append(parameter)
     optimizer = torch.optim.AdamW(
         groups,

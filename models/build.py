@@ -60,6 +60,11 @@ def build_model(
         weights=backbone_weights,
         frozen_stages=frozen_stages,
         train_norm=config.train_backbone_norm,
+        drop_path=config.drop_path,
+        dat_grid=config.dat_grid,
+        dat_stride=config.dat_stride,
+        dcn=config.dcn,
+        dcn_stages=config.dcn_stages,
     )
     heads = build_heads(config, num_classes)
     position_encoding = build_position_encoding(config)

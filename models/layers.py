@@ -77,6 +77,14 @@ class Dropout(nn.Dropout):
         return super().forward(x)
 
 
+def without_padding(x: Tensor, padding: Tensor | None) -> Tensor:
+    """Return a map that is zero where there is padding, as beyond its border.
+
+    Shape: x [N,C,H,W]; padding [N,H,W], True = padding.
+    """
+    return x if padding is None else x.masked_fill(padding[:, None], 0)
+
+
 def checkpointed(module: nn.Module, *args: Any, enabled: bool) -> Any:
     """Call a module; if `enabled`, keep its arguments alone for the backward pass."""
     if not (enabled and torch.is_grad_enabled()):

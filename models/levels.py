@@ -54,11 +54,13 @@ class Joiner(nn.Sequential):
     def __init__(self, backbone: Backbone, position_encoding: nn.Module) -> None:
         super().__init__(cast(nn.Module, backbone), position_encoding)
         self.mean, self.std = backbone.mean, backbone.std
+        self.reads_padding = getattr(backbone, "reads_padding", False)
 
     def forward(self, batch: PaddedBatch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return maps [N,C,H,W], masks [N,H,W] and encodings [N,C,H,W], finest level first."""
         # channels last: convolutions are faster, and flattening maps to tokens copies nothing
-        maps = self[0](batch.images.contiguous(memory_format=torch.channels_last))
+        images = batch.images.contiguous(memory_format=torch.channels_last)
+        maps = self[0](images, batch.mask) if self.reads_padding else self[0](images)
         located = [self.encode_position(batch.mask, m) for m in maps]
         return maps, [mask for mask, _ in located], [pos for _, pos in located]
 

@@ -84,6 +84,12 @@ def in_one_line(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         what_to_do = _DISK_ERRORS[error.errno]
         return f"{error.filename or 'output'}: cannot be used: {error.strerror}. {what_to_do}."
+    operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+    if isinstance(error, RuntimeError) and found:
+        return (
+            f"deterministic: PyTorch has no deterministic {operation[-80:]} on this device. Leave "
+            "`deterministic` out, or the option that needs it."
+        )
     first: BaseException | None = error
     while first is not None:  # it comes as a signal, and what it interrupts may fail in its turn
         if _loader_ended(first):

@@ -10,6 +10,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import FrozenBatchNorm2d
 
 from models.backbones import BACKBONES, Backbone, BackboneOptions, weights_from_file
+from models.backbones.deformable_conv import OFFSETS, make_deformable
 from models.layers import checkpointed
 from models.weights.unwrap import keys_of
 from util.errors import CheckpointError, ConfigError, nearest_hint
@@ -29,15 +30,9 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
         output: Tensor = norm(conv(x))
         return output
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return F.conv2d(
-        x,
-        conv.weight * scale[:, None, None, None],
-        norm.bias - norm.running_mean * scale,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-    )
+    weight, bias = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+    convolved: Tensor = conv._conv_forward(x, weight, bias)
+    return convolved
 
 
 class Residual(nn.Module):
@@ -99,6 +94,9 @@ class ResNetBackbone(nn.Module):
             replace_stride_with_dilation=[False, False, options.dilation],
             norm_layer=nn.BatchNorm2d if options.train_norm else FrozenBatchNorm2d,
         )
+        if options.dcn != "none":
+            for number in options.dcn_stages:
+                make_deformable(network.get_submodule(f"layer{number - 1}"), options.dcn)
         load_resnet_weights(network, options)
         self.body = nn.ModuleDict(
             {name: network.get_submodule(name) for stage in _STAGES for name in stage}
@@ -129,6 +127,8 @@ class ResNetBackbone(nn.Module):
 def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
     """Fill a torchvision ResNet from ImageNet weights or a file.
 
+    Offsets of deformable convolutions, which a plain network lacks, then stay as they are.
+
     Raises:
         CheckpointError: the download failed, or the file does not hold this network.
     """
@@ -153,6 +153,8 @@ def load_resnet_weights(network: nn.Module, options: BackboneOptions) -> None:
         {k for k in keys if not k.startswith("fc.") and not k.endswith("num_batches_tracked")}
         for keys in (network.state_dict(), state)
     )
+    if not any(OFFSETS in key for key in given):
+        expected = {key for key in expected if OFFSETS not in key}
     differing = sorted(expected.symmetric_difference(given))
     if differing:
         which = "missing" if differing[0] in expected else "not in the network"
@@ -180,4 +182,6 @@ def create_resnet(options: BackboneOptions) -> Backbone:
         )
     if options.dilation and options.variant in ("resnet18", "resnet34"):
         raise ConfigError("dilation: resnet18 and resnet34 have none. Use resnet50.")
+    if options.drop_path:
+        raise ConfigError("drop_path: is of transformers; a ResNet has none. Leave it out.")
     return ResNetBackbone(options)

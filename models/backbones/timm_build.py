@@ -41,15 +41,16 @@ def _create_body(options: BackboneOptions, count: int) -> Any:
             f"backbone timm/{name}: timm has no such model. "
             f"{nearest_hint(name, timm.list_models())}"
         )
-    if options.dilation:
-        raise ConfigError(f"dilation: not for timm/{name}. Use a torchvision ResNet.")
+    options.refuse_for(f"timm/{name}")
     of_file = weights not in ("none", "imagenet")
     given = None
     if of_file:  # the names of the whole network: those of its features alone may differ
         names = timm.create_model(name, pretrained=False).state_dict()
         given = weights_from_file(weights, f"timm/{name}", names)
     # else the windows of a Swin are laid out for one size of image
-    of_swin: dict[str, Any] = {"strict_img_size": False} if name.startswith("swin") else {}
+    more: dict[str, Any] = {"strict_img_size": False} if name.startswith("swin") else {}
+    if options.drop_path:
+        more["drop_path_rate"] = options.drop_path
     try:
         body = timm.create_model(
             name,
@@ -57,7 +58,7 @@ def _create_body(options: BackboneOptions, count: int) -> Any:
             out_indices=tuple(range(-count, 0)),
             pretrained=weights != "none",
             pretrained_cfg_overlay=None if given is None else {"state_dict": given},
-            **of_swin,
+            **more,
         )
     except Exception as error:  # timm and the hub raise many kinds; all mean "not loaded"
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Every preset is accepted by the real parser and builds."""
+"""Every preset is accepted by the real parser, builds, and trains."""
 
 from pathlib import Path
 
@@ -7,6 +7,8 @@ import pytest
 from configs.load import read_options, to_yaml
 from models.build import build_model
 from models.recipes import KnownRecipes
+from tests.integration.conftest import Cli, read_log
+from tests.lanes import some
 
 PRESETS = sorted(Path("configs").glob("*.yaml"))
 
@@ -40,3 +42,16 @@ def test_published_presets_have_the_published_size(preset: str, parameters: int)
 def test_every_preset_opens_with_what_it_is() -> None:
     for preset in PRESETS:
         assert preset.read_text().startswith("# "), preset
+
+
+@pytest.mark.parametrize("preset", some([p.stem for p in PRESETS], "deformable_detr_r50_dcn"))
+def test_a_preset_trains_two_steps(preset: str, cli: Cli, shapes: Path, tmp_path: Path) -> None:
+    done = cli(
+        "train", "--config", f"configs/{preset}.yaml", "--coco_path", shapes, "--device", "cpu",
+        "--output_dir", tmp_path, "--backbone_weights", "none", "--max_steps", "2",
+        "--batch_size", "1", "--effective_batch_size", "1", "--train_scales", "64",
+        "--eval_scale", "64", "--max_size", "96", "--crop_scales", "64", "--crop_size", "48", "64",
+        "--num_workers", "0", "--no_probe", "--no_tensorboard", "--num_images", "0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read_log(tmp_path)[-1]["train_loss"] > 0

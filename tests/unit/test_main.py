@@ -47,6 +47,19 @@ def test_an_error_of_the_disk_says_what_helps(number: int, advice: str) -> None:
     assert in_one_line(OSError(errno.ECHILD, "of something else")) is None
 
 
+def test_an_operation_that_cannot_be_deterministic_is_a_mistake_of_the_user() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert in_one_line(caught.value) == (
+        "deterministic: PyTorch has no deterministic put_ on this device. Leave `deterministic` "
+        "out, or the option that needs it."
+    )
+
+
 def test_a_killed_loader_is_reported_whatever_it_interrupts() -> None:
     """PyTorch raises it wherever the main process is, in `torch.save` too, whose end then fails."""
     death = "DataLoader worker (pid 7) is killed by signal: Killed. "

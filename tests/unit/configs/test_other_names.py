@@ -48,7 +48,8 @@ def test_official_and_common_names_have_an_answer_in_training(name: str) -> None
         ("train", "optimizer", "The optimiser is AdamW: set `lr`, "),
         ("eval", "no_masks", "There are no masks"),
         ("train", "num_querys", "Did you mean '--num_queries'?"),
-        ("train", "drop_path", "nothing"),  # looks like dropout
+        ("train", "drop_paths", "drop_path"),
+        ("train", "dropblock", "nothing"),  # looks like dropout
     ],
 )
 def test_the_suggestion_is_an_option_of_the_command(command: str, name: str, answer: str) -> None:

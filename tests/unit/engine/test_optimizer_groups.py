@@ -1,10 +1,15 @@
 """Which rate and weight decay each parameter of a detector has."""
 
+from typing import cast
+
+import pytest
+import timm
 import torch
 from torch import nn
 
 from configs.schema import OptimConfig
 from engine.build import build_optimizer
+from models.backbones import create_backbone
 from models.deformable_detr import DeformableDETR
 from tests.unit.models.small import small_model
 
@@ -50,6 +55,24 @@ def test_norms_and_biases_may_have_their_own() -> None:
     for name, (own_rate, decay) in groups.items():
         apart = name in norms or name.rpartition(".")[2] in ("bias", "in_proj_bias")
         assert (own_rate, decay) == (rate(name), 0.0 if apart else 0.01), name
+
+
+@pytest.mark.parametrize("name", ["timm/swin_tiny_patch4_window7_224", "dat_tiny"])
+def test_tables_of_relative_positions_do_not_decay(name: str) -> None:
+    with torch.device("meta"):
+        if name.startswith("timm/"):
+            network = timm.create_model(name.removeprefix("timm/"), features_only=True)
+        else:
+            network = cast(nn.Module, create_backbone(name))
+        model = nn.ModuleDict({"backbone": nn.ModuleList([network])})
+    options = OptimConfig(weight_decay=0.05, norm_weight_decay=0.0)
+    optimizer, _ = build_optimizer(model, options, 10)
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tables = {name for name in named if "table" in name.rpartition(".")[2]}
+    assert len(tables) >= 10
+    for key, parameter in named.items():
+        assert (decay[parameter] == 0) == (key in tables or parameter.dim() == 1), key
 
 
 def test_decay_pulls_at_weights_alone() -> None:

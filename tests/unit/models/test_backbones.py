@@ -21,7 +21,7 @@ HEIGHT, WIDTH = 75, 107  # a multiple of nothing
 
 def create(name: str, **options: object) -> nn.Module:
     """Return a backbone as the module it is."""
-    return cast(nn.Module, create_backbone(name, **options))  # type: ignore[arg-type]
+    return cast(nn.Module, create_backbone(name, **options))
 
 
 def trainable(backbone: nn.Module) -> set[str]:
@@ -163,7 +163,7 @@ def test_backbones_that_cannot_be_built_are_one_line_errors(
     name: str, options: dict[str, bool], message: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        create_backbone(name, **options)  # type: ignore[arg-type]
+        create_backbone(name, **options)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

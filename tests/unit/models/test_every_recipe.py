@@ -90,6 +90,8 @@ CASES: dict[str, Case] = {
     "mr, ++": Case(recipes={"mr": Mr()}, model=PLUS_PLUS, loss={"cls_loss": "giou_focal"}),
     "mr, last layer alone": Case(recipes={"mr": Mr()}, model={"aux_loss": False}),
     "union set": Case(loss={"union_set": True, "cls_loss": "mal"}),
+    "dcn v1": Case(model={"backbone": "resnet18", "dcn": "v1"}),
+    "dcn v2": Case("plain", model={"backbone": "resnet18", "dcn": "v2", "dcn_stages": (4, 5)}),
     "mds, ++": Case(recipes={"mds": MDS()}, model=PLUS_PLUS, loss={"cls_loss": "mal"}),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -26,6 +26,8 @@ CASES: dict[str, dict[str, Any]] = {
     "torchvision, norms learn": {"backbone": "resnet18", "train_backbone_norm": True},
     "DC5": {"backbone": "resnet50", "num_feature_levels": 1, "dilation": True},
     "norms learn": {"train_backbone_norm": True},
+    "dcn v1": {"backbone": "resnet18", "dcn": "v1"},
+    "dcn v2, one stage": {"backbone": "resnet18", "dcn": "v2", "dcn_stages": (5,)},
     "timm without its own stem": {"backbone": "timm/convnext_atto"},
     "timm transformer": {"backbone": "timm/swin_tiny_patch4_window7_224"},
 }
