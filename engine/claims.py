@@ -49,7 +49,10 @@ def _layout(config: ModelConfig, num_classes: int, recipes: Mapping[str, Any] | 
 
     Of a backbone that cannot, whose size its library limits, the rest of the model is counted.
     """
-    for candidate in (config, replace(config, backbone=_SMALL_BACKBONE)):
+    small = replace(
+        config, backbone=_SMALL_BACKBONE, drop_path=0.0, dat_stride=1, dat_grid="corrected"
+    )
+    for candidate in (config, small):
         with _unless_it_needs_numbers(), torch.device("meta"):
             model = build_model(candidate, num_classes=num_classes, recipes=recipes)
             return sum(tensor.numel() for tensor in model.state_dict().values())

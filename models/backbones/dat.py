@@ -209,9 +209,8 @@ def create_dat(options: BackboneOptions) -> Backbone:
     """Build a DAT."""
     name = f"dat_{options.variant}"
     if options.variant not in SIZES:
-        raise ConfigError(
-            f"backbone {name}: does not exist. {nearest_hint(options.variant, SIZES)}"
-        )
+        hint = nearest_hint(name, [f"dat_{size}" for size in SIZES])
+        raise ConfigError(f"backbone {name}: has no such size. {hint}")
     options.refuse_for(name)
     network = DAT(SIZES[options.variant], options)
     load_published(network, options, name, published=published_name, unused=_UNUSED)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.drop import DropPath
@@ -16,7 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from models.backbones import BACKBONES, Backbone, BackboneOptions
 from models.backbones.published import drop_path_rates, load_published
 from models.backbones.resnet import conv_norm
-from models.dilated_attention import MultiDilatedAttention
+from models.encoders.msda import DILATIONS, dilated_attention
 from models.layers import ExactLayerNorm, checkpointed, without_padding
 from util.errors import ConfigError, nearest_hint
 
@@ -67,6 +68,32 @@ class Stem(nn.Module):
             padding = halved(padding) if conv.stride[0] == 2 else padding
         y: Tensor = self.proj[9](without_padding(x, padding))
         return y
+
+
+class DilatedAttention(nn.Module):
+    """Heads in three parts, which look at neighbours 1, 2 and 3 cells apart (Eq. 4 and 5)."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        """Attend; padding counts as what lies beyond the border.
+
+        Shape: x [N,C,H,W]; padding [N,H,W], True = padding -> [N,C,H,W].
+        """
+        q, k, v = self.qkv(x).permute(0, 2, 3, 1).chunk(3, dim=-1)
+        if padding is not None:
+            k, v = (t.masked_fill(padding[..., None], 0) for t in (k, v))
+        shares = zip(*(t.chunk(len(DILATIONS), dim=-1) for t in (q, k, v)), DILATIONS, strict=True)
+        found = [
+            dilated_attention(*share, dilation=dilation, heads=self.heads // len(DILATIONS))
+            for *share, dilation in shares
+        ]
+        y: Tensor = self.proj(torch.cat(found, dim=-1))
+        return y.permute(0, 3, 1, 2)
 
 
 class GlobalAttention(nn.Module):
@@ -120,10 +147,8 @@ class Stage(nn.Module):
         self, channels: int, heads: int, rates: list[float], norm: Norm | None, *, dilated: bool
     ) -> None:
         super().__init__()
-        kind = MultiDilatedAttention if dilated else GlobalAttention
-        self.blocks = nn.ModuleList(
-            Block(channels, kind(channels, heads=heads), rate) for rate in rates
-        )
+        kind = DilatedAttention if dilated else GlobalAttention
+        self.blocks = nn.ModuleList(Block(channels, kind(channels, heads), rate) for rate in rates)
         self.downsample = nn.ModuleDict()
         if norm is not None:
             conv = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1)
@@ -183,9 +208,8 @@ def create_dilateformer(options: BackboneOptions) -> Backbone:
     """Build a DilateFormer."""
     name = f"dilateformer_{options.variant}"
     if options.variant not in SIZES:
-        raise ConfigError(
-            f"backbone {name}: does not exist. {nearest_hint(options.variant, SIZES)}"
-        )
+        hint = nearest_hint(name, [f"dilateformer_{size}" for size in SIZES])
+        raise ConfigError(f"backbone {name}: has no such size. {hint}")
     options.refuse_for(name)
     network = DilateFormer(SIZES[options.variant], options)
     load_published(network, options, name, published=str, unused=r"head\.|norm\.")

@@ -65,6 +65,8 @@ def test_a_size_of_any_kind_is_one_line(value: Any) -> None:
         {"num_queries": 100_000, "hidden_dim": 4096},
         {"backbone": "timm/vit_7b_patch16_dinov3"},
         {"backbone": "timm/regnety_2560"},
+        {"backbone": "dat_tiny", "dat_stride": 2, "hidden_dim": 8192},
+        {"backbone": "timm/regnety_2560", "drop_path": 0.1},
     ],
 )
 def test_a_model_that_the_file_cannot_hold_is_refused(claim: dict[str, Any]) -> None:

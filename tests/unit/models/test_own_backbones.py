@@ -21,11 +21,10 @@ from configs.schema import ModelConfig
 from models.backbones import BackboneOptions, create_backbone
 from models.backbones.dat import DAT, WindowAttention
 from models.backbones.dat import Size as DATSize
-from models.backbones.dilateformer import DilateFormer, GlobalAttention
+from models.backbones.dilateformer import DilatedAttention, DilateFormer, GlobalAttention
 from models.backbones.dilateformer import Size as DilateFormerSize
 from models.backbones.published import drop_path_rates
 from models.dat_attention import DATAttention
-from models.dilated_attention import MultiDilatedAttention
 from models.levels import Joiner, PositionEmbeddingSine
 from tests.unit.models.small import perturb, random_images
 from util.batch import pad_images
@@ -377,7 +376,7 @@ def test_windows_attend_among_themselves_for_any_size(shift: int) -> None:
         torch.testing.assert_close(module(x)[0], windows_by_definition(module, x[0]))
 
 
-def dilated_by_definition(module: MultiDilatedAttention, x: Tensor) -> Tensor:
+def dilated_by_definition(module: DilatedAttention, x: Tensor) -> Tensor:
     """Eq. 1 to 5 of DilateFormer, query by query. Shape: [C,H,W] -> [C,H,W]."""
     channels, height, width = x.shape
     heads, d = module.heads, channels // module.heads
@@ -385,7 +384,7 @@ def dilated_by_definition(module: MultiDilatedAttention, x: Tensor) -> Tensor:
     out = []
     for m in range(heads):
         own = slice(m * d, (m + 1) * d)
-        r = module.dilations[m * len(module.dilations) // heads]
+        r = 1 + m * 3 // heads
         for i, j in itertools.product(range(height), range(width)):
             near = list(itertools.product((i - r, i, i + r), (j - r, j, j + r)))
             inside = [0 <= y < height and 0 <= x_ < width for y, x_ in near]
@@ -403,20 +402,18 @@ def dilated_by_definition(module: MultiDilatedAttention, x: Tensor) -> Tensor:
 @torch.no_grad()
 def test_dilated_attention_is_that_of_the_paper() -> None:
     torch.manual_seed(0)
-    module = MultiDilatedAttention(12, heads=6).double()
+    module = DilatedAttention(12, 6).double()
     x = torch.randn(2, 12, 5, 7, dtype=torch.float64)
     expected = torch.stack([dilated_by_definition(module, image) for image in x])
     torch.testing.assert_close(module(x), expected)
 
 
 def test_queries_keys_and_values_of_dilated_attention_learn() -> None:
-    module = MultiDilatedAttention(6, heads=3)
+    module = DilatedAttention(6, 3)
     torch.autograd.backward(module(torch.randn(1, 6, 4, 4)).square().sum())
     assert module.qkv.weight.grad is not None
     for part in module.qkv.weight.grad.chunk(3):
         assert part.abs().min() > 0
-    with pytest.raises(ValueError, match="heads must be a multiple"):
-        MultiDilatedAttention(8, heads=4)
 
 
 def over_channels(x: Tensor, norm: Any) -> Tensor:
@@ -424,7 +421,8 @@ def over_channels(x: Tensor, norm: Any) -> Tensor:
     mean, var = x.mean(0), x.var(0, correction=0)
     weight: Tensor = norm.weight[:, None, None]
     bias: Tensor = norm.bias[:, None, None]
-    return (x - mean) / (var + norm.eps).sqrt() * weight + bias
+    eps: float = norm.eps
+    return (x - mean) / (var + eps).sqrt() * weight + bias
 
 
 def global_by_definition(module: GlobalAttention, x: Tensor) -> Tensor:
