@@ -8,6 +8,7 @@ random weights: they show what each can reach, not what it learns.
 
 import sys
 from pathlib import Path
+from typing import cast
 
 import torch
 from matplotlib import pyplot as plt
@@ -62,7 +63,7 @@ def deformable_attention(x: Tensor) -> list[Tensor]:
 def shared_points(x: Tensor) -> list[Tensor]:
     """Return DAT's points, which all queries of a group share."""
     module = DATAttention(CHANNELS, heads=2, groups=1, kernel=5, table=14, stride=2)
-    module.conv_offset[3].weight.data.mul_(6)
+    cast(nn.Conv2d, module.conv_offset[3]).weight.mul_(6)
     return [module.points(module.proj_q(x))[0, 0]]
 
 

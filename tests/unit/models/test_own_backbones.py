@@ -166,9 +166,8 @@ def create_channels(network: Any) -> tuple[int, ...]:
 def published_file(name: str, path: Path) -> dict[str, Tensor]:
     """Write a file such as the makers', whose tensors all differ; return its tensors."""
     learned, other = shapes_of(name)
-    state = {
-        key: torch.full(shape, float(i)) for i, (key, shape) in enumerate((learned | other).items())
-    }
+    numbered = enumerate((learned | other).items())
+    state = {key: torch.full(shape, float(i)) for i, (key, shape) in numbered}
     torch.save({"model": state, "epoch": 299}, path)
     return state
 
@@ -405,12 +404,12 @@ def test_dilated_attention_is_that_of_the_paper() -> None:
     module = DilatedAttention(12, 6).double()
     x = torch.randn(2, 12, 5, 7, dtype=torch.float64)
     expected = torch.stack([dilated_by_definition(module, image) for image in x])
-    torch.testing.assert_close(module(x), expected)
+    torch.testing.assert_close(module(x, None), expected)
 
 
 def test_queries_keys_and_values_of_dilated_attention_learn() -> None:
     module = DilatedAttention(6, 3)
-    torch.autograd.backward(module(torch.randn(1, 6, 4, 4)).square().sum())
+    torch.autograd.backward(module(torch.randn(1, 6, 4, 4), None).square().sum())
     assert module.qkv.weight.grad is not None
     for part in module.qkv.weight.grad.chunk(3):
         assert part.abs().min() > 0
