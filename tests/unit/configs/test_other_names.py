@@ -48,7 +48,7 @@ def test_official_and_common_names_have_an_answer_in_training(name: str) -> None
         ("train", "optimizer", "The optimiser is AdamW: set `lr`, "),
         ("eval", "no_masks", "There are no masks"),
         ("train", "num_querys", "Did you mean '--num_queries'?"),
-        ("train", "drop_paths", "drop_path"),
+        ("train", "drop_paths", "Did you mean '--drop_path'?"),
         ("train", "dropblock", "nothing"),  # looks like dropout
     ],
 )
