@@ -73,9 +73,9 @@ class ModelConfig(Checked):
         1, "encoder_updates lite: number of layers that change all tokens; a divisor of "
         "enc_layers", low=1, rare=True,
     )  # fmt: skip
-    enc_fusion: Literal["none", "dense"] = option(
-        "none", "what decoder and proposals get of the encoder: its last layer's tokens, or dense: "
-        "those of all layers together",
+    enc_fusion: Literal["none", "dense", "mlp"] = option(
+        "none", "what decoder and proposals get of the encoder: its last layer's tokens, or those "
+        "of all layers together, through one linear layer (dense) or two (mlp)",
     )  # fmt: skip
     enc_layers: int = option(6, "encoder layers", low=1, most=100)
     dec_layers: int = option(6, "decoder layers", low=1, most=100)

@@ -10,6 +10,7 @@ from models.heads import MLP
 from models.layers import ExactLayerNorm, ExactLinear
 from models.matcher import Matches, PaddedTargets, overlaps
 from models.proposals import Proposals
+from models.two_stage import TwoStageTransformer
 
 # G prediction layers, N batch, Q queries, T targets of an image (padded to the longest).
 
@@ -19,24 +20,28 @@ MOST = 6  # queries for an object
 class FurtherHeads(nn.Module):
     """A two-stage encoder's second opinion: where objects are, for queries that only train.
 
-    It sees the same tokens, by a projection of its own, and has one score: object or background.
+    It sees the same tokens, by the encoder's projection or, with `own_projection`, by one of its
+    own. It has one score, object or background, or several for classes.
     """
 
-    def __init__(self, d_model: int) -> None:
+    def __init__(self, d_model: int, *, scores: int = 1, own_projection: bool = False) -> None:
         super().__init__()
-        self.enc_output = nn.Linear(d_model, d_model)
-        self.enc_output_norm = ExactLayerNorm(d_model)
-        self.score = ExactLinear(d_model, 1)
+        if own_projection:
+            self.enc_output = nn.Linear(d_model, d_model)
+            self.enc_output_norm = ExactLayerNorm(d_model)
+        self.score = ExactLinear(d_model, scores)
         self.box = MLP(d_model, d_model, 4, 3)
         # as the encoder's own heads start: scores of 0.01, and boxes that are the anchors
-        nn.init.xavier_uniform_(self.enc_output.weight)
+        if own_projection:
+            nn.init.xavier_uniform_(self.enc_output.weight)
         nn.init.constant_(self.score.bias, -math.log((1 - 0.01) / 0.01))
         for name in ("weight", "bias"):
             nn.init.zeros_(self.box.get_parameter(f"layers.2.{name}"))
 
-    def forward(self, proposals: Proposals) -> Proposals:
-        """Return what it proposes on the tokens of other proposals."""
-        output = self.enc_output_norm(self.enc_output(proposals.memory))
+    def forward(self, proposals: Proposals, transformer: TwoStageTransformer) -> Proposals:
+        """Return what it proposes on the tokens of the encoder's own proposals."""
+        projecting = self if hasattr(self, "enc_output") else transformer
+        output = projecting.enc_output_norm(projecting.enc_output(proposals.memory))
         return proposals.again(self.score(output), self.box(output))
 
 

@@ -78,19 +78,25 @@ def create(options: EncoderOptions) -> Encoder:
 class DeformableEncoder(Encoder):
     """The paper's encoder: each token looks around its own cell's centre, on every level.
 
-    With `fusion` "dense", the memory is made of the tokens before and after every layer
-    (Stable-DINO, arXiv 2304.04742, Sec. 3.4).
+    With a `fusion`, the memory is made of the tokens before and after every layer: "dense", by one
+    linear layer (Stable-DINO, arXiv 2304.04742, Sec. 3.4), or "mlp", by two (Relation-DETR, arXiv
+    2407.11699).
     """
 
     def __init__(self, options: EncoderOptions) -> None:
         super().__init__()
         self.layers = nn.ModuleList(self.layer(options) for _ in range(options.num_layers))
         self.fusion_layer: nn.Module | None = None
-        if options.fusion == "dense":
+        self.memory_fusion: nn.Module | None = None  # each under its published key
+        if options.fusion != "none":
             width = options.d_model
-            linear = nn.Linear(width * (options.num_layers + 1), width)
-            nn.init.zeros_(linear.bias)
-            self.fusion_layer = nn.Sequential(linear, ExactLayerNorm(width))
+            linear, norm = nn.Linear(width * (options.num_layers + 1), width), ExactLayerNorm(width)
+            if options.fusion == "dense":
+                nn.init.zeros_(linear.bias)
+                self.fusion_layer = nn.Sequential(linear, norm)
+            else:
+                second = nn.Linear(width, width)
+                self.memory_fusion = nn.Sequential(linear, nn.ReLU(), second, norm)
 
     def layer(self, options: EncoderOptions) -> nn.Module:
         """Return a new layer, which is called as `DeformableEncoderLayer` is."""
@@ -100,12 +106,13 @@ class DeformableEncoder(Encoder):
         """Return the memory. Shape: [N,S,C]."""
         reference_points = cell_centres(levels)
         x = levels.tokens
+        fusion = self.fusion_layer if self.memory_fusion is None else self.memory_fusion
         states = [x]
         for index in range(len(self.layers)):
             x = self.update(index, x, levels, reference_points)
-            if self.fusion_layer is not None:
+            if fusion is not None:
                 states.append(x)
-        return x if self.fusion_layer is None else self.fused(states)
+        return x if fusion is None else fusion(torch.cat(states, dim=-1))
 
     def update(
         self, index: int, x: Tensor, levels: FeatureLevels, reference_points: Tensor
@@ -117,9 +124,3 @@ class DeformableEncoder(Encoder):
             enabled=self.checkpointing,
         )
         return output
-
-    def fused(self, states: list[Tensor]) -> Tensor:
-        """Return the memory made of the tokens at every depth. Shape: [N,S,C] each."""
-        assert self.fusion_layer is not None
-        memory: Tensor = self.fusion_layer(torch.cat(states, dim=-1))
-        return memory

@@ -54,7 +54,8 @@ class Group(Recipe):
             count = parts * transformer.num_queries
             self.query_embed = nn.Embedding(count, transformer.learned_width)
         self.encoder_heads = nn.ModuleList(
-            FurtherHeads(transformer.d_model) for _ in range(parts * transformer.two_stage)
+            FurtherHeads(transformer.d_model, own_projection=True)
+            for _ in range(parts * transformer.two_stage)
         )
 
     def regroup(
@@ -87,11 +88,12 @@ class Group(Recipe):
     def _proposed(self, transformer: DeformableTransformer, proposals: Proposals) -> QueryGroup:
         """Return queries that start from each group's own best proposals, which learn as well."""
         assert isinstance(transformer, TwoStageTransformer)
-        chosen = [_best(heads(proposals), transformer.num_queries) for heads in self.encoder_heads]
+        count = transformer.num_queries
+        chosen = [_best(heads(proposals, transformer), count) for heads in self.encoder_heads]
         logits, boxes = (torch.cat(part, dim=1) for part in zip(*chosen, strict=True))
         contents: Tensor | None = None
         if self.query_embed is not None:  # an image may have fewer tokens than there are queries
-            embedded = self.query_embed.weight.reshape(self.parts, transformer.num_queries, -1)
+            embedded = self.query_embed.weight.reshape(self.parts, count, -1)
             contents = embedded[:, : boxes.shape[1] // self.parts].flatten(0, 1)
         group = transformer.from_boxes("_groups", boxes.detach(), contents, self.learning)
         encoder_learning = replace(self.learning, targets=objects_of_one_class)

@@ -115,7 +115,7 @@ class Mr(Recipe):
         if proposals is not None:
             assert self.encoder_heads is not None
             assert isinstance(transformer, TwoStageTransformer)
-            found: Proposals = self.encoder_heads(proposals)
+            found: Proposals = self.encoder_heads(proposals, transformer)
             other = transformer.from_boxes("", found.best(0, transformer.num_queries))
             if transformer.learned_width:
                 other = replace(other, content=detecting.content)

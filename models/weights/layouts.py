@@ -39,6 +39,10 @@ _LABELS = "recipes.denoising.label_enc.weight"
 # order of norms in a decoder layer: after attention among queries, to memory, feed-forward block
 _DECODER_NORMS = {"norms.0": "norm2", "norms.1": "norm1", "norms.2": "norm3"}
 _ENCODER_NORMS = {"norms.0": "norm1", "norms.1": "norm2"}
+_DETREX_FEED_FORWARD = {"ffns.0.layers.0.0": "linear1", "ffns.0.layers.1": "linear2"}
+_DETREX_ENCODER = {"attentions.0": "self_attn", **_ENCODER_NORMS, **_DETREX_FEED_FORWARD}
+_MR = "recipes.mr"
+_RELATIONS = ("transformer.decoder.position_relation_embedding.pos_proj.0.weight",)
 
 
 @dataclass(frozen=True)
@@ -125,20 +129,12 @@ def _from_dino(weights: Weights, args: Mapping[str, Any], source: str) -> Conver
 
 
 def _from_detrex(weights: Weights, content: Mapping[str, Any], source: str) -> Converted:
-    """Convert a DINO of detrex, or one of those that keep its model: Align-DETR, Stable-DINO."""
-    layer = "transformer.{}.layers.#.{}"
-    modules = {
-        layer.format(side, theirs): layer.format(side, ours)
-        for side, parts in {
-            "encoder": {"attentions.0": "self_attn", **_ENCODER_NORMS},
-            "decoder": {
-                "attentions.0.attn": "self_attn", "attentions.1": "cross_attn", **_DECODER_NORMS
-            },
-        }.items()
-        for theirs, ours in {
-            **parts, "ffns.0.layers.0.0": "linear1", "ffns.0.layers.1": "linear2"
-        }.items()
-    } | {
+    """Convert a DINO of detrex, or what keeps its model: Align-DETR, and Stable-DINO."""
+    decoder = {
+        "attentions.0.attn": "self_attn", "attentions.1": "cross_attn", **_DECODER_NORMS,
+        **_DETREX_FEED_FORWARD,
+    }  # fmt: skip
+    modules = _in_layers("encoder", _DETREX_ENCODER) | _in_layers("decoder", decoder) | {
         "neck.convs.#.conv": "input_proj.#.0",
         "neck.convs.#.norm": "input_proj.#.1",
         "transformer.level_embeds": "transformer.level_embed",
@@ -146,16 +142,79 @@ def _from_detrex(weights: Weights, content: Mapping[str, Any], source: str) -> C
         "label_enc": _LABELS.removesuffix(".weight"),
         "backbone": "backbone.0.body",
         **{part: part for part in (
+            "transformer.encoder.fusion_layer",  # of Stable-DINO
             "transformer.decoder.ref_point_head", "transformer.decoder.norm",
             "transformer.decoder.class_embed", "transformer.decoder.bbox_embed",
             "transformer.enc_output", "transformer.enc_output_norm", "class_embed", "bbox_embed",
         )},
     }  # fmt: skip
-    body = {k.removeprefix("backbone."): t for k, t in weights.items() if k.startswith("backbone.")}
-    rest = {key: tensor for key, tensor in weights.items() if not key.startswith("backbone.")}
-    body = with_torchvision_names(body, source)
-    weights = {**{f"backbone.{key}": tensor for key, tensor in body.items()}, **rest}
-    converted = _renamed(_one_neck(weights), renamer(modules), "detrex's DINO", source)
+    weights = _one_neck(_with_torchvision_body(weights, source))
+    converted = _renamed(weights, renamer(modules), "detrex's DINO", source)
+    return Converted(_with_labels(converted), dict(_DINO), _coco_classes(converted))
+
+
+def _from_mr_detr(weights: Weights, content: Mapping[str, Any], source: str) -> Converted:
+    """Convert Mr. DETR on Deformable DETR, which is built on detrex."""
+    block, own = "ffns.0.layers", f"{_MR}.layers.#.feed_forward"
+    decoder = {
+        "attentions.0.attn": "self_attn", "attentions.0.norm_o2o": "norm2",
+        "attentions.1": "cross_attn", "norms.0": "norm1", "norms.1": "norm3",
+        f"{block}.0.linear.linear": "linear1", f"{block}.1.linear": "linear2",
+    }  # fmt: skip
+    layer = "transformer.decoder.layers.#"
+    modules = _in_layers("encoder", _DETREX_ENCODER) | _in_layers("decoder", decoder) | {
+        f"{layer}.{block}.0.linear.linear_sep": f"{own}.linear1",
+        f"{layer}.{block}.1.linear_sep": f"{own}.linear2",
+        f"{layer}.attentions.0.norm_o2m": f"{_MR}.layers.#.norm",
+        f"{layer}.attentions.0.instruction_o2m": f"{_MR}.layers.#.contents",
+        f"{layer}.attentions.0.instruction_o2m_pos": f"{_MR}.layers.#.positions",
+        "transformer.decoder.class_embed_o2m_encoder": f"{_MR}.encoder_heads.score",
+        "transformer.decoder.bbox_embed_enc_o2m": f"{_MR}.encoder_heads.box",
+        "neck.convs.#.conv": "input_proj.#.0",
+        "neck.convs.#.norm": "input_proj.#.1",
+        "transformer.level_embeds": "transformer.level_embed",
+        "query_embedding": "query_embed",
+        "backbone": "backbone.0.body",
+        **{part: part for part in (
+            "transformer.decoder.class_embed", "transformer.decoder.bbox_embed",
+            "transformer.enc_output", "transformer.enc_output_norm", "transformer.pos_trans",
+            "transformer.pos_trans_norm", "class_embed", "bbox_embed",
+        )},
+    }  # fmt: skip
+    weights = _one_neck(_with_torchvision_body(weights, source))
+    converted = _renamed(weights, renamer(modules), "Mr. DETR", source)
+    for index in range(count_layers(converted, f"{_MR}.layers")):
+        name = f"{_MR}.layers.{index}"
+        pair = [converted.pop(f"{name}.{part}.weight") for part in ("contents", "positions")]
+        converted[f"{name}.tokens"] = torch.stack(pair)
+    for part in ("weight", "bias"):  # of all of its scores, the first tells objects
+        name = f"{_MR}.encoder_heads.score.{part}"
+        converted[name] = converted[name][:1]
+    options = {"with_box_refine": True, "look_forward_twice": True, "dropout": 0.0}
+    return Converted(converted, options, _coco_classes(converted))
+
+
+def _from_relation_detr(weights: Weights, content: Mapping[str, Any], source: str) -> Converted:
+    """Convert Relation-DETR; what its hybrid branch has for itself goes to the recipe `hybrid`."""
+    encoder = count_layers(weights, "transformer.decoder.class_head")
+    modules = {
+        "transformer.decoder.class_head": "class_embed",
+        "transformer.decoder.bbox_head": "bbox_embed",
+        "transformer.encoder_class_head": f"class_embed.{encoder}",
+        "transformer.encoder_bbox_head": f"bbox_embed.{encoder}",
+        "transformer.tgt_embed": "query_embed",
+        "transformer.hybrid_tgt_embed": "recipes.hybrid.query_embed",
+        "transformer.hybrid_class_head": "recipes.hybrid.encoder_heads.score",
+        "transformer.hybrid_bbox_head": "recipes.hybrid.encoder_heads.box",
+        "transformer.level_embeds": "transformer.level_embed",
+        "denoising_generator.label_encoder": _LABELS.removesuffix(".weight"),
+        "neck.convs.#": "input_proj.#",
+        "backbone": "backbone.0.body",
+        "transformer": "transformer",
+    }
+    converted = _with_biases(_renamed(weights, renamer(modules), "Relation-DETR", source))
+    for key in _RELATIONS:  # there, a convolution of one pixel
+        converted[key] = converted[key].flatten(1)
     return Converted(_with_labels(converted), dict(_DINO), _coco_classes(converted))
 
 
@@ -188,10 +247,7 @@ def _from_mmdetection(weights: Weights, content: Mapping[str, Any], source: str)
         "dn_query_generator.label_embedding": _LABELS.removesuffix(".weight"),
     }  # fmt: skip
     converted = _renamed(_one_neck(weights), renamer(modules), "mmdetection's models", source)
-    for key in [key for key in converted if re.fullmatch(r"input_proj\.\d+\.0\.weight", key)]:
-        # convolutions with a norm after them have no bias there
-        bias = key.replace("weight", "bias")
-        converted.setdefault(bias, converted[key].new_zeros(len(converted[key])))
+    converted = _with_biases(converted)
     options: dict[str, Any] = {}
     meta = content.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
@@ -226,6 +282,27 @@ def _positions_in(meta: Mapping[str, Any]) -> dict[str, float]:
 
 
 LAYOUTS = (
+    Layout(
+        "Mr. DETR",
+        (
+            "transformer.decoder.layers.0.attentions.0.instruction_o2m.weight",
+            "transformer.decoder.layers.0.ffns.0.layers.0.linear.linear_sep.weight",
+            "transformer.decoder.class_embed_o2m_encoder.weight",
+            "transformer.pos_trans.weight",
+        ),
+        _from_mr_detr,
+    ),
+    Layout(
+        "Relation-DETR",
+        (
+            *_RELATIONS,
+            "transformer.encoder_class_head.weight",
+            "transformer.tgt_embed.weight",
+            "transformer.encoder.layers.0.self_attn.sampling_offsets.weight",
+            "neck.convs.0.0.weight",
+        ),
+        _from_relation_detr,
+    ),
     Layout(
         "detrex",
         (
@@ -267,6 +344,28 @@ def _renamed(
             f"{', '.join(strange[:3])}{more}. Use a checkpoint of its published form."
         )
     return converted
+
+
+def _in_layers(side: str, parts: Mapping[str, str]) -> dict[str, str]:
+    """Return the modules of every layer of a side of the transformer, by their names there."""
+    layer = f"transformer.{side}.layers.#"
+    return {f"{layer}.{theirs}": f"{layer}.{ours}" for theirs, ours in parts.items()}
+
+
+def _with_torchvision_body(weights: Weights, source: str) -> dict[str, Tensor]:
+    """Give a ResNet of detectron2 the names that torchvision has for its parts."""
+    body = {k.removeprefix("backbone."): t for k, t in weights.items() if k.startswith("backbone.")}
+    rest = {key: tensor for key, tensor in weights.items() if not key.startswith("backbone.")}
+    body = with_torchvision_names(body, source)
+    return {**{f"backbone.{key}": tensor for key, tensor in body.items()}, **rest}
+
+
+def _with_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give projections a bias of zeros, where convolutions with a norm after them have none."""
+    for key in [key for key in weights if re.fullmatch(r"input_proj\.\d+\.0\.weight", key)]:
+        bias = key.replace("weight", "bias")
+        weights.setdefault(bias, weights[key].new_zeros(len(weights[key])))
+    return weights
 
 
 def _one_neck(weights: Weights) -> dict[str, Tensor]:

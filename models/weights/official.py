@@ -42,6 +42,12 @@ _ONLY_OURS = {
     "position_offset": -0.5,
     "refine_eps": 1e-5,
 }
+_SHOWN_BY = (  # keys that only models with an option have
+    ("decoder.norm.weight", "decoder_norm", True),
+    ("decoder.position_relation_embedding.pos_proj.0.weight", "relation", "previous"),
+    ("encoder.fusion_layer.0.weight", "enc_fusion", "dense"),
+    ("encoder.memory_fusion.0.weight", "enc_fusion", "mlp"),
+)
 _POSITION_EMBEDDINGS = {"sine": "sine", "v2": "sine", "learned": "learned", "v3": "learned"}
 _DEFAULT_HEADS = 8
 
@@ -99,8 +105,9 @@ def _options_from_shapes(state_dict: Mapping[str, Tensor], nheads: int) -> dict[
     if "transformer.decoder.ref_point_head.layers.0.weight" in state_dict:
         scaled = "transformer.decoder.query_scale.layers.0.weight" in state_dict
         options["query_position"] = "scaled_box" if scaled else "box"
-    if "transformer.decoder.norm.weight" in state_dict:
-        options["decoder_norm"] = True
+    for key, name, value in _SHOWN_BY:
+        if f"transformer.{key}" in state_dict:
+            options[name] = value
     # The decoder's copy may have been stripped: refining heads are distinct all the same.
     first, second = (state_dict.get(f"bbox_embed.{i}.layers.2.bias") for i in (0, 1))
     if first is not None and second is not None:

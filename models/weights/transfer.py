@@ -149,7 +149,7 @@ def transfer(
                     continue
                 rows = _RANKING_ROW if ranks and proposals_tell == "objects" else pairs
                 _fill(name, tensor, source[origin[name]], rows, report)
-            elif name == _LABELS or (name.startswith(RECIPES) and ".class_embed." in name):
+            elif name == _LABELS or _tells_classes(name, tensor):
                 _fill(name, tensor, source[origin[name]], pairs, report)
             else:
                 _fill(name, tensor, source[origin[name]], None, report)
@@ -163,6 +163,12 @@ def transfer(
     report.ignored.update({name: "not in the model" for name in source if name not in used})
     _check_enough(filled, source, target)
     return report
+
+
+def _tells_classes(name: str, tensor: Tensor) -> bool:
+    """Return whether a recipe's tensor has a row for each class: one score tells objects."""
+    tells = ".class_embed." in name or (".encoder_heads.score." in name and len(tensor) > 1)
+    return name.startswith(RECIPES) and tells
 
 
 def _without_backbone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

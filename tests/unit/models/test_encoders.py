@@ -102,6 +102,25 @@ def test_dense_memory_is_one_linear_map_of_all_depths_and_a_norm() -> None:
     torch.testing.assert_close(dense(levels), expected)
 
 
+def test_memory_through_two_linear_layers_is_a_function_of_all_depths() -> None:
+    levels = feature_levels()
+    mlp = encoder(fusion="mlp")
+    state = mlp.state_dict()
+    plain = encoder()
+    plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("memory_fusion")})
+    depths: list[Tensor] = [levels.tokens]
+    for layer in plain.layers:
+        depths.append(layer(depths[-1], levels.pos, cell_centres(levels), depths[-1], levels))
+    first, second, norm = (
+        (state[f"memory_fusion.{i}.weight"], state[f"memory_fusion.{i}.bias"]) for i in (0, 2, 3)
+    )
+    hidden = (torch.cat(depths, dim=-1) @ first[0].T + first[1]).clamp(min=0)
+    mixed = hidden @ second[0].T + second[1]
+    variance = mixed.var(-1, keepdim=True, correction=0)
+    expected = (mixed - mixed.mean(-1, keepdim=True)) / (variance + 1e-5).sqrt() * norm[0] + norm[1]
+    torch.testing.assert_close(mlp(levels), expected)
+
+
 def test_dense_fusion_starts_without_a_bias_and_adds_its_keys_alone() -> None:
     options = VARIANTS["two_stage"]
     plain, dense = (

@@ -3,7 +3,7 @@
 A new one adds a line to `CASES`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -58,6 +58,18 @@ CASES: dict[str, Case] = {
     "relation, ++, hybrid": Case(recipes={"hybrid": HYBRID}, model={**RELATION, **PLUS_PLUS}),
     "relation, mds": Case(recipes={"mds": MDS()}, model=RELATION),
     "fusion": Case(model={"enc_fusion": "dense"}),
+    "relation-detr": Case(
+        recipes={"hybrid": replace(HYBRID, hybrid_proposals=True)},
+        model={
+            **DINO,
+            **RELATION,
+            "query_position": "scaled_box",
+            "shared_heads": False,
+            "enc_fusion": "mlp",
+        },
+        loss={"cls_loss": "vfl"},
+    ),
+    "hybrid with proposals": Case(recipes={"hybrid": replace(HYBRID, hybrid_proposals=True)}),
     "lite": Case(model=LITE),
     "lite, plain, fusion": Case("plain", model={**LITE, "enc_fusion": "dense"}),
     "lite, relation, mds": Case(recipes={"mds": MDS()}, model={**LITE, **RELATION}),

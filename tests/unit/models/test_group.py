@@ -156,7 +156,7 @@ def test_each_group_starts_from_what_its_own_heads_propose() -> None:
 
 def test_sizes_are_the_published_ones() -> None:
     # the published heads have a score for each of 91 classes, ours one
-    heads = sum(p.numel() for p in FurtherHeads(256).parameters())
+    heads = sum(p.numel() for p in FurtherHeads(256, own_projection=True).parameters())
     assert heads + 90 * (256 + 1) == 222_303
     assert not Options(group_detr=1).active
     assert Options().group_detr == 11

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,40 @@ def test_proposals_that_rank_next_are_its_queries() -> None:
             lambda memory, proposals: [transformer.from_boxes("", proposals.best(7, 27))],
         )  # fmt: skip
     torch.testing.assert_close(started.groups[1].reference, boxes[:, 7:])
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_proposals_of_its_own_are_those_of_other_heads(classes: bool) -> None:
+    options: dict[str, Any] = {"mixed_query_selection": True, "class_proposals": classes}
+    own = Options(num_queries_one2many=20, k_one2many=3, hybrid_proposals=True)
+    config = small_config(dropout=0.0, num_queries=7, **VARIANTS["two_stage"], **options)
+    torch.manual_seed(0)
+    model = build_model(config, num_classes=CLASSES, recipes={"hybrid": own}).double().train()
+    perturb(model)
+    targets = random_targets([3, 0], CLASSES)
+    outputs = run(model, targets)
+    found = group_of(outputs, "_one2many_enc")
+    other = copy.deepcopy(model)
+    recipe = other.recipes["hybrid"]
+    assert isinstance(recipe, Hybrid)
+    heads = recipe.encoder_heads
+    assert heads is not None
+    other.class_embed[-1], other.bbox_embed[-1] = heads.score, heads.box
+    other.query_embed, other.transformer.num_queries = recipe.query_embed, 20
+    other.recipes.clear()
+    exchanged = run(other, targets)
+    for name, theirs in (("_one2many", ""), ("_one2many_enc", "_enc")):
+        ours, expected = group_of(outputs, name), group_of(exchanged, theirs)
+        torch.testing.assert_close(ours.logits, expected.logits)
+        torch.testing.assert_close(ours.boxes, expected.boxes)
+    assert found.logits.shape[-1] == (CLASSES if classes else 1)
+    # it learns every object three times
+    repeated = [{k: v.repeat_interleave(3, dim=0) for k, v in t.items()} for t in targets]
+    criterion = build_criterion(LossConfig())
+    alone = criterion(DetectorOutput(groups=[group_of(exchanged, "_enc")]), repeated)
+    losses = criterion(outputs, targets)
+    for name in ("loss_ce", "loss_bbox", "loss_giou"):
+        torch.testing.assert_close(losses[f"{name}_one2many_enc"], alone[f"{name}_enc"])
 
 
 def images() -> list[Tensor]:

@@ -98,8 +98,6 @@ def test_the_other_way_has_tokens_and_proposals_of_its_own(options: dict[str, An
     if options.get("two_stage"):
         heads = recipe.encoder_heads
         assert heads is not None
-        transformer.enc_output = heads.enc_output
-        transformer.enc_output_norm = heads.enc_output_norm
         other.class_embed[-1], other.bbox_embed[-1] = heads.score, heads.box
         encoder = group_of(outputs, "_one2many_enc")
         assert_same(encoder, group_of(run(without_recipes(other)), "_enc"))

@@ -14,6 +14,21 @@ Read from these files (repository: file at commit):
   detrex/layers/{transformer,conv,mlp}.py at 63535d9ddfc6ed2ff1bce2f55dd34ae866b37877,
   47b9802913530a5f80142cf81f55b2fadd089860 and 45bc9afd168dc829b14b362fbe1713a969cbaba2,
   detrex/modeling/neck/channel_mapper.py at 13d7cd3d55f91604ebe1949e34a6cc1376963277;
+- IDEA-Research/detrex: projects/align_detr/modeling/aligndetr.py at
+  f34380d3652c0dbc8f9de911626117943a8208c4, whose keys are those of its DINO;
+- IDEA-Research/Stable-DINO: projects/stabledino/modeling/dino_transformer.py and dino.py,
+  projects/stabledino/configs/models/stabledino_r50.py at
+  be8e1425a5e846b753c8eadd8d59e1056a82f144;
+- xiuqhou/Relation-DETR: models/bricks/relation_transformer.py at
+  092a6ebff0f0823cd74f66ff011e3630df2272f0, models/bricks/{base_transformer,basic,denoising}.py,
+  models/detectors/relation_detr.py, models/necks/channel_mapper.py, models/backbones/resnet.py at
+  7047657f5495e1358720d4557c60f25a827859a0, configs/relation_detr/relation_detr_resnet50_800_1333.py
+  at c8ccd23141d521835db1cb2c37d4da68826857fb (its deformable attention and convolution with a norm
+  were not at hand, and are taken to have the keys of detrex's and torchvision's);
+- Mr. DETR, in copies of its code, as its own repository was not at hand:
+  projects/mr_detr_deformable/modeling/deformable_detr.py of Jiangmm1/Omni-MambaDet at
+  84903c094bc75bae64337afc4a1e86a9f526d7e3, deformable_transformer.py of jmm247894-gif/mamba-detr at
+  211da19f4b35f764dd768db12e09cfb3d030d85e, and a transformer.py beside one of these;
 - open-mmlab/mmdetection: mmdet/models/detectors/deformable_detr.py at
   013e5419cb60fb12003b55535ee76c31b9248249, detectors/dino.py at
   fe3f809a0a514189baf889aa358c498d51ee36cd, layers/transformer/{detr,deformable_detr,dino}_layers.py
@@ -32,6 +47,7 @@ import torchvision
 
 WIDTH, FFN, HEADS, LEVELS, POINTS, QUERIES, HYBRID = 32, 24, 8, 4, 4, 7, 5
 ENCODER, DECODER = 2, 3  # layers
+TOKENS = 10  # of Mr. DETR
 
 Entry = tuple[str, str, tuple[int, ...]]  # their key, ours, shape
 Block = list[tuple[str, tuple[int, ...]]]  # keys inside a module, and shapes
@@ -192,8 +208,11 @@ def dino(num_classes: int = 91) -> list[Entry]:
     return entries
 
 
-def detrex_dino(num_classes: int = 80) -> list[Entry]:
-    """Return detrex's DINO: generic layers, whose parts go by their place in the order."""
+def detrex_dino(num_classes: int = 80, *, fusion: bool = False) -> list[Entry]:
+    """Return detrex's DINO: generic layers, whose parts go by their place in the order.
+
+    With `fusion` it is Stable-DINO.
+    """
     feed_forward = [
         *[("ffns.0.layers.0.0", "linear1", linear(WIDTH, FFN))],
         *[("ffns.0.layers.1", "linear2", linear(FFN, WIDTH))],
@@ -218,6 +237,10 @@ def detrex_dino(num_classes: int = 80) -> list[Entry]:
     entries.append(("transformer.level_embeds", "transformer.level_embed", (LEVELS, WIDTH)))
     entries.append(("transformer.tgt_embed.weight", "query_embed.weight", (QUERIES, WIDTH)))
     entries.append(("label_enc.weight", "recipes.denoising.label_enc.weight", (num_classes, WIDTH)))
+    if fusion:
+        name = "transformer.encoder.fusion_layer"
+        entries += module(f"{name}.0", f"{name}.0", linear((ENCODER + 1) * WIDTH, WIDTH))
+        entries += module(f"{name}.1", f"{name}.1", norm())
     for name, block in {
         "transformer.enc_output": linear(WIDTH, WIDTH),
         "transformer.enc_output_norm": norm(),
@@ -225,6 +248,99 @@ def detrex_dino(num_classes: int = 80) -> list[Entry]:
         "transformer.decoder.ref_point_head": perceptron(2 * WIDTH, WIDTH, WIDTH),
     }.items():
         entries += module(name, name, block)
+    for head in range(DECODER + 1):
+        for prefix in ("", "transformer.decoder."):
+            classes, boxes = f"{prefix}class_embed.{head}", f"{prefix}bbox_embed.{head}"
+            entries += module(classes, classes, linear(WIDTH, num_classes))
+            entries += module(boxes, boxes, box_head())
+    return entries
+
+
+def relation_detr(num_classes: int = 91) -> list[Entry]:
+    """Return Relation-DETR: official layers, heads inside the transformer, a hybrid branch."""
+    entries = torchvision_body("backbone") + official_layers()
+    entries += projections(lambda i: (f"neck.convs.{i}.0", f"neck.convs.{i}.1"), bias=False)
+    entries.append(("transformer.level_embeds", "transformer.level_embed", (LEVELS, WIDTH)))
+    for theirs, ours, rows in (
+        ("transformer.tgt_embed", "query_embed", QUERIES),
+        ("transformer.hybrid_tgt_embed", "recipes.hybrid.query_embed", HYBRID),
+        ("denoising_generator.label_encoder", "recipes.denoising.label_enc", num_classes),
+    ):
+        entries.append((f"{theirs}.weight", f"{ours}.weight", (rows, WIDTH)))
+    fusion, relation = "transformer.encoder.memory_fusion", "position_relation_embedding.pos_proj.0"
+    for name, block in {
+        "transformer.enc_output": linear(WIDTH, WIDTH),
+        "transformer.enc_output_norm": norm(),
+        f"{fusion}.0": linear((ENCODER + 1) * WIDTH, WIDTH),
+        f"{fusion}.2": linear(WIDTH, WIDTH),
+        f"{fusion}.3": norm(),
+        "transformer.decoder.norm": norm(),
+        "transformer.decoder.ref_point_head": perceptron(2 * WIDTH, WIDTH, WIDTH),
+        "transformer.decoder.query_scale": perceptron(WIDTH, WIDTH, WIDTH),
+        f"transformer.decoder.{relation}": [("weight", (HEADS, 64, 1, 1)), ("bias", (HEADS,))],
+    }.items():
+        entries += module(name, name, block)
+    for head in range(DECODER):
+        theirs = "transformer.decoder.{}_head." + str(head)
+        entries += module(theirs.format("class"), f"class_embed.{head}", linear(WIDTH, num_classes))
+        entries += module(theirs.format("bbox"), f"bbox_embed.{head}", box_head())
+    for theirs, classes, boxes in (
+        ("encoder", f"class_embed.{DECODER}", f"bbox_embed.{DECODER}"),
+        ("hybrid", *(f"recipes.hybrid.encoder_heads.{part}" for part in ("score", "box"))),
+    ):
+        entries += module(f"transformer.{theirs}_class_head", classes, linear(WIDTH, num_classes))
+        entries += module(f"transformer.{theirs}_bbox_head", boxes, box_head())
+    return entries
+
+
+def mr_detr(num_classes: int = 80) -> list[Entry]:
+    """Return Mr. DETR on Deformable DETR with mixed selection, from detrex."""
+    encoder = [
+        ("attentions.0", "self_attn", deformable_attention()),
+        ("norms.0", "norm1", norm()), ("norms.1", "norm2", norm()),
+        ("ffns.0.layers.0.0", "linear1", linear(WIDTH, FFN)),
+        ("ffns.0.layers.1", "linear2", linear(FFN, WIDTH)),
+    ]  # fmt: skip
+    decoder = [
+        ("attentions.0.attn", "self_attn", attention()),
+        ("attentions.0.norm_o2o", "norm2", norm()),
+        ("attentions.1", "cross_attn", deformable_attention()),
+        ("norms.0", "norm1", norm()), ("norms.1", "norm3", norm()),
+        ("ffns.0.layers.0.linear.linear", "linear1", linear(WIDTH, FFN)),
+        ("ffns.0.layers.1.linear", "linear2", linear(FFN, WIDTH)),
+    ]  # fmt: skip
+    entries = detectron2_body("backbone")
+    entries += projections(_neck("norm"), bias=True)
+    for side, count, parts in (("encoder", ENCODER, encoder), ("decoder", DECODER, decoder)):
+        for layer in range(count):
+            name = f"transformer.{side}.layers.{layer}"
+            for theirs, ours, block in parts:
+                entries += module(f"{name}.{theirs}", f"{name}.{ours}", block)
+    for layer in range(DECODER):
+        name, own = f"transformer.decoder.layers.{layer}", f"recipes.mr.layers.{layer}"
+        for theirs, ours, block in (
+            ("attentions.0.norm_o2m", "norm", norm()),
+            ("ffns.0.layers.0.linear.linear_sep", "feed_forward.linear1", linear(WIDTH, FFN)),
+            ("ffns.0.layers.1.linear_sep", "feed_forward.linear2", linear(FFN, WIDTH)),
+            ("attentions.0.instruction_o2m", "contents", [("weight", (TOKENS, WIDTH))]),
+            ("attentions.0.instruction_o2m_pos", "positions", [("weight", (TOKENS, WIDTH))]),
+        ):
+            entries += module(f"{name}.{theirs}", f"{own}.{ours}", block)
+    entries.append(("transformer.level_embeds", "transformer.level_embed", (LEVELS, WIDTH)))
+    entries.append(("query_embedding.weight", "query_embed.weight", (QUERIES, WIDTH)))
+    for name, block in {
+        "transformer.enc_output": linear(WIDTH, WIDTH),
+        "transformer.enc_output_norm": norm(),
+        "transformer.pos_trans": linear(2 * WIDTH, 2 * WIDTH),
+        "transformer.pos_trans_norm": norm(2 * WIDTH),
+    }.items():
+        entries += module(name, name, block)
+    for theirs, ours, block in (
+        ("class_embed_o2m_encoder", "score", linear(WIDTH, num_classes)),
+        ("bbox_embed_enc_o2m", "box", box_head()),
+    ):
+        own = f"recipes.mr.encoder_heads.{ours}"
+        entries += module(f"transformer.decoder.{theirs}", own, block)
     for head in range(DECODER + 1):
         for prefix in ("", "transformer.decoder."):
             classes, boxes = f"{prefix}class_embed.{head}", f"{prefix}bbox_embed.{head}"

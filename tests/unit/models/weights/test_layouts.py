@@ -16,7 +16,9 @@ from torch import Tensor
 from configs.schema import ModelConfig
 from engine.detector import Detector
 from models.build import build_model
+from models.recipes.denoising import Options as DenoisingOptions
 from models.recipes.hybrid import Options as HybridOptions
+from models.recipes.mr import Options as MrOptions
 from models.weights.class_names import COCO_CATEGORIES
 from models.weights.hugging_face import save_hugging_face
 from models.weights.load import Pretrained, load_pretrained
@@ -56,6 +58,16 @@ CASES: dict[str, tuple[list[Entry], dict[str, Any]]] = {
     ),
     "dino": (published.dino(), {**DINO, **EDGES, "shared_heads": True}),
     "detrex": (published.detrex_dino(), DINO),
+    "stable_dino": (published.detrex_dino(fusion=True), {**DINO, "enc_fusion": "dense"}),
+    "relation_detr": (
+        published.relation_detr(),
+        {**DINO, "query_position": "scaled_box", "relation": "previous", "enc_fusion": "mlp"},
+    ),
+    "mr_detr": (
+        published.mr_detr(),
+        {**TWO_STAGE, "mixed_query_selection": True, "look_forward_twice": True,
+         "num_queries": QUERIES, "dropout": 0.0},
+    ),
     "mmdet_plain": (published.mmdetection("plain"), {"num_queries": QUERIES}),
     "mmdet_refine": (
         published.mmdetection("refine"), {"num_queries": QUERIES, "with_box_refine": True}
@@ -87,7 +99,11 @@ def meaning(case: str, ours: str) -> str:
 def theirs_and_ours(case: str) -> tuple[Weights, Weights]:
     """Return a state dict under their keys, and the same tensors under ours."""
     tensors = [(t, o, value(meaning(case, o), shape)) for t, o, shape in CASES[case][0]]
-    return {t: tensor for t, _, tensor in tensors}, {o: tensor for _, o, tensor in tensors}
+    ours = {o: tensor for _, o, tensor in tensors}
+    for key, tensor in ours.items():
+        if key.endswith("pos_proj.0.weight"):  # a convolution of one pixel is a linear map
+            ours[key] = tensor[:, :, 0, 0]
+    return {t: tensor for t, _, tensor in tensors}, ours
 
 
 def content(case: str, weights: Weights) -> Mapping[str, Any]:
@@ -125,7 +141,7 @@ def test_options_classes_and_every_tensor_arrive(tmp_path: Path, case: str) -> N
         own["query_embed.weight"] = own["query_embed.weight"][:QUERIES]
     direct = build_model(config, num_classes=len(pretrained.classes)).eval()
     assert direct.load_state_dict(own, strict=False).unexpected_keys == []
-    if case.startswith("mmdet"):  # a missing bias is zero, as in a fresh model
+    if case.startswith(("mmdet", "relation")):  # a missing bias is zero, as in a fresh model
         assert not any(direct.get_parameter(f"input_proj.{i}.0.bias").any() for i in range(4))
     detector = Detector.load(tmp_path / "w.pth", device="cpu")
     batch = pad_images([torch.randn(3, 64, 96), torch.randn(3, 96, 64)])
@@ -170,6 +186,48 @@ def test_h_detr_tells_the_queries_that_only_train_apart(tmp_path: Path) -> None:
     load_strict(model, pretrained.state_dict, "file")
 
 
+def test_what_trains_mr_detr_goes_to_its_recipe(tmp_path: Path) -> None:
+    theirs, ours = theirs_and_ours("mr_detr")
+    pretrained = load(tmp_path, content("mr_detr", theirs))
+    config = ModelConfig(**pretrained.model_options)
+    model = build_model(config, num_classes=80, recipes={"mr": MrOptions()})
+    load_strict(model, pretrained.state_dict, "file")
+    state = model.state_dict()
+    for layer in range(DECODER):
+        name = f"recipes.mr.layers.{layer}"
+        contents, positions = (ours[f"{name}.{part}.weight"] for part in ("contents", "positions"))
+        assert torch.equal(state[f"{name}.tokens"], torch.stack([contents, positions]))
+        assert torch.equal(state[f"{name}.norm.bias"], ours[f"{name}.norm.bias"])
+        for part in ("linear1", "linear2"):
+            key = f"{name}.feed_forward.{part}.weight"
+            assert torch.equal(state[key], ours[key])
+    score = "recipes.mr.encoder_heads.score.weight"
+    assert torch.equal(state[score], ours[score][:1])
+
+
+def test_what_trains_relation_detr_goes_to_its_recipes(tmp_path: Path) -> None:
+    theirs, ours = theirs_and_ours("relation_detr")
+    pretrained = load(tmp_path, content("relation_detr", theirs))
+    config = ModelConfig(**pretrained.model_options)
+    recipes = {
+        "denoising": DenoisingOptions(),
+        "hybrid": HybridOptions(num_queries_one2many=HYBRID, hybrid_proposals=True),
+    }
+    model = build_model(config, num_classes=91, recipes=recipes)
+    load_strict(model, pretrained.state_dict, "file")
+    own = {k: t for k, t in ours.items() if k.startswith("recipes.hybrid.")}
+    assert len(own) == 9
+    assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in own.items())
+    target = type(pretrained.classes)((1, 2), ("dog", "person"))
+    small = build_model(config, num_classes=2, recipes=recipes)
+    transfer(
+        small, pretrained.state_dict, source_classes=pretrained.classes, target_classes=target,
+        proposals_tell="classes",
+    )  # fmt: skip
+    score = "recipes.hybrid.encoder_heads.score.weight"
+    assert torch.equal(small.state_dict()[score], own[score][[18, 1]])
+
+
 def test_h_detr_without_its_command_line_is_known_by_its_number_of_queries(tmp_path: Path) -> None:
     theirs, _ = theirs_and_ours("h_detr")
     for rows, detecting in ((1800, 300), (900, 900)):
@@ -177,7 +235,10 @@ def test_h_detr_without_its_command_line_is_known_by_its_number_of_queries(tmp_p
         assert load(tmp_path, {"model": theirs}).model_options["num_queries"] == detecting
 
 
-@pytest.mark.parametrize(("case", "rows"), [("dino", 91), ("detrex", 80), ("mmdet_dino", 80)])
+@pytest.mark.parametrize(
+    ("case", "rows"),
+    [("dino", 91), ("detrex", 80), ("mmdet_dino", 80), ("relation_detr", 91)],
+)
 def test_labels_of_denoising_have_a_row_of_zeros_for_empty_slots(
     tmp_path: Path, case: str, rows: int
 ) -> None:
@@ -241,8 +302,8 @@ def test_the_encoders_classes_go_by_name_where_both_models_tell_them(
 @pytest.mark.parametrize(
     ("case", "extra", "what"),
     [
-        ("detrex", {"transformer.encoder.fusion_layer.0.weight": torch.ones(2)},
-         "parts that are not supported: transformer.encoder.fusion_layer.0.weight"),
+        ("detrex", {"transformer.fusion_run.weight": torch.ones(2)},
+         "parts that are not supported: transformer.fusion_run.weight"),
         ("mmdet_dino", {"mask_head.weight": torch.ones(2)}, "mask_head.weight"),
         ("dino", {"input_proj.4.0.weight": torch.ones(32, 64, 1, 1)}, "takes 4 feature maps"),
     ],
