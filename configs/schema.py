@@ -250,9 +250,29 @@ class LossConfig(Checked):
         False, "boxes of all decoder layers learn the pairs of all of them: each query the object "
         "that most layers give it",
     )  # fmt: skip
+    prime_samples: int = option(
+        1, "cls_loss ia_bce: queries that learn each object in all layers but the last, the worse "
+        "ones less (Align-DETR)", low=1, most=1000,
+    )  # fmt: skip
+    prime_tau: float = option(
+        1.5, "prime_samples: the one of rank r counts exp(-r / prime_tau)", above=0, rare=True
+    )
     extra_losses: tuple[str, ...] = option(
         (), "more losses, by NAME or NAME=COEFFICIENT", rare=True
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prime_samples > 1 and self.cls_loss != "ia_bce":
+            raise ConfigError(
+                "prime_samples: weighs what `cls_loss ia_bce` teaches, not "
+                f"`cls_loss {self.cls_loss}`. Choose that."
+            )
+        if self.prime_samples > 1 and self.union_set:
+            raise ConfigError(
+                "prime_samples: several queries learn an object, and with `union_set` one. "
+                "Choose one of them."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from models.levels import Joiner, PositionEmbeddingSine
 from models.match_costs import HighOrderMatcher, PositionModulatedMatcher
 from models.matcher import HungarianMatcher
 from models.necks import NECKS, NeckOptions, RawNeck
+from models.prime_samples import PrimeSampleCriterion
 from models.recipes import RECIPES
 from models.relations import RelationBias
 from models.transformer import DeformableTransformer
@@ -262,7 +263,9 @@ def build_criterion(config: LossConfig) -> SetCriterion:
                     f"extra_losses: '{given}' has no number after '='. "
                     "Write NAME or NAME=COEFFICIENT."
                 ) from None
-    kind = UnionSetCriterion if config.union_set else SetCriterion
+    kind: Callable[..., SetCriterion] = UnionSetCriterion if config.union_set else SetCriterion
+    if config.prime_samples > 1:
+        kind = partial(PrimeSampleCriterion, samples=config.prime_samples, tau=config.prime_tau)
     return kind(matcher, weights=weights, cls_loss=config.cls_loss, focal_alpha=config.focal_alpha)
 
 

@@ -40,14 +40,27 @@ def matchability_aware(assigned: Assigned, gamma: float = 1.5) -> Tensor:
 
 @class_loss("ia_bce", coefficient=1.0)
 def iou_aware_bce(assigned: Assigned, alpha: float = 0.25) -> Tensor:
-    """IoU-aware cross-entropy: a score should be p^a u^(1-a) (Align-DETR, arXiv 2304.07527)."""
+    """IoU-aware cross-entropy: a score should be p^a u^(1-a) (Align-DETR, arXiv 2304.07527).
+
+    Where several queries learn an object, that is multiplied by the weight of each.
+    """
     z, y = assigned.logits, assigned.classes
     p = z.sigmoid()
     iou = _on_classes(assigned, _overlaps(assigned)[0])
     target = (p.detach() ** alpha * iou ** (1 - alpha)).clamp(min=0.01) * y
+    if assigned.weights is not None:
+        target = target * _on_classes(assigned, assigned.weights.expand_as(assigned.labels))
     negative = (1 - target) * y + p**2 * (1 - y)
     # -t log p - n log(1 - p), where log(1 - p) is log p - z
     return (negative * z - F.logsigmoid(z) * (target + negative)).sum((1, 2, 3))
+
+
+def agreement(assigned: Assigned, alpha: float = 0.25) -> Tensor:
+    """Return p^a u^(1-a) of every pair, what `ia_bce` teaches scores. Shape: [G,P]."""
+    layer = torch.arange(len(assigned.logits), device=assigned.logits.device)[:, None]
+    matches = assigned.matches
+    p = assigned.logits.detach()[layer, matches.image, matches.query, assigned.labels].sigmoid()
+    return (p**alpha * _overlaps(assigned)[0] ** (1 - alpha)).clamp(min=0.01)
 
 
 @class_loss("position_supervised", coefficient=_POSITION_SUPERVISED)

@@ -32,8 +32,8 @@ class Assigned:
     Shape: logits [G,N,Q,classes]; boxes [G,N,Q,4]; classes [G,N,Q,classes], 1 where a query is
     matched with an object of a class, else 0; matched_boxes and target_boxes [G,P,4], those of
     the pairs in `matches`, the same box on both sides where there is no pair; labels [G,P].
-    Boxes are normalised cxcywh. `name` is that of the group. `weights` [P] says how much each pair
-    counts, None for 1.
+    Boxes are normalised cxcywh. `name` is that of the group. `weights` [P] or [G,P] says how much
+    each pair counts, None for 1.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Assigned:
     def total(self, values: Tensor) -> Tensor:
         """Sum up values of every pair, each by its weight. Shape: [G,P] or [G,P,4] -> [G]."""
         if self.weights is not None:
-            values = values * self.weights.reshape(-1, *[1] * (values.dim() - 2))
+            values = values * self.weights.reshape(*self.weights.shape, *[1] * (values.dim() - 2))
         return values.sum(tuple(range(1, values.dim())))
 
 
@@ -264,5 +264,7 @@ def class_error(logits: Tensor, targets: PaddedTargets, matches: Matches) -> Ten
     """
     best = logits[matches.image, matches.query[-1]].argmax(-1)
     actual = targets.labels[matches.image, matches.target[-1]]
-    wrong = (best != actual).sum().to(torch.float32)
-    return 100 * wrong / max(len(matches.image), 1)
+    wrong = best != actual
+    if matches.real is not None:
+        return 100 * (wrong & matches.real[-1]).sum() / matches.real[-1].sum().clamp(min=1)
+    return 100 * wrong.sum().to(torch.float32) / max(len(matches.image), 1)

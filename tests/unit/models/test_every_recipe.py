@@ -69,6 +69,7 @@ CASES: dict[str, Case] = {
         },
         loss={"cls_loss": "vfl"},
     ),
+    "align": Case(model=DINO, loss={"cls_loss": "ia_bce", "prime_samples": 2}),
     "hybrid with proposals": Case(recipes={"hybrid": replace(HYBRID, hybrid_proposals=True)}),
     "lite": Case(model=LITE),
     "lite, plain, fusion": Case("plain", model={**LITE, "enc_fusion": "dense"}),

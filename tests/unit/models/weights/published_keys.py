@@ -316,16 +316,17 @@ def mr_detr(num_classes: int = 80) -> list[Entry]:
             name = f"transformer.{side}.layers.{layer}"
             for theirs, ours, block in parts:
                 entries += module(f"{name}.{theirs}", f"{name}.{ours}", block)
+    own: list[tuple[str, str, Block]] = [
+        ("attentions.0.norm_o2m", "norm", norm()),
+        ("ffns.0.layers.0.linear.linear_sep", "feed_forward.linear1", linear(WIDTH, FFN)),
+        ("ffns.0.layers.1.linear_sep", "feed_forward.linear2", linear(FFN, WIDTH)),
+        ("attentions.0.instruction_o2m", "contents", [("weight", (TOKENS, WIDTH))]),
+        ("attentions.0.instruction_o2m_pos", "positions", [("weight", (TOKENS, WIDTH))]),
+    ]
     for layer in range(DECODER):
-        name, own = f"transformer.decoder.layers.{layer}", f"recipes.mr.layers.{layer}"
-        for theirs, ours, block in (
-            ("attentions.0.norm_o2m", "norm", norm()),
-            ("ffns.0.layers.0.linear.linear_sep", "feed_forward.linear1", linear(WIDTH, FFN)),
-            ("ffns.0.layers.1.linear_sep", "feed_forward.linear2", linear(FFN, WIDTH)),
-            ("attentions.0.instruction_o2m", "contents", [("weight", (TOKENS, WIDTH))]),
-            ("attentions.0.instruction_o2m_pos", "positions", [("weight", (TOKENS, WIDTH))]),
-        ):
-            entries += module(f"{name}.{theirs}", f"{own}.{ours}", block)
+        name, recipe = f"transformer.decoder.layers.{layer}", f"recipes.mr.layers.{layer}"
+        for theirs, ours, block in own:
+            entries += module(f"{name}.{theirs}", f"{recipe}.{ours}", block)
     entries.append(("transformer.level_embeds", "transformer.level_embed", (LEVELS, WIDTH)))
     entries.append(("query_embedding.weight", "query_embed.weight", (QUERIES, WIDTH)))
     for name, block in {
@@ -339,8 +340,9 @@ def mr_detr(num_classes: int = 80) -> list[Entry]:
         ("class_embed_o2m_encoder", "score", linear(WIDTH, num_classes)),
         ("bbox_embed_enc_o2m", "box", box_head()),
     ):
-        own = f"recipes.mr.encoder_heads.{ours}"
-        entries += module(f"transformer.decoder.{theirs}", own, block)
+        entries += module(
+            f"transformer.decoder.{theirs}", f"recipes.mr.encoder_heads.{ours}", block
+        )
     for head in range(DECODER + 1):
         for prefix in ("", "transformer.decoder."):
             classes, boxes = f"{prefix}class_embed.{head}", f"{prefix}bbox_embed.{head}"
