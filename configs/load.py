@@ -51,6 +51,8 @@ class Given:
         replaced = set(LOCATIONS if any(name in data for name in LOCATIONS) else ())
         replaced |= set(AUGMENTED if "augment" in data else ())
         values = {title: dict(entries) for title, entries in below.values.items()}
+        if "cls_loss" in self.values.get("loss", {}):
+            values.get("model", {}).pop("scores", None)
         values["data"] = {k: v for k, v in values.get("data", {}).items() if k not in replaced}
         if self.dropped:
             kept = {k: v for k, v in values.get("recipes", {}).items() if k not in self.dropped}
@@ -70,7 +72,7 @@ class Given:
         """
         data = self.values.get("data", {})
         preset = AUGMENTATIONS.get(data.get("augment", "official"), {})
-        values = {**self.values, "data": {**preset, **data}}
+        values = {**self.values, "data": {**preset, **data}, **self._of_scores()}
         sections = {title: kind(**values.get(title, {})) for title, kind in SECTIONS.items()}
         options = {k: self.recipes[k](**v) for k, v in values.get("recipes", {}).items()}
         for switch, names in alternatives_of(self.recipes).items():
@@ -81,6 +83,14 @@ class Given:
                 )
         active = {k: v for k, v in options.items() if getattr(v, "active", True)}
         return Config(**sections, recipes=active)
+
+    def _of_scores(self) -> Values:
+        """Return the sections that say what scores are, each in agreement with the other."""
+        model, loss = self.values.get("model", {}), self.values.get("loss", {})
+        if "softmax" not in (model.get("scores"), loss.get("cls_loss")):
+            return {"model": model, "loss": loss}
+        detr = {"cls_loss": "softmax", "match_cost": "probability", "set_cost_class": 1.0}
+        return {"model": {"scores": "softmax", **model}, "loss": {**detr, **loss}}
 
     def section(self, title: str, kind: type[T]) -> T:
         """Return the options of one section.

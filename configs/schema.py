@@ -133,6 +133,10 @@ class ModelConfig(Checked):
         "none", "with_box_refine: attention among queries by how the boxes of the layer before lie "
         "to each other",
     )  # fmt: skip
+    scores: Literal["sigmoid", "softmax"] = option(
+        "sigmoid", "what a score is: a question for each class, or a part of 1, which all classes "
+        "and no object share (DETR; cls_loss softmax sets it)", rare=True,
+    )  # fmt: skip
     aux_loss: bool = option(
         True, "losses after every decoder layer", off="losses after the last decoder layer only",
         rare=True,
@@ -152,6 +156,11 @@ class ModelConfig(Checked):
             raise ConfigError(
                 f"query_position {self.query_position}: needs boxes to begin with, and learned "
                 "contents: `two_stage` and `mixed_query_selection`. Add them."
+            )
+        if self.scores == "softmax" and self.two_stage:
+            raise ConfigError(
+                "cls_loss softmax: is of queries, and `two_stage` scores every token for one class "
+                "alone. Remove one of them."
             )
         self._check_encoder()
         self._check_neck()
@@ -229,12 +238,18 @@ class LossConfig(Checked):
     set_cost_class: float = option(2.0, "matching cost: weight of the class", low=0, rare=True)
     set_cost_bbox: float = option(5.0, "matching cost: weight of the box L1", low=0, rare=True)
     set_cost_giou: float = option(2.0, "matching cost: weight of the GIoU", low=0, rare=True)
-    cls_loss: Literal["focal", "vfl", "ia_bce", "mal", "position_supervised", "giou_focal"] = (
-        option("focal", "what teaches the scores; all but focal: how well the box fits, too")
+    cls_loss: Literal[
+        "focal", "vfl", "ia_bce", "mal", "position_supervised", "giou_focal", "softmax"
+    ] = option(
+        "focal", "what teaches the scores: of classes alone (focal; softmax: DETR's, one-stage), "
+        "or how well the box fits, too",
+    )  # fmt: skip
+    eos_coef: float = option(
+        0.1, "cls_loss softmax: weight of queries without an object", above=0, high=1, rare=True
     )
-    match_cost: Literal["focal", "position_modulated", "high_order"] = option(
-        "focal", "matching cost of the class: alone, with the box's GIoU, or, late in the "
-        "training, score times IoU**4 as the whole cost",
+    match_cost: Literal["focal", "position_modulated", "high_order", "probability"] = option(
+        "focal", "matching cost of the class: focal, with the box's GIoU, late in the training "
+        "score times IoU**4 as the whole cost, or the score itself (default with cls_loss softmax)",
     )  # fmt: skip
     high_order_from: float = option(
         0.75, "match_cost high_order: part of the training before it", low=0, high=1, rare=True
@@ -652,6 +667,20 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     recipes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        softmax = self.loss.cls_loss == "softmax"
+        if softmax != (self.model.scores == "softmax"):
+            raise ConfigError(
+                f"scores {self.model.scores}: is not what `cls_loss {self.loss.cls_loss}` teaches. "
+                "Leave `scores` out."
+            )
+        if softmax and (self.recipes or self.loss.union_set):
+            other = next(iter(self.recipes), "union_set")
+            raise ConfigError(
+                "cls_loss softmax: DETR's loss knows one query for each object in each layer, and "
+                f"`{other}` changes that. Remove one of them."
+            )
 
 
 SECTIONS: Mapping[str, Section] = {

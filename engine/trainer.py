@@ -122,7 +122,9 @@ class Trainer:
             images, boxes, most, stop = zip(*self.world.every(own), strict=True)
             if any(stop):
                 break
-            whole = EffectiveBatch(int(sum(boxes)), int(max(most)), self.seed, self.epoch)
+            whole = EffectiveBatch(
+                int(sum(boxes)), int(max(most)), self.seed, self.epoch, images=int(sum(images))
+            )
             self.timer.mark("data")
             with self.guards.watch(self.step, micro_batches):
                 if any(images):
@@ -162,6 +164,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         num_boxes = max(whole.boxes, 1) / self.world.size  # every loss is a sum over boxes
         self.criterion.progress = self.step / (self.last_step or math.inf)
+        self.criterion.whole = whole
         total = torch.zeros((), device=self.device)
         for i, batch in enumerate(self.upload(micro_batches)):
             earlier = i + 1 < len(micro_batches)  # the last exchanges gradients between processes

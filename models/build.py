@@ -21,12 +21,13 @@ from models.heads import MLP, DetectionHeads
 from models.layers import ExactLinear, GroupNorm
 from models.learned_positions import PositionEmbeddingLearned
 from models.levels import Joiner, PositionEmbeddingSine
-from models.match_costs import HighOrderMatcher, PositionModulatedMatcher
+from models.match_costs import HighOrderMatcher, PositionModulatedMatcher, ProbabilityMatcher
 from models.matcher import HungarianMatcher
 from models.necks import NECKS, NeckOptions, RawNeck
 from models.prime_samples import PrimeSampleCriterion
 from models.recipes import RECIPES
 from models.relations import RelationBias
+from models.softmax import SoftmaxCriterion, SoftmaxHead
 from models.transformer import DeformableTransformer
 from models.two_stage import TwoStageTransformer
 from models.union_set import UnionSetCriterion
@@ -105,10 +106,13 @@ def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
     Every head that requires a gradient gets one: without `aux_loss`, the heads of refining layers
     before the last, whose boxes pass no gradient on, do not learn.
     """
-    class_head = ExactLinear(config.hidden_dim, num_classes)
-    # nearly all queries see background: scores that start at 0.01 keep the sum of their losses
-    # from drowning the rest (RetinaNet, arXiv 1708.02002, Sec. 4.1)
-    nn.init.constant_(class_head.bias, -math.log((1 - 0.01) / 0.01))
+    if config.scores == "softmax":
+        class_head: ExactLinear = SoftmaxHead(config.hidden_dim, num_classes)
+    else:
+        class_head = ExactLinear(config.hidden_dim, num_classes)
+        # nearly all queries see background: scores that start at 0.01 keep the sum of their losses
+        # from drowning the rest (RetinaNet, arXiv 1708.02002, Sec. 4.1)
+        nn.init.constant_(class_head.bias, -math.log((1 - 0.01) / 0.01))
     box_head = MLP(config.hidden_dim, config.hidden_dim, 4, 3)
     for name in ("weight", "bias"):  # the first boxes are the references themselves
         nn.init.zeros_(box_head.get_parameter(f"layers.2.{name}"))
@@ -237,6 +241,7 @@ def build_criterion(config: LossConfig) -> SetCriterion:
         "focal": HungarianMatcher,
         "position_modulated": PositionModulatedMatcher,
         "high_order": partial(HighOrderMatcher, high_order_from=config.high_order_from),
+        "probability": ProbabilityMatcher,
     }
     matcher = matchers[config.match_cost](
         cost_class=config.set_cost_class,
@@ -264,6 +269,8 @@ def build_criterion(config: LossConfig) -> SetCriterion:
                     "Write NAME or NAME=COEFFICIENT."
                 ) from None
     kind: Callable[..., SetCriterion] = UnionSetCriterion if config.union_set else SetCriterion
+    if config.cls_loss == "softmax":
+        kind = partial(SoftmaxCriterion, eos_coef=config.eos_coef)
     if config.prime_samples > 1:
         kind = partial(PrimeSampleCriterion, samples=config.prime_samples, tau=config.prime_tau)
     return kind(matcher, weights=weights, cls_loss=config.cls_loss, focal_alpha=config.focal_alpha)

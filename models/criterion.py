@@ -17,7 +17,7 @@ from models.matcher import (
     pad_targets,
 )
 from models.queries import DetectorOutput, GroupOutput, Learning
-from util.batch import Target
+from util.batch import EffectiveBatch, Target
 from util.registry import Registry
 
 # G prediction layers, N batch, Q predictions, P matched pairs.
@@ -104,7 +104,7 @@ class RegisteredLoss(NamedTuple):
 LOSSES: Registry[RegisteredLoss] = Registry("loss", __package__, {})
 _OTHERS = ("vfl", "mal", "ia_bce", "position_supervised", "giou_focal")
 CLASS_LOSSES: Registry[RegisteredLoss] = Registry(
-    "cls_loss", __package__, dict.fromkeys(_OTHERS, ".class_losses")
+    "cls_loss", __package__, {**dict.fromkeys(_OTHERS, ".class_losses"), "softmax": ".softmax"}
 )
 
 
@@ -157,8 +157,10 @@ class SetCriterion:
     """Match predictions with targets, then sum up their losses (Sec. 4, DETR Sec. 3.1).
 
     `weights` maps losses to their coefficients: "loss_ce", which is the one that `cls_loss` names,
-    and registered ones.
+    and registered ones. `whole` describes the effective batch that a batch is part of.
     """
+
+    whole: EffectiveBatch | None = None
 
     def __init__(
         self,

@@ -48,6 +48,7 @@ class DeformableDETR(nn.Module):
         self.input_proj = input_proj
         self.neck = neck or nn.Identity()
         self.backbone = backbone
+        self.scores_no_object = hasattr(heads.class_embed[0], "no_object")
         self.recipes = nn.ModuleDict()  # by name
         self._in_evaluation: list[nn.Module] = []
 
@@ -121,8 +122,11 @@ class DeformableDETR(nn.Module):
             for g, g_logits, g_boxes in zip(output.groups, logits, boxes, strict=True)
         ]
         groups += [g.encoder for g in output.groups if g.encoder is not None]
+        detected = output.decoder.logits[-1][:, : sizes[0]]
+        if self.scores_no_object:
+            detected = detected[..., :-1]
         result: DetectorOutput = {  # a literal, which compiles
-            "pred_logits": output.decoder.logits[-1][:, : sizes[0]],
+            "pred_logits": detected,
             "pred_boxes": output.decoder.boxes[-1][:, : sizes[0]],
             "groups": groups,
         }

@@ -39,6 +39,16 @@ class HighOrderMatcher(HungarianMatcher):
         return super().total(score, distance, iou, giou, counts)
 
 
+class ProbabilityMatcher(HungarianMatcher):
+    """The score itself, in place of what its loss would be (DETR, arXiv 2005.12872, Sec. 3.1)."""
+
+    def total(
+        self, score: Tensor, distance: Tensor, iou: Tensor, giou: Tensor, counts: Sequence[int]
+    ) -> Tensor:
+        """See `HungarianMatcher`."""
+        return -self.cost_class * score + self.cost_bbox * distance - self.cost_giou * giou
+
+
 def _best_is_1(quality: Tensor, counts: Sequence[int]) -> Tensor:
     """Scale the qualities [G,N,Q,T] of every image so that the best is 1."""
     real = torch.arange(quality.shape[3]) < torch.tensor(counts)[:, None, None]  # [N,1,T]

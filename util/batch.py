@@ -38,7 +38,7 @@ class PaddedBatch:
 class EffectiveBatch:
     """What all images of an update have in common, however many processes and parts share them.
 
-    `boxes` counts those of all images, `most_boxes` those of the image that has the most. Random
+    `boxes` counts those of all `images`, `most_boxes` those of the image that has the most. Random
     draws for an image depend on `seed`, `epoch` and its id.
     """
 
@@ -46,12 +46,13 @@ class EffectiveBatch:
     most_boxes: int
     seed: int = 0
     epoch: int = 0
+    images: int = 0
 
     @staticmethod
     def of(targets: "Sequence[Target]") -> "EffectiveBatch":
         """Return the description of a batch that is an effective batch by itself."""
         counts = [len(t["labels"]) for t in targets]
-        return EffectiveBatch(sum(counts), max(counts, default=0))
+        return EffectiveBatch(sum(counts), max(counts, default=0), images=len(counts))
 
 
 @dataclass(frozen=True)

@@ -226,6 +226,7 @@ def published_weights(
         ("backbone", r"resnet\d+"), ("encoder", "deformable"), ("neck", "none"),
         ("encoder_attn", "deformable"),
         ("relation", "none"), ("encoder_updates", "full"), ("enc_fusion", "none"),
+        ("scores", "sigmoid"),
     ):  # fmt: skip
         value = str(options.get(name, "" if name == "backbone" else usual))
         if not re.fullmatch(usual, value):

@@ -17,6 +17,7 @@ from util.console import in_line
 from util.errors import CheckpointError
 
 _HEAD = re.compile(r"(transformer\.decoder\.)?(class|bbox)_embed\.(\d+)\.(.+)")
+_NO_OBJECT = ".no_object."  # in a class head, the row that belongs to no class
 _QUERIES = "query_embed.weight"
 _LABELS = "recipes.denoising.label_enc.weight"  # a row for each class, one for none
 _COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none
@@ -142,7 +143,7 @@ def transfer(
                 report.reinitialised[name] = "not in the checkpoint"
             elif name == _QUERIES:
                 _fill_queries(tensor, source, report)
-            elif (head := _HEAD.fullmatch(name)) and head[2] == "class":
+            elif (head := _HEAD.fullmatch(name)) and head[2] == "class" and _NO_OBJECT not in name:
                 ranks = int(head[3]) == proposals
                 if ranks and proposals_tell == "either":
                     report.reinitialised[name] = "class_proposals differs"

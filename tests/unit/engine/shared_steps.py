@@ -72,6 +72,10 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "relation": {"variant": "two_stage", "model": {"relation": "previous"}},
+    "softmax": {
+        "model": {"scores": "softmax"},
+        "loss": {"cls_loss": "softmax", "match_cost": "probability"},
+    },
     "align": {"variant": "two_stage", "loss": {"cls_loss": "ia_bce", "prime_samples": 2}},
     "lite": {"model": {"encoder_updates": "lite", "enc_fusion": "dense", "enc_layers": 2}},
     "dense encoder": {"model": {"encoder_attn": "dense"}},

@@ -69,6 +69,11 @@ CASES: dict[str, Case] = {
         },
         loss={"cls_loss": "vfl"},
     ),
+    "softmax": Case(
+        "refine",
+        model={"scores": "softmax"},
+        loss={"cls_loss": "softmax", "match_cost": "probability"},
+    ),
     "align": Case(model=DINO, loss={"cls_loss": "ia_bce", "prime_samples": 2}),
     "hybrid with proposals": Case(recipes={"hybrid": replace(HYBRID, hybrid_proposals=True)}),
     "lite": Case(model=LITE),

@@ -106,7 +106,7 @@ def test_losses_and_gradients_follow_the_published_formulas(counts: list[int]) -
     named[""] = (named.pop("_2")[0], 1)  # the last layer finds each object once
     named["_enc"] = ((encoder[0][0], encoder[1][0]), 2)
     inputs = [*decoder, *encoder]
-    total, divisor = 0 * sum(t.sum() for t in inputs), max(sum(counts), 1)
+    total, divisor = 0 * torch.stack([t.sum() for t in inputs]).sum(), max(sum(counts), 1)
     for suffix, (layer, samples) in named.items():
         expected = layer_loss(*layer, targets, samples)
         for name, value, factor in zip(
