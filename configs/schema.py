@@ -129,9 +129,9 @@ class ModelConfig(Checked):
         1e-5, "with_box_refine: distance from 0 and 1 at which a box's numbers are clamped before "
         "they are refined (DINO: 0.001)", above=0, high=0.1, rare=True,
     )  # fmt: skip
-    relation: Literal["none", "previous"] = option(
+    relation: Literal["none", "previous", "mds"] = option(
         "none", "with_box_refine: attention among queries by how the boxes of the layer before lie "
-        "to each other",
+        "to each other; mds: in the last layer alone",
     )  # fmt: skip
     scores: Literal["sigmoid", "softmax"] = option(
         "sigmoid", "what a score is: a question for each class, or a part of 1, which all classes "

@@ -26,7 +26,7 @@ from models.matcher import HungarianMatcher
 from models.necks import NECKS, NeckOptions, RawNeck
 from models.prime_samples import PrimeSampleCriterion
 from models.recipes import RECIPES
-from models.relations import RelationBias
+from models.relations import RelationBias, SymmetricRelationBias
 from models.softmax import SoftmaxCriterion, SoftmaxHead
 from models.transformer import DeformableTransformer
 from models.two_stage import TwoStageTransformer
@@ -181,7 +181,7 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         if parameter.dim() > 1 and not name.startswith(initialised):
             nn.init.xavier_uniform_(parameter)
     for module in transformer.modules():
-        if isinstance(module, (MSDeformAttn, EncoderAttention)):
+        if isinstance(module, (MSDeformAttn, EncoderAttention, SymmetricRelationBias)):
             module.reset_parameters()
     if not config.two_stage:
         nn.init.zeros_(transformer.reference_points.bias)
@@ -202,7 +202,8 @@ def build_decoder(
         "two_stage": config.two_stage,
         "refine_eps": config.refine_eps,
     }
-    related = config.relation == "previous"
+    related = config.relation != "none"
+    relation = SymmetricRelationBias if config.relation == "mds" else RelationBias
     fixed = config.query_position == "fixed"
     if fixed and not (config.look_forward_twice or config.decoder_norm or related):
         return DeformableDecoder(layers, heads, **refining)
@@ -212,7 +213,7 @@ def build_decoder(
         look_forward_twice=config.look_forward_twice,
         query_position=config.query_position,
         norm=config.decoder_norm,
-        relation=RelationBias(config.nheads) if related else None,
+        relation=relation(config.nheads) if related else None,
         **refining,
     )
 

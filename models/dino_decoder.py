@@ -35,6 +35,7 @@ class DinoDecoder(DeformableDecoder):
     queries and boxes, comes from those that are not.
     With `relation`, queries that detect attend, from the second layer on, by how their boxes lie to
     each other: those that a layer was given to those that it found. Both are as they are predicted.
+    A `SymmetricRelationBias` does so in the last layer alone.
     """
 
     ref_point_head: MLP | None
@@ -102,20 +103,26 @@ class DinoDecoder(DeformableDecoder):
                 refined = boxes[-1]
                 if self.look_forward_twice or self.norm is not None:
                     refined = apply_delta(delta, reference, self.refine_eps)
-                if index + 1 < len(self.layers):
+                if self._relates(index + 1):
                     before = boxes[-2] if index else reference
                     relations = self._relations(groups[0], before, boxes[-1])
                 reference = refined.detach()  # as in `DeformableDecoder`
                 moved = refined if self.look_forward_twice else reference
         return self.predictions(hidden, references, boxes, asides)
 
-    def _relations(self, group: QueryGroup, before: Tensor, now: Tensor) -> Tensor | None:
+    def _relates(self, index: int) -> bool:
+        """Return whether a layer sees how boxes lie."""
+        relation, last = self.position_relation_embedding, len(self.layers) - 1
+        if relation is None:
+            return False
+        return index == last if relation.last_layer_alone else index <= last
+
+    def _relations(self, group: QueryGroup, before: Tensor, now: Tensor) -> Tensor:
         """Return what the relations of boxes add to the attention of the queries that detect.
 
         Shape: before, now [N,Q,2 or 4]; returns [N heads,Q,Q].
         """
-        if self.position_relation_embedding is None:
-            return None
+        assert self.position_relation_embedding is not None
         size = group.content.shape[1]
         if before.shape[-1] == 2:  # a point has no size: the first layer's boxes stand for it
             before = now

@@ -4,11 +4,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.heads import MLP
 from models.layers import ExactLinear, sine_embedding
 
 # N batch, Q and R boxes, H heads.
 
 _EPSILON = 1e-5
+_SYMMETRIC_DIMS = 32  # sines and cosines of each number
+RELATED = 4 * _SYMMETRIC_DIMS
 _PAIRS = 2**18  # whose embeddings are in memory at once: 64 MB for 64 numbers of each
 
 
@@ -56,11 +59,22 @@ def relation_bias(project: nn.Module, a: Tensor, b: Tensor, *, dims: int, scale:
     return torch.cat(computed, dim=2)
 
 
+def symmetric_bias(project: nn.Module, boxes: Tensor) -> Tensor:
+    """Return the same for both of a pair (MDS-DETR, arXiv 2605.23507).
+
+    Shape: boxes [N,Q,4], cxcywh; project [...,`RELATED`] -> [...,H]; returns [N,H,Q,Q].
+    """
+    bias = relation_bias(project, boxes, boxes, dims=_SYMMETRIC_DIMS, scale=1.0)
+    return 0.5 * (bias + bias.transpose(2, 3))
+
+
 class RelationBias(nn.Module):
     """What a decoder layer's attention gains from boxes of the layers before it (Sec. 4.2).
 
     It is never negative: a query may be drawn towards another, and is never kept away.
     """
+
+    last_layer_alone = False
 
     def __init__(self, n_heads: int) -> None:
         super().__init__()
@@ -69,3 +83,27 @@ class RelationBias(nn.Module):
     def forward(self, before: Tensor, now: Tensor) -> Tensor:
         """Shape: before [N,Q,4], the attending queries' boxes; now [N,R,4] -> [N,H,Q,R]."""
         return relation_bias(self.pos_proj, before, now, dims=16, scale=100.0)
+
+
+class SymmetricRelationBias(RelationBias):
+    """What MDS-DETR's last layer knows of boxes, for the last layer of any decoder.
+
+    It depends on the boxes that the layer before found, alike for both of a pair, and may be
+    negative. At first it is 0.
+    """
+
+    last_layer_alone = True
+
+    def __init__(self, n_heads: int) -> None:
+        nn.Module.__init__(self)
+        self.relation = MLP(RELATED, RELATED, n_heads, 2)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Make it 0 for all boxes."""
+        for name in ("weight", "bias"):
+            nn.init.zeros_(self.relation.get_parameter(f"layers.1.{name}"))
+
+    def forward(self, before: Tensor, now: Tensor) -> Tensor:
+        """Shape: now [N,Q,4], the boxes that the layer before found -> [N,H,Q,Q]."""
+        return symmetric_bias(self.relation, now)

@@ -19,13 +19,12 @@ from models.layers import ExactLayerNorm, ExactLinear
 from models.one_to_many import assign_by_quality
 from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput, Learning
 from models.recipes import RECIPES, Recipe, RecipeOptions
-from models.relations import relation_bias
+from models.relations import RELATED, symmetric_bias
 from models.transformer import DeformableTransformer, TransformerOutput
 
 # N batch, Q queries, C width, H heads.
 
 _TOKENS = 10  # what a query can look at where none is better
-_FREQUENCIES = 32  # sines and cosines of each relation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +97,7 @@ class Suppressor(nn.Module):
         self.n_heads = n_heads
         self.in_proj = nn.Linear(d_model, 3 * d_model)
         self.out_proj = nn.Linear(d_model, d_model)
-        self.relation = MLP(4 * _FREQUENCIES, 4 * _FREQUENCIES, n_heads, 2)
+        self.relation = MLP(RELATED, RELATED, n_heads, 2)
         self.token_key = nn.Parameter(torch.empty(_TOKENS, d_model))
         self.token_value = nn.Parameter(torch.empty(_TOKENS, d_model))
         # together, the tokens weigh as much as one query that is as good as any
@@ -141,8 +140,6 @@ class Suppressor(nn.Module):
         """
         best = scores.detach().amax(-1)
         better = best[:, None, :] > best[:, :, None]  # [N,Q,Q]: the column's is better
-        relation = relation_bias(self.relation, boxes, boxes, dims=_FREQUENCIES, scale=1.0)
-        relation = 0.5 * (relation + relation.transpose(2, 3))
-        relation = relation.masked_fill(~better[:, None], -math.inf)
+        relation = symmetric_bias(self.relation, boxes).masked_fill(~better[:, None], -math.inf)
         tokens = self.token_bias[None, :, None].expand(*relation.shape[:3], -1)
         return torch.cat([relation, tokens.to(relation.dtype)], dim=-1)

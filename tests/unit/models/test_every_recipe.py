@@ -54,6 +54,7 @@ CASES: dict[str, Case] = {
     "hybrid, plain": Case("plain", recipes={"hybrid": HYBRID}),
     "hybrid, ++": Case(recipes={"hybrid": HYBRID}, model=PLUS_PLUS),
     "relation": Case(model=RELATION),
+    "relation mds": Case(model={"relation": "mds"}),
     "relation, refine": Case("refine", model=RELATION),
     "relation, ++, hybrid": Case(recipes={"hybrid": HYBRID}, model={**RELATION, **PLUS_PLUS}),
     "relation, mds": Case(recipes={"mds": MDS()}, model=RELATION),

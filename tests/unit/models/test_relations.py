@@ -13,7 +13,7 @@ from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.dino_decoder import DinoDecoder
 from models.recipes.hybrid import Options as Hybrid
-from models.relations import RelationBias, box_relations
+from models.relations import RelationBias, SymmetricRelationBias, box_relations
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import group_of, perturb, random_images, small_config
 from util.batch import pad_images
@@ -160,6 +160,57 @@ def test_boxes_given_to_a_layer_attend_to_those_it_found(two_stage: bool) -> Non
     for found, expected in zip(seen, ((first, boxes[0]), (boxes[0], boxes[1])), strict=True):
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
+
+
+def test_a_symmetric_bias_is_what_its_definition_says() -> None:
+    torch.manual_seed(0)
+    layer = SymmetricRelationBias(3).double()
+    perturb(layer)
+    state = layer.state_dict()
+    boxes = random_boxes(1, 4)
+    found = layer(random_boxes(1, 4), boxes)
+
+    def one_way(a: Tensor, b: Tensor) -> Tensor:
+        (x, y, w, h), (u, v, s, t) = a.tolist(), b.tolist()
+        w, h, s, t = (side + 1e-5 for side in (w, h, s, t))
+        features = []
+        for number in (
+            math.log(abs(x - u) / w + 1), math.log(abs(y - v) / h + 1),
+            math.log(w / s), math.log(h / t),
+        ):  # fmt: skip
+            for k in range(16):
+                phase = number / 10000 ** (k / 16)
+                features += [math.sin(phase), math.cos(phase)]
+        first, second = (
+            (state[f"relation.layers.{i}.weight"], state[f"relation.layers.{i}.bias"])
+            for i in range(2)
+        )
+        hidden = (first[0] @ torch.tensor(features).double() + first[1]).clamp(min=0)
+        return second[0] @ hidden + second[1]
+
+    for i in range(4):
+        for j in range(4):
+            a, b = boxes[0, i], boxes[0, j]
+            expected = (one_way(a, b) + one_way(b, a)) / 2
+            torch.testing.assert_close(found[0, :, i, j], expected)
+
+
+def test_in_the_last_layer_alone_it_starts_as_plain_attention() -> None:
+    torch.manual_seed(0)
+    config = small_config(dropout=0.0, relation="mds", **TWO_STAGE)
+    model = build_model(config, num_classes=5).double().train()
+    relation = decoder_of(model).position_relation_embedding
+    assert isinstance(relation, SymmetricRelationBias)
+    assert not any(p.any() for p in relation.relation.layers[1].parameters())
+    perturb(model)
+    biased = boxes_of(model)
+    relation.reset_parameters()
+    unbiased = boxes_of(model)
+    decoder_of(model).position_relation_embedding = None
+    plain = boxes_of(model)
+    torch.testing.assert_close(unbiased, plain)
+    assert torch.equal(biased[:-1], plain[:-1])
+    assert not torch.isclose(biased[-1], plain[-1]).all()
 
 
 def test_queries_of_a_recipe_attend_without_relations() -> None:
