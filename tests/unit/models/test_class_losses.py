@@ -57,6 +57,20 @@ def test_a_query_of_iou_06_has_the_worked_value(
     assert found.tolist() == pytest.approx(gradients, abs=1e-6)
 
 
+def test_a_score_learns_iou_squared_beside_a_perfect_box_of_its_image() -> None:
+    logits = torch.tensor([[0.4, -1.0], [30.0, -30.0]], dtype=torch.float64, requires_grad=True)
+    wanted = torch.tensor([0.5, 0.5, 0.4, 0.4], dtype=torch.float64)
+    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.24], [0.5, 0.5, 0.4, 0.4]], dtype=torch.float64)
+    padded = PaddedTargets(torch.zeros(1, 2, dtype=torch.int64), wanted.expand(1, 2, 4), [2])
+    pairs = torch.arange(2)[None]
+    matches = Matches(torch.zeros(2, dtype=torch.int64), pairs, pairs)
+    assigned = assign("", logits[None, None], boxes[None, None], padded, matches, focal_alpha=0.25)
+    (loss,) = CLASS_LOSSES["position_supervised"].function(assigned)
+    assert loss.item() == pytest.approx(0.027947, abs=1e-6)  # the other one is as it should be
+    (found,) = torch.autograd.grad(loss, logits)
+    assert found[0].tolist() == pytest.approx((0.025450, 0.039436), abs=1e-6)
+
+
 def assignment(counts: list[int], *, seed: int = 0) -> tuple[Assigned, list[Target]]:
     """Return random predictions of two layers, each object beside a box that overlaps it."""
     torch.manual_seed(seed)
