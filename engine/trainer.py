@@ -122,9 +122,8 @@ class Trainer:
             images, boxes, most, stop = zip(*self.world.every(own), strict=True)
             if any(stop):
                 break
-            whole = EffectiveBatch(
-                int(sum(boxes)), int(max(most)), self.seed, self.epoch, images=int(sum(images))
-            )
+            count = int(sum(images))
+            whole = EffectiveBatch(int(sum(boxes)), int(max(most)), self.seed, self.epoch, count)
             self.timer.mark("data")
             with self.guards.watch(self.step, micro_batches):
                 if any(images):

@@ -160,8 +160,6 @@ class SetCriterion:
     and registered ones. `whole` describes the effective batch that a batch is part of.
     """
 
-    whole: EffectiveBatch | None = None
-
     def __init__(
         self,
         matcher: HungarianMatcher,
@@ -171,6 +169,7 @@ class SetCriterion:
         focal_alpha: float = 0.25,
     ) -> None:
         self.matcher = matcher
+        self.whole: EffectiveBatch | None = None
         self.weights = dict(weights)
         self._group_weights: dict[str, float] = {}
         self.losses = {

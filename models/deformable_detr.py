@@ -122,11 +122,9 @@ class DeformableDETR(nn.Module):
             for g, g_logits, g_boxes in zip(output.groups, logits, boxes, strict=True)
         ]
         groups += [g.encoder for g in output.groups if g.encoder is not None]
-        detected = output.decoder.logits[-1][:, : sizes[0]]
-        if self.scores_no_object:
-            detected = detected[..., :-1]
+        classes = slice(None, -1 if self.scores_no_object else None)
         result: DetectorOutput = {  # a literal, which compiles
-            "pred_logits": detected,
+            "pred_logits": output.decoder.logits[-1][:, : sizes[0], classes],
             "pred_boxes": output.decoder.boxes[-1][:, : sizes[0]],
             "groups": groups,
         }

@@ -1,10 +1,10 @@
 """The deformable encoder."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.encoders import ENCODERS, UPDATES, Encoder, EncoderOptions
+from models.encoders.fusion import dense_fusion, fused, mlp_fusion
 from models.layers import Dropout, ExactLayerNorm, checkpointed
 from models.levels import FeatureLevels, cell_centres
 from ops import MSDeformAttn
@@ -78,25 +78,15 @@ def create(options: EncoderOptions) -> Encoder:
 class DeformableEncoder(Encoder):
     """The paper's encoder: each token looks around its own cell's centre, on every level.
 
-    With a `fusion`, the memory is made of the tokens before and after every layer: "dense", by one
-    linear layer (Stable-DINO, arXiv 2304.04742, Sec. 3.4), or "mlp", by two (Relation-DETR, arXiv
-    2407.11699).
+    With a `fusion` (see `models/encoders/fusion.py`), the memory is made of the tokens before and
+    after every layer.
     """
 
     def __init__(self, options: EncoderOptions) -> None:
         super().__init__()
         self.layers = nn.ModuleList(self.layer(options) for _ in range(options.num_layers))
-        self.fusion_layer: nn.Module | None = None
-        self.memory_fusion: nn.Module | None = None  # each under its published key
-        if options.fusion != "none":
-            width = options.d_model
-            linear, norm = nn.Linear(width * (options.num_layers + 1), width), ExactLayerNorm(width)
-            if options.fusion == "dense":
-                nn.init.zeros_(linear.bias)
-                self.fusion_layer = nn.Sequential(linear, norm)
-            else:
-                second = nn.Linear(width, width)
-                self.memory_fusion = nn.Sequential(linear, nn.ReLU(), second, norm)
+        # each under its published key
+        self.fusion_layer, self.memory_fusion = dense_fusion(options), mlp_fusion(options)
 
     def layer(self, options: EncoderOptions) -> nn.Module:
         """Return a new layer, which is called as `DeformableEncoderLayer` is."""
@@ -112,7 +102,7 @@ class DeformableEncoder(Encoder):
             x = self.update(index, x, levels, reference_points)
             if fusion is not None:
                 states.append(x)
-        return x if fusion is None else fusion(torch.cat(states, dim=-1))
+        return x if fusion is None else fused(fusion, states)
 
     def update(
         self, index: int, x: Tensor, levels: FeatureLevels, reference_points: Tensor

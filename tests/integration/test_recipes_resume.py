@@ -17,7 +17,6 @@ FLAGS: dict[str, str] = {
     "mr": "--one_to_many mr --mr_tokens 4",
     "relation": "--relation previous",
     "dcn": "--backbone resnet18 --backbone_weights none --dcn v2 --train_backbone_norm",
-    "softmax": "--cls_loss softmax",
     "softmax": "--cls_loss softmax --no_two_stage",
     "align": "--cls_loss ia_bce --prime_samples 2",
     "lite": "--encoder_updates lite --enc_fusion dense",

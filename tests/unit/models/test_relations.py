@@ -186,7 +186,8 @@ def test_a_symmetric_bias_is_what_its_definition_says() -> None:
             for i in range(2)
         )
         hidden = (first[0] @ torch.tensor(features).double() + first[1]).clamp(min=0)
-        return second[0] @ hidden + second[1]
+        output: Tensor = second[0] @ hidden + second[1]
+        return output
 
     for i in range(4):
         for j in range(4):
