@@ -117,6 +117,26 @@ def test_person_and_dog_are_the_official_rows(official: Path, people: Path, tmp_
     assert kept <= rows
 
 
+@pytest.mark.slow
+def test_a_plain_detector_gets_deformable_convolutions(
+    official: Path, people: Path, tmp_path: Path
+) -> None:
+    options = ("--finetune", official, *SMALL, "--max_steps", "1", "--dcn", "v1",
+               *data(people, people / "boxes.json"))  # fmt: skip
+    train(tmp_path / "run", *options, *STILL)
+    before, after = weights(official), weights(tmp_path / "run" / "last.pth")
+    offsets = {name for name in after if ".conv_offset." in name}
+    assert len(offsets) == 2 * 6  # weights and biases of two blocks in three stages
+    for name, tensor in after.items():
+        if name in offsets:
+            assert tensor.abs().max() < 1e-20, name
+        elif not name.startswith("class_embed."):
+            assert tensor.equal(before[name]), name
+    output = train(tmp_path / "frozen", *options, "--lr_backbone", "0", code=2)
+    (line,) = errors(output)
+    assert "dcn: the backbone is frozen, and the offsets would stay zero." in line
+
+
 @pytest.mark.parametrize("dog", [3, 7, 90])
 def test_ids_with_gaps_come_back_with_their_names(tmp_path: Path, dog: int) -> None:
     """A detector to which everything is a dog; a set where dog is any of three ids."""

@@ -19,6 +19,8 @@ FLAGS: dict[str, str] = {
     "dcn": "--backbone resnet18 --backbone_weights none --dcn v2 --train_backbone_norm",
     "softmax": "--cls_loss softmax --no_two_stage",
     "align": "--cls_loss ia_bce --prime_samples 2",
+    "dilateformer": "--backbone dilateformer_tiny --backbone_weights none --drop_path 0.2 "
+    "--activation_checkpointing backbone",
     "lite": "--encoder_updates lite --enc_fusion dense",
     "dense encoder": "--encoder_attn dense --dropout 0.1",
     "mswin": "--encoder_attn mswin+deformable --dropout 0.1",
