@@ -1,7 +1,9 @@
 """Data sets: images of an index, with targets, kept once decoded; and images alone."""
 
+import codecs
 import glob
 import multiprocessing
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +33,10 @@ from datasets.transforms import Transform
 from util.batch import Target, UnreadableImage
 from util.classes import Classes
 from util.errors import ConfigError, DataError
+from util.files import read_regular
 
 ImageSource = Path | Image.Image | Tensor
+_LONGEST_LIST = 2**30  # bytes
 _PATIENCE = 1.0  # seconds: a process that was killed may have held the lock of the cache
 
 
@@ -237,10 +241,11 @@ def seeded_generator(*key: int) -> torch.Generator:
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Return the images that files, folders (with all in them) and glob patterns name.
+    """Return the images that files, folders (with all in them), glob patterns and lists name.
 
-    A file named outright is taken whatever its suffix; each image comes once, in the order of
-    `inputs` and sorted within each.
+    A list is a .txt file, or the standard input for `-`; see `_listed`. Another file named outright
+    is taken whatever its suffix. Each image comes once, in the order of `inputs`, sorted within
+    folders and patterns.
 
     Raises:
         DataError: an input does not exist or holds no image.
@@ -248,7 +253,9 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for text in inputs:
         path = Path(text)
-        if path.is_file():
+        if text == "-" or (path.suffix.lower() == ".txt" and path.is_file()):
+            images = _listed(text)
+        elif path.is_file():
             images = [path]
         elif path.is_dir():
             images = sorted(p for p in files_below(path) if is_image(p))
@@ -263,6 +270,34 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             raise DataError(f"`input {text}`: there are no images there.")
         found.update(dict.fromkeys(images))
     return list(found)
+
+
+def _listed(text: str) -> list[Path]:
+    """Return the files that a list names, one a line; `-` stands for the standard input.
+
+    A relative name is looked for from the working folder, then from that of the list. What is not
+    there is an image that cannot be read, like any other.
+
+    Raises:
+        DataError: the list cannot be read, or a line is no name.
+    """
+    try:
+        if text == "-":
+            content = sys.stdin.buffer.read(_LONGEST_LIST)
+        else:
+            content = read_regular(Path(text), _LONGEST_LIST)
+    except OSError as error:
+        raise DataError(f"`input {text}`: cannot be read ({error.strerror}).") from None
+    folder = Path() if text == "-" else Path(text).parent
+    paths = []
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):
+        if b"\0" in line:
+            raise DataError(f"`input {text}`: line {number} is no name. Give an image a line.")
+        if line.strip():
+            path = Path(os.fsdecode(line))
+            beside = folder / path
+            paths.append(beside if not os.path.exists(path) and os.path.exists(beside) else path)
+    return paths
 
 
 class ImageList(Dataset[tuple[Tensor, Target] | UnreadableImage]):

@@ -1,27 +1,20 @@
-"""`main.py predict`: drawn copies of images with what a checkpoint finds in them, and one JSON."""
+"""`main.py predict`: what a checkpoint finds in images, drawn and as JSON."""
 
 import json
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
-
-import torch
 
 from configs.options import Checked, option
 from datasets.dataset import find_images
-from datasets.images import read_rgb
-from engine.detector import Box, Detector
-from util.classes import Classes
+from engine.detector import Detector
+from engine.predictions import PredictionFiles, drawn_names, relative_names
 from util.console import console, in_line
-from util.draw import draw_boxes
-from util.errors import ConfigError, DataError
-from util.files import atomic_path, make_output_dir, refuse_overwriting, write_atomic
+from util.errors import ConfigError, DataError, brief, nearest_hint
+from util.files import make_output_dir, read_regular, refuse_overwriting, write_atomic
 
-_KEPT_SUFFIXES = (".jpg", ".jpeg", ".png")
 _MAX_SHOWN = 10
+_LARGEST_THRESHOLDS = 2**26  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +22,24 @@ class PredictOptions(Checked):
     """What `predict` needs; everything else is in the checkpoint."""
 
     checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
-    input: tuple[str, ...] = option((), "images, folders or globs")
-    output_dir: str = option("", "folder for images and predictions.json")
+    input: tuple[str, ...] = option(
+        (), "images, folders, globs or lists (.txt, an image a line; - reads one)"
+    )
+    output_dir: str = option("", "folder for images and predictions")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     batch_size: int = option(1, "images per step", low=1, most=65536)
     score_threshold: float | None = option(
         None, "minimum score to draw (default: per-class thresholds from the checkpoint, else 0.3)",
         low=0, high=1,
     )  # fmt: skip
+    score_thresholds: str = option(
+        "", "JSON file of minimum scores by class, as score_thresholds.json; the other classes "
+        "have theirs as without it",
+    )  # fmt: skip
+    classes: tuple[str, ...] = option((), "keep these classes only, by name or id (default: all)")
+    csv: bool = option(False, "write the boxes that are drawn as predictions.csv, too")
+    save_crops: bool = option(False, "write each box that is drawn as an image, to crops/CLASS/")
+    draw: bool = option(True, "draw copies of the images", off="draw no copies of the images")
     eval_scale: int | None = option(
         None, "short side, pixels (default: the checkpoint's)", low=16, most=16384, unset=0
     )
@@ -77,19 +80,71 @@ def main(options: PredictOptions) -> int:
         nms_iou=options.nms_iou,
         max_pixels=options.max_pixels,
     )
-    thresholds = detector.min_scores(options.score_threshold)
+    of_file = read_thresholds(options.score_thresholds, detector.names)
+    thresholds = {**detector.min_scores(options.score_threshold), **of_file}
+    kept = chosen_classes(options.classes, detector)
+    thresholds = {name: score for name, score in thresholds.items() if name in kept}
     output_dir = Path(options.output_dir)
     write_predictions(
         detector,
         paths,
         output_dir,
         thresholds=thresholds,
+        draw=options.draw,
+        table=options.csv,
+        crops=options.save_crops,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
     known = detector.thresholds if options.score_threshold is None else {}
-    report_thresholds(output_dir, thresholds, known)
+    report_thresholds(output_dir, thresholds, known.keys() - of_file.keys())
     return 0
+
+
+def read_thresholds(path: str, names: Collection[str]) -> dict[str, float]:
+    """Return the minimum scores by class that a JSON file has; none without a path.
+
+    Raises:
+        DataError: it cannot be read, names a class that the model lacks, or a score is not in 0..1.
+    """
+    if not path:
+        return {}
+    try:
+        found = json.loads(read_regular(Path(path), _LARGEST_THRESHOLDS))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}). Write the file again.") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: must be one object of minimum scores by class, {{NAME: SCORE}}.")
+    for name, score in found.items():
+        if name not in names:
+            hint = nearest_hint(name, names)
+            raise DataError(f"{path}: the model has no class {brief(name)}. {hint}")
+        if type(score) not in (int, float) or not 0 <= score <= 1:
+            raise DataError(
+                f"{path}: the score of {brief(name)} must be in 0..1, not {brief(score)}."
+            )
+    return found
+
+
+def chosen_classes(wanted: Sequence[str], detector: Detector) -> set[str]:
+    """Return the names of classes that are given by name or category id; all if none is.
+
+    Raises:
+        ConfigError: the model has no such class.
+    """
+    if not wanted:
+        return set(detector.names)
+    classes = detector.classes
+    labels = [label for label in range(len(classes)) if classes.in_use(label)]
+    known = {str(classes.given_id(label)): classes.shown(label) for label in labels}
+    known |= {name: name for name in detector.names}
+    for name in wanted:
+        if name not in known:
+            hint = nearest_hint(name, detector.names)
+            raise ConfigError(f"classes: the model has no class {brief(name)}. {hint}")
+    return {known[name] for name in wanted}
 
 
 def write_predictions(
@@ -98,109 +153,48 @@ def write_predictions(
     output_dir: Path,
     *,
     thresholds: Mapping[str, float],
+    draw: bool = True,
+    table: bool = False,
+    crops: bool = False,
     batch_size: int = 1,
     num_workers: int = 0,
 ) -> None:
-    """Write a drawn copy of each image, and `predictions.json`.
+    """Write what is found in images; see `PredictionFiles`. Unreadable ones are named and skipped.
 
-    Boxes whose score reaches their class's threshold are drawn. The file has all: COCO results
-    with the names of image and category, ordered by image and score. Unreadable images are named
-    and skipped.
+    Classes without a threshold are left out.
 
     Raises:
         ConfigError: a drawn copy would overwrite one of the images.
         DataError: no image could be read.
     """
     names = relative_names(paths)
-    outputs = output_paths(names, output_dir)
-    refuse_overwriting(paths, outputs)
+    drawn = drawn_names(names) if draw else None
+    refuse_overwriting(paths, (output_dir / name for name in drawn or ()))
     make_output_dir(output_dir)
-    drawn = 0
-    # Images come by size: their entries wait in a file, not in memory, to be put in order.
-    places: dict[int, tuple[int, int]] = {}
-    with tempfile.TemporaryFile("w+", encoding="ascii", dir=output_dir) as entries:
+    with PredictionFiles(
+        output_dir, names, detector.classes, thresholds, drawn=drawn, table=table, crops=crops
+    ) as files:
         for i, boxes in detector.detect(
             paths, batch_size=batch_size, num_workers=num_workers, description="predict"
         ):
-            shown = [box for box in boxes if box.score >= thresholds[box.name]]
-            drawn += len(shown)
-            drawn_image = draw_boxes(
-                read_rgb(paths[i], None),
-                torch.tensor([box.xyxy for box in shown]).reshape(-1, 4),
-                [detector.classes.label_of[box.category_id] for box in shown],
-                [box.name for box in shown],
-                [box.score for box in shown],
-            )
-            outputs[i].parent.mkdir(parents=True, exist_ok=True)
-            drawn_image.save(outputs[i], quality=95)  # of JPEG; the suffix says which format
-            text = json.dumps(_to_json(i, names[i], boxes, detector.classes), indent=1)
-            places[i] = entries.tell(), entries.write(text[2:-2])
-        if not places:
+            files.add(i, paths[i], [box for box in boxes if box.name in thresholds])
+        if not files.images:
             raise DataError(f"`input`: none of the {len(paths)} images can be read.")
-        in_order = [place for _, place in sorted(places.items()) if place[1]]
-        _write_list(output_dir / "predictions.json", entries, in_order)
+        files.write_json()
     levels = sorted(set(thresholds.values()))
     reached = f"score {levels[0]}" if len(levels) == 1 else "the score threshold of their class"
-    unreadable = len(paths) - len(places)
+    unreadable = len(paths) - files.images
+    written = "predictions.json and predictions.jsonl"
+    written = f"predictions.csv, {written}" if table else written
     console(
-        f"written to {output_dir}: {len(places)} images with {drawn} boxes at or above {reached}, "
-        "and predictions.json" + (f"; {unreadable} images could not be read" if unreadable else "")
+        f"written to {output_dir}: {files.images} images with {files.boxes} boxes at or above "
+        f"{reached}, and {written}"
+        + (f"; {unreadable} images could not be read" if unreadable else "")
     )
 
 
-def _write_list(path: Path, entries: TextIO, places: Sequence[tuple[int, int]]) -> None:
-    """Write a JSON list of the entries at these places, (start, length), of a file."""
-    with atomic_path(path) as part, part.open("w", encoding="ascii") as file:
-        for number, (start, length) in enumerate(places):
-            entries.seek(start)
-            file.write((",\n" if number else "[\n") + entries.read(length))
-        file.write("\n]\n" if places else "[]\n")
-
-
-def relative_names(paths: Sequence[Path]) -> list[Path]:
-    """Return the images' names relative to the deepest folder that holds them all."""
-    absolute = [Path(os.path.abspath(path)) for path in paths]
-    root = os.path.commonpath([path.parent for path in absolute])
-    return [path.relative_to(root) for path in absolute]
-
-
-def output_paths(names: Sequence[Path], output_dir: Path) -> list[Path]:
-    """Return where the drawn copies go: PNG and JPEG as the image is, PNG for all others.
-
-    A name that is taken, in whatever case, gets a number.
-    """
-    taken: set[str] = set()
-    outputs = []
-    for name in names:
-        suffix = name.suffix if name.suffix.lower() in _KEPT_SUFFIXES else ".png"
-        candidate, number = name.with_suffix(suffix), 1
-        while str(candidate).casefold() in taken:
-            number += 1
-            candidate = name.with_name(f"{name.stem}_{number}{suffix}")
-        taken.add(str(candidate).casefold())
-        outputs.append(output_dir / candidate)
-    return outputs
-
-
-def _to_json(
-    image_id: int, name: Path, boxes: Sequence[Box], classes: Classes
-) -> list[dict[str, object]]:
-    return [
-        {
-            "image_id": image_id,
-            "file_name": name.as_posix(),
-            "category_id": classes.given_id(classes.label_of[box.category_id]),
-            "category_name": box.name,
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "score": box.score,
-        }
-        for box in boxes
-        for x0, y0, x1, y1 in [box.xyxy]
-    ]
-
-
 def report_thresholds(
-    output_dir: Path, thresholds: Mapping[str, float], known: Mapping[str, float]
+    output_dir: Path, thresholds: Mapping[str, float], known: Collection[str]
 ) -> None:
     """Write `score_thresholds.json`, and print those that are `known` from the checkpoint."""
     path = output_dir / "score_thresholds.json"

@@ -189,6 +189,22 @@ def test_predict_draws_every_image_and_names_the_unreadable(
     assert {p["category_id"] for p in predictions} <= {3, 7, 11, 18, 24, 52}
     assert set(predictions[0]) >= {"image_id", "category_name", "bbox", "score"}
 
+    name = predictions[0]["category_name"]
+    (tmp_path / "list.txt").write_text(f"{folder / 'one.jpg'}\n{folder / 'gone.jpg'}\n")
+    (tmp_path / "scores.json").write_text(json.dumps({name: 0.0}))
+    done = cli("predict", "--checkpoint", finished_run / "last.pth", "--input",
+               tmp_path / "list.txt", "--output_dir", tmp_path / "few", "--classes", name,
+               "--score_threshold", "1", "--score_thresholds", tmp_path / "scores.json", "--csv",
+               "--save_crops", "--no_draw")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "gone.jpg" in done.stdout + done.stderr
+    few = json.loads((tmp_path / "few" / "predictions.json").read_text())
+    assert {p["category_name"] for p in few} == {name}
+    rows = (tmp_path / "few" / "predictions.csv").read_text().splitlines()[1:]
+    assert len(rows) == len(few)
+    assert 0 < len(list((tmp_path / "few" / "crops").rglob("*.png"))) <= len(few)
+    assert not (tmp_path / "few" / "one.jpg").exists()
+
 
 def test_finetune_carries_rows_over_by_name(
     cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path

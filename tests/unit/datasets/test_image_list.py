@@ -1,5 +1,7 @@
 """Images to predict on: how inputs are found and how they are read."""
 
+import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +71,32 @@ def test_images_are_upright_and_damaged_ones_reported(folder: Path) -> None:
     batches = list(eval_loader(dataset, batch_size=4, num_workers=0))
     assert sorted(int(t["image_id"]) for b in batches for t in b.targets) == [0, 1, 3, 4]
     assert all(b.images is None or not b.images.mask.any() for b in batches)
+
+
+def test_lists_name_images_from_here_or_from_beside_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = b"\xef\xbb\xbfa.jpg\r\n\ndeep/c.webp\n%s/b.PNG\ngone \xff.jpg\na.jpg\n"
+    (folder / "list.TXT").write_bytes(lines % bytes(folder))
+    expected = [folder / "a.jpg", folder / "deep/c.webp", folder / "b.PNG"]
+    gone = os.fsdecode(b"gone \xff.jpg")
+    assert find_images([str(folder / "list.TXT")]) == [*expected, Path(gone)]
+    monkeypatch.chdir(folder / "deep")
+    assert find_images(["../list.TXT"])[1] == Path("../deep/c.webp")
+    (folder / "list.txt").write_text("c.webp\n")
+    assert find_images(["../list.txt"]) == [Path("c.webp")]
+
+
+def test_the_standard_input_is_a_list(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a.jpg\ndeep/c.webp")))
+    assert find_images(["-"]) == [Path("a.jpg"), Path("deep/c.webp")]
+
+
+@pytest.mark.parametrize(
+    ("content", "error"), [(b"a.jpg\nb\0.jpg", "line 2 is no name"), (b" \n", "no images there")]
+)
+def test_lists_without_names_are_refused(folder: Path, content: bytes, error: str) -> None:
+    (folder / "list.txt").write_bytes(content)
+    with pytest.raises(DataError, match=error):
+        find_images([str(folder / "list.txt")])

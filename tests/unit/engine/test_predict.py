@@ -1,8 +1,10 @@
 """Predictions on images: what is written, where, and that no image is ever overwritten."""
 
 import copy
+import csv
 import json
 import os
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,12 +18,13 @@ from torch import nn
 
 from configs.schema import DataConfig
 from engine.commands.predict import (
-    output_paths,
-    relative_names,
+    chosen_classes,
+    read_thresholds,
     report_thresholds,
     write_predictions,
 )
 from engine.detector import Detector
+from engine.predictions import crop_folders, drawn_names, relative_names
 from models.deformable_detr import DeformableDETR
 from models.queries import DetectorOutput
 from util.batch import PaddedBatch
@@ -116,8 +119,8 @@ def test_writes_each_image_and_one_json(folder: Path, tmp_path: Path) -> None:
     assert files(folder) == before
     names = [p.relative_to(folder).as_posix() for p in paths]
     assert names == ["a/one.png", "b/one.bmp", "b/one.png", "b/turned.JPG"]
-    written = {"a/one.png", "b/one.png", "b/one_2.png", "b/turned.JPG", "predictions.json"}
-    assert set(files(tmp_path / "out")) == written
+    written = {"a/one.png", "b/one.png", "b/one_2.png", "b/turned.JPG"}
+    assert set(files(tmp_path / "out")) == written | {"predictions.json", "predictions.jsonl"}
     assert [(p["image_id"], p["file_name"]) for p in predictions[::2]] == list(enumerate(names))
     first, second = predictions[:2]
     assert first == {
@@ -186,7 +189,9 @@ def test_file_in_place_of_the_folder_is_reported(folder: Path, tmp_path: Path) -
 def test_second_run_replaces_the_first(folder: Path, tmp_path: Path) -> None:
     for _ in range(2):
         run([folder / "a" / "one.png"], tmp_path / "out")
-    assert set(files(tmp_path / "out")) == {"one.png", "predictions.json"}
+    assert set(files(tmp_path / "out")) == {
+        "one.png", "predictions.json", "predictions.jsonl"
+    }  # fmt: skip
 
 
 def test_images_without_a_box_leave_an_empty_list(folder: Path, tmp_path: Path) -> None:
@@ -207,12 +212,12 @@ FOLDERS = st.sampled_from(["", "x", "x/y", "z/../x", "../up"])
 @given(st.lists(st.tuples(FOLDERS, NAMES), min_size=1, max_size=12))
 def test_no_two_outputs_are_one_file(parts: list[tuple[str, str]]) -> None:
     names = relative_names([Path(folder, name) for folder, name in parts])
-    outputs = output_paths(names, Path("out"))
-    assert len({str(p).casefold() for p in outputs}) == len(parts)
-    for name, output in zip(names, outputs, strict=True):
+    outputs = drawn_names(names)
+    assert len({name.casefold() for name in outputs}) == len(parts)
+    for name, output in zip(map(Path, names), map(Path, outputs), strict=True):
         assert ".." not in output.parts
-        assert output.parts[0] == "out"
-        assert output.parts[1:-1] == name.parts[:-1]
+        assert not output.is_absolute()
+        assert output.parts[:-1] == name.parts[:-1]
         kept = name.suffix.lower() in (".png", ".jpg")
         assert output.suffix == (name.suffix if kept else ".png")
 
@@ -228,3 +233,130 @@ def test_thresholds_of_names_that_utf8_lacks_are_kept(
     report_thresholds(tmp_path, {"cat\ud800": 0.25}, {"cat\ud800": 0.25})
     stored = json.loads((tmp_path / "score_thresholds.json").read_text())
     assert stored == {"cat\ud800": 0.25}
+
+
+def test_lines_are_written_as_the_images_come(folder: Path, tmp_path: Path) -> None:
+    paths = sorted(folder.rglob("*.*"))
+    out = tmp_path / "out"
+    seen = []
+
+    class Watching(RedFinder):
+        def forward(self, batch: PaddedBatch) -> DetectorOutput:
+            path = out / "predictions.jsonl"
+            seen.append(len(path.read_text().splitlines()))
+            return super().forward(batch)
+
+    detector = copy.copy(RED_FINDER)
+    detector.model = cast(DeformableDETR, Watching().eval())
+    write_predictions(detector, paths, out, thresholds={"cat": 0.5, "dög": 0.5})
+    assert seen == [0, 1, 2, 3]
+    images = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert sorted(image["image_id"] for image in images) == [0, 1, 2, 3]
+    flat = [
+        {"image_id": image["image_id"], "file_name": image["file_name"], **box}
+        for image in sorted(images, key=lambda image: int(image["image_id"]))
+        for box in image["boxes"]
+    ]
+    assert flat == json.loads((out / "predictions.json").read_text())
+
+
+def test_a_table_and_crops_hold_what_is_drawn(folder: Path, tmp_path: Path) -> None:
+    paths, out = sorted(folder.rglob("*.*")), tmp_path / "out"
+    write_predictions(
+        RED_FINDER, paths, out, thresholds={"cat": 0.5, "dög": 0.5}, draw=False, table=True,
+        crops=True,
+    )  # fmt: skip
+    with (out / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row["file_name"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 4
+    row = rows["b/one.png"]
+    assert (row["category_id"], row["category_name"]) == ("3", "cat")
+    corners = [float(row[key]) for key in ("x0", "y0", "x1", "y1")]
+    assert corners == pytest.approx([100.0, 80.0, 150.0, 110.0])
+    written = set(files(out)) - {"predictions.json", "predictions.jsonl", "predictions.csv"}
+    assert written == {
+        f"crops/cat/{stem}_0.png" for stem in ("one_0", "one_1", "one_2", "turned_3")
+    }
+    crop = read(out / "crops" / "cat" / "one_2_0.png")
+    assert crop.size[0] in (50, 51)  # a rounding may add a row of the black around it
+    assert crop.getpixel((25, 15)) == (255, 0, 0)
+    turned = read(out / "crops" / "cat" / "turned_3_0.png")
+    assert turned.getpixel((turned.width // 2, turned.height // 2)) == pytest.approx(
+        (255, 0, 0), abs=8
+    )
+
+
+def test_classes_that_are_not_chosen_are_left_out(folder: Path, tmp_path: Path) -> None:
+    one = folder / "a" / "one.png"
+    write_predictions(RED_FINDER, [one], tmp_path / "out", thresholds={"dög": 0.1}, draw=False)
+    (found,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert found["category_name"] == "dög"
+    assert chosen_classes(["7", "cat"], RED_FINDER) == {"dög", "cat"}
+    assert chosen_classes([], RED_FINDER) == {"cat", "dög"}
+    with pytest.raises(ConfigError, match="classes: the model has no class 'cst'. Known: cat, dög"):
+        chosen_classes(["cst"], RED_FINDER)
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ('{"cat": 0.5, "fox": 0.1}', "the model has no class 'fox'"),
+        ('{"cat": 1.5}', r"the score of 'cat' must be in 0..1, not 1.5"),
+        ('{"cat": true}', r"the score of 'cat' must be in 0..1, not True"),
+        ('{"cat": NaN}', r"the score of 'cat' must be in 0..1, not nan"),
+        ("[0.5]", "must be one object of minimum scores"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_file_of_thresholds_is_checked(tmp_path: Path, content: str, error: str) -> None:
+    path = tmp_path / "thresholds.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=error):
+        read_thresholds(str(path), ("cat", "dög"))
+    path.write_text('{"cat": 0.25}')
+    assert read_thresholds(str(path), ("cat", "dög")) == {"cat": 0.25}
+    with pytest.raises(DataError, match="gone.json: cannot be read"):
+        read_thresholds(str(tmp_path / "gone.json"), ("cat",))
+
+
+@given(st.lists(st.text(max_size=90), unique=True, max_size=8))
+def test_folders_of_classes_are_safe_and_differ(names: list[str]) -> None:
+    folders = crop_folders(names)
+    assert list(folders) == names
+    assert len({folder.casefold() for folder in folders.values()}) == len(names)
+    for folder in folders.values():
+        assert folder.strip()
+        assert not set(folder) & set("./\\:\0\n")
+        assert len(folder.encode()) < 256
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
+    class Crowded(RedFinder):
+        def forward(self, batch: PaddedBatch) -> DetectorOutput:
+            found = super().forward(batch)
+            logits, boxes = found["pred_logits"], found["pred_boxes"]
+            return {
+                "pred_logits": logits.expand(-1, 100, 3), "pred_boxes": boxes.expand(-1, 100, 4)
+            }  # fmt: skip
+
+    detector = copy.copy(RED_FINDER)
+    detector.model = cast(DeformableDETR, Crowded().eval())
+    detector.data = DataConfig(eval_scale=16)
+    for i in range(2200):
+        save_image(tmp_path / "in" / f"{i}.bmp", red=(0, 0, 20, 20))
+
+    def peak(count: int, name: str) -> int:
+        paths = [tmp_path / "in" / f"{i}.bmp" for i in range(count)]
+        tracemalloc.start()
+        write_predictions(
+            detector, paths, tmp_path / name, thresholds={"cat": 0.95, "dög": 0.95}, draw=False,
+            table=True,
+        )  # fmt: skip
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    peak(10, "warm")
+    growth = (peak(2200, "many") - peak(200, "few")) / 2000
+    assert growth < 1500, "bytes per image: names and sizes; its boxes alone are over 10,000"
