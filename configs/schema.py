@@ -52,6 +52,9 @@ class ModelConfig(Checked):
     neck: str = option(
         "none", "what mixes the feature levels before the encoder: none, fpn or hsfpn", rare=True
     )
+    input_norm: Literal["group", "none"] = option(
+        "group", "norm after the projections of the backbone's maps; DETR has none", rare=True
+    )
     neck_width: int | None = option(
         None, "neck hsfpn: channels of the levels that the backbone lacks (default: twice those of "
         "its last map)", low=8, most=65536, rare=True,
@@ -60,6 +63,10 @@ class ModelConfig(Checked):
     encoder_attn: str = option(
         "deformable", "what encoder layers attend with: deformable, dense (DETR), mswin (windows), "
         "msda (dilated), or several in turn, as in mswin+deformable",
+    )  # fmt: skip
+    decoder_attn: Literal["deformable", "dense"] = option(
+        "deformable", "what decoder layers look at the image with; dense: at all of it, from no "
+        "place, as in DETR",
     )  # fmt: skip
     encoder_updates: Literal["full", "lite"] = option(
         "full", "tokens that an encoder layer changes: all, or lite: those of coarse levels often "
@@ -164,6 +171,7 @@ class ModelConfig(Checked):
             )
         self._check_encoder()
         self._check_neck()
+        self._check_decoder()
         if self.relation != "none" and (not self.with_box_refine or self.dec_layers == 1):
             raise ConfigError(
                 "relation: needs boxes of a layer before: `with_box_refine` and at least 2 "
@@ -184,6 +192,15 @@ class ModelConfig(Checked):
     def coarse_levels(self) -> int:
         """Return `lite_levels` or its default."""
         return self.num_feature_levels - 1 if self.lite_levels is None else self.lite_levels
+
+    def _check_decoder(self) -> None:
+        if self.decoder_attn == "deformable":
+            return
+        if self.with_box_refine:
+            raise ConfigError(
+                "decoder_attn dense: queries have no boxes to begin with, so it cannot be combined "
+                "with `with_box_refine` and `two_stage`. Remove them."
+            )
 
     def _check_neck(self) -> None:
         if self.neck_width is None:

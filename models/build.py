@@ -14,6 +14,7 @@ from models.backbones import create_backbone
 from models.criterion import CLASS_LOSSES, CLASSIFICATION, LOSSES, SetCriterion
 from models.decoder import DeformableDecoder, DeformableDecoderLayer
 from models.deformable_detr import DeformableDETR
+from models.detr import DenseDecoderLayer, DetrTransformer
 from models.dino_decoder import DinoDecoder
 from models.encoders import ENCODERS, EncoderOptions
 from models.encoders.attention import EncoderAttention
@@ -74,10 +75,14 @@ def build_model(
     learned = transformer.learned_width
     query_embed = nn.Embedding(config.num_queries, learned) if learned else None
     neck = NECKS[config.neck](NeckOptions(width, levels, backbone.channels, config.neck_width))
-    own = neck.input_proj() if isinstance(neck, RawNeck) else None
+    input_proj = (
+        neck.input_proj()
+        if isinstance(neck, RawNeck)
+        else build_input_proj(backbone.channels, width, levels, norm=config.input_norm == "group")
+    )
     model = DeformableDETR(
         Joiner(backbone, position_encoding),
-        own or build_input_proj(backbone.channels, width, levels),
+        input_proj,
         transformer,
         heads,
         query_embed=query_embed,
@@ -114,8 +119,9 @@ def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
         # from drowning the rest (RetinaNet, arXiv 1708.02002, Sec. 4.1)
         nn.init.constant_(class_head.bias, -math.log((1 - 0.01) / 0.01))
     box_head = MLP(config.hidden_dim, config.hidden_dim, 4, 3)
-    for name in ("weight", "bias"):  # the first boxes are the references themselves
-        nn.init.zeros_(box_head.get_parameter(f"layers.2.{name}"))
+    if config.decoder_attn == "deformable":  # the first boxes are the references themselves
+        for name in ("weight", "bias"):
+            nn.init.zeros_(box_head.get_parameter(f"layers.2.{name}"))
     count = config.dec_layers + int(config.two_stage)
     class_heads, box_heads = [class_head] * count, [box_head] * count  # shared by all layers
     if config.shared_heads:  # but the encoder has its own
@@ -124,7 +130,8 @@ def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
     elif config.with_box_refine:
         class_heads = [copy.deepcopy(head) for head in class_heads]
         box_heads = [copy.deepcopy(head) for head in box_heads]
-    if not config.two_stage:  # where no proposals set them, sizes start at 0.12, sigmoid(-2)
+    if not config.two_stage and config.decoder_attn == "deformable":
+        # where no proposals set them, sizes start at 0.12, sigmoid(-2)
         nn.init.constant_(box_heads[0].get_parameter("layers.2.bias")[2:], -2.0)
     heads = DetectionHeads(class_heads, box_heads)
     distinct = config.with_box_refine and not config.shared_heads
@@ -175,7 +182,8 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
             **shared,
         )
     else:
-        transformer = DeformableTransformer(encoder, build_decoder(config, heads, common), **shared)
+        made = DetrTransformer if config.decoder_attn == "dense" else DeformableTransformer
+        transformer = made(encoder, build_decoder(config, heads, common), **shared)
     initialised = ("decoder.bbox_embed", "decoder.class_embed")
     for name, parameter in transformer.named_parameters():
         if parameter.dim() > 1 and not name.startswith(initialised):
@@ -183,9 +191,12 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
     for module in transformer.modules():
         if isinstance(module, (MSDeformAttn, EncoderAttention, SymmetricRelationBias)):
             module.reset_parameters()
-    if not config.two_stage:
+    if transformer.queries_have_points:
         nn.init.zeros_(transformer.reference_points.bias)
-    nn.init.normal_(transformer.level_embed)
+    if transformer.level_embed.requires_grad:
+        nn.init.normal_(transformer.level_embed)
+    else:
+        nn.init.zeros_(transformer.level_embed)
     return transformer
 
 
@@ -193,9 +204,9 @@ def build_decoder(
     config: ModelConfig, heads: DetectionHeads, common: Mapping[str, Any]
 ) -> DeformableDecoder:
     """Build the paper's decoder, or the one of later papers where something of it is asked for."""
-    layers = [
-        DeformableDecoderLayer(n_points=config.dec_n_points, **common)
-        for _ in range(config.dec_layers)
+    layer = DenseDecoderLayer if config.decoder_attn == "dense" else DeformableDecoderLayer
+    layers: list[DeformableDecoderLayer] = [
+        layer(n_points=config.dec_n_points, **common) for _ in range(config.dec_layers)
     ]
     refining: dict[str, Any] = {
         "with_box_refine": config.with_box_refine,
@@ -218,10 +229,13 @@ def build_decoder(
     )
 
 
-def build_input_proj(channels: tuple[int, ...], d_model: int, num_levels: int) -> nn.ModuleList:
+def build_input_proj(
+    channels: tuple[int, ...], d_model: int, num_levels: int, *, norm: bool
+) -> nn.ModuleList:
     """Return 1x1 projections of backbone maps, then 3x3 stride-2 ones for extra levels.
 
-    Group norm follows each: it does not depend on the size of the batch (Appendix A.2).
+    With `norm`, group norm follows each: it does not depend on the size of the batch (Appendix
+    A.2).
     """
     layers = [nn.Conv2d(c, d_model, kernel_size=1) for c in channels]
     layers += [
@@ -232,6 +246,8 @@ def build_input_proj(channels: tuple[int, ...], d_model: int, num_levels: int) -
         nn.init.xavier_uniform_(conv.weight)
         assert conv.bias is not None
         nn.init.zeros_(conv.bias)
+    if not norm:
+        return nn.ModuleList(nn.Sequential(conv) for conv in layers)
     groups = 32 if d_model % 32 == 0 else 8
     return nn.ModuleList(nn.Sequential(conv, GroupNorm(groups, d_model)) for conv in layers)
 

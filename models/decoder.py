@@ -50,9 +50,10 @@ class DeformableDecoderLayer(nn.Module):
         n_levels: int,
         n_heads: int,
         n_points: int,
+        cross_attn: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.cross_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
+        self.cross_attn = cross_attn or MSDeformAttn(d_model, n_levels, n_heads, n_points)
         self.norm1 = ExactLayerNorm(d_model)
         self.self_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout, batch_first=True)
         self.norm2 = ExactLayerNorm(d_model)
@@ -78,19 +79,26 @@ class DeformableDecoderLayer(nn.Module):
         """
         if not self.cross_first:
             x = self._among_queries(x, query_pos, groups)
-        attended = self.cross_attn(
-            x + query_pos,
-            reference_points,
-            memory,
-            levels.spatial_shapes,
-            input_padding_mask=levels.padding_mask,
-        )
+        attended = self.look(x + query_pos, reference_points, memory, levels)
         x = self.norm1(x + self.dropout(attended.to(x.dtype)))
         aside = None if groups is None else groups.aside(x)
         if self.cross_first:
             x = self._among_queries(x, query_pos, groups)
         fed = self._feed_forward(x) if groups is None else groups.fed(self._feed_forward, x)
         return self.norm3(x + self.dropout(fed.to(x.dtype))), aside
+
+    def look(
+        self, query: Tensor, reference_points: Tensor, memory: Tensor, levels: FeatureLevels
+    ) -> Tensor:
+        """Return what queries find in the memory. Shape: query [N,Q,C] -> the same."""
+        attended: Tensor = self.cross_attn(
+            query,
+            reference_points,
+            memory,
+            levels.spatial_shapes,
+            input_padding_mask=levels.padding_mask,
+        )
+        return attended
 
     def _among_queries(self, x: Tensor, query_pos: Tensor, groups: Groups | None) -> Tensor:
         """Let queries learn of others that find the same object."""

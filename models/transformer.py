@@ -34,6 +34,7 @@ class DeformableTransformer(nn.Module):
     """Encoder, decoder, and what makes queries of embeddings; `TwoStageTransformer`: of memory."""
 
     two_stage = False
+    queries_have_points = True  # learned queries know where to look
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class DeformableTransformer(nn.Module):
         self.decoder = decoder
         # distinguishes tokens of different levels, whose sines may be the same (Sec. 4.1)
         self.level_embed = nn.Parameter(torch.zeros(num_feature_levels, d_model))
-        if not self.two_stage:
+        if self.queries_have_points:
             self.reference_points = ExactLinear(d_model, 2)
 
     def forward(

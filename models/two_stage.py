@@ -24,6 +24,7 @@ class TwoStageTransformer(DeformableTransformer):
     """
 
     two_stage = True
+    queries_have_points = False
 
     def __init__(
         self,

@@ -67,7 +67,7 @@ _NAMES_OF_5 = (
     (r"\.self_attn\.o_proj\.", ".self_attn.out_proj."),
     (r"(\.layers\.\d+)\.mlp\.(fc[12])\.", r"\1.\2."),
 )
-_PROJECTION = re.compile(r"(?<=\.self_attn\.)[qkv]_proj\.")  # ours are one, in_proj
+_PROJECTION = re.compile(r"(?<=_attn\.)[qkv]_proj\.")  # ours are one, in_proj
 _HIDDEN_SIZES = {"basic": [64, 128, 256, 512], "bottleneck": [256, 512, 1024, 2048]}
 _OPTIONS = {
     "position_embedding_type": "position_embedding",
@@ -99,20 +99,33 @@ def to_official(
     Raises:
         CheckpointError: a key belongs to no part of the model.
     """
+    renamed = with_other_names(state_dict, _MODULES, "DeformableDetrForObjectDetection", source)
+    return complete_heads(renamed, options)
+
+
+def with_other_names(
+    state_dict: Mapping[str, Tensor], modules: Mapping[str, str], model: str, source: str
+) -> dict[str, Tensor]:
+    """Rename the weights of a `model` of transformers; projections of attention become one.
+
+    `modules`: the names wanted -> theirs of version 4, but for the backbone's body.
+
+    Raises:
+        CheckpointError: a key belongs to no part of the model.
+    """
     names = {key: key for key in state_dict}
     for pattern, name_of_4 in _NAMES_OF_5:
         names = {key: re.sub(pattern, name_of_4, name) for key, name in names.items()}
     own = any(name.startswith(f"{_HF_BODY}.embedder.") for name in names.values())
     body = _OWN_BODY if own else _TIMM_BODY
-    rename = renamer({theirs: ours for ours, theirs in (_MODULES | body).items()})
+    rename = renamer({theirs: ours for ours, theirs in (dict(modules) | body).items()})
     converted: dict[str, Tensor] = {}
     for key, name in names.items():
         try:
             converted[rename(name)] = state_dict[key]
         except ValueError as error:
             raise CheckpointError(
-                f"{source}: '{key}' is not a weight of "
-                "DeformableDetrForObjectDetection. "
+                f"{source}: '{key}' is not a weight of {model}. "
                 "Save that model with save_pretrained()."
             ) from error
     split = [name for name in converted if _PROJECTION.search(name)]
@@ -124,7 +137,7 @@ def to_official(
                 f"{source}: '{fused}' lacks a projection. Download it again."
             ) from error
         converted[fused] = torch.cat(parts)
-    return complete_heads(converted, options)
+    return converted
 
 
 def to_hugging_face(state_dict: Mapping[str, Tensor], *, timm_backbone: bool) -> dict[str, Tensor]:
@@ -256,16 +269,25 @@ def config_options(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         CheckpointError: the config describes another model, or one we cannot build.
     """
     _require(config, "model_type", "deformable_detr", source)
+    options: dict[str, Any] = {"dec_layers": 6, "with_box_refine": False, "two_stage": False}
+    options |= common_options(config, source)
+    if options["two_stage"]:
+        options["num_queries"] = config.get("two_stage_num_proposals", 300)
+    return options
+
+
+def common_options(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the model options that DETR's config shares with Deformable DETR's.
+
+    Raises:
+        CheckpointError: we have no such model.
+    """
     _require(config, "activation_function", "relu", source)
     for decoder, encoder in _ALIKE.items():
         if encoder in config:
             _require(config, decoder, config[encoder], source)
-    options: dict[str, Any] = {"dec_layers": 6, "with_box_refine": False, "two_stage": False}
-    options |= {ours: config[theirs] for theirs, ours in _OPTIONS.items() if theirs in config}
-    if options["two_stage"]:
-        options["num_queries"] = config.get("two_stage_num_proposals", 300)
-    options["backbone"] = _backbone(config, source)
-    return options
+    options = {ours: config[theirs] for theirs, ours in _OPTIONS.items() if theirs in config}
+    return options | {"backbone": _backbone(config, source)}
 
 
 def _require(config: Mapping[str, Any], key: str, wanted: Any, source: str) -> None:

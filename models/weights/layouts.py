@@ -5,6 +5,7 @@ same; what shapes do not show is as in the published configurations. `tests/unit
 published_keys.py` names the files that the layouts were read from.
 """
 
+import argparse
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.weights.class_names import COCO_CATEGORIES
+from models.weights import detr
+from models.weights.class_names import COCO_CATEGORIES, NUM_COCO_LOGITS, coco_logit_classes
 from models.weights.detectron2 import with_torchvision_names
 from models.weights.official import count_layers
 from models.weights.rename import renamer
@@ -281,7 +283,20 @@ def _positions_in(meta: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def _from_detr(weights: Weights, content: Mapping[str, Any], source: str) -> Converted:
+    """Convert the original DETR."""
+    args = content.get("args")
+    args = args if isinstance(args, argparse.Namespace) else None
+    converted = detr.from_detr(weights, args, source)
+    count = len(converted["class_embed.0.bias"])
+    classes = Classes(tuple(range(count)), ("",) * count)
+    return Converted(
+        converted, dict(detr.OPTIONS), coco_logit_classes() if count == NUM_COCO_LOGITS else classes
+    )
+
+
 LAYOUTS = (
+    Layout("DETR", detr.SIGNS, _from_detr),
     Layout(
         "Mr. DETR",
         (

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from models.weights import hugging_face
+from models.weights import detr, hugging_face
 from models.weights.layouts import LAYOUTS, Converted, from_official_keys
 from models.weights.official import (
     check_sizes,
@@ -216,14 +216,17 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
             "Save the model again with save_pretrained()."
         )
     config = hugging_face.read_json(folder / "config.json")
+    is_detr = config.get("model_type") == "detr"
     with _parts_of(folder / "config.json", "Hugging Face model description"):
-        options = hugging_face.config_options(config, source)
+        read = detr.config_options if is_detr else hugging_face.config_options
+        options = read(config, source)
     with _parts_of(file, "state dict of Hugging Face"):
-        weights = hugging_face.to_official(_tensors(load_safely(file)), options, source)
+        convert = detr.from_hugging_face if is_detr else hugging_face.to_official
+        weights = convert(_tensors(load_safely(file)), options, source)
     if not is_deformable_detr(weights):
         raise CheckpointError(
             f"{source}: holds the bare model, without detection heads. "
-            "Save DeformableDetrForObjectDetection instead."
+            "Save the one for object detection instead."
         )
     with _parts_of(folder / "config.json", "Hugging Face model description"):
         classes = hugging_face.config_classes(config, len(weights["class_embed.0.bias"]))

@@ -224,7 +224,7 @@ def published_weights(
     """
     for name, usual in (
         ("backbone", r"resnet\d+"), ("encoder", "deformable"), ("neck", "none"),
-        ("encoder_attn", "deformable"),
+        ("encoder_attn", "deformable"), ("decoder_attn", "deformable"), ("input_norm", "group"),
         ("relation", "none"), ("encoder_updates", "full"), ("enc_fusion", "none"),
         ("scores", "sigmoid"),
     ):  # fmt: skip

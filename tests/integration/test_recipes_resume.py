@@ -25,6 +25,8 @@ FLAGS: dict[str, str] = {
     "dense encoder": "--encoder_attn dense --dropout 0.1",
     "mswin": "--encoder_attn mswin+deformable --dropout 0.1",
     "msda": "--encoder_attn msda+deformable --hidden_dim 48 --nheads 3",
+    "detr": "--num_feature_levels 1 --encoder_attn dense --decoder_attn dense --input_norm none "
+    "--decoder_norm --cls_loss softmax --dropout 0.1 --no_two_stage --no_with_box_refine",
     "fpn": "--neck fpn",
     "++": "--mixed_query_selection --look_forward_twice --cls_loss mal --match_cost high_order "
     "--high_order_from 0.5",

@@ -81,6 +81,17 @@ CASES: dict[str, dict[str, Any]] = {
     "dense encoder": {"model": {"encoder_attn": "dense"}},
     "mswin": {"model": {"encoder_attn": "mswin+deformable"}},
     "msda": {"model": {"encoder_attn": "msda+deformable", "hidden_dim": 48, "nheads": 3}},
+    "detr": {
+        "model": {
+            "num_feature_levels": 1,
+            "encoder_attn": "dense",
+            "decoder_attn": "dense",
+            "input_norm": "none",
+            "decoder_norm": True,
+            "scores": "softmax",
+        },
+        "loss": {"cls_loss": "softmax", "match_cost": "probability"},
+    },
     "hsfpn": {"model": {"neck": "hsfpn", "neck_width": 32}},
     "broken": {"broken": BROKEN},
     "poisoned": {"poisoned": 2},

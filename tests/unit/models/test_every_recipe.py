@@ -29,6 +29,10 @@ SIZES = [(60, 90), (75, 64)]
 HYBRID = Hybrid(num_queries_one2many=9, k_one2many=2)
 RELATION = {"relation": "previous"}
 ONE_LEVEL = {"num_feature_levels": 1}
+DETR = {
+    **ONE_LEVEL, "encoder_attn": "dense", "decoder_attn": "dense", "input_norm": "none",
+    "position_offset": 0.0, "decoder_norm": True,
+}  # fmt: skip
 LITE = {"encoder_updates": "lite", "enc_layers": 2}
 MSDA = {"hidden_dim": 48, "nheads": 3}
 PLUS_PLUS = {"mixed_query_selection": True, "look_forward_twice": True}
@@ -85,6 +89,17 @@ CASES: dict[str, Case] = {
     "mswin": Case(model={"encoder_attn": "mswin", "enc_fusion": "dense"}),
     "mswin, deformable": Case("plain", model={"encoder_attn": "mswin+deformable"}),
     "msda, deformable": Case(model={"encoder_attn": "msda+deformable", **MSDA}),
+    "detr": Case(
+        "plain",
+        model={**DETR, "scores": "softmax"},
+        loss={"cls_loss": "softmax", "match_cost": "probability"},
+    ),
+    "detr, hybrid": Case("plain", recipes={"hybrid": HYBRID}, model=DETR),
+    "detr of four levels": Case(
+        "plain",
+        recipes={"group": Group(group_detr=3)},
+        model={"decoder_attn": "dense"},
+    ),
     "fpn": Case("plain", model={"neck": "fpn"}),
     "hsfpn": Case(model={"neck": "hsfpn", "neck_width": 32}),
     "mds": Case(recipes={"mds": MDS()}, loss={"cls_loss": "vfl"}),

@@ -5,6 +5,8 @@ Read from these files (repository: file at commit):
 - HDETR/H-Deformable-DETR: models/deformable_detr.py and models/deformable_transformer.py at
   22ae105aced6b5bc89e3582ce79e800a5c84e236, options in main.py at
   196001d4d22836f2bf916d2c937d4230a4ac5030;
+- facebookresearch/detr: models/detr.py at 0217b40fb8064f6118aa9a92ae29c1ce87b0798f,
+  models/transformer.py at 1d6a32809e9f37134dfc8fb9f792a9f131961788;
 - IDEA-Research/DINO: models/dino/dino.py at 66d7173cc4167934381a898b07c08507bdd96b63,
   models/dino/deformable_transformer.py at 2a4df86c8d6c2583acdbfb44f72566d90f18978f,
   config/DINO/DINO_4scale.py at 67bbcd97ef30a48cf343b7b0f3ad9ea0795b6fcd;
@@ -179,6 +181,30 @@ def h_detr(num_classes: int = 91) -> list[Entry]:
             entries += module(classes, classes, linear(WIDTH, num_classes))
             entries += module(boxes, boxes, box_head())
     return entries
+
+
+def detr(num_classes: int = 91) -> list[Entry]:
+    """Return DETR. Its decoder looks at the image after the second norm, ours after the first."""
+    feed_forward = [*within("linear1", linear(WIDTH, FFN)), *within("linear2", linear(FFN, WIDTH))]
+    entries = torchvision_body("backbone.0.body")
+    for layer in range(ENCODER):
+        name = f"transformer.encoder.layers.{layer}"
+        entries += module(f"{name}.self_attn", f"{name}.self_attn.attn", attention())
+        block = feed_forward + within("norm1", norm()) + within("norm2", norm())
+        entries += module(name, name, block)
+    for layer in range(DECODER):
+        name = f"transformer.decoder.layers.{layer}"
+        entries += module(f"{name}.self_attn", f"{name}.self_attn", attention())
+        entries += module(f"{name}.multihead_attn", f"{name}.cross_attn", attention())
+        for theirs, ours in (("norm1", "norm2"), ("norm2", "norm1"), ("norm3", "norm3")):
+            entries += module(f"{name}.{theirs}", f"{name}.{ours}", norm())
+        entries += module(name, name, feed_forward)
+    entries += module("transformer.decoder.norm", "transformer.decoder.norm", norm())
+    entries += module("class_embed", "class_embed.0", linear(WIDTH, num_classes + 1))
+    entries += module("bbox_embed", "bbox_embed.0", box_head())
+    entries.append(("query_embed.weight", "query_embed.weight", (QUERIES, WIDTH)))
+    projection = [("weight", (WIDTH, 512, 1, 1)), ("bias", (WIDTH,))]
+    return entries + module("input_proj", "input_proj.0.0", projection)
 
 
 def dino(num_classes: int = 91) -> list[Entry]:
