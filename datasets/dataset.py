@@ -151,12 +151,11 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
 
     def __getitem__(self, key: "int | SampleKey") -> tuple[Tensor, Target] | UnreadableImage:
         position, batch = key if isinstance(key, SampleKey) else (key, 0)
-        image_id = int(self.index.images.ids[position])
+        image_id = self.image_id(position)
         try:
             sample = self._read_sample(position)
         except READ_ERRORS as error:
-            what = f"{type(error).__name__}: {error}"
-            return UnreadableImage(image_id, str(self._path(position)), what)
+            return _unreadable(image_id, self._path(position), error)
         epoch = int(self._epoch)
         generator = seeded_generator(self._seed, epoch, position)
         size = sample.size
@@ -165,6 +164,17 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         shared = seeded_generator(self._seed, epoch, batch, 1)
         prepared = self.transform.in_epoch(epoch)(sample, generator, shared)
         return prepared.image, make_target(prepared, image_id, size)
+
+    def image_id(self, position: int) -> int:
+        """Return the id of an image."""
+        return int(self.index.images.ids[position])
+
+    def read_pixels(self, position: int) -> Tensor | UnreadableImage:
+        """Return an image as uint8 [3,H,W], at no less than the transform needs."""
+        try:
+            return self._decode(position)[0]
+        except READ_ERRORS as error:
+            return _unreadable(self.image_id(position), self._path(position), error)
 
     def read_image(self, image_id: int) -> Image.Image | None:
         """Return an image as it is stored, None if it cannot be read."""
@@ -232,6 +242,10 @@ def make_target(prepared: Sample, image_id: int, orig_size: tuple[int, int]) -> 
         "orig_size": torch.tensor(orig_size, dtype=torch.int64),
         "size": torch.tensor([height, width], dtype=torch.int64),
     }
+
+
+def _unreadable(image_id: int, path: Path | str, error: BaseException) -> UnreadableImage:
+    return UnreadableImage(image_id, str(path), f"{type(error).__name__}: {error}")
 
 
 def seeded_generator(*key: int) -> torch.Generator:
@@ -314,17 +328,27 @@ class ImageList(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         return len(self._images)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Target] | UnreadableImage:
-        source = self._images[position]
-        try:
-            pixels = source if isinstance(source, Tensor) else to_pixels(read_rgb(source, None))
-        except READ_ERRORS as error:
-            path = source if isinstance(source, Path) else getattr(source, "filename", "")
-            return UnreadableImage(position, str(path), f"{type(error).__name__}: {error}")
+        pixels = self.read_pixels(position)
+        if isinstance(pixels, UnreadableImage):
+            return pixels
         size = (pixels.shape[1], pixels.shape[2])
         sample = Sample(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), size)
         generator = torch.Generator().manual_seed(position)
         prepared = self.transform(sample, generator, generator)
         return prepared.image, make_target(prepared, position, size)
+
+    def image_id(self, position: int) -> int:
+        """Return the id of an image, which is its position."""
+        return position
+
+    def read_pixels(self, position: int) -> Tensor | UnreadableImage:
+        """Return an image as uint8 [3,H,W]."""
+        source = self._images[position]
+        try:
+            return source if isinstance(source, Tensor) else to_pixels(read_rgb(source, None))
+        except READ_ERRORS as error:
+            path = source if isinstance(source, Path) else getattr(source, "filename", "")
+            return _unreadable(position, path, error)
 
     def image_sizes(self) -> list[tuple[int, int]]:
         """Return the (height, width) of each image, (0, 0) where its header cannot be read."""

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -19,11 +19,13 @@ from datasets.build import build_dataset, build_transform, load_index
 from datasets.dataset import CocoDetection, ImageList, ImageSource
 from datasets.eval_loader import eval_loader
 from datasets.images import limit_pixels
+from datasets.tiles import TileBatches, Tiling
 from datasets.workers import loader_processes
 from engine.claims import check_claims
 from engine.evaluation.evaluate import detect, evaluate
 from engine.evaluation.evaluator import Backend, EvalResult, Evaluator
 from engine.evaluation.matching import Truth
+from engine.evaluation.tiling import by_image
 from engine.optim import Precision
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
@@ -31,6 +33,7 @@ from models.postprocess import PostProcess
 from models.recipes import KnownRecipes
 from models.weights.load import Pretrained, load_pretrained
 from models.weights.transfer import RECIPES, load_strict
+from util.batch import Batch
 from util.classes import Classes
 from util.console import console
 from util.device import pick_device
@@ -218,11 +221,13 @@ class Detector:
         num_workers: int = 0,
         skip_unreadable: bool = True,
         description: str | None = None,
+        tiling: Tiling | None = None,
     ) -> Iterator[tuple[int, list[Box]]]:
         """Yield the position of each image and its boxes of every score, best first.
 
         Images of one size come together, large ones first. With a `description`, a progress bar
-        is shown.
+        is shown. With `tiling`, large images are cut, `batch_size` tiles are computed at once, and
+        an image has as many boxes as its tiles have.
 
         Raises:
             DataError: an image cannot be read, unless those are skipped.
@@ -231,29 +236,34 @@ class Detector:
         dataset = ImageList(
             images, build_transform(self.data, train=False, mean=self.mean, std=self.std)
         )
-        for batch, found in detect(
+        batches: Iterable[Batch]
+        if tiling is None:
+            batches = eval_loader(dataset, batch_size=batch_size, num_workers=num_workers)
+        else:
+            batches = TileBatches(dataset, tiling, batch_size=batch_size)
+        results = detect(
             self.model,
             self._postprocess,
-            eval_loader(dataset, batch_size=batch_size, num_workers=num_workers),
+            batches,
             device=self.device,
             description=description,
             skip_unreadable=skip_unreadable,
-        ):
-            for target, detection in zip(batch.targets, found, strict=True):
-                columns = (detection[key].tolist() for key in ("labels", "scores", "boxes"))
-                yield (
-                    int(target["image_id"]),
-                    [
-                        Box(
-                            self.classes.shown(label),
-                            self.classes.ids[label],
-                            score,
-                            tuple(corners),
-                        )
-                        for label, score, corners in zip(*columns, strict=True)
-                        if self.classes.in_use(label)  # some labels stand for no class
-                    ],
-                )
+        )
+        for target, detection in by_image(results, tiling):
+            columns = (detection[key].tolist() for key in ("labels", "scores", "boxes"))
+            yield (
+                int(target["image_id"]),
+                [
+                    Box(
+                        self.classes.shown(label),
+                        self.classes.ids[label],
+                        score,
+                        tuple(corners),
+                    )
+                    for label, score, corners in zip(*columns, strict=True)
+                    if self.classes.in_use(label)  # some labels stand for no class
+                ],
+            )
 
     def evaluate(
         self,
@@ -309,8 +319,11 @@ class Detector:
         backend: Backend = "fast",
         max_dets: int = 0,
         area_bounds: tuple[float, float] | None = None,
+        tiling: Tiling | None = None,
     ) -> tuple[EvalResult, Evaluator]:
         """Evaluate on a data set, each process of `world` on its part of the images.
+
+        With `tiling`, large images are cut.
 
         Returns the result, and the evaluator that has collected the detections: of all processes
         in the main one.
@@ -323,13 +336,14 @@ class Detector:
             max_dets=max_dets,
             area_bounds=area_bounds,
         )
-        batches = eval_loader(
-            dataset,
-            batch_size=batch_size or self.batch_size,
-            num_workers=loader_processes(self.data.num_workers, local_size=world.local_size),
-            rank=world.rank,
-            world_size=world.size,
-        )
+        share = {"rank": world.rank, "world_size": world.size}
+        batch_size = batch_size or self.batch_size
+        workers = loader_processes(self.data.num_workers, local_size=world.local_size)
+        batches: Iterable[Batch]
+        if tiling is None:
+            batches = eval_loader(dataset, batch_size=batch_size, num_workers=workers, **share)
+        else:
+            batches = TileBatches(dataset, tiling, batch_size=batch_size, **share)
         result, _ = evaluate(
             self.model,
             self._postprocess,
@@ -338,6 +352,7 @@ class Detector:
             device=self.device,
             autocast=Precision(precision, self.device).autocast,
             world=world,
+            tiling=tiling,
         )
         return result, evaluator
 

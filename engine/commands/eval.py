@@ -8,6 +8,7 @@ from configs.load import Given
 from configs.options import option
 from configs.schema import DataConfig, EvalDataConfig, ProcessOptions
 from configs.schema import Precision as PrecisionName
+from configs.tiles import TileOptions
 from datasets.build import build_dataset, read_split, reading_of
 from datasets.formats.coco_layouts import find_coco
 from datasets.index import CocoIndex
@@ -17,6 +18,7 @@ from engine.evaluation.detections import read_detections
 from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
 from engine.evaluation.identify import CategoryIds
 from engine.evaluation.matching import Truth
+from engine.evaluation.tiling import tiling_of
 from engine.processes import process_group
 from util.console import console
 from util.errors import ConfigError
@@ -85,7 +87,7 @@ class EvalOptions(ProcessOptions):
         return (self.area_ranges[0], self.area_ranges[1]) if self.area_ranges else None
 
 
-SECTIONS = {"eval": EvalOptions, "data": EvalDataConfig}
+SECTIONS = {"eval": EvalOptions, "data": EvalDataConfig, "tiles": TileOptions}
 DEFAULTS = {"data": "the checkpoint's"}
 
 
@@ -95,9 +97,11 @@ def processes(given: Given) -> ProcessOptions:
     return replace(options, gpus=1) if options.detections else options
 
 
-def main(options: EvalOptions, given: Given) -> int:
+def main(options: EvalOptions, tiles: TileOptions, given: Given) -> int:
     """Evaluate a checkpoint, or saved detections, on COCO-format data."""
     if options.detections:
+        if tiles.tile:
+            raise ConfigError("tile: is of images that a model sees, and `detections` has none.")
         return evaluate_detections(options, given.config().data)
     with process_group(options.device) as (world, device):
         detector = Detector.load(options.checkpoint, device=device, ema=options.ema)
@@ -118,6 +122,7 @@ def main(options: EvalOptions, given: Given) -> int:
             backend=options.evaluator,
             max_dets=options.max_dets,
             area_bounds=options.area_bounds,
+            tiling=tiling_of(tiles, detector.data.eval_scale),
         )
         if world.main:
             found = evaluator.detections().to_coco(evaluator.truth)

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.options import Checked, option
+from configs.tiles import TileOptions
 from datasets.dataset import find_images
+from datasets.tiles import Tiling
 from engine.detector import Detector
+from engine.evaluation.tiling import tiling_of
 from engine.predictions import PredictionFiles, drawn_names, relative_names
 from util.console import console, in_line
 from util.errors import ConfigError, DataError, brief, nearest_hint
@@ -63,10 +66,10 @@ class PredictOptions(Checked):
     )
 
 
-SECTIONS = {"predict": PredictOptions}
+SECTIONS = {"predict": PredictOptions, "tiles": TileOptions}
 
 
-def main(options: PredictOptions) -> int:
+def main(options: PredictOptions, tiles: TileOptions) -> int:
     """Draw what a checkpoint finds in images, and write it as JSON."""
     if not options.input or not options.output_dir:
         raise ConfigError("predict: give `input IMAGES ...` and `output_dir DIR`.")
@@ -93,6 +96,7 @@ def main(options: PredictOptions) -> int:
         draw=options.draw,
         table=options.csv,
         crops=options.save_crops,
+        tiling=tiling_of(tiles, detector.data.eval_scale),
         batch_size=options.batch_size,
         num_workers=options.num_workers,
     )
@@ -156,6 +160,7 @@ def write_predictions(
     draw: bool = True,
     table: bool = False,
     crops: bool = False,
+    tiling: Tiling | None = None,
     batch_size: int = 1,
     num_workers: int = 0,
 ) -> None:
@@ -175,7 +180,11 @@ def write_predictions(
         output_dir, names, detector.classes, thresholds, drawn=drawn, table=table, crops=crops
     ) as files:
         for i, boxes in detector.detect(
-            paths, batch_size=batch_size, num_workers=num_workers, description="predict"
+            paths,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            description="predict",
+            tiling=tiling,
         ):
             files.add(i, paths[i], [box for box in boxes if box.name in thresholds])
         if not files.images:

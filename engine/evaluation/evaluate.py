@@ -8,8 +8,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from datasets.tiles import Tiling
 from engine.averages import Averages, official_log_values
 from engine.evaluation.evaluator import EvalResult, Evaluator
+from engine.evaluation.tiling import by_image
 from engine.guards.guard import UnreadableImages
 from models.criterion import SetCriterion
 from models.postprocess import PostProcess
@@ -129,11 +131,12 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     world: World | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    tiling: Tiling | None = None,
 ) -> tuple[EvalResult, dict[str, float]]:
     """Evaluate on a data set; return COCO's numbers and the mean losses.
 
     Each process of `world` passes its own `batches` and gets the result; the detections of all
-    are collected in the main process's evaluator alone.
+    are collected in the main process's evaluator alone. With `tiling`, these are `TileBatches`.
 
     Raises:
         Interrupted: `stopping()` held in any process; see `until_stopped`.
@@ -159,11 +162,11 @@ def evaluate(
         on_outputs=add_losses if criterion is not None else None,
         autocast=autocast,
     )
-    for batch, detections in until_stopped(results, world, stopping):
-        evaluator.update([int(t["image_id"]) for t in batch.targets], detections)
+    for target, found in by_image(until_stopped(results, world, stopping), tiling):
+        evaluator.update([int(target["image_id"])], [found])
     parts = world.gather((evaluator.detections(), averages))
-    for found, means in parts[1:]:
-        evaluator.add(found)
+    for others, means in parts[1:]:
+        evaluator.add(others)
         if means.count:
             averages.add(means.totals, means.count)
     result, averages = world.broadcast(

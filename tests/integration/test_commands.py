@@ -168,6 +168,19 @@ def assert_same_detections(actual: list[dict[str, Any]], expected: list[dict[str
         torch.testing.assert_close(rows[0][:, 1], rows[1][:, 1], rtol=1e-4, atol=1e-4)
 
 
+def test_tiles_change_nothing_where_images_fit_and_more_where_they_do_not(
+    cli: Cli, finished_run: Path, tmp_path: Path
+) -> None:
+    numbers = []
+    for name, more in (("whole", ()), ("one", ("--tile", "--tile_size", "4096")),
+                       ("cut", ("--tile", "--tile_size", "32"))):  # fmt: skip
+        done = cli("eval", "--checkpoint", finished_run / "last.pth", "--batch_size", "1",
+                   "--no_analysis", "--output_dir", tmp_path / name, *more)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        numbers.append(json.loads((tmp_path / name / "eval" / "results.json").read_text()))
+    assert numbers[0] == numbers[1] != numbers[2]
+
+
 def test_predict_draws_every_image_and_names_the_unreadable(
     cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:
