@@ -61,7 +61,7 @@ def merge(parts: list[Found], tiling: Tiling) -> Found:
     found = {name: values[order] for name, values in found.items()}
     tile = found.pop("tile")
     kept = torch.zeros(len(tile), dtype=torch.bool)
-    for label in found["labels"].unique():
+    for label in sorted(set(found["labels"].tolist())):
         rows = (found["labels"] == label).nonzero().flatten()
         kept[rows] = _best(found["boxes"][rows].double(), tile[rows], tiling)
     return {name: values[kept] for name, values in found.items()}
