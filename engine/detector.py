@@ -336,7 +336,7 @@ class Detector:
             max_dets=max_dets,
             area_bounds=area_bounds,
         )
-        share = {"rank": world.rank, "world_size": world.size}
+        share: dict[str, Any] = {"rank": world.rank, "world_size": world.size}
         batch_size = batch_size or self.batch_size
         workers = loader_processes(self.data.num_workers, local_size=world.local_size)
         batches: Iterable[Batch]

@@ -81,7 +81,8 @@ def finder(model: nn.Module, scale: int) -> Detector:
 
 def scene(seed: int, height: int, width: int, count: int) -> tuple[Image.Image, torch.Tensor]:
     """Return a black image with red rectangles that do not touch, and their boxes."""
-    random, pixels, boxes = np.random.default_rng(seed), np.zeros((height, width, 3), np.uint8), []
+    random, pixels = np.random.default_rng(seed), np.zeros((height, width, 3), np.uint8)
+    boxes: list[list[int]] = []
     while len(boxes) < count:
         w, h = random.integers(4, 26, 2)
         x, y = random.integers(0, width - w + 1), random.integers(0, height - h + 1)
@@ -148,7 +149,7 @@ def random_parts(seed: int, each_alone: bool) -> list[dict[str, torch.Tensor]]:
     scores = torch.rand(120, generator=generator)
     labels = torch.randint(0, 3, (120,), generator=generator)
     sizes = [1] * 120 if each_alone else [30] * 4
-    parts = zip(boxes.split(sizes), scores.split(sizes), labels.split(sizes), strict=True)
+    parts = zip(*(torch.split(values, sizes) for values in (boxes, scores, labels)), strict=True)
     return [
         {"boxes": b, "scores": s, "labels": c, "tile": torch.full((len(b),), i)}
         for i, (b, s, c) in enumerate(parts)
