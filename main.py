@@ -24,6 +24,7 @@ COMMANDS = {
     "plan": "print the options that fit your data, this machine and your hours",
     "eval": "evaluate a checkpoint, or saved detections, on COCO-format data",
     "predict": "draw what a checkpoint finds in images, and write it as JSON",
+    "explain": "show where a checkpoint looks for what it finds in an image",
     "average": "write the mean of the weights of several checkpoints of a run",
     "check": "look for flaws in images and annotations",
     "preview": "write training images as the model sees them, with boxes",

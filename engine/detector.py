@@ -26,6 +26,7 @@ from engine.evaluation.evaluate import detect, evaluate
 from engine.evaluation.evaluator import Backend, EvalResult, Evaluator
 from engine.evaluation.matching import Truth
 from engine.evaluation.tiling import by_image
+from engine.explain.explanation import Choice, Explanation, explain
 from engine.optim import Precision
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
@@ -264,6 +265,46 @@ class Detector:
                     if self.classes.in_use(label)  # some labels stand for no class
                 ],
             )
+
+    def explain(
+        self,
+        image: AnyImage,
+        threshold: float | None = None,
+        *,
+        box: int | None = None,
+        query: int | None = None,
+        point: tuple[float, float] | None = None,
+        class_name: str | None = None,
+        count: int = 5,
+        token: tuple[float, float, int] | None = None,
+    ) -> Explanation:
+        """Return where the model looked for what it found in an image, as arrays.
+
+        `image` and `threshold` are as in `predict`. By default its best `count` boxes are
+        explained. `box` chooses one by its position in what `predict` returns, `point`, (x, y) in
+        pixels, the smallest box around it, and `query` one by its query, whatever its score;
+        `class_name` leaves only detections of a class. With `token`, (x, y) in pixels and a level
+        counted from 0, that cell of the encoder's feature maps is explained as well.
+
+        Raises:
+            ConfigError: nothing is there to choose, or the encoder has no sampling points.
+            DataError: the image cannot be read.
+            TypeError: it is not an image.
+        """
+        choice = Choice(box, query, point, class_name, count, token)
+        limit_pixels(self.data.max_pixels)
+        return explain(
+            self.model,
+            self._postprocess,
+            ImageList(
+                [_image_source(image)],
+                build_transform(self.data, train=False, mean=self.mean, std=self.std),
+            ),
+            choice,
+            device=self.device,
+            classes=self.classes,
+            min_scores=self.min_scores(threshold),
+        )
 
     def evaluate(
         self,

@@ -23,9 +23,10 @@ class PostProcess:
 
     @torch.no_grad()
     def __call__(self, outputs: DetectorOutput, orig_sizes: Tensor) -> list[dict[str, Tensor]]:
-        """Return `scores` [K], `labels` [K] and `boxes` [K,4] of each image, best first.
+        """Return `scores`, `labels`, `queries` [K] and `boxes` [K,4] of each image, best first.
 
-        K is the same for all images unless some are suppressed.
+        K is the same for all images unless some are suppressed; `queries` are those that found
+        them.
 
         Shape: orig_sizes [N,2] as (height, width) in pixels. Units: boxes are xyxy pixels of the
             original image, not clipped to it.
@@ -42,8 +43,8 @@ class PostProcess:
         height, width = orig_sizes.to(boxes).unbind(1)
         boxes = boxes * torch.stack([width, height, width, height], dim=1)[:, None]
         results = [
-            {"scores": s, "labels": c, "boxes": b}
-            for s, c, b in zip(scores, labels, boxes, strict=True)
+            {"scores": s, "labels": c, "queries": k, "boxes": b}
+            for s, c, k, b in zip(scores, labels, query, boxes, strict=True)
         ]
         return [self._suppressed(result) for result in results] if suppress else results
 

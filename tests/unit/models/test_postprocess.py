@@ -29,6 +29,7 @@ def test_the_best_pairs_are_in_pixels_of_the_original_image(
         )[:limit]
         found = results[image]
         assert found["labels"].tolist() == [k for _, _, k in ranked]
+        assert found["queries"].tolist() == [i for _, i, _ in ranked]
         for row, (logit, i, _) in enumerate(ranked):
             cx, cy, w, h = boxes[image, i].tolist()
             corners = [(cx - w / 2) * width, (cy - h / 2) * height,
