@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import box_convert
@@ -40,8 +41,8 @@ class Sampling:
 
     Shape: layers [T], their numbers, counted from 0; points [T,M,L,K,2], (x, y) in pixels of the
     upright image, also outside it, where zeros are read; weights [T,M,L,K], which sum to 1 over
-    levels and points; references [T,2 or 4], the point (x, y) or box (cx, cy, w, h) in pixels that
-    points are placed around.
+    levels and points; references [T,4], the box (cx, cy, w, h) in pixels that points are placed
+    around, or a point, whose w and h are 0.
     """
 
     layers: NDArray[np.int64]
@@ -367,8 +368,9 @@ def _sampling(
     points = torch.stack([locations[0].double().cpu() for locations, _ in samples]) * pixels
     weights = torch.stack([weights[0].double().cpu() for _, weights in samples])
     # without padding, a reference is the same fraction of every level
-    references = torch.stack([look.reference[0, :, 0].double().cpu()[rows.cpu()] for look in looks])
-    references = references * pixels.repeat(references.shape[-1] // 2)
+    seen = [look.reference[0, :, 0].double().cpu()[rows.cpu()] for look in looks]
+    boxes = [F.pad(reference, (0, 4 - reference.shape[-1])) for reference in seen]
+    references = torch.stack(boxes) * pixels.repeat(2)
     return [
         Sampling(
             np.array(layers),

@@ -14,7 +14,7 @@ from engine.explain.explanation import ExplainedQuery, Explanation, Floats, Samp
 from engine.explain.page import RAMP, level_colour, title_of
 from util.files import atomic_path
 
-_CELL = 1.5  # inches: a head in a layer
+_CELLS = 1.5, 2.4  # inches: the least and greatest side of a head's cell
 _WIDE = 4.6  # inches: a view of the whole image
 _LARGEST = 900  # pixels: the long side of what is drawn into a cell or view
 _MOST_CELLS = 96
@@ -40,12 +40,13 @@ def write_picture(path: Path, explanation: Explanation, item: int, image: Image.
     layers, heads = sampling.weights.shape[:2]
     drawn = max(1, min(layers, _MOST_CELLS // heads))
     views = 2 + (query is not None)
-    width = max(views * _WIDE, heads * _CELL + 0.6)
+    side = min(max(views * _WIDE / heads, _CELLS[0]), _CELLS[1])
+    width = max(views * _WIDE, heads * side + 0.6)
     tall = min(max(image.height / image.width, 0.4), 1.6) * width / views + 0.5
-    figure = Figure(figsize=(width, tall + drawn * _CELL + 0.9), dpi=100, layout="constrained")
+    figure = Figure(figsize=(width, tall + drawn * side + 0.9), dpi=100, layout="constrained")
     title = title_of(explanation, item).replace("$", r"\$")  # no dollar starts a formula
     figure.suptitle(f"{title}: where it looked", fontsize=13)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[tall, drawn * _CELL + 0.3])
+    top, bottom = figure.subfigures(2, 1, height_ratios=[tall, drawn * side + 0.3])
     panels = top.subplots(1, views, squeeze=False)[0]
     whole = (0.0, 0.0, float(image.width), float(image.height))
     last = sampling.layers[-1]

@@ -1,0 +1,132 @@
+"""`explain` as a user runs it, and its page in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.integration.conftest import Cli
+
+
+@pytest.fixture(scope="module")
+def image(shapes: Path) -> Path:
+    """An image of the generated set."""
+    return sorted((shapes / "val2017").iterdir())[0]
+
+
+@pytest.fixture(scope="module")
+def explained(
+    cli: Cli, finished_run: Path, image: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of an explanation of two queries and a token."""
+    folder = tmp_path_factory.mktemp("explained")
+    done = cli("explain", "--checkpoint", finished_run / "last.pth", "--input", image,
+               "--output_dir", folder, "--threshold", "0", "--count", "2", "--token", "30,40,1",
+               "--json", "--device", "cpu")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def content_of(folder: Path) -> Any:
+    """Return the numbers that were written."""
+    return json.loads((folder / "explanation.json").read_text())
+
+
+def test_everything_named_is_written(explained: Path, image: Path) -> None:
+    content = content_of(explained)
+    names = [f"query_{query['query']:03d}.png" for query in content["queries"]]
+    assert len(names) == 2
+    assert sorted(path.name for path in explained.iterdir()) == sorted(
+        [*names, "token.png", "explain.html", "explanation.json"]
+    )
+    for name in [*names, "token.png"]:
+        with Image.open(explained / name) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
+    with Image.open(image) as original:
+        assert content["size"] == list(original.size)
+
+
+def test_the_page_needs_nothing_but_itself(explained: Path) -> None:
+    page = (explained / "explain.html").read_text()
+    addresses = re.findall(r"""(?:src|href)=["']?([^"'> ]{1,40})""", page)
+    assert addresses
+    assert all(address.startswith("data:image/jpeg;base64,") for address in addresses)
+    assert page.count("http") == page.count("http://www.w3.org/2000/svg")
+
+
+def in_browser(page: Path, state: str, folder: Path) -> str:
+    """Return the page as the browser has it after its script, opened at an address of its own."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium, which is not installed")
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         f"--user-data-dir={folder}", "--dump-dom", f"file://{page}#{state}"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.long
+def test_a_browser_draws_the_points_that_are_chosen(explained: Path, tmp_path: Path) -> None:
+    state = "item=1&layer=0&head=1&level=all&colour=level&others=1"
+    shown = in_browser(explained / "explain.html", state, tmp_path)
+    query = content_of(explained)["queries"][1]
+    points = np.array(query["sampling"]["points"][0][1]).reshape(-1, 2)
+    weights = np.array(query["sampling"]["weights"][0][1]).reshape(-1)
+    circles = [
+        ElementTree.fromstring(text).attrib
+        for text in re.findall(r"<circle [^>]*>(?=<title>)", shown)
+        for text in [text.replace(">", "/>")]
+    ]
+    drawn = np.array([[float(c[k]) for k in ("cx", "cy", "data-weight")] for c in circles])
+    expected = np.column_stack([points, weights])
+    assert drawn.shape == expected.shape
+    order = drawn[:, 2].argsort(), expected[:, 2].argsort()
+    np.testing.assert_allclose(drawn[order[0], 2], expected[order[1], 2], atol=1e-5)
+    for x, y, weight in drawn:
+        assert np.abs(expected - [x, y, weight]).max(1).min() <= 0.06
+    assert drawn[:, 2].sum() == pytest.approx(1, abs=1e-4)
+    text = unescape(shown)
+    assert f"{query['name']} {query['score']:.2f} (query {query['query']}), layer 0: " in text
+    assert "which weigh 1.000 of 1 per head" in text
+    rows = re.findall(
+        r"<th scope=\"row\">(\d+)</th><td>([\d.]+)</td>", text.partition('id="taken"')[2]
+    )
+    taken = np.array(query["attention"][0][1])
+    assert [int(other) for other, _ in rows] == (-taken).argsort(kind="stable")[
+        : len(rows)
+    ].tolist()
+    assert float(rows[0][1]) == pytest.approx(taken.max(), abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--point", "3"], "--point: must be x,y, in pixels of the image, not '3'"),
+        (["--token", "3,4,0.5"], "--token: must be x,y or x,y,level"),
+        (["--threshold", "1"], "--score_threshold: no detection reaches it"),
+        (["--box", "1", "--query", "1"], "--box: leaves nothing to choose by --query"),
+        (["--class", "unicorn"], "--class_name: the model has no class 'unicorn'"),
+        (["--input", "nowhere.png"], "nowhere.png: there is no such file"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    cli: Cli, finished_run: Path, image: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    done = cli("explain", "--checkpoint", finished_run / "last.pth", "--input", image,
+               "--output_dir", tmp_path, "--device", "cpu", *options)  # fmt: skip
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
