@@ -25,6 +25,7 @@ from engine.explain.record import (
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
 from models.queries import DetectorOutput
+from ops import MSDeformAttn
 from util.batch import Batch
 from util.classes import Classes
 from util.errors import ConfigError, nearest_hint
@@ -172,6 +173,13 @@ def explain(
         raise ConfigError(
             f"class_name: the model has no class '{choice.class_name}'. "
             f"{nearest_hint(choice.class_name, min_scores)}"
+        )
+    if not all(
+        isinstance(layer.cross_attn, MSDeformAttn) for layer in model.transformer.decoder.layers
+    ):
+        raise ConfigError(
+            "decoder_attn: this model's queries attend to all of the image, as in DETR, and so have "
+            "no sampling points. `explain` needs a decoder with deformable attention."
         )
     if choice.token is not None and not deformable_attention(model):
         raise ConfigError(

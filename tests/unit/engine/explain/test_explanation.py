@@ -164,6 +164,12 @@ def test_an_encoder_without_sampling_points_is_said(image: Image.Image) -> None:
         detector.explain(image, 0.0, token=(1, 1, 0))
 
 
+def test_a_decoder_without_sampling_points_is_said(image: Image.Image) -> None:
+    detector = detector_of(encoder_attn="dense", decoder_attn="dense", num_feature_levels=1)
+    with pytest.raises(ConfigError, match=r"decoder_attn: .* as in DETR, .* no sampling points"):
+        detector.explain(image, 0.0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
