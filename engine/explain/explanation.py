@@ -174,12 +174,11 @@ def explain(
             f"class_name: the model has no class '{choice.class_name}'. "
             f"{nearest_hint(choice.class_name, min_scores)}"
         )
-    if not all(
-        isinstance(layer.cross_attn, MSDeformAttn) for layer in model.transformer.decoder.layers
-    ):
+    decoder = model.transformer.decoder
+    if not all(isinstance(layer.cross_attn, MSDeformAttn) for layer in decoder.layers):
         raise ConfigError(
-            "decoder_attn: this model's queries attend to all of the image, as in DETR, and so have "
-            "no sampling points. `explain` needs a decoder with deformable attention."
+            "decoder_attn: the queries of this model attend to all of the image, as in DETR, and "
+            "so have no sampling points. `explain` needs a decoder with deformable attention."
         )
     if choice.token is not None and not deformable_attention(model):
         raise ConfigError(
