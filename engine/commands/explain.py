@@ -74,10 +74,10 @@ def main(options: ExplainOptions) -> int:
         options.score_threshold,
         box=options.box,
         query=options.query,
-        point=point and (point[0], point[1]),
+        point=(point[0], point[1]) if point else None,
         class_name=options.class_name or None,
         count=options.count,
-        token=token and (token[0], token[1], int(token[2]) if len(token) > 2 else 0),
+        token=(token[0], token[1], int(token[2]) if token[2:] else 0) if token else None,
     )
     write(explanation, path, folder, numbers_too=options.json)
     return 0

@@ -320,7 +320,7 @@ def _of_query(
 
 def _corners(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Shape: cxcywh fractions [...,4] -> xyxy pixels [...,4], float64."""
-    corners = box_convert(boxes.double(), "cxcywh", "xyxy")
+    corners: Tensor = box_convert(boxes.double(), "cxcywh", "xyxy")
     return corners * corners.new_tensor((*size, *size))
 
 

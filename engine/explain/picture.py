@@ -46,7 +46,8 @@ def write_picture(path: Path, explanation: Explanation, item: int, image: Image.
     figure = Figure(figsize=(width, tall + drawn * side + 0.9), dpi=100, layout="constrained")
     title = title_of(explanation, item).replace("$", r"\$")  # no dollar starts a formula
     figure.suptitle(f"{title}: where it looked", fontsize=13)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[tall, drawn * side + 0.3])
+    halves = figure.subfigures(2, 1, height_ratios=[tall, drawn * side + 0.3], squeeze=False)
+    top, bottom = halves[:, 0]
     panels = top.subplots(1, views, squeeze=False)[0]
     whole = (0.0, 0.0, float(image.width), float(image.height))
     last = sampling.layers[-1]
@@ -93,14 +94,18 @@ def _points(
     levels = np.broadcast_to(np.arange(weights.shape[1])[:, None], weights.shape).ravel()
     shares = (weights / max(weights.max(), 1e-9)).ravel()
     order = shares.argsort()  # heavy ones on top
-    colours = [level_colour(i) for i in levels] if by_level else [_WEIGHTS(s) for s in shares]
+    colours = [
+        level_colour(int(i)) if by_level else _WEIGHTS(s)
+        for i, s in zip(levels, shares, strict=True)
+    ]
+    x, y = points.reshape(-1, 2)[order].T
     axes.scatter(
-        *points.reshape(-1, 2)[order].T, s=area * shares[order] + 2,
+        x, y, s=area * shares[order] + 2,
         c=[colours[i] for i in order], edgecolors="black", linewidths=0.5, alpha=0.9,
     )  # fmt: skip
-    x, y = sampling.references[layer, :2]
-    axes.plot(x, y, "+", color="black", markersize=12, markeredgewidth=3)
-    axes.plot(x, y, "+", color="#00e5ff", markersize=11, markeredgewidth=1.5)
+    centre = sampling.references[layer, :2, None]
+    axes.plot(*centre, "+", color="black", markersize=12, markeredgewidth=3)
+    axes.plot(*centre, "+", color="#00e5ff", markersize=11, markeredgewidth=1.5)
 
 
 def _box(axes: Axes, corners: Floats, colour: object, width: float, style: str = "-") -> None:

@@ -138,7 +138,7 @@ def test_a_tokens_points_give_what_self_attention_returned(updates: str) -> None
 @pytest.mark.parametrize("name", ["plain", "relation"])
 def test_attention_among_queries_gives_what_its_module_returned(name: str) -> None:
     model = model_of(**CASES[name])
-    modules: list[Any] = [layer.self_attn for layer in model.transformer.decoder.layers]  # type: ignore[union-attr]
+    modules: list[Any] = [layer.self_attn for layer in model.transformer.decoder.layers]
     calls = Calls(modules)
     with recording(model) as record:
         model(pad_images(random_images(SIZES[0])))
