@@ -123,7 +123,6 @@ _ANSWERS: Mapping[str, str] = {
     "position_embedding_scale": "It is always 2 pi, as in the published models: leave it out.",
     "remove_difficult": "Difficult objects of VOC count as crowds: leave it out.",
     "start_epoch": "A run continues where it was saved: `resume auto`.",
-    "eos_coef": 'The focal loss has no weight of "no object": set `focal_alpha`.',
     "pre_norm": "The published model normalises after each block: leave it out.",
     **dict.fromkeys(
         ("local_rank", "rank", "world_size", "dist_url", "dist_backend", "nnodes", "node_rank",
