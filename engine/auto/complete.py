@@ -60,6 +60,7 @@ def make_plan(
     data = given.section("data", DataConfig)
     train, val = load_index(data, "train"), load_index(data, "val", need_boxes=False)
     facts, machine = facts_of(train, val), machine_of(device, processes)
+    weights = Given(weights.values, given.recipes)  # its options stand on those of the preset
     name = _PRESETS[machine.gpu]
     preset = preset_options(name, given, weights)
     planner = Planner(
@@ -82,7 +83,7 @@ def make_plan(
         log.info("measuring a few steps of images of two sizes")
         measured = measure(draft.config(), train, val, device)
     planner = replace(planner, measured=measured)
-    lines = [*_first_lines(name, given, weights), *(c.line() for c in planner.choices)]
+    lines = [*_first_lines(name, preset, given, weights), *(c.line() for c in planner.choices)]
     for line in lines:
         log.info(f"  {line}")
     notices = list(planner.notices())
@@ -115,18 +116,20 @@ def _fixed(given: Given, weights: Given) -> Mapping[str, Mapping[str, Any]]:
     return {**given.values, "model": {**model, **given.values.get("model", {})}}
 
 
-def _first_lines(name: str, given: Given, weights: Given) -> list[str]:
+def _first_lines(name: str, preset: Given, given: Given, weights: Given) -> list[str]:
     """Return the choices of the model and its recipes."""
     why = "no GPU: a small model" if name == _PRESETS[False] else "a GPU: ResNet-50"
     lines = [f"preset {name}: {why}"]
     if weights.values.get("model"):
         rates = ", ".join(f"{k} {v:g}" for k, v in _FINE_RATES.items())
         lines = [f"model as `finetune` has it, {rates}: it can detect already"]
-    recipes = given.values.get("recipes", {})
-    lines.append(
-        f"recipes {' '.join(recipes)} (given): as given" if recipes
-        else "recipes none: none is shown to help in short trainings yet (docs/recipes.md)"
-    )  # fmt: skip
+    of_preset = " ".join(preset.values.get("recipes", {}))
+    if recipes := given.values.get("recipes", {}):
+        lines.append(f"recipes {' '.join(recipes)} (given): as given")
+    elif of_preset:
+        lines.append(f"recipes {of_preset}: helps in short trainings (docs/recipes.md)")
+    else:
+        lines.append("recipes none: the preset has none (docs/recipes.md)")
     return lines
 
 

@@ -1,6 +1,7 @@
 """What the documentation names exists: links, headings, files, names in files, options."""
 
 import contextlib
+import importlib
 import io
 import re
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.command_line import OptionParser
 from datasets.checks import kinds
 from main import main
 
@@ -53,7 +55,16 @@ def options_of(command: str) -> frozenset[str]:
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         if main([command, "--help_all"]) != 0:
             main([command, "--help"])
-    return frozenset(OPTION.findall(printed.getvalue()))
+    return frozenset(OPTION.findall(printed.getvalue())) | switched_off(command)
+
+
+def switched_off(command: str) -> frozenset[str]:
+    """Return the flags that turn off what is off by default, but may be on in a preset."""
+    parser = OptionParser()
+    module = importlib.import_module(f"engine.commands.{command}")
+    for title, section in module.SECTIONS.items():
+        parser.add_section(title, section)
+    return frozenset(flag for flag in parser.flags if flag.startswith("--no_"))
 
 
 @cache

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from configs.load import Given, read_options, to_yaml
 from engine.auto.choices import Machine, Measurement, Planner, Trial
 from engine.auto.facts import Facts
+from models.recipes import KnownRecipes
 
 GIB = 2**30
 FACTS = Facts(
@@ -36,7 +37,8 @@ def planner(
     measured: Measurement | None = None,
     epochs: int = 50,
 ) -> Planner:
-    preset = read_options("ddetr_pp_r50" if machine.gpu else "finetune_small", {}).config()
+    name = "ddetr_pp_r50" if machine.gpu else "finetune_small"
+    preset = read_options(name, {}, KnownRecipes()).config()
     measured = measured or measurement(0.1)
     return Planner(facts, machine, preset, given or {}, hours, epochs, measured)
 
@@ -44,7 +46,8 @@ def planner(
 def config_of(plan: Planner) -> Any:
     """Return the config of the run that is planned."""
     name = "ddetr_pp_r50" if plan.machine.gpu else "finetune_small"
-    return Given(plan.given).on(Given(plan.values)).on(read_options(name, {})).config()
+    preset = read_options(name, {}, KnownRecipes())
+    return Given(plan.given, KnownRecipes()).on(Given(plan.values)).on(preset).config()
 
 
 def numbers(low: float, high: float) -> "st.SearchStrategy[float]":
@@ -256,4 +259,4 @@ def test_costs_lie_on_a_line_through_both_trials() -> None:
 def test_a_plan_is_an_ordinary_file(tmp_path: Path) -> None:
     config = config_of(planner())
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert read_options(str(tmp_path / "config.yaml"), {}).config() == config
+    assert read_options(str(tmp_path / "config.yaml"), {}, KnownRecipes()).config() == config
