@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "evaluate a checkpoint, or saved detections, on COCO-format data",
     "predict": "draw what a checkpoint finds in images, and write it as JSON",
     "explain": "show where a checkpoint looks for what it finds in an image",
+    "benchmark": "measure what a model costs, and how fast it is here",
     "average": "write the mean of the weights of several checkpoints of a run",
     "check": "look for flaws in images and annotations",
     "preview": "write training images as the model sees them, with boxes",
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: main.py COMMAND [options]\n")
         for name, what in COMMANDS.items():
-            print(f"  {name:9}{what}")
+            print(f"  {name:10}{what}")
         print("\n`main.py COMMAND --help` lists a command's options.")
         return 0 if argv else EXIT_USER_ERROR
     if argv[0] not in COMMANDS:

@@ -18,7 +18,18 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ops/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 FIGURES = sorted((ROOT / "docs/images").glob("*.svg"))
-COMMANDS = ("train", "plan", "eval", "predict", "average", "convert", "check", "preview", "explain")
+COMMANDS = (
+    "train",
+    "plan",
+    "eval",
+    "predict",
+    "average",
+    "convert",
+    "check",
+    "preview",
+    "explain",
+    "benchmark",
+)
 OTHER_TOOLS = ("git", "make", "mypy", "pip", "pytest", "ruff", "sbatch", "srun", "torchrun")
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 OPTION = re.compile(r"(?<![\w-])--\w[\w-]*")

@@ -98,7 +98,7 @@ def test_help_of_the_program_needs_no_pytorch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     for name, what in COMMANDS.items():
-        assert f"  {name:9}{what}\n" in done.stdout
+        assert f"  {name:10}{what}\n" in done.stdout
 
 
 def test_every_command_is_in_the_table_and_has_a_module() -> None:

@@ -1,0 +1,262 @@
+"""`main.py benchmark`: what a model costs, and how fast it is on this machine."""
+
+import json
+import platform
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from configs.load import read_options
+from configs.options import Checked, option
+from configs.schema import Precision
+from datasets.dataset import find_images
+from datasets.images import READ_ERRORS, limit_pixels
+from datasets.sample import resized_size
+from engine.benchmark.compare import hugging_face_twin, logits_of
+from engine.benchmark.counts import PARTS, flops_by_part, parameters_by_part
+from engine.benchmark.measure import Times, peak_memory, time_in_turn
+from engine.benchmark.stages import Size, decode, generated_image, prepare, time_stages
+from engine.benchmark.text import as_text
+from engine.detector import Detector
+from engine.optim import Precision as Arithmetic
+from models.build import build_model
+from models.postprocess import PostProcess
+from models.recipes import KnownRecipes
+from models.weights.load import load_pretrained
+from ops.backends import chosen
+from util.batch import PaddedBatch
+from util.classes import Classes
+from util.console import console
+from util.device import pick_device
+from util.errors import ConfigError, DataError
+from util.files import write_atomic
+from util.version import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions(Checked):
+    """Which model is measured, and on what."""
+
+    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    config: str = option("", "in place of it: a preset or YAML file, with random weights")
+    num_labels: int = option(80, "classes of a model that --config builds", low=1, most=100000)
+    size: str = option(
+        "", "HEIGHTxWIDTH of the model's input (default: as evaluation prepares the first image)"
+    )
+    input: tuple[str, ...] = option((), "images, folders or globs (default: a generated image)")
+    batch_sizes: tuple[int, ...] = option((1,), "images per forward pass", low=1, most=4096)
+    precision: tuple[Precision, ...] = option(("fp32",), "arithmetic of the model")
+    threads: int = option(0, "threads on the CPU; 0: as PyTorch chooses", low=0, most=4096)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    runs: int = option(20, "timed forward passes of each kind", low=1, most=100000)
+    warm_up: int = option(3, "forward passes before them, which do not count", low=0, most=100000)
+    against: Literal["none", "hugging_face"] = option(
+        "none", "time transformers' model with the same weights in turn"
+    )
+    output: str = option("", "JSON file to write")
+
+
+SECTIONS = {"benchmark": BenchmarkOptions}
+Row = dict[str, Any]
+
+
+def main(options: BenchmarkOptions) -> int:
+    """Print what a model costs and how fast it is; write it as JSON."""
+    if bool(options.checkpoint) == bool(options.config):
+        raise ConfigError("benchmark: give either `checkpoint FILE` or `config FILE`.")
+    size = parse_size(options.size)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    detector, model_options = load(options)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = find_images(options.input) if options.input else [generated_image(Path(folder))]
+        report = measure(detector, paths, size, options, model_options)
+    console(as_text(report))
+    if options.output:
+        write_atomic(Path(options.output), json.dumps(report, indent=1) + "\n")
+        console(f"written: {options.output}")
+    return 0
+
+
+def parse_size(text: str) -> Size | None:
+    """Return the (height, width) of HEIGHTxWIDTH, None where nothing is given.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d{2,5})x(\d{2,5})", text, re.ASCII | re.IGNORECASE)
+    if match is None or min(size := (int(match[1]), int(match[2]))) < 16:
+        raise ConfigError(
+            f"size: must be HEIGHTxWIDTH in pixels, each at least 16, not '{text[:60]}'. "
+            "Write, for instance, 800x1066."
+        )
+    return size
+
+
+def load(options: BenchmarkOptions) -> tuple[Detector, Mapping[str, Any]]:
+    """Return the detector that is measured, and the options of its model."""
+    if options.checkpoint:
+        detector = Detector.load(options.checkpoint, device=options.device)
+        # only a comparison asks for them
+        wanted = options.against != "none"
+        return detector, load_pretrained(options.checkpoint).model_options if wanted else {}
+    given = read_options(options.config, {}, KnownRecipes())
+    if given.auto:
+        raise ConfigError("config auto: is of `train` and `plan`. Name a preset or a file.")
+    config = given.config()
+    device = pick_device(options.device)
+    model = build_model(config.model, num_classes=options.num_labels, recipes=config.recipes)
+    labels = tuple(range(options.num_labels))
+    detector = Detector(
+        model,
+        Classes(labels, ("",) * len(labels)),
+        data=config.data,
+        mean=model.backbone.mean,
+        std=model.backbone.std,
+        device=device,
+    )
+    return detector, asdict(config.model)
+
+
+def measure(
+    detector: Detector,
+    paths: Sequence[Path],
+    size: Size | None,
+    options: BenchmarkOptions,
+    model_options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return all numbers as JSON has them.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    data, device = detector.data, detector.device
+    limit_pixels(data.max_pixels)
+    try:
+        samples = [decode(path) for path in paths[: max(options.batch_sizes)]]
+    except READ_ERRORS as error:
+        raise DataError(f"`input`: an image cannot be read: {error}. Check the files.") from error
+    size = size or resized_size(*samples[0].size, data.eval_scale, data.max_size)
+    batches = {
+        count: prepare(
+            [samples[i % len(samples)] for i in range(count)], size, detector.mean, detector.std
+        ).to(device)
+        for count in options.batch_sizes
+    }
+    flops, parameters = flops_by_part(detector.model, 1, size), parameters_by_part(detector.model)
+    arithmetic = {name: Arithmetic(name, device) for name in options.precision}
+    common: dict[str, Any] = {"runs": options.runs, "warm_up": options.warm_up, "device": device}
+    stages = time_stages(
+        detector.model,
+        PostProcess(max_detections=data.num_select, nms_iou=data.nms_iou),
+        paths,
+        size,
+        mean=detector.mean,
+        std=detector.std,
+        autocast=arithmetic[options.precision[0]].autocast,
+        **common,
+    )
+    rows = [
+        forward_row(detector, batch, kind, common)
+        for kind in arithmetic.values()
+        for batch in batches.values()
+    ]
+    report: dict[str, Any] = {
+        "machine": machine(device),
+        "size": list(size),
+        "images": len(paths) if options.input else "generated",
+        "runs": options.runs,
+        "warm_up": options.warm_up,
+        "parts": {name: {"parameters": parameters[name], "flops": flops[name]} for name in PARTS},
+        "stages": {"precision": options.precision[0], **{n: figures(t) for n, t in stages.items()}},
+        "forward": rows,
+    }
+    if options.against == "hugging_face":
+        twin = hugging_face_twin(detector, model_options)
+        report["hugging_face"] = [
+            compared_row(detector, twin, batch, kind, common)
+            for kind in arithmetic.values()
+            for batch in batches.values()
+        ]
+    return report
+
+
+def forward_row(
+    detector: Detector, batch: PaddedBatch, kind: Arithmetic, common: Mapping[str, Any]
+) -> Row:
+    """Return times, throughput and peak memory of forward passes."""
+
+    @torch.inference_mode()
+    def forward() -> None:
+        with kind.autocast():
+            detector.model(batch)
+
+    (times,) = time_in_turn([forward], **common)
+    peak = peak_memory(forward, detector.device)
+    count = len(batch.images)
+    return {
+        "precision": kind.name,
+        "batch_size": count,
+        **figures(times),
+        "images_per_second": count / times.median,
+        "peak_memory_bytes": peak,
+    }
+
+
+def compared_row(
+    detector: Detector,
+    twin: torch.nn.Module,
+    batch: PaddedBatch,
+    kind: Arithmetic,
+    common: Mapping[str, Any],
+) -> Row:
+    """Time both models in turn, and say how far their logits are apart."""
+    logits: dict[str, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def ours() -> None:
+        with kind.autocast():
+            logits["ours"] = detector.model(batch)["pred_logits"]
+
+    @torch.inference_mode()
+    def theirs() -> None:
+        with kind.autocast():
+            logits["theirs"] = logits_of(twin, batch)
+
+    own, other = time_in_turn([ours, theirs], **common)
+    apart = (logits["ours"].float().sigmoid() - logits["theirs"].float().sigmoid()).abs()
+    return {
+        "precision": kind.name,
+        "batch_size": len(batch.images),
+        "ours": figures(own),
+        "theirs": figures(other),
+        "times_as_fast": other.median / own.median,
+        "largest_difference_of_scores": float(apart.max()),
+    }
+
+
+def figures(times: Times) -> dict[str, float]:
+    """Return median and 95th percentile in milliseconds."""
+    return {"median_ms": 1000 * times.median, "p95_ms": 1000 * times.p95}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what a figure depends on besides the model."""
+    cuda = device.type == "cuda"
+    return {
+        "device": str(device),
+        "processor": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "attention_backend": chosen(None, device).name,
+        "deformable_detr": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
