@@ -66,7 +66,7 @@ def flops_by_part(model: DeformableDETR, batch_size: int, size: tuple[int, int])
     A multiplication and an addition count as two. Products of matrices, convolutions and attention
     are counted, norms, activations and the like are not. Nothing is computed: tensors have no data.
     """
-    hollow = copy.deepcopy(model).to("meta").eval()
+    hollow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     images = torch.empty(batch_size, 3, *size, device="meta")
     mask = torch.zeros(batch_size, *size, dtype=torch.bool, device="meta")
     batch = PaddedBatch(images, mask, (size,) * batch_size)
@@ -74,7 +74,7 @@ def flops_by_part(model: DeformableDETR, batch_size: int, size: tuple[int, int])
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     # plain products, which are counted on every device
     with (
-        torch.inference_mode(),
+        torch.no_grad(),
         sdpa_kernel(SDPBackend.MATH),
         counter,
         _by_part(hollow, counter) as counts,
