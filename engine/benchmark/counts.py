@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -66,20 +67,21 @@ def flops_by_part(model: DeformableDETR, batch_size: int, size: tuple[int, int])
     A multiplication and an addition count as two. Products of matrices, convolutions and attention
     are counted, norms, activations and the like are not. Nothing is computed: tensors have no data.
     """
-    hollow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
-    images = torch.empty(batch_size, 3, *size, device="meta")
-    mask = torch.zeros(batch_size, *size, dtype=torch.bool, device="meta")
-    batch = PaddedBatch(images, mask, (size,) * batch_size)
-    mapping = {torch.ops.msdeform.ms_deform_attn: attention_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=mapping)
-    # plain products, which are counted on every device
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.msdeform.ms_deform_attn: attention_flops}
+    )
     with (
         torch.no_grad(),
-        sdpa_kernel(SDPBackend.MATH),
+        sdpa_kernel(SDPBackend.MATH),  # plain products, which are counted on every device
+        FakeTensorMode(allow_non_fake_inputs=True),
         counter,
-        _by_part(hollow, counter) as counts,
+        _by_part(copied, counter) as counts,
     ):
-        hollow(batch)
+        device = copied.transformer.level_embed.device
+        images = torch.empty(batch_size, 3, *size, device=device)
+        mask = torch.zeros(batch_size, *size, dtype=torch.bool, device=device)
+        copied(PaddedBatch(images, mask, (size,) * batch_size))
     return {name: counts[name] for name in PARTS}
 
 
