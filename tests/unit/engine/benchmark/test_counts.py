@@ -58,7 +58,10 @@ def test_operations_are_those_of_the_layers_that_ran(name: str) -> None:
         model = build_model(small_config(**VARIANTS[name]), num_classes=5).eval()
     owners = {"backbone.": "backbone", "input_proj.": "projections and neck",
               "transformer.encoder.": "encoder", "transformer.decoder.layers.": "decoder",
-              "class_embed.": "heads", "bbox_embed.": "heads"}  # fmt: skip
+              "class_embed.": "heads", "bbox_embed.": "heads",
+              # the first of two names of the same modules
+              "transformer.decoder.class_embed.": "heads",
+              "transformer.decoder.bbox_embed.": "heads"}  # fmt: skip
     expected: Counter[str] = Counter()
     kinds = (nn.Conv2d, nn.Linear, MSDeformAttn, nn.MultiheadAttention)
     for path, module in model.named_modules():
