@@ -26,6 +26,7 @@ COMMANDS = {
     "predict": "draw what a checkpoint finds in images, and write it as JSON",
     "explain": "show where a checkpoint looks for what it finds in an image",
     "benchmark": "measure what a model costs, and how fast it is here",
+    "export": "write a checkpoint for ONNX Runtime or OpenVINO, and prove that file",
     "average": "write the mean of the weights of several checkpoints of a run",
     "check": "look for flaws in images and annotations",
     "preview": "write training images as the model sees them, with boxes",

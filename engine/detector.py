@@ -27,6 +27,7 @@ from engine.evaluation.evaluator import Backend, EvalResult, Evaluator
 from engine.evaluation.matching import Truth
 from engine.evaluation.tiling import by_image
 from engine.explain.explanation import Choice, Explanation, explain
+from engine.exported.model import ExportedModel, is_exported, open_exported
 from engine.optim import Precision
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
@@ -71,7 +72,7 @@ class Detector:
 
     def __init__(
         self,
-        model: DeformableDETR,
+        model: DeformableDETR | ExportedModel,
         classes: Classes,
         *,
         data: DataConfig,
@@ -81,7 +82,7 @@ class Detector:
         thresholds: Mapping[str, float] | None = None,
         batch_size: int = 1,
     ) -> None:
-        self.model = model.to(device).eval()
+        self.network = model.to(device).eval()
         self.classes = classes
         self.data = data
         self.mean, self.std = mean, std
@@ -104,6 +105,8 @@ class Detector:
     ) -> "Detector":
         """Load our own checkpoint, an official file, a Hugging Face folder, or `hf:NAME`.
 
+        Also a file that `export` has written, which runs on the CPU in a runtime of its own.
+
         `ema` takes the averaged weights, where there are any. The last five replace what the
         checkpoint says: the short side and the maximum long side of an image in pixels, the
         detections kept per image, the NMS IoU threshold (1 disables NMS), and the pixels of the
@@ -116,14 +119,6 @@ class Detector:
         source = os.fspath(source)
         if not source:
             raise ConfigError("checkpoint: give a file, a Hugging Face folder or hf:NAME.")
-        device = pick_device(str(device))
-        pretrained = load_pretrained(source, ema=ema)
-        if "backbone" not in pretrained.model_options:
-            raise CheckpointError(
-                f"{source}: these weights come without options, and their backbone is not a "
-                "torchvision ResNet, so it is not known which. Use the whole checkpoint they come "
-                "from."
-            )
         replaced = {
             "eval_scale": eval_scale, "max_size": max_size, "num_select": num_select,
             "nms_iou": nms_iou, "max_pixels": max_pixels,
@@ -132,6 +127,16 @@ class Detector:
             {"data": {name: value for name, value in replaced.items() if value is not None}},
             KnownRecipes(),
         )
+        if is_exported(source):
+            return cls._of_exported(source, given)
+        device = pick_device(str(device))
+        pretrained = load_pretrained(source, ema=ema)
+        if "backbone" not in pretrained.model_options:
+            raise CheckpointError(
+                f"{source}: these weights come without options, and their backbone is not a "
+                "torchvision ResNet, so it is not known which. Use the whole checkpoint they come "
+                "from."
+            )
         config = given.on(_options_of(pretrained, given, source)).config()
         check_claims(config.model, pretrained.state_dict, source, recipes=config.recipes)
         optim = (pretrained.config or {}).get("optim", {})
@@ -153,6 +158,40 @@ class Detector:
             batch_size=_batch_size(optim.get("eval_batch_size") or optim.get("batch_size")),
         )
 
+    @classmethod
+    def _of_exported(cls, source: str, given: Given) -> "Detector":
+        network = open_exported(source)
+        about = network.about
+        saved = saved_options(given, {"data": about.data}, source)
+        return cls(
+            network,
+            about.classes,
+            data=given.on(saved).config().data,
+            mean=about.mean,
+            std=about.std,
+            device=torch.device("cpu"),
+            thresholds=about.thresholds,
+            batch_size=_batch_size(about.batch_size),
+        )
+
+    @property
+    def model(self) -> DeformableDETR:
+        """The PyTorch module.
+
+        Raises:
+            ConfigError: there is none: this detector is an exported file.
+        """
+        if isinstance(self.network, ExportedModel):
+            raise ConfigError(
+                "checkpoint: an exported file has no PyTorch module. Load the checkpoint that it "
+                "was made of."
+            )
+        return self.network
+
+    @model.setter
+    def model(self, model: DeformableDETR) -> None:
+        self.network = model
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the classes it detects; a class without a name goes by its id."""
@@ -164,7 +203,10 @@ class Detector:
 
     @property
     def _postprocess(self) -> PostProcess:
-        return PostProcess(max_detections=self.data.num_select, nms_iou=self.data.nms_iou)
+        chosen = self.data.num_select, self.data.nms_iou
+        if isinstance(self.network, ExportedModel):
+            return self.network.postprocess(*chosen)
+        return PostProcess(max_detections=chosen[0], nms_iou=chosen[1])
 
     def min_scores(self, threshold: float | None = None) -> dict[str, float]:
         """Return the score from which on each class's boxes count, by name.
@@ -243,7 +285,7 @@ class Detector:
         else:
             batches = TileBatches(dataset, tiling, batch_size=batch_size)
         results = detect(
-            self.model,
+            self.network,
             self._postprocess,
             batches,
             device=self.device,
@@ -347,7 +389,7 @@ class Detector:
         dataset = build_dataset(
             data, index, train=False, mean=self.mean, std=self.std, classes=self.classes
         )
-        console(index.report(self.model.transformer.num_queries))
+        console(index.report(self.network.num_queries))
         return dataset
 
     def measure(
@@ -369,6 +411,10 @@ class Detector:
         Returns the result, and the evaluator that has collected the detections: of all processes
         in the main one.
         """
+        if isinstance(self.network, ExportedModel) and precision != "fp32":
+            raise ConfigError(
+                f"precision: an exported file computes in fp32, not {precision}. Leave it out."
+            )
         world = world or World()
         evaluator = Evaluator(
             Truth.of(dataset.index),
@@ -386,7 +432,7 @@ class Detector:
         else:
             batches = TileBatches(dataset, tiling, batch_size=batch_size, **share)
         result, _ = evaluate(
-            self.model,
+            self.network,
             self._postprocess,
             batches,
             evaluator,

@@ -52,6 +52,11 @@ class DeformableDETR(nn.Module):
         self.recipes = nn.ModuleDict()  # by name
         self._in_evaluation: list[nn.Module] = []
 
+    @property
+    def num_queries(self) -> int:
+        """How many objects an image may have."""
+        return self.transformer.num_queries
+
     def stay_in_evaluation(self, parts: Sequence[nn.Module]) -> None:
         """Keep parts of the model in evaluation mode from now on, whatever `train` says."""
         self._in_evaluation = list(parts)

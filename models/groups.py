@@ -113,7 +113,7 @@ def _attend(
         key = torch.cat([detecting[0], key], dim=1)
         value = torch.cat([detecting[1], value], dim=1)
     if tokens is not None:
-        content, position = (t.to(value.dtype).expand(len(value), -1, -1) for t in tokens)
+        content, position = (t.to(value.dtype).expand(value.shape[0], -1, -1) for t in tokens)
         key = torch.cat([content + position, key], dim=1)
         value = torch.cat([content, value], dim=1)
     attended: Tensor = attention(query, key, value, attn_mask=members.mask, need_weights=False)[0]

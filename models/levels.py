@@ -102,7 +102,7 @@ def join_levels(
     # in the precision of the weights also under autocast: adding up mixed types is slow
     exact = embed.dtype
     level_pos = [p.flatten(2).mT.to(exact) + e for p, e in zip(pos, embed, strict=True)]
-    shapes = [(int(f.shape[2]), int(f.shape[3])) for f in features]
+    shapes = [(f.shape[2], f.shape[3]) for f in features]
     valid_ratios = torch.stack([valid_ratio(m, features[0].dtype) for m in masks], dim=1)
     # filled on the device: copying from the host would wait for all work under way there
     sides = [valid_ratios.new_full((), side) for h, w in shapes for side in (w, h)]

@@ -31,22 +31,28 @@ class PostProcess:
         Shape: orig_sizes [N,2] as (height, width) in pixels. Units: boxes are xyxy pixels of the
             original image, not clipped to it.
         """
+        best = self.best(outputs, orig_sizes)
+        images = zip(*best.values(), strict=True)
+        results = [dict(zip(best, values, strict=True)) for values in images]
+        return [self._suppressed(result) for result in results] if self._suppresses else results
+
+    @property
+    def _suppresses(self) -> bool:
+        return self.nms_iou is not None and self.nms_iou < 1
+
+    def best(self, outputs: DetectorOutput, orig_sizes: Tensor) -> dict[str, Tensor]:
+        """Return the same of all images at once, none suppressed. Shape: [N,K] and [N,K,4]."""
         exact = torch.promote_types(outputs["pred_logits"].dtype, torch.float32)
         probability = outputs["pred_logits"].to(exact).sigmoid()
         n, q, classes = probability.shape
-        suppress = self.nms_iou is not None and self.nms_iou < 1
-        count = min(self.max_detections * (_CANDIDATES if suppress else 1), q * classes)
+        count = min(self.max_detections * (_CANDIDATES if self._suppresses else 1), q * classes)
         scores, index = probability.view(n, -1).topk(count, dim=1)
         query, labels = index // classes, index % classes
         boxes = box_convert(outputs["pred_boxes"].to(exact), "cxcywh", "xyxy")
         boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
         height, width = orig_sizes.to(boxes).unbind(1)
         boxes = boxes * torch.stack([width, height, width, height], dim=1)[:, None]
-        results = [
-            {"scores": s, "labels": c, "queries": k, "boxes": b}
-            for s, c, k, b in zip(scores, labels, query, boxes, strict=True)
-        ]
-        return [self._suppressed(result) for result in results] if suppress else results
+        return {"scores": scores, "labels": labels, "queries": query, "boxes": boxes}
 
     def _suppressed(self, result: dict[str, Tensor]) -> dict[str, Tensor]:
         kept = batched_nms(result["boxes"], result["scores"], result["labels"], self.nms_iou)

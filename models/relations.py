@@ -47,6 +47,8 @@ def relation_bias(project: nn.Module, a: Tensor, b: Tensor, *, dims: int, scale:
         output: Tensor = project(embedded).permute(0, 3, 1, 2)
         return output
 
+    if not isinstance(b.shape[0], int):  # exported for batches of any size
+        return of_rows(a, b)
     parts = torch.split(a, max(1, _PAIRS // (b.shape[0] * b.shape[1])), dim=1)
     if len(parts) == 1:
         return of_rows(a, b)

@@ -83,7 +83,7 @@ class DeformableTransformer(nn.Module):
     ) -> tuple[QueryGroup, Proposals | None]:
         """Return the queries that detect, and a two-stage encoder's proposals."""
         assert query_embed is not None
-        return self.from_embedding("", query_embed, len(memory)), None
+        return self.from_embedding("", query_embed, memory.shape[0]), None
 
     def from_embedding(
         self, name: str, embedding: Tensor, batch_size: int, learning: Learning = ONE_TO_ONE

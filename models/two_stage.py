@@ -79,7 +79,7 @@ class TwoStageTransformer(DeformableTransformer):
             embedded = sine_embedding(boxes * 2 * math.pi, self.d_model // 2).flatten(-2)
             position, content = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=-1)
         if contents is not None:  # an image may have fewer tokens than there are queries
-            content = contents[None, : boxes.shape[1]].expand(len(boxes), -1, -1)
+            content = contents[None, : boxes.shape[1]].expand(boxes.shape[0], -1, -1)
         return QueryGroup(name, content, position, boxes, learning=learning)
 
     def propose(self, memory: Tensor, levels: FeatureLevels) -> Proposals:

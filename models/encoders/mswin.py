@@ -46,7 +46,7 @@ class WindowAttention(nn.Module):
         q, k, v = (t.reshape(split).transpose(1, 2) for t in (q, k, v))  # [B,M,T,D]
         padded = self._windows(padding_mask[..., None])[..., 0]  # [B,T]
         # the lowest finite number: windows of nothing but padding must not become NaN
-        bias = self.bias().to(q.dtype).expand(len(padded), 1, -1, -1)
+        bias = self.bias().to(q.dtype).expand(padded.shape[0], 1, -1, -1)
         bias = bias.masked_fill(padded[:, None, None], torch.finfo(q.dtype).min)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         output: Tensor = self.to_out(attended.transpose(1, 2).flatten(2))

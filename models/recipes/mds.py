@@ -117,8 +117,8 @@ class Suppressor(nn.Module):
     def forward(self, x: Tensor, scores: Tensor, boxes: Tensor) -> Tensor:
         """Shape: x [N,Q,C]; scores [N,Q,classes], logits; boxes [N,Q,4] cxcywh -> [N,Q,C]."""
         query, key, value = self.in_proj(x).chunk(3, dim=-1)
-        token_key = self.in_proj(self.token_key).chunk(3, dim=-1)[1].expand(len(x), -1, -1)
-        token_value = self.in_proj(self.token_value).chunk(3, dim=-1)[2].expand(len(x), -1, -1)
+        token_key = self.in_proj(self.token_key).chunk(3, dim=-1)[1].expand(x.shape[0], -1, -1)
+        token_value = self.in_proj(self.token_value).chunk(3, dim=-1)[2].expand(x.shape[0], -1, -1)
         query, key, value = (
             part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [N,H,...,C/H]
             for part in (

@@ -22,6 +22,7 @@ COMMANDS = (
     "train",
     "plan",
     "eval",
+    "export",
     "predict",
     "average",
     "convert",

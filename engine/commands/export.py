@@ -1,0 +1,197 @@
+"""`main.py export`: a file for other runtimes, which is run and compared before it is kept."""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from configs.options import Checked, option
+from configs.schema import ModelConfig
+from datasets.dataset import find_images
+from engine.detector import Detector
+from engine.exported.about import SUFFIXES, About
+from engine.exported.model import ExportedModel
+from engine.exported.proof import TIE, Differences, prepared_images, prove
+from engine.exported.write import write
+from models.weights.load import load_pretrained
+from util.console import console
+from util.errors import CheckpointError, ConfigError
+from util.files import make_output_dir, refuse_overwriting
+
+FAILED = 1  # exit code: the file was written, and is not what it should be
+_AP_TOLERANCE = 0.001
+# Of these options, values other than the usual ones have not been exported.
+_SELDOM = (
+    "dcn", "encoder", "encoder_attn", "encoder_updates", "enc_fusion", "neck", "position_embedding"
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Checked):
+    """What is exported, and how it is proven."""
+
+    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    to: Literal["onnx", "openvino", "torch_export"] = option(
+        "onnx", "format: onnx (.onnx), openvino (.xml and .bin) or torch_export (.pt2)"
+    )
+    output: str = option("", "file to write")
+    postprocess: bool = option(
+        False, "put the selection of detections into the file",
+        off="leave the selection of detections to whoever runs the file",
+    )  # fmt: skip
+    verify: str = option("", "prove this exported file, in place of writing one")
+    input: tuple[str, ...] = option((), "images, folders or globs for the proof (default: noise)")
+    num_images: int = option(3, "images for the proof", low=1, most=1000)
+    val_images: str = option("", "folder of images on which APs are compared")
+    val_annotations: str = option("", "COCO-format JSON file of these")
+    tolerance: float = option(
+        1e-4, "greatest difference of a score, or of a box as a fraction of the image", above=0
+    )
+    ema: bool = option(
+        True, "use a checkpoint's averaged weights, if it has them",
+        off="use the trained weights, even if the checkpoint has averaged ones",
+    )  # fmt: skip
+    eval_scale: int | None = option(
+        None, "short side, pixels (default: the checkpoint's)", low=16, most=16384
+    )
+    max_size: int | None = option(
+        None, "maximum long side, pixels (default: the checkpoint's)", low=16, most=65536
+    )
+    num_select: int | None = option(
+        None, "detections kept per image, all classes together (default: the checkpoint's)", low=1,
+        most=100000,
+    )  # fmt: skip
+    nms_iou: float | None = option(
+        None, "NMS IoU threshold; 1 disables NMS (default: the checkpoint's)", above=0, high=1
+    )
+
+
+SECTIONS = {"export": ExportOptions}
+
+
+def main(options: ExportOptions) -> int:
+    """Write an exported file and prove it, or prove one; 1 if it differs too much."""
+    output = _output(options)
+    paths = find_images(options.input) if options.input else []
+    detector = Detector.load(
+        options.checkpoint,
+        device="cpu",
+        ema=options.ema,
+        eval_scale=options.eval_scale,
+        max_size=options.max_size,
+        num_select=options.num_select,
+        nms_iou=options.nms_iou,
+    )
+    about = _about(detector, options)
+    if options.verify:
+        return 0 if _proven(options, detector, output, paths) else FAILED
+    refuse_overwriting([Path(options.checkpoint)], [output])
+    make_output_dir(output.parent, "output")
+    # proven under its own name in a folder of its own: a file in its place has been proven
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        written = Path(folder) / output.name
+        try:
+            write(detector.model, about, written, options.to)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} {_in_the_way(options)}") from error
+        if not _proven(options, detector, written, paths):
+            console(f"not kept: {output}")
+            return FAILED
+        for part in sorted(Path(folder).iterdir()):  # OpenVINO's .bin comes before its .xml
+            os.replace(part, output.parent / part.name)
+    megabytes = sum(part.stat().st_size for part in _parts(output)) / 1e6
+    console(f"written: {output} ({megabytes:.1f} MB)")
+    return 0
+
+
+def _output(options: ExportOptions) -> Path:
+    """Return the file to write or prove.
+
+    Raises:
+        ConfigError: none is named, or its name does not fit the format.
+    """
+    if bool(options.output) == bool(options.verify):
+        raise ConfigError("export: give either `output FILE` or `verify FILE`.")
+    if bool(options.val_images) != bool(options.val_annotations):
+        raise ConfigError("export: give both `val_images` and `val_annotations`, or neither.")
+    path = Path(options.output or options.verify)
+    known = {SUFFIXES[options.to]} if options.output else set(SUFFIXES.values())
+    if path.suffix not in known:
+        raise ConfigError(
+            f"export: '{path.name}' must end in {' or '.join(sorted(known))}. Rename it, or choose "
+            "another format by `to`."
+        )
+    return path
+
+
+def _parts(output: Path) -> list[Path]:
+    weights = [output.with_suffix(".bin")] if output.suffix == SUFFIXES["openvino"] else []
+    return [output, *weights]
+
+
+def _about(detector: Detector, options: ExportOptions) -> About:
+    """Return what the file says about itself.
+
+    Raises:
+        ConfigError: an exported file is to be exported, or an option stands in the way.
+    """
+    nms = detector.data.nms_iou
+    if options.postprocess and nms is not None and nms < 1:
+        raise ConfigError(
+            f"postprocess: NMS (nms_iou {nms}) cannot be part of the file. Leave `postprocess` "
+            "out, or add `nms_iou 1`."
+        )
+    detector.model  # noqa: B018 - an exported file has none
+    return About(
+        classes=detector.classes,
+        data=asdict(detector.data),
+        mean=tuple(detector.mean),
+        std=tuple(detector.std),
+        thresholds=detector.thresholds,
+        batch_size=detector.batch_size,
+        num_queries=detector.network.num_queries,
+        finished=options.postprocess,
+        num_select=detector.data.num_select,
+    )
+
+
+def _in_the_way(options: ExportOptions) -> str:
+    """Return a sentence on the options that a model could not be exported for."""
+    chosen, usual = load_pretrained(options.checkpoint).model_options, asdict(ModelConfig())
+    seldom = [
+        f"`{name} {chosen[name]}`"
+        for name in _SELDOM
+        if chosen.get(name, usual[name]) != usual[name]
+    ]
+    if not seldom:
+        return "Try another version of PyTorch."
+    return f"In the way is {' or '.join(seldom)}: train without."
+
+
+def _proven(options: ExportOptions, detector: Detector, path: Path, paths: list[Path]) -> bool:
+    """Print how far a file is from its checkpoint; return whether that is near enough."""
+    exported = Detector.load(str(path), num_select=options.num_select, nms_iou=options.nms_iou)
+    differences = prove(detector, exported, prepared_images(detector, paths, options.num_images))
+    assert isinstance(exported.network, ExportedModel)
+    console(_report(differences, exported.network.session.runtime, options.tolerance))
+    near = differences.greatest <= options.tolerance
+    if near and options.val_images:
+        place = options.val_images, options.val_annotations
+        ours, other = (each.evaluate(*place)["AP"] for each in (detector, exported))
+        console(f"AP: {ours:.4f} of the checkpoint, {other:.4f} of the file")
+        near = abs(ours - other) <= _AP_TOLERANCE
+    if not near:
+        console("the exported file differs too much from its checkpoint")
+    return near
+
+
+def _report(found: Differences, runtime: str, tolerance: float) -> str:
+    text = (
+        f"proof in {runtime}, {found.images} times an image: greatest difference of scores "
+        f"{found.scores:.2g}, of boxes {found.boxes:.2g}; tolerance {tolerance:g}"
+    )
+    if found.left_out:
+        total = found.compared + found.left_out
+        text += f"; left out: {found.left_out} of {total} within {TIE:g} of the last selected"
+    return text

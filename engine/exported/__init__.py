@@ -1,0 +1,1 @@
+"""Exported files: how a detector becomes one, how one is run, and how it is proven."""
