@@ -31,7 +31,7 @@ DROPOUT = 0.1
 KINDS = ("deformable", "dense", "dense, no dropout", "mswin", "msda")
 COLOURS = ("#1f6fb5", "#c2570c", "#e0a06b", "#22805a", "#8050a0")
 _LONGEST = 40.0  # seconds of a pass, after which larger images are left out
-_LARGEST = 0.6  # of the machine's memory
+_LARGEST = 0.25  # of the machine's memory: the backward pass takes as much again
 
 
 def build(kind: str) -> Encoder:
