@@ -649,7 +649,18 @@ class RunConfig(ProcessOptions):
     backbone_weights: str = option(
         "imagenet", "imagenet (downloaded), none, or a file of backbone weights"
     )
+    validate: bool = option(
+        True, "evaluate on validation data", off="train without validation data: no AP and no "
+        "best.pth, the last epoch counts",
+    )  # fmt: skip
+    val_share: float = option(
+        1.0, "share of the validation images that is evaluated in training, evenly spaced; `eval` "
+        "takes all", above=0, high=1, rare=True,
+    )  # fmt: skip
     eval_every: int = option(1, "epochs between evaluations", low=1)
+    patience: int = option(
+        0, "stop when AP has not risen for this many epochs; 0: train to the end", low=0
+    )
     save_every: int = option(
         0, "steps between checkpoints, in addition to one per epoch; 0: none", low=0, rare=True
     )
@@ -672,6 +683,14 @@ class RunConfig(ProcessOptions):
         8, "validation images drawn after each evaluation", low=0, most=10000, alias="num_pictures",
         rare=True,
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patience and not self.validate:
+            raise ConfigError(
+                f"patience {self.patience}: needs the AP of each epoch, which `no_validate` leaves "
+                "out. Drop one of them."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

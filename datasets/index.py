@@ -13,7 +13,7 @@ import io
 import json
 import os
 import socket
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,26 @@ class CocoIndex:
 
     def __len__(self) -> int:
         return len(self.images.ids)
+
+    def part(self, share: float) -> "CocoIndex":
+        """Return a share of the images, one at least, evenly spaced, with what is in them.
+
+        The findings stay those of the whole split.
+        """
+        count = max(1, round(share * len(self)))
+        kept = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
+        position = np.full(len(self), -1, dtype=np.int64)
+        position[kept] = np.arange(count)
+        annotations = self.annotations.select(np.flatnonzero(position[self.annotations.image] >= 0))
+        rows = np.flatnonzero(np.repeat(position >= 0, self.boxes_per_image))
+        return replace(
+            self,
+            images=self.images.select(position >= 0),
+            annotations=replace(annotations, image=position[annotations.image]),
+            boxes=self.boxes[rows],
+            labels=self.labels[rows],
+            first=np.concatenate([[0], np.cumsum(self.boxes_per_image[kept])]),
+        )
 
     def require_images(self) -> None:
         """Raise DataError if none of the images is on this machine."""

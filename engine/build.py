@@ -78,7 +78,9 @@ def build_trainer(
         data, train_index, train=True, mean=mean, std=std, seed=options.seed,
         epochs=None if optim.max_hours else optim.epochs,
     )  # fmt: skip
-    val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
+    val_set = None
+    if val_index is not None:
+        val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
     num_workers = loader_processes(data.num_workers, local_size=world.local_size)
     loader, val_batches = build_loaders(
         config, train_set, val_set, share, num_workers=num_workers, on_gpu=device.type == "cuda"
@@ -122,9 +124,13 @@ def build_trainer(
     return trainer
 
 
-def load_data(plan: RunPlan, world: World) -> tuple[CocoIndex, CocoIndex]:
-    """Return training and validation data; data_report.json lists what was fixed or skipped."""
-    splits: tuple[Split, ...] = ("train", "val")
+def load_data(plan: RunPlan, world: World) -> tuple[CocoIndex, CocoIndex | None]:
+    """Return training data, and the validation data of a run that has some.
+
+    data_report.json lists what was fixed or skipped.
+    """
+    options = plan.config.run
+    splits: tuple[Split, ...] = ("train", "val") if options.validate else ("train",)
     indices = {
         split: load_index(plan.config.data, split, need_boxes=split == "train", world=world)
         for split in splits
@@ -137,13 +143,17 @@ def load_data(plan: RunPlan, world: World) -> tuple[CocoIndex, CocoIndex]:
             {split: index.data_report() for split, index in indices.items()},
             continued=plan.in_place,
         )
-    return indices["train"], indices["val"]
+    val = indices.get("val")
+    if val is not None and options.val_share < 1:
+        whole, val = len(val), val.part(options.val_share)
+        log.info(f"evaluating on {len(val)} of the {whole} validation images")
+    return indices["train"], val
 
 
 def build_loaders(
     config: Config,
     train_set: CocoDetection,
-    val_set: CocoDetection,
+    val_set: CocoDetection | None,
     share: BatchSplit,
     *,
     num_workers: int,
@@ -160,6 +170,8 @@ def build_loaders(
         pin_memory=on_gpu,
         pad_multiple=optim.pad_multiple,
     )
+    if val_set is None:
+        return loader, ()
     val_batches = eval_loader(
         val_set,
         batch_size=optim.eval_batch_size or optim.batch_size,
@@ -276,7 +288,7 @@ def assemble_trainer(
     config: Config,
     model: DeformableDETR,
     loader: TrainLoader,
-    val_set: CocoDetection,
+    val_set: CocoDetection | None,
     val_batches: Iterable[Batch],
     *,
     world: World,
@@ -294,19 +306,9 @@ def assemble_trainer(
         compile_model(model)
     optimizer, scheduler = build_optimizer(model, optim, loader.steps)
     criterion, output_dir = build_criterion(config.loss), Path(options.output_dir)
-    return Trainer(
-        detector=model,
-        model=distributed(model, world, exchange_norms=config.model.train_backbone_norm),
-        criterion=criterion,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        precision=precision,
-        ema=ema,
-        clip_max_norm=optim.clip_max_norm,
-        world=world,
-        device=device,
-        loader=loader,
-        validation=Validation(
+    validation = None
+    if val_set is not None:
+        validation = Validation(
             dataset=val_set,
             batches=val_batches,
             postprocess=PostProcess(
@@ -319,7 +321,20 @@ def assemble_trainer(
             log=run_log,
             output_dir=output_dir,
             num_images=options.num_images,
-        ),
+        )
+    return Trainer(
+        detector=model,
+        model=distributed(model, world, exchange_norms=config.model.train_backbone_norm),
+        criterion=criterion,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        precision=precision,
+        ema=ema,
+        clip_max_norm=optim.clip_max_norm,
+        world=world,
+        device=device,
+        loader=loader,
+        validation=validation,
         guards=build_guards(config, model, precision, world, accumulation=loader.accumulation),
         timer=StepTimer(device),
         log=run_log,
@@ -328,6 +343,7 @@ def assemble_trainer(
         identity=identity,
         epochs=sys.maxsize if optim.max_hours else optim.epochs,
         eval_every=options.eval_every,
+        patience=options.patience,
         save_every=options.save_every,
         max_steps=options.max_steps,
         time_limit=build_time_limit(config, loader.steps),

@@ -22,9 +22,13 @@ class EndingRun(SavedRun, Protocol):
     output_dir: Path
     eval_every: int
     max_steps: int
+    patience: int
 
     def of_epochs(self, word: str) -> str:
         """Return the number of epochs after a word."""
+
+    def out_of_patience(self) -> bool:
+        """Return whether AP has not risen for too long."""
 
 
 def end_epoch(run: EndingRun) -> None:
@@ -37,8 +41,8 @@ def end_epoch(run: EndingRun) -> None:
         return
     epoch = run.epoch
     last = run.all_steps_done() or epoch + 1 >= run.epochs
-    evaluating = last or (epoch + 1) % run.eval_every == 0
-    if evaluating:  # whatever happens in the evaluation, the epoch is not lost
+    validation = run.validation if last or (epoch + 1) % run.eval_every == 0 else None
+    if validation is not None:  # whatever happens in the evaluation, the epoch is not lost
         run.unevaluated = True
         run.save()
     label = f"epoch {epoch + 1}{run.of_epochs('/')}"
@@ -53,10 +57,10 @@ def end_epoch(run: EndingRun) -> None:
         run.epoch, run.epoch_step, run.seconds = epoch + 1, 0, 0.0
         run.steps.begin_epoch()
     improved = False
-    if evaluating:
+    if validation is not None:
         started = time.perf_counter()
         try:
-            stats, run.thresholds, more = run.validation(
+            stats, run.thresholds, more = validation(
                 run.detector,
                 None if run.ema is None else run.ema.model,
                 step=run.step,
@@ -83,6 +87,13 @@ def end_epoch(run: EndingRun) -> None:
 
 def report_finished(run: EndingRun) -> None:
     """Say that nothing is left to do, and what would change it."""
+    if run.out_of_patience():
+        log.info(
+            f"this run is finished: after {run.epoch} epochs, AP has not risen for "
+            f"`patience {run.patience}` since epoch {run.best['epoch'] + 1:.0f} "
+            f"({run.best['AP']:.4f}, best.pth). Raise `patience` to continue."
+        )
+        return
     limit = f" of `max_steps {run.max_steps}`" if run.max_steps else ""
     length = "epochs" if run.time_limit is None else "max_hours"
     log.info(

@@ -102,7 +102,7 @@ class TimedRun(Protocol):
     ema: Ema | None
     world: World
     loader: TrainLoader
-    validation: Validation
+    validation: Validation | None
     steps: StepLog
     epochs: int
     flush_every: int
@@ -177,7 +177,9 @@ class TimeLimit:
         if not run.world.broadcast(self.measured):
             return
         averaged = None if run.ema is None else run.ema.model
-        evaluation = self.evaluation or run.validation.estimate_seconds(run.detector, averaged)
+        evaluation = self.evaluation or 0.0
+        if not evaluation and run.validation is not None:
+            evaluation = run.validation.estimate_seconds(run.detector, averaged)
         run.model.train()
         run.steps.flush()
         started = time.perf_counter()

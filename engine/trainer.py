@@ -54,7 +54,7 @@ class Trainer:
     world: World
     device: torch.device
     loader: TrainLoader
-    validation: Validation
+    validation: Validation | None
     guards: Guards
     timer: StepTimer
     log: RunLog
@@ -63,6 +63,7 @@ class Trainer:
     identity: Mapping[str, Any]
     epochs: int
     eval_every: int = 1  # epochs
+    patience: int = 0  # epochs without a better AP; 0: any number
     save_every: int = 0  # steps; 0: at the end of epochs alone
     max_steps: int = 0  # 0: all epochs
     time_limit: TimeLimit | None = None  # as long as it has no length, `epochs` have no end
@@ -101,6 +102,8 @@ class Trainer:
                     self.train_epoch(bar)
                 end_epoch(self)
         if not self.stop.number:
+            if self.out_of_patience():
+                report_finished(self)
             return 0
         last = self.checkpoints.last
         log.info(f"{Signals(self.stop.number).name}: stopped at step {self.step}; saved {last}")
@@ -191,12 +194,19 @@ class Trainer:
 
     def unfinished(self) -> bool:
         """Return whether something is left to do."""
-        return self.unevaluated or (self.epoch < self.epochs and not self.all_steps_done())
+        over = self.epoch >= self.epochs or self.all_steps_done() or self.out_of_patience()
+        return self.unevaluated or not over
 
     def all_steps_done(self) -> bool:
         """Return whether `max_steps` is reached, or the length that a time limit has fixed."""
         limits = (self.max_steps, self.time_limit.steps if self.time_limit else 0)
         return any(0 < limit <= self.step for limit in limits)
+
+    def out_of_patience(self) -> bool:
+        """Return whether AP has not risen for `patience` epochs, as of the last evaluation."""
+        evaluated = self.epoch // self.eval_every * self.eval_every - 1
+        waited = evaluated - self.best.get("epoch", evaluated)
+        return 0 < self.patience <= waited
 
     @property
     def last_step(self) -> int | None:

@@ -57,6 +57,11 @@ def make_plan(
         raise ConfigError(
             "max_hours: is missing. A plan needs the hours that the run may take (or `epochs`)."
         )
+    if not run.validate:
+        raise ConfigError(
+            "no_validate: a plan decides by validation data, too. Give some, or name a preset "
+            "instead of `config auto`."
+        )
     data = given.section("data", DataConfig)
     train, val = load_index(data, "train"), load_index(data, "val", need_boxes=False)
     facts, machine = facts_of(train, val), machine_of(device, processes)

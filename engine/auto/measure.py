@@ -70,6 +70,7 @@ def measure(config: Config, train: CocoIndex, val: CocoIndex, device: torch.devi
         small, large = (_try(trainer, shape, boxes) for shape in shapes)
         if small.pixels == large.pixels:  # of tiny images
             small = replace(small, pixels=small.pixels // 2)
+        assert trainer.validation is not None
         evaluation = trainer.validation.estimate_seconds(trainer.detector, None) / len(val)
     weights = sum(p.nbytes for p in trainer.detector.parameters())
     loaders = available_cores()

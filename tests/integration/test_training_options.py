@@ -13,6 +13,7 @@ from tests.integration.runs import (
     assert_same,
     assert_same_runs,
     errors,
+    lines,
     metrics,
     start,
     state_of,
@@ -114,3 +115,60 @@ def test_a_compiled_model_trains_as_one_that_is_not(cli: Cli, shapes: Path, tmp_
     done = cli("train", "--config", TINY, "--output_dir", compiled, *small, "--compile")
     assert done.returncode == 0, done.stderr
     assert losses(compiled) == pytest.approx(losses(plain.folder), rel=1e-4)
+
+
+def test_a_run_stops_when_ap_has_not_risen_and_goes_on_with_more_patience(
+    shapes: Path, tmp_path: Path
+) -> None:
+    still = ("--coco_path", shapes, "--epochs", "9", "--lr", "1e-12", "--lr_backbone", "0",
+             "--weight_decay", "0", "--no_probe", "--no_tensorboard")  # fmt: skip
+    command = Command(tmp_path / "run", (*still, "--resume", "auto"))
+    output = command.run("--patience", "2")
+    assert "AP has not risen for --patience 2 since epoch 1" in output.replace("`", "--")
+    assert len(lines(tmp_path / "run" / "log.txt")) == 3
+    assert state_of(tmp_path / "run" / "best.pth")["epoch"] == 0
+    command.run("--patience", "2")  # finished: nothing is trained
+    assert len(lines(tmp_path / "run" / "log.txt")) == 3
+    command.run("--patience", "3")
+    Command(tmp_path / "whole", still).run("--patience", "3")
+    assert_same_runs(tmp_path / "run", tmp_path / "whole")
+    assert len(lines(tmp_path / "run" / "log.txt")) == 4
+
+
+def test_only_evaluated_epochs_exhaust_patience(shapes: Path, tmp_path: Path) -> None:
+    still = ("--coco_path", shapes, "--epochs", "9", "--lr", "1e-12", "--lr_backbone", "0",
+             "--weight_decay", "0", "--no_probe", "--no_tensorboard")  # fmt: skip
+    Command(tmp_path / "run", still).run("--patience", "1", "--eval_every", "2")
+    evaluated = ["test_coco_eval_bbox" in line for line in lines(tmp_path / "run" / "log.txt")]
+    assert evaluated == [False, True, False, True]
+
+
+def test_a_run_without_validation_data_needs_none(shapes: Path, tmp_path: Path) -> None:
+    data = ("--train_images", shapes / "train2017", "--train_annotations",
+            shapes / "annotations" / "instances_train2017.json", "--no_probe")  # fmt: skip
+    command = Command(tmp_path / "run", data)
+    assert len(errors(command.run(code=2))) == 1
+    assert "needs the AP" in command.run("--no_validate", "--patience", "3", code=2)
+    command.run("--no_validate")
+    entries = lines(tmp_path / "run" / "log.txt")
+    assert len(entries) == 2
+    assert not any("test" in key for entry in entries for key in entry)
+    assert (tmp_path / "run" / "last.pth").exists()
+    assert not (tmp_path / "run" / "best.pth").exists()
+    Command(tmp_path / "with", ("--coco_path", shapes, "--no_probe")).run()
+    found, expected = (state_of(tmp_path / name / "last.pth") for name in ("run", "with"))
+    assert_same(found["model"], expected["model"], "model")
+    assert found["thresholds"] == {}
+
+
+def test_a_share_of_the_validation_images_is_evaluated(shapes: Path, tmp_path: Path) -> None:
+    options = ("--coco_path", shapes, "--epochs", "1", "--no_probe", "--no_tensorboard")
+    output = Command(tmp_path / "run", (*options, "--val_share", "0.4")).run()
+    assert "evaluating on 3 of the 7 validation images" in output
+    found = json.loads((tmp_path / "run" / "eval" / "detections.json").read_text())
+    truth = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
+    ids = sorted(image["id"] for image in truth["images"])
+    assert {entry["image_id"] for entry in found} == {ids[0], ids[3], ids[6]}
+    result = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())
+    boxes = [a for a in truth["annotations"] if a["image_id"] in (ids[0], ids[3], ids[6])]
+    assert sum(c["num_boxes"] for c in result["per_class"]) == len(boxes)
