@@ -18,6 +18,8 @@ THEME = {"soft": "#5b6068", "line": "#d9dce1", "c0": "#1f6fb5", "c1": "#c2570c",
 _SERIES = tuple(THEME[f"c{i}"] for i in range(3))
 _DASHES = ("-", (0, (5, 3)), (0, (1, 1.5)))
 
+MOST_RUNS = len(_SERIES) * len(_DASHES)  # that can be told apart
+
 _MOST_EPOCHS = 2**31
 _LARGEST_DRAWN = 1e30  # the ticks of an axis are computed beyond its ends
 _COLOURS = ("#222222", *_SERIES)  # of training curves
@@ -45,13 +47,11 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
     numbers = {e["epoch"] + 1: _list(e.get("test_coco_eval_bbox")) for e in epochs}
     panels = {
         "training loss": {
-            name: {e["epoch"] + 1: e[key] for e in epochs if _is_finite(e.get(key))}
+            name: {e["epoch"] + 1: e[key] for e in epochs if finite(e.get(key))}
             for name, key in _LOSSES.items()
         },
         "COCO box AP, validation": {
-            name: {
-                x: y[i] for x, y in numbers.items() if i < len(y) and _is_finite(y[i]) and y[i] >= 0
-            }
+            name: {x: y[i] for x, y in numbers.items() if i < len(y) and finite(y[i]) and y[i] >= 0}
             for name, i in _METRICS.items()
         },
     }
@@ -65,7 +65,7 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
                 axes.plot(x, y, label=f"{name}  {y[-1]:.3f}", **style)
         for before, after in zip(epochs[:-1], epochs[1:], strict=True):
             rates = before.get("train_lr"), after.get("train_lr")
-            old, new = (rate if _is_finite(rate) else None for rate in rates)
+            old, new = (rate if finite(rate) else None for rate in rates)
             # a cosine's end falls less steeply
             if old is not None and new is not None and 0 < new <= old / 5:
                 axes.axvline(after["epoch"] + 0.5, color="#999999", linewidth=1, linestyle=":")
@@ -84,7 +84,7 @@ def plot_curves(log_path: Path, out_path: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
-def _is_finite(value: object) -> bool:
+def finite(value: object) -> bool:
     """Return whether a value of a log is a number that can be drawn."""
     return type(value) in (int, float) and abs(cast(float, value)) < _LARGEST_DRAWN
 
@@ -103,6 +103,22 @@ def curve_chart(lines: Mapping[str, Sequence[float]]) -> Figure:
     axes.set(xlabel="recall", ylabel="precision", xticks=ticks, yticks=ticks)
     axes.set(xlim=(0, 1), ylim=(0, 1))
     _legend(axes)
+    return figure
+
+
+def run_chart(curves: Mapping[str, Mapping[int, float]], *, ylabel: str) -> Figure:
+    """Return values over epochs, counted from 1, of at most `MOST_RUNS` runs."""
+    figure, axes = _chart(320)
+    for i, (name, points) in enumerate(curves.items()):
+        style = {"color": _SERIES[i % 3], "linestyle": _DASHES[i // 3], "lw": 2}
+        marker = "o" if len(points) == 1 else None  # a lone point has no line to show it
+        axes.plot(list(points), list(points.values()), label=name, marker=marker, **style)
+    axes.set(xlabel="epoch", ylabel=ylabel)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    handles, names = axes.get_legend_handles_labels()
+    names = [name.replace("$", r"\$") for name in names]  # no dollar starts a formula
+    axes.legend(handles, names, frameon=False, fontsize=11, labelcolor=THEME["soft"])
     return figure
 
 
