@@ -23,6 +23,7 @@ COMMANDS = (
     "plan",
     "eval",
     "export",
+    "compare",
     "predict",
     "average",
     "convert",
