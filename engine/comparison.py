@@ -1,6 +1,5 @@
 """What the logs of several runs say, side by side."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,16 +95,6 @@ def _options(path: Path) -> dict[str, Any]:
             else:
                 options[str(name)] = value
     return options
-
-
-def run_names(folders: Sequence[Path]) -> list[str]:
-    """Return short names that differ: the folders' own, with as many above as that takes."""
-    paths = [Path(os.path.abspath(folder)).parts[1:] for folder in folders]
-    for count in range(1, max(map(len, paths), default=1) + 1):
-        names = ["/".join(parts[-count:]) for parts in paths]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 def differing_options(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO
@@ -38,6 +38,17 @@ def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
                 f"output_dir: '{output}' is one of the inputs and would be overwritten. Choose "
                 "another folder."
             )
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return names of different paths that differ: the last parts, with as many as that takes."""
+    parts = [Path(os.path.abspath(path)).parts[1:] for path in paths]
+    names = ["/".join(part[-1:]) for part in parts]
+    for count in range(2, max(map(len, parts), default=1) + 1):
+        if len(set(names)) == len(names):
+            break
+        names = ["/".join(part[-count:]) for part in parts]
+    return names
 
 
 def open_regular(path: Path, limit: int | None = None) -> BinaryIO:

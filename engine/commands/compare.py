@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.options import Checked, option
-from engine.comparison import page, read_run, run_names, table
+from engine.comparison import page, read_run, table
 from util.console import console, printable
 from util.errors import ConfigError
-from util.files import make_output_dir, write_atomic
+from util.files import make_output_dir, short_names, write_atomic
 from util.plot import MOST_RUNS
 
 
@@ -27,7 +27,7 @@ def main(options: CompareOptions) -> int:
     folders = [Path(run) for run in dict.fromkeys(options.runs)]
     if not 0 < len(folders) <= MOST_RUNS:
         raise ConfigError(f"runs: give the folders of one to {MOST_RUNS} runs.")
-    names = run_names(folders)
+    names = short_names(folders)
     runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
     console(printable(table(runs)))
     if options.output_dir:

@@ -1,8 +1,11 @@
 """`main.py eval`: COCO's numbers and an analysis, for a checkpoint or for saved detections."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 from configs.load import Given
 from configs.options import option
@@ -15,14 +18,15 @@ from datasets.index import CocoIndex
 from engine.detector import Detector
 from engine.evaluation.analysis import ReadImage, analyse, draw_gallery, save_analysis
 from engine.evaluation.detections import read_detections
-from engine.evaluation.evaluator import EvalResult, Evaluator, save_results
+from engine.evaluation.evaluator import EvalResult, Evaluator, save_results, side_by_side
 from engine.evaluation.identify import CategoryIds
 from engine.evaluation.matching import Truth
 from engine.evaluation.tiling import tiling_of
 from engine.processes import process_group
 from util.console import console
 from util.errors import ConfigError
-from util.files import make_output_dir, refuse_overwriting
+from util.files import make_output_dir, refuse_overwriting, short_names
+from util.world import World
 
 _IMAGES_SHOWN = 12
 _WRITTEN = ("results.json", "analysis.json", "images.json", "report.html")
@@ -32,8 +36,14 @@ _WRITTEN = ("results.json", "analysis.json", "images.json", "report.html")
 class EvalOptions(ProcessOptions):
     """What `eval` needs in addition to the data; everything else is in the checkpoint."""
 
-    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
-    output_dir: str = option("", "folder for eval/ (default: that of the checkpoint)")
+    checkpoint: tuple[str, ...] = option(
+        (), "our or official file, Hugging Face folder, or hf:NAME; of several, a table compares "
+        "the results",
+    )  # fmt: skip
+    output_dir: str = option(
+        "", "folder for eval/ (default: that of the checkpoint); of several checkpoints, with a "
+        "folder for each",
+    )  # fmt: skip
     batch_size: int | None = option(
         None, "images per step (default: that of the run, else 1)", low=1, most=65536, unset=0
     )
@@ -103,35 +113,75 @@ def main(options: EvalOptions, tiles: TileOptions, given: Given) -> int:
         if tiles.tile:
             raise ConfigError("tile: is of images that a model sees, and `detections` has none.")
         return evaluate_detections(options, given.config().data)
-    with process_group(options.device) as (world, device):
-        detector = Detector.load(options.checkpoint, device=device, ema=options.ema)
-        place = Path(options.checkpoint)
-        if not options.output_dir and not place.exists():  # on the hub
-            raise ConfigError(
-                f"output_dir: {options.checkpoint} has no folder here. Say where its results go."
-            )
-        output_dir = Path(options.output_dir or (place if place.is_dir() else place.parent))
-        detector.data = given.on(Given({"data": asdict(detector.data)})).config().data
-        dataset = detector.validation_set(detector.data, world)
-        make_output_dir(output_dir / "eval")
-        result, evaluator = detector.measure(  # in this process's part of the images
-            dataset,
-            batch_size=options.batch_size,
-            precision=options.precision,
-            world=world,
-            backend=options.evaluator,
-            max_dets=options.max_dets,
-            area_bounds=options.area_bounds,
-            tiling=tiling_of(tiles, detector.data.eval_scale),
+    sources = list(dict.fromkeys(options.checkpoint)) or [""]
+    if len(sources) > 1 and not options.output_dir:
+        raise ConfigError(
+            "output_dir: is missing. Name a folder, in which each checkpoint gets one of its own."
         )
-        if world.main:
-            found = evaluator.detections().to_coco(evaluator.truth)
-            if options.class_agnostic:
-                evaluator = evaluator.without_classes()
-                result = evaluator.evaluate()
-            save_results(output_dir, result, found)
-            _report(options, output_dir, evaluator, result, dataset.read_image, place.name)
+    names = _names(sources) if len(sources) > 1 else [""]
+    results = {}
+    with process_group(options.device) as (world, device):
+        for name, source in zip(names, sources, strict=True):
+            if name:
+                console(f"{name}: {source}")
+            results[name] = evaluate_checkpoint(source, name, options, tiles, given, world, device)
+        if world.main and len(sources) > 1:
+            console(f"\n{side_by_side(results)}")
     return 0
+
+
+def _names(sources: Sequence[str]) -> list[str]:
+    """Return short names of checkpoints that differ, and can be names of folders."""
+    paths = [Path(source.replace(":", "/")) for source in sources]
+    return short_names([path if path.is_dir() else path.with_suffix("") for path in paths])
+
+
+def _output_dir(options: EvalOptions, source: str, name: str) -> Path:
+    """Return the folder of a checkpoint's results: its own, or below the one that is given."""
+    if options.output_dir:
+        return Path(options.output_dir) / name
+    place = Path(source)
+    if not place.exists():  # on the hub
+        raise ConfigError(f"output_dir: {source} has no folder here. Say where its results go.")
+    return place if place.is_dir() else place.parent
+
+
+def evaluate_checkpoint(
+    source: str,
+    name: str,
+    options: EvalOptions,
+    tiles: TileOptions,
+    given: Given,
+    world: World,
+    device: torch.device,
+) -> EvalResult:
+    """Evaluate a checkpoint in all processes of `world`; the main one writes the results.
+
+    `name` is that of their folder in `output_dir`, "" for this itself.
+    """
+    detector = Detector.load(source, device=device, ema=options.ema)
+    output_dir = _output_dir(options, source, name)
+    detector.data = given.on(Given({"data": asdict(detector.data)})).config().data
+    dataset = detector.validation_set(detector.data, world)
+    make_output_dir(output_dir / "eval")
+    result, evaluator = detector.measure(  # in this process's part of the images
+        dataset,
+        batch_size=options.batch_size,
+        precision=options.precision,
+        world=world,
+        backend=options.evaluator,
+        max_dets=options.max_dets,
+        area_bounds=options.area_bounds,
+        tiling=tiling_of(tiles, detector.data.eval_scale),
+    )
+    if world.main:
+        found = evaluator.detections().to_coco(evaluator.truth)
+        if options.class_agnostic:
+            evaluator = evaluator.without_classes()
+            result = evaluator.evaluate()
+        save_results(output_dir, result, found)
+        _report(options, output_dir, evaluator, result, dataset.read_image, Path(source).name)
+    return result
 
 
 def evaluate_detections(options: EvalOptions, data: DataConfig) -> int:

@@ -103,6 +103,18 @@ class EvalResult:
         return "\n".join([*lines, "", *_class_lines(self.per_class)])
 
 
+def side_by_side(results: Mapping[str, EvalResult]) -> str:
+    """Return the numbers of several models as aligned text, in their order."""
+    width = max(map(len, ["checkpoint", *results]))
+    shown = [*STAT_NAMES[:6], "AR_100"]
+    lines = [f"{'checkpoint':{width}}" + "".join(f"{name:>11}" for name in shown)]
+    lines += [
+        f"{name:{width}}" + "".join(f"{_shown(result.stats[n]):>11}" for n in shown)
+        for name, result in results.items()
+    ]
+    return "\n".join(lines)
+
+
 def _shown(value: float) -> str:
     return "n/a" if value < 0 else f"{value:.3f}"
 

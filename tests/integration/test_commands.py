@@ -181,6 +181,28 @@ def test_tiles_change_nothing_where_images_fit_and_more_where_they_do_not(
     assert numbers[0] == numbers[1] != numbers[2]
 
 
+def test_several_checkpoints_are_evaluated_into_one_table(
+    cli: Cli, finished_run: Path, tmp_path: Path
+) -> None:
+    files = [finished_run / "last.pth", tmp_path / "last.pth"]
+    content = torch.load(files[0], weights_only=True)
+    for name, tensor in content["model"].items():
+        if "class_embed" in name:
+            tensor.zero_()
+    torch.save(content, files[1])
+    done = cli("eval", "--checkpoint", *files, "--no_analysis")
+    assert done.returncode == 2
+    assert "--output_dir: is missing" in done.stderr
+    done = cli("eval", "--checkpoint", *files, "--no_analysis", "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.split("checkpoint  ")[-1].splitlines()
+    for file, line in zip(files, table[1:], strict=True):
+        name = f"{file.parent.name}/last"
+        result = json.loads((tmp_path / "out" / name / "eval" / "results.json").read_text())
+        expected = [result["stats"][key] for key in ("AP", "AP50", "AP75")]
+        assert line.split()[:4] == [name, *(f"{value:.3f}" for value in expected)]
+
+
 def test_predict_draws_every_image_and_names_the_unreadable(
     cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.comparison import differing_options, page, ranked, read_run, run_names, table
+from engine.comparison import differing_options, page, ranked, read_run, table
 from main import main
 from util.errors import DataError
+from util.files import short_names
 
 
 def write_run(
@@ -42,7 +43,7 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 def test_a_run_is_taken_at_its_best_epoch(folders: list[Path]) -> None:
-    names = run_names(folders)
+    names = short_names(folders)
     assert names == ["a/run", "b/run", "c/<i>"]
     first, second, third = (read_run(f, n) for f, n in zip(folders, names, strict=True))
     assert (first.best, first.epochs, first.seconds) == (2, 3, 5400.0)  # the first one of equals
@@ -65,7 +66,7 @@ def test_a_run_is_taken_at_its_best_epoch(folders: list[Path]) -> None:
 
 
 def test_the_page_needs_nothing_else_and_escapes_names(folders: list[Path]) -> None:
-    text = page([read_run(f, n) for f, n in zip(folders, run_names(folders), strict=True)])
+    text = page([read_run(f, n) for f, n in zip(folders, short_names(folders), strict=True)])
     assert "<i>" not in text
     assert text.count("<svg") == 3
     assert not re.search(r'(src|href)="(?!data:|#)', text)
@@ -73,8 +74,8 @@ def test_the_page_needs_nothing_else_and_escapes_names(folders: list[Path]) -> N
 
 
 def test_one_name_is_as_long_as_it_takes() -> None:
-    assert run_names([Path("runs/a"), Path("runs/b/")]) == ["a", "b"]
-    assert run_names([Path("x/a/b"), Path("y/a/b")]) == ["x/a/b", "y/a/b"]
+    assert short_names([Path("runs/a"), Path("runs/b/")]) == ["a", "b"]
+    assert short_names([Path("x/a/b"), Path("y/a/b")]) == ["x/a/b", "y/a/b"]
 
 
 def test_folders_without_a_log_are_one_line_errors(tmp_path: Path, folders: list[Path]) -> None:
