@@ -65,7 +65,7 @@ def read_run(folder: Path, name: str) -> Run:
         }
         if "AP" in named:
             results[epoch] = named
-    seconds = [entry.get("train_seconds") for entry in entries.values()]
+    seconds = [e["train_seconds"] for e in entries.values() if finite(e.get("train_seconds"))]
     return Run(
         name=name,
         epochs=max(entries),
@@ -73,7 +73,7 @@ def read_run(folder: Path, name: str) -> Run:
             e: v["train_loss"] for e, v in sorted(entries.items()) if finite(v.get("train_loss"))
         },
         results=results,
-        seconds=float(sum(value for value in seconds if finite(value))),
+        seconds=float(sum(seconds)),
         options=_options(folder / "config.yaml"),
     )
 

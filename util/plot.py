@@ -110,7 +110,7 @@ def run_chart(curves: Mapping[str, Mapping[int, float]], *, ylabel: str) -> Figu
     """Return values over epochs, counted from 1, of at most `MOST_RUNS` runs."""
     figure, axes = _chart(320)
     for i, (name, points) in enumerate(curves.items()):
-        style = {"color": _SERIES[i % 3], "linestyle": _DASHES[i // 3], "lw": 2}
+        style: dict[str, Any] = {"color": _SERIES[i % 3], "linestyle": _DASHES[i // 3], "lw": 2}
         marker = "o" if len(points) == 1 else None  # a lone point has no line to show it
         axes.plot(list(points), list(points.values()), label=name, marker=marker, **style)
     axes.set(xlabel="epoch", ylabel=ylabel)

@@ -19,7 +19,11 @@ def write_run(
     folder.mkdir(parents=True)
     with (folder / "log.txt").open("w") as file:
         for epoch, ap in enumerate(aps):
-            entry = {"epoch": epoch, "train_loss": 10.0 - epoch, "train_seconds": 1800.0}
+            entry: dict[str, object] = {
+                "epoch": epoch,
+                "train_loss": 10.0 - epoch,
+                "train_seconds": 1800.0,
+            }
             if ap is not None:
                 entry["test_coco_eval_bbox"] = [ap, ap + 0.2, ap + 0.1, -1, 0.3, 0.4, *[0.5] * 6]
             if ap is not None and ema is not None:
