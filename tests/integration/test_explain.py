@@ -100,6 +100,9 @@ def test_a_browser_draws_the_points_that_are_chosen(explained: Path, tmp_path: P
     text = unescape(shown)
     assert f"{query['name']} {query['score']:.2f} (query {query['query']}), layer 0: " in text
     assert "which weigh 1.000 of 1 per head" in text
+    outside = int(((points < 0) | (points > content_of(explained)["size"])).any(1).sum())
+    said = re.search(r"Outside the image, where zeros are read: (\d+)\.", text)
+    assert outside == (int(said[1]) if said else 0)
     rows = re.findall(
         r"<th scope=\"row\">(\d+)</th><td>([\d.]+)</td>", text.partition('id="taken"')[2]
     )
