@@ -676,9 +676,14 @@ class RunConfig(ProcessOptions):
         off="do not try the largest possible step first to report its memory", rare=True,
     )  # fmt: skip
     max_steps: int = option(0, "stop after this many steps; 0 runs all epochs", low=0, rare=True)
+    log_to: tuple[str, ...] = option(
+        ("tensorboard",), "where curves go, in addition to the run's own logs: tensorboard, csv, "
+        "wandb, mlflow",
+    )  # fmt: skip
     tensorboard: bool = option(
-        True, "write TensorBoard files", off="write no TensorBoard files", rare=True
-    )
+        True, "write TensorBoard files, if --log_to says so", off="write no TensorBoard files",
+        rare=True,
+    )  # fmt: skip
     num_images: int = option(
         8, "validation images drawn after each evaluation", low=0, most=10000, alias="num_pictures",
         rare=True,
@@ -691,6 +696,11 @@ class RunConfig(ProcessOptions):
                 f"patience {self.patience}: needs the AP of each epoch, which `no_validate` leaves "
                 "out. Drop one of them."
             )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Return where curves go."""
+        return tuple(name for name in self.log_to if name != "tensorboard" or self.tensorboard)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,16 @@
-"""Logs of a run: one JSON line per step and per epoch, TensorBoard, the console."""
+"""Logs of a run: one JSON line per step and per epoch, curves for trackers, the console."""
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from engine.trackers import GuardedTracker
 from util.console import log
 from util.errors import ConfigError
 from util.files import make_output_dir, write_atomic
@@ -28,14 +27,9 @@ def _keep_until(path: Path, key: str, last: int) -> None:
     write_atomic(path, "".join(kept))
 
 
-def _close(writer: Any) -> None:
-    with contextlib.suppress(OSError):  # its file was removed, and another begun
-        writer.close()
-
-
 def _check_places(folder: Path) -> None:
     """Raise ConfigError if something else is in the way; writing to a pipe would never end."""
-    for name in ("metrics.jsonl", "log.txt", "tensorboard", "pictures", "nonfinite"):
+    for name in ("metrics.jsonl", "log.txt", "scalars.csv", "tensorboard", "pictures", "nonfinite"):
         path = folder / name
         fits = path.is_file() if "." in name else path.is_dir()
         if os.path.lexists(path) and not fits:
@@ -85,28 +79,34 @@ class _JsonLines:
 class RunLog:
     """Append-only logs in a run's folder; a context manager.
 
-    `metrics.jsonl` has a line per step, `log.txt` a line per epoch, `tensorboard/` the same as
-    curves. Non-finite numbers are null in the JSON files. Where `enabled` is false, nothing is
-    written: another process of the run does it.
+    `metrics.jsonl` has a line per step, `log.txt` a line per epoch; the trackers that `log_to`
+    names get the same as curves. Non-finite numbers are null in the JSON files. Where `enabled` is
+    false, nothing is written: another process of the run does it.
     """
 
-    def __init__(self, output_dir: Path, *, tensorboard: bool, enabled: bool = True) -> None:
+    def __init__(
+        self, output_dir: Path, *, log_to: Sequence[str] = (), enabled: bool = True
+    ) -> None:
+        """Open the logs.
+
+        Raises:
+            ConfigError: something else is in the way, or a tracker is unknown or not installed.
+        """
+        self._trackers: list[GuardedTracker] = []
         if enabled:
             make_output_dir(output_dir)
             _check_places(output_dir)
-            if tensorboard and str(output_dir) != os.fsencode(output_dir).decode("utf-8", "ignore"):
-                log.warning(f"{output_dir}: no TensorBoard files, which need UTF-8")
-                tensorboard = False
+            self._trackers = [GuardedTracker(name, output_dir) for name in dict.fromkeys(log_to)]
         self._enabled = enabled
         self._steps_path = output_dir / "metrics.jsonl"
         self._epochs_path = output_dir / "log.txt"
         self._steps = _JsonLines(self._steps_path)
         self._epochs = _JsonLines(self._epochs_path)
-        self._tensorboard_dir = output_dir / "tensorboard" if tensorboard and enabled else None
-        self._purge_step: int | None = None
         self._opened = contextlib.ExitStack()
         self._opened.callback(self._steps.close)
         self._opened.callback(self._epochs.close)
+        for tracker in self._trackers:
+            self._opened.callback(tracker.close)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -118,12 +118,13 @@ class RunLog:
         """Remove what was logged past the checkpoint that a run continues from, before it does.
 
         Lines of `metrics.jsonl` with a greater `step`, lines of `log.txt` with a greater `epoch`
-        and TensorBoard values of later steps go.
+        and what trackers have of later steps, as far as they let go of it.
         """
         if self._enabled:
             _keep_until(self._steps_path, "step", step)
             _keep_until(self._epochs_path, "epoch", epoch)
-            self._purge_step = step + 1
+            for tracker in self._trackers:
+                tracker.since = step + 1
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """Log the values of a training step."""
@@ -139,41 +140,15 @@ class RunLog:
             self._epochs.append(values)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Add points to TensorBoard's curves."""
-        with self._without_tensorboard_if_it_fails():
-            if self._writer is not None:
-                for name, value in values.items():
-                    self._writer.add_scalar(name, value, step)
+        """Add points to the curves of trackers."""
+        for write in self._trackers:
+            write(lambda tracker: tracker.scalars(step, values))
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
-        """Add an image to TensorBoard."""
-        with self._without_tensorboard_if_it_fails():
-            if self._writer is not None:
-                pixels = np.asarray(image.convert("RGB"))
-                self._writer.add_image(name, pixels, step, dataformats="HWC")
+        """Add an image to trackers."""
+        for write in self._trackers:
+            write(lambda tracker: tracker.image(name, image, step))
 
     def progress_bar(self, total: int | None, *, done: int) -> "tqdm[Any]":
         """Return a bar over the steps of the run, as far as their number is known."""
         return progress(total=total, done=done, unit="step", enabled=self._enabled, leave=True)
-
-    @cached_property
-    def _writer(self) -> Any:
-        if self._tensorboard_dir is None:
-            return None
-        # Imported on use: it takes a second, and runs without TensorBoard do not need it.
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(self._tensorboard_dir), purge_step=self._purge_step)
-        self._opened.callback(_close, writer)
-        return writer
-
-    @contextlib.contextmanager
-    def _without_tensorboard_if_it_fails(self) -> Iterator[None]:
-        """Go on when TensorBoard cannot write: a removed file is begun anew, else curves end."""
-        try:
-            yield
-        except OSError as error:
-            self.__dict__.pop("_writer", None)
-            if not isinstance(error, FileNotFoundError):
-                log.warning(f"{self._tensorboard_dir}: no more TensorBoard curves: {error}")
-                self._tensorboard_dir = None

@@ -54,7 +54,7 @@ def start(
     optim = replace(optim, effective_batch_size=share.effective)
     plan = replace(plan, config=replace(plan.config, optim=optim))
     run_log = stack.enter_context(
-        RunLog(plan.output_dir, tensorboard=plan.config.run.tensorboard, enabled=world.main)
+        RunLog(plan.output_dir, log_to=plan.config.run.trackers, enabled=world.main)
     )
     trainer = build_trainer(plan, world, device, share, run_log, folder)
     if plan.checkpoint is not None:

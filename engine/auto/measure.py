@@ -116,7 +116,7 @@ def throwaway_trainer(
         val_batches,
         world=World(),
         device=device,
-        run_log=RunLog(folder, tensorboard=False, enabled=False),
+        run_log=RunLog(folder, enabled=False),
         folder=CheckpointFolder(folder, keep=1),
         identity={},
     )

@@ -95,7 +95,7 @@ def run_setting(options: argparse.Namespace) -> None:
     height, width = options.size
     batch = make_batch(options.images, options.boxes, height, width, 91)
     seconds: list[float] = []
-    with RunLog(Path(options.folder), tensorboard=False, enabled=world.main) as log:
+    with RunLog(Path(options.folder), enabled=world.main) as log:
         trainer = assemble_trainer(
             config,
             model,

@@ -13,7 +13,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """A trainer after two steps, with a checkpoint in its folder."""
     folder = tmp_path_factory.mktemp("run")
     batches = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=-1)
-    with RunLog(folder, tensorboard=False) as log:
+    with RunLog(folder) as log:
         trainer = small_trainer(folder, log, batches, ema_decay=0.5)
         trainer.identity = {"classes": {"ids": [1], "names": ["a"]}, "config": {"model": {}},
                             "versions": {}}  # fmt: skip

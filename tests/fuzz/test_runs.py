@@ -52,7 +52,7 @@ def test_logs_of_a_run(tmp_path: Path, data: st.DataObject) -> None:
         text = "\n".join(map(json.dumps, data.draw(exchanged(lines, values)))).encode()
         content = text if data.draw(st.booleans()) else data.draw(mutated([LOG]))
         (tmp_path / name).write_bytes(content)
-    with only_refused(), RunLog(tmp_path, tensorboard=False) as log:
+    with only_refused(), RunLog(tmp_path) as log:
         log.truncate_after(1, 1)
         log.step(2, {"loss": 1.0})
         log.epoch({"epoch": 2, "train_loss": 1.0})

@@ -221,7 +221,7 @@ def run_steps(
     before = [p.detach().clone() for p in detector.parameters()]
     gradients: list[dict[str, Tensor]] = []
     batches = micro_batches(share, broken=broken, poisoned=poisoned)
-    with RunLog(folder, tensorboard=False, enabled=world.main) as log:
+    with RunLog(folder, enabled=world.main) as log:
         trainer = make_trainer(config, detector, batches, share, world, log)
         trainer.optimizer.register_step_pre_hook(
             lambda *_: gradients.append(

@@ -62,7 +62,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_the_last_steps_wait_until_asked_for(tmp_path: Path) -> None:
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         steps = step_log(tmp_path, log)
         assert steps.flush() is None
         for step in range(3):
@@ -83,7 +83,7 @@ def test_the_last_steps_wait_until_asked_for(tmp_path: Path) -> None:
 def test_non_finite_values_are_recorded_but_left_out_of_means(
     tmp_path: Path, loss: float, norm: float
 ) -> None:
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         steps = step_log(tmp_path, log)
         add(steps, 0, 2.0)
         add(steps, 1, loss, norm=norm)
@@ -100,7 +100,7 @@ def test_non_finite_values_are_recorded_but_left_out_of_means(
 
 
 def test_a_finite_step_resets_the_count(tmp_path: Path) -> None:
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         steps = step_log(tmp_path, log, limit=2)
         for step, loss in enumerate([math.nan, 1.0, math.nan, 1.0, math.nan]):
             add(steps, step, loss)
@@ -116,7 +116,7 @@ def test_a_flat_loss_is_reported_after_the_warm_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for first_step, warned in ((0, True), (40, False)):
-        with RunLog(tmp_path, tensorboard=False) as log:
+        with RunLog(tmp_path) as log:
             steps = step_log(tmp_path, log, first_step=first_step)
             for step in range(45):
                 add(steps, step, 9.0 + step % 2)
@@ -128,7 +128,7 @@ def test_a_restored_log_continues_like_the_original(tmp_path: Path) -> None:
     ends = []
     for stop in (False, True):
         folder = tmp_path / str(stop)
-        with RunLog(folder, tensorboard=False) as log:
+        with RunLog(folder) as log:
             steps = step_log(folder, log)
             for step in range(4):
                 if stop and step == 2:

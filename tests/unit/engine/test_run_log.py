@@ -43,7 +43,7 @@ def without_non_finite(value: Any) -> Any:
 
 
 def write_run(folder: Path, steps: range, epochs: range, **options: int) -> None:
-    with RunLog(folder, tensorboard=False) as log:
+    with RunLog(folder) as log:
         if options:
             log.truncate_after(options["step"], options["epoch"])
         for step in steps:
@@ -53,7 +53,7 @@ def write_run(folder: Path, steps: range, epochs: range, **options: int) -> None
 
 
 def test_lines_are_there_before_the_log_is_closed(tmp_path: Path) -> None:
-    with RunLog(tmp_path / "new" / "run", tensorboard=False) as log:
+    with RunLog(tmp_path / "new" / "run") as log:
         log.step(1, {"loss": 0.5})
         log.epoch({"epoch": 0, "test_coco_eval_bbox": [0.1, -1.0]})
         assert read(tmp_path / "new" / "run" / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
@@ -67,7 +67,7 @@ def test_any_values_come_back_from_one_line(
 ) -> None:
     folder = tmp_path_factory.mktemp("log")
     entry = {**values, "epoch": 3}
-    with RunLog(folder, tensorboard=False) as log:
+    with RunLog(folder) as log:
         log.epoch(entry)
     assert read(folder / "log.txt") == [without_non_finite(entry)]
 
@@ -92,11 +92,11 @@ def test_resumed_run_leaves_the_files_of_an_uninterrupted_one(
 
 
 def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path) -> None:
-    with RunLog(tmp_path, tensorboard=True) as log:
+    with RunLog(tmp_path, log_to=("tensorboard",)) as log:
         for step in range(1, 7):
             log.step(step, {"loss": float(step)})
         log.image("val/image", Image.new("L", (8, 6)), 2)
-    with RunLog(tmp_path, tensorboard=True) as log:
+    with RunLog(tmp_path, log_to=("tensorboard",)) as log:
         log.truncate_after(4, 0)
         for step in (5, 6):
             log.scalars(step, {"loss": 10.0 * step})
@@ -109,14 +109,14 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path) -> None:
 
 
 def test_epoch_needs_its_number(tmp_path: Path) -> None:
-    with RunLog(tmp_path, tensorboard=False) as log, pytest.raises(ValueError, match="'epoch'"):
+    with RunLog(tmp_path) as log, pytest.raises(ValueError, match="'epoch'"):
         log.epoch({"train_loss": 1.0})
 
 
 def test_file_in_place_of_the_folder_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(ConfigError, match="output_dir .*run: the folder cannot be made") as caught:
-        RunLog(tmp_path / "run", tensorboard=False)
+        RunLog(tmp_path / "run")
     assert "\n" not in str(caught.value)
 
 
@@ -140,7 +140,7 @@ def test_console_line_stands_apart_from_a_bar(capsys: pytest.CaptureFixture[str]
 
 def test_where_another_process_writes_nothing_is_written(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with RunLog(folder, tensorboard=True, enabled=False) as run_log:
+    with RunLog(folder, log_to=("tensorboard",), enabled=False) as run_log:
         run_log.truncate_after(0, 0)
         run_log.step(1, {"loss": 1.0})
         run_log.epoch({"epoch": 0})
@@ -164,7 +164,7 @@ def test_the_main_process_prints_everything_and_others_only_warnings(
 def test_lines_follow_the_file_that_has_the_name(tmp_path: Path) -> None:
     """An editor replaces a file when it saves."""
     path = tmp_path / "metrics.jsonl"
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         log.step(0, {"loss": 1.0})
         write_atomic(path, path.read_text())
         log.step(1, {"loss": 2.0})
@@ -180,7 +180,7 @@ def test_a_folder_removed_during_the_run_is_made_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    with RunLog(folder, tensorboard=False) as log:
+    with RunLog(folder) as log:
         log.step(0, {"loss": 1.0})
         shutil.rmtree(folder)
         log.step(1, {"loss": 2.0})

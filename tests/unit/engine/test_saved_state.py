@@ -25,7 +25,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Content]:
     """A trainer after two steps, and the content of its checkpoint."""
     folder = tmp_path_factory.mktemp("run")
     batches = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=-1)
-    with RunLog(folder, tensorboard=False) as log:
+    with RunLog(folder) as log:
         trainer = small_trainer(folder, log, batches, ema_decay=0.5)
         trainer.identity = {"classes": {"ids": []}, "config": {}, "versions": {}}
         train_epoch(trainer)

@@ -141,7 +141,7 @@ def steps() -> list[Batch]:
 
 def trained(folder: Path, kind: str) -> tuple[Trainer, dict[str, Any]]:
     """Train two epochs of 8 steps, whose length is decided in the first; return it as saved."""
-    with RunLog(folder, tensorboard=False) as log:
+    with RunLog(folder) as log:
         trainer = small_trainer(folder, log, steps(), lr_scheduler=kind, max_hours=1e-3)
         trainer.identity = {"classes": {"ids": []}, "config": {}, "versions": {}}
         trainer.loader.mix_until = lambda epoch: None  # type: ignore[method-assign]
@@ -166,7 +166,7 @@ def test_the_schedule_is_laid_over_the_length_once_it_is_known(tmp_path: Path, k
     factor = trainer.time_limit.schedule.over(length.steps)
     for group in trainer.optimizer.param_groups:
         assert group["lr"] == group["initial_lr"] * factor(trainer.scheduler.last_epoch)
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         other = small_trainer(tmp_path, log, steps(), lr_scheduler=kind, max_hours=1e-3)
         other.loader.mix_until = lambda epoch: None  # type: ignore[method-assign]
         other.load_state_dict(content)

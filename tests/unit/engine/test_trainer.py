@@ -130,7 +130,7 @@ class CountingWorld(World):
 
 def test_a_step_makes_one_exchange_between_the_hosts(tmp_path: Path) -> None:
     batches = micro_batches(BatchSplit(IMAGES), broken=BROKEN, poisoned=-1)
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         trainer = small_trainer(tmp_path, log, batches)
         trainer.world = world = CountingWorld()
         trainer.flush_every = 9
@@ -153,7 +153,7 @@ def test_a_step_without_a_readable_image_counts_and_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = Batch(None, [], [UnreadableImage(7, "seven.png", "gone")])
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         trainer = small_trainer(tmp_path, log, [bad, bad])
         before = weights(trainer.detector)
         train_epoch(trainer)
@@ -169,7 +169,7 @@ def test_training_ends_before_a_step_or_after_it(
 ) -> None:
     (batch, _) = micro_batches(BatchSplit(IMAGES), broken=BROKEN, poisoned=-1)
     logged_at: list[tuple[int, int]] = []
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         trainer = small_trainer(tmp_path, log, [batch] * 9)
         before = weights(trainer.detector)
         trainer.stop.number = signal.SIGTERM
@@ -189,7 +189,7 @@ def test_training_ends_before_a_step_or_after_it(
 
 def test_too_many_skipped_steps_end_the_run_and_leave_the_weights(tmp_path: Path) -> None:
     (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=2)
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         trainer = small_trainer(tmp_path, log, [batch] * 5, ema_decay=0.5)
         before = weights(trainer.detector)
         with pytest.raises(UserError, match=r"not finite in 2 steps in a row \(image 3 of 12"):
@@ -205,7 +205,7 @@ def test_more_steps_continue_an_epoch_whose_evaluation_was_interrupted(
     tmp_path: Path, max_steps: int
 ) -> None:
     (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=-1)
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         trainer = small_trainer(tmp_path, log, [batch] * 3)
         trainer.identity = {"classes": {"ids": []}, "config": {}, "versions": {}}
         trainer.step = trainer.epoch_step = 1
@@ -217,7 +217,7 @@ def test_more_steps_continue_an_epoch_whose_evaluation_was_interrupted(
 
 
 def test_a_run_without_a_loss_scale_continues_with_the_initial_one(tmp_path: Path) -> None:
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         trainer = small_trainer(tmp_path, log, [])
         trainer.identity = {"classes": {"ids": []}, "config": {}, "versions": {}}
         trainer.save()
@@ -232,7 +232,7 @@ def test_a_step_that_does_not_fit_into_memory_says_what_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=-1)
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         trainer = small_trainer(tmp_path, log, [batch])
 
         def fail(error: Exception) -> None:
@@ -248,7 +248,7 @@ def test_a_step_that_does_not_fit_into_memory_says_what_it_was(
 
 def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:
     (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=-1)
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         trainer = small_trainer(tmp_path, log, [batch])
         before = {k: v.clone() for k, v in trainer.detector.state_dict().items()}
         try_step(trainer, batch)
@@ -276,7 +276,7 @@ def test_averages_never_see_a_pixel_that_is_not_finite(tmp_path: Path) -> None:
     )
     model = build_model(config.model, num_classes=CLASSES, frozen_stages=0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with RunLog(tmp_path, tensorboard=False) as log:
+    with RunLog(tmp_path) as log:
         trainer = make_trainer(config, model, [batch], BatchSplit(IMAGES), World(), log)
         train_epoch(trainer)
     assert trainer.ema is not None
