@@ -82,16 +82,7 @@ class PredictionFiles:
                 (self._names[i], self._given_id(box), box.name, box.score, *box.xyxy)
                 for box in shown
             )
-        found = [
-            {
-                "category_id": self._given_id(box),
-                "category_name": box.name,
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "score": box.score,
-            }
-            for box in boxes
-            for x0, y0, x1, y1 in [box.xyxy]
-        ]
+        found = plain_boxes(boxes, self._classes)
         line = json.dumps({"image_id": i, "file_name": self._names[i], "boxes": found})
         self._places[i] = self._lines.tell()
         self._lines.write(f"{line}\n")
@@ -120,13 +111,7 @@ class PredictionFiles:
         return self._classes.given_id(self._classes.label_of[box.category_id])
 
     def _draw(self, image: Image.Image, shown: Sequence[Box], path: Path) -> None:
-        drawn = draw_boxes(
-            image,
-            torch.tensor([box.xyxy for box in shown]).reshape(-1, 4),
-            [self._classes.label_of[box.category_id] for box in shown],
-            [box.name for box in shown],
-            [box.score for box in shown],
-        )
+        drawn = with_boxes(image, shown, self._classes)
         path.parent.mkdir(parents=True, exist_ok=True)
         drawn.save(path, quality=95)  # of JPEG; the suffix says which format
 
@@ -141,6 +126,31 @@ class PredictionFiles:
                 folder.mkdir(parents=True, exist_ok=True)
                 # whatever the stem is, the two numbers are of no other crop
                 image.crop((left, top, right, bottom)).save(folder / f"{stem}_{i}_{number}.png")
+
+
+def plain_boxes(boxes: Sequence[Box], classes: Classes) -> list[dict[str, Any]]:
+    """Return boxes in plain values, `bbox` as x, y, width and height in pixels."""
+    return [
+        {
+            "category_id": classes.given_id(classes.label_of[box.category_id]),
+            "category_name": box.name,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "score": box.score,
+        }
+        for box in boxes
+        for x0, y0, x1, y1 in [box.xyxy]
+    ]
+
+
+def with_boxes(image: Image.Image, boxes: Sequence[Box], classes: Classes) -> Image.Image:
+    """Return a copy of an image with boxes drawn."""
+    return draw_boxes(
+        image,
+        torch.tensor([box.xyxy for box in boxes]).reshape(-1, 4),
+        [classes.label_of[box.category_id] for box in boxes],
+        [box.name for box in boxes],
+        [box.score for box in boxes],
+    )
 
 
 def relative_names(paths: Sequence[Path]) -> list[str]:

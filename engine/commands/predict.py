@@ -8,10 +8,12 @@ from pathlib import Path
 from configs.options import Checked, option
 from configs.tiles import TileOptions
 from datasets.dataset import find_images
+from datasets.images import limit_pixels
 from datasets.tiles import Tiling
 from engine.detector import Detector
 from engine.evaluation.tiling import tiling_of
 from engine.predictions import PredictionFiles, drawn_names, relative_names
+from engine.video import is_video, predict_video
 from util.console import console, in_line
 from util.errors import ConfigError, DataError, brief, nearest_hint
 from util.files import make_output_dir, read_regular, refuse_overwriting, write_atomic
@@ -26,7 +28,9 @@ class PredictOptions(Checked):
 
     checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
     input: tuple[str, ...] = option(
-        (), "images, folders, globs or lists (.txt, an image a line; - reads one)"
+        (),
+        "images, folders, globs or lists (.txt, an image a line; - reads one); or one video: a "
+        "file, an address or the number of a camera",
     )
     output_dir: str = option("", "folder for images and predictions")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
@@ -73,7 +77,12 @@ def main(options: PredictOptions, tiles: TileOptions) -> int:
     """Draw what a checkpoint finds in images, and write it as JSON."""
     if not options.input or not options.output_dir:
         raise ConfigError("predict: give `input IMAGES ...` and `output_dir DIR`.")
-    paths = find_images(options.input)
+    video = next((text for text in options.input if is_video(text)), None)
+    if video is not None and (len(options.input) > 1 or options.csv or options.save_crops):
+        raise ConfigError(
+            f"`input {video}`: is a video, which comes alone and without `csv` and `save_crops`."
+        )
+    paths = find_images(options.input) if video is None else []
     detector = Detector.load(
         options.checkpoint,
         device=options.device,
@@ -88,18 +97,31 @@ def main(options: PredictOptions, tiles: TileOptions) -> int:
     kept = chosen_classes(options.classes, detector)
     thresholds = {name: score for name, score in thresholds.items() if name in kept}
     output_dir = Path(options.output_dir)
-    write_predictions(
-        detector,
-        paths,
-        output_dir,
-        thresholds=thresholds,
-        draw=options.draw,
-        table=options.csv,
-        crops=options.save_crops,
-        tiling=tiling_of(tiles, detector.data.eval_scale),
-        batch_size=options.batch_size,
-        num_workers=options.num_workers,
-    )
+    tiling = tiling_of(tiles, detector.data.eval_scale)
+    if video is not None:
+        limit_pixels(detector.data.max_pixels)
+        predict_video(
+            detector,
+            video,
+            output_dir,
+            thresholds=thresholds,
+            draw=options.draw,
+            batch_size=options.batch_size,
+            tiling=tiling,
+        )
+    else:
+        write_predictions(
+            detector,
+            paths,
+            output_dir,
+            thresholds=thresholds,
+            draw=options.draw,
+            table=options.csv,
+            crops=options.save_crops,
+            tiling=tiling,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+        )
     known = detector.thresholds if options.score_threshold is None else {}
     report_thresholds(output_dir, thresholds, known.keys() - of_file.keys())
     return 0

@@ -1,0 +1,207 @@
+"""What a checkpoint finds in the frames of a video: a video with boxes, and a line per frame."""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from PIL import Image
+
+from datasets.tiles import Tiling
+from engine.detector import Detector
+from engine.predictions import plain_boxes, with_boxes
+from util.console import console, log
+from util.errors import ConfigError, DataError
+from util.files import make_output_dir, refuse_overwriting
+from util.progress import progress
+
+_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv",
+             ".ts", ".m2ts", ".3gp")  # fmt: skip
+_CODECS = ("libx264", "mpeg4")  # the first that FFmpeg was built with
+_USUAL_RATE = 25  # frames a second, of streams that state none
+_WAIT = 30.0  # seconds, for the first answer of a server, and between its packets
+
+
+def is_video(text: str) -> bool:
+    """Return whether an input is a video file, an address or the number of a camera."""
+    path = Path(text)
+    if "://" in text:
+        return True
+    if text.isascii() and text.isdigit():
+        return not path.exists()
+    return path.suffix.lower() in _SUFFIXES and not path.is_dir()
+
+
+class Frames:
+    """The frames of a video, upright, with their times in seconds; iterable, a context manager.
+
+    `rate` is in frames a second; `count` is as the file states it, None where it does not.
+    """
+
+    def __init__(self, text: str) -> None:
+        """Open a video file, an address, or a camera by its number.
+
+        Raises:
+            ConfigError: PyAV is missing, or cameras cannot be read here.
+            DataError: there is no video.
+        """
+        self._av: Any = _import_av()
+        self.name = text
+        options: dict[str, Any] = {"timeout": _WAIT} if "://" in text else {}
+        if text.isdigit():
+            if not sys.platform.startswith("linux"):
+                raise ConfigError(f"`input {text}`: cameras are only read on Linux. Give a file.")
+            text, options = f"/dev/video{text}", {"format": "v4l2"}
+        try:
+            self._container = self._av.open(text, **options)
+        except (OSError, ValueError, self._av.error.FFmpegError) as error:
+            raise DataError(f"`input {self.name}`: cannot be opened ({error}).") from None
+        try:
+            if not self._container.streams.video:
+                raise DataError(f"`input {self.name}`: there is no video in it.")
+            self._stream = self._container.streams.video[0]
+            self._stream.thread_type = "AUTO"
+            width, height = self._stream.width, self._stream.height
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and width * height > limit:
+                raise DataError(
+                    f"`input {self.name}`: {width}x{height} pixels are more than the {limit} of "
+                    "`max_pixels`; raise it if the file is sound."
+                )
+        except DataError:
+            self._container.close()
+            raise
+        self.rate = Fraction(self._stream.average_rate or _USUAL_RATE)
+        self.count: int | None = self._stream.frames or None
+
+    def __enter__(self) -> "Frames":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._container.close()
+
+    def __iter__(self) -> Iterator[tuple[float | None, Image.Image]]:
+        number = 0
+        try:
+            for frame in self._container.decode(self._stream):
+                number += 1
+                image: Image.Image = frame.to_image()
+                if frame.rotation:  # of a telephone; in degrees against the clock, as Pillow's
+                    image = image.rotate(frame.rotation, expand=True)
+                yield frame.time, image
+        except self._av.error.FFmpegError as error:
+            if not number:
+                raise DataError(f"`input {self.name}`: no frame can be read ({error}).") from None
+            log.warning(
+                f"{self.name}: damaged after frame {number} ({error}); the rest is left out"
+            )
+
+
+class VideoFile:
+    """A video that is written frame by frame; a context manager. It plays even after an error."""
+
+    def __init__(self, path: Path, rate: Fraction) -> None:
+        """Begin a file; its size is that of the first frame."""
+        self._av: Any = _import_av()
+        self._container = self._av.open(str(path), "w")
+        codec = next(name for name in _CODECS if name in self._av.codecs_available)
+        self._stream = self._container.add_stream(codec, rate=rate)
+        self._stream.pix_fmt = "yuv420p"  # what every player knows
+        self._size: tuple[int, int] | None = None
+
+    def __enter__(self) -> "VideoFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        if self._size is not None:
+            self._container.mux(self._stream.encode(None))
+        self._container.close()
+
+    def add(self, image: Image.Image) -> None:
+        """Write a frame, scaled to the size of the first one where a stream has changed it."""
+        if self._size is None:
+            # two pixels share a colour, so sides must be even
+            self._size = (max(image.width // 2 * 2, 2), max(image.height // 2 * 2, 2))
+            self._stream.width, self._stream.height = self._size
+        if image.size != self._size:
+            even = (image.width // 2 * 2, image.height // 2 * 2)
+            same = even == self._size
+            image = image.crop((0, 0, *self._size)) if same else image.resize(self._size)
+        frame = self._av.VideoFrame.from_image(image)
+        self._container.mux(self._stream.encode(frame))
+
+
+def predict_video(
+    detector: Detector,
+    text: str,
+    output_dir: Path,
+    *,
+    thresholds: Mapping[str, float],
+    draw: bool = True,
+    batch_size: int = 1,
+    tiling: Tiling | None = None,
+) -> None:
+    """Write `predictions.jsonl`, a line per frame as soon as it is done, and a video with boxes.
+
+    The video has the name of the input, as `.mp4`. The lines have boxes of every score; those that
+    reach the threshold of their class are drawn. Classes without a threshold are left out. At most
+    `batch_size` frames are in memory.
+
+    Raises:
+        ConfigError: PyAV is missing, or the video with boxes would overwrite the input.
+        DataError: there is no video, or none of its frames can be read.
+    """
+    stem = f"camera_{text}" if text.isdigit() else Path(text.partition("?")[0]).stem or "stream"
+    output = output_dir / f"{stem}.mp4"
+    if draw and "://" not in text:
+        refuse_overwriting([Path(text)], [output])
+    make_output_dir(output_dir)
+    count = drawn = 0
+    with ExitStack() as stack:
+        frames = stack.enter_context(Frames(text))
+        lines = stack.enter_context((output_dir / "predictions.jsonl").open("w", encoding="ascii"))
+        video = stack.enter_context(VideoFile(output, frames.rate)) if draw else None
+        bar = stack.enter_context(progress(total=frames.count, unit="frame", description="predict"))
+        iterator = iter(frames)
+        while batch := list(islice(iterator, batch_size)):
+            images = [image for _, image in batch]
+            found = dict(detector.detect(images, batch_size=batch_size, tiling=tiling))
+            for i, (time, image) in enumerate(batch):
+                boxes = [box for box in found[i] if box.name in thresholds]
+                shown = [box for box in boxes if box.score >= thresholds[box.name]]
+                plain = plain_boxes(boxes, detector.classes)
+                lines.write(f"{json.dumps({'frame': count, 'time': time, 'boxes': plain})}\n")
+                if video is not None:
+                    video.add(with_boxes(image, shown, detector.classes))
+                count, drawn = count + 1, drawn + len(shown)
+            lines.flush()  # others may read along
+            bar.update(len(batch))
+        if not count:
+            raise DataError(f"`input {text}`: there are no frames in it.")
+    written = f"{output.name} and predictions.jsonl" if draw else "predictions.jsonl"
+    console(f"written to {output_dir}: {count} frames with {drawn} boxes, {written}")
+
+
+def _import_av() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise ConfigError(
+            "`input`: videos are read with PyAV, which is not installed. Install it: pip install av"
+        ) from None
+    return av

@@ -1,0 +1,124 @@
+"""Videos: boxes are those of the frames, what is written plays, and what is wrong is one line."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.video import Frames, is_video, predict_video
+from tests.unit.engine.test_predict import RED_FINDER
+from util.errors import ConfigError, DataError
+
+THRESHOLDS = {"cat": 0.5, "dög": 0.5}
+
+
+@pytest.fixture
+def av() -> Any:
+    return pytest.importorskip("av", reason="needs PyAV")
+
+
+@pytest.fixture
+def clip(av: Any, tmp_path: Path) -> Path:
+    """Return a clip of 11 frames of 121 x 90 pixels in which a red square moves."""
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=8)  # loses nothing
+        stream.width, stream.height, stream.pix_fmt = 121, 90, "bgr0"
+        for i in range(11):
+            pixels = np.zeros((90, 121, 3), np.uint8)
+            pixels[20:50, 5 + 8 * i : 35 + 8 * i, 0] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_boxes_are_those_of_the_frames(clip: Path, tmp_path: Path, batch_size: int) -> None:
+    out = tmp_path / "out"
+    predict_video(RED_FINDER, str(clip), out, thresholds=THRESHOLDS, batch_size=batch_size)
+    lines = read(out / "predictions.jsonl")
+    assert [line["frame"] for line in lines] == list(range(11))
+    assert [line["time"] for line in lines] == pytest.approx([i / 8 for i in range(11)], abs=2e-3)
+    with Frames(str(clip)) as frames:
+        images = [image for _, image in frames]
+    found = dict(RED_FINDER.detect(images, batch_size=1))
+    for i, line in enumerate(lines):
+        for box, expected in zip(line["boxes"], found[i], strict=True):
+            x0, y0, x1, y1 = expected.xyxy
+            assert box["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=1e-4)
+            assert (box["category_name"], box["score"]) == (expected.name, expected.score)
+        assert line["boxes"][0]["bbox"] == pytest.approx([5 + 8 * i, 20, 30, 30], abs=1.5)
+
+
+def test_the_video_with_boxes_plays_at_the_same_pace(clip: Path, tmp_path: Path) -> None:
+    predict_video(RED_FINDER, str(clip), tmp_path / "out", thresholds=THRESHOLDS)
+    with Frames(str(tmp_path / "out" / "clip.mp4")) as drawn, Frames(str(clip)) as frames:
+        assert drawn.rate == frames.rate == 8
+        pairs = list(zip(drawn, frames, strict=True))
+    assert len(pairs) == 11
+    for (time, image), (original_time, original) in pairs:
+        assert time == pytest.approx(original_time, abs=2e-3)
+        assert image.size == (120, 90)  # sides are even
+        whole = original.crop((0, 0, 120, 90))
+        difference = np.abs(np.asarray(image, float) - np.asarray(whole, float))
+        assert difference.max() > 100, "nothing is drawn"
+        assert np.median(difference) < 8
+
+
+def test_other_classes_and_drawn_copies_can_be_left_out(clip: Path, tmp_path: Path) -> None:
+    predict_video(RED_FINDER, str(clip), tmp_path / "out", thresholds={"dög": 0.1}, draw=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.jsonl"]
+    names = {box["category_name"] for line in read(tmp_path / "out" / "predictions.jsonl")
+             for box in line["boxes"]}  # fmt: skip
+    assert names == {"dög"}
+
+
+def test_what_is_no_video_is_a_one_line_error(av: Any, clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "none.mp4").write_bytes(b"none")
+    for name in ("none.mp4", "gone.mp4"):
+        with pytest.raises(DataError, match=f"{name}`: cannot be opened") as caught:
+            Frames(str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="is one of the inputs"):
+        predict_video(
+            RED_FINDER, str(clip.rename(tmp_path / "clip.mp4")), tmp_path, thresholds=THRESHOLDS
+        )
+
+
+def test_a_clip_that_ends_early_is_read_as_far_as_it_goes(
+    av: Any, clip: Path, tmp_path: Path
+) -> None:
+    data = clip.read_bytes()
+    clip.write_bytes(data[: len(data) * 6 // 10])
+    predict_video(RED_FINDER, str(clip), tmp_path / "out", thresholds=THRESHOLDS, draw=False)
+    assert 0 < len(read(tmp_path / "out" / "predictions.jsonl")) < 11
+
+
+def test_a_video_of_too_many_pixels_is_refused(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with pytest.raises(DataError, match="121x90 pixels are more than the 10000 of `max_pixels`"):
+        Frames(str(clip))
+
+
+def test_inputs_that_are_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "7").mkdir()
+    (tmp_path / "a.mp4").mkdir()
+    for text in ("0", "clip.MP4", "rtsp://camera/1", "https://example.org/a"):
+        assert is_video(text), text
+    for text in ("7", "a.mp4", "a.jpg", "folder", "*.png", "-", ""):
+        assert not is_video(text), text
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ConfigError, match="pip install av"):
+        Frames("clip.mp4")
