@@ -21,19 +21,19 @@ class TensorBoard:
         # Imported on use: it takes a second
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=since)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=since)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
 
     def image(self, name: str, image: Image.Image, step: int) -> None:
         """See `Tracker`."""
         pixels = np.asarray(image.convert("RGB"))
-        self._writer.add_image(name, pixels, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """See `Tracker`."""
         with contextlib.suppress(OSError):  # its file was removed, and another begun
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
