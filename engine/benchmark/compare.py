@@ -29,6 +29,7 @@ def hugging_face_twin(detector: Detector, options: Mapping[str, Any]) -> nn.Modu
             "against hugging_face: needs the package transformers. Run: pip install transformers"
         ) from error
     library: Any = transformers  # its annotations lack much
+    library.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         save_hugging_face(
             Path(folder),
