@@ -1,15 +1,14 @@
 """An exported file in the runtime that it was written for."""
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.exported.about import KEY
+from engine.exported.packages import needed
 from util.errors import CheckpointError, ConfigError
 
 # Arrays of a batch -> arrays of its detections.
@@ -23,21 +22,6 @@ class Session:
     runtime: str
     text: str | None
     run: Run
-
-
-def needed(name: str) -> Any:
-    """Import a package that only exported files need.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"export: the package {name} cannot be imported ({error}). Install it: "
-            "pip install onnx onnxscript onnxruntime openvino"
-        ) from error
 
 
 def open_session(path: Path) -> Session:
@@ -104,6 +88,8 @@ def _open_openvino(path: Path) -> Session:
 
 
 def _open_torch_export(path: Path) -> Session:
+    from engine.exported import same_conv  # noqa: F401 - an operator that a graph may have
+
     carried = {KEY: ""}
     program = torch.export.load(str(path), extra_files=carried)
     module = program.module()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from engine.exported.about import KEY, About
 from engine.exported.model import OUTPUTS
-from engine.exported.sessions import needed
+from engine.exported.packages import needed
+from engine.exported.same_conv import as_operators, in_onnx
 from models.backbones import Backbone
 from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
@@ -67,7 +68,7 @@ def write(model: DeformableDETR, about: About, path: Path, to: str) -> None:
     """
     graph = Graph(model, about.num_select if about.finished else None).eval()
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), as_operators(model):
             WRITERS[to](graph, _example(graph, about), path, about)
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
@@ -114,7 +115,6 @@ def _quiet() -> Iterator[None]:
 
 def _write_onnx(graph: Graph, example: tuple[Tensor, ...], path: Path, about: About) -> None:
     onnx = needed("onnx")
-    needed("onnxscript")
     program = torch.onnx.export(
         graph,
         example,
@@ -123,6 +123,7 @@ def _write_onnx(graph: Graph, example: tuple[Tensor, ...], path: Path, about: Ab
         input_names=_INPUTS[: len(example)],
         output_names=OUTPUTS[about.finished],
         opset_version=OPSET,
+        custom_translation_table=in_onnx(),
         verbose=False,
     )
     assert program is not None
