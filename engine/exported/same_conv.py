@@ -28,8 +28,10 @@ def conv_same(
     groups: int,
 ) -> Tensor:
     """Convolve a padded map. Shape: x [N,C,H,W] -> [N,C',H/stride,W/stride], rounded up."""
+    along_y, along_x = stride
+    dilated_y, dilated_x = dilation
     found: Tensor = conv2d_same(
-        x, weight, bias, tuple(stride), dilation=tuple(dilation), groups=groups
+        x, weight, bias, (along_y, along_x), dilation=(dilated_y, dilated_x), groups=groups
     )
     return found.contiguous()  # as the graph takes it to be
 
@@ -64,7 +66,8 @@ def _call(module: Any, x: Tensor) -> Tensor:
     bias = module.bias
     if bias is None:
         bias = x.new_zeros(module.weight.shape[0])
-    return conv_same(x, module.weight, bias, module.stride, module.dilation, module.groups)
+    found: Tensor = conv_same(x, module.weight, bias, module.stride, module.dilation, module.groups)
+    return found
 
 
 def in_onnx() -> dict[Callable[..., Any], Callable[..., Any]]:
