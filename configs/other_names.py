@@ -11,6 +11,10 @@ _OURS: Mapping[str, tuple[str, ...]] = {
         ("data_path",),
     ),
     "dataset_file": ("data_format",),
+    **dict.fromkeys(("early_stopping", "early_stop", "es_patience"), ("patience",)),
+    **dict.fromkeys(("wandb", "use_wandb"), ("log_to wandb",)),
+    "mlflow": ("log_to mlflow",),
+    **dict.fromkeys(("logger", "report_to"), ("log_to",)),
     "dataset_type": ("data_format",),
     **dict.fromkeys(("images", "image_dir", "img_dir", "train_dir"), ("train_images", "input")),
     **dict.fromkeys(("source", "img", "image", "image_path"), ("input", "val_images")),
@@ -109,7 +113,7 @@ _ANSWERS: Mapping[str, str] = {
         _CLASSES,
     ),
     **dict.fromkeys(
-        ("eval", "eval_only", "evaluate", "test", "test_only", "val", "validate"),
+        ("eval", "eval_only", "evaluate", "test", "test_only", "val"),
         "Evaluation is a command of its own: main.py eval --checkpoint FILE.",
     ),
     **dict.fromkeys(("train", "do_train"), "Training is a command: main.py train."),
@@ -128,14 +132,6 @@ _ANSWERS: Mapping[str, str] = {
         ("local_rank", "rank", "world_size", "dist_url", "dist_backend", "nnodes", "node_rank",
          "master_addr", "master_port", "rdzv_endpoint", "launcher", "distributed"),
         _LAUNCHER,
-    ),
-    **dict.fromkeys(
-        ("patience", "early_stopping"),
-        "There is no early stopping: best.pth is the best epoch of any run.",
-    ),
-    **dict.fromkeys(
-        ("wandb", "use_wandb", "logger", "report_to", "mlflow"),
-        "Curves go to TensorBoard files and metrics.jsonl in `output_dir`: leave it out.",
     ),
     **dict.fromkeys(
         ("name", "exp_name", "run_name"), "A run is named by its folder: `output_dir DIR`."

@@ -97,7 +97,8 @@ def unknown_options(code: str, elsewhere: frozenset[str]) -> set[str]:
         return set(OPTION.findall(ours[2])) - options_of(ours[1])
     module = re.search(r"python -m ([\w.]+)(.*)", code)
     if module and module[1].partition(".")[0] not in OTHER_TOOLS:
-        return set(OPTION.findall(module[2])) - options_of_module(module[1])
+        own = re.sub(r'"[^"]*"', "", module[2])  # what is quoted is a command line of `train`
+        return set(OPTION.findall(own)) - options_of_module(module[1])
     if module or code.startswith(OTHER_TOOLS):
         return set()
     return set(OPTION.findall(code)) - elsewhere
