@@ -1,5 +1,6 @@
 """An exported file in the runtime that it was written for."""
 
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,10 @@ def _open_openvino(path: Path) -> Session:
 def _open_torch_export(path: Path) -> Session:
     from engine.exported import same_conv  # noqa: F401 - an operator that a graph may have
 
+    if not zipfile.is_zipfile(path):  # PyTorch would print its traceback before it raises
+        raise CheckpointError(
+            f"{path}: is damaged or no exported file. Export the checkpoint again."
+        )
     carried = {KEY: ""}
     program = torch.export.load(str(path), extra_files=carried)
     module = program.module()

@@ -261,6 +261,16 @@ def test_metadata_that_cannot_be_read_is_one_line(text: str | None, reason: str)
     assert "\n" not in str(error.value)
 
 
+def test_a_file_that_is_no_archive_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "other.pt2"
+    file.write_bytes(b"no archive" * 50)
+    with pytest.raises(CheckpointError, match=r"other\.pt2: is damaged or no exported file"):
+        Detector.load(file)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_what_a_runtime_cannot_compute_is_one_line() -> None:
     def refuse(arrays: object) -> list[Tensor]:
         raise RuntimeError("K is larger\nthan the axis")
