@@ -168,7 +168,7 @@ class Validation:
     ) -> None:
         """Write results, curves and some images with what was found in them."""
         truth, detections = evaluator.truth, evaluator.detections()
-        save_results(self.output_dir, result, detections.to_coco(truth))
+        save_results(self.output_dir, result, evaluator)
         shown = {**result.stats, **{n: losses[n] for n in ("loss",) if n in losses}}
         self.log.scalars(step - 1, {f"{prefix}val/{name}": value for name, value in shown.items()})
         ids = evenly_spaced(truth.image_ids.tolist(), self.num_images)

@@ -175,7 +175,7 @@ def evaluate_checkpoint(
         tiling=tiling_of(tiles, detector.data.eval_scale),
     )
     if world.main:
-        found = evaluator.detections().to_coco(evaluator.truth)
+        found = evaluator
         if options.class_agnostic:
             evaluator = evaluator.without_classes()
             result = evaluator.evaluate()

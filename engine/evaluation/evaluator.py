@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.evaluation.matching import AREA_RANGES, Detections, Floats, Truth, accumulate
 from util.console import in_line
-from util.files import write_atomic
+from util.files import atomic_path, write_atomic
 
 Backend = Literal["fast", "pycocotools"]
 
@@ -32,6 +33,7 @@ _TABLE_ROWS = (
     ("AR@10", ("AR_10",)),
     ("AR@100", ("AR_100", "AR_small", "AR_medium", "AR_large")),
 )
+_WRITTEN_AT_ONCE = 100_000  # detections
 _MAX_CLASSES_SHOWN = 100
 _MAX_NAME_LENGTH = 24
 
@@ -173,7 +175,8 @@ class Evaluator:
         pair = (truth.image * len(category) + truth.category)[~truth.crowd]
         most = np.unique(pair, return_counts=True)[1].max(initial=0)
         self.max_dets = max(100, max_dets or int(most))
-        self._by_image: dict[int, Detections] = {}
+        self._parts: list[_OfImage | Detections] = []
+        self._part_of = np.full(len(truth.image_ids), -1)  # which of them counts for an image
 
     def update(self, image_ids: Sequence[int], outputs: Sequence[Mapping[str, Tensor]]) -> None:
         """Add what a model found in some images; an image added again replaces its earlier results.
@@ -189,32 +192,46 @@ class Evaluator:
         for image_id, output in zip(image_ids, outputs, strict=True):
             if image_id not in self._image_of:
                 raise ValueError(f"image id {image_id} is not in the data set")
-            # float64 holds every float32 exactly, so the written numbers lose nothing
-            scores, boxes = output["scores"].double().cpu(), output["boxes"].double().cpu()
+            scores, boxes = output["scores"].cpu(), output["boxes"].cpu()
             if not (torch.isfinite(scores).all() and torch.isfinite(boxes).all()):
                 raise ValueError(f"image id {image_id}: a score or a box is not finite")
             category = np.array(
                 [self._category_of.get(label, -1) for label in output["labels"].tolist()],
-                dtype=np.int64,
+                dtype=np.int32,
             )
+            known = category >= 0
             position = self._image_of[image_id]
-            self._by_image[position] = Detections(
-                image=np.full(len(category), position),
-                category=category,
-                box=torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).numpy(),
-                score=scores.numpy(),
-            ).select(category >= 0)
+            part = _OfImage(position, category[known], _exact(boxes)[known], _exact(scores)[known])
+            before = self._part_of[position]
+            if before >= 0 and isinstance(self._parts[before], _OfImage):
+                self._parts[before] = part
+            else:
+                self._part_of[position] = len(self._parts)
+                self._parts.append(part)
 
     def add(self, detections: Detections) -> None:
         """Add those of another evaluator of the data set, or from a file, as `update` does."""
-        order = np.argsort(detections.image, kind="stable")
-        images, starts = np.unique(detections.image[order], return_index=True)
-        for image, rows in zip(images.tolist(), np.split(order, starts)[1:], strict=True):
-            self._by_image[image] = detections.select(rows)
+        self._part_of[detections.image] = len(self._parts)
+        self._parts.append(detections)
 
     def detections(self) -> Detections:
-        """Return everything added so far, by ascending image id."""
-        return Detections.concatenate(part for _, part in sorted(self._by_image.items()))
+        """Return everything added so far, by ascending image id; not to be written to."""
+        blocks, images = [], []
+        for number, part in enumerate(self._parts):
+            if isinstance(part, Detections):
+                counting = self._part_of[part.image] == number
+                blocks.append(part if counting.all() else part.select(counting))
+            elif self._part_of[part.image] == number:
+                images.append(part)
+        if images or not blocks:
+            blocks.append(_join(images))
+        found = blocks[0] if len(blocks) == 1 else Detections.concatenate(blocks)
+        if (np.diff(found.image) < 0).any():
+            found = found.select(np.argsort(found.image, kind="stable"))
+        self._parts = [found]
+        self._part_of[:] = -1
+        self._part_of[found.image] = 0
+        return found
 
     def evaluate(self) -> EvalResult:
         """Compute the metrics over all images; one never added counts as missed."""
@@ -275,6 +292,39 @@ class Evaluator:
         )
         merged.add(replace(found, category=np.zeros_like(found.category)))
         return merged
+
+
+@dataclass(frozen=True, eq=False)
+class _OfImage:
+    """What was found in an image, by its position, in the fewest bytes that hold every bit.
+
+    Shape: category [K] int32; corners [K,4] xyxy and score [K], float32 where that is what came.
+    """
+
+    image: int
+    category: NDArray[np.int32]
+    corners: NDArray[np.floating[Any]]
+    score: NDArray[np.floating[Any]]
+
+
+def _exact(values: Tensor) -> NDArray[np.floating[Any]]:
+    """Return the same numbers in NumPy, which has no bfloat16."""
+    exact = values if values.dtype == torch.float32 else values.double()
+    return exact.numpy()
+
+
+def _join(images: Sequence[_OfImage]) -> Detections:
+    if not images:
+        return Detections.concatenate([])
+    # float64 holds every float32 exactly, so the written numbers lose nothing
+    corners = np.concatenate([part.corners for part in images]).astype(np.float64)
+    corners[:, 2:] -= corners[:, :2]
+    return Detections(
+        image=np.repeat([part.image for part in images], [len(part.score) for part in images]),
+        category=np.concatenate([part.category for part in images]).astype(np.int64),
+        box=corners,
+        score=np.concatenate([part.score for part in images]).astype(np.float64),
+    )
 
 
 def area_ranges(bounds: tuple[float, float] | None) -> Floats:
@@ -341,12 +391,21 @@ def mean_of_valid(values: Floats) -> float:
     return float(valid.mean()) if valid.size else -1.0
 
 
-def save_results(
-    output_dir: Path, result: EvalResult, detections: Sequence[Mapping[str, Any]] | None
-) -> None:
-    """Write `eval/results.json` and, if given, `eval/detections.json` (COCO results format)."""
+def save_results(output_dir: Path, result: EvalResult, evaluator: Evaluator | None) -> None:
+    """Write `eval/results.json` and, of an evaluator, `eval/detections.json` (COCO results)."""
     numbers = json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n"
     write_atomic(output_dir / "eval/results.json", numbers, errors="backslashreplace")
-    if detections is not None:
-        found = json.dumps(detections, allow_nan=False) + "\n"
-        write_atomic(output_dir / "eval/detections.json", found)
+    if evaluator is None:
+        return
+    found, truth = evaluator.detections(), evaluator.truth
+    with (
+        atomic_path(output_dir / "eval/detections.json") as part,
+        part.open("w", encoding="ascii", newline="\n") as file,
+    ):
+        file.write("[")
+        # entries in Python take twenty times the memory of the arrays
+        for start in range(0, len(found), _WRITTEN_AT_ONCE):
+            entries = found.select(slice(start, start + _WRITTEN_AT_ONCE)).to_coco(truth)
+            file.write(", " if start else "")
+            file.write(json.dumps(entries, allow_nan=False)[1:-1])
+        file.write("]\n")

@@ -1,11 +1,11 @@
 """COCO's matching of detections to ground truth, for all images at once, in NumPy.
 
 The rules, and every rounding, are those of pycocotools' COCOeval. Legend: D detections, G
-annotations, A area ranges, T IoU thresholds, N detections that count, C of them that overlap an
-annotation.
+annotations, A area ranges, T IoU thresholds, N detections that count, F times that one of them
+found an annotation, C detections of a class that found any.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from datasets.index import CocoIndex
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
+Bits = NDArray[np.uint64]
 
 IOU_THRESHOLDS: Floats = np.linspace(0.5, 0.95, 10)
 RECALLS: Floats = np.linspace(0.0, 1.0, 101)
@@ -25,6 +26,7 @@ AREA_RANGES: Floats = np.array(
     [[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]], dtype=np.float64
 )  # all, small, medium, large; square pixels
 _PAIRS_PER_CHUNK = 1 << 20
+_DETECTIONS_AT_ONCE = 1 << 22
 _CROWDED = 256  # annotations of a detection's image and category; beyond, most are far from it
 
 
@@ -97,7 +99,7 @@ class Detections:
     def __len__(self) -> int:
         return len(self.score)
 
-    def select(self, keep: Bools | Ints) -> "Detections":
+    def select(self, keep: Bools | Ints | slice) -> "Detections":
         """Return some of them."""
         return Detections(*(getattr(self, f.name)[keep] for f in fields(self)))
 
@@ -131,16 +133,18 @@ class MatchedDetections:
     """Which detection found which annotation.
 
     Shape: order [N], the detections that count, by category and then by falling score; rank [N]
-    in its image and category; candidate [C], positions in `order` of those that overlap anything;
-    gt [C,A,T], the annotation found or -1; ignored [G,A], annotations that neither count as missed
-    nor make a false alarm of what finds them.
+    in its image and category; row [F], ascending, positions in `order` of those that found
+    something; gt [F], the annotation; where [F], the area ranges and thresholds at which they did;
+    ignored [G], where annotations neither count as missed nor make a false alarm of what finds
+    them. `where` and `ignored` have bit a * T + t for area range a and threshold t.
     """
 
     order: Ints
     rank: Ints
-    candidate: Ints
+    row: Ints
     gt: Ints
-    ignored: Bools
+    where: Bits
+    ignored: Bits
 
 
 def match(
@@ -151,23 +155,74 @@ def match(
     area_ranges: Floats = AREA_RANGES,
     max_dets: int = 100,
 ) -> MatchedDetections:
-    """Match the best `max_dets` detections of each image and category to its annotations."""
-    outside = (truth.area[:, None] < area_ranges[:, 0]) | (truth.area[:, None] > area_ranges[:, 1])
-    ignored = truth.crowd[:, None] | outside
+    """Match the best `max_dets` detections of each image and category to its annotations.
+
+    Area ranges times thresholds are 64 at most.
+    """
+    # COCO's order: by falling score, of equal scores by image, then as they were given
+    place = _places_by_score(detections)
     pair = _pair(truth, detections)
-    order = np.lexsort((-detections.score, pair))
-    rank = np.arange(len(order)) - np.searchsorted(pair[order], pair[order])
-    order, rank = order[rank < max_dets], rank[rank < max_dets]
-    # COCO's order: by category and score, of equal scores by image, then as they were given
-    again = np.lexsort(
-        (detections.image[order], -detections.score[order], detections.category[order])
-    )
-    order, rank = order[again], rank[again]
-    row, gt, iou = overlaps(truth, detections.select(order), float(iou_thresholds.min()))
-    candidate, edge_of = np.unique(row, return_inverse=True)
+    by_pair = _sorted_by(pair, place)
+    first = _first_of_runs(pair[by_pair])
+    rank_by_pair = np.arange(len(pair)) - np.repeat(first, np.diff(first, append=len(pair)))
+    counting = rank_by_pair < max_dets
+    rank = np.empty_like(place)
+    rank[by_pair] = rank_by_pair
+    kept = np.flatnonzero(rank < max_dets)
+    order = kept[_sorted_by(detections.category[kept], place[kept])]
+    place[order] = np.arange(len(order))  # now that in `order`
+
+    annotated = np.isin(pair[by_pair[first]], _pair(truth, truth))
+    near = by_pair[np.repeat(annotated, np.diff(first, append=len(pair))) & counting]
+    row, gt, iou = overlaps(truth, detections.select(near), float(iou_thresholds.min()))
+    row = place[near[row]]
+
+    outside = (truth.area[:, None] < area_ranges[:, 0]) | (truth.area[:, None] > area_ranges[:, 1])
     thresholds = np.minimum(iou_thresholds, 1 - 1e-10)
-    matched = _match_in_rounds(rank[candidate], edge_of, gt, iou, ignored, truth.crowd, thresholds)
-    return MatchedDetections(order, rank, candidate, matched, ignored)
+    ignored = _bits(np.repeat(truth.crowd[:, None] | outside, len(thresholds), axis=1))
+    enough = _bits(np.tile(iou[:, None] >= thresholds, len(area_ranges)))
+    where = _match_in_rounds(rank[order[row]], row, gt, iou, enough, ignored, truth.crowd)
+    found = np.flatnonzero(where)
+    found = found[np.argsort(row[found], kind="stable")]
+    return MatchedDetections(order, rank[order], row[found], gt[found], where[found], ignored)
+
+
+def _bits(values: Bools) -> Bits:
+    """Return truth values [N,B] as a number each [N]; the first is the lowest bit."""
+    bits = np.zeros(len(values), dtype=np.uint64)
+    for i, column in enumerate(values.T):
+        bits |= column.astype(np.uint64) << np.uint64(i)
+    return bits
+
+
+def _places_by_score(detections: Detections) -> Ints:
+    """Return the place [D] of each by falling score; equal scores by image, then as given."""
+    score = -detections.score
+    order = np.argsort(score)  # in any order where equal, which is several times as fast
+    tied = np.append(False, score[order[1:]] == score[order[:-1]])
+    if tied.any():
+        rows = np.flatnonzero(tied | np.append(tied[1:], False))
+        chosen = order[rows]
+        run = np.cumsum(~tied)[rows]
+        order[rows] = chosen[np.lexsort((chosen, detections.image[chosen], run))]
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return place
+
+
+def _sorted_by(number: Ints, place: Ints) -> Ints:
+    """Return positions [N] by number, of equal numbers by place; both not negative."""
+    bits = int(place.max(initial=0)).bit_length()
+    if int(number.max(initial=0)).bit_length() + bits > 62:
+        return np.lexsort((place, number))
+    at = np.empty(int(place.max(initial=-1)) + 1, dtype=np.int64)
+    at[place] = np.arange(len(place))
+    return np.asarray(at[np.sort((number << bits) | place) & ((1 << bits) - 1)])
+
+
+def _first_of_runs(values: Ints) -> Ints:
+    """Return where each run of equal values [N] begins."""
+    return np.flatnonzero(np.append(True, values[1:] != values[:-1])[: len(values)])
 
 
 def _pair(truth: Truth, boxes: Truth | Detections) -> Ints:
@@ -269,48 +324,77 @@ def box_iou(dt: Floats, gt: Floats, crowd: Bools) -> Floats:
 
 def _match_in_rounds(
     rank: Ints,
-    candidate: Ints,
+    row: Ints,
     gt: Ints,
     iou: Floats,
-    ignored: Bools,
+    enough: Bits,
+    ignored: Bits,
     crowd: Bools,
-    thresholds: Floats,
-) -> Ints:
-    """Return the annotation found by each candidate [C,A,T], -1 where none.
+) -> Bits:
+    """Return where each pair of a detection and an annotation is a match [E].
 
-    Images and categories are independent of each other, so the best candidates of all choose at
+    Images and categories are independent of each other, so the best detections of all choose at
     once, then the second-best ones, and so on.
 
-    Shape: rank [C]; candidate, gt and iou [E] of pairs that overlap.
+    Shape: of pairs, by detection: rank, row, gt, iou and where that is `enough` [E]; of
+    annotations: ignored, crowd [G].
     """
-    matched = np.full((len(rank), ignored.shape[1], len(thresholds)), -1, dtype=np.int64)
-    taken = np.zeros((len(ignored), ignored.shape[1], len(thresholds)), dtype=np.bool_)
-    # of equal overlaps the later annotation wins, so the last edge of a candidate is its best
-    order = np.lexsort((gt, iou, candidate, rank[candidate]))
-    rounds = np.split(order, np.flatnonzero(np.diff(rank[candidate[order]])) + 1)
-    for edge in rounds if len(order) else ():
-        free = ~taken[gt[edge]] | crowd[gt[edge]][:, None, None]
-        free &= (iou[edge][:, None] >= thresholds)[:, None]
-        # key: 0 nothing; 1.. an ignored annotation; beyond all of them one that counts
-        key = np.arange(1, len(edge) + 1)[:, None] + np.where(ignored[gt[edge]], 0, len(edge))
-        chooser, first = np.unique(candidate[edge], return_index=True)
-        best = np.maximum.reduceat(np.where(free, key[:, :, None], 0), first, axis=0)
-        which, area, threshold = np.nonzero(best)
-        chosen = gt[edge][(best[which, area, threshold] - 1) % len(edge)]
-        matched[chooser[which], area, threshold] = chosen
-        taken[chosen, area, threshold] = True
-    return matched
+    where, taken = np.zeros_like(enough), np.zeros_like(ignored)
+    last = np.append(row[1:] != row[:-1], True)[: len(row)]
+    alone = last & np.append(True, last[:-1])[: len(row)]
+    once = np.where(crowd, 0, ~np.uint64(0)).astype(np.uint64)  # others can be found once
+    single = np.flatnonzero(alone)
+    # of equal overlaps the later annotation wins, so the last pair of a detection is its best
+    several = np.flatnonzero(~alone)
+    several = several[np.lexsort((gt[several], iou[several], row[several], rank[several]))]
+    single = single[np.argsort(rank[single], kind="stable")]
+    rounds = np.arange(1, int(rank.max(initial=0)) + 1)
+    of_single = np.split(single, np.searchsorted(rank[single], rounds))
+    of_several = np.split(several, np.searchsorted(rank[several], rounds))
+    for pairs, more in zip(of_single, of_several, strict=True):
+        where[pairs] = enough[pairs] & ~taken[gt[pairs]]
+        taken[gt[pairs]] |= where[pairs] & once[gt[pairs]]
+        if len(more):
+            _choose(more, row, gt, enough, ignored, taken, where)
+            taken[gt[more]] |= where[more] & once[gt[more]]
+    return where
 
 
-def precision_at_recalls(true: Ints, false: Ints, positives: int) -> Floats:
-    """Return the precision at `RECALLS` [101], 0 where that is not reached.
+def _choose(
+    pairs: Ints, row: Ints, gt: Ints, enough: Bits, ignored: Bits, taken: Bits, where: Bits
+) -> None:
+    """Set `where` of the pairs of a round, in which each detection has several, the best last."""
+    first = _first_of_runs(row[pairs])
+    number = np.diff(first, append=len(pairs))
+    free = enough[pairs] & ~taken[gt[pairs]]
+    found = np.zeros(len(first), dtype=np.uint64)
+    result = np.zeros(len(pairs), dtype=np.uint64)
+    # an annotation that is ignored is found only where none that counts is
+    for wanted in (~ignored[gt[pairs]], ignored[gt[pairs]]):
+        for step in range(1, int(number.max()) + 1):
+            choosing = np.flatnonzero(number >= step)
+            pair = first[choosing] + number[choosing] - step
+            chosen = free[pair] & wanted[pair] & ~found[choosing]
+            found[choosing] |= chosen
+            result[pair] |= chosen
+    where[pairs] = result
 
-    `true` and `false` [P] count the detections up to and with each that found something, by
-    falling score. The precision is the best at this recall or beyond.
+
+def precision_at_recalls(hit: Bools, false: Ints, positives: int) -> Floats:
+    """Return the precision at `RECALLS` [T,101], 0 where that is not reached.
+
+    Of detections by falling score, `hit` [C,T] are right, and `false` [C,T] counts those up to each
+    that are wrong. The precision is the best at this recall or beyond.
     """
-    precision = true / (false + true + np.spacing(1))
-    best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-    return np.asarray(best[np.searchsorted(true / positives, RECALLS, side="left")])
+    column, row = np.nonzero(hit.T)
+    total = hit.sum(axis=0)
+    true = np.arange(1, len(row) + 1) - np.repeat(np.cumsum(total) - total, total)
+    precision = true / (false[row, column] + true + np.spacing(1))
+    best = np.zeros((len(total), int(total.max(initial=0)) + 1))
+    best[column, true - 1] = precision
+    best = np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1]
+    reached = np.searchsorted(np.arange(1, positives + 1) / positives, RECALLS, side="left")
+    return best[:, np.minimum(reached, best.shape[1] - 1)]
 
 
 def accumulate(
@@ -325,33 +409,75 @@ def accumulate(
     Precision is that of all detections that count, the best `max_dets` of each image and category;
     recall is that of the best 1, 10 and all.
     """
-    matches = match(truth, detections, area_ranges=area_ranges, max_dets=max_dets)
-    num_areas, num_thresholds = matches.gt.shape[1:]
-    categories = np.arange(len(truth.category_ids) + 1)
-    precision = np.full((num_thresholds, len(RECALLS), len(categories) - 1, num_areas), -1.0)
-    recall = np.full((num_thresholds, len(categories) - 1, num_areas, 3), -1.0)
-    bounds = np.searchsorted(detections.category[matches.order], categories)
-    candidates = np.searchsorted(matches.candidate, bounds)
-    area = detections.box[matches.order, 2] * detections.box[matches.order, 3]
-    rank = matches.rank[matches.candidate]
-    for a, (low, high) in enumerate(area_ranges):
-        positives = np.bincount(
-            truth.category[~matches.ignored[:, a]], minlength=len(categories) - 1
-        )
-        inside = (area >= low) & (area <= high)
-        for k in np.flatnonzero(positives):
-            part = slice(candidates[k], candidates[k + 1])
-            here = matches.candidate[part]
-            inside_so_far = np.cumsum(inside[bounds[k] : bounds[k + 1]])[here - bounds[k]]
-            for t in range(num_thresholds):
-                gt = matches.gt[part, a, t]
-                hit = (gt >= 0) & ~matches.ignored[gt, a]
-                # false: of this size, and found nothing, not even what is ignored
-                false = inside_so_far - np.cumsum(inside[here] & (gt >= 0))
-                precision[t, :, k, a] = precision_at_recalls(
-                    np.cumsum(hit)[hit], false[hit], positives[k]
-                )
-                recall[t, k, a] = [
-                    (rank[part][hit] < best).sum() / positives[k] for best in (1, 10, max_dets)
-                ]
+    num_classes, num_areas = len(truth.category_ids), len(area_ranges)
+    precision = np.full((len(IOU_THRESHOLDS), len(RECALLS), num_classes, num_areas), -1.0)
+    recall = np.full((len(IOU_THRESHOLDS), num_classes, num_areas, 3), -1.0)
+    for classes in _blocks(np.bincount(detections.category, minlength=num_classes)):
+        if len(classes) == num_classes:
+            part = truth, detections
+        else:
+            part = (
+                truth.select(_within(truth, classes)),
+                detections.select(_within(detections, classes)),
+            )
+        _accumulate(*part, classes, area_ranges, max_dets, precision, recall)
     return precision, recall
+
+
+def _blocks(counts: Ints) -> Iterator[range]:
+    """Yield categories that have together as many detections as are matched at once."""
+    first, total = 0, 0
+    for k, count in enumerate(counts.tolist()):
+        if total and total + count > _DETECTIONS_AT_ONCE:
+            yield range(first, k)
+            first, total = k, 0
+        total += count
+    yield range(first, len(counts))
+
+
+def _within(boxes: Truth | Detections, classes: range) -> Bools:
+    return np.asarray((boxes.category >= classes.start) & (boxes.category < classes.stop))
+
+
+def _accumulate(
+    truth: Truth,
+    detections: Detections,
+    classes: range,
+    area_ranges: Floats,
+    max_dets: int,
+    precision: Floats,
+    recall: Floats,
+) -> None:
+    """Set precision and recall of some categories, of which all boxes are."""
+    matches = match(truth, detections, area_ranges=area_ranges, max_dets=max_dets)
+    thresholds = np.arange(len(IOU_THRESHOLDS), dtype=np.uint64)
+    first = _first_of_runs(matches.row)
+    row = matches.row[first]  # detections that found anything, anywhere
+    any_found, hits = (
+        np.bitwise_or.reduceat(bits, first) if len(first) else bits
+        for bits in (matches.where, matches.where & ~matches.ignored[matches.gt])
+    )
+    categories = np.arange(classes.start, classes.stop + 1)
+    bounds = np.searchsorted(detections.category[matches.order], categories)
+    ends = np.searchsorted(row, bounds)
+    area = detections.box[matches.order, 2] * detections.box[matches.order, 3]
+    for a, (low, high) in enumerate(area_ranges):
+        bit = np.uint64(a * len(thresholds)) + thresholds
+        counting = ((matches.ignored >> bit[0]) & np.uint64(1)) == 0
+        positives = np.bincount(truth.category[counting], minlength=classes.stop)
+        inside = (area >= low) & (area <= high)
+        so_far = np.cumsum(inside)
+        for i, k in enumerate(classes):
+            if not positives[k]:
+                continue
+            part = slice(ends[i], ends[i + 1])
+            here = row[part]
+            found, hit = (((b[part, None] >> bit) & np.uint64(1)) > 0 for b in (any_found, hits))
+            before = so_far[bounds[i] - 1] if bounds[i] else 0
+            # false: of this size, and found nothing, not even what is ignored
+            missing = np.cumsum(inside[here, None] & found, axis=0)
+            false = (so_far[here] - before)[:, None] - missing
+            precision[:, :, k, a] = precision_at_recalls(hit, false, int(positives[k]))
+            for m, best in enumerate((1, 10, max_dets)):
+                within = matches.rank[here] < best
+                recall[:, k, a, m] = (hit & within[:, None]).sum(axis=0) / positives[k]

@@ -73,7 +73,9 @@ def outcomes(
     )
     positives = np.bincount(truth.category[~truth.crowd], minlength=len(truth.category_ids))
     found = np.full((len(ious), len(matches.order)), -1)
-    found[:, matches.candidate] = matches.gt[:, 0].T
+    for t, of_threshold in enumerate(found):
+        chosen = ((matches.where >> np.uint64(t)) & np.uint64(1)) > 0
+        of_threshold[matches.row[chosen]] = matches.gt[chosen]
     keep = ~np.append(truth.crowd, False)[found]  # False for -1, nothing found
     return [
         Outcomes(detections.select(matches.order[kept]), gt[kept], positives)
@@ -86,8 +88,8 @@ def curves(found: Outcomes) -> Floats:
     rows = np.full((len(found.positives), len(RECALLS)), np.nan)
     for row, (_, hit), positives in zip(rows, found.by_category(), found.positives, strict=True):
         if positives:
-            true = np.arange(1, int(hit.sum()) + 1)
-            row[:] = precision_at_recalls(true, np.flatnonzero(hit) + 1 - true, int(positives))
+            false = np.cumsum(~hit, dtype=np.int64)
+            row[:] = precision_at_recalls(hit[:, None], false[:, None], int(positives))
     return rows
 
 

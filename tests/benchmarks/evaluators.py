@@ -1,19 +1,34 @@
-"""Time evaluation by ours, pycocotools and faster-coco-eval on the same generated detections.
+"""Time evaluation by ours, pycocotools and other packages on the same generated detections.
 
-`python -m tests.benchmarks.evaluators` times the way from detections to COCO's 12 numbers.
+    python -m tests.benchmarks.evaluators
+
+The way from detections in arrays to COCO's 12 numbers is timed, on one thread. Packages that are
+not installed are left out. Each gets the detections in the fastest form that it takes.
 """
 
-import argparse
-import contextlib
-import importlib.util
-import io
-import time
-from collections.abc import Callable
+import os
 
-import numpy as np
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS"), "1")  # before any import
 
-from engine.evaluation.evaluator import Backend, Evaluator
-from engine.evaluation.matching import Detections, Truth
+import argparse  # noqa: E402
+import contextlib  # noqa: E402
+import importlib.util  # noqa: E402
+import io  # noqa: E402
+import multiprocessing  # noqa: E402
+import resource  # noqa: E402
+import statistics  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from concurrent.futures import ProcessPoolExecutor  # noqa: E402
+from functools import partial  # noqa: E402
+from typing import Any, get_args  # noqa: E402
+
+import numpy as np  # noqa: E402
+
+from engine.evaluation.evaluator import Backend, Evaluator  # noqa: E402
+from engine.evaluation.matching import Detections, Floats, Truth  # noqa: E402
+
+PACKAGES = ("hotcoco", "ultrafast_pycocotools", "faster_coco_eval")
 
 
 def generate(images: int, per_image: int, classes: int, seed: int) -> tuple[Truth, Detections]:
@@ -57,27 +72,74 @@ def with_evaluator(truth: Truth, found: Detections, backend: Backend) -> list[fl
     return list(evaluator.evaluate().stats.values())
 
 
-def with_faster_coco_eval(truth: Truth, found: Detections) -> list[float]:
-    """Return the 12 numbers of faster-coco-eval."""
-    package = importlib.import_module("faster_coco_eval")
-    columns = (truth.image, truth.category, truth.box, truth.area, truth.crowd.astype(int))
-    annotations = [
-        {"id": n, "image_id": i, "category_id": c, "bbox": box, "area": area, "iscrowd": crowd}
-        for n, (i, c, box, area, crowd) in enumerate(
-            zip(*(column.tolist() for column in columns), strict=True), start=1
-        )
-    ]
+def with_package(name: str, truth: Truth, found: Detections) -> list[float]:
+    """Return the 12 numbers of a package that has pycocotools' interface."""
+    package = importlib.import_module(name)
+    coco, evaluation = package.COCO, getattr(package, "COCOeval_faster", None)
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = package.COCO(
-            {
-                "images": [{"id": i} for i in truth.image_ids.tolist()],
-                "categories": [{"id": c} for c in truth.category_ids.tolist()],
-                "annotations": annotations,
-            }
-        )
-        evaluation = package.COCOeval_faster(coco, coco.loadRes(found.to_coco(truth)), "bbox")
-        evaluation.run()
+        if name == "hotcoco":
+            known = coco.from_arrays(
+                [{"id": i} for i in truth.image_ids.tolist()],
+                [{"id": c, "name": str(c)} for c in truth.category_ids.tolist()],
+                truth.image_ids[truth.image],
+                truth.category_ids[truth.category],
+                truth.box,
+                area=truth.area,
+                iscrowd=truth.crowd.astype(np.uint8),
+            )
+        else:
+            known = coco(_as_coco(truth))
+        results = known.loadRes(_as_rows(truth, found))
+        evaluation = (evaluation or package.COCOeval)(known, results, "bbox")
+        for step in ("evaluate", "accumulate", "summarize"):
+            getattr(evaluation, step)()
     return list(map(float, evaluation.stats[:12]))
+
+
+def _as_coco(truth: Truth) -> dict[str, Any]:
+    """Return the annotations as a COCO-format file holds them."""
+    columns = (truth.image, truth.category, truth.box, truth.area, truth.crowd.astype(int))
+    return {
+        "images": [{"id": i} for i in truth.image_ids.tolist()],
+        "categories": [{"id": c} for c in truth.category_ids.tolist()],
+        "annotations": [
+            {"id": n, "image_id": i, "category_id": c, "bbox": box, "area": area, "iscrowd": crowd}
+            for n, (i, c, box, area, crowd) in enumerate(
+                zip(*(column.tolist() for column in columns), strict=True), start=1
+            )
+        ],
+    }
+
+
+def _as_rows(truth: Truth, found: Detections) -> Floats:
+    """Return detections as rows of image id, x, y, w, h, score and category id [D,7]."""
+    image, category = truth.image_ids[found.image], truth.category_ids[found.category]
+    return np.column_stack([image, found.box, found.score, category])
+
+
+def measure_memory(name: str, args: argparse.Namespace) -> int:
+    """Return by how many bytes an evaluation raises the peak memory of a fresh process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_added_memory, name, args).result()
+
+
+def _added_memory(name: str, args: argparse.Namespace) -> int:
+    truth, found = generate(args.images, args.detections, args.classes, seed=0)
+    contender(name, *generate(2, 3, args.classes, seed=0))()  # imports what it needs
+    before = _peak_memory()
+    contender(name, truth, found)()
+    return _peak_memory() - before
+
+
+def _peak_memory() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def contender(name: str, truth: Truth, found: Detections) -> Callable[[], list[float]]:
+    """Return what computes the 12 numbers."""
+    if name in get_args(Backend):
+        return partial(with_evaluator, truth, found, name)  # type: ignore[arg-type]
+    return partial(with_package, name, truth, found)
 
 
 def main() -> None:
@@ -87,27 +149,30 @@ def main() -> None:
     parser.add_argument("--detections", type=int, default=300, help="of an image")
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--without", nargs="*", default=(), choices=(*get_args(Backend), *PACKAGES))
+    parser.add_argument("--memory", action="store_true", help="measure peak memory, not time")
     args = parser.parse_args()
+    known = (*get_args(Backend), *filter(importlib.util.find_spec, PACKAGES))
+    names = [name for name in known if name not in args.without]
+    if args.memory:
+        for name in names:
+            print(f"{name:22} {measure_memory(name, args) / 2**20:8.0f} MiB", flush=True)
+        return
     truth, found = generate(args.images, args.detections, args.classes, seed=0)
-    tried: dict[str, Callable[[], list[float]]] = {
-        "fast": lambda: with_evaluator(truth, found, "fast"),
-        "pycocotools": lambda: with_evaluator(truth, found, "pycocotools"),
-    }
-    if importlib.util.find_spec("faster_coco_eval"):
-        tried["faster-coco-eval"] = lambda: with_faster_coco_eval(truth, found)
-    seconds: dict[str, list[float]] = {name: [] for name in tried}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     numbers: dict[str, list[float]] = {}
     for _ in range(args.rounds):
-        for name, evaluate in tried.items():
-            started = time.perf_counter()
+        for name in names:
+            evaluate = contender(name, truth, found)
+            started = time.process_time()
             numbers[name] = evaluate()
-            seconds[name].append(time.perf_counter() - started)
-            print(f"{name:17} {seconds[name][-1]:8.2f} s, AP {numbers[name][0]:.17f}", flush=True)
-    reference = float(np.median(seconds["pycocotools"]))
+            seconds[name].append(time.process_time() - started)
     for name, values in seconds.items():
-        equal = "equal" if numbers[name] == numbers["pycocotools"] else "NOT EQUAL"
-        median = float(np.median(values))
-        print(f"{name:17} {median:8.2f} s  {reference / median:6.1f} times as fast, {equal}")
+        equal = "equal" if numbers[name] == numbers[names[0]] else f"differs from {names[0]}"
+        print(
+            f"{name:22} {statistics.median(values):8.2f} s  ({min(values):.2f} to "
+            f"{max(values):.2f})  AP {numbers[name][0]:.17f}, {equal}"
+        )
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def test_equals_pycocotools_on_the_written_file(seed: int, num_images: int, adde
         evaluator.update([image_id], [random_detections(generator, coco, image_id)])
     result = evaluator.evaluate()
     with TemporaryDirectory() as folder:
-        save_results(Path(folder), result, results_of(evaluator))
+        save_results(Path(folder), result, evaluator)
         written = Path(folder) / "eval" / "detections.json"
         detections = json.loads(written.read_text())
         stored = json.loads((Path(folder) / "eval" / "results.json").read_text())
@@ -173,7 +173,7 @@ def test_real_data_equals_pycocotools(shared: Callable[[str], Path], tmp_path: P
         }
         evaluator.update([image_id], [detection])
     result = evaluator.evaluate()
-    save_results(tmp_path, result, results_of(evaluator))
+    save_results(tmp_path, result, evaluator)
     expected = plain_pycocotools(coco, str(tmp_path / "eval" / "detections.json"))
     assert list(result.stats.values()) == expected
     assert 0 < result.stats["AP"] < 1
@@ -224,6 +224,51 @@ def test_adding_an_image_again_replaces_its_detections() -> None:
         evaluator.update(list(coco.imgs), [perfect(coco, i) for i in coco.imgs])
     assert len(evaluator.detections()) == len(coco.anns)
     assert evaluator.evaluate().num_detections == len(coco.anns)
+
+
+def test_what_is_added_counts_instead_of_what_was_there_before() -> None:
+    coco = random_ground_truth(torch.Generator().manual_seed(3), 3, 1)
+    first, second, third = sorted(coco.imgs)
+    evaluator = Evaluator(truth_of(coco), LABELS)
+    evaluator.update([third, first], [perfect(coco, i) for i in (third, first)])
+    evaluator.update([first], [empty_detection()])
+    other = Evaluator(truth_of(coco), LABELS)
+    other.update([third, second], [perfect(coco, i) for i in (second, third)])
+    evaluator.add(other.detections())
+    expected = {second: coco.imgToAnns[third], third: coco.imgToAnns[second]}
+    for _ in range(2):
+        found = results_of(evaluator)
+        assert [d["image_id"] for d in found] == [i for i in expected for _ in expected[i]]
+        assert [d["bbox"] for d in found] == [a["bbox"] for i in expected for a in expected[i]]
+    evaluator.update([second], [empty_detection()])
+    assert {d["image_id"] for d in results_of(evaluator)} == {third}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_numbers_of_every_type_are_kept_exactly(dtype: torch.dtype) -> None:
+    coco = random_ground_truth(torch.Generator().manual_seed(3), 1, 1)
+    boxes = (100 * torch.rand(9, 4, dtype=torch.float64)).to(dtype)
+    scores = torch.rand(9, dtype=torch.float64).to(dtype)
+    evaluator = Evaluator(truth_of(coco), LABELS)
+    labels = torch.zeros(9, dtype=torch.int64)
+    evaluator.update([10], [{"scores": scores, "labels": labels, "boxes": boxes}])
+    rows = [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in boxes.double().tolist()]
+    assert evaluator.detections().box.tolist() == rows
+    assert evaluator.detections().score.tolist() == scores.double().tolist()
+
+
+@pytest.mark.parametrize("at_once", [1, 4, 100])
+def test_the_written_file_is_one_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("engine.evaluation.evaluator._WRITTEN_AT_ONCE", at_once)
+    coco = random_ground_truth(torch.Generator().manual_seed(3), 3, 1)
+    evaluator = Evaluator(truth_of(coco), LABELS)
+    evaluator.update(list(coco.imgs), [perfect(coco, i) for i in coco.imgs])
+    save_results(tmp_path, evaluator.evaluate(), evaluator)
+    text = (tmp_path / "eval" / "detections.json").read_text()
+    assert text == json.dumps(results_of(evaluator)) + "\n"
+    assert len(coco.anns) > 4
 
 
 def test_detections_keep_every_bit_and_drop_unknown_labels() -> None:

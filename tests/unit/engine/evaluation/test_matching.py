@@ -70,6 +70,26 @@ def test_equal_to_the_last_digit_on_random_data(seed: int) -> None:
     assert seed or ours.stats["AP"] > 0
 
 
+@pytest.mark.parametrize("at_once", [1, 30, 80])
+def test_classes_can_be_matched_in_parts(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    draw = np.random.default_rng(5)
+    coco = random_ground_truth(draw)
+    found = random_detections(draw, coco, 60)
+    counts = np.bincount(found.category, minlength=len(CATEGORIES))
+    assert 2 * 30 < len(found) > 80 > counts.min()
+    whole, theirs = both(coco, found)
+    monkeypatch.setattr(matching, "_DETECTIONS_AT_ONCE", at_once)
+    assert both(coco, found)[0] == whole == theirs
+
+
+@pytest.mark.parametrize("spread", [1, 2**20, 2**60])
+def test_sorting_by_two_numbers_of_any_size(spread: int) -> None:
+    draw = np.random.default_rng(0)
+    number, place = draw.integers(0, 7, 500) * spread, draw.permutation(900)[:500]
+    expected = sorted(range(500), key=lambda i: (number[i], place[i]))
+    assert matching._sorted_by(number, place).tolist() == expected
+
+
 @pytest.mark.parametrize("max_dets", [0, 150])
 def test_equal_beyond_100_boxes_of_a_class(max_dets: int) -> None:
     draw = np.random.default_rng(3)
