@@ -30,8 +30,8 @@ class ModelConfig(Checked):
         "first release", rare=True,
     )  # fmt: skip
     dat_stride: int = option(
-        1, "backbone dat_*: cells from point to point of its deformable attention", low=1, most=32,
-        rare=True,
+        1, "backbone dat_*, encoder_attn dat: cells from point to point of DAT's deformable "
+        "attention", low=1, most=32, rare=True,
     )  # fmt: skip
     dcn: Literal["none", "v1", "v2"] = option(
         "none", "deformable convolutions in a ResNet; v2: with modulation (docs/architectures.md)"
@@ -62,7 +62,7 @@ class ModelConfig(Checked):
     encoder: str = option("deformable", "what turns feature levels into memory", rare=True)
     encoder_attn: str = option(
         "deformable", "what encoder layers attend with: deformable, dense (DETR), mswin (windows), "
-        "msda (dilated), or several in turn, as in mswin+deformable",
+        "msda (dilated), dat (shared points), or several in turn, as in mswin+deformable",
     )  # fmt: skip
     decoder_attn: Literal["deformable", "dense"] = option(
         "deformable", "what decoder layers look at the image with; dense: at all of it, from no "
@@ -211,9 +211,12 @@ class ModelConfig(Checked):
             raise ConfigError(f"neck_width: must be a multiple of 8, not {self.neck_width}.")
 
     def _check_backbone(self) -> None:
-        for name, usual in (("dat_grid", "corrected"), ("dat_stride", 1)):
-            if getattr(self, name) != usual and not self.backbone.startswith("dat"):
-                raise ConfigError(f"{name}: has no effect without `backbone dat_tiny` or the like.")
+        if not self.backbone.startswith("dat"):
+            without = "has no effect without `backbone dat_tiny` or the like"
+            if self.dat_grid != "corrected":
+                raise ConfigError(f"dat_grid: {without}.")
+            if self.dat_stride != 1 and "dat" not in self.encoder_attn.split("+"):
+                raise ConfigError(f"dat_stride: {without}, or `encoder_attn dat`.")
         if self.dcn != "none" and not self.dcn_stages:
             raise ConfigError("dcn_stages: needs at least one stage, as `dcn_stages 3 4 5`.")
         if self.dilation and self.num_feature_levels != 1:

@@ -38,10 +38,11 @@ def check_attention(
     kept = batch_size * attention_bytes(model, level_shapes(model, size), recomputed=again)
     total = total_memory(next(model.parameters()).device)
     if total and kept > total:
+        fewer = "a larger `dat_stride`, " if "dat" in kind.split("+") else ""
         raise ConfigError(
             f"encoder_attn {kind}: its attention weights take {kept / _GIB:.1f} GiB for "
             f"{batch_size} images of {size[0]} x {size[1]}, and there are {total / _GIB:.1f}. Use "
-            "smaller images, a smaller `batch_size`, mswin or deformable in its place, or "
+            f"smaller images, a smaller `batch_size`, {fewer}mswin or deformable in its place, or "
             "`activation_checkpointing encoder`."
         )
 

@@ -164,6 +164,7 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
             lite_levels=config.coarse_levels,
             lite_expansion=config.lite_expansion,
             attention=config.encoder_attn,
+            dat_stride=config.dat_stride,
             **common,
         )
     )

@@ -74,16 +74,22 @@ class DATAttention(nn.Module):
         self.rpe_table = nn.Parameter(torch.zeros(heads, 2 * table - 1, 2 * table - 1))
         nn.init.trunc_normal_(self.rpe_table, std=0.01)
 
-    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, padding: Tensor | None = None, pos: Tensor | None = None
+    ) -> Tensor:
         """Attend. What is padding is neither sampled nor does it change any other cell.
 
-        Shape: x [N,C,H,W]; padding [N,H,W], True = padding -> [N,C,H,W].
+        `pos` is added to what queries and keys are made of.
+
+        Shape: x, pos [N,C,H,W]; padding [N,H,W], True = padding -> [N,C,H,W].
         """
         x = without_padding(x, padding)
-        q = self.proj_q(x)
+        placed = x if pos is None else without_padding(x + pos, padding)
+        q = self.proj_q(placed)
         points = self.points(q, padding)
         sampled = self._sample(x, points)  # [N,C,1,P]
-        k, v = self.proj_k(sampled), self.proj_v(sampled)
+        k = self.proj_k(sampled if pos is None else self._sample(placed, points))
+        v = self.proj_v(sampled)
         q, k, v = (t.reshape(len(x), self.heads, -1, t.shape[2] * t.shape[3]).mT for t in (q, k, v))
         bias = self.position_bias(points, x, padding)
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))

@@ -15,7 +15,8 @@ class EncoderOptions:
 
     Of the deformable one alone: `fusion` says what the memory is made of, "none" for the last
     layer's tokens, `updates` which tokens a layer changes, and the others are options of that.
-    `attention` names what a layer of the mixed one attends with, with "+" between several.
+    `attention` names what a layer of the mixed one attends with, with "+" between several;
+    `dat_stride` is an option of DAT's.
     """
 
     d_model: int
@@ -30,6 +31,7 @@ class EncoderOptions:
     lite_levels: int = 1
     lite_expansion: int = 1
     attention: str = "deformable"
+    dat_stride: int = 1
 
 
 class Encoder(nn.Module):

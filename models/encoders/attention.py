@@ -48,7 +48,9 @@ class EncoderAttention(nn.Module):
 
 
 ATTENTIONS: Registry[Callable[[EncoderOptions], EncoderAttention]] = Registry(
-    "encoder_attn", __package__, {"dense": ".dense", "mswin": ".mswin", "msda": ".msda"}
+    "encoder_attn",
+    __package__,
+    {"dense": ".dense", "mswin": ".mswin", "msda": ".msda", "dat": ".dat"},
 )
 
 

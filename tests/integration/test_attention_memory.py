@@ -28,14 +28,19 @@ def test_levels_that_never_meet_are_named_and_it_trains(
     assert "no layer joins" not in "".join(capsys.readouterr())
 
 
+@pytest.mark.parametrize(
+    ("attention", "remedy"),
+    [("dense", "--batch_size, mswin or deformable"), ("dat+deformable", "a larger --dat_stride")],
+)
 def test_attention_weights_that_fit_no_memory_are_refused_before_the_first_step(
-    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    attention: str, remedy: str, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     large = ("--train_scales", "8000", "--max_size", "16000", "--augment", "none")
-    dense = ("--eval_scale", "8000", "--encoder_attn", "dense", "--no_probe")
-    assert run(shapes, tmp_path / "run", *large, *dense) == 2
+    chosen = ("--eval_scale", "8000", "--encoder_attn", attention, "--no_probe")
+    assert run(shapes, tmp_path / "run", *large, *chosen) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "encoder_attn" in line]
     assert "its attention weights take" in error
     assert "GiB for 4 images of " in error
+    assert remedy in error
     assert "Traceback" not in error
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

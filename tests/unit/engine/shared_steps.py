@@ -81,6 +81,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dense encoder": {"model": {"encoder_attn": "dense"}},
     "mswin": {"model": {"encoder_attn": "mswin+deformable"}},
     "msda": {"model": {"encoder_attn": "msda+deformable", "hidden_dim": 48, "nheads": 3}},
+    "dat encoder": {"model": {"encoder_attn": "dat+deformable", "dat_stride": 2}},
     "detr": {
         "model": {
             "num_feature_levels": 1,

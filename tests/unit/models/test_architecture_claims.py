@@ -64,19 +64,21 @@ def levels_of(shapes: Shapes) -> FeatureLevels:
 def products(run: Callable[[], object]) -> int:
     """Return the multiplications of matrix products and convolutions."""
     counter = FlopCounterMode(display=False)
-    with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         run()  # on tensors that have shapes alone
     return counter.get_total_flops() // 2
 
 
-def counted(attention: str, shapes: Shapes) -> int:
+def counted(attention: str, shapes: Shapes, dat_stride: int = 1) -> int:
     """Return the multiplications of a layer's attention, without the feed-forward block."""
     options = EncoderOptions(
         d_model=C, num_layers=1, d_ffn=F, dropout=0.0, n_levels=len(shapes), n_heads=M, n_points=K,
-        attention=attention,
+        attention=attention, dat_stride=dat_stride,
     )  # fmt: skip
     tokens = sum(height * width for height, width in shapes)
-    whole = products(lambda: ENCODERS["mixed"](options)(levels_of(shapes)))
+    encoder = ENCODERS["mixed"](options)
+    whole = products(lambda: encoder(levels_of(shapes)))
     return whole - 2 * tokens * C * F
 
 
@@ -91,6 +93,10 @@ def test_products_of_attention_in_the_encoder(size: tuple[int, int]) -> None:
     pairs = sum(2 * hw * window**2 * C for window in (4, 8, 16))
     assert counted("mswin", [size]) == 3 * 4 * hw * C**2 + pairs + 4 * C**2
     assert counted("msda", [size]) == 4 * hw * C**2  # logits of nine pairs are no matrix product
+    for stride in (1, 4):
+        points = hw // stride**2  # keys, values and the offset network's 25 + 2 weights a channel
+        projections = 2 * hw * C**2 + 2 * points * C**2 + 27 * points * C
+        assert counted("dat", [size], stride) == projections + 2 * hw * points * C
 
 
 def test_cost_grows_with_the_cells_and_that_of_dense_attention_with_their_square() -> None:

@@ -13,10 +13,12 @@ from transformers.models.detr.modeling_detr import DetrEncoderLayer
 from engine.attention_memory import attention_bytes, level_shapes
 from models.build import build_model
 from models.encoders import ENCODERS, Encoder, EncoderOptions
+from models.encoders.dat import DATEncoderAttention
 from models.encoders.mixed import MixedEncoderLayer
 from models.encoders.msda import MSDA, MSDAttention
 from models.encoders.mswin import WINDOWS, MSwin, SplitAttention, WindowAttention
 from models.levels import FeatureLevels, cell_centres, join_levels
+from tests.unit.models.dat_definition import dat_attention_by_definition
 from tests.unit.models.small import perturb, random_images, small_config, small_model
 from util.batch import pad_images
 from util.errors import ConfigError
@@ -24,7 +26,7 @@ from util.errors import ConfigError
 WIDTH, HEADS = 48, 6
 SHAPES = [(9, 19), (5, 10), (3, 5)]
 VALID = [(7, 12), (4, 7), (2, 4)]  # of the second image
-ALONE = ["dense", "mswin", "msda"]
+ALONE = ["dense", "mswin", "msda", "dat"]
 ALL = [*ALONE, *(f"{name}+deformable" for name in ALONE), "msda+mswin+dense"]
 
 
@@ -304,9 +306,71 @@ def test_gradients_of_msda_are_right() -> None:
     assert torch.autograd.gradcheck(lambda a, b: module(a, b, mask), (x, pos))
 
 
-@pytest.mark.parametrize("attention", ["dense", "mswin", "msda", "msda+deformable"])
+@pytest.mark.parametrize("stride", [1, 2])
+@torch.no_grad()
+def test_dat_is_its_definition_in_loops_on_every_level(stride: int) -> None:
+    """Points beyond the image read zeros, positions are no values, and padding is nowhere."""
+    made = encoder("dat", num_layers=1, dat_stride=stride)
+    (layer,) = made.get_submodule("layers").children()
+    module = layer.get_submodule("self_attn")
+    assert isinstance(module, DATEncoderAttention)
+    module.dat.get_parameter("conv_offset.3.weight").mul_(5)
+    features, pos = random_maps(1, 2)
+    levels = padded_levels(features, pos)
+    found = torch.split(module(levels.tokens, levels), [h * w for h, w in SHAPES], dim=1)
+    for attended, x, place, shape, size in zip(found, features, pos, SHAPES, VALID, strict=True):
+        if shape == SHAPES[0]:  # loops over its cells and points would take seconds
+            continue
+        for image, (height, width) in enumerate((shape, size)):
+            inside = (..., slice(height), slice(width))
+            expected = dat_attention_by_definition(
+                module.dat, x[image][inside], place[image][inside]
+            )
+            of_image = attended[image].mT.unflatten(1, shape)[inside]
+            torch.testing.assert_close(of_image, expected)
+
+
+def test_dat_with_points_two_cells_apart_ignores_padding_too() -> None:
+    features, pos = random_maps(1, 2)
+    model = encoder("dat", dat_stride=2)
+    levels = padded_levels(features, pos)
+    together = second_image(levels, model(levels))
+    cut = [
+        [m[1:, :, :height, :width] for m, (height, width) in zip(maps, VALID, strict=True)]
+        for maps in (features, pos)
+    ]
+    masks = [torch.zeros(1, *size, dtype=torch.bool) for size in VALID]
+    alone = join_levels(cut[0], masks, cut[1], torch.zeros(3, WIDTH).double())
+    torch.testing.assert_close(model(alone)[0], together)
+
+
+def test_dat_without_offsets_and_bias_is_dense_attention() -> None:
+    dat, dense = encoder("dat", num_layers=1), encoder("dense", num_layers=1)
+    (ours,), (theirs,) = (e.get_submodule("layers").children() for e in (dat, dense))
+    module = ours.get_submodule("self_attn.dat")
+    state = {key: value for key, value in ours.state_dict().items() if "self_attn" not in key}
+    parts = [module.get_submodule(f"proj_{part}").state_dict() for part in "qkv"]
+    for name in ("weight", "bias"):
+        joined = torch.cat([part[name] for part in parts])
+        state[f"self_attn.attn.in_proj_{name}"] = joined.flatten(1) if name == "weight" else joined
+    out = module.get_submodule("proj_out").state_dict()
+    state["self_attn.attn.out_proj.weight"] = out["weight"].flatten(1)
+    state["self_attn.attn.out_proj.bias"] = out["bias"]
+    theirs.load_state_dict(state)
+    with torch.no_grad():
+        for name in ("rpe_table", "conv_offset.3.weight"):
+            module.get_parameter(name).zero_()
+    levels = padded_levels(*random_maps(1, 2))
+    found, expected = (second_image(levels, made(levels)) for made in (dat, dense))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("attention", ["dense", "mswin", "msda", "dat", "msda+deformable"])
 def test_the_memory_of_attention_weights_is_what_autograd_keeps(attention: str) -> None:
-    options = {"hidden_dim": WIDTH, "nheads": HEADS, "dropout": 0.1, "num_feature_levels": 3}
+    options: dict[str, Any] = {
+        "hidden_dim": WIDTH, "nheads": HEADS, "dropout": 0.1, "num_feature_levels": 3,
+        "dat_stride": 2 if attention == "dat" else 1,
+    }  # fmt: skip
     model = build_model(small_config(encoder_attn=attention, **options), num_classes=3).train()
     images = pad_images([image.float() for image in random_images((128, 180), (100, 192))])
     levels = join_levels(*model.feature_levels(images), model.transformer.level_embed)
@@ -316,11 +380,15 @@ def test_the_memory_of_attention_weights_is_what_autograd_keeps(attention: str) 
         "dense": {height * width for height, width in shapes},
         "mswin": {window**2 for window in WINDOWS},
         "msda": {9},
+        "dat": {-(-height // 2) * -(-width // 2) for height, width in shapes},
     }[attention.split("+")[0]]
     weights: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and tensor.dim() > 2 and tensor.shape[-1] in keys:
+        if not tensor.is_floating_point() or tensor.dim() < 3:
+            return tensor
+        displacements = attention == "dat" and tensor.shape[-1] == 2 and tensor.shape[-2] in keys
+        if tensor.shape[-1] in keys or displacements:
             storage = tensor.untyped_storage()
             weights[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -344,6 +412,10 @@ def test_the_memory_of_attention_weights_is_what_autograd_keeps(attention: str) 
         ({"encoder_attn": "msda"}, "hidden_dim must be a multiple of 3.*--hidden_dim 288"),
         ({"encoder_attn": "msda", "hidden_dim": 96}, "nheads must be a multiple of 3.*--nheads 9"),
         ({"encoder_attn": "mswin", "hidden_dim": 40}, "must be a multiple of 16, not 40"),
+        (
+            {"encoder_attn": "dat", "hidden_dim": 72, "nheads": 9},
+            "encoder_attn dat: 2 heads share their points, so nheads must be a multiple of 2",
+        ),
         ({"encoder_attn": "dense", "encoder_updates": "lite"}, "combined with `encoder_updates"),
         ({"encoder_attn": "dense", "encoder": "mine"}, "cannot be combined with `encoder mine`"),
     ],
@@ -360,6 +432,14 @@ def test_biases_of_windows_start_as_published_inside_a_model() -> None:
     assert len(tables) == 2 * 3
     everything = torch.cat([table.flatten() for table in tables])
     assert everything.std().item() == pytest.approx(1.0, abs=0.1)
+
+
+def test_bias_tables_of_dat_start_as_published_inside_a_model() -> None:
+    torch.manual_seed(0)
+    model = build_model(small_config(encoder_attn="dat+deformable"), num_classes=5)
+    tables = [p for name, p in model.named_parameters() if name.endswith(".rpe_table")]
+    assert [tuple(table.shape) for table in tables] == [(4, 55, 55)] * 2
+    assert tables[0].std().item() == pytest.approx(0.01, rel=0.05)
 
 
 def test_msda_is_an_attention_of_the_layer() -> None:

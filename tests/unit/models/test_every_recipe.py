@@ -89,6 +89,8 @@ CASES: dict[str, Case] = {
     "mswin": Case(model={"encoder_attn": "mswin", "enc_fusion": "dense"}),
     "mswin, deformable": Case("plain", model={"encoder_attn": "mswin+deformable"}),
     "msda, deformable": Case(model={"encoder_attn": "msda+deformable", **MSDA}),
+    "dat": Case("plain", model={"encoder_attn": "dat"}),
+    "dat, deformable": Case(model={"encoder_attn": "dat+deformable", "dat_stride": 2}),
     "detr": Case(
         "plain",
         model={**DETR, "scores": "softmax"},
