@@ -207,7 +207,7 @@ def on_levels(reference: Tensor, levels: FeatureLevels) -> Tensor:
 
 
 def within_layer(
-    groups: Sequence[QueryGroup], index: int, relations: Tensor | None = None
+    groups: Sequence[QueryGroup], index: int, relations: Sequence[Tensor | None] | None = None
 ) -> Groups | None:
     """Return how groups pass a layer; None for one that attends to itself and shares all parts."""
     first = groups[0]

@@ -33,8 +33,9 @@ class DinoDecoder(DeformableDecoder):
     that it is given; with "scaled_box", each layer but the first multiplies them by what it
     computes from the queries. With `norm`, heads read normalised queries; what a layer passes on,
     queries and boxes, comes from those that are not.
-    With `relation`, queries that detect attend, from the second layer on, by how their boxes lie to
-    each other: those that a layer was given to those that it found. Both are as they are predicted.
+    With `relation`, queries that detect, and groups that see these, attend, from the second layer
+    on, by how boxes lie to each other: those that a layer was given of the attending queries to
+    those that it found. Both are as they are predicted.
     A `SymmetricRelationBias` does so in the last layer alone.
     """
 
@@ -80,7 +81,7 @@ class DinoDecoder(DeformableDecoder):
         """Decode all groups of queries at once. Shape: memory [N,S,C]."""
         x, query_pos, reference = side_by_side(groups)
         moved = reference  # the same numbers; with `look_forward_twice`, a gradient passes
-        relations: Tensor | None = None  # known once the first layer has moved the boxes
+        relations: list[Tensor | None] | None = None  # once the first layer has moved the boxes
         hidden, references, boxes, asides = [], [], [], []
         for index, layer in enumerate(self.layers):
             points = on_levels(reference, levels)
@@ -105,7 +106,7 @@ class DinoDecoder(DeformableDecoder):
                     refined = apply_delta(delta, reference, self.refine_eps)
                 if self._relates(index + 1):
                     before = boxes[-2] if index else reference
-                    relations = self._relations(groups[0], before, boxes[-1])
+                    relations = self._relations(groups, before, boxes[-1])
                 reference = refined.detach()  # as in `DeformableDecoder`
                 moved = refined if self.look_forward_twice else reference
         return self.predictions(hidden, references, boxes, asides)
@@ -117,18 +118,31 @@ class DinoDecoder(DeformableDecoder):
             return False
         return index == last if relation.last_layer_alone else index <= last
 
-    def _relations(self, group: QueryGroup, before: Tensor, now: Tensor) -> Tensor:
-        """Return what the relations of boxes add to the attention of the queries that detect.
+    def _relations(
+        self, groups: Sequence[QueryGroup], before: Tensor, now: Tensor
+    ) -> list[Tensor | None]:
+        """Return what the relations of boxes add to the attention of each group.
 
-        Shape: before, now [N,Q,2 or 4]; returns [N heads,Q,Q].
+        They do to that of the queries that detect, and of groups that see these.
+
+        Shape: before [N,Q,2 or 4], now [N,Q,4], of all groups; returns [N heads,Q,R] of a group.
         """
         assert self.position_relation_embedding is not None
-        size = group.content.shape[1]
         if before.shape[-1] == 2:  # a point has no size: the first layer's boxes stand for it
             before = now
-        related: Tensor = self.position_relation_embedding(before[:, :size], now[:, :size])
-        bias = related.flatten(0, 1)
-        return bias if group.blocked is None else bias.masked_fill(group.blocked, -math.inf)
+        sizes = [group.content.shape[1] for group in groups]
+        boxes = zip(torch.split(before, sizes, 1), torch.split(now, sizes, 1), strict=True)
+        detecting = now[:, : sizes[0]]
+        found: list[Tensor | None] = []
+        for group, (own_before, own_now) in zip(groups, boxes, strict=True):
+            if group is not groups[0] and not (group.sees_detecting and own_now.shape[1]):
+                found.append(None)
+                continue
+            if group.sees_detecting:
+                own_now = torch.cat([detecting, own_now], dim=1)
+            related: Tensor = self.position_relation_embedding(own_before, own_now)
+            found.append(related.flatten(0, 1))
+        return found
 
 
 def embedded_boxes(boxes: Tensor, width: int) -> Tensor:

@@ -1,5 +1,6 @@
 """How groups of queries pass a decoder layer side by side: who sees whom, and what each has."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -75,25 +76,27 @@ class Groups:
 
 
 def groups_in_layer(
-    groups: Sequence[QueryGroup], layer: int, relations: Tensor | None = None
+    groups: Sequence[QueryGroup], layer: int, relations: Sequence[Tensor | None] | None = None
 ) -> Groups:
     """Return the groups as a layer needs them.
 
-    `relations` [N heads,Q,Q] is added to what the queries that detect see in each other.
+    `relations` [N heads,Q,R] of each group, if it has any, is added to what its queries see.
     """
-    return Groups([_members(group, groups[0], layer, relations) for group in groups])
+    each: Sequence[Tensor | None] = [None] * len(groups) if relations is None else relations
+    triples = zip(groups, each, strict=True)
+    return Groups([_members(group, groups[0], layer, related) for group, related in triples])
 
 
 def _members(
-    group: QueryGroup, detecting: QueryGroup, layer: int, relations: Tensor | None
+    group: QueryGroup, detecting: QueryGroup, layer: int, related: Tensor | None
 ) -> Members:
     route = group.routes[layer] if group.routes else Route()
     mask = group.blocked
     if mask is not None and group.sees_detecting:
         open_columns = mask.new_zeros(len(mask), detecting.content.shape[1])
         mask = torch.cat([open_columns, mask], dim=1)
-    if group is detecting and relations is not None:
-        mask = relations
+    if related is not None:
+        mask = related if mask is None else related.masked_fill(mask, -math.inf)
     size = group.content.shape[1]
     return Members(size, mask, group.sees_detecting, group.parts, route)
 

@@ -61,13 +61,20 @@ def relation_bias(project: nn.Module, a: Tensor, b: Tensor, *, dims: int, scale:
     return torch.cat(computed, dim=2)
 
 
-def symmetric_bias(project: nn.Module, boxes: Tensor) -> Tensor:
+def symmetric_bias(project: nn.Module, boxes: Tensor, attending: int | None = None) -> Tensor:
     """Return the same for both of a pair (MDS-DETR, arXiv 2605.23507).
 
-    Shape: boxes [N,Q,4], cxcywh; project [...,`RELATED`] -> [...,H]; returns [N,H,Q,Q].
+    `attending`: how many boxes, the last, are those of attending queries; by default all.
+
+    Shape: boxes [N,R,4], cxcywh; project [...,`RELATED`] -> [...,H]; returns [N,H,Q,R].
     """
-    bias = relation_bias(project, boxes, boxes, dims=_SYMMETRIC_DIMS, scale=1.0)
-    return 0.5 * (bias + bias.transpose(2, 3))
+    if attending is None or attending == boxes.shape[1]:
+        bias = relation_bias(project, boxes, boxes, dims=_SYMMETRIC_DIMS, scale=1.0)
+        return 0.5 * (bias + bias.transpose(2, 3))
+    rows = boxes[:, -attending:]
+    there = relation_bias(project, rows, boxes, dims=_SYMMETRIC_DIMS, scale=1.0)
+    back = relation_bias(project, boxes, rows, dims=_SYMMETRIC_DIMS, scale=1.0)
+    return 0.5 * (there + back.transpose(2, 3))
 
 
 class RelationBias(nn.Module):
@@ -83,7 +90,10 @@ class RelationBias(nn.Module):
         self.pos_proj = nn.Sequential(ExactLinear(64, n_heads), nn.ReLU())
 
     def forward(self, before: Tensor, now: Tensor) -> Tensor:
-        """Shape: before [N,Q,4], the attending queries' boxes; now [N,R,4] -> [N,H,Q,R]."""
+        """Return the bias of each pair; of the boxes `now`, the last are the attending queries'.
+
+        Shape: before [N,Q,4], the attending queries' boxes; now [N,R,4] -> [N,H,Q,R].
+        """
         return relation_bias(self.pos_proj, before, now, dims=16, scale=100.0)
 
 
@@ -107,5 +117,5 @@ class SymmetricRelationBias(RelationBias):
             nn.init.zeros_(self.relation.get_parameter(f"layers.1.{name}"))
 
     def forward(self, before: Tensor, now: Tensor) -> Tensor:
-        """Shape: now [N,Q,4], the boxes that the layer before found -> [N,H,Q,Q]."""
-        return symmetric_bias(self.relation, now)
+        """Shape: before [N,Q,4]; now [N,R,4], what the layer before found -> [N,H,Q,R]."""
+        return symmetric_bias(self.relation, now, before.shape[1])

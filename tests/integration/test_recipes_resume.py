@@ -15,7 +15,7 @@ FLAGS: dict[str, str] = {
     "group": "--one_to_many group --group_detr 3 --union_set",
     "ms": "--one_to_many ms --dropout 0.1",
     "mr": "--one_to_many mr --mr_tokens 4",
-    "relation": "--relation previous",
+    "relation": "--relation previous --num_denoising 10",
     "dcn": "--backbone resnet18 --backbone_weights none --dcn v2 --train_backbone_norm",
     "softmax": "--cls_loss softmax --no_two_stage",
     "align": "--cls_loss ia_bce --prime_samples 2",

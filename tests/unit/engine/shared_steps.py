@@ -72,6 +72,11 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "relation": {"variant": "two_stage", "model": {"relation": "previous"}},
+    "relation, denoising": {
+        "variant": "two_stage",
+        "model": {"relation": "previous"},
+        "recipes": {"denoising": DenoisingOptions(num_denoising=20)},
+    },
     "softmax": {
         "model": {"scores": "softmax"},
         "loss": {"cls_loss": "softmax", "match_cost": "probability"},

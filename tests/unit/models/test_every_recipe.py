@@ -15,6 +15,7 @@ from configs.schema import LossConfig
 from models.build import build_criterion, build_model, compile_model, set_checkpointing
 from models.deformable_detr import DeformableDETR
 from models.recipes import RECIPES
+from models.recipes.denoising import Options as Denoising
 from models.recipes.group import Options as Group
 from models.recipes.hybrid import Options as Hybrid
 from models.recipes.mds import Options as MDS
@@ -26,6 +27,7 @@ from util.batch import EffectiveBatch, pad_images
 
 CLASSES = 5
 SIZES = [(60, 90), (75, 64)]
+DENOISING = Denoising(num_denoising=10)
 HYBRID = Hybrid(num_queries_one2many=9, k_one2many=2)
 RELATION = {"relation": "previous"}
 ONE_LEVEL = {"num_feature_levels": 1}
@@ -61,6 +63,8 @@ CASES: dict[str, Case] = {
     "relation mds": Case(model={"relation": "mds"}),
     "relation, refine": Case("refine", model=RELATION),
     "relation, ++, hybrid": Case(recipes={"hybrid": HYBRID}, model={**RELATION, **PLUS_PLUS}),
+    "relation, denoising": Case(recipes={"denoising": DENOISING}, model=RELATION),
+    "relation mds, denoising": Case(recipes={"denoising": DENOISING}, model={"relation": "mds"}),
     "relation, mds": Case(recipes={"mds": MDS()}, model=RELATION),
     "fusion": Case(model={"enc_fusion": "dense"}),
     "relation-detr": Case(
@@ -152,7 +156,11 @@ def gradients(
     """Return gradients of the loss of a random batch; dropout draws the same in every call."""
     model.zero_grad()
     torch.manual_seed(1)
-    images, targets = random_images(*SIZES), random_targets(counts, CLASSES)
+    images = random_images(*SIZES)
+    targets = [
+        {**target, "image_id": torch.tensor(i)}
+        for i, target in enumerate(random_targets(counts, CLASSES))
+    ]
     if next(model.parameters()).dtype == torch.float32:
         images = [image.float() for image in images]
     outputs = model(pad_images(images), targets, EffectiveBatch(sum(counts), max(counts)))

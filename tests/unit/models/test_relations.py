@@ -1,5 +1,6 @@
 """Relations of boxes, and the bias that they give to attention among queries."""
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,10 @@ from models import relations
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.dino_decoder import DinoDecoder
+from models.recipes.denoising import Options as Denoising
 from models.recipes.hybrid import Options as Hybrid
 from models.relations import RelationBias, SymmetricRelationBias, box_relations
-from tests.unit.models.definitions import random_targets
+from tests.unit.models.definitions import Target, random_targets
 from tests.unit.models.small import group_of, perturb, random_images, small_config
 from util.batch import pad_images
 from util.errors import ConfigError
@@ -30,17 +32,24 @@ def random_boxes(*shape: int) -> Tensor:
 def related_model(recipes: dict[str, Any] | None = None, **options: Any) -> DeformableDETR:
     """Return a perturbed float64 model with relations, in training mode."""
     torch.manual_seed(0)
-    config = small_config(dropout=0.0, relation="previous", **(TWO_STAGE | options))
+    options = {"relation": "previous", **TWO_STAGE, **options}
+    config = small_config(dropout=0.0, **options)
     model = build_model(config, num_classes=5, recipes=recipes).double().train()
     perturb(model)
     return model
+
+
+def targets_of_two_images() -> list[Target]:
+    """Return random targets with two objects and one."""
+    targets = random_targets([2, 1], 5)
+    return [{**target, "image_id": torch.tensor(i)} for i, target in enumerate(targets)]
 
 
 def boxes_of(model: DeformableDETR, group: str = "") -> Tensor:
     """Return a group's boxes of every decoder layer, of the same images in every call."""
     torch.manual_seed(1)
     images = pad_images(random_images((96, 128), (128, 80)))
-    return group_of(model(images, random_targets([2, 1], 5)), group).boxes
+    return group_of(model(images, targets_of_two_images()), group).boxes
 
 
 def test_relations_are_those_of_the_paper() -> None:
@@ -60,26 +69,32 @@ def test_ratios_of_sizes_change_their_sign_with_the_order() -> None:
     assert not torch.isclose(there[..., :2], back[..., :2]).all()
 
 
+def bias_by_definition(layer: RelationBias, a: Tensor, b: Tensor) -> Tensor:
+    """Return the bias of all heads for a pair of boxes."""
+    weight, bias = layer.state_dict()["pos_proj.0.weight"], layer.state_dict()["pos_proj.0.bias"]
+    (x, y, w, h), (u, v, s, t) = a.tolist(), b.tolist()
+    w_, h_, s_, t_ = (side + 1e-5 for side in (w, h, s, t))
+    features = []
+    for number in (
+        math.log(abs(x - u) / w_ + 1), math.log(abs(y - v) / h_ + 1),
+        math.log(w_ / s_), math.log(h_ / t_),
+    ):  # fmt: skip
+        for k in range(8):
+            phase = 100 * number / 10000 ** (2 * k / 16)
+            features += [math.sin(phase), math.cos(phase)]
+    product: Tensor = weight @ torch.tensor(features).double() + bias
+    return product.clamp(min=0)
+
+
 def test_a_bias_is_what_its_definition_says() -> None:
     torch.manual_seed(0)
     layer = RelationBias(3).double()
     a, b = random_boxes(1, 4), random_boxes(1, 2)
     found = layer(a, b)
-    weight, bias = layer.state_dict()["pos_proj.0.weight"], layer.state_dict()["pos_proj.0.bias"]
-    assert weight.shape == (3, 64)
-    for i, (x, y, w, h) in enumerate(a[0].tolist()):
-        for j, (u, v, s, t) in enumerate(b[0].tolist()):
-            w_, h_, s_, t_ = (side + 1e-5 for side in (w, h, s, t))
-            features = []
-            for number in (
-                math.log(abs(x - u) / w_ + 1), math.log(abs(y - v) / h_ + 1),
-                math.log(w_ / s_), math.log(h_ / t_),
-            ):  # fmt: skip
-                for k in range(8):
-                    phase = 100 * number / 10000 ** (2 * k / 16)
-                    features += [math.sin(phase), math.cos(phase)]
-            expected = weight @ torch.tensor(features).double() + bias
-            torch.testing.assert_close(found[0, :, i, j], expected.clamp(min=0))
+    assert layer.state_dict()["pos_proj.0.weight"].shape == (3, 64)
+    for i, j in itertools.product(range(4), range(2)):
+        expected = bias_by_definition(layer, a[0, i], b[0, j])
+        torch.testing.assert_close(found[0, :, i, j], expected)
 
 
 def test_nothing_is_learned_through_boxes() -> None:
@@ -219,6 +234,67 @@ def test_queries_of_a_recipe_attend_without_relations() -> None:
     related = boxes_of(model, "_one2many")
     decoder_of(model).position_relation_embedding = None
     assert torch.equal(boxes_of(model, "_one2many"), related)
+
+
+@pytest.mark.parametrize("two_stage", [True, False])
+def test_denoising_queries_attend_by_how_boxes_lie(two_stage: bool) -> None:
+    """To each other and to those that detect, as in Relation-DETR's code; not to other groups."""
+    model = related_model({"denoising": Denoising(num_denoising=4)}, two_stage=two_stage)
+    relation = decoder_of(model).position_relation_embedding
+    assert relation is not None
+    masks: list[Tensor] = []
+    for layer in model.transformer.decoder.layers:
+        layer.get_submodule("self_attn").register_forward_pre_hook(
+            lambda _, inputs, named: masks.append(named["attn_mask"]), with_kwargs=True
+        )
+    starts: list[Tensor] = []
+    model.transformer.decoder.register_forward_pre_hook(
+        lambda _, inputs: starts.append(inputs[0][1].reference)
+    )
+    torch.manual_seed(1)
+    images = pad_images(random_images((96, 128), (128, 80)))
+    output = model(images, targets_of_two_images())
+    detecting, denoising = group_of(output).boxes, group_of(output, "_dn").boxes
+    queries, slots = detecting.shape[2], denoising.shape[2]
+    assert slots == 8  # two groups of two objects, positive and negative
+    assert masks[1].shape == (slots, queries + slots)  # of the first layer: who sees whom
+    blocked = masks[1]
+    for layer in (1, 2):
+        bias = masks[2 * layer + 1].unflatten(0, (2, -1))  # [N,heads,P,Q+P]
+        before = starts[0] if layer == 1 else denoising[layer - 2]
+        if before.shape[-1] == 2:
+            before = denoising[0]
+        columns = torch.cat([detecting[layer - 1], denoising[layer - 1]], dim=1)
+        pairs = itertools.product(range(2), range(slots), range(queries + slots))
+        for image, i, j in pairs:
+            expected = bias_by_definition(relation, before[image, i], columns[image, j])
+            if blocked[i, j]:
+                expected = torch.full_like(expected, -math.inf)
+            torch.testing.assert_close(bias[image, :, i, j], expected)
+    assert any((masks[2 * layer + 1] > 0).any() for layer in (1, 2))
+
+
+@pytest.mark.parametrize("relation", ["previous", "mds"])
+def test_queries_that_detect_do_not_depend_on_denoising(relation: str) -> None:
+    alone = related_model(relation=relation)
+    model = related_model({"denoising": Denoising(num_denoising=4)}, relation=relation)
+    beside = model.state_dict()
+    alone.load_state_dict({key: beside[key] for key in alone.state_dict()})
+    torch.testing.assert_close(boxes_of(model), boxes_of(alone))
+    without = boxes_of(model, "_dn")
+    decoder_of(model).position_relation_embedding = None
+    plain = boxes_of(model, "_dn")
+    assert torch.equal(without[0], plain[0])
+    assert not torch.isclose(without[-1], plain[-1]).all()
+
+
+def test_a_symmetric_bias_of_the_last_boxes_is_a_part_of_that_of_all() -> None:
+    torch.manual_seed(0)
+    layer = SymmetricRelationBias(3).double()
+    perturb(layer)
+    boxes = random_boxes(2, 6)
+    whole, part = layer(boxes, boxes), layer(boxes[:, -2:], boxes)
+    torch.testing.assert_close(part, whole[:, :, -2:])
 
 
 def test_what_is_blocked_stays_blocked() -> None:
