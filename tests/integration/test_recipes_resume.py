@@ -21,6 +21,8 @@ FLAGS: dict[str, str] = {
     "align": "--cls_loss ia_bce --prime_samples 2",
     "dilateformer": "--backbone dilateformer_tiny --backbone_weights none --drop_path 0.2 "
     "--activation_checkpointing backbone",
+    "dat": "--backbone dat_tiny --backbone_weights none --drop_path 0.2 "
+    "--activation_checkpointing backbone",
     "lite": "--encoder_updates lite --enc_fusion dense",
     "dense encoder": "--encoder_attn dense --dropout 0.1",
     "mswin": "--encoder_attn mswin+deformable --dropout 0.1",

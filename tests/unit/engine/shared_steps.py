@@ -10,7 +10,9 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 from tqdm import tqdm
 
 from configs.schema import Config, LossConfig, OptimConfig, RunConfig
@@ -21,6 +23,13 @@ from engine.build import assemble_trainer
 from engine.checkpoint import CheckpointFolder
 from engine.run_log import RunLog
 from engine.trainer import Trainer
+from models.backbones import BACKBONES, Backbone, BackboneOptions
+from models.backbones.dat import DAT
+from models.backbones.dat import Size as DATSize
+from models.backbones.deformable_conv import Version, make_deformable
+from models.backbones.dilateformer import DilateFormer
+from models.backbones.dilateformer import Size as DilateFormerSize
+from models.backbones.resnet import ResidualBasic
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.recipes.denoising import Options as DenoisingOptions
@@ -87,6 +96,9 @@ CASES: dict[str, dict[str, Any]] = {
     "mswin": {"model": {"encoder_attn": "mswin+deformable"}},
     "msda": {"model": {"encoder_attn": "msda+deformable", "hidden_dim": 48, "nheads": 3}},
     "dat encoder": {"model": {"encoder_attn": "dat+deformable", "dat_stride": 2}},
+    "dcn": {"model": {"backbone": "small/deformable_blocks", "dcn": "v2"}},
+    "dat": {"model": {"backbone": "small/dat"}},
+    "dilateformer": {"model": {"backbone": "small/dilateformer"}},
     "detr": {
         "model": {
             "num_feature_levels": 1,
@@ -103,6 +115,44 @@ CASES: dict[str, dict[str, Any]] = {
     "poisoned": {"poisoned": 2},
 }
 Result = dict[str, Any]
+
+
+class DeformableBlocks(nn.Module):
+    """Three stages of one residual block each, as of a ResNet-18 with few channels."""
+
+    channels, strides = (8, 16, 32), (8, 16, 32)
+    mean, std = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
+    checkpointing = False
+
+    def __init__(self, version: Version) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 4, 4)
+        self.stages = nn.ModuleList()
+        for inputs, width in ((4, 8), (8, 16), (16, 32)):
+            skipped = nn.Sequential(
+                nn.Conv2d(inputs, width, 1, 2, bias=False), FrozenBatchNorm2d(width)
+            )
+            block = ResidualBasic(inputs, width, 2, skipped, norm_layer=FrozenBatchNorm2d)
+            self.stages.append(nn.Sequential(block))
+            make_deformable(self.stages[-1], version)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Shape: [N,3,H,W] -> maps [N,C,H/stride,W/stride]."""
+        maps = [F.relu(self.stem(images))]
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
+        return maps[1:]
+
+
+@BACKBONES.register("small")
+def create_small(options: BackboneOptions) -> Backbone:
+    """Return a backbone of few channels, of the kind that its name says."""
+    if options.variant == "dat":
+        return DAT(DATSize(8, (2, 2, 2, 2), (2, 2, 4, 4), (2, 2)), options)
+    if options.variant == "dilateformer":
+        return DilateFormer(DilateFormerSize(12, (1, 2, 2, 1)), options)
+    assert options.dcn != "none"
+    return DeformableBlocks(options.dcn)
 
 
 @contextmanager
