@@ -68,9 +68,13 @@ class ModelConfig(Checked):
         "deformable", "what decoder layers look at the image with; dense: at all of it, from no "
         "place, as in DETR",
     )  # fmt: skip
-    encoder_updates: Literal["full", "lite"] = option(
+    encoder_updates: Literal["full", "lite", "sparse"] = option(
         "full", "tokens that an encoder layer changes: all, or lite: those of coarse levels often "
-        "and of fine ones rarely",
+        "and of fine ones rarely, or sparse: those that the decoder is expected to look at",
+    )  # fmt: skip
+    rho: float = option(
+        0.3, "encoder_updates sparse: part of an image's tokens that layers change", above=0,
+        high=1, rare=True,
     )  # fmt: skip
     lite_levels: int | None = option(
         None, "encoder_updates lite: coarsest levels that every layer changes (default: all but "
@@ -236,6 +240,11 @@ class ModelConfig(Checked):
                         f"encoder_attn: cannot be combined with `{name} {value}`. "
                         "Remove one of them."
                     )
+        if self.encoder_updates == "sparse" and self.decoder_attn == "dense":
+            raise ConfigError(
+                "encoder_updates sparse: learns from the places that the decoder looks at, and "
+                "`decoder_attn dense` looks at all of them. Remove one of them."
+            )
         if self.encoder_updates != "lite":
             return
         if self.coarse_levels not in range(1, self.num_feature_levels):

@@ -29,6 +29,7 @@ from models.prime_samples import PrimeSampleCriterion
 from models.recipes import RECIPES
 from models.relations import RelationBias, SymmetricRelationBias
 from models.softmax import SoftmaxCriterion, SoftmaxHead
+from models.token_scores import TokenScores
 from models.transformer import DeformableTransformer
 from models.two_stage import TwoStageTransformer
 from models.union_set import UnionSetCriterion
@@ -91,6 +92,8 @@ def build_model(
     )
     for name, options in (recipes or {}).items():  # last: no other weight depends on them
         model.recipes[name] = RECIPES[name](options, transformer, num_classes=num_classes)
+    if config.encoder_updates == "sparse":
+        model.recipes["token_scores"] = TokenScores(transformer)
     return model.to(memory_format=torch.channels_last)  # see Joiner.forward
 
 
@@ -163,6 +166,7 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
             updates=config.encoder_updates,
             lite_levels=config.coarse_levels,
             lite_expansion=config.lite_expansion,
+            rho=config.rho,
             attention=config.encoder_attn,
             dat_stride=config.dat_stride,
             **common,

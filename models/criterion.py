@@ -221,6 +221,11 @@ class SetCriterion:
                 for layer, value in zip(layers, values, strict=True):
                     losses[f"{name}{group.name}{layer}"] = value
                     weighted.append(coefficient * value)
+        for name, values in outputs.get("image_losses", {}).items():
+            whole = self.whole if num_boxes and self.whole else EffectiveBatch.of(targets)
+            losses[name] = values.sum() * (max(whole.boxes, 1) / whole.images / divisor)
+            self._group_weights[name] = 1.0
+            weighted.append(losses[name])
         error = class_error(groups[0].logits[-1], padded, matches[0]) * (own_boxes / divisor)
         return {"loss": torch.stack(weighted).sum(), **losses, "class_error": error}
 

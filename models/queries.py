@@ -104,9 +104,11 @@ class DetectorOutput(TypedDict, total=False):
     `pred_logits` [N,Q,classes] and `pred_boxes` [N,Q,4] are the detections: the last decoder
     layer's. `groups` is what learns: first the queries that detect, with every supervised layer,
     then those of recipes, in training, then proposals of a two-stage encoder: "_enc", and in
-    training those of recipes.
+    training those of recipes. `image_losses` [N] by name are further losses of each image, of which
+    the mean over images is learned.
     """
 
     pred_logits: Tensor
     pred_boxes: Tensor
     groups: list[GroupOutput]
+    image_losses: dict[str, Tensor]

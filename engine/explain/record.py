@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.decoder import DecoderOutput
 from models.deformable_detr import DeformableDETR
+from models.encoders.sparse import SparseEncoder, best_tokens
 from ops import MSDeformAttn
 from ops.reference import sampling_locations
 
@@ -92,6 +93,7 @@ def recording(model: DeformableDETR, token: TokenChoice | None = None) -> Iterat
     """
     record, handles = Record(), list[Any]()
     decoder = model.transformer.decoder
+    row_of = _rows_of_a_sparse_encoder(model, handles)
 
     def look(module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         query, reference, _, shapes = inputs
@@ -102,8 +104,9 @@ def recording(model: DeformableDETR, token: TokenChoice | None = None) -> Iterat
         query, reference, tokens, shapes = inputs
         assert isinstance(module, MSDeformAttn)
         assert token is not None
-        # a layer that changes the coarse tokens alone is given the last ones of the sequence
-        row = token(list(shapes)) - (tokens.shape[1] - query.shape[1])
+        row = row_of(token(list(shapes)))
+        if row is None:  # a layer that changes the coarse tokens alone is given the last ones
+            row = token(list(shapes)) - (tokens.shape[1] - query.shape[1])
         part = slice(row, row + 1)
         record.token_looks.append(
             Look(module, query[:, part].clone(), reference[:, part].clone(), list(shapes))
@@ -132,6 +135,26 @@ def recording(model: DeformableDETR, token: TokenChoice | None = None) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _rows_of_a_sparse_encoder(
+    model: DeformableDETR, handles: list[Any]
+) -> Callable[[int], int | None]:
+    """Return what tells the row of a token among those that layers are given, the best first.
+
+    It is -1 for a token that they leave as it is, and None for all if the encoder is another.
+    """
+    encoder, changed = model.transformer.encoder, list[Tensor]()
+    if not isinstance(encoder, SparseEncoder):
+        return lambda place: None
+    part = encoder.rho
+
+    def chosen(module: nn.Module, inputs: tuple[Any, ...], scores: Tensor) -> None:
+        best, among = best_tokens(scores, inputs[1], part)
+        changed.append(best[0][among[0]])
+
+    handles.append(encoder.enc_mask_predictor.register_forward_hook(chosen))
+    return lambda place: next(iter((changed[-1] == place).nonzero()[:, 0].tolist()), -1)
 
 
 def query_weights(record: Record, rows: Tensor) -> Tensor:

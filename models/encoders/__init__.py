@@ -30,6 +30,7 @@ class EncoderOptions:
     updates: str = "full"
     lite_levels: int = 1
     lite_expansion: int = 1
+    rho: float = 0.3
     attention: str = "deformable"
     dat_stride: int = 1
 
@@ -48,9 +49,9 @@ class Encoder(nn.Module):
 
 
 ENCODERS: Registry[Callable[[EncoderOptions], Encoder]] = Registry(
-    "encoder", __name__, {"deformable": ".deformable", "mixed": ".mixed"}
+    "encoder", __name__, {"deformable": ".updates", "mixed": ".mixed"}
 )
 # The deformable encoder, by which tokens its layers change.
 UPDATES: Registry[Callable[[EncoderOptions], Encoder]] = Registry(
-    "encoder_updates", __name__, {"full": ".deformable", "lite": ".lite"}
+    "encoder_updates", __name__, {"full": ".deformable", "lite": ".lite", "sparse": ".sparse"}
 )

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.encoders import ENCODERS, UPDATES, Encoder, EncoderOptions
+from models.encoders import UPDATES, Encoder, EncoderOptions
 from models.encoders.fusion import dense_fusion, fused, mlp_fusion
 from models.layers import Dropout, ExactLayerNorm, checkpointed
 from models.levels import FeatureLevels, cell_centres
@@ -66,12 +66,6 @@ class DeformableEncoderLayer(nn.Module):
             input_padding_mask=levels.padding_mask,
         )
         return attended
-
-
-@ENCODERS.register("deformable")
-def create(options: EncoderOptions) -> Encoder:
-    """Return the encoder whose layers change the tokens that `options.updates` says."""
-    return UPDATES[options.updates](options)
 
 
 @UPDATES.register("full")

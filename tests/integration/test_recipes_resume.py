@@ -24,6 +24,7 @@ FLAGS: dict[str, str] = {
     "dat": "--backbone dat_tiny --backbone_weights none --drop_path 0.2 "
     "--activation_checkpointing backbone",
     "lite": "--encoder_updates lite --enc_fusion dense",
+    "sparse": "--encoder_updates sparse --dropout 0.1",
     "dense encoder": "--encoder_attn dense --dropout 0.1",
     "mswin": "--encoder_attn mswin+deformable --dropout 0.1",
     "msda": "--encoder_attn msda+deformable --hidden_dim 48 --nheads 3",

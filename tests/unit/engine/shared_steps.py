@@ -92,6 +92,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "align": {"variant": "two_stage", "loss": {"cls_loss": "ia_bce", "prime_samples": 2}},
     "lite": {"model": {"encoder_updates": "lite", "enc_fusion": "dense", "enc_layers": 2}},
+    "sparse": {"variant": "two_stage", "model": {"encoder_updates": "sparse", "rho": 0.4}},
     "dense encoder": {"model": {"encoder_attn": "dense"}},
     "mswin": {"model": {"encoder_attn": "mswin+deformable"}},
     "msda": {"model": {"encoder_attn": "msda+deformable", "hidden_dim": 48, "nheads": 3}},

@@ -141,7 +141,11 @@ def detect(model: DeformableDETR, *sizes: tuple[int, int]) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("options", [{"encoder_updates": "lite"}, {"enc_fusion": "dense"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"encoder_updates": "lite"}, {"enc_fusion": "dense"}, {"encoder_updates": "sparse"}],
+    ids=str,
+)
 def test_images_of_a_batch_do_not_change_each_other(options: dict[str, Any]) -> None:
     model = small_model(**VARIANTS["two_stage"], **options)
     alone, together = detect(model, (96, 70)), detect(model, (96, 70), (128, 128))
@@ -156,6 +160,11 @@ def test_images_of_a_batch_do_not_change_each_other(options: dict[str, Any]) -> 
         ({"encoder_updates": "lite", "num_feature_levels": 1}, "needs a coarse level and a fine"),
         ({"encoder_updates": "lite", "lite_levels": 4}, "needs a coarse level and a fine"),
         ({"encoder_updates": "lite", "enc_layers": 6, "lite_expansion": 4}, "a divisor of"),
+        (
+            {"encoder_updates": "sparse", "decoder_attn": "dense"},
+            "encoder_updates sparse: learns from the places that the decoder looks at",
+        ),
+        ({"encoder_updates": "sparse", "rho": 0.0}, "rho: must be"),
     ],
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> None:

@@ -36,6 +36,7 @@ DETR = {
     "position_offset": 0.0, "decoder_norm": True,
 }  # fmt: skip
 LITE = {"encoder_updates": "lite", "enc_layers": 2}
+SPARSE = {"encoder_updates": "sparse", "enc_layers": 2}
 MSDA = {"hidden_dim": 48, "nheads": 3}
 PLUS_PLUS = {"mixed_query_selection": True, "look_forward_twice": True}
 DINO = {
@@ -88,6 +89,12 @@ CASES: dict[str, Case] = {
     "lite": Case(model=LITE),
     "lite, plain, fusion": Case("plain", model={**LITE, "enc_fusion": "dense"}),
     "lite, relation, mds": Case(recipes={"mds": MDS()}, model={**LITE, **RELATION}),
+    "sparse": Case(model=SPARSE),
+    "sparse, plain, fusion": Case("plain", model={**SPARSE, "enc_fusion": "mlp"}),
+    "sparse, relation, denoising": Case(
+        recipes={"denoising": DENOISING}, model={**SPARSE, **RELATION}
+    ),
+    "sparse, mds": Case(recipes={"mds": MDS()}, model=SPARSE, loss={"cls_loss": "vfl"}),
     "dense encoder": Case(model={"encoder_attn": "dense"}),
     "dense encoder, one level": Case("plain", model={"encoder_attn": "dense", **ONE_LEVEL}),
     "mswin": Case(model={"encoder_attn": "mswin", "enc_fusion": "dense"}),

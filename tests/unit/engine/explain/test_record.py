@@ -135,6 +135,34 @@ def test_a_tokens_points_give_what_self_attention_returned(updates: str) -> None
 
 
 @torch.no_grad()
+def test_a_sparse_encoder_is_asked_about_the_tokens_that_it_changes() -> None:
+    model = model_of(encoder_updates="sparse")
+    modules = deformable_attention(model)
+    calls, images = Calls(list[nn.Module](modules)), pad_images(random_images((64, 96)))
+    states: list[Tensor] = []
+    model.transformer.encoder.register_forward_hook(
+        lambda _, inputs, memory: states.extend((inputs[0].tokens[0], memory[0]))
+    )
+    asked = {True: 0, False: 0}
+    for place in range(0, 60, 3):
+        calls.inputs.clear()
+        calls.outputs.clear()
+        states.clear()
+        with recording(model, lambda shapes, place=place: place) as r:  # type: ignore[misc]
+            model(images)
+        changes = not torch.equal(states[0][place], states[1][place])
+        asked[changes] += 1
+        assert [look is not None for look in r.token_looks] == [changes] * len(modules)
+        for look, inputs, output in zip(r.token_looks, calls.inputs, calls.outputs, strict=True):
+            if look is None:
+                continue
+            locations, weights = look.samples(torch.tensor([0]))
+            actual = read(look.module, inputs, locations[0, 0], weights[0, 0], 0)
+            assert (output[0] - actual).abs().amax(-1).min() < 1e-11  # of one of the rows
+    assert min(asked.values()) > 0
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["plain", "relation"])
 def test_attention_among_queries_gives_what_its_module_returned(name: str) -> None:
     model = model_of(**CASES[name])
