@@ -90,7 +90,9 @@ class DATAttention(nn.Module):
         sampled = self._sample(x, points)  # [N,C,1,P]
         k = self.proj_k(sampled if pos is None else self._sample(placed, points))
         v = self.proj_v(sampled)
-        q, k, v = (t.reshape(len(x), self.heads, -1, t.shape[2] * t.shape[3]).mT for t in (q, k, v))
+        q, k, v = (
+            t.reshape(x.shape[0], self.heads, -1, t.shape[2] * t.shape[3]).mT for t in (q, k, v)
+        )
         bias = self.position_bias(points, x, padding)
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         y: Tensor = self.proj_out(found.mT.reshape(x.shape))
@@ -116,27 +118,27 @@ class DATAttention(nn.Module):
             else:
                 place = (start + 0.5 + moved[:, axis]) * ((size - 1) / count)
             axes.append(place.flatten(1))
-        return torch.stack(axes, -1).view(len(q), self.groups, -1, 2)
+        return torch.stack(axes, -1).view(q.shape[0], self.groups, -1, 2)
 
     def _by_group(self, x: Tensor) -> Tensor:
         """Return the channels of each group as a map. Shape: [N,C,H,W] -> [N*G,C/G,H,W]."""
-        return x.reshape(len(x) * self.groups, -1, *x.shape[2:])
+        return x.reshape(x.shape[0] * self.groups, -1, *x.shape[2:])
 
     def _sample(self, x: Tensor, points: Tensor) -> Tensor:
         """Return the map at the points of each group. Shape: [N,C,H,W] -> [N,C,1,P]."""
-        size = points.new_tensor([x.shape[3], x.shape[2]])
+        size = _sides(x, points)
         where = ((2 * points + 1) / size - 1).flatten(0, 1)[:, None]  # [N*G,1,P,2]
         by_group = self._by_group(x).to(where.dtype)
         found = F.grid_sample(by_group, where, align_corners=False)  # [N*G,C/G,1,P]
-        return found.view(len(x), x.shape[1], 1, -1)
+        return found.view(x.shape[0], x.shape[1], 1, -1)
 
     def position_bias(self, points: Tensor, x: Tensor, padding: Tensor | None) -> Tensor:
         """Return what is added to the products of queries and keys; -inf where a key is padding.
 
         Shape: points [N,G,P,2]; x [N,C,H,W] -> [N,M,H*W,P].
         """
-        batch, (height, width) = len(x), x.shape[2:]
-        sides = points.new_tensor([width, height]).expand(batch, 2)
+        batch, (height, width) = x.shape[0], x.shape[2:]
+        sides = _sides(x, points).expand(batch, 2)
         if padding is not None and self.grid == "corrected":  # of the image, without its padding
             sides = torch.stack([(~padding[:, 0]).sum(1), (~padding[:, :, 0]).sum(1)], 1)
         span = (sides - 1).clamp(min=1).to(points.dtype)[:, None, None]  # [N,1,1,2]
@@ -155,3 +157,8 @@ class DATAttention(nn.Module):
             return bias
         keys = padding[:, :: self.stride, :: self.stride].flatten(1)
         return bias.masked_fill(keys[:, None, None], -torch.inf)
+
+
+def _sides(x: Tensor, like: Tensor) -> Tensor:
+    """Return (width, height) of a map, of sizes that a file leaves open, too. Shape: -> [2]."""
+    return torch.stack([like.new_full((), side) for side in (x.shape[3], x.shape[2])])

@@ -50,7 +50,8 @@ def best_tokens(scores: Tensor, padding_mask: Tensor, part: float) -> tuple[Tens
 
     Shape: scores, padding_mask [N,S] -> both [N,T], T enough for an image without padding.
     """
-    most = min(int(scores.shape[1] * part) + 1, scores.shape[1])
+    # also of a size that is left open in a file for other runtimes
+    most = torch.sym_min(torch.sym_int(scores.shape[1] * part) + 1, scores.shape[1])
     valid = (~padding_mask).sum(1)
     counts = torch.minimum((valid.double() * part).long() + 1, valid)
     tokens = scores.detach().masked_fill(padding_mask, -torch.inf).topk(most, dim=1).indices
@@ -75,7 +76,7 @@ class SparseEncoder(DeformableEncoder):
         def chosen(values: Tensor) -> Tensor:
             flat = values.flatten(2)
             found = flat.gather(1, tokens[..., None].expand(-1, -1, flat.shape[2]))
-            return found.unflatten(2, values.shape[2:])
+            return found.view(*tokens.shape, *values.shape[2:])
 
         pos, references = chosen(levels.pos), chosen(cell_centres(levels))
         place = tokens[..., None].expand(-1, -1, x.shape[2])

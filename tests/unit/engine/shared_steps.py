@@ -121,7 +121,8 @@ Result = dict[str, Any]
 class DeformableBlocks(nn.Module):
     """Three stages of one residual block each, as of a ResNet-18 with few channels."""
 
-    channels, strides = (8, 16, 32), (8, 16, 32)
+    channels: tuple[int, ...] = (8, 16, 32)
+    strides: tuple[int, ...] = (8, 16, 32)
     mean, std = (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)
     checkpointing = False
 

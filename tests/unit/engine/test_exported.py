@@ -45,6 +45,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "dino": DINO,
     "mds": TWO_STAGE,
+    "sparse": {**TWO_STAGE, "encoder_updates": "sparse"},
+    "dat encoder": {"encoder_attn": "dat+deformable", "dat_stride": 2},
     "mixed": {**TWO_STAGE, "mixed_query_selection": True},
 }  # fmt: skip
 RECIPES: dict[str, dict[str, Any]] = {"mds": {"mds": {}}}

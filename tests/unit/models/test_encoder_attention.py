@@ -326,7 +326,7 @@ def test_dat_is_its_definition_in_loops_on_every_level(stride: int) -> None:
             expected = dat_attention_by_definition(
                 module.dat, x[image][inside], place[image][inside]
             )
-            of_image = attended[image].mT.unflatten(1, shape)[inside]
+            of_image = attended[image].mT.reshape(-1, *shape)[inside]
             torch.testing.assert_close(of_image, expected)
 
 

@@ -259,19 +259,19 @@ def test_denoising_queries_attend_by_how_boxes_lie(two_stage: bool) -> None:
     assert slots == 8  # two groups of two objects, positive and negative
     assert masks[1].shape == (slots, queries + slots)  # of the first layer: who sees whom
     blocked = masks[1]
-    for layer in (1, 2):
-        bias = masks[2 * layer + 1].unflatten(0, (2, -1))  # [N,heads,P,Q+P]
-        before = starts[0] if layer == 1 else denoising[layer - 2]
+    for index in (1, 2):
+        bias = masks[2 * index + 1].view(2, -1, slots, queries + slots)  # [N,heads,P,Q+P]
+        before = starts[0] if index == 1 else denoising[index - 2]
         if before.shape[-1] == 2:
             before = denoising[0]
-        columns = torch.cat([detecting[layer - 1], denoising[layer - 1]], dim=1)
+        columns = torch.cat([detecting[index - 1], denoising[index - 1]], dim=1)
         pairs = itertools.product(range(2), range(slots), range(queries + slots))
         for image, i, j in pairs:
             expected = bias_by_definition(relation, before[image, i], columns[image, j])
             if blocked[i, j]:
                 expected = torch.full_like(expected, -math.inf)
             torch.testing.assert_close(bias[image, :, i, j], expected)
-    assert any((masks[2 * layer + 1] > 0).any() for layer in (1, 2))
+    assert any((masks[2 * index + 1] > 0).any() for index in (1, 2))
 
 
 @pytest.mark.parametrize("relation", ["previous", "mds"])

@@ -34,7 +34,8 @@ def score_by_definition(scorer: TokenScorer, x: Tensor) -> Tensor:
     state, width = scorer.state_dict(), x.shape[1]
 
     def linear(values: Tensor, name: str) -> Tensor:
-        return values @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+        product: Tensor = values @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+        return product
 
     def gelu(values: Tensor) -> Tensor:
         return values * (1 + torch.erf(values / math.sqrt(2))) / 2
@@ -131,7 +132,8 @@ def losses_of_images(model: DeformableDETR) -> Tensor:
     """Return the loss of the scores of two images, the second smaller than the first."""
     torch.manual_seed(1)
     images, targets = pad_images(random_images((96, 128), (80, 64))), random_targets([2, 1], 5)
-    return model(images, targets)["image_losses"]["loss_mask_prediction"]
+    losses: Tensor = model(images, targets)["image_losses"]["loss_mask_prediction"]
+    return losses
 
 
 @pytest.mark.parametrize("variant", ["plain", "two_stage"])
