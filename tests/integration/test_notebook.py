@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
+from models.weights.load import load_pretrained
 from tests.integration.conftest import ROOT
 
 
@@ -21,6 +22,8 @@ def test_every_cell_of_the_tour_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"needs {package}")
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     shutil.copy(finished_run / "last.pth", tmp_path / "runs" / "demo")
     (tmp_path / "data").mkdir()
@@ -32,9 +35,22 @@ def test_every_cell_of_the_tour_runs(
     for cell in cells:
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
-    assert "query" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "query" in printed
     assert len(plt.get_fignums()) == 2
     plt.close("all")
+    # `explain` looks where the hook saw the layer look
+    assert names["explained"].query == names["q"]
+    assert names["difference"] < 1e-3
+    steps = (names["folder"] / "metrics.jsonl").read_text().splitlines()
+    assert len(steps) == 10
+    before, after = (load_pretrained(str(path)).state_dict for path in (
+        finished_run / "last.pth", names["folder"] / "last.pth"
+    ))  # fmt: skip
+    assert before.keys() == after.keys()
+    assert not all(before[key].equal(after[key]) for key in before)
+    assert "proof in onnxruntime" in printed
+    assert Path(names["exported"]).is_file()
     # the hook's points and weights, put together by interpolation, are what the layer gave
     attention, (query, reference, memory, shapes_of_levels) = (
         names["attention"], names["seen"]["inputs"][:4]
