@@ -48,6 +48,17 @@ def report_unreadable(folder: Path, images: Mapping[str, UnreadableImage], world
     return len(found)
 
 
+def split_counts(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return how many (images, boxes) a run's data had by split, as far as its folder says."""
+    counts = {}
+    for split, report in _read(folder / DATA_REPORT).items():
+        found = report if isinstance(report, dict) else {}
+        images, boxes = found.get("images"), found.get("boxes")
+        if type(images) is int and type(boxes) is int:
+            counts[split] = images, boxes
+    return counts
+
+
 def _read(path: Path) -> dict[str, Any]:
     """Return a data report; one without content where the file is missing or damaged."""
     try:

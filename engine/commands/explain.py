@@ -9,7 +9,7 @@ from configs.options import Checked, option
 from datasets.images import read_rgb
 from engine.detector import Detector
 from engine.explain.explanation import Explanation
-from engine.explain.page import title_of, write_page
+from engine.explain.page import INTRODUCTION, title_of, write_page
 from engine.explain.picture import write_picture
 from util.console import console
 from util.errors import ConfigError
@@ -120,11 +120,8 @@ def write(explanation: Explanation, path: Path, folder: Path, *, numbers_too: bo
     make_output_dir(folder)
     image = read_rgb(path, None)
     write_page(
-        folder / "explain.html", explanation, image, name=path.name,
-        introduction="Deformable attention reads each feature map at a few points around a "
-        "reference, and adds up what it finds there by weight. Points are where it reads; their "
-        "area shows the weight.",
-    )  # fmt: skip
+        folder / "explain.html", explanation, image, name=path.name, introduction=INTRODUCTION
+    )
     for item, name in enumerate(pictures):
         write_picture(folder / name, explanation, item, image)
     if numbers_too:

@@ -14,6 +14,10 @@ from util.files import write_atomic
 from util.html import inline_image, render
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
+INTRODUCTION = (
+    "Deformable attention reads each feature map at a few points around a reference, and adds up "
+    "what it finds there by weight. Points are where it reads; their area shows the weight."
+)
 _TAKEN = 8  # queries that another takes from, of each head
 LEVEL_COLOURS = (
     "#ffb000", "#2f9bff", "#ff4f79", "#38d996", "#b98cff", "#fe7f2d", "#a8e10c", "#00c9d1",
@@ -41,10 +45,16 @@ def write_page(
     path: Path, explanation: Explanation, image: Image.Image, *, name: str, introduction: str
 ) -> None:
     """Write the page; `name` is the image's."""
+    page = page_of(explanation, image, name=name, introduction=introduction)
+    write_atomic(path, page, errors="backslashreplace")
+
+
+def page_of(explanation: Explanation, image: Image.Image, *, name: str, introduction: str) -> str:
+    """Return the page, which is HTML and needs nothing else."""
     width, height = explanation.size
     count = len(explanation.queries) + (explanation.token is not None)
     text = json.dumps(_content(explanation), separators=(",", ":")).replace("<", "\\u003c")
-    page = render(
+    return render(
         _TEMPLATE,
         title=f"What the model looked at: {name}",
         introduction=introduction,
@@ -54,7 +64,6 @@ def write_page(
         height=height,
         data=Markup(text),
     )
-    write_atomic(path, page, errors="backslashreplace")
 
 
 def _content(explanation: Explanation) -> dict[str, Any]:

@@ -1,24 +1,20 @@
 """Deformable DETR of Hugging Face transformers (4.x and 5.x): its config and its key names."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from models.weights.class_names import NUM_COCO_LOGITS, coco_logit_classes
+from models.weights.folder import write_folder
 from models.weights.official import RESNETS, complete_heads, published_weights
 from models.weights.rename import renamer
 from util.classes import Classes
 from util.errors import CheckpointError
-from util.files import read_regular
 
-_LARGEST_JSON = 10_000_000  # bytes
 _ENCODER = {"self_attn": "self_attn", "norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"}
 _DECODER = {
     "cross_attn": "encoder_attn",
@@ -181,9 +177,12 @@ def save_hugging_face(
     """
     weights, left_out = published_weights(state_dict, options, folder)
     timm_backbone = bool(options.get("dilation"))  # transformers' own ResNet cannot dilate
-    tensors = {  # copies: the format has no tensors that share memory, as heads of all layers may
-        key: tensor.clone().contiguous()
-        for key, tensor in to_hugging_face(weights, timm_backbone=timm_backbone).items()
+    tensors = to_hugging_face(weights, timm_backbone=timm_backbone)
+    # 5.x reads learned positions under its own name alone, and 4.x under the other
+    tensors |= {
+        key.replace("model.backbone.position_", "model.position_"): tensor
+        for key, tensor in tensors.items()
+        if key.startswith("model.backbone.position_")
     }
     config = _config(options, classes, timm_backbone=timm_backbone)
     config["dtype"] = str(weights["transformer.level_embed"].dtype).removeprefix("torch.")
@@ -199,16 +198,7 @@ def save_hugging_face(
         "image_std": list(image_std),
         "do_pad": True,
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        for name, content in (("config", config), ("preprocessor_config", processor)):
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (folder / f"{name}.json").write_text(text, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: cannot be written: {error}. Free space or choose another."
-        ) from error
+    write_folder(folder, tensors, {"config.json": config, "preprocessor_config.json": processor})
     return left_out
 
 
@@ -245,21 +235,6 @@ def _config(options: Mapping[str, Any], classes: Classes, *, timm_backbone: bool
             "out_features": ["stage4"] if last_stage_alone else ["stage2", "stage3", "stage4"],
         },
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: the file cannot be read or is not a JSON object.
-    """
-    try:
-        content = json.loads(read_regular(path, _LARGEST_JSON))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, not a {type(content).__name__}.")
-    return content
 
 
 def config_options(config: Mapping[str, Any], source: str) -> dict[str, Any]:

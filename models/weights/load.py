@@ -4,13 +4,14 @@ import argparse
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from models.weights import detr, hugging_face
+from models.weights.folder import DESCRIPTION, WEIGHTS, read_json
 from models.weights.layouts import LAYOUTS, Converted, from_official_keys
 from models.weights.official import (
     check_sizes,
@@ -78,6 +79,8 @@ def load_pretrained(source: str, *, ema: bool = True) -> Pretrained:
         is_hub_name and not path.exists() and path.suffix not in _WEIGHT_SUFFIXES
     ):
         return _from_folder(_download(source.removeprefix("hf:"), source), source)
+    if path.name == WEIGHTS and (path.parent / DESCRIPTION).is_file():
+        path = path.parent  # which says what the weights are of
     return _from_folder(path, source) if path.is_dir() else _from_file(path, ema=ema)
 
 
@@ -150,10 +153,13 @@ def _ours(content: Mapping[str, Any], source: str, *, ema: bool) -> Pretrained:
         config=config,
         image_mean=_triple(preprocessing.get("mean")),
         image_std=_deviations(preprocessing.get("std")),
-        thresholds={
-            str(name): float(score) for name, score in (content.get("thresholds") or {}).items()
-        },
+        thresholds=_thresholds(content),
     )
+
+
+def _thresholds(content: Mapping[str, Any]) -> dict[str, float]:
+    found = content.get("thresholds") or {}
+    return {str(name): float(score) for name, score in found.items()}
 
 
 def _tensors(found: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -203,19 +209,39 @@ def _check_levels(weights: Mapping[str, Tensor], source: Path) -> None:
 
 
 def _from_folder(folder: Path, source: str) -> Pretrained:
+    described = read_json(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else {}
+    with _parts_of(folder / DESCRIPTION, "description of a model"):
+        if "model" in described.get("config", {}):
+            weights = load_safely(folder / WEIGHTS)
+            return _ours({**described, "model": weights}, source, ema=False)
+    pretrained = _of_transformers(folder, source)
+    with _parts_of(folder / DESCRIPTION, "description of a model"):
+        return _described(pretrained, described)
+
+
+def _described(pretrained: Pretrained, described: Mapping[str, Any]) -> Pretrained:
+    """Add what `push` wrote of a model, unless its weights have become others since."""
+    classes = Classes.from_json(described["classes"]) if described else None
+    if classes is None or len(classes) != len(pretrained.classes):
+        return pretrained
+    data = {"data": dict(described["config"]["data"])}
+    return replace(pretrained, classes=classes, config=data, thresholds=_thresholds(described))
+
+
+def _of_transformers(folder: Path, source: str) -> Pretrained:
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{source}: is not a Hugging Face folder: it has no config.json. "
             "For a training run, name its best.pth or last.pth."
         )
-    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    files = [folder / name for name in (WEIGHTS, "pytorch_model.bin")]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
         raise CheckpointError(
             f"{source}: has neither model.safetensors nor pytorch_model.bin. "
             "Save the model again with save_pretrained()."
         )
-    config = hugging_face.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     is_detr = config.get("model_type") == "detr"
     with _parts_of(folder / "config.json", "Hugging Face model description"):
         read = detr.config_options if is_detr else hugging_face.config_options
@@ -231,7 +257,7 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
     with _parts_of(folder / "config.json", "Hugging Face model description"):
         classes = hugging_face.config_classes(config, len(weights["class_embed.0.bias"]))
     processor = folder / "preprocessor_config.json"
-    preprocessing = hugging_face.read_json(processor) if processor.is_file() else {}
+    preprocessing = read_json(processor) if processor.is_file() else {}
     with _parts_of(processor, "Hugging Face preprocessing description"):
         return Pretrained(
             "hugging_face",
@@ -247,10 +273,10 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
 def _download(name: str, source: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import
 
-    described = ["config.json", "preprocessor_config.json"]
+    described = [DESCRIPTION, "config.json", "preprocessor_config.json"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*described, "model.safetensors"]))
-        if not (folder / "model.safetensors").is_file():
+        folder = Path(snapshot_download(name, allow_patterns=[*described, WEIGHTS]))
+        if not (folder / WEIGHTS).is_file():
             folder = Path(snapshot_download(name, allow_patterns=[*described, "pytorch_model.bin"]))
     except Exception as error:  # the client and its transports share no base class
         local = "" if source.startswith("hf:") else "no such file or folder here, and "

@@ -50,6 +50,7 @@ _SHOWN_BY = (  # keys that only models with an option have
 )
 _POSITION_EMBEDDINGS = {"sine": "sine", "v2": "sine", "learned": "learned", "v3": "learned"}
 _DEFAULT_HEADS = 8
+_OF_RECIPES = "recipes."
 
 
 def is_deformable_detr(state_dict: Mapping[str, Any]) -> bool:
@@ -214,6 +215,27 @@ def save_official(
     return left_out
 
 
+def lacking_elsewhere(state_dict: Mapping[str, Tensor], options: Mapping[str, Any]) -> str:
+    """Return what a model has that other implementations lack, after "no"; "" if there is nothing.
+
+    Weights of recipes that only train a model do not count.
+    """
+    for name, usual in (
+        ("backbone", r"resnet\d+"), ("dcn", "none"), ("encoder", "deformable"), ("neck", "none"),
+        ("encoder_attn", "deformable"), ("decoder_attn", "deformable"), ("input_norm", "group"),
+        ("relation", "none"), ("encoder_updates", "full"), ("enc_fusion", "none"),
+        ("scores", "sigmoid"),
+    ):  # fmt: skip
+        value = str(options.get(name, "" if name == "backbone" else usual))
+        if not re.fullmatch(usual, value):
+            only = "only torchvision's ResNets and the paper's transformer"
+            return f"{name} '{value}', {only}"
+    recipes = {name.split(".")[1] for name in state_dict if name.startswith(_OF_RECIPES)}
+    needed = sorted(name for name in recipes if RECIPES[name].detects)
+    needed += [name for name, usual in _ONLY_OURS.items() if options.get(name, usual) != usual]
+    return f"{needed[0]}, without which these weights detect nothing" if needed else ""
+
+
 def published_weights(
     state_dict: Mapping[str, Tensor], options: Mapping[str, Any], path: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -222,26 +244,12 @@ def published_weights(
     Raises:
         CheckpointError: other implementations have no such model.
     """
-    for name, usual in (
-        ("backbone", r"resnet\d+"), ("encoder", "deformable"), ("neck", "none"),
-        ("encoder_attn", "deformable"), ("decoder_attn", "deformable"), ("input_norm", "group"),
-        ("relation", "none"), ("encoder_updates", "full"), ("enc_fusion", "none"),
-        ("scores", "sigmoid"),
-    ):  # fmt: skip
-        value = str(options.get(name, "" if name == "backbone" else usual))
-        if not re.fullmatch(usual, value):
-            raise CheckpointError(
-                f"{path}: cannot be written: other implementations have no {name} '{value}', only "
-                "torchvision's ResNets and the paper's transformer. Keep our own checkpoint."
-            )
-    left_out = [name for name in state_dict if name.startswith("recipes.")]
-    needed = sorted({n.split(".")[1] for n in left_out if RECIPES[n.split(".")[1]].detects})
-    needed += [name for name, usual in _ONLY_OURS.items() if options.get(name, usual) != usual]
-    if needed:
+    if lacking := lacking_elsewhere(state_dict, options):
         raise CheckpointError(
-            f"{path}: cannot be written: other implementations have no {needed[0]}, without which "
-            "these weights detect nothing. Keep our own checkpoint."
+            f"{path}: cannot be written: other implementations have no {lacking}. Keep our own "
+            "checkpoint."
         )
+    left_out = [name for name in state_dict if name.startswith(_OF_RECIPES)]
     return {
         name: tensor.detach().cpu()
         for name, tensor in state_dict.items()

@@ -19,6 +19,7 @@ from engine.detector import Detector
 from engine.trainer import Trainer
 from models.backbones import create_backbone
 from models.build import build_model
+from models.weights.folder import DESCRIPTION, write_folder
 from models.weights.hugging_face import save_hugging_face
 from models.weights.load import load_pretrained
 from tests.fuzz.mutations import (
@@ -157,6 +158,29 @@ def test_hugging_face_folders(tmp_path: Path, hugging_face: Path, data: st.DataO
     (tmp_path / "hf" / name).write_bytes(content)
     with only_refused():
         Detector.load(tmp_path / "hf", device="cpu")
+
+
+@settings(fuzzed, max_examples=max(5, EXAMPLES // 5))  # each builds a model
+@given(data=st.data())
+def test_folders_of_our_own(
+    tmp_path: Path, whole: dict[str, Any], hugging_face: Path, data: st.DataObject
+) -> None:
+    described = {key: whole[key] for key in ("classes", "config", "preprocessing", "thresholds")}
+    described["config"] = dict(described["config"])
+    folder = tmp_path / "folder"
+    if data.draw(st.booleans()):
+        write_folder(folder, whole["model"], {})
+    else:  # for transformers, too
+        shutil.copytree(hugging_face, folder, dirs_exist_ok=True)
+        described["config"].pop("model")
+    values = [value for value in CLAIMS if value != 10**5000]
+    if data.draw(st.booleans()):
+        content = json.dumps(data.draw(exchanged(described, values))).encode()
+    else:
+        content = data.draw(mutated([json.dumps(described).encode()]))
+    (folder / DESCRIPTION).write_bytes(content)
+    with only_refused():
+        Detector.load(folder, device="cpu")
 
 
 @fuzzed

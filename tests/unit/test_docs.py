@@ -19,6 +19,8 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ops/README.md
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 FIGURES = sorted((ROOT / "docs/images").glob("*.svg"))
 COMMANDS = (
+    "app",
+    "push",
     "train",
     "plan",
     "eval",

@@ -1,0 +1,181 @@
+"""A page to try a detector on images of one's own; `main.py app` serves it by gradio."""
+
+from collections import Counter
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from PIL import Image
+
+from datasets.images import read_rgb
+from engine.detector import DEFAULT_THRESHOLD, Box, Detector
+from engine.explain.page import INTRODUCTION, page_of, title_of
+from engine.predictions import with_boxes
+from util.console import in_line
+from util.errors import UserError
+
+_KEPT = 3600, 24 * 3600  # seconds: how often dropped images are looked through, how old they get
+_LARGEST_UPLOAD = 2**28  # bytes
+_STYLE = """
+footer { display: none; }
+#looked iframe { width: 100%; height: 66rem; border: 1px solid var(--border-color-primary); }
+"""
+
+
+class Trial:
+    """A detector in the hands of a page: whoever asks, one image passes it at a time."""
+
+    def __init__(self, detector: Detector) -> None:
+        self.detector = detector
+        self._lock = Lock()
+
+    def boxes(self, path: str) -> list[Box]:
+        """Return what is found in an image, of every score, best first.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        with self._lock:
+            ((_, boxes),) = self.detector.detect([Path(path)], skip_unreadable=False)
+        return boxes
+
+    def shown(self, boxes: Sequence[Box], threshold: float | None) -> list[Box]:
+        """Return the boxes that count, by one threshold or, without, by that of each class."""
+        least = self.detector.min_scores(threshold)
+        return [box for box in boxes if box.score >= least[box.name]]
+
+    def drawn(self, path: str, shown: Sequence[Box]) -> Image.Image:
+        """Return the upright image with boxes."""
+        return with_boxes(read_rgb(Path(path), None), shown, self.detector.classes)
+
+    def looked(self, path: str, threshold: float | None, box: int) -> str:
+        """Return HTML that shows where the model looked for one of the boxes that are shown.
+
+        Of a model that has no sampling points, it says why.
+        """
+        try:
+            with self._lock:
+                explanation = self.detector.explain(path, threshold, box=box)
+        except UserError as error:
+            return _line(str(error))
+        page = page_of(
+            explanation, read_rgb(Path(path), None), name=title_of(explanation, 0),
+            introduction=INTRODUCTION,
+        )  # fmt: skip
+        # in a sandbox it has scripts, and nothing of this page
+        return (
+            f'<iframe title="Where the model looked" sandbox="allow-scripts" '
+            f'srcdoc="{escape(page)}"></iframe>'
+        )
+
+
+def _line(text: str) -> str:
+    return f'<p role="status">{escape(in_line(text))}</p>'
+
+
+def box_at(shown: Sequence[Box], x: float, y: float) -> int | None:
+    """Return the position of the smallest box around a pixel; None if there is none."""
+    areas = {
+        (x1 - x0) * (y1 - y0): i
+        for i, (x0, y0, x1, y1) in reversed([*enumerate(box.xyxy for box in shown)])
+        if x0 <= x <= x1 and y0 <= y <= y1
+    }
+    return areas[min(areas)] if areas else None
+
+
+def summary(shown: Sequence[Box]) -> str:
+    """Return how many boxes there are, in all and by class, most frequent first."""
+    counts = Counter(box.name for box in shown)
+    by_class = ", ".join(f"{in_line(name)} {count}" for name, count in counts.most_common())
+    return f"{len(shown)} box{'' if len(shown) == 1 else 'es'}{': ' * bool(shown)}{by_class}"
+
+
+def build_page(trial: Trial, *, title: str, threshold: float | None) -> Any:
+    """Return the page, gradio's `Blocks`; the slider begins at `threshold`."""
+    import gradio
+
+    own = bool(trial.detector.thresholds)  # which the checkpoint has for its classes
+    nothing = gradio.Dropdown(choices=[], value=None)
+
+    def minimum(by_class: bool, threshold: float) -> float | None:
+        return None if by_class and own else threshold
+
+    def draw(path: str, boxes: list[Box] | None, by_class: bool, threshold: float) -> Any:
+        if boxes is None:
+            return None, "", nothing, ""
+        shown = trial.shown(boxes, minimum(by_class, threshold))
+        choices = [(f"{box.name} {box.score:.2f}", i) for i, box in enumerate(shown)]
+        picture = trial.drawn(path, shown)
+        return picture, _line(summary(shown)), gradio.Dropdown(choices=choices, value=None), ""
+
+    def take(path: str | None, by_class: bool, threshold: float) -> Any:
+        try:
+            boxes = trial.boxes(path) if path else None
+        except UserError as error:
+            return None, None, _line(str(error)), nothing, ""
+        return boxes, *draw(path or "", boxes, by_class, threshold)
+
+    def pick(
+        boxes: list[Box], by_class: bool, threshold: float, event: gradio.SelectData
+    ) -> int | None:
+        return box_at(trial.shown(boxes, minimum(by_class, threshold)), *event.index)
+
+    def look(path: str, by_class: bool, threshold: float, box: int | None) -> str:
+        if box is None:
+            return ""
+        return trial.looked(path, minimum(by_class, threshold), box)
+
+    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=_KEPT) as page:
+        gradio.Markdown(f"# {title}")
+        boxes = gradio.State()  # of every score; none without an image that can be read
+        with gradio.Row():
+            with gradio.Column(scale=1, min_width=320):
+                image = gradio.Image(
+                    label="Drop an image here", sources=["upload", "clipboard"], type="filepath",
+                    image_mode=None, elem_id="image", buttons=[],
+                )  # fmt: skip
+                by_class = gradio.Checkbox(
+                    value=own and threshold is None, visible=own, elem_id="by_class",
+                    label="The best minimum of each class, as the checkpoint has it",
+                )  # fmt: skip
+                slider = gradio.Slider(
+                    0, 1, DEFAULT_THRESHOLD if threshold is None else threshold, step=0.01,
+                    label="Minimum score of all classes", elem_id="threshold",
+                )  # fmt: skip
+                chosen = gradio.Dropdown(
+                    choices=[], elem_id="chosen",
+                    label="Where did it look? Click a box in the image, or choose it here",
+                )  # fmt: skip
+            with gradio.Column(scale=2, min_width=320):
+                result = gradio.Image(
+                    label="What was found", interactive=False, format="jpeg", elem_id="result",
+                    buttons=["download", "fullscreen"],
+                )  # fmt: skip
+                status = gradio.HTML(elem_id="status")
+        looked = gradio.HTML(elem_id="looked")
+        hidden: dict[str, Any] = {"api_visibility": "private"}
+        drawn = [result, status, chosen, looked]
+        image.change(take, [image, by_class, slider], [boxes, *drawn], **hidden)
+        latest = {"trigger_mode": "always_last", "show_progress": "hidden", **hidden}
+        slider.input(lambda: False, None, by_class, **latest)
+        changed = [slider.change, by_class.change]
+        gradio.on(changed, draw, [image, boxes, by_class, slider], drawn, **latest)
+        result.select(pick, [boxes, by_class, slider], chosen, **hidden)
+        chosen.change(look, [image, by_class, slider, chosen], looked, **hidden)
+    return page
+
+
+def serve(page: Any, *, host: str, port: int | None) -> str:
+    """Serve a page to this machine alone, or to others by a `host` of its own; return its address.
+
+    Raises:
+        OSError: the port is in use.
+    """
+    _, address, _ = page.launch(
+        server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True,
+        ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, footer_links=[],
+        max_file_size=_LARGEST_UPLOAD, css=_STYLE,
+    )  # fmt: skip
+    return str(address)

@@ -1,0 +1,91 @@
+"""`main.py app`: a page in the browser to try a checkpoint on images."""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
+
+from configs.options import Checked, option
+from engine.app import Trial, build_page, serve
+from engine.detector import Detector
+from util.console import console
+from util.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppOptions(Checked):
+    """What `app` needs; everything else is in the checkpoint."""
+
+    checkpoint: str = option("", "our or official file, Hugging Face folder, hf:NAME, or an "
+        "exported file")  # fmt: skip
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: every one of this machine")
+    port: int | None = option(
+        None, "port to listen on (default: the first free one from 7860)", low=1, high=65535
+    )
+    score_threshold: float | None = option(
+        None, "first minimum score (default: per-class thresholds from the checkpoint, else 0.3)",
+        low=0, high=1,
+    )  # fmt: skip
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    eval_scale: int | None = option(
+        None, "short side, pixels (default: the checkpoint's)", low=16, most=16384
+    )
+    max_size: int | None = option(
+        None, "maximum long side, pixels (default: the checkpoint's)", low=16, most=65536
+    )
+    num_select: int | None = option(
+        None, "detections kept per image, all classes together (default: the checkpoint's)", low=1,
+        most=100000,
+    )  # fmt: skip
+    nms_iou: float | None = option(
+        None, "NMS IoU threshold; 1 disables NMS (default: the checkpoint's)", above=0, high=1
+    )
+    max_pixels: int | None = option(
+        None, "pixels of the largest image that is read (default: the checkpoint's)", low=1,
+        rare=True,
+    )  # fmt: skip
+
+
+SECTIONS = {"app": AppOptions}
+
+
+def main(options: AppOptions) -> int:
+    """Serve the page until Ctrl-C."""
+    with TemporaryDirectory(prefix="deformable_detr_") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # what is dropped on the page goes with it
+        try:
+            import gradio  # noqa: F401 - before the checkpoint, which takes its time
+        except ImportError as error:
+            raise ConfigError(
+                f"app: the page needs gradio, which cannot be imported ({error}). Install it: "
+                "pip install gradio"
+            ) from None
+        return _serve(options)
+
+
+def _serve(options: AppOptions) -> int:
+    detector = Detector.load(
+        options.checkpoint,
+        device=options.device,
+        eval_scale=options.eval_scale,
+        max_size=options.max_size,
+        num_select=options.num_select,
+        nms_iou=options.nms_iou,
+        max_pixels=options.max_pixels,
+    )
+    title = f"What {Path(options.checkpoint).name} finds"
+    page = build_page(Trial(detector), title=title, threshold=options.score_threshold)
+    try:
+        address = serve(page, host=options.host, port=options.port)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"app: cannot listen on {options.host}, port {options.port or '7860 or later'} "
+            f"({' '.join(str(error).split())[:150]}). Choose another `port` or `host`."
+        ) from error
+    console(f"open {address} in a browser; Ctrl-C ends it")
+    with suppress(KeyboardInterrupt):
+        Event().wait()
+    page.close(verbose=False)
+    return 0
