@@ -62,8 +62,12 @@ class ModelConfig(Checked):
     encoder: str = option("deformable", "what turns feature levels into memory", rare=True)
     encoder_attn: str = option(
         "deformable", "what encoder layers attend with: deformable, dense (DETR), mswin (windows), "
-        "msda (dilated), dat (shared points), or several in turn, as in mswin+deformable",
+        "msda (dilated), dat (shared points), or several in turn, as in mswin+deformable; enhancer: "
+        "classes have tokens that learn of the image, too (Grounding DINO)",
     )  # fmt: skip
+    decoder_tokens: bool = option(
+        False, "encoder_attn enhancer: decoder layers look at class tokens, too", rare=True
+    )
     decoder_attn: Literal["deformable", "dense"] = option(
         "deformable", "what decoder layers look at the image with; dense: at all of it, from no "
         "place, as in DETR",
@@ -198,8 +202,14 @@ class ModelConfig(Checked):
         return self.num_feature_levels - 1 if self.lite_levels is None else self.lite_levels
 
     def _check_decoder(self) -> None:
+        if self.decoder_tokens and self.encoder_attn != "enhancer":
+            raise ConfigError("decoder_tokens: has no effect without `encoder_attn enhancer`.")
         if self.decoder_attn == "deformable":
             return
+        if self.decoder_tokens:
+            raise ConfigError(
+                "decoder_attn dense: cannot be combined with `decoder_tokens`. Remove one of them."
+            )
         if self.with_box_refine:
             raise ConfigError(
                 "decoder_attn dense: queries have no boxes to begin with, so it cannot be combined "
@@ -234,7 +244,10 @@ class ModelConfig(Checked):
                     f"`encoder {self.encoder}`. Remove one of them."
                 )
         if self.encoder_attn != "deformable":
-            for name, usual in (("encoder", "deformable"), ("encoder_updates", "full")):
+            conflicts = [("encoder", "deformable"), ("encoder_updates", "full")]
+            if self.encoder_attn == "enhancer":
+                conflicts += [("enc_fusion", "none"), ("scores", "sigmoid")]
+            for name, usual in conflicts:
                 if (value := getattr(self, name)) != usual:
                     raise ConfigError(
                         f"encoder_attn: cannot be combined with `{name} {value}`. "

@@ -8,7 +8,7 @@ from datasets.dataset import CocoDetection
 from engine.probe import total_memory
 from models.backbones import Backbone
 from models.deformable_detr import DeformableDETR
-from models.encoders.attention import DEFORMABLE, EncoderAttention
+from models.encoders.attention import DEFORMABLE, JOINING, EncoderAttention
 from util.console import log
 from util.errors import ConfigError
 
@@ -25,7 +25,7 @@ def check_attention(
         ConfigError: those of the largest images take more than there is.
     """
     kind, levels = config.model.encoder_attn, config.model.num_feature_levels
-    if levels > 1 and DEFORMABLE not in kind.split("+"):
+    if levels > 1 and JOINING.isdisjoint(kind.split("+")):
         log.warning(
             f"encoder_attn {kind}: no layer joins the {levels} feature levels; each sees itself "
             f"alone. Use {kind}+{DEFORMABLE} to join them."

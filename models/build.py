@@ -17,8 +17,8 @@ from models.deformable_detr import DeformableDETR
 from models.detr import DenseDecoderLayer, DetrTransformer
 from models.dino_decoder import DinoDecoder
 from models.encoders import ENCODERS, EncoderOptions
-from models.encoders.attention import EncoderAttention
-from models.heads import MLP, DetectionHeads
+from models.encoders.attention import DEFORMABLE, ENHANCER, EncoderAttention
+from models.heads import MLP, ContrastiveHead, DetectionHeads
 from models.layers import ExactLinear, GroupNorm
 from models.learned_positions import PositionEmbeddingLearned
 from models.levels import Joiner, PositionEmbeddingSine
@@ -30,6 +30,7 @@ from models.recipes import RECIPES
 from models.relations import RelationBias, SymmetricRelationBias
 from models.softmax import SoftmaxCriterion, SoftmaxHead
 from models.token_scores import TokenScores
+from models.token_decoder import TokenDecoderLayer
 from models.transformer import DeformableTransformer
 from models.two_stage import TwoStageTransformer
 from models.union_set import UnionSetCriterion
@@ -72,7 +73,7 @@ def build_model(
     )
     heads = build_heads(config, num_classes)
     position_encoding = build_position_encoding(config)
-    transformer = build_transformer(config, heads)
+    transformer = build_transformer(config, heads, num_classes=num_classes)
     learned = transformer.learned_width
     query_embed = nn.Embedding(config.num_queries, learned) if learned else None
     neck = NECKS[config.neck](NeckOptions(width, levels, backbone.channels, config.neck_width))
@@ -114,13 +115,11 @@ def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
     Every head that requires a gradient gets one: without `aux_loss`, the heads of refining layers
     before the last, whose boxes pass no gradient on, do not learn.
     """
+    has_tokens = config.encoder_attn == ENHANCER
     if config.scores == "softmax":
-        class_head: ExactLinear = SoftmaxHead(config.hidden_dim, num_classes)
+        class_head: nn.Module = SoftmaxHead(config.hidden_dim, num_classes)
     else:
-        class_head = ExactLinear(config.hidden_dim, num_classes)
-        # nearly all queries see background: scores that start at 0.01 keep the sum of their losses
-        # from drowning the rest (RetinaNet, arXiv 1708.02002, Sec. 4.1)
-        nn.init.constant_(class_head.bias, -math.log((1 - 0.01) / 0.01))
+        class_head = build_class_head(config.hidden_dim, num_classes, contrastive=has_tokens)
     box_head = MLP(config.hidden_dim, config.hidden_dim, 4, 3)
     if config.decoder_attn == "deformable":  # the first boxes are the references themselves
         for name in ("weight", "bias"):
@@ -133,6 +132,9 @@ def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
     elif config.with_box_refine:
         class_heads = [copy.deepcopy(head) for head in class_heads]
         box_heads = [copy.deepcopy(head) for head in box_heads]
+    if has_tokens and config.two_stage and not config.class_proposals:
+        # its first score tells objects of any class
+        class_heads[-1] = build_class_head(config.hidden_dim, num_classes, contrastive=False)
     if not config.two_stage and config.decoder_attn == "deformable":
         # where no proposals set them, sizes start at 0.12, sigmoid(-2)
         nn.init.constant_(box_heads[0].get_parameter("layers.2.bias")[2:], -2.0)
@@ -144,7 +146,19 @@ def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
     return heads
 
 
-def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableTransformer:
+def build_class_head(d_model: int, num_classes: int, *, contrastive: bool) -> nn.Module:
+    """Build a linear class head, or one that compares with class tokens."""
+    made = ContrastiveHead if contrastive else ExactLinear
+    head = made(d_model, num_classes)
+    # nearly all queries see background: scores that start at 0.01 keep the sum of their losses
+    # from drowning the rest (RetinaNet, arXiv 1708.02002, Sec. 4.1)
+    nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
+    return head
+
+
+def build_transformer(
+    config: ModelConfig, heads: DetectionHeads, *, num_classes: int
+) -> DeformableTransformer:
     """Build the transformer around the heads, with the official initial weights.
 
     Attention resets itself; deformable attention to offsets in one direction per head, and equal
@@ -157,7 +171,7 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
         "n_levels": config.num_feature_levels,
         "n_heads": config.nheads,
     }
-    kind = config.encoder if config.encoder_attn == "deformable" else "mixed"
+    kind = {DEFORMABLE: config.encoder, ENHANCER: ENHANCER}.get(config.encoder_attn, "mixed")
     encoder = ENCODERS[kind](
         EncoderOptions(
             num_layers=config.enc_layers,
@@ -169,6 +183,7 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
             rho=config.rho,
             attention=config.encoder_attn,
             dat_stride=config.dat_stride,
+            num_classes=num_classes if config.encoder_attn == ENHANCER else 0,
             **common,
         )
     )
@@ -196,6 +211,7 @@ def build_transformer(config: ModelConfig, heads: DetectionHeads) -> DeformableT
     for module in transformer.modules():
         if isinstance(module, (MSDeformAttn, EncoderAttention, SymmetricRelationBias)):
             module.reset_parameters()
+    encoder.reset_parameters()
     if transformer.queries_have_points:
         nn.init.zeros_(transformer.reference_points.bias)
     if transformer.level_embed.requires_grad:
@@ -210,6 +226,8 @@ def build_decoder(
 ) -> DeformableDecoder:
     """Build the paper's decoder, or the one of later papers where something of it is asked for."""
     layer = DenseDecoderLayer if config.decoder_attn == "dense" else DeformableDecoderLayer
+    if config.decoder_tokens:
+        layer = TokenDecoderLayer
     layers: list[DeformableDecoderLayer] = [
         layer(n_points=config.dec_n_points, **common) for _ in range(config.dec_layers)
     ]

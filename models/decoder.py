@@ -24,6 +24,7 @@ class DecoderOutput:
     Shape: hidden [N,Q,C], what heads read; references [N,Q,2 or 4], the points or boxes that box
     deltas add to; logits [N,Q,classes]; boxes [N,Q,4], normalised cxcywh. `aside` has an entry per
     layer if a group's route has a module of this name: the features [N,Q',C] that it returned.
+    class_tokens [N,T,C]: those of the encoder, if it has some.
     """
 
     hidden: list[Tensor]
@@ -31,6 +32,7 @@ class DecoderOutput:
     logits: list[Tensor]
     boxes: list[Tensor]
     aside: list[Tensor]
+    class_tokens: Tensor | None = None
 
 
 class DeformableDecoderLayer(nn.Module):
@@ -79,6 +81,7 @@ class DeformableDecoderLayer(nn.Module):
         """
         if not self.cross_first:
             x = self._among_queries(x, query_pos, groups)
+        x = self.before_look(x, query_pos, levels)
         attended = self.look(x + query_pos, reference_points, memory, levels)
         x = self.norm1(x + self.dropout(attended.to(x.dtype)))
         aside = None if groups is None else groups.aside(x)
@@ -86,6 +89,10 @@ class DeformableDecoderLayer(nn.Module):
             x = self._among_queries(x, query_pos, groups)
         fed = self._feed_forward(x) if groups is None else groups.fed(self._feed_forward, x)
         return self.norm3(x + self.dropout(fed.to(x.dtype))), aside
+
+    def before_look(self, x: Tensor, query_pos: Tensor, levels: FeatureLevels) -> Tensor:
+        """Return the queries as they look at the image. Shape: x, query_pos [N,Q,C]."""
+        return x
 
     def look(
         self, query: Tensor, reference_points: Tensor, memory: Tensor, levels: FeatureLevels
@@ -167,7 +174,7 @@ class DeformableDecoder(nn.Module):
                 # a layer learns to refine the boxes it is given, not to have better ones given
                 # to it: without this, training is unstable (Appendix A.4)
                 reference = boxes[-1].detach()
-        return self.predictions(hidden, references, boxes, asides)
+        return self.predictions(hidden, references, boxes, asides, levels.class_tokens)
 
     def predictions(
         self,
@@ -175,6 +182,7 @@ class DeformableDecoder(nn.Module):
         references: list[Tensor],
         boxes: list[Tensor],
         asides: list[Tensor | None],
+        class_tokens: Tensor | None,
     ) -> DecoderOutput:
         """Return what the heads read of each layer; `boxes` are there if layers refine them."""
         if not self.with_box_refine:  # every layer predicts from the first reference points
@@ -182,9 +190,9 @@ class DeformableDecoder(nn.Module):
                 apply_delta(self.heads.delta(i, h), reference)
                 for i, (h, reference) in enumerate(zip(hidden, references, strict=True))
             ]
-        logits = [self.heads.logits(i, h) for i, h in enumerate(hidden)]
+        logits = [self.heads.logits(i, h, class_tokens) for i, h in enumerate(hidden)]
         read = [aside for aside in asides if aside is not None]
-        return DecoderOutput(hidden, references, logits, boxes, read)
+        return DecoderOutput(hidden, references, logits, boxes, read, class_tokens)
 
 
 def side_by_side(groups: Sequence[QueryGroup]) -> tuple[Tensor, Tensor, Tensor]:

@@ -109,7 +109,7 @@ class DinoDecoder(DeformableDecoder):
                     relations = self._relations(groups, before, boxes[-1])
                 reference = refined.detach()  # as in `DeformableDecoder`
                 moved = refined if self.look_forward_twice else reference
-        return self.predictions(hidden, references, boxes, asides)
+        return self.predictions(hidden, references, boxes, asides, levels.class_tokens)
 
     def _relates(self, index: int) -> bool:
         """Return whether a layer sees how boxes lie."""

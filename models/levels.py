@@ -78,7 +78,7 @@ class FeatureLevels:
 
     Shape: tokens and pos [N,S,C]; padding_mask [N,S], True = padding; valid_ratios [N,L,2], the
     unpadded fraction of each level's (width, height); sizes [L,2], those of the padded levels in
-    cells; spatial_shapes (H, W) per level.
+    cells; spatial_shapes (H, W) per level; class_tokens [N,T,C], of an encoder that has them.
     """
 
     tokens: Tensor
@@ -87,6 +87,7 @@ class FeatureLevels:
     valid_ratios: Tensor
     sizes: Tensor
     spatial_shapes: list[tuple[int, int]]
+    class_tokens: Tensor | None = None
 
 
 def join_levels(

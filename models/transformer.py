@@ -1,7 +1,7 @@
 """The deformable transformer: levels to memory, memory to object queries."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,10 @@ class DeformableTransformer(nn.Module):
             model see `TwoStageTransformer`.
         """
         levels = join_levels(features, masks, pos, self.level_embed)
-        memory: Tensor = self.encoder(levels)
+        memory = self.encoder(levels)
+        if isinstance(memory, tuple):
+            memory, class_tokens = memory
+            levels = replace(levels, class_tokens=class_tokens)
         detecting, proposals = self.detecting(memory, levels, query_embed)
         groups = regroup([detecting, *more(memory, proposals)], proposals)
         return TransformerOutput(groups, self.decoder(groups, memory, levels), proposals)

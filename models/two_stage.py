@@ -89,7 +89,7 @@ class TwoStageTransformer(DeformableTransformer):
         usable = anchors.isfinite().all(-1, keepdim=True)
         memory = memory.masked_fill(~usable, 0.0)
         output = self.enc_output_norm(self.enc_output(memory))
-        logits = heads.logits(last, output)
+        logits = heads.logits(last, output, levels.class_tokens)
         # infinite anchors become finite boxes: what is not finite is looked for in outputs
         box_logits = (heads.delta(last, output) + anchors).clamp(max=MAX_LOGIT)
         return Proposals(

@@ -16,7 +16,7 @@ class EncoderOptions:
     Of the deformable one alone: `fusion` says what the memory is made of, "none" for the last
     layer's tokens, `updates` which tokens a layer changes, and the others are options of that.
     `attention` names what a layer of the mixed one attends with, with "+" between several;
-    `dat_stride` is an option of DAT's.
+    `dat_stride` is an option of DAT's, `num_classes` of the one that has a token for each class.
     """
 
     d_model: int
@@ -33,6 +33,7 @@ class EncoderOptions:
     rho: float = 0.3
     attention: str = "deformable"
     dat_stride: int = 1
+    num_classes: int = 0
 
 
 class Encoder(nn.Module):
@@ -43,13 +44,16 @@ class Encoder(nn.Module):
 
     checkpointing = False  # activations are computed again in the backward pass, not kept
 
-    def forward(self, levels: FeatureLevels) -> Tensor:
-        """Return the memory. Shape: [N,S,C]."""
+    def forward(self, levels: FeatureLevels) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the memory and, if the encoder has them, class tokens. Shape: [N,S,C], [N,T,C]."""
         raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Set what must not start like an ordinary matrix."""
 
 
 ENCODERS: Registry[Callable[[EncoderOptions], Encoder]] = Registry(
-    "encoder", __name__, {"deformable": ".updates", "mixed": ".mixed"}
+    "encoder", __name__, {"deformable": ".updates", "mixed": ".mixed", "enhancer": ".enhancer"}
 )
 # The deformable encoder, by which tokens its layers change.
 UPDATES: Registry[Callable[[EncoderOptions], Encoder]] = Registry(

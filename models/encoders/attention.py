@@ -12,7 +12,8 @@ from util.registry import Registry
 
 # N batch, S tokens of all levels, H and W cells of a level, C width.
 
-DEFORMABLE = "deformable"
+DEFORMABLE, ENHANCER = "deformable", "enhancer"
+JOINING = {DEFORMABLE, ENHANCER}  # in these, tokens of all levels see each other
 
 
 class EncoderAttention(nn.Module):
@@ -58,9 +59,14 @@ def attention_names(given: str) -> list[str]:
     """Return what a layer attends with, one after the other, from names with "+" between them.
 
     Raises:
-        ConfigError: there is none of a name, or deformable attention is not the last.
+        ConfigError: there is none of a name, or these cannot follow each other.
     """
     names = given.split("+")
+    if ENHANCER in names:
+        raise ConfigError(
+            f"encoder_attn {given}: {ENHANCER} comes alone, as it ends with deformable attention. "
+            f"Choose {ENHANCER}, or others."
+        )
     for name in names:
         if name not in (known := [DEFORMABLE, *ATTENTIONS]):
             raise ConfigError(

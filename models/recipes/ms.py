@@ -101,7 +101,8 @@ class MS(Recipe):
         if not decoder.aside:
             return output
         size = decoder.aside[0].shape[1]
-        logits = [self.heads.logits(i, x) for i, x in enumerate(decoder.aside)]
+        tokens = decoder.class_tokens
+        logits = [self.heads.logits(i, x, tokens) for i, x in enumerate(decoder.aside)]
         boxes = [
             apply_delta(self.heads.delta(i, x), reference[:, :size])
             for i, (x, reference) in enumerate(zip(decoder.aside, decoder.references, strict=True))

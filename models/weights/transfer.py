@@ -17,9 +17,10 @@ from util.console import in_line
 from util.errors import CheckpointError
 
 _HEAD = re.compile(r"(transformer\.decoder\.)?(class|bbox)_embed\.(\d+)\.(.+)")
-_NO_OBJECT = ".no_object."  # in a class head, the row that belongs to no class
+_WHOLE = re.compile(r".*\.(no_object\.\w+|scale)")  # in a class head, not a row per class
 _QUERIES = "query_embed.weight"
 _LABELS = "recipes.denoising.label_enc.weight"  # a row for each class, one for none
+_TOKENS = "transformer.encoder.class_tokens.weight"  # a row for each class
 _COUNTER = "num_batches_tracked"  # of batch norms; frozen ones have none
 BACKBONE = "backbone.0."
 RECIPES = "recipes."  # what only helps training
@@ -118,13 +119,13 @@ def transfer(
 ) -> TransferReport:
     """Start `model` from the weights of another training, as far as they fit.
 
-    Tensors of equal name and shape are copied. Rows of class heads and of embedded labels follow
-    the class name, see `class_names.matching_names`, so labels may have another order or number. A
-    two-stage model ranks proposals by row 0 of the encoder's class head: that row is kept. Where,
-    in checkpoint and model, `proposals_tell` classes, rows follow names there, too; it stays fresh
-    if they tell objects in one and classes in the other, "either". Missing queries are noisy copies
-    of the first ones (equal queries would never part); of too many, those stay whose reference
-    points lie farthest apart. Everything else keeps its fresh weights and is reported.
+    Tensors of equal name and shape are copied. Rows of class heads, class tokens and embedded
+    labels follow the class name, see `class_names.matching_names`, so labels may have another order
+    or number. A two-stage model ranks proposals by row 0 of the encoder's class head: that row is
+    kept. Where, in checkpoint and model, `proposals_tell` classes, rows follow names there, too; it
+    stays fresh if they tell objects in one and classes in the other, "either". Missing queries are
+    noisy copies of the first ones (equal queries would never part); of too many, those stay whose
+    reference points lie farthest apart. Everything else keeps its fresh weights and is reported.
     Without `backbone`, that of `model`, which is another one, stays as it is and is left out.
 
     Raises:
@@ -143,14 +144,14 @@ def transfer(
                 report.reinitialised[name] = "not in the checkpoint"
             elif name == _QUERIES:
                 _fill_queries(tensor, source, report)
-            elif (head := _HEAD.fullmatch(name)) and head[2] == "class" and _NO_OBJECT not in name:
+            elif (head := _HEAD.fullmatch(name)) and head[2] == "class" and not _WHOLE.match(name):
                 ranks = int(head[3]) == proposals
                 if ranks and proposals_tell == "either":
                     report.reinitialised[name] = "class_proposals differs"
                     continue
                 rows = _RANKING_ROW if ranks and proposals_tell == "objects" else pairs
                 _fill(name, tensor, source[origin[name]], rows, report)
-            elif name == _LABELS or _tells_classes(name, tensor):
+            elif name in (_LABELS, _TOKENS) or _tells_classes(name, tensor):
                 _fill(name, tensor, source[origin[name]], pairs, report)
             else:
                 _fill(name, tensor, source[origin[name]], None, report)

@@ -29,6 +29,7 @@ FLAGS: dict[str, str] = {
     "mswin": "--encoder_attn mswin+deformable --dropout 0.1",
     "msda": "--encoder_attn msda+deformable --hidden_dim 48 --nheads 3",
     "dat encoder": "--encoder_attn dat+deformable --dat_stride 2 --dropout 0.1",
+    "enhancer": "--encoder_attn enhancer --decoder_tokens --dropout 0.1",
     "detr": "--num_feature_levels 1 --encoder_attn dense --decoder_attn dense --input_norm none "
     "--decoder_norm --cls_loss softmax --dropout 0.1 --no_two_stage --no_with_box_refine",
     "fpn": "--neck fpn",

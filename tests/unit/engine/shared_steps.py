@@ -100,6 +100,10 @@ CASES: dict[str, dict[str, Any]] = {
     "dcn": {"model": {"backbone": "small/deformable_blocks", "dcn": "v2"}},
     "dat": {"model": {"backbone": "small/dat"}},
     "dilateformer": {"model": {"backbone": "small/dilateformer"}},
+    "enhancer": {
+        "variant": "two_stage",
+        "model": {"encoder_attn": "enhancer", "decoder_tokens": True},
+    },
     "detr": {
         "model": {
             "num_feature_levels": 1,

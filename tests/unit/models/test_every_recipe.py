@@ -38,6 +38,7 @@ DETR = {
 LITE = {"encoder_updates": "lite", "enc_layers": 2}
 SPARSE = {"encoder_updates": "sparse", "enc_layers": 2}
 MSDA = {"hidden_dim": 48, "nheads": 3}
+GROUNDING = {"encoder_attn": "enhancer", "decoder_tokens": True}
 PLUS_PLUS = {"mixed_query_selection": True, "look_forward_twice": True}
 DINO = {
     **PLUS_PLUS, "query_position": "box", "decoder_norm": True, "shared_heads": True,
@@ -102,6 +103,10 @@ CASES: dict[str, Case] = {
     "msda, deformable": Case(model={"encoder_attn": "msda+deformable", **MSDA}),
     "dat": Case("plain", model={"encoder_attn": "dat"}),
     "dat, deformable": Case(model={"encoder_attn": "dat+deformable", "dat_stride": 2}),
+    "enhancer": Case(model={"encoder_attn": "enhancer"}),
+    "enhancer, plain": Case("plain", model={"encoder_attn": "enhancer", "aux_loss": False}),
+    "enhancer, grounding": Case(recipes={"hybrid": HYBRID}, model={**DINO, **GROUNDING}),
+    "enhancer, ms": Case(recipes={"ms": MS()}, model=GROUNDING),
     "detr": Case(
         "plain",
         model={**DETR, "scores": "softmax"},
