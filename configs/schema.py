@@ -62,8 +62,8 @@ class ModelConfig(Checked):
     encoder: str = option("deformable", "what turns feature levels into memory", rare=True)
     encoder_attn: str = option(
         "deformable", "what encoder layers attend with: deformable, dense (DETR), mswin (windows), "
-        "msda (dilated), dat (shared points), or several in turn, as in mswin+deformable; enhancer: "
-        "classes have tokens that learn of the image, too (Grounding DINO)",
+        "msda (dilated), dat (shared points), or several in turn, as in mswin+deformable; or "
+        "enhancer: classes have tokens that learn of the image, too (Grounding DINO)",
     )  # fmt: skip
     decoder_tokens: bool = option(
         False, "encoder_attn enhancer: decoder layers look at class tokens, too", rare=True
@@ -178,6 +178,7 @@ class ModelConfig(Checked):
                 "alone. Remove one of them."
             )
         self._check_encoder()
+        self._check_class_tokens()
         self._check_neck()
         self._check_decoder()
         if self.relation != "none" and (not self.with_box_refine or self.dec_layers == 1):
@@ -201,15 +202,24 @@ class ModelConfig(Checked):
         """Return `lite_levels` or its default."""
         return self.num_feature_levels - 1 if self.lite_levels is None else self.lite_levels
 
-    def _check_decoder(self) -> None:
-        if self.decoder_tokens and self.encoder_attn != "enhancer":
-            raise ConfigError("decoder_tokens: has no effect without `encoder_attn enhancer`.")
-        if self.decoder_attn == "deformable":
+    def _check_class_tokens(self) -> None:
+        if self.encoder_attn != "enhancer":
+            if self.decoder_tokens:
+                raise ConfigError("decoder_tokens: has no effect without `encoder_attn enhancer`.")
             return
-        if self.decoder_tokens:
+        for name, usual in (("enc_fusion", "none"), ("scores", "sigmoid")):
+            if (value := getattr(self, name)) != usual:
+                raise ConfigError(
+                    f"encoder_attn: cannot be combined with `{name} {value}`. Remove one of them."
+                )
+        if self.decoder_tokens and self.decoder_attn == "dense":
             raise ConfigError(
                 "decoder_attn dense: cannot be combined with `decoder_tokens`. Remove one of them."
             )
+
+    def _check_decoder(self) -> None:
+        if self.decoder_attn == "deformable":
+            return
         if self.with_box_refine:
             raise ConfigError(
                 "decoder_attn dense: queries have no boxes to begin with, so it cannot be combined "
@@ -244,10 +254,7 @@ class ModelConfig(Checked):
                     f"`encoder {self.encoder}`. Remove one of them."
                 )
         if self.encoder_attn != "deformable":
-            conflicts = [("encoder", "deformable"), ("encoder_updates", "full")]
-            if self.encoder_attn == "enhancer":
-                conflicts += [("enc_fusion", "none"), ("scores", "sigmoid")]
-            for name, usual in conflicts:
+            for name, usual in (("encoder", "deformable"), ("encoder_updates", "full")):
                 if (value := getattr(self, name)) != usual:
                     raise ConfigError(
                         f"encoder_attn: cannot be combined with `{name} {value}`. "

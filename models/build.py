@@ -29,8 +29,8 @@ from models.prime_samples import PrimeSampleCriterion
 from models.recipes import RECIPES
 from models.relations import RelationBias, SymmetricRelationBias
 from models.softmax import SoftmaxCriterion, SoftmaxHead
-from models.token_scores import TokenScores
 from models.token_decoder import TokenDecoderLayer
+from models.token_scores import TokenScores
 from models.transformer import DeformableTransformer
 from models.two_stage import TwoStageTransformer
 from models.union_set import UnionSetCriterion

@@ -66,7 +66,7 @@ class Fusion(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """Split channels among heads. Shape: [N,T,M*D] -> [N,M,T,D]."""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class TokenLayer(nn.Module):
@@ -137,7 +137,7 @@ class EnhancerEncoder(Encoder):
         """Return the memory and the class tokens. Shape: [N,S,C] and [N,T,C]."""
         reference_points, again = cell_centres(levels), self.checkpointing
         x = levels.tokens
-        tokens = self.class_tokens.weight.expand(len(x), -1, -1)
+        tokens = self.class_tokens.weight.expand(x.shape[0], -1, -1)
         parts = zip(self.fusions, self.token_layers, self.layers, strict=True)
         for fusion, token_layer, layer in parts:
             x, tokens = checkpointed(fusion, x, tokens, levels.padding_mask, enabled=again)

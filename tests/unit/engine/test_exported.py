@@ -44,6 +44,9 @@ MODELS: dict[str, dict[str, Any]] = {
         **TWO_STAGE, "backbone": "timm/tf_efficientnet_lite0", "num_feature_levels": 3
     },
     "dino": DINO,
+    "grounding": {
+        **DINO, "relation": "none", "encoder_attn": "enhancer", "decoder_tokens": True
+    },
     "mds": TWO_STAGE,
     "sparse": {**TWO_STAGE, "encoder_updates": "sparse"},
     "dat encoder": {"encoder_attn": "dat+deformable", "dat_stride": 2},
