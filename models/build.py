@@ -11,6 +11,7 @@ from torch import nn
 
 from configs.schema import LossConfig, ModelConfig
 from models.backbones import create_backbone
+from models.contrastive import ContrastiveHead
 from models.criterion import CLASS_LOSSES, CLASSIFICATION, LOSSES, SetCriterion
 from models.decoder import DeformableDecoder, DeformableDecoderLayer
 from models.deformable_detr import DeformableDETR
@@ -18,7 +19,7 @@ from models.detr import DenseDecoderLayer, DetrTransformer
 from models.dino_decoder import DinoDecoder
 from models.encoders import ENCODERS, EncoderOptions
 from models.encoders.attention import DEFORMABLE, ENHANCER, EncoderAttention
-from models.heads import MLP, ContrastiveHead, DetectionHeads
+from models.heads import MLP, DetectionHeads
 from models.layers import ExactLinear, GroupNorm
 from models.learned_positions import PositionEmbeddingLearned
 from models.levels import Joiner, PositionEmbeddingSine

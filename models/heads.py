@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.contrastive import ContrastiveHead
 from models.layers import ExactLinear, inverse_sigmoid
 
 # N batch, Q queries, C width.
@@ -42,27 +42,6 @@ class MLP(nn.Module):
         return output
 
 
-class ContrastiveHead(nn.Module):
-    """Scores classes by how alike a query and the token of a class are (Grounding DINO, Sec. 3.3).
-
-    As the products of both are large at first, they are scaled, and biases hold scores down
-    (MM-Grounding-DINO, arXiv 2401.02361). Computed in the precision of the weights, like
-    `ExactLinear`.
-    """
-
-    def __init__(self, d_model: int, num_classes: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(d_model**-0.5))
-        self.bias = nn.Parameter(torch.zeros(num_classes))
-
-    def forward(self, x: Tensor, class_tokens: Tensor) -> Tensor:
-        """Shape: x [N,Q,C]; class_tokens [N,T,C] -> [N,Q,T]."""
-        with torch.autocast(x.device.type, enabled=False):
-            exact = self.bias.dtype
-            products = x.to(exact) @ class_tokens.to(exact).mT
-            return products * self.scale + self.bias
-
-
 class DetectionHeads:
     """Class and box heads: entry i belongs to decoder layer i, the one after to the encoder.
 
@@ -76,8 +55,8 @@ class DetectionHeads:
     def logits(self, index: int, hidden: Tensor, class_tokens: Tensor | None = None) -> Tensor:
         """Shape: hidden [N,Q,C]; class_tokens [N,T,C]; returns [N,Q,classes]."""
         head = self.class_embed[index]
-        compared = isinstance(head, ContrastiveHead)
-        output: Tensor = head(hidden, class_tokens) if compared else head(hidden)
+        inputs = (hidden, class_tokens) if isinstance(head, ContrastiveHead) else (hidden,)
+        output: Tensor = head(*inputs)
         return output
 
     def delta(self, index: int, hidden: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from transformers import GroundingDinoConfig
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoEncoderLayer
 
 from models.build import build_model
+from models.contrastive import ContrastiveHead
 from models.encoders import EncoderOptions
 from models.encoders.enhancer import EnhancerEncoder
-from models.heads import ContrastiveHead
 from models.levels import FeatureLevels, cell_centres
 from models.weights.transfer import transfer
 from tests.unit.models.small import built, perturb, small_config
