@@ -26,7 +26,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def usual_kinds() -> list[Kind]:
     """Return the programs that training and evaluating the presets run, at 4 points per level."""
     return [
-        Kind(dtype, channels, levels, 4, form, to_locations)
+        Kind(dtype, 8, channels, levels, 4, form, to_locations)
         for dtype in _DTYPES
         for channels in _CHANNELS
         for levels in _LEVELS

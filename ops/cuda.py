@@ -17,7 +17,8 @@ _POINTERS = (
     "grad_points", "grad_weights",
 )  # fmt: skip
 _SHARED_BYTES = 48 * 1024
-_MAX_SAMPLES = 511  # per query and head: what a block's shared memory holds in float64
+_MAX_SAMPLES = 1535  # per query and head: what a block's shared memory holds in float64
+_MAX_TOKENS = 2**27 - 1  # of an image, as four bits of an index tell which corners exist
 _MAX_CHANNELS = 32 * 64  # that a warp can hold in registers
 
 
@@ -26,6 +27,7 @@ class Kind:
     """What a program is compiled for: the constants of `csrc/cuda.cu`."""
 
     dtype: torch.dtype
+    heads: int
     channels: int
     levels: int
     per_level: int
@@ -37,8 +39,8 @@ class Kind:
     def options(self) -> list[str]:
         """Return the constants as compiler options."""
         constants = {
-            "STORAGE": STORAGE[self.dtype], "CHANNELS": self.channels, "LEVELS": self.levels,
-            "PER_LEVEL": self.per_level, "FORM": self.form,
+            "STORAGE": STORAGE[self.dtype], "HEADS": self.heads, "CHANNELS": self.channels,
+            "LEVELS": self.levels, "PER_LEVEL": self.per_level, "FORM": self.form,
             "TO_LOCATIONS": int(self.to_locations), "DETERMINISTIC": int(self.deterministic),
         }  # fmt: skip
         return [f"-DMSDA_{name}={number}" for name, number in constants.items()]
@@ -60,8 +62,8 @@ class Kind:
         return next((t for t in (128, 64) if self._fits(t, self.lanes)), 32)
 
     def _fits(self, threads: int, lanes: int) -> bool:
-        sample = 12 * arithmetic_dtype(self.dtype).itemsize
-        slots = self.levels * self.per_level + 1
+        sample = 4 * arithmetic_dtype(self.dtype).itemsize
+        slots = self.levels * self.per_level | 1
         return threads // lanes * slots * sample <= _SHARED_BYTES
 
     def program(self, target: str) -> bytes:
@@ -74,7 +76,10 @@ class Kind:
                 "MSDEFORM_BACKEND=reference has no limit."
             )
         name = str(self.dtype).removeprefix("torch.")
-        what = f"the CUDA kernel ({name}, {self.channels} channels, {samples} samples)"
+        what = (
+            f"the CUDA kernel ({name}, {self.heads} heads of {self.channels} channels, "
+            f"{samples} samples)"
+        )
         return nvrtc.cached_program(cache.SOURCES / "cuda.cu", self.options, target, what)
 
 
@@ -86,7 +91,7 @@ def arguments_type(levels: int) -> type[ctypes.Structure]:
         _fields_ = [
             *((name, ctypes.c_void_p) for name in _POINTERS),
             ("scale", ctypes.c_double),
-            *((name, ctypes.c_int) for name in ("batch", "tokens", "heads", "queries")),
+            *((name, ctypes.c_int) for name in ("tokens", "queries")),
             *((name, ctypes.c_int * levels) for name in ("height", "width", "start")),
         ]
 
@@ -114,7 +119,12 @@ def prepare(
     """Return the launch that computes `call` into `results`."""
     n, s, m, d = call.value.shape
     queries, levels, per_level = call.points.shape[1], len(call.shapes), call.points.shape[4]
-    kind = Kind(call.value.dtype, d, levels, per_level, call.form, to_locations, deterministic)
+    if s > _MAX_TOKENS:
+        raise BackendError(
+            f"cuda: {s} tokens of an image are more than the maximum, {_MAX_TOKENS}. "
+            "MSDEFORM_BACKEND=reference has no limit."
+        )
+    kind = Kind(call.value.dtype, m, d, levels, per_level, call.form, to_locations, deterministic)
     given = {
         "value": call.value, "reference": call.reference, "points": call.points,
         "weights": call.weights, **results,
@@ -129,7 +139,7 @@ def prepare(
     starts = tuple(sum(h * w for h, w in call.shapes[:level]) for level in range(levels))
     arguments = arguments_type(levels)(
         **{name: tensor.data_ptr() for name, tensor in arrays.items()},
-        scale=scale, batch=n, tokens=s, heads=m, queries=queries,
+        scale=scale, tokens=s, queries=queries,
         height=heights, width=widths, start=starts,
     )  # fmt: skip
     tiles = -(-queries // (kind.threads // kind.lanes))
@@ -158,7 +168,7 @@ class CudaBackend(GpuBackend):
             return "this PyTorch is built for ROCm"
         try:
             index = torch.cuda.current_device() if device.index is None else device.index
-            _kernels(Kind(torch.float32, channels=32, levels=4, per_level=4), index)
+            _kernels(Kind(torch.float32, heads=8, channels=32, levels=4, per_level=4), index)
         except (BackendError, RuntimeError) as error:
             return str(error)
         return None

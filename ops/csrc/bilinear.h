@@ -8,8 +8,10 @@ namespace msda {
 // The four cells around a point, in the order top left, top right, bottom left, bottom right.
 template <class F, class I>
 struct Corners {
+  decltype(F{} < F{}) exists[4];  // whether the cell is inside the level
   F weight[4];            // bilinear weights; 0 for a cell outside the level
   I cell[4];              // row * width + column; `nowhere` for a cell outside the level
+  I first;                // the top left cell, as if the level had no edges
   F left, right, up, down;  // shares of the left and right columns, upper and lower rows, 0..1
 };
 
@@ -31,7 +33,7 @@ MSDA_INLINE Corners<F, I> find_corners(F x, F y, F width, F height, I start, I p
   c.left = F{} + 1 - c.right;
   c.up = F{} + 1 - c.down;
 
-  const I first = start + to_int(row) * pitch + to_int(column) * step;
+  const I first = c.first = start + to_int(row) * pitch + to_int(column) * step;
   const auto has_left = column >= F{}, has_up = row >= F{};
   const auto has_right = (column < width - 1) & (column >= F{} - 1);
   const auto has_down = (row < height - 1) & (row >= F{} - 1);
@@ -42,6 +44,8 @@ MSDA_INLINE Corners<F, I> find_corners(F x, F y, F width, F height, I start, I p
   c.weight[1] = right * up;
   c.weight[2] = left * down;
   c.weight[3] = right * down;
+  c.exists[0] = has_left & has_up, c.exists[1] = has_right & has_up;
+  c.exists[2] = has_left & has_down, c.exists[3] = has_right & has_down;
   c.cell[0] = select(has_left, select(has_up, first, nowhere), nowhere);
   c.cell[1] = select(has_right, select(has_up, first + step, nowhere), nowhere);
   c.cell[2] = select(has_left, select(has_down, first + pitch, nowhere), nowhere);

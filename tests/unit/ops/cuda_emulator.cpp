@@ -14,7 +14,8 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __grid_constant__
+#define __launch_bounds__(...)
 // one place for all lanes, found by the linker's names so that each block gets it filled again
 #define __shared__ static __attribute__((section("msda_shared")))
 
@@ -75,7 +76,8 @@ inline unsigned __float_as_uint(float x) {
   return bits;
 }
 inline long long __double2ll_rn(double x) { return std::llrint(x); }
-inline float half_to_float(unsigned short bits) {
+inline float half_to_float(unsigned word, int upper) {
+  const unsigned short bits = static_cast<unsigned short>(upper ? word >> 16 : word);
   _Float16 x;
   std::memcpy(&x, &bits, sizeof x);
   return static_cast<float>(x);
@@ -86,6 +88,9 @@ inline unsigned short float_to_half(float x) {
   std::memcpy(&bits, &rounded, sizeof bits);
   return bits;
 }
+
+template <class P>
+P* kept(P* address) { return address; }
 
 #include "cuda.cu"
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ops.call import BackendError, Call, Gradients
 from ops.compiler import compiler
-from ops.cuda import CudaBackend, Kind
+from ops.cuda import CudaBackend, Kind, prepare
 from ops.reference import ReferenceBackend
 from tests.unit.ops.emulated import EmulatedBackend
-from tests.unit.ops.oracle import SHAPES, fused_oracle, loop_oracle, make_inputs
+from tests.unit.ops.oracle import SHAPES, Shapes, fused_oracle, loop_oracle, make_inputs
+from tests.unit.ops.presets import Layer, layers
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 QUERIES = 21  # no multiple of the groups of a block
@@ -29,7 +30,8 @@ CASES = [
     (F32, 1, 4, 0), (F32, 3, 1, 0), (F32, 17, 2, 0), (F32, 32, 4, 0), (F32, 48, 2, 0),
     (F32, 264, 1, 0),  # more bundles than lanes
     (F32, 32, 4, 2), (F32, 32, 4, 4), (F32, 4, 64, 4),  # shared memory for fewer groups
-    (BF16, 32, 4, 0), (BF16, 40, 2, 2), (BF16, 3, 2, 4), (F16, 32, 4, 2), (F16, 17, 2, 4),
+    (BF16, 32, 4, 0), (BF16, 40, 2, 2), (BF16, 3, 2, 4), (BF16, 16, 4, 2),
+    (F16, 32, 4, 2), (F16, 17, 2, 4), (F16, 6, 2, 0),
 ]  # fmt: skip
 
 needs_gpu = pytest.mark.skipif(
@@ -61,17 +63,25 @@ def _deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def make_call(dtype: torch.dtype, channels: int, per_level: int, form: int) -> Call:
-    """Return a call of three levels with points inside, outside, far off and NaN."""
-    value, _, points, weights = make_inputs(2, QUERIES, 3, channels, per_level)
+def make_call(
+    dtype: torch.dtype,
+    channels: int,
+    per_level: int,
+    form: int,
+    *,
+    heads: int = 3,
+    shapes: Shapes = SHAPES,
+) -> Call:
+    """Return a call with points inside, outside, far off and NaN."""
+    value, _, points, weights = make_inputs(2, QUERIES, heads, channels, per_level, shapes)
     reference = None
     if form:
         weights, points = 3 * torch.randn_like(weights), 2 * torch.randn_like(points)
-        reference = torch.rand(2, QUERIES, len(SHAPES), form, dtype=F64) * 1.4 - 0.2
+        reference = torch.rand(2, QUERIES, len(shapes), form, dtype=F64) * 1.4 - 0.2
     flat = points.view(-1, 2)
     flat[0], flat[1, 1], flat[2] = torch.nan, torch.nan, torch.tensor([1e30, 0.5])
     flat[3], flat[4] = torch.tensor([0.5, -torch.inf]), torch.tensor([torch.inf, torch.nan])
-    sides = [side for shape in SHAPES for side in shape]
+    sides = [side for shape in shapes for side in shape]
     return Call.of(value.to(dtype), sides, points, weights, reference)
 
 
@@ -145,6 +155,26 @@ def test_gradient_of_reference(
     assert_gradients_near(actual, expected, dtype)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", layers(), ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_every_layer_of_the_presets(
+    emulated: EmulatedBackend, dtype: torch.dtype, layer: Layer
+) -> None:
+    shapes = [(9, 7), (5, 4), (3, 2), (1, 2)][: layer.levels]
+    call = make_call(
+        dtype, layer.channels, layer.points, layer.form, heads=layer.heads, shapes=shapes
+    )
+    exact, grad = to(call, F64), upstream(call)
+    assert_near(emulated.forward(call), ReferenceBackend().forward(exact), TOLERANCE[dtype])
+    for need_reference in (False, True):
+        expected = ReferenceBackend().backward(exact, grad.double(), need_reference=need_reference)
+        torch.use_deterministic_algorithms(need_reference)  # and once each is enough
+        actual = emulated.backward(call, grad, need_reference=need_reference)
+        torch.use_deterministic_algorithms(False)
+        assert_gradients_near(actual, expected, dtype)
+
+
 @pytest.mark.long
 def test_forward_equals_a_loop_over_samples(emulated: EmulatedBackend) -> None:
     value, shapes, locations, weights = make_inputs(n=2, q=6, m=3, d=6, k=2)
@@ -173,15 +203,22 @@ def test_rounds_like_pytorch(emulated: EmulatedBackend, dtype: torch.dtype) -> N
 
 def test_most_samples_that_shared_memory_holds(emulated: EmulatedBackend) -> None:
     value, shapes, locations, weights = make_inputs(
-        1, 3, 1, 2, 73, shapes=[(3, 4), (1, 2)] * 3 + [(1, 1)]
+        1, 3, 1, 2, 307, shapes=[(3, 4), (1, 2)] * 2 + [(1, 1)]
     )
-    call = Call.of(value, [3, 4, 1, 2] * 3 + [1, 1], locations, weights)
-    assert Kind(F64, 2, 7, 73).threads == 32
+    call = Call.of(value, [3, 4, 1, 2] * 2 + [1, 1], locations, weights)
+    assert Kind(F64, 1, 2, 5, 307).threads == 32
     assert_near(emulated.forward(call), ReferenceBackend().forward(call), 1e-9)
-    with pytest.raises(BackendError, match="512 samples .* maximum, 511 samples and 2048 channels"):
-        Kind(F64, 2, 2, 256).program("sm_90")
+    with pytest.raises(BackendError, match="1536 samples .* 1535 samples and 2048 channels"):
+        Kind(F64, 1, 2, 2, 768).program("sm_90")
     with pytest.raises(BackendError, match="4 samples of 2049 channels"):
-        Kind(F32, 2049, 2, 2).program("sm_90")
+        Kind(F32, 1, 2049, 2, 2).program("sm_90")
+
+
+def test_more_tokens_than_an_index_holds() -> None:
+    value = torch.empty(1, 2**27, 1, 1, device="meta")
+    points, weights = value.new_empty(1, 1, 1, 1, 1, 2), value.new_empty(1, 1, 1, 1, 1)
+    with pytest.raises(BackendError, match="134217728 tokens .* maximum, 134217727"):
+        prepare(Call.of(value, [2**13, 2**14], points, weights))
 
 
 def test_view_that_begins_off_a_boundary(emulated: EmulatedBackend) -> None:

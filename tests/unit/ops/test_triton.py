@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ops.call import BackendError, Call, Gradients
 from ops.reference import ReferenceBackend
-from ops.triton_backend import Launch, TritonBackend, backward_launch, forward_launch
+from ops.triton_backend import TritonBackend, forward_launch
 from tests.unit.ops.oracle import SHAPES, Shapes, fused_oracle, loop_oracle, make_inputs
+from tests.unit.ops.triton_ahead import TARGETS, compile_ahead
 
 ROOT = Path(__file__).resolve().parents[3]
 BACKEND = TritonBackend()
@@ -283,37 +284,10 @@ def test_a_call_waits_for_nothing_and_can_be_captured(captured: bool) -> None:
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
-TARGETS = {
-    "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64),
-}  # fmt: skip
-TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
-
-
 def compiled(target: str, backward: bool, form: int, dtype: torch.dtype, sums: str = "") -> str:
     """Return the assembly of a kernel for a usual call; `sums`: other than the points' type."""
-    pytest.importorskip("triton", minversion="3.3", reason="compiles another kind of source")
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    from ops import triton_kernels
-
-    if triton_kernels.INTERPRETED:
-        pytest.skip("Triton only interprets, as TRITON_INTERPRET asks")
     call = to(make_call(form, n=1, q=1, m=8, d=32, k=4, shapes=[(2, 2)] * 4), dtype)
-    storage, exact = TYPES[dtype], TYPES[call.points.dtype]
-    types, kernel = [storage, "*i32", exact, exact, exact, storage], triton_kernels.msda_forward
-    launch: Launch = forward_launch(call)
-    if backward:
-        kernel = triton_kernels.msda_backward
-        types += ["*fp64" if sums else exact, sums or exact, exact, exact]
-        launch = backward_launch(call, to_locations=False, deterministic=bool(sums))
-    signature = [*types, "i32", "i32", *["constexpr"] * len(launch.constants)]
-    source = triton.compiler.ASTSource(
-        kernel, dict(zip(kernel.arg_names, signature, strict=True)), launch.constants,
-        {(i,): [["tt.divisibility", 16]] for i in range(len(types))},
-    )  # fmt: skip
-    options = {"num_warps": launch.warps, "num_stages": 1, "enable_fp_fusion": True}
-    program = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    program, _ = compile_ahead(call, target, backward=backward, sums=sums)
     return str(program.asm["ptx" if target.startswith("sm") else "amdgcn"])
 
 
