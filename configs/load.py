@@ -45,7 +45,7 @@ class Given:
         """Return these options on top of others.
 
         A data location replaces every location below it, a preset of augmentation its parts, a
-        recipe its alternatives.
+        recipe its alternatives; `no_tile` leaves out how images are cut.
         """
         data = self.values.get("data", {})
         replaced = set(LOCATIONS if any(name in data for name in LOCATIONS) else ())
@@ -53,6 +53,8 @@ class Given:
         values = {title: dict(entries) for title, entries in below.values.items()}
         if "cls_loss" in self.values.get("loss", {}):
             values.get("model", {}).pop("scores", None)
+        if self.values.get("tiles", {}).get("tile") is False:
+            values.pop("tiles", None)
         values["data"] = {k: v for k, v in values.get("data", {}).items() if k not in replaced}
         if self.dropped:
             kept = {k: v for k, v in values.get("recipes", {}).items() if k not in self.dropped}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from configs.options import Checked, Section, option
+from configs.tiles import TrainTileOptions
 from util.errors import ConfigError
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -742,6 +743,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    tiles: TrainTileOptions = field(default_factory=TrainTileOptions)
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     recipes: Mapping[str, Any] = field(default_factory=dict)
@@ -763,5 +765,5 @@ class Config:
 
 SECTIONS: Mapping[str, Section] = {
     "data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "loss": LossConfig,
-    "run": RunConfig,
+    "tiles": TrainTileOptions, "run": RunConfig,
 }  # fmt: skip

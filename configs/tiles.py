@@ -1,6 +1,6 @@
-"""Options of `eval` and `predict` for images that are larger than what a model takes."""
+"""Options for images that are larger than what a model takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from configs.options import Checked, option
@@ -28,9 +28,19 @@ class TileOptions(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        others = ("tile_size", "tile_overlap", "tile_merge", "tile_nms")
-        if not self.tile and any(getattr(self, n) != getattr(TileOptions, n) for n in others):
-            raise ConfigError(
-                "`tile_size`, `tile_overlap`, `tile_merge` and `tile_nms` say how images are cut. "
-                "Add `tile`."
-            )
+        for f in fields(self):
+            if not self.tile and getattr(self, f.name) != f.default:
+                raise ConfigError(f"{f.name}: says how images are cut into tiles. Add `tile`.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTileOptions(TileOptions):
+    """How images are cut into tiles, and what a model learns of them."""
+
+    tile_min_seen: float = option(
+        0.5, "share of an object that a tile must show for it to be learned there; 0: any part. "
+        "One that no tile shows so much of is learned where most of it is seen", low=0, high=1,
+    )  # fmt: skip
+    tile_empty: float = option(
+        1.0, "share of the tiles without objects that are trained on, evenly spaced", low=0, high=1
+    )

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from configs.schema import AnnotationOptions, DataConfig
+from configs.tiles import TileOptions, TrainTileOptions
 from datasets.checks.findings import SplitReport, first_few
 from datasets.dataset import CocoDetection, ImageCache
 from datasets.formats.coco import read_coco_file
@@ -20,6 +21,8 @@ from datasets.index import CocoIndex
 from datasets.mixing import Affine, Mixing
 from datasets.sample import CHANNELS, mean_colour
 from datasets.split import BatchSplit
+from datasets.tiled import TileDetection, TiledIndex, cut_index
+from datasets.tiles import Tiling
 from datasets.transforms import EvalTransform, TrainTransform, Transform
 from util.classes import Classes
 from util.console import console
@@ -247,6 +250,34 @@ def split_batch(effective: int, *, max_size: int, rank: int = 0, world_size: int
     return BatchSplit(size, own // size, rank, world_size)
 
 
+def tiling_of(options: TileOptions, eval_scale: int) -> Tiling | None:
+    """Return how images are cut, None if they stay whole."""
+    if not options.tile:
+        return None
+    tiling = Tiling(
+        size=options.tile_size or eval_scale,
+        overlap=options.tile_overlap,
+        measure=options.tile_merge,
+        threshold=options.tile_nms,
+    )
+    if isinstance(options, TrainTileOptions):
+        tiling = replace(tiling, min_seen=options.tile_min_seen)
+    return tiling
+
+
+def seen_index(
+    index: CocoIndex, options: TrainTileOptions, eval_scale: int, *, train: bool
+) -> CocoIndex:
+    """Return the images that a model sees: those of an index, or their tiles.
+
+    All tiles, or of those without boxes only some if `train`.
+    """
+    tiling = tiling_of(options, eval_scale)
+    if tiling is None:
+        return index
+    return cut_index(index, tiling, empty=options.tile_empty if train else 1.0)
+
+
 def build_dataset(
     cfg: DataConfig,
     index: CocoIndex,
@@ -258,7 +289,7 @@ def build_dataset(
     classes: Classes | None = None,
     epochs: int | None = 0,
 ) -> CocoDetection:
-    """Return an index's images, augmented if `train`, labelled in `classes` if given.
+    """Return an index's images or tiles, augmented if `train`, labelled in `classes` if given.
 
     `epochs` are those of the run, of which the last mix no images; None: not known yet.
 
@@ -270,9 +301,11 @@ def build_dataset(
     mixing = build_mixing(cfg, mean=mean, epochs=epochs) if train else None
     cache = None
     if train and cfg.cache_images:
-        whole = CHANNELS * int(index.images.sizes.astype(np.int64).prod(axis=1).sum())
-        cache = ImageCache(len(index), max(1, min(int(cfg.cache_images * 1e9), whole)))
-    dataset = CocoDetection(
+        images = index.whole.images if isinstance(index, TiledIndex) else index.images
+        whole = CHANNELS * int(images.sizes.astype(np.int64).prod(axis=1).sum())
+        cache = ImageCache(len(images.ids), max(1, min(int(cfg.cache_images * 1e9), whole)))
+    kind = TileDetection if isinstance(index, TiledIndex) else CocoDetection
+    dataset = kind(
         index,
         build_transform(cfg, train=train, mean=mean, std=std, epochs=epochs),
         seed=seed,

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from datasets.index import CocoIndex
 from datasets.mixing import Mixing
 from datasets.sample import CHANNELS, Sample, Size, clip_boxes, draw_integer, to_pixels
 from datasets.transforms import Transform
+from datasets.windows import Windows, open_windows
 from util.batch import Target, UnreadableImage
 from util.classes import Classes
 from util.errors import ConfigError, DataError
@@ -155,7 +157,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         try:
             sample = self._read_sample(position)
         except READ_ERRORS as error:
-            return _unreadable(image_id, self._path(position), error)
+            return unreadable(image_id, self.path(position), error)
         epoch = int(self._epoch)
         generator = seeded_generator(self._seed, epoch, position)
         size = sample.size
@@ -169,19 +171,23 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         """Return the id of an image."""
         return int(self.index.images.ids[position])
 
-    def read_pixels(self, position: int) -> Tensor | UnreadableImage:
-        """Return an image as uint8 [3,H,W], at no less than the transform needs."""
-        try:
-            return self._decode(position)[0]
-        except READ_ERRORS as error:
-            return _unreadable(self.image_id(position), self._path(position), error)
+    def windows(self, position: int) -> AbstractContextManager[Windows]:
+        """Open an image to read parts of it; see `open_windows`."""
+        height, width = self.index.images.sizes[position].tolist()
+        return open_windows(self.path(position), (height, width))
+
+    def objects(self, position: int) -> tuple[Tensor, Tensor]:
+        """Return the boxes [B,4] xyxy of an image in pixels, and their labels [B]."""
+        part = slice(self.index.first[position], self.index.first[position + 1])
+        boxes = torch.from_numpy(self.index.boxes[part].copy())
+        return boxes, torch.from_numpy(self._label_of[self.index.labels[part]])
 
     def read_image(self, image_id: int) -> Image.Image | None:
         """Return an image as it is stored, None if it cannot be read."""
         position = int(np.flatnonzero(self.index.images.ids == image_id)[0])
         height, width = self.index.images.sizes[position].tolist()
         try:
-            return read_rgb(self._path(position), (height, width))
+            return read_rgb(self.path(position), (height, width))
         except READ_ERRORS:
             return None
 
@@ -197,17 +203,15 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         """Return the (height, width) of each image, (0, 0) where it is unknown."""
         return [(int(h), int(w)) for h, w in self.index.images.sizes]
 
-    def _path(self, position: int) -> Path:
+    def path(self, position: int) -> Path:
+        """Return where an image is."""
         return self.index.image_dir / self.index.images.file_names[position]
 
     def _read_sample(self, position: int) -> Sample:
         """Decode an image, at no more than the transform needs, with its boxes."""
         pixels, size = self._decode(position)
-        part = slice(self.index.first[position], self.index.first[position + 1])
-        boxes = torch.from_numpy(self.index.boxes[part].copy())
-        labels = torch.from_numpy(self._label_of[self.index.labels[part]])
         # The file may be smaller than stated.
-        return clip_boxes(Sample(pixels, boxes, labels, size))
+        return clip_boxes(Sample(pixels, *self.objects(position), size))
 
     def _decode(self, position: int) -> tuple[Tensor, tuple[int, int]]:
         """Return pixels as `read_reduced` decodes them, or from the cache."""
@@ -216,7 +220,7 @@ class CocoDetection(Dataset[tuple[Tensor, Target] | UnreadableImage]):
             return cached
         height, width = self.index.images.sizes[position].tolist()
         image, size = read_reduced(
-            self._path(position), (height, width), self.transform.decoded_size
+            self.path(position), (height, width), self.transform.decoded_size
         )
         pixels = to_pixels(image)
         if self._cache is not None:
@@ -244,7 +248,8 @@ def make_target(prepared: Sample, image_id: int, orig_size: tuple[int, int]) -> 
     }
 
 
-def _unreadable(image_id: int, path: Path | str, error: BaseException) -> UnreadableImage:
+def unreadable(image_id: int, path: Path | str, error: BaseException) -> UnreadableImage:
+    """Return what stands in a batch for an image that cannot be read."""
     return UnreadableImage(image_id, str(path), f"{type(error).__name__}: {error}")
 
 
@@ -328,11 +333,13 @@ class ImageList(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         return len(self._images)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Target] | UnreadableImage:
-        pixels = self.read_pixels(position)
-        if isinstance(pixels, UnreadableImage):
-            return pixels
+        source = self._images[position]
+        try:
+            pixels = source if isinstance(source, Tensor) else to_pixels(read_rgb(source, None))
+        except READ_ERRORS as error:
+            return unreadable(position, self.path(position), error)
         size = (pixels.shape[1], pixels.shape[2])
-        sample = Sample(pixels, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), size)
+        sample = Sample(pixels, *self.objects(position), size)
         generator = torch.Generator().manual_seed(position)
         prepared = self.transform(sample, generator, generator)
         return prepared.image, make_target(prepared, position, size)
@@ -341,14 +348,18 @@ class ImageList(Dataset[tuple[Tensor, Target] | UnreadableImage]):
         """Return the id of an image, which is its position."""
         return position
 
-    def read_pixels(self, position: int) -> Tensor | UnreadableImage:
-        """Return an image as uint8 [3,H,W]."""
+    def windows(self, position: int) -> AbstractContextManager[Windows]:
+        """Open an image to read parts of it; see `open_windows`."""
+        return open_windows(self._images[position], None)
+
+    def objects(self, position: int) -> tuple[Tensor, Tensor]:
+        """Return no boxes [0,4], and no labels [0]."""
+        return torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+
+    def path(self, position: int) -> Path | str:
+        """Return where an image comes from, "" where that is not known."""
         source = self._images[position]
-        try:
-            return source if isinstance(source, Tensor) else to_pixels(read_rgb(source, None))
-        except READ_ERRORS as error:
-            path = source if isinstance(source, Path) else getattr(source, "filename", "")
-            return _unreadable(position, path, error)
+        return source if isinstance(source, Path) else getattr(source, "filename", "")
 
     def image_sizes(self) -> list[tuple[int, int]]:
         """Return the (height, width) of each image, (0, 0) where its header cannot be read."""

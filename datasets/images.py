@@ -57,7 +57,7 @@ _OTHER_ERRORS = (
 
 
 @contextlib.contextmanager
-def _as_read_error() -> Iterator[None]:
+def as_read_error() -> Iterator[None]:
     """Make one of READ_ERRORS of whatever Pillow raises; nothing else may run within."""
     try:
         yield
@@ -81,7 +81,7 @@ def open_image(file: Path | IO[bytes] | Image.Image) -> Iterator[Image.Image]:
         if isinstance(file, Path):
             file = stack.enter_context(open_regular(file, LARGEST_IMAGE))
         try:
-            with _as_read_error():
+            with as_read_error():
                 image = stack.enter_context(Image.open(file))
         except UnidentifiedImageError as error:  # which would describe the open file
             name = getattr(file, "name", "")
@@ -110,7 +110,7 @@ def decode(image: Image.Image) -> None:
     Raises:
         READ_ERRORS: the file cannot be decoded to its end.
     """
-    with _as_read_error():
+    with as_read_error():
         _refuse_endless_scans(image)
         image.load()
 
@@ -191,7 +191,7 @@ def read_reduced(
         size = stored_size[::-1] if upright and orientation in TURNED else stored_size
         factor = _reduction(size, decoded_size(*size))
         if factor > 1:
-            with _as_read_error():
+            with as_read_error():
                 image.draft(None, (image.width // factor, image.height // factor))
         decode(image)
         rgb = _to_rgb(image)

@@ -1,33 +1,14 @@
-"""Images that are larger than what a model takes, cut into tiles that overlap."""
+"""How images that are larger than what a model takes are cut into tiles that overlap."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-
-from datasets.collate import Item, collate
-from datasets.dataset import CocoDetection, ImageList, make_target
-from datasets.sample import Sample
-from util.batch import Batch, Target, UnreadableImage
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiling:
-    """How images are cut, and how the boxes of tiles are merged.
-
-    Units: `size` is a tile's side in pixels of the original image. Ranges: `overlap` is the minimum
-    share of a side that neighbours have in common, in 0..0.9. Of two boxes of a class in different
-    tiles, the better one stays where their `measure` exceeds `threshold`: `iou`, or `ios`, the
-    intersection over the smaller box.
-    """
-
-    size: int
-    overlap: float = 0.2
-    measure: Literal["iou", "ios"] = "iou"
-    threshold: float = 0.5
 
 
 class Tile(NamedTuple):
@@ -37,6 +18,24 @@ class Tile(NamedTuple):
     top: int
     right: int
     bottom: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How images are cut, and how the boxes of tiles are merged.
+
+    Units: `size` is a tile's side in pixels of the original image. Ranges: `overlap` is the minimum
+    share of a side that neighbours have in common, in 0..0.9; `min_seen` is the share of an object
+    from which on it counts in a tile, see `boxes_of_tiles`. Of two boxes of a class in different
+    tiles, the better one stays where their `measure` exceeds `threshold`: `iou`, or `ios`, the
+    intersection over the smaller box.
+    """
+
+    size: int
+    overlap: float = 0.2
+    min_seen: float = 0.5
+    measure: Literal["iou", "ios"] = "iou"
+    threshold: float = 0.5
 
 
 def tiles_of(height: int, width: int, tiling: Tiling) -> list[Tile]:
@@ -62,70 +61,36 @@ def _starts(side: int, tiling: Tiling) -> list[int]:
     return [i * beyond // (count - 1) for i in range(count)]
 
 
-class TileBatches:
-    """Batches of the tiles of images, image by image; iterable.
+def boxes_of_tiles(
+    boxes: NDArray[np.float32], tiles: Sequence[Tile], min_seen: float
+) -> list[NDArray[np.int64]]:
+    """Return for each tile the rows of the boxes that count in it.
 
-    An image of one tile is prepared as without tiles. The targets of all others have, besides
-    `orig_size`, the (height, width) of the tile: `tile` [4], its edges in the image; `whole` [2],
-    the image's (height, width); `tiles` [], how many the image has. One image is in memory at once.
+    Those are the boxes of which it shows `min_seen` (0..1) of the area or more. A box of which no
+    tile shows so much counts in the one that shows most of it, so that no object is lost.
+
+    Shape: boxes [B,4] xyxy in pixels of the image, with an area.
     """
+    exact = boxes.astype(np.float64)
+    area = (exact[:, 2:] - exact[:, :2]).prod(axis=1)
 
-    def __init__(
-        self,
-        dataset: CocoDetection | ImageList,
-        tiling: Tiling,
-        *,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        """Take every image once; the parts of processes do not overlap."""
-        self._dataset, self._tiling, self._batch_size = dataset, tiling, batch_size
-        sizes = dataset.image_sizes()
-        counts = [len(tiles_of(*size, tiling)) for size in sizes]
-        # large ones first: what does not fit into memory fails at once
-        order = sorted(range(len(sizes)), key=lambda i: -sizes[i][0] * sizes[i][1])
-        self._positions = order[rank::world_size]
-        self._batches = sum(math.ceil(counts[i] / batch_size) for i in self._positions)
+    def seen(tile: Tile) -> NDArray[np.float64]:
+        low, high = np.maximum(exact[:, :2], tile[:2]), np.minimum(exact[:, 2:], tile[2:])
+        return np.asarray((high - low).clip(0).prod(axis=1) / area)
 
-    def __len__(self) -> int:
-        """Return the number of batches, where the images are as large as their headers state."""
-        return self._batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        for position in self._positions:
-            items: list[Item] = []
-            for item in self._items(position):
-                items.append(item)
-                if len(items) == self._batch_size:
-                    yield collate(items)
-                    items = []
-            if items:
-                yield collate(items)
-
-    def _items(self, position: int) -> Iterator[Item]:
-        pixels = self._dataset.read_pixels(position)
-        if isinstance(pixels, UnreadableImage):
-            yield pixels
-            return
-        height, width = pixels.shape[1:]
-        tiles = tiles_of(height, width, self._tiling)
-        if len(tiles) == 1:
-            yield self._dataset[position]
-            return
-        image_id = self._dataset.image_id(position)
-        for tile in tiles:
-            image, target = self._cut(pixels, tile, image_id)
-            place = {"tile": tile, "whole": (height, width), "tiles": len(tiles)}
-            yield image, target | {name: torch.tensor(value) for name, value in place.items()}
-
-    def _cut(self, pixels: Tensor, tile: Tile, image_id: int) -> tuple[Tensor, Target]:
-        part = pixels[:, tile.top : tile.bottom, tile.left : tile.right]
-        size = (tile.bottom - tile.top, tile.right - tile.left)
-        sample = Sample(part, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), size)
-        generator = torch.Generator()  # nothing is drawn in evaluation
-        prepared = self._dataset.transform(sample, generator, generator)
-        return prepared.image, make_target(prepared, image_id, size)
+    most, best = np.full(len(boxes), -1.0), np.zeros(len(boxes), dtype=np.int64)
+    for number, tile in enumerate(tiles):
+        share = seen(tile)
+        best[share > most] = number
+        most = np.maximum(most, share)
+    lacking = most < min_seen
+    rows = []
+    for number, tile in enumerate(tiles):
+        share = seen(tile)
+        rows.append(
+            np.flatnonzero((share > 0) & ((share >= min_seen) | (lacking & (best == number))))
+        )
+    return rows
 
 
 def seen_whole_elsewhere(

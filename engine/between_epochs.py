@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from datasets.collate import collate
 from datasets.dataset import CocoDetection
+from datasets.tiled import as_tiles
+from datasets.tiles import Tiling
 from engine.averages import official_log_values
 from engine.data_report import report_unreadable
 from engine.evaluation.analysis import draw_gallery, evenly_spaced
@@ -70,6 +72,7 @@ class Validation:
     log: RunLog
     output_dir: Path
     num_images: int  # drawn after each evaluation
+    tiling: Tiling | None = None  # of large images; `batches` are those of their tiles then
 
     def __call__(
         self,
@@ -99,8 +102,9 @@ class Validation:
 
     def estimate_seconds(self, model: nn.Module, averaged: nn.Module | None) -> float:
         """Estimate how long an evaluation takes, by a few of the images that can be read."""
-        positions = np.linspace(0, len(self.dataset) - 1, _SAMPLED).astype(int).tolist()
-        batches = [collate([self.dataset[position]]) for position in positions]
+        dataset = self.dataset if self.tiling is None else as_tiles(self.dataset, self.tiling)
+        positions = np.linspace(0, len(dataset) - 1, _SAMPLED).astype(int).tolist()
+        batches = [collate([dataset[position]]) for position in positions]
         times = [time.perf_counter()]
         with torch.compiler.set_stance("force_eager"):
             for _ in detect(
@@ -114,7 +118,7 @@ class Validation:
             ):
                 times.append(time.perf_counter())
         seconds = [after - before for before, after in pairwise(times)][1:]  # the first warms up
-        images = -(-len(self.dataset) // self.world.size) * (1 if averaged is None else 2)
+        images = -(-len(dataset) // self.world.size) * (1 if averaged is None else 2)
         return images * sum(seconds) / max(len(seconds), 1)
 
     def _evaluate(
@@ -136,6 +140,7 @@ class Validation:
                     autocast=self.precision.autocast,
                     world=self.world,
                     stopping=stopping,
+                    tiling=self.tiling,
                 )
         except FloatingPointError as error:
             raise UserError(

@@ -13,12 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from configs.schema import Config, OptimConfig
-from datasets.build import Split, build_dataset, load_index
+from datasets.build import Split, build_dataset, load_index, seen_index, tiling_of
 from datasets.dataset import CocoDetection
 from datasets.eval_loader import eval_loader
 from datasets.index import CocoIndex
 from datasets.loader import TrainLoader
 from datasets.split import BatchSplit
+from datasets.tile_batches import TileBatches
 from datasets.workers import loader_processes
 from engine.attention_memory import check_attention
 from engine.between_epochs import Validation, count_parameters
@@ -125,7 +126,7 @@ def build_trainer(
 
 
 def load_data(plan: RunPlan, world: World) -> tuple[CocoIndex, CocoIndex | None]:
-    """Return training data, and the validation data of a run that has some.
+    """Return training data, in tiles if they are cut, and whole validation data if there is some.
 
     data_report.json lists what was fixed or skipped.
     """
@@ -135,7 +136,9 @@ def load_data(plan: RunPlan, world: World) -> tuple[CocoIndex, CocoIndex | None]
         split: load_index(plan.config.data, split, need_boxes=split == "train", world=world)
         for split in splits
     }
-    for index in indices.values():
+    tiles, scale = plan.config.tiles, plan.config.data.eval_scale
+    seen = {s: seen_index(x, tiles, scale, train=s == "train") for s, x in indices.items()}
+    for index in seen.values():
         log.info(index.report(plan.config.model.num_queries))
     if world.main:
         write_data_report(
@@ -147,7 +150,7 @@ def load_data(plan: RunPlan, world: World) -> tuple[CocoIndex, CocoIndex | None]
     if val is not None and options.val_share < 1:
         whole, val = len(val), val.part(options.val_share)
         log.info(f"evaluating on {len(val)} of the {whole} validation images")
-    return indices["train"], val
+    return seen["train"], val
 
 
 def build_loaders(
@@ -172,6 +175,14 @@ def build_loaders(
     )
     if val_set is None:
         return loader, ()
+    if tiling := tiling_of(config.tiles, config.data.eval_scale):
+        return loader, TileBatches(
+            val_set,
+            tiling,
+            batch_size=optim.eval_batch_size or optim.batch_size,
+            rank=share.rank,
+            world_size=share.world_size,
+        )
     val_batches = eval_loader(
         val_set,
         batch_size=optim.eval_batch_size or optim.batch_size,
@@ -321,6 +332,7 @@ def assemble_trainer(
             log=run_log,
             output_dir=output_dir,
             num_images=options.num_images,
+            tiling=tiling_of(config.tiles, config.data.eval_scale),
         )
     return Trainer(
         detector=model,

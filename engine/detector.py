@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from configs.load import Given
 from configs.schema import DataConfig
-from datasets.build import build_dataset, build_transform, load_index
+from configs.tiles import TileOptions
+from datasets.build import build_dataset, build_transform, load_index, tiling_of
 from datasets.dataset import CocoDetection, ImageList, ImageSource
 from datasets.eval_loader import eval_loader
 from datasets.images import limit_pixels
-from datasets.tiles import TileBatches, Tiling
+from datasets.tile_batches import TileBatches
+from datasets.tiled import cut_index
+from datasets.tiles import Tiling
 from datasets.workers import loader_processes
 from engine.claims import check_claims
 from engine.evaluation.evaluate import detect, evaluate
@@ -67,7 +70,8 @@ class Detector:
 
     `thresholds` has the best score threshold by class name, of classes for which one is known.
     `data` holds the data options of the model's training run: the image size, which detections are
-    kept, and where the run's validation data is. `mean` and `std` are per channel, in 0..1.
+    kept, and where the run's validation data is. `tiles` says how large images are cut, as in that
+    run if it was trained on tiles. `mean` and `std` are per channel, in 0..1.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Detector:
         device: torch.device,
         thresholds: Mapping[str, float] | None = None,
         batch_size: int = 1,
+        tiles: TileOptions | None = None,
     ) -> None:
         self.network = model.to(device).eval()
         self.classes = classes
@@ -89,6 +94,7 @@ class Detector:
         self.device = device
         self.thresholds = dict(thresholds or {})
         self.batch_size = batch_size
+        self.tiles = tiles or TileOptions()
 
     @classmethod
     def load(
@@ -156,22 +162,25 @@ class Detector:
             device=device,
             thresholds=pretrained.thresholds,
             batch_size=_batch_size(optim.get("eval_batch_size") or optim.get("batch_size")),
+            tiles=config.tiles,
         )
 
     @classmethod
     def _of_exported(cls, source: str, given: Given) -> "Detector":
         network = open_exported(source)
         about = network.about
-        saved = saved_options(given, {"data": about.data}, source)
+        saved = saved_options(given, {"data": about.data, "tiles": about.tiles}, source)
+        config = given.on(saved).config()
         return cls(
             network,
             about.classes,
-            data=given.on(saved).config().data,
+            data=config.data,
             mean=about.mean,
             std=about.std,
             device=torch.device("cpu"),
             thresholds=about.thresholds,
             batch_size=_batch_size(about.batch_size),
+            tiles=config.tiles,
         )
 
     @property
@@ -202,7 +211,23 @@ class Detector:
         )
 
     @property
-    def _postprocess(self) -> PostProcess:
+    def tiling(self) -> Tiling | None:
+        """How large images are cut, None if they stay whole."""
+        return tiling_of(self.tiles, self.data.eval_scale)
+
+    def take(self, given: Given) -> None:
+        """Put options of data and tiles on those of the checkpoint.
+
+        Raises:
+            ConfigError: two options contradict each other.
+        """
+        own = Given({"data": asdict(self.data), "tiles": asdict(self.tiles)})
+        config = given.on(own).config()
+        self.data, self.tiles = config.data, config.tiles
+
+    @property
+    def postprocess(self) -> PostProcess:
+        """What turns the network's outputs into boxes in pixels."""
         chosen = self.data.num_select, self.data.nms_iou
         if isinstance(self.network, ExportedModel):
             return self.network.postprocess(*chosen)
@@ -239,7 +264,7 @@ class Detector:
         An image is a path, a Pillow image, an RGB array [H,W,3] uint8, or an RGB tensor [3,H,W],
         uint8 or float in 0..1. Files and Pillow images are turned upright. `threshold` is the
         minimum score; by default that of each class in the checkpoint, else 0.3. Images of one
-        size are computed `batch_size` at once.
+        size are computed `batch_size` at once; large ones are cut as `tiling` says.
 
         Raises:
             DataError: an image cannot be read.
@@ -252,7 +277,9 @@ class Detector:
         min_scores = self.min_scores(threshold)
         found = {
             i: [box for box in boxes if box.score >= min_scores[box.name]]
-            for i, boxes in self.detect(sources, batch_size=batch_size, skip_unreadable=False)
+            for i, boxes in self.detect(
+                sources, batch_size=batch_size, skip_unreadable=False, tiling=self.tiling
+            )
         }
         return [found[i] for i in range(len(sources))] if many else found[0]
 
@@ -286,7 +313,7 @@ class Detector:
             batches = TileBatches(dataset, tiling, batch_size=batch_size)
         results = detect(
             self.network,
-            self._postprocess,
+            self.postprocess,
             batches,
             device=self.device,
             description=description,
@@ -337,7 +364,7 @@ class Detector:
         limit_pixels(self.data.max_pixels)
         return explain(
             self.model,
-            self._postprocess,
+            self.postprocess,
             ImageList(
                 [_image_source(image)],
                 build_transform(self.data, train=False, mean=self.mean, std=self.std),
@@ -389,7 +416,8 @@ class Detector:
         dataset = build_dataset(
             data, index, train=False, mean=self.mean, std=self.std, classes=self.classes
         )
-        console(index.report(self.network.num_queries))
+        seen = index if self.tiling is None else cut_index(index, self.tiling)
+        console(seen.report(self.network.num_queries))
         return dataset
 
     def measure(
@@ -402,11 +430,10 @@ class Detector:
         backend: Backend = "fast",
         max_dets: int = 0,
         area_bounds: tuple[float, float] | None = None,
-        tiling: Tiling | None = None,
     ) -> tuple[EvalResult, Evaluator]:
         """Evaluate on a data set, each process of `world` on its part of the images.
 
-        With `tiling`, large images are cut.
+        Large images are cut as `tiling` says.
 
         Returns the result, and the evaluator that has collected the detections: of all processes
         in the main one.
@@ -427,13 +454,14 @@ class Detector:
         batch_size = batch_size or self.batch_size
         workers = loader_processes(self.data.num_workers, local_size=world.local_size)
         batches: Iterable[Batch]
+        tiling = self.tiling
         if tiling is None:
             batches = eval_loader(dataset, batch_size=batch_size, num_workers=workers, **share)
         else:
             batches = TileBatches(dataset, tiling, batch_size=batch_size, **share)
         result, _ = evaluate(
             self.network,
-            self._postprocess,
+            self.postprocess,
             batches,
             evaluator,
             device=self.device,
@@ -454,6 +482,7 @@ def _options_of(pretrained: Pretrained, given: Given, source: str) -> Given:
     content = {
         "model": pretrained.model_options,
         "data": saved.get("data", size),
+        "tiles": saved.get("tiles", {}),
         "recipes": saved.get("recipes", {}),
     }
     return saved_options(given, content, source)

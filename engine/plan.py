@@ -121,7 +121,8 @@ def plan_run(
 
     A fresh run has the options given, on top of the model options of `finetune`; `choose` adds
     those that `--config auto` leaves open. A run from a checkpoint has those given on top of the
-    checkpoint's; the model, batches and frozen parts must be the same.
+    checkpoint's; the model, batches, tiles and frozen parts must be
+    the same.
 
     Raises:
         ConfigError: options exclude each other, or a fresh run has no `output_dir`.
@@ -160,10 +161,12 @@ def plan_run(
             "norm_weight_decay": "as weight_decay"
             if optim.norm_weight_decay is None
             else "its own",
+            **_tiles_of(some),
         }
-        for optim in (before.optim, config.optim)
+        for some in (before, config)
+        for optim in (some.optim,)
     )
-    check_same("batches and frozen parts", fixed_before, fixed_now, checkpoint)
+    check_same("batches, tiles and frozen parts", fixed_before, fixed_now, checkpoint)
     output_dir = asked.output_dir or str(checkpoint.parent)
     run = replace(config.run, output_dir=output_dir, resume="")
     return RunPlan(
@@ -171,6 +174,16 @@ def plan_run(
         checkpoint=checkpoint,
         preprocessing=saved_preprocessing(content, checkpoint),
     )
+
+
+def _tiles_of(config: Config) -> dict[str, Any]:
+    """Return how training images are cut, with what the size of tiles depends on."""
+    tiles = config.tiles
+    if not tiles.tile:
+        return {"tile": False}
+    names = ("tile", "tile_overlap", "tile_min_seen", "tile_empty")
+    size = tiles.tile_size or config.data.eval_scale
+    return {**{name: getattr(tiles, name) for name in names}, "tile_size": size}
 
 
 def saved_run(path: Path) -> dict[str, Any]:

@@ -142,13 +142,18 @@ def plain_boxes(boxes: Sequence[Box], classes: Classes) -> list[dict[str, Any]]:
     ]
 
 
-def with_boxes(image: Image.Image, boxes: Sequence[Box], classes: Classes) -> Image.Image:
-    """Return a copy of an image with boxes drawn."""
+def with_boxes(
+    image: Image.Image,
+    boxes: Sequence[Box],
+    classes: Classes,
+    names: Sequence[str] | None = None,
+) -> Image.Image:
+    """Return a copy of an image with boxes drawn; `names` take the place of those of classes."""
     return draw_boxes(
         image,
         torch.tensor([box.xyxy for box in boxes]).reshape(-1, 4),
         [classes.label_of[box.category_id] for box in boxes],
-        [box.name for box in boxes],
+        [box.name for box in boxes] if names is None else names,
         [box.score for box in boxes],
     )
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from itertools import islice
@@ -12,9 +12,10 @@ from typing import Any
 
 from PIL import Image
 
-from datasets.tiles import Tiling
-from engine.detector import Detector
+from engine.detector import Box, Detector
 from engine.predictions import plain_boxes, with_boxes
+from engine.tracking import Tracks
+from util.classes import Classes
 from util.console import console, log
 from util.errors import ConfigError, DataError
 from util.files import make_output_dir, refuse_overwriting
@@ -154,16 +155,18 @@ def predict_video(
     thresholds: Mapping[str, float],
     draw: bool = True,
     batch_size: int = 1,
-    tiling: Tiling | None = None,
+    track_patience: float | None = None,
 ) -> None:
     """Write `predictions.jsonl`, a line per frame as soon as it is done, and a video with boxes.
 
     The video has the name of the input, as `.mp4`. The lines have boxes of every score; those that
     reach the threshold of their class are drawn. Classes without a threshold are left out. At most
-    `batch_size` frames are in memory.
+    `batch_size` frames are in memory. With `track_patience`, in seconds, boxes have the number of
+    their object, see `Tracks`, and all that have one are drawn.
 
     Raises:
-        ConfigError: PyAV is missing, or the video with boxes would overwrite the input.
+        ConfigError: PyAV or `trackers` is missing, or the video with boxes would overwrite the
+            input.
         DataError: there is no video, or none of its frames can be read.
     """
     stem = f"camera_{text}" if text.isdigit() else Path(text.partition("?")[0]).stem or "stream"
@@ -177,17 +180,27 @@ def predict_video(
         lines = stack.enter_context((output_dir / "predictions.jsonl").open("w", encoding="ascii"))
         video = stack.enter_context(VideoFile(output, frames.rate)) if draw else None
         bar = stack.enter_context(progress(total=frames.count, unit="frame", description="predict"))
+        tracks = None
+        if track_patience is not None:
+            tracks = Tracks(thresholds, rate=float(frames.rate), patience=track_patience)
         iterator = iter(frames)
         while batch := list(islice(iterator, batch_size)):
             images = [image for _, image in batch]
-            found = dict(detector.detect(images, batch_size=batch_size, tiling=tiling))
+            found = dict(detector.detect(images, batch_size=batch_size, tiling=detector.tiling))
             for i, (time, image) in enumerate(batch):
                 boxes = [box for box in found[i] if box.name in thresholds]
-                shown = [box for box in boxes if box.score >= thresholds[box.name]]
                 plain = plain_boxes(boxes, detector.classes)
+                numbers = [None] * len(boxes) if tracks is None else tracks(boxes)
+                if tracks is not None:
+                    plain = [{**p, "track": n} for p, n in zip(plain, numbers, strict=True)]
+                shown = [
+                    (box, box.name if number is None else f"{box.name} #{number}")
+                    for box, number in zip(boxes, numbers, strict=True)
+                    if number is not None or box.score >= thresholds[box.name]
+                ]
                 lines.write(f"{json.dumps({'frame': count, 'time': time, 'boxes': plain})}\n")
                 if video is not None:
-                    video.add(with_boxes(image, shown, detector.classes))
+                    video.add(_drawn(image, shown, detector.classes))
                 count, drawn = count + 1, drawn + len(shown)
             lines.flush()  # others may read along
             bar.update(len(batch))
@@ -195,6 +208,12 @@ def predict_video(
             raise DataError(f"`input {text}`: there are no frames in it.")
     written = f"{output.name} and predictions.jsonl" if draw else "predictions.jsonl"
     console(f"written to {output_dir}: {count} frames with {drawn} boxes, {written}")
+
+
+def _drawn(image: Image.Image, shown: Sequence[tuple[Box, str]], classes: Classes) -> Image.Image:
+    """Return a frame with boxes and their names."""
+    boxes, names = [box for box, _ in shown], [name for _, name in shown]
+    return with_boxes(image, boxes, classes, names)
 
 
 def _import_av() -> Any:

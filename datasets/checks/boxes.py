@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from datasets.arrays import BoolArray, FloatArray
 from datasets.checks.findings import SplitReport
 from datasets.sample import resized_size
+from datasets.tiles import Tiling, boxes_of_tiles, tiles_of
 
 Layout = Literal["xywh", "xyxy", "cxcywh"]
 
@@ -23,11 +24,24 @@ _SLACK = 1  # pixels past the edge that are not worth a word
 
 @dataclass(frozen=True)
 class Limits:
-    """The model's queries, and the smallest short side and largest long side of its training."""
+    """The model's queries, and the smallest short side and largest long side of its training.
+
+    With `tiling`, these are of the tiles of images.
+    """
 
     num_queries: int
     short_side: int
     max_size: int
+    tiling: Tiling | None = None
+
+    def zoom(self, height: int, width: int) -> float:
+        """Return the factor on the pixels of an image of this size, 1 where that is unknown."""
+        if self.tiling is not None:
+            height, width = min(height, self.tiling.size), min(width, self.tiling.size)
+        if not height or not width:
+            return 1
+        seen = resized_size(height, width, self.short_side, self.max_size)
+        return min(seen) / min(height, width)
 
 
 def check_boxes(report: SplitReport) -> None:
@@ -176,14 +190,7 @@ def check_learning(report: SplitReport, limits: Limits) -> None:
     """Report boxes that can be read, but that training learns little or nothing from."""
     found = report.annotations
     sizes, index = np.unique(report.images.sizes, axis=0, return_inverse=True)
-    zoom = np.array(
-        [
-            min(resized_size(h, w, limits.short_side, limits.max_size)) / min(h, w)
-            if h and w
-            else 1
-            for h, w in sizes.tolist()
-        ]
-    )
+    zoom = np.array([limits.zoom(*some) for some in sizes.tolist()])
     size = report.images.sizes[found.image][:, ::-1]
     low, high = report.xywh[:, :2], report.xywh[:, :2] + report.xywh[:, 2:]
     side = (np.minimum(high, size) - low.clip(0)).min(axis=1, initial=np.inf)
@@ -198,12 +205,29 @@ def check_learning(report: SplitReport, limits: Limits) -> None:
     report.report_boxes("vanishing_bbox", judged & (side < 1), in_training)
     report.flaw[judged & (side < 1)] = "vanishing_bbox"
     _find_repeated(report)
-    counts = report.boxes_per_image()
+    counts, where = report.boxes_per_image(), "boxes"
+    if limits.tiling is not None:
+        where = "boxes in a tile"
+        for i in np.flatnonzero(counts > limits.num_queries).tolist():
+            counts[i] = _most_in_a_tile(report, i, limits.tiling)
     report.report_images(
         "too_many_boxes",
         np.flatnonzero(counts > limits.num_queries),
-        lambda i: f"{counts[i]} boxes",
+        lambda i: f"{counts[i]} {where}",
     )
+
+
+def _most_in_a_tile(report: SplitReport, image: int, tiling: Tiling) -> int:
+    """Return the most boxes that training takes of a tile of an image."""
+    rows = report.rows_by_image[image]
+    rows = rows[report.trained[rows]]
+    height, width = report.images.sizes[image].tolist()
+    if not height or not width:
+        return len(rows)
+    sizes = np.array([[width, height]], dtype=np.float64).repeat(len(rows), axis=0)
+    boxes = clip(report.annotations.xywh[rows], sizes)
+    counted = boxes_of_tiles(boxes, tiles_of(height, width, tiling), tiling.min_seen)
+    return max(len(some) for some in counted)
 
 
 def _find_repeated(report: SplitReport) -> None:

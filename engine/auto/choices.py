@@ -288,7 +288,7 @@ class Planner:
                 more = f", or give at least {self._training_hours(self.wanted):.2g} hours"
             yield (
                 f"one box in ten is smaller than {box:.0f} pixels where the model sees it, and may "
-                f"vanish. Cut images into parts of at most {tile} pixels a side{more}."
+                f"vanish. Cut images into parts of at most {tile} pixels a side (`tile`){more}."
             )
         if self.measured and self.hours and (epochs := self._epochs_at(side)) < EPOCHS:
             yield (

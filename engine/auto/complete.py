@@ -11,7 +11,8 @@ import torch
 
 from configs.load import Given, read_options
 from configs.schema import DataConfig, OptimConfig, RunConfig
-from datasets.build import load_index
+from configs.tiles import TrainTileOptions
+from datasets.build import load_index, seen_index
 from engine.auto.choices import Measurement, Planner, Trial
 from engine.auto.facts import facts_of
 from engine.auto.measure import machine_of, measure
@@ -63,7 +64,16 @@ def make_plan(
             "instead of `config auto`."
         )
     data = given.section("data", DataConfig)
-    train, val = load_index(data, "train"), load_index(data, "val", need_boxes=False)
+    tiles = given.section("tiles", TrainTileOptions)
+    if tiles.tile and tiles.tile_size is None:
+        raise ConfigError(
+            "tile_size: is missing. A plan chooses `eval_scale` by the size of tiles. Give it."
+        )
+    train, val = (
+        seen_index(index, tiles, data.eval_scale, train=need_boxes)
+        for need_boxes in (True, False)
+        for index in [load_index(data, "train" if need_boxes else "val", need_boxes=need_boxes)]
+    )
     facts, machine = facts_of(train, val), machine_of(device, processes)
     weights = Given(weights.values, given.recipes)  # its options stand on those of the preset
     name = _PRESETS[machine.gpu]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from configs.schema import Config
+from configs.tiles import TrainTileOptions
 from datasets.build import build_dataset, split_batch
 from datasets.dataset import CocoDetection
 from datasets.index import CocoIndex
@@ -62,7 +63,8 @@ def measure(config: Config, train: CocoIndex, val: CocoIndex, device: torch.devi
     sizes: dict[str, Any] = {"eval_scale": side, "train_scales": (side,), "max_size": longest}
     data = replace(config.data, cache_images=0.0, **sizes)
     optim = replace(config.optim, batch_size=_AT_ONCE, effective_batch_size=0, compile=False)
-    config = replace(config, data=data, optim=optim)
+    # what is cut into tiles is already: they are the images of both indices
+    config = replace(config, data=data, optim=optim, tiles=TrainTileOptions())
     with tempfile.TemporaryDirectory() as folder:
         trainer, train_set = throwaway_trainer(config, train, val, device, Path(folder))
         boxes = int(train.boxes_per_image.max())

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from datasets.images import read_rgb
 from datasets.sample import Sample, normalise, resize, to_pixels
 from engine.benchmark.measure import Times, synchronise
-from models.deformable_detr import DeformableDETR
 from models.postprocess import PostProcess
 from util.batch import PaddedBatch, pad_images
 
@@ -54,7 +54,7 @@ def prepare(
 
 
 def time_stages(
-    model: DeformableDETR,
+    model: nn.Module,
     postprocess: PostProcess,
     paths: Sequence[Path],
     size: Size,
@@ -79,7 +79,7 @@ def time_stages(
 @torch.inference_mode()
 def _moments(
     path: Path,
-    model: DeformableDETR,
+    model: nn.Module,
     postprocess: PostProcess,
     size: Size,
     mean: Sequence[float],

@@ -19,13 +19,14 @@ from datasets.images import READ_ERRORS, limit_pixels
 from datasets.sample import resized_size
 from engine.benchmark.compare import hugging_face_twin, logits_of
 from engine.benchmark.counts import PARTS, flops_by_part, parameters_by_part
+from engine.benchmark.exported import open_files, timed_beside
 from engine.benchmark.measure import Times, peak_memory, time_in_turn
 from engine.benchmark.stages import Size, decode, generated_image, prepare, time_stages
 from engine.benchmark.text import as_text
 from engine.detector import Detector
+from engine.exported.model import ExportedModel, is_exported
 from engine.optim import Precision as Arithmetic
 from models.build import build_model
-from models.postprocess import PostProcess
 from models.recipes import KnownRecipes
 from models.weights.load import load_pretrained
 from ops.backends import chosen
@@ -42,7 +43,7 @@ from util.version import __version__
 class BenchmarkOptions(Checked):
     """Which model is measured, and on what."""
 
-    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    checkpoint: str = option("", "our, official or exported file, Hugging Face folder, or hf:NAME")
     config: str = option("", "in place of it: a preset or YAML file, with random weights")
     num_labels: int = option(80, "classes of a model that --config builds", low=1, most=100000)
     size: str = option(
@@ -58,6 +59,9 @@ class BenchmarkOptions(Checked):
     against: Literal["none", "hugging_face"] = option(
         "none", "time transformers' model with the same weights in turn"
     )
+    exported: tuple[str, ...] = option(
+        (), "exported files of the checkpoint (.onnx, .xml, .pt2) to time beside it in turn"
+    )
     output: str = option("", "JSON file to write")
 
 
@@ -69,6 +73,12 @@ def main(options: BenchmarkOptions) -> int:
     """Print what a model costs and how fast it is; write it as JSON."""
     if bool(options.checkpoint) == bool(options.config):
         raise ConfigError("benchmark: give either `checkpoint FILE` or `config FILE`.")
+    alone = is_exported(options.checkpoint)
+    if alone and (options.against != "none" or options.precision != ("fp32",)):
+        raise ConfigError(
+            "checkpoint: an exported file computes in fp32, and cannot be rebuilt in transformers. "
+            "Leave out `precision` and `against`."
+        )
     size = parse_size(options.size)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -150,12 +160,12 @@ def measure(
         ).to(device)
         for count in options.batch_sizes
     }
-    flops, parameters = flops_by_part(detector.model, 1, size), parameters_by_part(detector.model)
+    files = open_files(options.exported, detector)
     arithmetic = {name: Arithmetic(name, device) for name in options.precision}
     common: dict[str, Any] = {"runs": options.runs, "warm_up": options.warm_up, "device": device}
     stages = time_stages(
-        detector.model,
-        PostProcess(max_detections=data.num_select, nms_iou=data.nms_iou),
+        detector.network,
+        detector.postprocess,
         paths,
         size,
         mean=detector.mean,
@@ -169,15 +179,19 @@ def measure(
         for batch in batches.values()
     ]
     report: dict[str, Any] = {
-        "machine": machine(device),
+        "machine": machine(detector),
         "size": list(size),
         "images": len(paths) if options.input else "generated",
         "runs": options.runs,
         "warm_up": options.warm_up,
-        "parts": {name: {"parameters": parameters[name], "flops": flops[name]} for name in PARTS},
+        "parts": {} if is_exported(options.checkpoint) else parts_of(detector, size),
         "stages": {"precision": options.precision[0], **{n: figures(t) for n, t in stages.items()}},
         "forward": rows,
     }
+    if files:
+        report["exported"] = [
+            timed_beside(detector, files, batch, common) for batch in batches.values()
+        ]
     if options.against == "hugging_face":
         twin = hugging_face_twin(detector, model_options)
         report["hugging_face"] = [
@@ -196,7 +210,7 @@ def forward_row(
     @torch.inference_mode()
     def forward() -> None:
         with kind.autocast():
-            detector.model(batch)
+            detector.network(batch)
 
     (times,) = time_in_turn([forward], **common)
     peak = peak_memory(forward, detector.device)
@@ -247,14 +261,25 @@ def figures(times: Times) -> dict[str, float]:
     return {"median_ms": 1000 * times.median, "p95_ms": 1000 * times.p95}
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def parts_of(detector: Detector, size: Size) -> dict[str, dict[str, int]]:
+    """Return what each part of a model costs for an image."""
+    flops, parameters = flops_by_part(detector.model, 1, size), parameters_by_part(detector.model)
+    return {name: {"parameters": parameters[name], "flops": flops[name]} for name in PARTS}
+
+
+def machine(detector: Detector) -> dict[str, Any]:
     """Return what a figure depends on besides the model."""
+    device, network = detector.device, detector.network
     cuda = device.type == "cuda"
+    if isinstance(network, ExportedModel):
+        backend = network.session.runtime
+    else:
+        backend = chosen(None, device).name
     return {
         "device": str(device),
         "processor": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
-        "attention_backend": chosen(None, device).name,
+        "attention_backend": backend,
         "deformable_detr": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -8,7 +8,7 @@ from typing import Any
 from configs.options import Checked, option
 from configs.schema import SECTIONS as RUN
 from configs.schema import Config, DataConfig
-from datasets.build import Split, read_split
+from datasets.build import Split, read_split, tiling_of
 from datasets.checks.boxes import Limits
 from datasets.checks.diagnosis import Diagnosis, corrected, examine
 from datasets.checks.report import page, summary
@@ -57,7 +57,12 @@ def main(config: Config, options: CheckOptions) -> int:
                 )
     copies = _copies(options.fix, splits, output_dir)
     sources = {str(split): read_split(config.data, split) for split in splits}
-    limits = Limits(config.model.num_queries, min(config.data.train_scales), config.data.max_size)
+    limits = Limits(
+        config.model.num_queries,
+        min(config.data.train_scales),
+        config.data.max_size,
+        tiling_of(config.tiles, config.data.eval_scale),
+    )
     processes = loader_processes(config.data.num_workers)
     diagnosis = examine(sources, limits, processes=processes, similar=options.similar)
     console(summary(diagnosis))

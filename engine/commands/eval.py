@@ -1,7 +1,7 @@
 """`main.py eval`: COCO's numbers and an analysis, for a checkpoint or for saved detections."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,6 @@ from engine.evaluation.detections import read_detections
 from engine.evaluation.evaluator import EvalResult, Evaluator, save_results, side_by_side
 from engine.evaluation.identify import CategoryIds
 from engine.evaluation.matching import Truth
-from engine.evaluation.tiling import tiling_of
 from engine.processes import process_group
 from util.console import console
 from util.errors import ConfigError
@@ -98,7 +97,7 @@ class EvalOptions(ProcessOptions):
 
 
 SECTIONS = {"eval": EvalOptions, "data": EvalDataConfig, "tiles": TileOptions}
-DEFAULTS = {"data": "the checkpoint's"}
+DEFAULTS = {"data": "the checkpoint's", "tiles": "as in the checkpoint's training"}
 
 
 def processes(given: Given) -> ProcessOptions:
@@ -107,10 +106,10 @@ def processes(given: Given) -> ProcessOptions:
     return replace(options, gpus=1) if options.detections else options
 
 
-def main(options: EvalOptions, tiles: TileOptions, given: Given) -> int:
+def main(options: EvalOptions, given: Given) -> int:
     """Evaluate a checkpoint, or saved detections, on COCO-format data."""
     if options.detections:
-        if tiles.tile:
+        if given.values.get("tiles", {}).get("tile"):
             raise ConfigError("tile: is of images that a model sees, and `detections` has none.")
         return evaluate_detections(options, given.config().data)
     sources = list(dict.fromkeys(options.checkpoint)) or [""]
@@ -124,7 +123,7 @@ def main(options: EvalOptions, tiles: TileOptions, given: Given) -> int:
         for name, source in zip(names, sources, strict=True):
             if name:
                 console(f"{name}: {source}")
-            results[name] = evaluate_checkpoint(source, name, options, tiles, given, world, device)
+            results[name] = evaluate_checkpoint(source, name, options, given, world, device)
         if world.main and len(sources) > 1:
             console(f"\n{side_by_side(results)}")
     return 0
@@ -150,7 +149,6 @@ def evaluate_checkpoint(
     source: str,
     name: str,
     options: EvalOptions,
-    tiles: TileOptions,
     given: Given,
     world: World,
     device: torch.device,
@@ -161,7 +159,7 @@ def evaluate_checkpoint(
     """
     detector = Detector.load(source, device=device, ema=options.ema)
     output_dir = _output_dir(options, source, name)
-    detector.data = given.on(Given({"data": asdict(detector.data)})).config().data
+    detector.take(given)
     dataset = detector.validation_set(detector.data, world)
     make_output_dir(output_dir / "eval")
     result, evaluator = detector.measure(  # in this process's part of the images
@@ -172,7 +170,6 @@ def evaluate_checkpoint(
         backend=options.evaluator,
         max_dets=options.max_dets,
         area_bounds=options.area_bounds,
-        tiling=tiling_of(tiles, detector.data.eval_scale),
     )
     if world.main:
         found = evaluator

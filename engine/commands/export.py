@@ -153,6 +153,7 @@ def _about(detector: Detector, options: ExportOptions) -> About:
         num_queries=detector.network.num_queries,
         finished=options.postprocess,
         num_select=detector.data.num_select,
+        tiles=asdict(detector.tiles),
     )
 
 

@@ -5,13 +5,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.load import Given
 from configs.options import Checked, option
 from configs.tiles import TileOptions
 from datasets.dataset import find_images
 from datasets.images import limit_pixels
-from datasets.tiles import Tiling
 from engine.detector import Detector
-from engine.evaluation.tiling import tiling_of
 from engine.predictions import PredictionFiles, drawn_names, relative_names
 from engine.video import is_video, predict_video
 from util.console import console, in_line
@@ -47,6 +46,11 @@ class PredictOptions(Checked):
     csv: bool = option(False, "write the boxes that are drawn as predictions.csv, too")
     save_crops: bool = option(False, "write each box that is drawn as an image, to crops/CLASS/")
     draw: bool = option(True, "draw copies of the images", off="draw no copies of the images")
+    track: bool = option(False, "number the objects of a video from frame to frame (ByteTrack)")
+    track_patience: float = option(
+        1.0, "track: seconds for which an object that is lost keeps its number", low=0, most=3600,
+        rare=True,
+    )  # fmt: skip
     eval_scale: int | None = option(
         None, "short side, pixels (default: the checkpoint's)", low=16, most=16384, unset=0
     )
@@ -71,9 +75,10 @@ class PredictOptions(Checked):
 
 
 SECTIONS = {"predict": PredictOptions, "tiles": TileOptions}
+DEFAULTS = {"tiles": "as in the checkpoint's training"}
 
 
-def main(options: PredictOptions, tiles: TileOptions) -> int:
+def main(options: PredictOptions, given: Given) -> int:
     """Draw what a checkpoint finds in images, and write it as JSON."""
     if not options.input or not options.output_dir:
         raise ConfigError("predict: give `input IMAGES ...` and `output_dir DIR`.")
@@ -82,6 +87,8 @@ def main(options: PredictOptions, tiles: TileOptions) -> int:
         raise ConfigError(
             f"`input {video}`: is a video, which comes alone and without `csv` and `save_crops`."
         )
+    if video is None and options.track:
+        raise ConfigError("track: follows the objects of a video, and `input` has none. Give one.")
     paths = find_images(options.input) if video is None else []
     detector = Detector.load(
         options.checkpoint,
@@ -92,12 +99,12 @@ def main(options: PredictOptions, tiles: TileOptions) -> int:
         nms_iou=options.nms_iou,
         max_pixels=options.max_pixels,
     )
+    detector.take(Given({"tiles": given.values.get("tiles", {})}))
     of_file = read_thresholds(options.score_thresholds, detector.names)
     thresholds = {**detector.min_scores(options.score_threshold), **of_file}
     kept = chosen_classes(options.classes, detector)
     thresholds = {name: score for name, score in thresholds.items() if name in kept}
     output_dir = Path(options.output_dir)
-    tiling = tiling_of(tiles, detector.data.eval_scale)
     if video is not None:
         limit_pixels(detector.data.max_pixels)
         predict_video(
@@ -107,7 +114,7 @@ def main(options: PredictOptions, tiles: TileOptions) -> int:
             thresholds=thresholds,
             draw=options.draw,
             batch_size=options.batch_size,
-            tiling=tiling,
+            track_patience=options.track_patience if options.track else None,
         )
     else:
         write_predictions(
@@ -118,7 +125,6 @@ def main(options: PredictOptions, tiles: TileOptions) -> int:
             draw=options.draw,
             table=options.csv,
             crops=options.save_crops,
-            tiling=tiling,
             batch_size=options.batch_size,
             num_workers=options.num_workers,
         )
@@ -182,7 +188,6 @@ def write_predictions(
     draw: bool = True,
     table: bool = False,
     crops: bool = False,
-    tiling: Tiling | None = None,
     batch_size: int = 1,
     num_workers: int = 0,
 ) -> None:
@@ -206,7 +211,7 @@ def write_predictions(
             batch_size=batch_size,
             num_workers=num_workers,
             description="predict",
-            tiling=tiling,
+            tiling=detector.tiling,
         ):
             files.add(i, paths[i], [box for box in boxes if box.name in thresholds])
         if not files.images:

@@ -14,7 +14,7 @@ from torchvision.ops import box_convert
 from configs.options import Checked, option
 from configs.schema import SECTIONS as RUN
 from configs.schema import Config
-from datasets.build import build_dataset, load_index, split_batch
+from datasets.build import build_dataset, load_index, seen_index, split_batch
 from datasets.loader import TrainLoader
 from models.backbones import create_backbone
 from models.recipes import KnownRecipes
@@ -53,6 +53,7 @@ def main(config: Config, options: PreviewOptions) -> int:
     if not config.run.output_dir:
         raise ConfigError("output_dir: is missing. Name a folder for the images.")
     index = load_index(config.data, "train")
+    index = seen_index(index, config.tiles, config.data.eval_scale, train=True)
     console(index.report(config.model.num_queries))
     # any weights: only how images are normalised is asked
     backbone = create_backbone(config.model.backbone, weights="none")

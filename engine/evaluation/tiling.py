@@ -5,23 +5,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from configs.tiles import TileOptions
 from datasets.tiles import Tiling, seen_whole_elsewhere
 from util.batch import Batch, Target
 
 Found = dict[str, Tensor]
-
-
-def tiling_of(options: TileOptions, eval_scale: int) -> Tiling | None:
-    """Return how images are cut, None if they stay whole."""
-    if not options.tile:
-        return None
-    return Tiling(
-        size=options.tile_size or eval_scale,
-        overlap=options.tile_overlap,
-        measure=options.tile_merge,
-        threshold=options.tile_nms,
-    )
 
 
 def by_image(
@@ -30,14 +17,17 @@ def by_image(
     """Yield the target of each image with its detections, best first, in pixels of the image.
 
     With `tiling`, `results` are those of `TileBatches`, in its order. What was found in an image of
-    one tile stays as it is.
+    one tile stays as it is. One of which a tile cannot be read has no detections.
     """
     parts: list[Found] = []
+    image_id = -1
     for batch, detections in results:
         for target, found in zip(batch.targets, detections, strict=True):
             if tiling is None or "tile" not in target:
                 yield target, found
                 continue
+            if int(target["image_id"]) != image_id:
+                parts, image_id = [], int(target["image_id"])
             tile = target["tile"]
             boxes = found["boxes"] + tile[[0, 1, 0, 1]].to(found["boxes"])
             number = torch.full((len(boxes),), len(parts))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from util.classes import Classes
@@ -17,9 +17,9 @@ _LAYOUT = 1
 class About:
     """The companion of a graph.
 
-    `data` holds values of the data options, `mean` and `std` are per channel in 0..1, `thresholds`
-    has the best score threshold by class name. With `finished`, post-processing is in the graph,
-    and `num_select` detections come out for each image.
+    `data` and `tiles` hold values of these options, `mean` and `std` are per channel in 0..1,
+    `thresholds` has the best score threshold by class name. With `finished`, post-processing is in
+    the graph, and `num_select` detections come out for each image.
     """
 
     classes: Classes
@@ -31,6 +31,7 @@ class About:
     num_queries: int
     finished: bool
     num_select: int
+    tiles: Mapping[str, Any] = field(default_factory=dict)
 
     def to_text(self) -> str:
         """Return the text that a file carries, in ASCII."""
@@ -66,6 +67,7 @@ class About:
                 num_queries=int(content["num_queries"]),
                 finished=bool(content["finished"]),
                 num_select=int(content["num_select"]),
+                tiles=dict(content.get("tiles", {})),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(

@@ -70,6 +70,75 @@ def test_beside_hugging_faces_model_with_the_same_weights(cli: Cli, tmp_path: Pa
     assert "times as fast" in done.stdout
 
 
+def export(cli: Cli, checkpoint: Path, output: Path, kind: str) -> Path:
+    done = cli("export", "--checkpoint", checkpoint, "--to", kind, "--output", output)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@pytest.mark.long
+def test_an_exported_file_beside_its_checkpoint_and_alone(
+    cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    checkpoint, report = finished_run / "last.pth", tmp_path / "report.json"
+    file = export(cli, checkpoint, tmp_path / "tiny.onnx", "onnx")
+    common = ("--input", shapes / "val2017", "--runs", "2", "--warm_up", "1", "--batch_sizes", "1",
+              "2", "--device", "cpu", "--output", report)  # fmt: skip
+    done = cli("benchmark", "--checkpoint", checkpoint, "--exported", file, *common)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(report.read_text())["exported"]
+    assert [row["batch_size"] for row in rows] == [1, 2]
+    for row in rows:
+        found = row["files"]["tiny.onnx"]
+        assert found["runtime"].startswith("onnxruntime ")
+        assert 0 < found["median_ms"] <= found["p95_ms"]
+        assert found["times_as_fast"] == pytest.approx(
+            row["checkpoint"]["median_ms"] / found["median_ms"]
+        )
+        assert found["largest_difference_of_scores"] < 1e-4
+    assert "tiny.onnx" in done.stdout
+    done = cli("benchmark", "--checkpoint", file, *common)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(report.read_text())
+    assert content["parts"] == {}
+    assert content["machine"]["attention_backend"].startswith("onnxruntime ")
+    assert [row["batch_size"] for row in content["forward"]] == [1, 2]
+    assert set(content["stages"]) == {
+        "precision", "decode", "preparation", "model", "post-processing"
+    }  # fmt: skip
+    for options, words in (
+        (("--checkpoint", file, "--precision", "bf16"), "an exported file computes in fp32"),
+        (("--checkpoint", checkpoint, "--exported", checkpoint), "is no exported file"),
+        (("--config", TINY, "--exported", file), "has other classes than the checkpoint"),
+    ):
+        done = cli("benchmark", *options, "--device", "cpu")
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_files_of_several_runtimes_are_timed_in_turn(
+    cli: Cli, finished_run: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    checkpoint, report = finished_run / "last.pth", tmp_path / "report.json"
+    files = [
+        export(cli, checkpoint, tmp_path / name, kind)
+        for name, kind in (("tiny.xml", "openvino"), ("tiny.pt2", "torch_export"))
+    ]
+    done = cli("benchmark", "--checkpoint", checkpoint, "--exported", *files, "--runs", "2",
+               "--warm_up", "1", "--size", "96x128", "--device", "cpu",
+               "--output", report)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ((row,), names) = (json.loads(report.read_text())["exported"], ("tiny.xml", "tiny.pt2"))
+    assert tuple(row["files"]) == names
+    for name, runtime in zip(names, ("openvino", "torch.export"), strict=True):
+        assert row["files"][name]["runtime"].startswith(runtime)
+        assert row["files"][name]["largest_difference_of_scores"] < 1e-4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

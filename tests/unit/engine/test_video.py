@@ -81,6 +81,28 @@ def test_other_classes_and_drawn_copies_can_be_left_out(clip: Path, tmp_path: Pa
     assert names == {"dög"}
 
 
+def test_objects_are_numbered_in_lines_and_video(clip: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trackers")
+    for name, patience in (("plain", None), ("tracked", 1.0)):
+        predict_video(
+            RED_FINDER, str(clip), tmp_path / name, thresholds={"cat": 0.5}, batch_size=3,
+            track_patience=patience,
+        )  # fmt: skip
+    lines, plain = (read(tmp_path / n / "predictions.jsonl") for n in ("tracked", "plain"))
+    best = [max(line["boxes"], key=lambda box: float(box["score"])) for line in lines]
+    assert [box["track"] for box in best] == [None] + [1] * 10
+    for line in lines:
+        for found in line["boxes"]:
+            del found["track"]
+    assert lines == plain
+    pictures = []
+    for name in ("plain", "tracked"):
+        with Frames(str(tmp_path / name / "clip.mp4")) as frames:
+            pictures.append([np.asarray(image, float) for _, image in frames])
+    changed = [np.abs(a - b).max() > 60 for a, b in zip(*pictures, strict=True)]
+    assert changed == [False] + [True] * 10  # the tag has the number
+
+
 def test_what_is_no_video_is_a_one_line_error(av: Any, clip: Path, tmp_path: Path) -> None:
     (tmp_path / "none.mp4").write_bytes(b"none")
     for name in ("none.mp4", "gone.mp4"):

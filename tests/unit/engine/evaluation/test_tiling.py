@@ -16,11 +16,13 @@ from torchvision.ops import batched_nms, box_iou
 
 from configs.schema import DataConfig
 from configs.tiles import TileOptions
+from datasets.build import tiling_of
 from datasets.dataset import ImageList
-from datasets.tiles import TileBatches, Tiling, tiles_of
+from datasets.tile_batches import TileBatches
+from datasets.tiles import Tiling, tiles_of
 from datasets.transforms import EvalTransform
 from engine.detector import Detector
-from engine.evaluation.tiling import merge, tiling_of
+from engine.evaluation.tiling import merge
 from models.deformable_detr import DeformableDETR
 from models.queries import DetectorOutput
 from tests.unit.models.small import small_model
