@@ -206,6 +206,7 @@ def build_training_model(
     config, pretrained = plan.config, plan.pretrained
     inherited = plan.checkpoint is not None or (
         pretrained is not None
+        and not pretrained.other_backbone
         and pretrained.model_options.get("backbone", config.model.backbone) == config.model.backbone
     )
     backbone_weights = "none" if inherited else config.run.backbone_weights
@@ -290,7 +291,8 @@ def load_pretrained_weights(
     if not backbone:
         log.info(
             f"backbone: {config.model.backbone} with weights '{config.run.backbone_weights}'; "
-            f"that of `finetune` is {pretrained.model_options['backbone']} and is not used"
+            "that of `finetune` is "
+            f"{pretrained.other_backbone or pretrained.model_options['backbone']} and is not used"
         )
     return set(report.reinitialised)
 

@@ -36,7 +36,16 @@ def check_claims(
     """
     head = state_dict.get(_HEAD)
     num_classes = len(head) if isinstance(head, Tensor) and head.dim() == 1 else 1
-    stated, held = _layout(config, num_classes, recipes), _held(state_dict)
+    check_size(_layout(config, num_classes, recipes), state_dict, source)
+
+
+def check_size(stated: int, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Refuse a file that describes a model of so many weights, and holds far fewer.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    held = _held(state_dict)
     if stated > _TIMES * held + _SLACK:
         raise CheckpointError(
             f"{source}: describes a model of {stated:,} weights, but holds {held:,}. "

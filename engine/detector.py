@@ -108,15 +108,17 @@ class Detector:
         num_select: int | None = None,
         nms_iou: float | None = None,
         max_pixels: int | None = None,
+        prompt: str = "",
     ) -> "Detector":
         """Load our own checkpoint, an official file, a Hugging Face folder, or `hf:NAME`.
 
         Also a file that `export` has written, which runs on the CPU in a runtime of its own.
 
-        `ema` takes the averaged weights, where there are any. The last five replace what the
+        `ema` takes the averaged weights, where there are any. The five after it replace what the
         checkpoint says: the short side and the maximum long side of an image in pixels, the
         detections kept per image, the NMS IoU threshold (1 disables NMS), and the pixels of the
-        largest image that is read.
+        largest image that is read. A Grounding DINO finds what `prompt` names, phrases with dots
+        between them: `kettle . mug`.
 
         Raises:
             CheckpointError: the source cannot be read, or does not say what model it is of.
@@ -134,9 +136,18 @@ class Detector:
             KnownRecipes(),
         )
         if is_exported(source):
+            if prompt:
+                raise ConfigError("prompt: an exported file reads none. Leave it out.")
             return cls._of_exported(source, given)
         device = pick_device(str(device))
         pretrained = load_pretrained(source, ema=ema)
+        if bool(pretrained.other_backbone) != bool(prompt):
+            raise CheckpointError(
+                f"{source}: is no Grounding DINO, and no other reads prompts. Leave `prompt` out."
+                if prompt
+                else f"{source}: a Grounding DINO, which finds what a text names. Use `predict` "
+                "with `prompt`, or train a detector from it with `finetune`."
+            )
         if "backbone" not in pretrained.model_options:
             raise CheckpointError(
                 f"{source}: these weights come without options, and their backbone is not a "
@@ -146,16 +157,20 @@ class Detector:
         config = given.on(_options_of(pretrained, given, source)).config()
         check_claims(config.model, pretrained.state_dict, source, recipes=config.recipes)
         optim = (pretrained.config or {}).get("optim", {})
-        model = build_model(
-            config.model, num_classes=len(pretrained.classes), recipes=config.recipes
-        )
-        weights = pretrained.state_dict
-        if pretrained.config is None:  # of others' files, what only trains has no place here
-            weights = {k: tensor for k, tensor in weights.items() if not k.startswith(RECIPES)}
-        load_strict(model, weights, source)
+        classes = pretrained.classes
+        if prompt:
+            from engine.prompted import prompted_model  # for prompts alone
+
+            model, classes = prompted_model(source, pretrained, config.model, prompt)
+        else:
+            model = build_model(config.model, num_classes=len(classes), recipes=config.recipes)
+            weights = pretrained.state_dict
+            if pretrained.config is None:  # of others' files, what only trains has no place here
+                weights = {k: tensor for k, tensor in weights.items() if not k.startswith(RECIPES)}
+            load_strict(model, weights, source)
         return cls(
             model,
-            pretrained.classes,
+            classes,
             data=config.data,
             mean=pretrained.image_mean or model.backbone.mean,
             std=pretrained.image_std or model.backbone.std,

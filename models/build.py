@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from configs.schema import LossConfig, ModelConfig
-from models.backbones import create_backbone
+from models.backbones import Backbone, create_backbone
 from models.contrastive import ContrastiveHead
 from models.criterion import CLASS_LOSSES, CLASSIFICATION, LOSSES, SetCriterion
 from models.decoder import DeformableDecoder, DeformableDecoderLayer
@@ -49,17 +49,19 @@ def build_model(
     backbone_weights: str = "none",
     frozen_stages: int = 2,
     recipes: Mapping[str, Any] | None = None,
+    backbone: Backbone | None = None,
 ) -> DeformableDETR:
     """Build a detector with fresh weights, but for the backbone's.
 
-    `recipes` maps the names of recipes to instances of their `Options`.
+    `recipes` maps the names of recipes to instances of their `Options`. A `backbone` that is given
+    takes the place of the one that options name.
 
     Raises:
         ConfigError: the backbone, encoder, neck or a recipe is unknown.
         CheckpointError: its weights cannot be had or do not fit.
     """
     width, levels = config.hidden_dim, config.num_feature_levels
-    backbone = create_backbone(
+    backbone = backbone or create_backbone(
         config.backbone,
         single_level=levels == 1,
         dilation=config.dilation,

@@ -32,6 +32,9 @@ class PredictOptions(Checked):
         "file, an address or the number of a camera",
     )
     output_dir: str = option("", "folder for images and predictions")
+    prompt: str = option(
+        "", 'checkpoint of a Grounding DINO: what to find, as "kettle . mug"; needs transformers'
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     batch_size: int = option(1, "images per step", low=1, most=65536)
     score_threshold: float | None = option(
@@ -98,6 +101,7 @@ def main(options: PredictOptions, given: Given) -> int:
         num_select=options.num_select,
         nms_iou=options.nms_iou,
         max_pixels=options.max_pixels,
+        prompt=options.prompt,
     )
     detector.take(Given({"tiles": given.values.get("tiles", {})}))
     of_file = read_thresholds(options.score_thresholds, detector.names)

@@ -5,13 +5,15 @@ tokens, and image tokens at other image tokens, by deformable attention (Sec. 3.
 tokens are words of a text. Here a class has one token, which is learned; a prompt replaces them.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.encoders import ENCODERS, Encoder, EncoderOptions
 from models.encoders.deformable import DeformableEncoderLayer
-from models.layers import Dropout, ExactLayerNorm, checkpointed
+from models.layers import Dropout, ExactLayerNorm, checkpointed, sine_embedding
 from models.levels import FeatureLevels, cell_centres
 from util.errors import ConfigError
 
@@ -132,6 +134,16 @@ class EnhancerEncoder(Encoder):
         for fusion in self.fusions:
             assert isinstance(fusion, Fusion)
             fusion.reset_parameters()
+
+    def place_tokens(self, positions: Tensor, together: Tensor) -> None:
+        """Say which place each word of a prompt has in its phrase, and which words see each other.
+
+        Shape: positions [T], whole numbers; together [T,T], True where two words see each other.
+        """
+        weight = self.class_tokens.weight
+        turns = positions.to(weight) * (2 * math.pi)  # as published
+        self.token_pos = sine_embedding(turns, weight.shape[1])
+        self.token_apart = ~together.to(weight.device)
 
     def forward(self, levels: FeatureLevels) -> tuple[Tensor, Tensor]:
         """Return the memory and the class tokens. Shape: [N,S,C] and [N,T,C]."""

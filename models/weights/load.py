@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from models.weights import detr, hugging_face
+from models.weights import detr, grounding_dino, hugging_face
 from models.weights.folder import DESCRIPTION, WEIGHTS, read_json
 from models.weights.layouts import LAYOUTS, Converted, from_official_keys
 from models.weights.official import (
@@ -37,7 +37,14 @@ _EXPECTED = (
     "input_proj.0.0.weight",
 )
 _IN_RESNETS = ("layer1.0.conv1.weight", "res2.0.conv1.weight", "res2_0_branch2a_w")
+_OF_TEXTS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 _USUAL_PLACES = ("", "'model'")  # where the official code saves them
+# Kind of a Hugging Face folder -> what reads its config and its weights.
+_FOLDERS = {
+    "detr": (detr.config_options, detr.from_hugging_face),
+    grounding_dino.MODEL_TYPE: (grounding_dino.config_options, grounding_dino.to_ours),
+}
+_USUAL_FOLDER = (hugging_face.config_options, hugging_face.to_official)
 _WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".safetensors")
 
 
@@ -50,7 +57,8 @@ class Pretrained:
     files. `image_mean` and
     `image_std` are per channel, in 0..1; `image_size` is (short side, maximum long side) in
     pixels; None where the source does not say. `thresholds`, of our own files, has the best score
-    threshold by class name, of classes that have one.
+    threshold by class name, of classes that have one. `other_backbone` names that of the source if
+    it is none of ours; its weights are then left out.
     """
 
     kind: Literal["ours", "official", "hugging_face"]
@@ -62,6 +70,7 @@ class Pretrained:
     image_std: Triple | None = None
     image_size: tuple[int, int] | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    other_backbone: str = ""
 
 
 def load_pretrained(source: str, *, ema: bool = True) -> Pretrained:
@@ -73,15 +82,25 @@ def load_pretrained(source: str, *, ema: bool = True) -> Pretrained:
         CheckpointError: the source is missing, cannot be reached, is damaged, or holds no
             Deformable DETR.
     """
+    place = local_place(source)
+    return _from_folder(place, source) if place.is_dir() else _from_file(place, ema=ema)
+
+
+def local_place(source: str) -> Path:
+    """Return the file or folder, that of `hf:NAME` after a download.
+
+    Raises:
+        CheckpointError: it cannot be downloaded.
+    """
     path = Path(source)
     is_hub_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
     if source.startswith("hf:") or (
         is_hub_name and not path.exists() and path.suffix not in _WEIGHT_SUFFIXES
     ):
-        return _from_folder(_download(source.removeprefix("hf:"), source), source)
+        return _download(source.removeprefix("hf:"), source)
     if path.name == WEIGHTS and (path.parent / DESCRIPTION).is_file():
         path = path.parent  # which says what the weights are of
-    return _from_folder(path, source) if path.is_dir() else _from_file(path, ema=ema)
+    return path
 
 
 def _from_file(path: Path, *, ema: bool) -> Pretrained:
@@ -242,20 +261,21 @@ def _of_transformers(folder: Path, source: str) -> Pretrained:
             "Save the model again with save_pretrained()."
         )
     config = read_json(folder / "config.json")
-    is_detr = config.get("model_type") == "detr"
+    kind = config.get("model_type")
+    prompted = kind == grounding_dino.MODEL_TYPE
     with _parts_of(folder / "config.json", "Hugging Face model description"):
-        read = detr.config_options if is_detr else hugging_face.config_options
+        read, convert = _FOLDERS.get(str(kind), _USUAL_FOLDER)
         options = read(config, source)
     with _parts_of(file, "state dict of Hugging Face"):
-        convert = detr.from_hugging_face if is_detr else hugging_face.to_official
         weights = convert(_tensors(load_safely(file)), options, source)
-    if not is_deformable_detr(weights):
+    if not prompted and not is_deformable_detr(weights):
         raise CheckpointError(
             f"{source}: holds the bare model, without detection heads. "
             "Save the one for object detection instead."
         )
     with _parts_of(folder / "config.json", "Hugging Face model description"):
-        classes = hugging_face.config_classes(config, len(weights["class_embed.0.bias"]))
+        count = 0 if prompted else len(weights["class_embed.0.bias"])
+        classes = hugging_face.config_classes(config, count)
     processor = folder / "preprocessor_config.json"
     preprocessing = read_json(processor) if processor.is_file() else {}
     with _parts_of(processor, "Hugging Face preprocessing description"):
@@ -267,13 +287,14 @@ def _of_transformers(folder: Path, source: str) -> Pretrained:
             image_mean=_triple(preprocessing.get("image_mean")),
             image_std=_deviations(preprocessing.get("image_std")),
             image_size=_image_size(preprocessing),
+            other_backbone="Hugging Face's" if prompted else "",
         )
 
 
 def _download(name: str, source: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import
 
-    described = [DESCRIPTION, "config.json", "preprocessor_config.json"]
+    described = [DESCRIPTION, "config.json", "preprocessor_config.json", *_OF_TEXTS]
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*described, WEIGHTS]))
         if not (folder / WEIGHTS).is_file():

@@ -13,7 +13,9 @@ from configs.schema import ModelConfig
 from main import main
 from models.build import build_model
 from models.weights.official import save_official
+from tests.integration.conftest import Cli
 from tests.integration.runs import errors, metrics, start
+from tests.unit.models.weights.grounding import save_folder
 
 OPTIONS: dict[str, Any] = {
     "backbone": "resnet18", "hidden_dim": 32, "nheads": 4, "enc_layers": 1, "dec_layers": 2,
@@ -249,3 +251,23 @@ def test_predict_draws_from_the_thresholds_of_the_checkpoint(
     chosen = predict(tmp_path / "with.pth", people, tmp_path / "c", "--score_threshold", "0.9")
     assert set(chosen.values()) == {0.9}
     assert "boxes at or above score 0.9" in capsys.readouterr().out
+
+
+def test_grounding_dino_starts_a_detector_of_other_classes(
+    cli: Cli, shapes: Path, tmp_path: Path
+) -> None:
+    save_folder(tmp_path / "theirs")
+    done = cli(
+        "train", "--finetune", tmp_path / "theirs", "--backbone", "timm/test_resnet",
+        "--backbone_weights", "none", "--coco_path", shapes, "--output_dir", tmp_path / "run",
+        "--device", "cpu", "--max_steps", "1", "--train_scales", "64", "--eval_scale", "64",
+        "--max_size", "96", "--num_workers", "0", "--no_probe", "--no_tensorboard",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "text_backbone" in done.stdout
+    assert "is Hugging Face's and is not used" in done.stdout
+    done = cli("eval", "--checkpoint", tmp_path / "run" / "last.pth", "--no_analysis")
+    assert done.returncode == 0, done.stderr
+    done = cli("eval", "--checkpoint", tmp_path / "theirs", "--coco_path", shapes)
+    assert done.returncode == 2
+    assert "a Grounding DINO, which finds what a text names" in done.stderr
