@@ -5,8 +5,10 @@
     MALLOC_MMAP_THRESHOLD_=65536 python -m ops.benchmark --checks    # memory, errors; Linux
 
 Implementations take turns: each is sampled once per round. The result is the median of the samples;
-beside it stands their spread, the interquartile range in percent of the median. `--checks` measures
-peak memory beyond results and gradients, and errors against float64.
+beside it stands their spread, the interquartile range in percent of the median. A sample is many
+calls, one after the other, and so finds in the caches what the call before left there; in rows that
+say "cold", it is one call after other data have filled them, as between the layers of a model.
+`--checks` measures peak memory beyond results and gradients, and errors against float64.
 """
 
 import argparse
@@ -29,6 +31,8 @@ from .plain import ms_deform_attn
 from .reference import sampling_locations
 
 _SAMPLE = 0.02  # seconds, at least
+_COLD = ", cold"
+_OTHER_DATA = 256 << 20  # bytes, several times the largest cache
 _HEADS, _CHANNELS, _POINTS = 8, 32, 4
 
 
@@ -50,6 +54,7 @@ CASES = {
     "encoder_800_batch_2": Case(_LARGE, None, 2),
     "encoder_512_batch_2": Case(_SQUARE, None, 2),
     "decoder_800_batch_2": Case(_LARGE, 300, 2),
+    "one_query": Case(((2, 2),) * 4, 1),  # what a call takes beside its arithmetic
 }
 
 
@@ -175,17 +180,23 @@ def time_case(
 
     The gradient of the output is made beforehand and not timed.
     """
-    timers = [
-        Timer(
-            "torch.autograd.grad(*call(), seed)" if grad else "call()",
-            globals={"call": call, "seed": torch.ones_like(call()[0])},
-            description=name,
-            num_threads=torch.get_num_threads(),
-        )
-        for name, call in implementations(make_inputs(case, device, dtype), grad=grad).items()
-        if name not in without
-    ]
-    taken = [t.blocked_autorange(min_run_time=_SAMPLE) for _ in range(samples) for t in timers]
+    other_data = torch.zeros(_OTHER_DATA // 4, device=device)
+    warm, cold = [], []
+    for name, call in implementations(make_inputs(case, device, dtype), grad=grad).items():
+        if name in without:
+            continue
+        task: dict[str, Any] = {
+            "stmt": "torch.autograd.grad(*call(), seed)" if grad else "call()",
+            "globals": {"call": call, "seed": torch.ones_like(call()[0]), "other": other_data},
+            "num_threads": torch.get_num_threads(),
+        }
+        warm.append(Timer(**task, description=name))
+        if case.queries is not None:  # an encoder's tensors do not fit in a cache anyway
+            cold.append(Timer(**task, description=name + _COLD, setup="other.add_(1)"))
+    taken = []
+    for _ in range(samples):
+        taken += [timer.blocked_autorange(min_run_time=_SAMPLE) for timer in warm]
+        taken += [timer.timeit(1) for timer in cold]  # the setup runs before each
     merged = Measurement.merge(taken)
     return {str(measured.task_spec.description): measured for measured in merged}
 
@@ -242,10 +253,11 @@ def report(name: str, what: str, times: dict[str, Measurement]) -> None:
     print(f"\n{name}, {what}")
     for implementation, measured in times.items():
         fused = "fused" in implementation or "softmax" in implementation
-        base = times.get("definition, softmax and locations" if fused else "definition")
+        definition = "definition, softmax and locations" if fused else "definition"
+        base = times.get(definition + (_COLD if implementation.endswith(_COLD) else ""))
         speed = f"{base.median / measured.median:7.1f}x" if base else ""
         spread = measured.iqr / measured.median
-        print(f"  {implementation:36s} {1000 * measured.median:9.2f} ms ±{spread:4.0%} {speed}")
+        print(f"  {implementation:40s} {1000 * measured.median:9.3f} ms ±{spread:4.0%} {speed}")
 
 
 def main() -> None:

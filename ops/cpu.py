@@ -1,6 +1,8 @@
 """The compiled CPU backend, which calls the shared library through its C interface."""
 
 import ctypes
+import functools
+import struct
 
 import torch
 from torch import Tensor
@@ -9,23 +11,10 @@ from .call import STORAGE, BackendError, Call, Gradients
 from .compiler import cpu_functions, openmp
 
 _TOO_LARGE = 2  # `Outcome` of `csrc/problem.h`
-_POINTERS = (
-    "value", "shapes", "reference", "points", "weights", "output", "grad_output", "grad_value",
-    "grad_points", "grad_weights", "parallel",
-)  # fmt: skip
-_NUMBERS = (
-    "batch", "tokens", "heads", "channels", "queries", "levels", "per_level", "storage", "form",
-    "to_locations", "threads",
-)  # fmt: skip
-
-
-class _Problem(ctypes.Structure):
-    """`Problem` of `csrc/problem.h`, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, ctypes.c_int64) for name in _NUMBERS),
-    ]
+# `Problem` of `csrc/problem.h`, of fields of 8 bytes: arrays, the process's OpenMP, sizes, threads
+_ARRAYS = struct.Struct("@10P")
+_SIZES = struct.Struct("@P10q")
+_THREADS = struct.Struct("@q")
 
 
 class CpuBackend:
@@ -65,29 +54,55 @@ class CpuBackend:
 
 
 def _run(
-    function: "ctypes._FuncPointer", call: Call, *, to_locations: bool = False, **results: Tensor
+    function: "ctypes._FuncPointer",
+    call: Call,
+    *,
+    to_locations: bool = False,
+    output: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    grad_value: Tensor | None = None,
+    grad_points: Tensor | None = None,
+    grad_weights: Tensor | None = None,
 ) -> None:
-    sides = [side for shape in call.shapes for side in shape]
-    shapes = (ctypes.c_int64 * len(sides))(*sides)
-    arrays = {
-        "value": call.value, "reference": call.reference, "points": call.points,
-        "weights": call.weights, **results,
-    }  # fmt: skip
-    n, s, m, d = call.value.shape
-    problem = _Problem(
-        **{name: array.data_ptr() for name, array in arrays.items() if array is not None},
-        shapes=ctypes.addressof(shapes), parallel=openmp(),
-        batch=n, tokens=s, heads=m, channels=d, queries=call.points.shape[1],
-        levels=len(call.shapes), per_level=call.points.shape[4],
-        storage=STORAGE[call.value.dtype],
-        form=call.form,
-        to_locations=to_locations, threads=torch.get_num_threads(),
+    shapes, sizes = _sizes(
+        call.shapes, call.value.shape, call.points.shape, call.value.dtype, call.form, to_locations
+    )
+    results = (output, grad_output, grad_value, grad_points, grad_weights)
+    arrays = _ARRAYS.pack(
+        call.value.data_ptr(), ctypes.addressof(shapes),
+        0 if call.reference is None else call.reference.data_ptr(),
+        call.points.data_ptr(), call.weights.data_ptr(),
+        *(0 if result is None else result.data_ptr() for result in results),
     )  # fmt: skip
-    outcome = function(ctypes.byref(problem))
+    outcome = function(arrays + sizes + _THREADS.pack(torch.get_num_threads()))
     if outcome == _TOO_LARGE:
+        _, s, _, d = call.value.shape
         raise ValueError(
             f"ms_deform_attn: {s} tokens of {d} channels are more than the CPU kernel can index. "
             "MSDEFORM_BACKEND=reference has no limit."
         )
     if outcome:
         raise MemoryError("ms_deform_attn: out of memory for the CPU kernel's buffers.")
+
+
+@functools.lru_cache(maxsize=512)
+def _sizes(
+    shapes: tuple[tuple[int, int], ...],
+    value: torch.Size,
+    points: torch.Size,
+    dtype: torch.dtype,
+    form: int,
+    to_locations: bool,
+) -> tuple["ctypes.Array[ctypes.c_int64]", bytes]:
+    """Return the level sizes in C, and the part of `Problem` that depends on sizes alone.
+
+    Both are the same in every layer and step that has these sizes, and take longer to make than a
+    decoder's layer of few queries to compute.
+    """
+    n, s, m, d = value
+    sides = [side for shape in shapes for side in shape]
+    sizes = _SIZES.pack(
+        openmp() or 0, n, s, m, d, points[1], len(shapes), points[4], STORAGE[dtype], form,
+        to_locations,
+    )  # fmt: skip
+    return (ctypes.c_int64 * len(sides))(*sides), sizes

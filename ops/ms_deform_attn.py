@@ -69,14 +69,14 @@ def _check(
             f"ms_deform_attn: value {tuple(value.shape)} and attention {tuple(weights.shape)} must "
             "have the shapes [N,S,M,D] and [N,Q,M,L,K]."
         )
-    if any(min(shape) < 0 for shape in shapes):
-        raise ValueError(f"ms_deform_attn: spatial_shapes {list(shapes)} has a negative side.")
-    tokens = sum(height * width for height, width in shapes)
-    if value.shape[1] != tokens:
-        raise ValueError(
-            f"ms_deform_attn: value has {value.shape[1]} tokens, but spatial_shapes has {tokens}."
-        )
-    n, q, m, k = value.shape[0], weights.shape[1], value.shape[2], weights.shape[4]
+    (n, s, m, _), (_, q, _, _, k) = value.shape, weights.shape
+    tokens = 0
+    for height, width in shapes:
+        if height < 0 or width < 0:
+            raise ValueError(f"ms_deform_attn: spatial_shapes {list(shapes)} has a negative side.")
+        tokens += height * width
+    if s != tokens:
+        raise ValueError(f"ms_deform_attn: value has {s} tokens, but spatial_shapes has {tokens}.")
     samples = (n, q, m, len(shapes), k)
     fused = reference is not None
     _check_shape("attention_logits" if fused else "attention_weights", weights, samples)
@@ -87,7 +87,7 @@ def _check(
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != expected:
+    if tensor.shape != expected:
         raise ValueError(f"ms_deform_attn: {name} is {tuple(tensor.shape)}, must be {expected}.")
 
 

@@ -29,10 +29,12 @@ def _tools() -> None:
 @pytest.mark.usefixtures("_tools")
 @pytest.mark.parametrize(
     ("layer", "capability"),
-    some(
-        [(layer, c) for layer in layers() for c in LIMITS if c in (80, 90) or layer == SMALL],
-        (SMALL, 90),
-    ),
+    [
+        pytest.param(layer, c, marks=() if (layer, c) == (SMALL, 90) else pytest.mark.slow)
+        for layer in layers()
+        for c in LIMITS
+        if c in (80, 90) or layer == SMALL
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", some((F32, BF16, F16), BF16))
@@ -49,7 +51,7 @@ def test_machine_code_of_the_presets(
             assert code.occupancy(kind.threads, capability) >= 0.4
             assert code.count("LDG.E.128") == code.count("LDG"), "rows are read in pieces"
             assert code.count("LDG") % 4 == 0
-            assert code.waits <= 1, "a corner is read only after another has come"
+            assert code.waits < 2, "corners are read only after others have come"
         added = 4 * 16 // dtype.itemsize // (1 if deterministic or capability < 90 else 4)
         assert backward.count("RED") == added * backward.count("LDG") // 4
 

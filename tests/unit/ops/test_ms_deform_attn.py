@@ -133,6 +133,23 @@ def test_without_queries_the_gradient_of_a_strided_value_is_contiguous_as_declar
     assert all(t.is_contiguous() for t in found)
 
 
+def test_calls_by_turns_that_differ_in_little() -> None:
+    calls = [
+        make_inputs(n, q, m, d, k, shapes, dtype)
+        for n, q, m, d, k, shapes, dtype in [
+            (2, 3, 2, 4, 2, [(2, 6), (1, 2)], torch.float64),
+            (2, 3, 2, 4, 2, [(6, 2), (1, 2)], torch.float64),  # as many tokens
+            (2, 3, 4, 2, 2, [(6, 2), (1, 2)], torch.float64),  # as wide
+            (2, 3, 2, 4, 2, [(6, 2), (1, 2)], torch.float32),
+            (2, 5, 2, 4, 2, [(6, 2), (1, 2)], torch.float64),
+            (2, 3, 2, 4, 3, [(6, 2), (1, 2)], torch.float64),
+        ]
+    ]
+    for _ in range(2):
+        for inputs in calls:
+            torch.testing.assert_close(ms_deform_attn(*inputs), loop_oracle(*inputs))
+
+
 def test_spatial_shapes_may_be_a_tensor() -> None:
     value, shapes, locations, weights = make_inputs(n=1, q=2, m=1, d=2, k=1)
     as_tensor = ms_deform_attn(value, torch.tensor(shapes), locations, weights)
