@@ -82,6 +82,8 @@ class Annotations:
 
     def select(self, keep: BoolArray | IntArray) -> "Annotations":
         """Return those where `keep` [A] is true, or those at its positions, in their order."""
+        if keep.dtype == np.bool_ and keep.all():
+            return self  # a copy may take gigabytes
         return Annotations(*(getattr(self, f.name)[keep] for f in fields(self)))
 
     def with_area(self) -> "Annotations":

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from datasets.formats.coco import read_coco_file
 from datasets.formats.coco_layouts import find_coco
 from datasets.formats.detect import Located, locate
 from datasets.formats.registry import FORMATS, Reading, Source
+from datasets.formats.stamps import Stamp
 from datasets.images import limit_pixels
 from datasets.index import CocoIndex
 from datasets.mixing import Affine, Mixing
@@ -210,7 +211,11 @@ def _read_index(
 ) -> CocoIndex:
     located = _locate(cfg, split)
     if located and located.data_format != "coco":
-        return CocoIndex.from_source(read_split(cfg, split), need_boxes=need_boxes)
+        return CocoIndex.kept(
+            _stamp(cfg, located, split) if cfg.index_cache else None,
+            lambda: read_split(cfg, split),
+            need_boxes=need_boxes,
+        )
     name = getattr(cfg, f"{split}_split")
     file, image_dir = find_coco(located.place, name) if located else data_paths(cfg, split)
     index = CocoIndex.load(
@@ -227,6 +232,12 @@ def _read_index(
     for kind, found in located.told(name, image_dir).items():
         report.report_places(kind, found)
     return replace(index, findings=(*report.notices, *index.findings))
+
+
+def _stamp(cfg: DataConfig, located: Located, split: Split) -> Stamp | None:
+    options = format_options(cfg, located.data_format)
+    values = (options, asdict(reading_of(cfg)), cfg.max_pixels)
+    return located.stamp(getattr(cfg, f"{split}_split"), *values)
 
 
 def split_batch(effective: int, *, max_size: int, rank: int = 0, world_size: int = 1) -> BatchSplit:

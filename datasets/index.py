@@ -1,40 +1,47 @@
 """A checked split of a data set of any format, in flat arrays, and what is kept of large files.
 
-What was read of a large COCO-format file is kept, so that the next run need not read it again. A
-file in the user's cache folder is named by a hash of the JSON's bytes and starts with a hash of its
-own content: one that is damaged, half written or of other data is never used. Nothing is written
-next to the data.
+What was read of a large COCO-format file, or of a folder of many files, is kept, so that the next
+run need not read it again. What is kept is a file in the user's cache folder. Its name is a hash of
+the JSON's bytes, or of the names, sizes and times of the folder's files, and it ends with a hash of
+its own content: one that is damaged, half written or of other data is never used. Nothing is
+written next to the data.
 """
 
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datasets.arrays import Annotations, Images, Names
-from datasets.checks.boxes import check_boxes, clip
-from datasets.checks.entries import CocoContent, check_content
+from datasets.checks.boxes import check_boxes, clip_some
+from datasets.checks.entries import CocoContent, check_content, read_piece
 from datasets.checks.findings import Notice, SplitReport, short_name
 from datasets.checks.images import check_headers
-from datasets.formats.coco import parse_json, read_bytes, require_folder
+from datasets.formats.coco import LARGEST, parse_json, read_bytes, require_folder
+from datasets.formats.coco_pieces import Unsuitable, file_digest, read_pieces
 from datasets.formats.registry import USUAL, Reading, Source
+from datasets.formats.stamps import Stamp
 from util.classes import Classes
 from util.console import console, in_line
 from util.errors import DataError
-from util.files import atomic_path, read_regular
+from util.files import atomic_path, open_regular
 
 _CLASSES_SHOWN = 12
-_VERSION = 6  # of the kept arrays and of the checks that fill them
+_VERSION = 7  # of the kept arrays, and of the readers and checks that fill them
 _MIN_BYTES = 4_000_000  # smaller files are read again in a moment
+_MIN_FILES = 1000  # in folders with fewer, too
+_LARGE = 1 << 26  # bytes of files that are parsed in pieces
+_BLOCK = 1 << 20  # bytes that are hashed at once
 _MOST_BYTES = 2**34  # of a kept file
 _KEPT = 16  # files
 _DIGEST = 32  # bytes of SHA-256
@@ -80,16 +87,22 @@ class CocoIndex:
         """
         if image_dir is not None:
             require_folder(image_dir)
-        data = read_bytes(json_path)
+        data = None if _is_large(json_path) else read_bytes(json_path)
         file = content = None
-        if cache and len(data) >= _MIN_BYTES:
+        if cache and (data is None or len(data) >= _MIN_BYTES):
             meant = "-".join(str(value) for value in asdict(reading).values())
             with contextlib.suppress(OSError):  # no home folder
-                file = cache_folder() / f"{hashlib.sha256(data).hexdigest()}-{meant}-{_VERSION}"
+                digest = (
+                    file_digest(json_path) if data is None else hashlib.sha256(data).hexdigest()
+                )
+                file = cache_folder() / f"{digest}-{meant}-{_VERSION}"
                 content = _load(file)
         # What was kept without annotations may lack the list of them: that is refused here.
         if content is None or (need_boxes and not len(content.annotations.ids)):
-            source = Source(parse_json(data, json_path), Path(), json_path, reading=reading)
+            whole = (
+                _parse_large(json_path, reading) if data is None else parse_json(data, json_path)
+            )
+            source = Source(whole, Path(), json_path, reading=reading)
             if classes is not None and not source.content.get("categories"):
                 source.content["categories"] = [
                     {"id": classes.ids[i], "name": classes.shown(i)}
@@ -103,6 +116,36 @@ class CocoIndex:
                 if file is not None:
                     _save(file, content)
         return cls.from_content(content, json_path, image_dir, need_boxes=need_boxes)
+
+    @classmethod
+    def kept(
+        cls, stamp: Stamp | None, read: Callable[[], Source], *, need_boxes: bool
+    ) -> "CocoIndex":
+        """Check what `read` returns, or take what was kept of a large set with the same stamp.
+
+        Without a stamp nothing is kept, nor where a file has just been written: another change in
+        the same moment would not show.
+
+        Raises:
+            DataError: see `from_source`.
+        """
+        if stamp is None or stamp.files < _MIN_FILES or not stamp.settled:
+            return cls.from_source(read(), need_boxes=need_boxes)
+        file = content = None
+        with contextlib.suppress(OSError):  # no home folder
+            file = cache_folder() / f"{stamp.digest()}-{_VERSION}"
+            content = _load(file)
+        if content is None or (need_boxes and not len(content.annotations.ids)):
+            source = read()
+            content = replace(
+                check_content(source, need_boxes=need_boxes),
+                source=(source.place, source.image_dir),
+            )
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    _save(file, content)
+        assert content.source is not None
+        return cls.from_content(content, *content.source, need_boxes=need_boxes)
 
     @classmethod
     def from_source(cls, source: Source, *, need_boxes: bool) -> "CocoIndex":
@@ -159,17 +202,16 @@ class CocoIndex:
         # Training and evaluation take the numbers as they are, whatever layout they seem to have.
         order = np.flatnonzero(report.trained)
         order = order[np.argsort(report.annotations.image[order], kind="stable")]
-        trained = report.annotations.select(order)
-        sizes = report.images.sizes[trained.image][:, ::-1].astype(np.float64)  # width, height
+        image = report.annotations.image[order]
         return cls(
             place=place,
             image_dir=report.source.image_dir,
             classes=content.classes,
             images=report.images,
             annotations=report.annotations.with_area(),
-            boxes=clip(trained.xywh, sizes),
-            labels=trained.labels,
-            first=np.searchsorted(trained.image, np.arange(len(report.images.ids) + 1)),
+            boxes=clip_some(report, order),
+            labels=report.annotations.labels[order],
+            first=np.searchsorted(image, np.arange(len(report.images.ids) + 1)),
             findings=notices,
         )
 
@@ -251,6 +293,24 @@ class CocoIndex:
         )
 
 
+def _is_large(path: Path) -> bool:
+    try:
+        return _LARGE <= path.stat().st_size <= LARGEST
+    except OSError:
+        return False
+
+
+def _parse_large(path: Path, reading: Reading) -> dict[str, Any]:
+    """Return what a large file holds, its annotations in arrays where that can be.
+
+    Raises:
+        DataError: see `read_bytes` and `parse_json`.
+    """
+    with contextlib.suppress(Unsuitable, OSError):
+        return read_pieces(path, "annotations", partial(read_piece, reading=reading))
+    return parse_json(read_bytes(path), path)
+
+
 def cache_folder() -> Path:
     """Return where indices are kept: in $XDG_CACHE_HOME, by default ~/.cache.
 
@@ -269,22 +329,21 @@ def _save(file: Path, content: CocoContent) -> None:
         "classes": content.classes.to_json(),
         "notices": [asdict(notice) for notice in content.notices],
         "texts": list(content.images.texts.items()),
+        "source": list(map(str, content.source)) if content.source else None,
     }
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        others=np.frombuffer(json.dumps(others).encode(), dtype=np.uint8),
-        image_ids=content.images.ids,
-        name_data=content.images.file_names.data,
-        name_ends=content.images.file_names.ends,
-        sizes=content.images.sizes,
-        address_data=content.images.addresses.data,
-        address_ends=content.images.addresses.ends,
-        **{f"box_{f.name}": getattr(content.annotations, f.name) for f in fields(Annotations)},
-    )
-    with atomic_path(file) as temporary, temporary.open("wb") as opened:
-        opened.write(hashlib.sha256(buffer.getbuffer()).digest())
-        opened.write(buffer.getbuffer())
+    with atomic_path(file) as temporary, temporary.open("w+b") as opened:
+        np.savez(
+            opened,
+            others=np.frombuffer(json.dumps(others).encode(), dtype=np.uint8),
+            image_ids=content.images.ids,
+            name_data=content.images.file_names.data,
+            name_ends=content.images.file_names.ends,
+            sizes=content.images.sizes,
+            address_data=content.images.addresses.data,
+            address_ends=content.images.addresses.ends,
+            **{f"box_{f.name}": getattr(content.annotations, f.name) for f in fields(Annotations)},
+        )
+        opened.write(_digest(opened, opened.seek(0, os.SEEK_END)))
     for old in sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
         old.unlink(missing_ok=True)
 
@@ -292,24 +351,34 @@ def _save(file: Path, content: CocoContent) -> None:
 def _load(file: Path) -> CocoContent | None:
     """Return what was saved, None where there is nothing sound, or nothing of this user."""
     try:
-        if hasattr(os, "geteuid") and file.stat().st_uid != os.geteuid():
-            return None  # others could change the boxes
-        raw = memoryview(read_regular(file, _MOST_BYTES))
-    except OSError:
-        return None
-    with contextlib.suppress(OSError):
-        os.utime(file)  # the longest unused goes first
-    if hashlib.sha256(raw[_DIGEST:]).digest() != raw[:_DIGEST]:
-        return None
-    try:
-        return _unpack(raw[_DIGEST:])
-    except Exception:  # what was damaged before it was hashed fails in any way
+        with open_regular(file, _MOST_BYTES) as opened:
+            status = os.fstat(opened.fileno())
+            if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+                return None  # others could change the boxes
+            length = status.st_size - _DIGEST
+            if length < 0 or _digest(opened, length) != opened.read():
+                return None
+            with contextlib.suppress(OSError):
+                os.utime(file)  # the longest unused goes first
+            return _unpack(opened)
+    except Exception:  # not there; what was damaged before it was hashed fails in any way
         return None
 
 
-def _unpack(data: memoryview) -> CocoContent:
-    """Return the content of which `_save` made these bytes."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as saved:
+def _digest(file: BinaryIO, length: int) -> bytes:
+    """Return the hash of a file's first bytes, and leave its position after them."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while length and (block := file.read(min(length, _BLOCK))):
+        digest.update(block)
+        length -= len(block)
+    return digest.digest()
+
+
+def _unpack(file: BinaryIO) -> CocoContent:
+    """Return the content of which `_save` made a file."""
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as saved:
         others = json.loads(saved["others"].tobytes())
         return CocoContent(
             Classes.from_json(others["classes"]),
@@ -322,4 +391,5 @@ def _unpack(data: memoryview) -> CocoContent:
             ),
             Annotations(*(saved[f"box_{f.name}"] for f in fields(Annotations))),
             tuple(Notice(**notice) for notice in others["notices"]),
+            others["source"] and tuple(map(Path, others["source"])),
         )

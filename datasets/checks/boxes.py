@@ -1,5 +1,7 @@
 """Check boxes: first what the numbers of the whole set mean, then each box in its image."""
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import floor
 from typing import Literal
@@ -7,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.arrays import BoolArray, FloatArray
+from datasets.arrays import BoolArray, FloatArray, IntArray
 from datasets.checks.findings import SplitReport
 from datasets.sample import resized_size
 from datasets.tiles import Tiling, boxes_of_tiles, tiles_of
@@ -19,6 +21,7 @@ _SOUND, _CONVINCING = 0.8, 0.9  # shares of boxes that fit their images
 _PAST_WHOLE = 1.5  # of an image: still a fraction, of a box that extends past the edge
 _MIN_AT_EDGE = 5  # boxes at 1 (or -1) where others would be at 0
 _CELL = 8  # pixels of the finest feature level's cells
+_AT_ONCE = 1 << 18  # boxes; a set may have many more
 _SLACK = 1  # pixels past the edge that are not worth a word
 
 
@@ -57,7 +60,7 @@ def check_boxes(report: SplitReport) -> None:
     _find_shifted(report, ~fraction)
 
     side = report.xywh[:, 2:].min(axis=1, initial=np.inf)
-    outside = ~has_area(clip(report.xywh, size)) & known
+    outside = ~_is_visible(report.xywh, size) & known
     useless = {"negative_bbox": side < 0, "zero_bbox": side == 0, "outside_bbox": outside}
     for kind, chosen in useless.items():
         left_out = np.asarray(chosen & (report.flaw == ""))
@@ -77,7 +80,7 @@ def check_boxes(report: SplitReport) -> None:
 
     # Training takes the numbers as the file has them. Images that are not there, or known to be
     # unreadable, are never seen.
-    report.trained = has_area(clip(found.xywh, size)) & (found.xywh[:, 2:] > 0).all(axis=1)
+    report.trained = _is_visible(found.xywh, size) & (found.xywh[:, 2:] > 0).all(axis=1)
     report.trained &= ~found.crowd & report.sound[found.image]
     _find_crowds(report)
     if report.section("annotations") or len(found.ids):  # a set to predict on has none
@@ -102,6 +105,26 @@ def clip(xywh: FloatArray, size: FloatArray) -> NDArray[np.float32]:
     bound = np.where(size > 0, size, np.inf)
     low, high = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
     return np.concatenate([low.clip(0, bound), high.clip(0, bound)], axis=1).astype(np.float32)
+
+
+def clip_some(report: SplitReport, rows: IntArray) -> NDArray[np.float32]:
+    """Return the annotations at some positions [B] as boxes clipped to their images [B,4]."""
+    found, boxes = report.annotations, np.empty((len(rows), 4), dtype=np.float32)
+    for part in _parts(len(rows)):
+        size = report.images.sizes[found.image[rows[part]]][:, ::-1].astype(np.float64)
+        boxes[part] = clip(found.xywh[rows[part]], size)
+    return boxes
+
+
+def _is_visible(xywh: FloatArray, size: FloatArray) -> BoolArray:
+    """Return which boxes [A,4] have a part in images of `size` [A,2], as `clip` takes them."""
+    parts = [has_area(clip(xywh[part], size[part])) for part in _parts(len(xywh))]
+    return np.concatenate([np.zeros(0, dtype=np.bool_), *parts])
+
+
+def _parts(count: int) -> Iterator[slice]:
+    """Yield parts of arrays whose intermediate results would take gigabytes together."""
+    return (slice(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE))
 
 
 def has_area(xyxy: NDArray[np.float32]) -> BoolArray:
@@ -132,7 +155,9 @@ def _read_fractions(
 def _read_pixels(
     report: SplitReport, chosen: BoolArray, size: FloatArray, known: BoolArray
 ) -> None:
-    layout = find_layout(report.xywh[chosen & known], size[chosen & known], slack=_SLACK)
+    judged = np.asarray(chosen & known)
+    values, bounds = (a if judged.all() else a[judged] for a in (report.xywh, size))
+    layout = find_layout(values, bounds, slack=_SLACK)
     if layout != "xywh":
         report.report_boxes(f"{layout}_bbox", chosen)
         report.xywh[chosen] = _as_xywh(report.xywh[chosen], layout)
@@ -154,18 +179,18 @@ def find_layout(values: FloatArray, bounds: FloatArray, *, slack: float) -> Layo
     """
     if len(values) < _MIN_BOXES:
         return "xywh"
-    first, last = values[:, :2], values[:, 2:]
-    corners = {
-        "xywh": (first, first + last),
-        "xyxy": (first, last),
-        "cxcywh": (first - last / 2, first + last / 2),
-    }
-    share = {
-        layout: float(
-            ((low >= -slack) & (high <= bounds + slack) & (high > low)).all(axis=1).mean()
-        )
-        for layout, (low, high) in corners.items()
-    }
+    fitting: Counter[Layout] = Counter()
+    for part in _parts(len(values)):
+        first, last, bound = values[part, :2], values[part, 2:], bounds[part] + slack
+        corners: dict[Layout, tuple[FloatArray, FloatArray]] = {
+            "xywh": (first, first + last),
+            "xyxy": (first, last),
+            "cxcywh": (first - last / 2, first + last / 2),
+        }
+        for layout, (low, high) in corners.items():
+            fits = ((low >= -slack) & (high <= bound) & (high > low)).all(axis=1)
+            fitting[layout] += int(fits.sum())
+    share = {layout: count / len(values) for layout, count in fitting.items()}
     if share["xywh"] > _SOUND or max(share.values()) < _CONVINCING:
         return "xywh"
     return "xyxy" if share["xyxy"] >= share["cxcywh"] else "cxcywh"

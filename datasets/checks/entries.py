@@ -3,8 +3,9 @@
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,23 +15,29 @@ from datasets.checks.findings import SECTIONS, Findings, Notice, SplitReport
 from datasets.checks.interpret import interpret
 from datasets.checks.masks import box_around
 from datasets.checks.values import LIMIT, is_area, is_number, is_whole
-from datasets.formats.registry import Source
+from datasets.formats.coco_pieces import Pieces, Unsuitable
+from datasets.formats.registry import Reading, Source
 from util.classes import Classes
 from util.errors import DataError
 
 _NO_BOX = [float("nan")] * 4
 _ADDRESSES = ("coco_url", "flickr_url")
+_MAY_BE_TEXT = ("id", "image_id", "category_id", "area", "iscrowd", "bbox")
 _LONGEST_ADDRESS = 500  # characters
 
 
 @dataclass(frozen=True, eq=False)
 class CocoContent:
-    """What a COCO-format file says, without the entries that cannot be used; see `notices`."""
+    """What a COCO-format file says, without the entries that cannot be used; see `notices`.
+
+    `source` has the place and the folder of images of a set of another format.
+    """
 
     classes: Classes
     images: Images
     annotations: Annotations
     notices: tuple[Notice, ...]
+    source: tuple[Path, Path] | None = None
 
 
 def check_content(source: Source, *, need_boxes: bool) -> CocoContent:
@@ -44,7 +51,7 @@ def check_content(source: Source, *, need_boxes: bool) -> CocoContent:
     """
     place = source.place
     for key in ("images", "categories", *(["annotations"] if need_boxes else [])):
-        if not isinstance(source.content.get(key), list):
+        if not isinstance(source.content.get(key), (list, Pieces)):
             raise DataError(
                 f"{place}: there is no list `{key}`. Use a COCO-format file of object instances."
             )
@@ -212,24 +219,22 @@ def _addresses(entries: Sequence[Mapping[str, Any]]) -> Names:
 def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
     """Set the annotations that have an image, a class and a box."""
     listed = report.section("annotations")
-    is_object = np.array([isinstance(entry, Mapping) for entry in listed], dtype=np.bool_)
-    _report_entries(report, "not_an_object", "annotations", np.flatnonzero(~is_object), "")
-    rows = np.flatnonzero(is_object)
-    entries: list[Mapping[str, Any]] = [listed[row] for row in rows.tolist()]
-    ids = _number(report, entries, rows)
-
-    image_id, whole = _whole_numbers([entry.get("image_id") for entry in entries])
-    image = _look_up(report.images.ids, image_id, whole)
-    with_image = (image < 0) & whole & np.isin(image_id, list(left_out))  # reported there
+    if isinstance(listed, Pieces):
+        rows = np.arange(len(listed))
+        columns = Columns.concatenate(listed.parts)
+    else:
+        is_object = np.array([isinstance(entry, Mapping) for entry in listed], dtype=np.bool_)
+        _report_entries(report, "not_an_object", "annotations", np.flatnonzero(~is_object), "")
+        rows = np.flatnonzero(is_object)
+        columns = Columns.of([listed[row] for row in rows.tolist()])
+    ids = _number(report, columns, rows)
+    image = _look_up(report.images.ids, columns.image_id, columns.has_image_id)
+    with_image = (image < 0) & columns.has_image_id
+    with_image &= np.isin(columns.image_id, list(left_out))  # reported there
     label = _look_up(
-        np.array(report.classes.ids, dtype=np.int64),
-        *_whole_numbers([entry.get("category_id") for entry in entries]),
+        np.array(report.classes.ids, dtype=np.int64), columns.category_id, columns.has_category_id
     )
-    area = _areas([entry.get("area") for entry in entries])
-    crowds = [entry.get("iscrowd") for entry in entries]
-    crowd = np.array([value == 1 for value in crowds], dtype=np.bool_)
-    no_crowd = np.array([value not in (0, 1) for value in crowds], dtype=np.bool_)
-    xywh = _boxes([entry.get("bbox") for entry in entries])
+    area, xywh = columns.area, columns.xywh
     names = report.images.file_names
 
     def report_some(
@@ -238,7 +243,7 @@ def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
         def describe(row: int) -> tuple[str, str]:
             i = int(np.searchsorted(rows, row))
             name = names[image[i]] if image[i] >= 0 else f"annotations[{row}]"
-            return name, detail(entries[i])
+            return name, detail(listed[row])
 
         report.report(
             Findings(
@@ -263,10 +268,10 @@ def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
         lambda e: f"category_id {e.get('category_id')!r:.40}",
     )
     usable = (image >= 0) & (label >= 0)
-    report_some("missing_key", usable & (np.isnan(area) | no_crowd), _lacking)
-    computed = _compute_boxes(xywh, entries, usable)
+    report_some("missing_key", usable & (np.isnan(area) | columns.no_crowd), _lacking)
+    computed = usable & columns.computed
     report_some("computed_bbox", computed, lambda e: f"bbox {e.get('bbox')!r:.80}")
-    report_some("rotated_bbox", usable & ~computed & _rotated(entries), _rotation)
+    report_some("rotated_bbox", usable & ~computed & columns.rotated, _rotation)
     broken = np.isnan(xywh).any(axis=1)
     report_some("broken_bbox", usable & broken, lambda e: f"bbox {e.get('bbox')!r:.80}")
     kept = usable & ~broken
@@ -274,15 +279,97 @@ def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
         kept &= ~np.isin(rows, list(report.dropped))
     report.annotation_rows = rows[kept]
     area = np.where(np.isnan(area), xywh[:, 2] * xywh[:, 3], area)
-    report.annotations = Annotations(ids, image, label, xywh, area, crowd).select(kept)
+    report.annotations = Annotations(ids, image, label, xywh, area, columns.crowd).select(kept)
 
 
-def _compute_boxes(
-    xywh: FloatArray, entries: Sequence[Mapping[str, Any]], usable: BoolArray
-) -> BoolArray:
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """What annotations say, each by itself.
+
+    Shape: numbers [A], 0 where they are not whole numbers (`has_`); area [A] and xywh [A,4], NaN
+    where they are none; crowd, and where that is not said [A]; the boxes that were `computed` from
+    masks, and those that were rotated after they were drawn [A].
+    """
+
+    id: IntArray
+    has_id: BoolArray
+    image_id: IntArray
+    has_image_id: BoolArray
+    category_id: IntArray
+    has_category_id: BoolArray
+    area: FloatArray
+    crowd: BoolArray
+    no_crowd: BoolArray
+    xywh: FloatArray
+    computed: BoolArray
+    rotated: BoolArray
+
+    @classmethod
+    def of(cls, entries: Sequence[Mapping[str, Any]]) -> "Columns":
+        """Read entries."""
+        ids, images, categories = (
+            _whole_numbers([entry.get(key) for entry in entries])
+            for key in ("id", "image_id", "category_id")
+        )
+        crowd, no_crowd = _crowds([entry.get("iscrowd") for entry in entries])
+        xywh = _boxes([entry.get("bbox") for entry in entries])
+        return cls(
+            *ids,
+            *images,
+            *categories,
+            area=_areas([entry.get("area") for entry in entries]),
+            crowd=crowd,
+            no_crowd=no_crowd,
+            xywh=xywh,
+            computed=_compute_boxes(xywh, entries),
+            rotated=_rotated(entries),
+        )
+
+    @classmethod
+    def concatenate(cls, parts: "list[Columns]") -> "Columns":
+        """Return those of all parts, which are emptied: of large files there are gigabytes."""
+        lists = [[getattr(part, f.name) for f in fields(cls)] for part in parts or [cls.of([])]]
+        parts.clear()
+        columns = []
+        for i in range(len(fields(cls))):
+            columns.append(np.concatenate([column[i] for column in lists]))
+            for column in lists:
+                column[i] = None
+        return cls(*columns)
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is missing or of another type."""
+        there = (self.has_id, self.has_image_id, self.has_category_id, ~self.no_crowd)
+        numbers = (self.area, self.xywh)
+        return all(c.all() for c in there) and not any(np.isnan(c).any() for c in numbers)
+
+
+def read_piece(entries: list[Any], *, reading: Reading) -> Columns:
+    """Return what some annotations of a file say, if `interpret` would leave them as they are.
+
+    Raises:
+        Unsuitable: it would not, so that the file must be read as a whole.
+    """
+    if set(map(type, entries)) != {dict}:
+        raise Unsuitable
+    columns = Columns.of(entries)
+    if any([entry["ignore"] is not None for entry in entries if "ignore" in entry]):
+        raise Unsuitable
+    if reading.crowd == "as_objects" and columns.crowd.any():
+        raise Unsuitable
+    if not columns.clean:
+        found = [[entry.get(key) for entry in entries] for key in _MAY_BE_TEXT]
+        boxes = [box for box in found[-1] if isinstance(box, list)]
+        if any(str in set(map(type, values)) for values in (*found, chain.from_iterable(boxes))):
+            raise Unsuitable
+    return columns
+
+
+def _compute_boxes(xywh: FloatArray, entries: Sequence[Mapping[str, Any]]) -> BoolArray:
     """Replace boxes that are none by those around their masks; return which could be [A]."""
     computed = np.zeros(len(entries), dtype=np.bool_)
-    for i in np.flatnonzero(usable & ~(xywh[:, 2:] > 0).all(axis=1)).tolist():
+    for i in np.flatnonzero(~(xywh[:, 2:] > 0).all(axis=1)).tolist():
         box = box_around(entries[i].get("segmentation"))
         if box is not None:
             xywh[i], computed[i] = box, True
@@ -291,7 +378,7 @@ def _compute_boxes(
 
 def _rotated(entries: Sequence[Mapping[str, Any]]) -> BoolArray:
     """Return which boxes [A] were rotated after they were drawn, as CVAT writes it."""
-    if not any(entry.get("attributes") for entry in entries):
+    if not any([entry["attributes"] for entry in entries if "attributes" in entry]):
         return np.zeros(len(entries), dtype=np.bool_)
     return np.array([_rotation(entry) != "" for entry in entries], dtype=np.bool_)
 
@@ -307,14 +394,17 @@ def _lacking(entry: Mapping[str, Any]) -> str:
     return ", ".join([*area, *([] if entry.get("iscrowd") in (0, 1) else ["iscrowd"])])
 
 
-def _number(report: SplitReport, entries: Sequence[Mapping[str, Any]], rows: IntArray) -> IntArray:
+def _number(report: SplitReport, columns: Columns, rows: IntArray) -> IntArray:
     """Return the ids of annotations [A]; those without a unique id get unused ones."""
-    ids, whole = _whole_numbers([entry.get("id") for entry in entries])
+    ids, whole = columns.id, columns.has_id
+    if whole.all() and (np.diff(ids) > 0).all():
+        return ids
     known, first = np.unique(ids[whole], return_index=True)
     own = np.zeros(len(ids), dtype=np.bool_)
     own[np.flatnonzero(whole)[first]] = True
     for kind, chosen in (("no_annotation_id", ~whole), ("repeated_annotation", whole & ~own)):
         _report_entries(report, kind, "annotations", rows[chosen], "id")
+    ids = ids.copy()
     ids[~own] = np.setdiff1d(np.arange(1, len(ids) + 1), known)[: (~own).sum()]
     return ids
 
@@ -346,6 +436,17 @@ def _areas(values: Sequence[object]) -> FloatArray:
             area[~((area >= 0) & (area < LIMIT))] = np.nan
             return area
     return np.array([value if is_area(value) else np.nan for value in values], dtype=np.float64)
+
+
+def _crowds(values: Sequence[object]) -> tuple[BoolArray, BoolArray]:
+    """Return which JSON values say that a box is of a crowd [A], and which say nothing [A]."""
+    if set(map(type, values)) == {int}:
+        with contextlib.suppress(OverflowError):
+            numbers = np.array(values, dtype=np.int64)
+            return numbers == 1, (numbers != 0) & (numbers != 1)
+    crowd = [value == 1 for value in values]
+    unsaid = [value not in (0, 1) for value in values]
+    return np.array(crowd, dtype=np.bool_), np.array(unsaid, dtype=np.bool_)
 
 
 def _boxes(values: Sequence[object]) -> FloatArray:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from datasets.arrays import Annotations, BoolArray, FloatArray, Images, IntArray
 from datasets.checks.kinds import KINDS
+from datasets.formats.coco_pieces import Pieces
 from datasets.formats.registry import Source
 from datasets.images import TURNED
 from util.classes import Classes
@@ -175,7 +176,7 @@ class SplitReport:
     findings: list[Findings] = field(default_factory=list)
     hidden: list[Findings] = field(default_factory=list)
     facts: dict[int, FileFacts] = field(default_factory=dict)
-    read: dict[str, list[Any]] = field(default_factory=dict)
+    read: dict[str, Sequence[Any]] = field(default_factory=dict)
     text_ids: dict[str, dict[str, int]] = field(default_factory=dict)
     dropped: set[int] = field(default_factory=set)
     classes: Classes = field(init=False)
@@ -188,14 +189,14 @@ class SplitReport:
     fixed: NDArray[np.object_] = field(init=False)
     trained: BoolArray = field(init=False)
 
-    def section(self, name: str) -> list[Any]:
+    def section(self, name: str) -> Sequence[Any]:
         """Return a list of the file as it is meant, empty if it is missing."""
         return self.read[name] if name in self.read else self.given(name)
 
-    def given(self, name: str) -> list[Any]:
+    def given(self, name: str) -> Sequence[Any]:
         """Return a list of the file, empty if it is missing."""
         found = self.source.content.get(name)
-        return found if isinstance(found, list) else []
+        return found if isinstance(found, (list, Pieces)) else []
 
     @property
     def notices(self) -> tuple[Notice, ...]:

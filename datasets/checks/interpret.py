@@ -4,7 +4,7 @@ What is changed here is reported, with a count; the file's own entries stay as t
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 
 from datasets.checks.findings import Findings, SplitReport
 from datasets.checks.values import column, is_whole, to_box, to_flag, to_number, to_whole
+from datasets.formats.coco_pieces import Pieces
 
 _IGNORED = {"crowd": "ignored_as_crowd", "drop": "ignored_dropped", "keep": "ignored_kept"}
 
@@ -22,14 +23,17 @@ def interpret(report: SplitReport) -> None:
     images, categories, annotations = (
         _Section(report, name) for name in ("images", "categories", "annotations")
     )
+    in_pieces = isinstance(annotations.given, Pieces)  # nothing of theirs is to be changed
     for section in (images, categories, annotations):
-        report.text_ids[section.name] = _number_ids(section)
+        table = {} if in_pieces and section is annotations else _number_ids(section)
+        report.text_ids[section.name] = table
     _read_sizes(images)
     _find_file_names(images)
-    for key, section in (("image_id", images), ("category_id", categories)):
-        _resolve(annotations, key, section, report.text_ids[section.name])
-    _read_numbers(annotations)
-    _read_flags(annotations, report)
+    if not in_pieces:
+        for key, section in (("image_id", images), ("category_id", categories)):
+            _resolve(annotations, key, section, report.text_ids[section.name])
+        _read_numbers(annotations)
+        _read_flags(annotations, report)
     for section in (images, categories, annotations):
         section.finish()
 
@@ -39,7 +43,9 @@ class _Section:
 
     def __init__(self, report: SplitReport, name: str) -> None:
         self.report, self.name = report, name
-        self.given = self.entries = report.section(name)
+        self.given: Sequence[Any] = report.section(name)
+        self.entries = self.given
+        self._own: list[Any] | None = None  # once one has changed
         self._keys: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
 
     def set(self, kind: str, row: int, key: str, value: Any) -> None:
@@ -49,11 +55,11 @@ class _Section:
 
     def change(self, row: int, key: str, value: Any) -> None:
         """Give an entry another value."""
-        if self.entries is self.given:
-            self.entries = list(self.given)
-        if self.entries[row] is self.given[row]:
-            self.entries[row] = dict(self.given[row])
-        self.entries[row][key] = value
+        if self._own is None:
+            self.entries = self._own = list(self.given)
+        if self._own[row] is self.given[row]:
+            self._own[row] = dict(self.given[row])
+        self._own[row][key] = value
 
     def note(self, kind: str, row: int, key: str) -> None:
         """Report an entry that stays as it is, for what it has under a key."""

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets.formats.coco_layouts import coco_layout, find_coco
+from datasets.formats.coco_pieces import without_collection
 from datasets.formats.registry import FORMATS, Format, Placer, Source, Split
 from datasets.formats.text import not_utf8
 from util.errors import DataError
 from util.files import make_output_dir, read_regular, write_atomic
 
-_LARGEST = 2**34  # bytes; the largest public set takes 6 GB
+LARGEST = 2**34  # bytes; the largest public set takes 6 GB
 
 
 def read_coco(place: Path, split: str) -> Source:
@@ -46,7 +47,7 @@ def read_bytes(path: Path) -> bytes:
         DataError: it is not there or cannot be read.
     """
     try:
-        return read_regular(path, _LARGEST)
+        return read_regular(path, LARGEST)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such COCO-format JSON file. Check the path.") from error
     except (OSError, ValueError) as error:
@@ -60,7 +61,8 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
         DataError: they are not JSON in UTF-8, or another value.
     """
     try:
-        content = json.loads(data)
+        with without_collection():
+            content = json.loads(data)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}: not JSON: {error.msg} at line {error.lineno} column {error.colno}."

@@ -11,6 +11,7 @@ from datasets.formats.coco_layouts import has_coco
 from datasets.formats.labelme import has_labelme
 from datasets.formats.layout import files, folders, mentions
 from datasets.formats.registry import FORMATS, Source, read_source
+from datasets.formats.stamps import Stamp
 from datasets.formats.voc import has_voc
 from datasets.formats.voc_xml import is_cvat
 from datasets.formats.yolo_layout import has_yolo
@@ -56,6 +57,19 @@ class Located:
         """Read a split; see `read_source`."""
         source = read_source(self.data_format, self.place, split, **options)
         return replace(source, findings={**self.told(split, source.image_dir), **source.findings})
+
+    def stamp(self, split: str, *values: object) -> Stamp | None:
+        """Return a stamp of what `read` returns, with other values; None if the format has none.
+
+        Raises:
+            DataError: see `read_source`.
+        """
+        add = FORMATS[self.data_format].stamp
+        if add is None:
+            return None
+        stamp = Stamp(self.data_format, str(self.place.absolute()), self.sign, split, *values)
+        add(self.place, split, stamp)
+        return stamp
 
     def told(self, split: str, image_dir: Path) -> dict[str, list[tuple[str, str]]]:
         """Return the finding that says what was found out, nothing if the format was given."""

@@ -13,6 +13,7 @@ from itertools import chain, count
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from datasets.formats.stamps import Stamp
 from datasets.formats.text import decode
 from util.errors import DataError
 from util.files import open_regular, read_regular
@@ -85,12 +86,15 @@ class Format:
     `read` takes the place of a data set and a split's name, and raises a DataError if what
     describes the set is missing or cannot be read. `write` takes splits, a new folder and a
     `Placer`; it returns a list of notices on each split, and raises a DataError before it makes the
-    folder if the splits do not fit the format. Both also take the `options` by name.
+    folder if the splits do not fit the format. Both also take the `options` by name. `stamp` takes
+    the same place and split, and a `Stamp`, to which it adds all that decides what `read` returns:
+    without it, what was read of a large set is not kept for the next time.
     """
 
     read: Callable[..., Source]
     write: Callable[..., list[list[str]]]
     options: tuple[str, ...] = ()
+    stamp: Callable[[Path, str, Stamp], None] | None = None
 
 
 FORMATS: Registry[Format] = Registry(

@@ -22,6 +22,7 @@ from datasets.formats.layout import (
     files_below,
     folders,
     has_file,
+    listings,
     split_names,
     subfolder,
     walk,
@@ -37,6 +38,7 @@ from datasets.formats.registry import (
     read_list,
     write_text,
 )
+from datasets.formats.stamps import Stamp
 from datasets.formats.voc_xml import (
     CORNERS,
     is_cvat,
@@ -118,6 +120,18 @@ def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
     sizes = "" if voc_corners == "size" else look_like_sizes(trees[s] for s in stems & trees.keys())
     findings["size_corners"] = [(root.name, sizes)] if sizes else []
     return Source(content, place.images, root, findings)
+
+
+def stamp_voc(root: Path, split: str, stamp: Stamp) -> None:
+    """Add what decides what `read_voc` returns: XML files, lists, and the names of images."""
+    place = find_voc(root, split)
+    stamp.add(str(place.annotations), str(place.images), str(place.lists), place.every_split)
+    stamp.add_files(place.files)
+    stamp.add(len(place.files))
+    stamp.add_files(place.other_files)
+    stamp.add_files(sorted(place.lists.glob("*.txt")) if place.lists else ())
+    for folder, names in sorted(listings(place.images)):
+        stamp.add(str(folder), sorted(names))
 
 
 @dataclass(frozen=True)
@@ -314,4 +328,4 @@ def write_voc(
     return [[] for _ in splits]
 
 
-FORMATS.register("voc")(Format(read_voc, write_voc, options=("voc_corners",)))
+FORMATS.register("voc")(Format(read_voc, write_voc, options=("voc_corners",), stamp=stamp_voc))

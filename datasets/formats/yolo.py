@@ -16,6 +16,7 @@ from typing import Any
 
 from datasets.formats.layout import files
 from datasets.formats.registry import DIGITS, FORMATS, Format, Source
+from datasets.formats.stamps import Stamp
 from datasets.formats.yolo_layout import LabelFiles, describe, find_images
 from datasets.formats.yolo_lines import Lines, judge, read_lines
 from datasets.formats.yolo_write import write_yolo
@@ -76,6 +77,18 @@ def read_yolo(place: Path, split: str) -> Source:
             (place.name, f"no label files; the first would be {label_file(min(images))}")
         ]
     return Source(content, root, place, findings, folders=tuple(label_file.stems))
+
+
+def stamp_yolo(place: Path, split: str, stamp: Stamp) -> None:
+    """Add what decides what `read_yolo` returns: what describes the set, labels and images."""
+    described = describe(place)
+    stamp.add(str(described.file), str(described.root), described.options)
+    images, note = find_images(described, split)
+    stamp.add(note, list(map(str, images)))
+    for folder, labels in sorted(LabelFiles(images).folders.items()):
+        stamp.add_folder(folder)
+        if labels != folder:
+            stamp.add_folder(labels)
 
 
 def _points(options: Mapping[str, Any]) -> int | None:
@@ -149,4 +162,4 @@ def _in_pixels(
     return {"bbox": xywh, "area": xywh[2] * xywh[3]}
 
 
-FORMATS.register("yolo")(Format(read_yolo, write_yolo))
+FORMATS.register("yolo")(Format(read_yolo, write_yolo, stamp=stamp_yolo))

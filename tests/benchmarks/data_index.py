@@ -2,10 +2,11 @@
 
     python -m tests.benchmarks.data_index
 
-A generated file of 118,000 images and 860,000 boxes is indexed without and with the cache. Then
-loaders with 1 and 8 workers look up the name and boxes of every image without decoding any, once in
-our index and once in pycocotools' dictionaries. The memory is the sum of the proportional set sizes
-of the process and its workers. Each measurement runs in a fresh process.
+A generated file of 118,000 images and 860,000 boxes is indexed without the cache ("first") and with
+it ("again"). Then loaders with 1 and 8 workers look up the name and boxes of every image without
+decoding any, once in our index ("cached") and once in pycocotools' dictionaries. The memory is the
+sum of the proportional set sizes of the process and its workers. Each measurement runs in a fresh
+process.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import tempfile
 import time
 import warnings
@@ -23,44 +25,95 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset
 
+from configs.schema import DataConfig
+from datasets.build import load_index
 from datasets.index import CocoIndex
 
 WORKERS = (1, 8)
+KINDS = ("first", "again", "cached", "pycocotools")
+_IN_A_FOLDER = 40_000  # images; a file can have 65,000 links
+_WITH_OUTLINES = 200_000  # images; larger sets have boxes alone
 
 
-def write_set(folder: Path, num_images: int, num_boxes: int) -> Path:
-    """Write the annotation file, and an empty file for each image."""
-    rng = np.random.default_rng(0)
-    (folder / "images").mkdir()
-    names = [f"{number:012d}.jpg" for number in range(num_images)]
+def write_set(folder: Path, num_images: int, num_boxes: int, num_classes: int) -> Path:
+    """Write the annotation file a part at a time, and a link to an image for each of its images."""
+    draw = np.random.default_rng(0)
+    path, step = folder / "instances.json", 100_000
+    names = [f"{i // _IN_A_FOLDER}/{i:012d}.jpg" for i in range(num_images)]
+    for i in range(0, num_images, _IN_A_FOLDER):
+        inside = folder / "images" / str(i // _IN_A_FOLDER)
+        inside.mkdir(parents=True)
+        Image.new("RGB", (640, 480)).save(inside / "image.jpg")
     for name in names:
-        (folder / "images" / name).touch()
-    images = [
-        {"id": i, "file_name": name, "height": 480, "width": 640} for i, name in enumerate(names)
+        os.link(folder / "images" / name.split("/")[0] / "image.jpg", folder / "images" / name)
+    box = np.concatenate([draw.uniform(0, 320, (step, 2)), draw.uniform(1, 160, (step, 2))], axis=1)
+    outline = draw.uniform(0, 480, (step, 16)).round(2).tolist()
+    category = draw.integers(1, num_classes + 1, step).tolist()
+    ends = [  # the same for each part; ids are not
+        json.dumps({"category_id": c, "bbox": b, "area": b[2] * b[3], "iscrowd": 0, **shape})[1:]
+        for c, b, shape in zip(
+            category,
+            box.round(2).tolist(),
+            [{"segmentation": [o]} if num_images <= _WITH_OUTLINES else {} for o in outline],
+            strict=True,
+        )
     ]
-    corner, size = rng.uniform(0, 320, (num_boxes, 2)), rng.uniform(1, 160, (num_boxes, 2))
-    outline = rng.uniform(0, 480, (num_boxes, 16)).round(2).tolist()
-    boxes = np.concatenate([corner, size], axis=1).round(2).tolist()
-    image, category = rng.integers(0, num_images, num_boxes), rng.integers(1, 81, num_boxes)
-    annotations = [
-        {
-            "id": i + 1, "image_id": int(image[i]), "category_id": int(category[i]),
-            "bbox": boxes[i], "area": boxes[i][2] * boxes[i][3], "iscrowd": 0,
-            "segmentation": [outline[i]],
-        }
-        for i in range(num_boxes)
-    ]  # fmt: skip
-    content = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": i, "name": f"class {i}"} for i in range(1, 81)],
-    }
-    path = folder / "instances.json"
-    path.write_text(json.dumps(content))
+    with path.open("w", encoding="ascii") as file:
+        size = '"height": 480, "width": 640}'
+        images = (f'{{"id": {i}, "file_name": "{name}", {size}' for i, name in enumerate(names))
+        file.write('{"images": [' + ", ".join(images) + '], "annotations": [')
+        for start in range(0, num_boxes, step):
+            end = min(start + step, num_boxes)
+            image = (np.arange(start, end) * num_images // num_boxes).tolist()
+            file.write(", " if start else "")
+            file.write(
+                ", ".join(
+                    f'{{"id": {n}, "image_id": {i}, {rest}'
+                    for n, (i, rest) in enumerate(zip(image, ends, strict=False), start=start + 1)
+                )
+            )
+        classes = [{"id": i, "name": f"class {i}"} for i in range(1, num_classes + 1)]
+        file.write(f'], "categories": {json.dumps(classes)}}}')
     return path
+
+
+def write_folder(folder: Path, num_images: int, num_boxes: int, data_format: str) -> None:
+    """Write a folder of VOC's or YOLO's format, with an annotation file for each image."""
+    draw, each = np.random.default_rng(0), num_boxes // num_images
+    images = folder / ("JPEGImages" if data_format == "voc" else "images/train")
+    labels = folder / ("Annotations" if data_format == "voc" else "labels/train")
+    for made in (images, labels, folder / "ImageSets/Main"):
+        made.mkdir(parents=True)
+    names = [f"{i:012d}" for i in range(num_images)]
+    if data_format == "voc":
+        (folder / "ImageSets/Main/train.txt").write_text("\n".join(names))
+    else:
+        classes = {i: f"class {i}" for i in range(80)}
+        (folder / "data.yaml").write_text(json.dumps({"train": "images/train", "names": classes}))
+    for i, name in enumerate(names):
+        if i % _IN_A_FOLDER == 0:
+            Image.new("RGB", (640, 480)).save(images / f"{name}.jpg")
+            first = images / f"{name}.jpg"
+        else:
+            os.link(first, images / f"{name}.jpg")
+        kinds, corners = draw.integers(0, 80, each), draw.integers(1, 240, (each, 4))
+        if data_format == "voc":
+            objects = "".join(
+                f"<object><name>class {k}</name><bndbox><xmin>{x}</xmin><ymin>{y}</ymin>"
+                f"<xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox></object>"
+                for k, (x, y, w, h) in zip(kinds.tolist(), corners.tolist(), strict=True)
+            )
+            size = "<size><width>640</width><height>480</height></size>"
+            (labels / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+        else:
+            rows = zip(kinds.tolist(), (0.2 + corners / 500).tolist(), strict=True)
+            text = "".join(f"{k} {x} {y} {w / 2} {h / 2}\n" for k, (x, y, w, h) in rows)
+            (labels / f"{name}.txt").write_text(text)
+    time.sleep(3)  # files that were written a moment ago are not kept
 
 
 class Lookup(Dataset[int]):
@@ -110,15 +163,21 @@ def proportional_mb(pids: list[int]) -> float:
 def measure(kind: str, json_path: Path, results: "multiprocessing.Queue[dict[str, Any]]") -> None:
     """Build an index and run loaders over it, in a separate process."""
     warnings.filterwarnings("ignore", "This DataLoader will create")
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     if kind == "pycocotools":
         with contextlib.redirect_stdout(io.StringIO()):
             lookup = in_dictionaries(COCO(str(json_path)))
+    elif json_path.is_dir():
+        load_index(DataConfig(data_path=str(json_path)), "train")
     else:
         index = CocoIndex.load(json_path, json_path.parent / "images", need_boxes=True, cache=True)
         lookup = in_index(index)
-    result: dict[str, Any] = {"seconds": time.perf_counter() - start}
-    for workers in WORKERS if kind != "first" else ():
+    result: dict[str, Any] = {
+        "seconds": time.perf_counter() - start,
+        "processor": time.process_time() - processor,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    for workers in () if kind in ("first", "again") else WORKERS:
         loader = DataLoader(
             lookup, batch_size=500, num_workers=workers, persistent_workers=True,
             multiprocessing_context="fork",
@@ -139,21 +198,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--images", type=int, default=118_000)
     parser.add_argument("--boxes", type=int, default=860_000)
+    parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--data_format", choices=("coco", "voc", "yolo"), default="coco")
+    parser.add_argument("--folder", help="where the set is written for a while")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-        json_path = write_set(folder, args.images, args.boxes)
-        print(f"{args.images} images, {args.boxes} boxes, {json_path.stat().st_size / 1e6:.0f} MB")
-        for kind in ("first", "cached", "pycocotools"):
+        kinds = args.kinds
+        if args.data_format == "coco":
+            json_path = write_set(folder, args.images, args.boxes, args.classes)
+            print(f"{args.images} images, {args.boxes} boxes, {json_path.stat().st_size:,} bytes")
+        else:
+            json_path, kinds = folder / "data", ("first", "again")
+            write_folder(json_path, args.images, args.boxes, args.data_format)
+        for kind in kinds:
             results: multiprocessing.Queue[dict[str, Any]] = context.Queue()
             process = context.Process(target=measure, args=(kind, json_path, results))
             process.start()
             result = results.get()
             process.join()
-            line = f"{kind:12}{result['seconds']:6.1f} s"
-            if kind != "first":
+            line = (
+                f"{kind:12}{result['seconds']:6.1f} s, {result['processor']:.1f} s of a processor, "
+                f"peak {result['peak']:.1f} GiB"
+            )
+            if "pss_1" in result:
                 one, many = (result[f"pss_{workers}"] for workers in WORKERS)
                 line += (
                     f"   PSS {one:6.0f} MB with 1 worker, {many:6.0f} MB with 8: {many - one:+.0f}"
