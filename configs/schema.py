@@ -378,8 +378,8 @@ class DataSource(AnnotationOptions):
         rare=True,
     )  # fmt: skip
     index_cache: bool = option(
-        True, "cache the index of a large COCO-format file, or of a large folder in VOC's or YOLO's "
-        "format, in the user's cache folder",
+        True, "cache the index of a large COCO-format file, or of a large folder in VOC's or "
+        "YOLO's format, in the user's cache folder",
         off="read annotations again, without an index in the user's cache folder", rare=True,
     )  # fmt: skip
 
