@@ -14,6 +14,7 @@ as the model says, as a processor waits for its GPU.
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import time
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from configs.load import read_options
 from configs.schema import DataConfig
@@ -234,9 +235,16 @@ def check(args: argparse.Namespace) -> None:
         context = multiprocessing.get_context("spawn")
         with context.Manager() as manager:
             found = manager.list()
-            multiprocessing.spawn(  # type: ignore[no-untyped-call]
-                _process, (processes, mine, args.megabytes, found), nprocs=processes
-            )
+            children = [
+                context.Process(
+                    target=_process, args=(rank, processes, mine, args.megabytes, found)
+                )
+                for rank in range(processes)
+            ]
+            for child in children:
+                child.start()
+            for child in children:
+                child.join()
             exchange, step, sent = found[0]
         predicted = mine.max(axis=1).mean() + exchange
         least = 2 * (processes - 1) * args.megabytes
