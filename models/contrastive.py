@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ContrastiveHead(nn.Module):
-    """Scores classes by how alike a query and the token of a class are (Grounding DINO, Sec. 3.3).
+    """Scores classes by how alike a query and the token of a class are (Grounding DINO, Sec. 3.5).
 
     As the products of both are large at first, they are scaled, and biases hold scores down
     (MM-Grounding-DINO, arXiv 2401.02361). Computed in the precision of the weights, like

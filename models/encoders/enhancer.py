@@ -1,7 +1,7 @@
 """Grounding DINO's feature enhancer: image and class tokens learn of each other (arXiv 2303.05499).
 
 In every layer, image tokens and class tokens look at each other, class tokens at other class
-tokens, and image tokens at other image tokens, by deformable attention (Sec. 3.2). There, class
+tokens, and image tokens at other image tokens, by deformable attention (Sec. 3.1). There, class
 tokens are words of a text. Here a class has one token, which is learned; a prompt replaces them.
 """
 

@@ -28,8 +28,11 @@ from models.levels import FeatureLevels, join_levels
 
 SIDES = (256, 384, 512, 640, 800, 1066, 1333)
 DROPOUT = 0.1
-KINDS = ("deformable", "dense", "dense, no dropout", "mswin", "msda", "dat, stride 4")
-COLOURS = ("#1f6fb5", "#c2570c", "#e0a06b", "#22805a", "#8050a0", "#b03060")
+KINDS = (
+    "deformable", "dense", "dense, no dropout", "mswin", "msda", "dat, stride 4",
+    "enhancer, 80 classes",
+)  # fmt: skip
+COLOURS = ("#1f6fb5", "#c2570c", "#e0a06b", "#22805a", "#8050a0", "#b03060", "#606060")
 _LONGEST = 40.0  # seconds of a pass, after which larger images are left out
 _LARGEST = 0.25  # of the machine's memory: the backward pass takes as much again
 
@@ -38,7 +41,7 @@ def build(kind: str) -> Encoder:
     """Return an encoder of one layer."""
     attention = kind.split(",")[0]
     width, heads = (288, 9) if attention == "msda" else (256, 8)
-    return ENCODERS["mixed"](
+    return ENCODERS["enhancer" if attention == "enhancer" else "mixed"](
         EncoderOptions(
             d_model=width,
             num_layers=1,
@@ -49,6 +52,7 @@ def build(kind: str) -> Encoder:
             dropout=0.0 if "no dropout" in kind else DROPOUT,
             attention=attention,
             dat_stride=4 if attention == "dat" else 1,
+            num_classes=80,
         )  # fmt: skip
     )
 
@@ -76,6 +80,13 @@ def fits(encoder: Encoder, side: int) -> bool:
     return kept < _LARGEST * total_memory(torch.device("cpu"))
 
 
+def learn(encoder: Encoder, levels: FeatureLevels) -> None:
+    """Compute a forward and a backward pass."""
+    output = encoder(levels)
+    parts = output if isinstance(output, tuple) else (output,)  # with class tokens
+    torch.stack([part.sum() for part in parts]).sum().backward()
+
+
 def measure(kind: str, side: int) -> dict[str, float]:
     """Return seconds and bytes of a pass, and multiplications of its forward part."""
     torch.set_num_threads(1)
@@ -87,14 +98,16 @@ def measure(kind: str, side: int) -> dict[str, float]:
     counter = FlopCounterMode(display=False)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        encoder.requires_grad_(False)  # the counter wants gradients of all that learns
         encoder(levels_of(side, width))  # on tensors that have shapes alone
+    encoder.requires_grad_()
     levels = levels_of(side, width)
     levels.tokens.requires_grad_()
-    encoder(levels_of(64, width)).sum().backward()  # builds and loads what the first call does
+    learn(encoder, levels_of(64, width))  # builds and loads what the first call does
     before, seconds = peak_memory(torch.device("cpu")), []
     for _ in range(3):
         started = time.process_time()
-        encoder(levels).sum().backward()
+        learn(encoder, levels)
         seconds.append(time.process_time() - started)
         if seconds[0] > 20:
             break

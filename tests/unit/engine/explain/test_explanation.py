@@ -137,6 +137,7 @@ CASES: dict[str, dict[str, Any]] = {
     "relation": {"with_box_refine": True, "relation": "previous"},
     "lite": {"encoder_updates": "lite"},
     "windows first": {"encoder_attn": "mswin+deformable"},
+    "class tokens": {"encoder_attn": "enhancer", "decoder_tokens": True},
     "mds": {"with_box_refine": True, "two_stage": True, "recipes": {"mds": MDS()}},
 }
 
