@@ -84,7 +84,7 @@ def learn(encoder: Encoder, levels: FeatureLevels) -> None:
     """Compute a forward and a backward pass."""
     output = encoder(levels)
     parts = output if isinstance(output, tuple) else (output,)  # with class tokens
-    torch.stack([part.sum() for part in parts]).sum().backward()
+    torch.autograd.backward([part.sum() for part in parts])
 
 
 def measure(kind: str, side: int) -> dict[str, float]:
