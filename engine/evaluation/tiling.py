@@ -9,6 +9,7 @@ from datasets.tiles import Tiling, seen_whole_elsewhere
 from util.batch import Batch, Target
 
 Found = dict[str, Tensor]
+_AT_ONCE = 64  # boxes that are compared with those near them
 
 
 def by_image(
@@ -59,18 +60,36 @@ def merge(parts: list[Found], tiling: Tiling) -> Found:
 
 def _best(boxes: Tensor, tile: Tensor, tiling: Tiling) -> Tensor:
     """Return which boxes of a class stay; they come best first. Shape: [K,4], [K] -> [K] bool."""
-    kept = torch.ones(len(boxes), dtype=torch.bool)
+    kept = [True] * len(boxes)
+    for better, worse in _same_objects(boxes, tile, tiling):
+        if kept[better]:
+            kept[worse] = False
+    return torch.tensor(kept, dtype=torch.bool)
+
+
+def _same_objects(boxes: Tensor, tile: Tensor, tiling: Tiling) -> list[list[int]]:
+    """Return the pairs of boxes of different tiles of which only the first can stay, in order.
+
+    Boxes are compared from left to right, each with those that begin before it ends: a large image
+    has hundreds of thousands, and few of them are near each other.
+    """
+    order = boxes[:, 0].argsort()
+    boxes, tile = boxes[order], tile[order]
     area = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
-    for i in range(len(boxes) - 1):
-        if not kept[i]:
-            continue
-        after = boxes[i + 1 :]
-        low = torch.maximum(after[:, :2], boxes[i, :2])
-        high = torch.minimum(after[:, 2:], boxes[i, 2:])
-        shared = (high - low).clamp(min=0).prod(dim=1)
+    lefts = boxes[:, 0].contiguous()
+    pairs = [torch.zeros(0, 2, dtype=torch.int64)]
+    for start in range(0, len(boxes), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        near = slice(start, int(torch.searchsorted(lefts, boxes[some, 2].max(), right=True)))
+        low = torch.maximum(boxes[some, None, :2], boxes[None, near, :2])
+        high = torch.minimum(boxes[some, None, 2:], boxes[None, near, 2:])
+        shared = (high - low).clamp(min=0).prod(dim=2)
         if tiling.measure == "iou":
-            of = area[i + 1 :] + area[i] - shared
+            of = area[some, None] + area[None, near] - shared
         else:
-            of = torch.minimum(area[i + 1 :], area[i])
-        kept[i + 1 :] &= ~((shared > tiling.threshold * of) & (tile[i + 1 :] != tile[i]))
-    return kept
+            of = torch.minimum(area[some, None], area[None, near])
+        same = (shared > tiling.threshold * of) & (tile[some, None] != tile[None, near])
+        pairs.append(order[same.triu(diagonal=1).nonzero() + start])
+    found = torch.cat(pairs).sort(dim=1).values
+    ordered: list[list[int]] = found[found[:, 0].argsort(stable=True)].tolist()
+    return ordered

@@ -28,7 +28,7 @@ from models.queries import DetectorOutput
 from tests.unit.models.small import small_model
 from util.batch import PaddedBatch
 from util.classes import Classes
-from util.errors import ConfigError
+from util.errors import ConfigError, DataError
 
 SIDES = st.integers(1, 700)
 
@@ -141,6 +141,29 @@ def test_batches_hold_the_tiles_of_one_image_and_are_shared_by_processes(tmp_pat
             (image_id,) = {int(target["image_id"]) for target in batch.targets}
             seen += [image_id] * len(batch.targets)
     assert sorted(seen) == [0] * 6 + [1] + [2] * 6 + [3]
+
+
+def test_an_image_with_an_unreadable_tile_is_left_out_and_the_next_is_whole(
+    tmp_path: Path,
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    paths = [tmp_path / "damaged.tif", tmp_path / "sound.tif"]
+    image, truth = scene(3, 300, 300, 30)
+    for path in paths:
+        tifffile.imwrite(path, np.asarray(image), compression="deflate", tile=(64, 64))
+    with tifffile.TiffFile(paths[0]) as tiff:
+        end = tiff.pages[0].dataoffsets[-1]
+    content = bytearray(paths[0].read_bytes())
+    content[end : end + 40] = b"\xff" * 40
+    paths[0].write_bytes(content)
+    finder_ = finder(Blobs(), 128)
+    found = dict(finder_.detect(paths, tiling=Tiling(size=128, overlap=0.25), batch_size=2))
+    assert found.keys() == {1}
+    boxes = torch.tensor([box.xyxy for box in found[1] if box.score > 0.1])
+    assert len(boxes) == len(truth)
+    assert float(box_iou(truth, boxes).max(dim=1).values.min()) > 0.999
+    with pytest.raises(DataError, match=r"damaged\.tif: cannot be read"):
+        list(finder_.detect(paths, tiling=Tiling(size=128), skip_unreadable=False))
 
 
 def random_parts(seed: int, each_alone: bool) -> list[dict[str, torch.Tensor]]:
