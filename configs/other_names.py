@@ -38,6 +38,9 @@ _OURS: Mapping[str, tuple[str, ...]] = {
          "logdir", "project", "run_dir", "exp_dir"),
         ("output_dir",),
     ),
+    **dict.fromkeys(("repo_id", "repo_name", "hub_model_id"), ("repo",)),
+    "server_name": ("host",),
+    "server_port": ("port",),
     **dict.fromkeys(("cfg", "config_file", "cfg_file"), ("config",)),
     **dict.fromkeys(("bs", "batch", "train_batch_size", "per_device_batch_size"), ("batch_size",)),
     **dict.fromkeys(

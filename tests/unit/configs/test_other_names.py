@@ -46,6 +46,8 @@ def test_official_and_common_names_have_an_answer_in_training(name: str) -> None
         ("train", "no-cuda", "Here it is `device cpu`."),
         ("train", "Batch_Size", "Did you mean `batch_size`?"),
         ("train", "optimizer", "The optimiser is AdamW: set `lr`, "),
+        ("push", "repo-id", "Here it is `repo`."),
+        ("app", "server_port", "Here it is `port`."),
         ("eval", "no_masks", "There are no masks"),
         ("train", "num_querys", "Did you mean '--num_queries'?"),
         ("train", "drop_paths", "Did you mean '--drop_path'?"),
