@@ -1,5 +1,6 @@
 """A page to try a detector on images of one's own; `main.py app` serves it by gradio."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
@@ -114,7 +115,8 @@ def build_page(trial: Trial, *, title: str, threshold: float | None) -> Any:
         try:
             boxes = trial.boxes(path) if path else None
         except UserError as error:
-            return None, None, _line(str(error)), nothing, ""
+            folder = str(Path(path or "").parent)  # a temporary one, of no interest
+            return None, None, _line(str(error).replace(f"{folder}{os.sep}", "")), nothing, ""
         return boxes, *draw(path or "", boxes, by_class, threshold)
 
     def pick(
@@ -133,9 +135,11 @@ def build_page(trial: Trial, *, title: str, threshold: float | None) -> Any:
         with gradio.Row():
             with gradio.Column(scale=1, min_width=320):
                 image = gradio.Image(
-                    label="Drop an image here", sources=["upload", "clipboard"], type="filepath",
-                    image_mode=None, elem_id="image", buttons=[],
+                    label="Drop an image here", sources=["upload", "clipboard"], elem_id="image",
+                    buttons=[],
                 )  # fmt: skip
+                # the file as it was dropped: what cannot be read is for us to say
+                image.preprocess = lambda file: file.path if file else None
                 by_class = gradio.Checkbox(
                     value=own and threshold is None, visible=own, elem_id="by_class",
                     label="The best minimum of each class, as the checkpoint has it",

@@ -73,6 +73,7 @@ def served(checkpoint: Path, tmp_path: Path) -> Iterator[tuple[str, int]]:
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
             assert process.returncode == 0, errors
+            assert "Traceback" not in errors
         finally:
             process.kill()
     assert not list(tmp_path.iterdir()), "what was dropped on the page is still there"
@@ -127,6 +128,12 @@ def test_an_image_is_dropped_a_threshold_set_and_a_box_clicked(
         )
         circles = browser.run("document.querySelectorAll('#marks circle').length", context)
         assert circles == heads * levels * points
+        text_file = tmp_path_factory.mktemp("files") / "text.png"
+        text_file.write_text("no image")
+        browser.open(address)
+        browser.wait("!!document.querySelector('#image input[type=file]')")
+        browser.give_file("#image input[type=file]", text_file)
+        browser.wait(f"{status}?.startsWith('text.png: cannot be read')")
         # the page asks nobody else for anything
         others = [a for a in browser.addresses if not a.startswith((address, "data:", "blob:"))]
         assert not others
