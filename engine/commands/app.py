@@ -1,6 +1,7 @@
 """`main.py app`: a page in the browser to try a checkpoint on images."""
 
 import os
+import signal
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,8 @@ def _serve(options: AppOptions) -> int:
             f"app: cannot listen on {options.host}, port {options.port or '7860 or later'} "
             f"({' '.join(str(error).split())[:150]}). Choose another `port` or `host`."
         ) from error
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has it ignored
+        signal.signal(number, signal.default_int_handler)
     console(f"open {address} in a browser; Ctrl-C ends it")
     with suppress(KeyboardInterrupt):
         Event().wait()
