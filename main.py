@@ -15,27 +15,10 @@ from configs.command_line import (
     with_dashes,
     with_underscores,
 )
+from engine.commands import COMMANDS, usage
 from util.console import error_line, keep_streams, show_messages
 from util.errors import EXIT_USER_ERROR, ConfigError, in_one_line, nearest_hint
 
-# Modules of engine/commands; one is imported only when it is chosen.
-COMMANDS = {
-    "train": "train on your data, or continue a run",
-    "plan": "print the options that fit your data, this machine and your hours",
-    "eval": "evaluate a checkpoint, or saved detections, on COCO-format data",
-    "compare": "show the curves, results and options of several runs on one page",
-    "predict": "draw what a checkpoint finds in images, and write it as JSON",
-    "explain": "show where a checkpoint looks for what it finds in an image",
-    "app": "serve a page to try a checkpoint on images in a browser",
-    "benchmark": "measure what a model costs, and how fast it is here",
-    "export": "write a checkpoint for ONNX Runtime or OpenVINO, and prove that file",
-    "push": "write a folder with a model and its card, and push it to the Hugging Face hub",
-    "average": "write the mean of the weights of several checkpoints of a run",
-    "check": "look for flaws in images and annotations",
-    "preview": "write training images as the model sees them, with boxes",
-    "convert": "write a data set as COCO, VOC or YOLO",
-    "doctor": "report hardware and op backends, and test them",
-}
 ROOT = f"{__package__}." if __package__ else ""  # the installed package; empty in a checkout
 
 
@@ -48,10 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = sys.argv[1:]
         keep_streams()
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: main.py COMMAND [options]\n")
-        for name, what in COMMANDS.items():
-            print(f"  {name:10}{what}")
-        print("\n`main.py COMMAND --help` lists a command's options.")
+        print(usage())
         return 0 if argv else EXIT_USER_ERROR
     if argv[0] not in COMMANDS:
         hint = nearest_hint(argv[0], COMMANDS)

@@ -27,9 +27,6 @@ class EndingRun(SavedRun, Protocol):
     def of_epochs(self, word: str) -> str:
         """Return the number of epochs after a word."""
 
-    def out_of_patience(self) -> bool:
-        """Return whether AP has not risen for too long."""
-
 
 def end_epoch(run: EndingRun) -> None:
     """Evaluate, log and save; after an interruption in the middle of an epoch save alone."""
@@ -85,9 +82,16 @@ def end_epoch(run: EndingRun) -> None:
         plot_curves(run.output_dir / "log.txt", run.output_dir / "curves.png")
 
 
+def out_of_patience(run: EndingRun) -> bool:
+    """Return whether AP has not risen for `patience` epochs, as of the last evaluation."""
+    evaluated = run.epoch // run.eval_every * run.eval_every - 1
+    waited = evaluated - run.best.get("epoch", evaluated)
+    return 0 < run.patience <= waited
+
+
 def report_finished(run: EndingRun) -> None:
     """Say that nothing is left to do, and what would change it."""
-    if run.out_of_patience():
+    if out_of_patience(run):
         log.info(
             f"this run is finished: after {run.epoch} epochs, AP has not risen for "
             f"`patience {run.patience}` since epoch {run.best['epoch'] + 1:.0f} "

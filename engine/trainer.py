@@ -19,7 +19,7 @@ from datasets.loader import TrainLoader
 from engine.between_epochs import Validation
 from engine.checkpoint import CheckpointFolder
 from engine.ema import Ema
-from engine.end_of_epoch import end_epoch, report_finished
+from engine.end_of_epoch import end_epoch, out_of_patience, report_finished
 from engine.guards import Guards
 from engine.guards.timer import StepTimer
 from engine.metrics import StepLog
@@ -102,7 +102,7 @@ class Trainer:
                     self.train_epoch(bar)
                 end_epoch(self)
         if not self.stop.number:
-            if self.out_of_patience():
+            if out_of_patience(self):
                 report_finished(self)
             return 0
         last = self.checkpoints.last
@@ -194,19 +194,13 @@ class Trainer:
 
     def unfinished(self) -> bool:
         """Return whether something is left to do."""
-        over = self.epoch >= self.epochs or self.all_steps_done() or self.out_of_patience()
+        over = self.epoch >= self.epochs or self.all_steps_done() or out_of_patience(self)
         return self.unevaluated or not over
 
     def all_steps_done(self) -> bool:
         """Return whether `max_steps` is reached, or the length that a time limit has fixed."""
         limits = (self.max_steps, self.time_limit.steps if self.time_limit else 0)
         return any(0 < limit <= self.step for limit in limits)
-
-    def out_of_patience(self) -> bool:
-        """Return whether AP has not risen for `patience` epochs, as of the last evaluation."""
-        evaluated = self.epoch // self.eval_every * self.eval_every - 1
-        waited = evaluated - self.best.get("epoch", evaluated)
-        return 0 < self.patience <= waited
 
     @property
     def last_step(self) -> int | None:

@@ -41,6 +41,7 @@ class DeformableDETR(nn.Module):
     ) -> None:
         super().__init__()
         self.aux_loss = aux_loss
+        self.num_queries = transformer.num_queries
         self.transformer = transformer
         self.class_embed = heads.class_embed
         self.bbox_embed = heads.bbox_embed
@@ -51,11 +52,6 @@ class DeformableDETR(nn.Module):
         self.scores_no_object = hasattr(heads.class_embed[0], "no_object")
         self.recipes = nn.ModuleDict()  # by name
         self._in_evaluation: list[nn.Module] = []
-
-    @property
-    def num_queries(self) -> int:
-        """How many objects an image may have."""
-        return self.transformer.num_queries
 
     def stay_in_evaluation(self, parts: Sequence[nn.Module]) -> None:
         """Keep parts of the model in evaluation mode from now on, whatever `train` says."""

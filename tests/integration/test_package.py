@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from configs.schema import ModelConfig
-from main import COMMANDS
+from engine.commands import COMMANDS
 from models.build import build_model
 from models.weights.official import save_official
 from tests.integration.conftest import ROOT

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from configs.command_line import arguments
 from configs.load import Given
 from configs.schema import Config
-from main import COMMANDS, main
+from engine.commands import COMMANDS
+from main import main
 from util.errors import in_one_line
 
 ROOT = Path(__file__).parents[2]

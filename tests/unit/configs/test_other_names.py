@@ -8,7 +8,7 @@ from configs.command_line import OptionParser, with_underscores
 from configs.options import check_names
 from configs.other_names import _ANSWERS, _OURS, unknown_hint
 from configs.schema import SECTIONS
-from main import COMMANDS
+from engine.commands import COMMANDS
 from util.errors import ConfigError, nearest_hint
 
 # argparse of the official main.py, without what is an option here too
