@@ -127,6 +127,7 @@ def _write_onnx(graph: Graph, example: tuple[Tensor, ...], path: Path, about: Ab
         verbose=False,
     )
     assert program is not None
+    program.model.graph.sort()  # the exporter's optimiser may put a node before what it needs
     proto = program.model_proto
     foreign = {node.domain for node in proto.graph.node} - {""}
     if foreign or proto.functions:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_update_of_the_plain_model_opens_few_files_and_lines() -> None:
     command = [sys.executable, "-m", "tests.benchmarks.reading_path"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
