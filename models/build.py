@@ -12,7 +12,7 @@ from torch import nn
 from configs.schema import LossConfig, ModelConfig
 from models.backbones import Backbone, create_backbone
 from models.contrastive import ContrastiveHead
-from models.criterion import CLASS_LOSSES, CLASSIFICATION, LOSSES, SetCriterion
+from models.criterion import SetCriterion
 from models.decoder import DeformableDecoder, DeformableDecoderLayer
 from models.deformable_detr import DeformableDETR
 from models.detr import DenseDecoderLayer, DetrTransformer
@@ -23,6 +23,7 @@ from models.heads import MLP, DetectionHeads
 from models.layers import ExactLinear, GroupNorm
 from models.learned_positions import PositionEmbeddingLearned
 from models.levels import Joiner, PositionEmbeddingSine
+from models.losses import CLASS_LOSSES, CLASSIFICATION, LOSSES
 from models.match_costs import HighOrderMatcher, PositionModulatedMatcher, ProbabilityMatcher
 from models.matcher import HungarianMatcher
 from models.necks import NECKS, NeckOptions, RawNeck

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from models.criterion import Assigned, class_loss, focal, on_classes
+from models.criterion import Assigned, focal, on_classes
+from models.losses import class_loss
 from models.matcher import overlaps
 
 _POSITION_SUPERVISED = 6.0  # its coefficient

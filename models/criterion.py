@@ -1,14 +1,14 @@
 """The set-prediction loss: functions of matched predictions by name, and their sum."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert, sigmoid_focal_loss
 
 from models.group_matching import learners, match_groups
+from models.losses import CLASS_LOSSES, CLASSIFICATION, LOSSES, class_loss, register_loss
 from models.matcher import (
     HungarianMatcher,
     Matches,
@@ -18,11 +18,8 @@ from models.matcher import (
 )
 from models.queries import DetectorOutput, GroupOutput, Learning
 from util.batch import EffectiveBatch, Target
-from util.registry import Registry
 
 # G prediction layers, N batch, Q predictions, P matched pairs.
-
-CLASSIFICATION = "loss_ce"  # its name, whichever it is
 
 
 @dataclass(frozen=True)
@@ -89,43 +86,6 @@ def on_classes(values: Tensor, like: Tensor, labels: Tensor, matches: Matches) -
     # a query learns one class: where several of its pairs meet, all but one add 0
     values = values.masked_fill(~matches.chosen, 0.0)
     return torch.zeros_like(like).index_put(place, values, accumulate=True)
-
-
-Loss = Callable[[Assigned], Tensor]  # the sum over the batch, of each layer: [G]
-
-
-class RegisteredLoss(NamedTuple):
-    """A loss, and its coefficient unless an option gives another."""
-
-    function: Loss
-    coefficient: float
-
-
-LOSSES: Registry[RegisteredLoss] = Registry("loss", __package__, {})
-_OTHERS = ("vfl", "mal", "ia_bce", "position_supervised", "giou_focal")
-CLASS_LOSSES: Registry[RegisteredLoss] = Registry(
-    "cls_loss", __package__, {**dict.fromkeys(_OTHERS, ".class_losses"), "softmax": ".softmax"}
-)
-
-
-def register_loss(name: str, *, coefficient: float = 1.0) -> Callable[[Loss], Loss]:
-    """Return a decorator that adds a loss; those of the paper are always on, others if named."""
-
-    def register(function: Loss) -> Loss:
-        LOSSES.register(name)(RegisteredLoss(function, coefficient))
-        return function
-
-    return register
-
-
-def class_loss(name: str, *, coefficient: float) -> Callable[[Loss], Loss]:
-    """Return a decorator that adds a classification loss."""
-
-    def register(function: Loss) -> Loss:
-        CLASS_LOSSES.register(name)(RegisteredLoss(function, coefficient))
-        return function
-
-    return register
 
 
 @class_loss("focal", coefficient=2.0)

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.criterion import CLASSIFICATION, Assigned, SetCriterion, class_loss
+from models.criterion import Assigned, SetCriterion
 from models.layers import ExactLinear
+from models.losses import CLASSIFICATION, class_loss
 from models.matcher import HungarianMatcher
 from models.queries import DetectorOutput
 from util.batch import EffectiveBatch, Target

@@ -22,8 +22,8 @@ from datasets.formats.registry import FORMATS
 from main import main
 from models.backbones import BACKBONES
 from models.build import build_criterion, build_model
-from models.criterion import LOSSES
 from models.encoders.attention import ATTENTIONS
+from models.losses import LOSSES
 from models.matcher import pad_targets
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import group_of, random_images, small_config, small_model

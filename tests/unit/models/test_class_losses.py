@@ -15,7 +15,8 @@ from transformers.loss.loss_rt_detr import RTDetrLoss
 
 from configs.schema import LossConfig
 from models.build import build_criterion
-from models.criterion import CLASS_LOSSES, Assigned, assign
+from models.criterion import Assigned, assign
+from models.losses import CLASS_LOSSES
 from models.matcher import HungarianMatcher, Matches, PaddedTargets, pad_targets
 from models.queries import DetectorOutput, GroupOutput
 from tests.unit.models.definitions import Target, giou, random_targets
