@@ -1,6 +1,6 @@
 # make demo      from nothing to a trained detector
 # make format    rewrite the code as the linter wants it
-# make quick     unit tests that take no more than three seconds each
+# make quick     the short unit tests: a minute and a half
 # make test      what CI runs: lint, and every test but the slow ones
 # make test_all  lint and every test; before a release
 # make gpu       what only a GPU can answer, in 8 minutes; DRY=1: at toy size on the CPU

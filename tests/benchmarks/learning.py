@@ -1,8 +1,8 @@
 """Train a preset with several sets of switches from several seeds, and print what each reached.
 
     python -m datasets.shapes --output_dir data/shapes
-    python -m tests.benchmarks.learning --config shapes_tiny --output_dir runs/learning \
-        --data "--coco_path data/shapes" --seeds 0 1 \
+    python -m tests.benchmarks.learning --config shapes_tiny --seeds 0 1 \
+        --output_dir runs/learning --data "--coco_path data/shapes" \
         "" "--num_denoising 50" "--mixed_query_selection --look_forward_twice"
 
 Each set of switches is what one would add to the command line of `train`; an empty one is the

@@ -94,7 +94,8 @@ def test_a_loader_killed_while_sending_a_batch_is_reported() -> None:
 def test_help_of_the_program_needs_no_pytorch() -> None:
     code = (
         "import sys, main; assert main.main(['--help']) == 0; assert main.main([]) == 2; "
-        "loaded = {'torch', 'numpy', 'engine.processes'} & set(sys.modules); assert not loaded, loaded"
+        "loaded = {'torch', 'numpy', 'engine.processes'} & set(sys.modules); "
+        "assert not loaded, loaded"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -102,6 +103,7 @@ def test_help_of_the_program_needs_no_pytorch() -> None:
         assert f"  {name:10}{what}\n" in done.stdout
 
 
+@pytest.mark.long
 def test_every_command_is_in_the_table_and_has_a_module() -> None:
     files = {path.stem for path in (ROOT / "engine" / "commands").glob("*.py")}
     assert set(COMMANDS) <= files

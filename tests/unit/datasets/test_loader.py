@@ -236,6 +236,7 @@ def digest(batch: Batch) -> tuple[list[int], float]:
     return ids, 0.0 if batch.images is None else float(batch.images.images.double().sum())
 
 
+@pytest.mark.long
 def test_training_is_the_same_with_and_without_workers(index: CocoIndex) -> None:
     epochs = {}
     for num_workers in (0, 2):
@@ -252,6 +253,7 @@ def test_training_is_the_same_with_and_without_workers(index: CocoIndex) -> None
     assert epochs[0] == epochs[2]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone starts processes as copies safely")
 def test_workers_share_the_index_whatever_python_starts_processes_with(index: CocoIndex) -> None:
     """With another method the data set would be pickled for each; here it cannot be."""

@@ -23,6 +23,7 @@ def load(folder: Path, split: str) -> CocoIndex:
     return CocoIndex.load(annotation_file, folder / f"{split}2017", need_boxes=True)
 
 
+@pytest.mark.long
 def test_set_reads_without_notices_and_covers_all_classes_and_sizes(folder: Path) -> None:
     train, val = load(folder, "train"), load(folder, "val")
     assert (len(train), len(val)) == (40, 5)
@@ -50,6 +51,7 @@ def test_images_depend_on_seed_and_position_alone(folder: Path, tmp_path: Path) 
     assert (first.image_dir / name).read_bytes() == (same.image_dir / name).read_bytes()
 
 
+@pytest.mark.long
 def test_boxes_bound_exactly_what_is_painted() -> None:
     """A lone object is where the image differs from its background by more than the grain."""
     errors = []

@@ -120,6 +120,7 @@ def digests(loader: TrainLoader, first_step: int = 0) -> list[tuple[int, bytes, 
     return seen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("augment", ["dense", "lsj"])
 def test_batches_processes_and_resumption_change_no_image(augment: str, tmp_path: Path) -> None:
     generate_shapes(tmp_path / "data", num_train=12, num_val=1, seed=0)

@@ -57,6 +57,7 @@ def test_a_size_of_any_kind_is_one_line(value: Any) -> None:
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "claim",
     [
@@ -78,6 +79,7 @@ def test_a_model_that_the_file_cannot_hold_is_refused(claim: dict[str, Any]) -> 
         check_claims(replace(config, **claim), weights, "x.pth")
 
 
+@pytest.mark.long
 def test_numbers_that_tensors_share_count_once() -> None:
     shared = torch.zeros(1)
     weights = {f"{i}": shared.expand(10**6) for i in range(1000)}
@@ -85,6 +87,7 @@ def test_numbers_that_tensors_share_count_once() -> None:
         check_claims(small_config(hidden_dim=4096), weights, "x.pth")
 
 
+@pytest.mark.long
 def test_parts_may_be_missing_and_recipes_count() -> None:
     config = small_config()
     weights = build_model(config, num_classes=5).state_dict()

@@ -79,6 +79,7 @@ def test_an_option_of_a_later_version_is_reported(
         Detector.load(source, device="cpu")
 
 
+@pytest.mark.long
 def test_evaluation_ignores_training_options_of_later_versions(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -109,6 +110,7 @@ class Shift(Recipe):
         transformer.encoder.register_forward_hook(lambda _, inputs, memory: memory + self.shift)
 
 
+@pytest.mark.long
 def test_a_recipe_that_detection_needs_is_there(
     content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +167,7 @@ def test_weights_with_an_unrecognised_backbone(content: dict[str, Any], tmp_path
         build_training_model(plan, CLASSES)
 
 
+@pytest.mark.long
 def test_numbers_that_are_not_finite_are_no_detections(
     content: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -177,6 +180,7 @@ def test_numbers_that_are_not_finite_are_no_detections(
         list(detect(model, PostProcess(), [batch], device=CPU, description=""))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("freeze", ["none", "backbone"])
 def test_another_backbone_keeps_its_own_weights(
     content: dict[str, Any],
@@ -366,6 +370,7 @@ def test_options_replace_those_of_the_checkpoint(content: dict[str, Any], tmp_pa
         Detector.load("")
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_before_keeps_100_detections_unless_told_otherwise(
     content: dict[str, Any], tmp_path: Path, photo: Path
 ) -> None:

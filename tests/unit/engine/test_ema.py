@@ -137,6 +137,7 @@ def test_the_averaged_model_computes_with_the_averages_alone() -> None:
     assert same(bits(model), own)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backbone", ["resnet18", "timm/test_resnet", "timm/test_vit"])
 def test_a_copied_detector_is_one_of_its_own(backbone: str) -> None:
     model = small_model(backbone=backbone).eval()

@@ -42,6 +42,7 @@ def write(tmp_path: Path) -> Write:
     return write_program
 
 
+@pytest.mark.long
 def test_every_process_gets_the_arguments_and_its_variables(tmp_path: Path, write: Write) -> None:
     program = write(
         "names = ('WORLD_SIZE', 'LOCAL_RANK', 'OMP_NUM_THREADS')\n"
@@ -55,6 +56,7 @@ def test_every_process_gets_the_arguments_and_its_variables(tmp_path: Path, writ
         assert found == [["--lr", "1"], "3", str(rank), threads, True]
 
 
+@pytest.mark.long
 def test_a_killed_process_ends_the_others_and_is_named_last(
     write: Write, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,6 +68,7 @@ def test_a_killed_process_ends_the_others_and_is_named_last(
     assert line.startswith("error: rank 1: killed by SIGKILL, probably out of memory")
 
 
+@pytest.mark.long
 def test_an_exit_code_is_passed_through(write: Write, capfd: pytest.CaptureFixture[str]) -> None:
     program = write("if rank == 0: sys.exit('a message')\ntime.sleep(100)\n")
     assert launch(program, [], processes=2, device="cpu", restarts=0) == 1

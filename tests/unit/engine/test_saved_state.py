@@ -119,6 +119,7 @@ ATTACKS: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ATTACKS)
 def test_an_unsound_state_is_named_and_nothing_is_loaded(
     saved: tuple[Trainer, Content], case: str

@@ -43,6 +43,7 @@ def simulated(costs: Costs, rhythm: Rhythm, done: int, total: int) -> float:
     return seconds
 
 
+@pytest.mark.long
 @given(
     done=st.integers(1, 20),
     rhythm=st.builds(Rhythm, st.integers(1, 9), st.integers(1, 4), st.integers(0, 7)),
@@ -154,6 +155,7 @@ def trained(folder: Path, kind: str) -> tuple[Trainer, dict[str, Any]]:
     return trainer, load_checkpoint(folder / "last.pth")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["cosine", "step", "flat_cosine"])
 def test_the_schedule_is_laid_over_the_length_once_it_is_known(tmp_path: Path, kind: str) -> None:
     trainer, content = trained(tmp_path, kind)
@@ -175,6 +177,7 @@ def test_the_schedule_is_laid_over_the_length_once_it_is_known(tmp_path: Path, k
         assert group["lr"] == group["initial_lr"] * factor(length.decided_at)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

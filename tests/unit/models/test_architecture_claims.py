@@ -82,6 +82,7 @@ def counted(attention: str, shapes: Shapes, dat_stride: int = 1) -> int:
     return whole - 2 * tokens * C * F
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", SIZES)
 def test_products_of_attention_in_the_encoder(size: tuple[int, int]) -> None:
     """Of deformable attention the projections count: its sampling multiplies no matrices."""
@@ -99,6 +100,7 @@ def test_products_of_attention_in_the_encoder(size: tuple[int, int]) -> None:
         assert counted("dat", [size], stride) == projections + 2 * hw * points * C
 
 
+@pytest.mark.long
 def test_cost_grows_with_the_cells_and_that_of_dense_attention_with_their_square() -> None:
     small, large = [(32, 32)], [(128, 128)]  # sixteen times the cells
     for attention in ("deformable", "mswin", "msda"):

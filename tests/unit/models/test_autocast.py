@@ -46,6 +46,7 @@ def predictions(outputs: DetectorOutput) -> dict[str, Tensor]:
     return named
 
 
+@pytest.mark.long
 @variants
 def test_predictions_are_exact_and_near_those_of_float32(variant: str) -> None:
     model, batch = small(variant), padded_batch()
@@ -64,6 +65,7 @@ def test_predictions_are_exact_and_near_those_of_float32(variant: str) -> None:
             assert (value - wanted).abs().mean() < tolerance * wanted.std(), name
 
 
+@pytest.mark.long
 @variants
 def test_reference_points_are_exact(variant: str) -> None:
     model = small(variant)

@@ -79,6 +79,7 @@ def test_it_starts_as_the_plain_convolution_or_half_of_it(geometry: dict[str, An
     torch.testing.assert_close(v2(x), plain(x) / 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "dilation"), [("resnet18", False), ("resnet50", True)])
 def test_a_fresh_v1_network_is_the_plain_one(name: str, dilation: bool) -> None:
     options: dict[str, Any] = {"single_level": dilation, "dilation": dilation}
@@ -103,6 +104,7 @@ def test_the_3x3_of_every_block_of_the_stages_is_deformable(
     assert all(name.endswith("conv2") for name in found)
 
 
+@pytest.mark.long
 @versions
 def test_weights_of_a_plain_network_load_and_those_of_a_deformable_one(
     version: Version, tmp_path: Path
@@ -126,6 +128,7 @@ def test_weights_of_a_plain_network_load_and_those_of_a_deformable_one(
         create(weights=str(tmp_path / "trained.pth"))
 
 
+@pytest.mark.long
 def test_a_frozen_norm_is_part_of_the_deformable_convolution() -> None:
     torch.manual_seed(0)
     frozen = create(dcn="v2")

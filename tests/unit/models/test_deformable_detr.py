@@ -24,6 +24,7 @@ def assert_same(a: DetectorOutput, b: DetectorOutput, image: int = 0) -> None:
         torch.testing.assert_close(x[:, image], y[:, 0], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("levels", [1, 3, 4, 5])
 @variants
 def test_output_shapes(variant: str, levels: int) -> None:

@@ -41,6 +41,7 @@ def hugging_face(**options: Any) -> Any:
     return model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options", [{}, {"dilation": True, "backbone": "resnet50"}], ids=["plain", "DC5"]
 )

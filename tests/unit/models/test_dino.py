@@ -112,6 +112,7 @@ def test_positions_have_the_temperature_and_the_offset_asked_for() -> None:
             torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
 
 
+@pytest.mark.long
 def test_layers_share_heads_and_the_encoder_has_its_own() -> None:
     torch.manual_seed(0)
     shared = build_model(small_config(**TWO_STAGE, shared_heads=True), num_classes=3)

@@ -181,6 +181,7 @@ def gradients(
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("counts", [(3, 2), (0, 9), (0, 0)])
 @cases
 def test_every_parameter_learns(case: Case, counts: tuple[int, ...]) -> None:
@@ -191,6 +192,7 @@ def test_every_parameter_learns(case: Case, counts: tuple[int, ...]) -> None:
         assert name not in found or found[name].isfinite().all(), name
 
 
+@pytest.mark.long
 @cases
 def test_activations_computed_again_give_the_same_gradients(case: Case) -> None:
     expected = gradients(case, model_of(case, dropout=0.3))
@@ -202,6 +204,7 @@ def test_activations_computed_again_give_the_same_gradients(case: Case) -> None:
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.long
 @cases
 def test_in_bfloat16_gradients_are_float32_and_finite(case: Case) -> None:
     model = model_of(case).float()
@@ -227,6 +230,7 @@ def test_it_compiles_once_for_any_number_of_boxes(case: Case) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.long
 @cases
 def test_in_evaluation_nothing_is_left_of_what_only_trains(case: Case) -> None:
     model = model_of(case).eval()

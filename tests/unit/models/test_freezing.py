@@ -36,6 +36,7 @@ def small(part: str, **options: Any) -> DeformableDETR:
     return model.train()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["none", "backbone", "encoder", "all_but_heads"])
 @pytest.mark.parametrize(
     "options",

@@ -30,6 +30,7 @@ class Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["denoising", "hybrid", "group", "ms", "mr", "mds"])
 @pytest.mark.parametrize("counts", [(2, 3), (0, 0)])
 @pytest.mark.parametrize("variant", some(VARIANTS, "two_stage"))

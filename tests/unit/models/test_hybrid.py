@@ -52,6 +52,7 @@ def test_the_recipe_is_found_by_name() -> None:
             Options(**wrong)
 
 
+@pytest.mark.long
 @variants
 def test_losses_are_those_of_targets_repeated(variant: str) -> None:
     targets = random_targets([3, 1], CLASSES)
@@ -81,6 +82,7 @@ def test_losses_are_those_of_targets_repeated(variant: str) -> None:
         assert torch.equal(losses[name], plain[name]), name
 
 
+@pytest.mark.long
 @variants
 def test_the_queries_that_detect_stay_as_they_are(variant: str) -> None:
     targets = random_targets([2, 2], CLASSES)
@@ -100,6 +102,7 @@ def test_the_queries_that_detect_stay_as_they_are(variant: str) -> None:
             assert not torch.isclose(before, after).all(-1).any()
 
 
+@pytest.mark.long
 def test_proposals_that_rank_next_are_its_queries() -> None:
     model = hybrid_model("two_stage")
     targets = random_targets([1, 1], CLASSES)
@@ -123,6 +126,7 @@ def test_proposals_that_rank_next_are_its_queries() -> None:
     torch.testing.assert_close(started.groups[1].reference, boxes[:, 7:])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("classes", [False, True])
 def test_proposals_of_its_own_are_those_of_other_heads(classes: bool) -> None:
     options: dict[str, Any] = {"mixed_query_selection": True, "class_proposals": classes}
@@ -189,6 +193,7 @@ def test_keys_are_the_plain_models_and_the_recipes_own(variant: str) -> None:
         assert torch.equal(fresh[name], value), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("counts", [[3, 2], [0, 0], [0, 9]])
 @variants
 def test_every_parameter_learns(variant: str, counts: list[int]) -> None:
@@ -217,6 +222,7 @@ def test_an_image_with_few_tokens_has_the_same_losses_without_objects() -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.long
 def test_parts_of_an_effective_batch_add_up_to_it() -> None:
     targets = random_targets([0, 3, 1], CLASSES)
     criterion = build_criterion(LossConfig())
@@ -238,6 +244,7 @@ def test_parts_of_an_effective_batch_add_up_to_it() -> None:
         torch.testing.assert_close(total[name], value, check_dtype=False, msg=name)
 
 
+@pytest.mark.long
 def test_weights_of_a_plain_model_start_it_and_its_own_start_a_plain_one() -> None:
     hybrid, names = hybrid_model("plain"), tuple("abcde")
     plain = build_model(small_config(dropout=0.0), num_classes=CLASSES).double()

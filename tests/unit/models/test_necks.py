@@ -104,6 +104,7 @@ def test_hsfpn_is_what_its_formulas_say() -> None:
     torch.testing.assert_close(neck(maps), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("levels", [3, 4, 6])
 @pytest.mark.parametrize("options", [{"neck": "fpn"}, {"neck": "hsfpn", "neck_width": 48}], ids=str)
 def test_every_parameter_learns_in_any_number_of_levels(

@@ -205,6 +205,7 @@ def test_a_published_file_fills_every_tensor(name: str, tmp_path: Path) -> None:
     assert all(((v == 0) | (v == 1)).all() for v in norms)
 
 
+@pytest.mark.long
 def test_a_file_that_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     file = tmp_path / "w.pth"
     state = published_file("dilateformer_tiny", file)
@@ -398,6 +399,7 @@ def test_dilateformer_is_its_definition() -> None:
         torch.testing.assert_close(found[0], expected)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_dat_is_its_definition() -> None:
     torch.manual_seed(0)

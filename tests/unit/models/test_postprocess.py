@@ -58,6 +58,7 @@ def test_half_precision_scores_and_boxes_come_out_in_float32() -> None:
     assert result["scores"].dtype == result["boxes"].dtype == torch.float32
 
 
+@pytest.mark.long
 @given(st.integers(0, 2**16), st.sampled_from([0.3, 0.5, 0.8, 0.999]))
 def test_suppression_keeps_the_better_of_boxes_that_overlap(seed: int, limit: float) -> None:
     torch.manual_seed(seed)

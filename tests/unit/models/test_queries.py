@@ -81,6 +81,7 @@ def test_a_mask_applies_within_its_group() -> None:
     assert not torch.isclose(run([group]).logits[-1][:, -6:], apart.logits[-1][:, -6:]).any()
 
 
+@pytest.mark.long
 @variants
 def test_a_group_may_see_the_queries_that_detect(variant: str) -> None:
     run = decode(variant)

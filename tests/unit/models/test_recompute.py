@@ -54,6 +54,7 @@ def run_step(model: DeformableDETR) -> tuple[dict[str, Tensor], int]:
     return state | {n: b.clone() for n, b in model.named_buffers()}, sum(held.values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 def test_gradients_and_statistics_are_the_same_bit_for_bit(options: dict[str, Any]) -> None:
     expected, kept = run_step(small(**options))

@@ -47,6 +47,7 @@ def test_of_equally_frequent_objects_the_first_is_learned() -> None:
     assert union([[(2, 1)], [(2, 0)]], objects=2)[0] == {2: 0}
 
 
+@pytest.mark.long
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 6))
 def test_it_is_that_of_transformers(seed: int, objects: int, layers: int) -> None:

@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("frozen_stages", [0, 2, ALL_STAGES])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 def test_every_parameter_that_requires_a_gradient_gets_one(

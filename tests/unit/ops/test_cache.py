@@ -110,6 +110,7 @@ def test_a_forced_backend_fails_loudly(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.long
 def test_nothing_is_built_by_an_import(tmp_path: Path) -> None:
     done = run("import ops", tmp_path / "cache")
     assert done.returncode == 0

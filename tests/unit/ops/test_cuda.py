@@ -120,6 +120,7 @@ def upstream(call: Call) -> Tensor:
     return torch.randn(call.output_shape).to(call.value.dtype).to(call.value.device)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "channels", "points", "form"), CASES)
 def test_forward(
     emulated: EmulatedBackend, dtype: torch.dtype, channels: int, points: int, form: int

@@ -63,6 +63,7 @@ def symbols(elf: bytes) -> set[str]:
     return names
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "capability"),
     [(kind, capability) for kind in KINDS for capability in (80, 90)]
@@ -94,6 +95,7 @@ def test_gpu_too_old_for_the_compiler() -> None:
         nvrtc.target(13)
 
 
+@pytest.mark.long
 def test_second_call_takes_it_from_the_cache(
     cache: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,6 +106,7 @@ CLAIMS: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("case", CLAIMS)
 def test_a_claim_is_refused_in_little_memory(tmp_path: Path, case: str) -> None:

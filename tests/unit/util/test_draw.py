@@ -49,6 +49,7 @@ def test_any_mode_becomes_rgb_of_the_same_size(mode: str) -> None:
     assert (drawn.mode, drawn.size) == ("RGB", (90, 70))
 
 
+@pytest.mark.long
 @given(
     boxes=st.lists(
         st.tuples(*[st.floats(-300, 900, width=32)] * 4)

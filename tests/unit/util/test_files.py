@@ -58,6 +58,7 @@ BILLION = "a0: &a0 {k: v}\n" + "".join(
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "text",
     [

@@ -34,6 +34,7 @@ def part(folder: Path, body: str, **values: Any) -> str:
     return render(template, **values).strip()
 
 
+@pytest.mark.long
 @settings(max_examples=25)
 @given(description=TEXT, labels=st.lists(LABEL, min_size=1, max_size=4))
 def test_charts_are_well_formed_and_say_what_they_show(description: str, labels: list[str]) -> None:

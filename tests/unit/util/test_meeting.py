@@ -70,6 +70,7 @@ def test_the_host_of_the_store_names_the_missing(
     assert capsys.readouterr().out.splitlines() == [line]
 
 
+@pytest.mark.long
 def test_a_rank_without_an_answer_names_the_address(
     port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

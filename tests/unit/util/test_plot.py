@@ -46,6 +46,7 @@ def differs(a: Image.Image, b: Image.Image) -> tuple[bool, bool]:
     return boxes[0] is not None, boxes[1] is not None
 
 
+@pytest.mark.long
 def test_losses_are_drawn_left_and_metrics_right(tmp_path: Path) -> None:
     numbers = [0.4, 0.6, 0.45] + [0.1] * 9
     plain = plot(tmp_path, [epoch(i, test_coco_eval_bbox=numbers) for i in range(4)])
@@ -84,6 +85,7 @@ def test_torn_and_repeated_lines_change_nothing(tmp_path: Path) -> None:
     assert differs(clean, messy) == (False, False)
 
 
+@pytest.mark.long
 def test_drop_of_the_rate_is_marked_in_both_panels(tmp_path: Path) -> None:
     steady = plot(tmp_path, [epoch(i) for i in range(4)])
     cosine = plot(tmp_path, [epoch(i, train_lr=2e-4 * 0.3**i) for i in range(4)])
@@ -98,6 +100,7 @@ def test_no_global_figures_are_left(tmp_path: Path) -> None:
     assert pyplot is None or not pyplot.get_fignums()
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(
     labels=st.lists(NAME, min_size=1, max_size=5),
@@ -131,6 +134,7 @@ def test_columns_are_shares_of_each_series(
     assert shown == labels
 
 
+@pytest.mark.long
 @settings(max_examples=40)
 @given(lines=st.dictionaries(NAME, st.lists(st.floats(0, 1), min_size=2, max_size=5), max_size=4))
 def test_precision_runs_over_all_recalls(lines: dict[str, list[float]]) -> None:

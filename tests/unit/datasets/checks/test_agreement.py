@@ -76,6 +76,7 @@ def places(found: dict[str, Any], source: Source) -> set[str]:
     }
 
 
+@pytest.mark.long
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     seed=st.integers(0, 2**32 - 1),
@@ -94,6 +95,7 @@ def test_training_and_check_agree_on_random_flawed_sets(
     assert by_training(data.source()) == by_check(data.source())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", sorted(FORMATS))
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())

@@ -97,6 +97,7 @@ def test_distances_count_bits() -> None:
     assert _distance(first, second).tolist() == expected
 
 
+@pytest.mark.long
 def test_the_search_is_bounded_where_all_images_are_alike() -> None:
     """Frames of a still camera: all pairs would be two million."""
     frame = np.asarray(scene(0).resize((SMALL_SIDE, SMALL_SIDE)).convert("L"))
@@ -131,6 +132,7 @@ def diagnosis(train: FlawedSet, val: FlawedSet, *, similar: bool = True) -> Diag
     return replace(found, findings=kinds)
 
 
+@pytest.mark.long
 def test_pairs_are_reported_with_both_names_and_splits(tmp_path: Path) -> None:
     found = diagnosis(*two_splits(tmp_path))
     assert {kind: len(some) for kind, some in found.findings.items()} == {
@@ -159,6 +161,7 @@ def test_a_copy_with_objects_of_other_classes_is_alike_only(tmp_path: Path) -> N
     }  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_page_shows_both_images_of_a_pair(tmp_path: Path) -> None:
     html = page(diagnosis(*two_splits(tmp_path)), title="pairs")
     section = html.partition('<section id="copied_leak">')[2].partition("</section>")[0]

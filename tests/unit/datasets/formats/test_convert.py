@@ -65,6 +65,7 @@ def test_every_size_that_is_written_is_that_of_the_file(
     assert [(image["width"], image["height"]) for image in written] == [(40, 30)] * 3
 
 
+@pytest.mark.long
 def test_bccd_trains_alike_in_every_format(shared: Callable[[str], Path], tmp_path: Path) -> None:
     source = read_source("voc", shared("datasets/bccd") / "BCCD", "val")
     del source.content["images"][12:]  # decoding the rest shows nothing new

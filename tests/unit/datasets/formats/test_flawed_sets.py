@@ -60,6 +60,7 @@ def use(index: CocoIndex) -> tuple[Targets, int]:
     return found, unreadable
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", FORMATS)
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
@@ -90,6 +91,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.long
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), value=JSON)
 def test_any_value_anywhere_in_a_coco_file_is_reported_or_refused(
@@ -119,6 +121,7 @@ def test_any_value_anywhere_in_a_coco_file_is_reported_or_refused(
     assert "\n" not in refusal
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", FORMATS)
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), junk=st.binary(max_size=8))

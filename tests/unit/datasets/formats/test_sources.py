@@ -151,6 +151,7 @@ def test_voc_boxes_that_are_no_numbers_are_kept_for_the_check(voc: Path) -> None
     assert "width" not in content["images"][0]
 
 
+@pytest.mark.long
 def test_bccd_with_edges_is_its_coco_file(shared: Shared) -> None:
     """The COCO file beside it takes the corners as edges, and left out one box without area."""
     folder = shared("datasets/bccd")

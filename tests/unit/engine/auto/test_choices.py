@@ -108,6 +108,7 @@ GIVEN = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.long
 @given(SOME_FACTS, MACHINES, numbers(0.001, 1000), GIVEN, MEASUREMENTS)
 @settings(deadline=None)
 def test_every_plan_is_accepted_and_what_is_given_wins(
@@ -127,6 +128,7 @@ def test_every_plan_is_accepted_and_what_is_given_wins(
     assert list(again.notices()) == list(plan.notices())
 
 
+@pytest.mark.long
 @given(SOME_FACTS, MACHINES, numbers(0.001, 1000), MEASUREMENTS)
 @settings(deadline=None)
 def test_no_choice_is_below_its_floor(
@@ -149,6 +151,7 @@ def test_no_choice_is_below_its_floor(
     assert config.run.eval_every >= 1
 
 
+@pytest.mark.long
 @given(SOME_FACTS, MACHINES, numbers(0.01, 100), st.floats(1, 100), MEASUREMENTS)
 @settings(deadline=None)
 def test_more_hours_never_shrink_images(

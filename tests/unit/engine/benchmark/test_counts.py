@@ -51,6 +51,7 @@ def operations(module: nn.Module, inputs: Any, output: Any) -> int:
     return int(projections + 2 * 2 * n * q * q * width)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
 def test_operations_are_those_of_the_layers_that_ran(name: str) -> None:
@@ -79,6 +80,7 @@ def test_operations_are_those_of_the_layers_that_ran(name: str) -> None:
     assert found == by_hand
 
 
+@pytest.mark.long
 def test_counting_leaves_the_model_as_it_is() -> None:
     model = build_model(small_config(), num_classes=5)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -42,6 +42,7 @@ def test_calls_take_turns_and_the_first_rounds_do_not_count() -> None:
     assert min(slept.seconds) >= 0.02
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_peak_memory_is_that_of_the_call_alone() -> None:
     """In a process of its own: the heap of one that has worked may hold as much already."""

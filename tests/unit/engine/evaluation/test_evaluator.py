@@ -113,6 +113,7 @@ def empty_detection() -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.long
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), num_images=st.integers(1, 5), added=st.integers(0, 5))
 def test_equals_pycocotools_on_the_written_file(seed: int, num_images: int, added: int) -> None:

@@ -47,6 +47,7 @@ def save(path: Path, weights: dict[str, Any], author: str | None = "torchvision"
     return str(path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("prefix", ["", "backbone.bottom_up."])
 def test_torchvisions_network_is_read_to_the_bit(
@@ -75,6 +76,7 @@ def test_torch_files_with_these_names_are_read_too(tmp_path: Path) -> None:
     assert torch.equal(backbone.state_dict()["body.conv1.weight"], state["conv1.weight"])
 
 
+@pytest.mark.long
 def test_caffes_networks_are_refused_with_the_reason(tmp_path: Path) -> None:
     weights = as_detectron2(network("resnet18"))
     plain = dict(weights)

@@ -88,6 +88,7 @@ def _hf_model(options: str) -> Any:
     return model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_model_predicts_the_same_here(tmp_path: Path, variant: str) -> None:
     theirs = hf_model(**VARIANTS[variant])
@@ -255,6 +256,7 @@ OURS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", some(OURS, "two_stage"))
 def test_transformers_loads_what_we_save_and_predicts_the_same(
     tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch

@@ -120,6 +120,7 @@ def load(folder: Path, whole: Mapping[str, Any]) -> Pretrained:
     return load_pretrained(str(folder / "w.pth"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_options_classes_and_every_tensor_arrive(tmp_path: Path, case: str) -> None:
     theirs, ours = theirs_and_ours(case)
@@ -152,6 +153,7 @@ def test_options_classes_and_every_tensor_arrive(tmp_path: Path, case: str) -> N
     assert bool(got["pred_logits"].isfinite().all())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", ["mmdet_plain", "mmdet_refine"])
 @torch.no_grad()
 def test_outputs_in_float64_are_those_of_transformers(tmp_path: Path, case: str) -> None:
@@ -175,6 +177,7 @@ def test_outputs_in_float64_are_those_of_transformers(tmp_path: Path, case: str)
         torch.testing.assert_close(ours, other, rtol=0, atol=1e-9)
 
 
+@pytest.mark.long
 def test_h_detr_tells_the_queries_that_only_train_apart(tmp_path: Path) -> None:
     theirs, ours = theirs_and_ours("h_detr")
     pretrained = load(tmp_path, content("h_detr", theirs))
@@ -205,6 +208,7 @@ def test_what_trains_mr_detr_goes_to_its_recipe(tmp_path: Path) -> None:
     assert torch.equal(state[score], ours[score][:1])
 
 
+@pytest.mark.long
 def test_what_trains_relation_detr_goes_to_its_recipes(tmp_path: Path) -> None:
     theirs, ours = theirs_and_ours("relation_detr")
     pretrained = load(tmp_path, content("relation_detr", theirs))
@@ -278,6 +282,7 @@ def test_mmdetection_names_other_classes(tmp_path: Path) -> None:
     assert classes.ids == tuple(range(80))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("given", ["classes", "objects"])
 def test_the_encoders_classes_go_by_name_where_both_models_tell_them(
     tmp_path: Path, given: str

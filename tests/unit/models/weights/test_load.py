@@ -70,6 +70,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_options_are_inferred_from_bare_weights(tmp_path: Path, variant: str) -> None:
     config, model = fresh(VARIANTS[variant])
@@ -182,6 +183,7 @@ def test_our_checkpoint_brings_everything(tmp_path: Path) -> None:
     assert same(pretrained.state_dict, model.state_dict())
 
 
+@pytest.mark.long
 def test_the_documented_export_code_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[4] / "docs" / "python.md").read_text(encoding="utf-8")
     (lines,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "save_official" in b]

@@ -60,6 +60,7 @@ def run(
     return report, before, model.state_dict()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{}, REFINE, TWO_STAGE], ids=["plain", "refine", "two_stage"])
 def test_same_model_and_classes_copies_everything(options: dict[str, Any]) -> None:
     source, names = weights(2, **options), classes("cat", "dog")
@@ -72,6 +73,7 @@ def test_same_model_and_classes_copies_everything(options: dict[str, Any]) -> No
     assert all(heads in key for key in report.adapted)
 
 
+@pytest.mark.long
 def test_class_rows_follow_names() -> None:
     source = weights(91)
     ours = classes("Dog", "widget", "person", "")
@@ -87,6 +89,7 @@ def test_class_rows_follow_names() -> None:
     assert "2 of 4 classes known, fresh: widget, (unnamed)" in report.table()
 
 
+@pytest.mark.long
 @settings(max_examples=10, deadline=None)
 @given(st.permutations(["cat", "dog", "cow", "hen"]), st.integers(1, 4))
 def test_any_order_of_classes(names: list[str], kept: int) -> None:
@@ -106,6 +109,7 @@ def test_no_known_class_is_reported_fresh() -> None:
     assert "4 tensors  class_embed (no class of a known name)" in report.table()
 
 
+@pytest.mark.long
 def test_proposal_head_keeps_its_ranking_row() -> None:
     source = weights(3, **TWO_STAGE)
     model = build(2, **TWO_STAGE)
@@ -119,6 +123,7 @@ def test_proposal_head_keeps_its_ranking_row() -> None:
     assert not [name for name in report.by_name if "class_embed.2." in name]
 
 
+@pytest.mark.long
 def test_proposal_head_follows_the_number_of_layers() -> None:
     source, names = weights(2, dec_layers=3, **TWO_STAGE), classes("a", "b")
     report, _, after = run(build(2, **TWO_STAGE), source, names, names)
@@ -129,6 +134,7 @@ def test_proposal_head_follows_the_number_of_layers() -> None:
     assert not report.reinitialised
 
 
+@pytest.mark.long
 def test_decoder_and_proposal_heads_are_never_interchanged() -> None:
     names = classes("a", "b")
     deeper = run(build(2, dec_layers=3, **REFINE), weights(2, **TWO_STAGE), names, names)[0]
@@ -137,6 +143,7 @@ def test_decoder_and_proposal_heads_are_never_interchanged() -> None:
     assert "bbox_embed.2.layers.0.weight" in two_stage.reinitialised
 
 
+@pytest.mark.long
 def test_shared_heads_become_separate_ones() -> None:
     source, names = weights(2), classes("a", "b")
     report, _, after = run(build(2, **REFINE), source, names, names)
@@ -180,6 +187,7 @@ def test_queries_that_coincide_are_taken_once() -> None:
     assert len({tuple(row) for row in after["query_embed.weight"].tolist()}) == 4
 
 
+@pytest.mark.long
 def test_a_synonym_copies_the_row_and_is_reported() -> None:
     source = weights(91)
     ours = classes("pedestrian", "Dogs", "aeroplane")
@@ -190,6 +198,7 @@ def test_a_synonym_copies_the_row_and_is_reported() -> None:
     assert line in report.table()
 
 
+@pytest.mark.long
 def test_ambiguous_synonyms_are_reported_and_copy_no_row() -> None:
     ours = classes("people", "pedestrian", "RBC", "person")
     report, before, after = run(build(4), weights(91), coco_logit_classes(), ours)
@@ -256,6 +265,7 @@ def test_a_different_backbone_is_not_mixed_with_the_checkpoints() -> None:
     assert not report.ignored
 
 
+@pytest.mark.long
 def test_wrong_model_is_refused_with_its_options() -> None:
     names = classes("cat", "dog", "cow", "hen")
     with pytest.raises(CheckpointError, match="`hidden_dim`: checkpoint 64, run 32") as caught:
@@ -278,6 +288,7 @@ def test_strict_loading_names_what_differs() -> None:
         load_strict(build(2), of_four_classes(), "a.pth")
 
 
+@pytest.mark.long
 def test_frozen_and_trained_norms_share_checkpoints() -> None:
     trained = weights(4, train_backbone_norm=True)
     assert any(key.endswith("num_batches_tracked") for key in trained)
