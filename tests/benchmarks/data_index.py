@@ -92,7 +92,7 @@ def write_folder(folder: Path, num_images: int, num_boxes: int, data_format: str
     if data_format == "voc":
         (folder / "ImageSets/Main/train.txt").write_text("\n".join(names))
     else:
-        classes = {i: f"class {i}" for i in range(80)}
+        classes = [f"class {i}" for i in range(80)]
         (folder / "data.yaml").write_text(json.dumps({"train": "images/train", "names": classes}))
     for i, name in enumerate(names):
         if i % _IN_A_FOLDER == 0:

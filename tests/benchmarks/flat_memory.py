@@ -76,16 +76,15 @@ def main() -> None:
             for command, options in {
                 "predict": ["--input", str(folder / "images"), "--no_draw", *small],
                 "eval": [*where, *small],
-                "eval --no_analysis": ["--no_analysis", *where, *small],
             }.items():
-                peak, seconds = peak_of([*main_py, command.split()[0], *usual, *options])
+                peak, seconds = peak_of([*main_py, command, *usual, *options])
                 found.setdefault(command, []).append(peak)
-                print(f"{command:20} {count:6} images  {peak / 2**20:7.0f} MiB  {seconds:5.0f} s")
+                print(f"{command:8} {count:6} images  {peak / 2**20:7.0f} MiB  {seconds:5.0f} s")
     few, many = args.images
     for command, (first, last) in found.items():
         each = (last - first) / (many - few)
         print(
-            f"{command:20} {each / 1e3:6.1f} kB an image; {args.of} images: about "
+            f"{command:8} {each / 1e3:6.1f} kB an image; {args.of} images: about "
             f"{(first + each * (args.of - few)) / 2**30:.1f} GiB"
         )
 
