@@ -29,11 +29,12 @@ TOY = ("--batch_size", "2", "--train_scales", "64", "--eval_scale", "64")
 
 
 def train_command(data: Path, folder: Path, device: str, *more: str) -> list[str]:
-    """Return a run of the demo's model."""
+    """Return a run of the demo's model, without what it has of later papers."""
     return [
         sys.executable, "main.py", "train", "--config", "configs/shapes_tiny.yaml", "--coco_path",
         str(data), "--output_dir", str(folder), "--device", device, "--epochs", "1",
-        "--num_images", "0", *more,
+        "--num_images", "0", "--no_mixed_query_selection", "--no_look_forward_twice",
+        "--num_denoising", "0", *more,
     ]  # fmt: skip
 
 
