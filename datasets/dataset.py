@@ -272,11 +272,11 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for text in inputs:
         path = Path(text)
-        if text == "-" or (path.suffix.lower() == ".txt" and path.is_file()):
+        if text == "-" or (path.suffix.lower() == ".txt" and os.path.isfile(path)):
             images = _listed(text)
-        elif path.is_file():
+        elif os.path.isfile(path):
             images = [path]
-        elif path.is_dir():
+        elif os.path.isdir(path):
             images = sorted(p for p in files_below(path) if is_image(p))
         else:
             matches = sorted(Path(match) for match in glob.glob(text, recursive=True))

@@ -1,6 +1,7 @@
 """Decode image files of any mode into RGB, and read their sizes without decoding."""
 
 import contextlib
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -247,7 +248,7 @@ def is_image(path: Path) -> bool:
     """Return whether a file has the name of an image, of any format that Pillow reads."""
     suffix = path.suffix.lower()
     known = suffix in SUFFIXES or suffix in _all_suffixes()
-    return known and not path.name.startswith("._") and path.is_file()  # ._: a Mac's
+    return known and not path.name.startswith("._") and os.path.isfile(path)  # ._: a Mac's
 
 
 @lru_cache

@@ -143,9 +143,9 @@ class Detector:
         pretrained = load_pretrained(source, ema=ema)
         if bool(pretrained.other_backbone) != bool(prompt):
             raise CheckpointError(
-                f"{source}: is no Grounding DINO, and no other reads prompts. Leave `prompt` out."
+                f"{source}: is not a Grounding DINO, which alone reads prompts. Leave `prompt` out."
                 if prompt
-                else f"{source}: a Grounding DINO, which finds what a text names. Use `predict` "
+                else f"{source}: is a Grounding DINO, which finds what a text names. Use `predict` "
                 "with `prompt`, or train a detector from it with `finetune`."
             )
         if "backbone" not in pretrained.model_options:

@@ -52,7 +52,7 @@ def prompted_model(
         )
     layout = lay_out(words, tokenizer.convert_tokens_to_ids(list(SEPARATORS)))
     if len(layout.spans) != len(phrases) or any(first == last for first, last in layout.spans):
-        raise ConfigError("prompt: has a phrase in which there are no words. Write it otherwise.")
+        raise ConfigError("prompt: has a phrase that contains no words. Rephrase it.")
     tokens = _encoded(theirs.model, words, layout)
     backbone = OtherBackbone(theirs.model.backbone.conv_encoder.model)
     model = build_model(config, num_classes=len(words), backbone=backbone)

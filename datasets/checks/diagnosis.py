@@ -1,5 +1,6 @@
 """Examine the splits of a data set: everything that is wrong with it, and a corrected copy."""
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -197,7 +198,8 @@ def _check_unused(splits: list[SplitReport]) -> None:
 def _searched(source: Source) -> list[Path]:
     """Return all that is in the folders of images; what only lies above them is not searched."""
     if source.folders:
-        return sorted(path for folder in source.folders for path in folder.glob("*"))
+        there = filter(os.path.isdir, source.folders)  # false for a name that no folder can have
+        return sorted(path for folder in there for path in folder.glob("*"))
     return sorted(files_below(source.image_dir))
 
 

@@ -1,6 +1,7 @@
 """Read and write COCO data: a JSON file for each split, beside a folder of images."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def read_coco_file(path: Path, image_dir: Path) -> Source:
 
 def require_folder(image_dir: Path) -> None:
     """Raise DataError unless the folder of images is there."""
-    if not image_dir.is_dir():
+    if not os.path.isdir(image_dir):
         raise DataError(f"{image_dir}: no such folder of images.")
 
 

@@ -1,5 +1,6 @@
 """Where tools put a split's COCO-format file, and its images."""
 
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -36,12 +37,12 @@ def find_coco(root: Path, split: str) -> tuple[Path, Path]:
         DataError: there are COCO-format files, but none is of this split.
     """
     official = coco_layout(root, split)
-    if official[0].is_file():
+    if os.path.isfile(official[0]):
         return official
     found = _annotation_file(root, split)
     if found:
         return found[1], _image_folder(root, *found)
-    if any(coco_layout(root, other)[0].is_file() for other in SPLITS):
+    if any(os.path.isfile(coco_layout(root, other)[0]) for other in SPLITS):
         return official  # which is then named as missing
     files_there = sorted(islice(_coco_files(root), 20))
     others = [path.relative_to(root).as_posix() for path in files_there]
@@ -65,7 +66,7 @@ def has_coco(root: Path) -> str:
     """Return the name of a COCO-format file of a folder's splits, "" if there is none."""
     for split in SPLITS:
         official, _ = coco_layout(root, split)
-        if official.is_file():
+        if os.path.isfile(official):
             return official.relative_to(root).as_posix()
     found = (_annotation_file(root, split) for split in SPLITS)
     file = next((place[1] for place in found if place), None) or next(_coco_files(root), None)
@@ -76,7 +77,7 @@ def _annotation_file(root: Path, split: str) -> tuple[str, Path] | None:
     """Return what a split is called here, and its file."""
     for name in split_names(split):
         for file in _candidates(root, name):
-            if file.is_file() and mentions(file, *_KEYS):
+            if os.path.isfile(file) and mentions(file, *_KEYS):
                 return name, file
     return None
 
@@ -115,7 +116,7 @@ def _image_folder(root: Path, name: str, file: Path) -> Path:
         places += [above] if above and above != root else []
     places += [file.parent, root]
     places += [f for inner in folders(root) if (f := subfolder(inner, *_IMAGES))]
-    places = [place for place in places if place.is_dir()]
+    places = [place for place in places if os.path.isdir(place)]
     names = [text.replace("\\", "/") for text in first_values(file, "file_name", 3)]
     for wanted in (names, [name.rpartition("/")[2] for name in names]):
         for place in places:
@@ -126,6 +127,6 @@ def _image_folder(root: Path, name: str, file: Path) -> Path:
 
 def _is_file(folder: Path, name: str) -> bool:
     try:
-        return (folder / name).is_file()
+        return os.path.isfile(folder / name)
     except (OSError, ValueError):  # a name that no file can have
         return False

@@ -32,7 +32,7 @@ def convert(
         DataError: `output_dir` holds something already, or a split cannot be used or has no box.
     """
     data_format = FORMATS[target]
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    if os.path.exists(output_dir) and (not os.path.isdir(output_dir) or any(output_dir.iterdir())):
         raise DataError(f"{output_dir}: not a new or empty folder. Choose another.")
     indices = [
         CocoIndex.from_content(

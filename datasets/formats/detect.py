@@ -88,7 +88,7 @@ def locate(place: Path, data_format: str) -> Located:
     if data_format != AUTO:
         assert FORMATS[data_format]
         return Located(data_format, place)
-    if not place.is_dir():
+    if not os.path.isdir(place):
         return Located(_format_of_file(place), place)
     found, folder = {}, place
     for _ in range(_DEPTH):
@@ -125,7 +125,7 @@ def _recognise(folder: Path) -> dict[str, str]:
 def _format_of_file(place: Path) -> str:
     if place.suffix.lower() in _YOLO_FILES:
         return "yolo"
-    if not place.exists():
+    if not os.path.exists(place):
         raise DataError(f"{place}: no such folder of data. Check `data_path`.")
     if place.suffix.lower() == ".json":
         raise DataError(

@@ -30,7 +30,7 @@ def is_hidden(name: str) -> bool:
 def subfolder(root: Path, *names: str) -> Path | None:
     """Return the first folder of these names in another, in any case if none is written so."""
     for name in names:
-        if (root / name).is_dir():
+        if os.path.isdir(root / name):
             return root / name
     there = {path.name.lower(): path for path in folders(root)}
     return next((there[name.lower()] for name in names if name.lower() in there), None)

@@ -8,6 +8,7 @@ An object marked `difficult` counts neither for nor against a detector in VOC's 
 as a crowd in COCO's: it becomes one, so it trains nothing.
 """
 
+import os
 import re
 import xml.etree.ElementTree as ET
 from collections import defaultdict
@@ -183,7 +184,7 @@ def _find_in_voc(root: Path, folder: Path, split: str) -> _Place:
         )
     folder = folder if has_file(folder, ".xml") else subfolder(folder, "xmls") or folder
     files, lists = walk(folder, ".xml"), root / "ImageSets" / "Main"
-    if lists.is_dir():
+    if os.path.isdir(lists):
         return _Place(folder, images, files, lists=lists)
     own = subfolder(folder, *split_names(split))
     if own:
@@ -256,8 +257,8 @@ class _ImageNames:
 def _listed(lists: Path, split: str, files: dict[str, Path]) -> set[str]:
     """Return the names of a split's images, without suffix, from its list."""
     named = (lists / f"{name}.txt" for name in split_names(split))
-    path = next((path for path in named if path.is_file()), lists / f"{split}.txt")
-    if not path.is_file():
+    path = next((path for path in named if os.path.isfile(path)), lists / f"{split}.txt")
+    if not os.path.isfile(path):
         known = ", ".join(sorted(p.stem for p in lists.glob("*.txt"))) or "none"
         raise DataError(
             f"{path}: the split '{split}' has no list. Lists there: {known}. "

@@ -136,7 +136,8 @@ def _orphans(label_file: LabelFiles) -> list[tuple[str, str]]:
     orphans = []
     for folder, stems in sorted(label_file.stems.items()):
         # images of other splits, or of a kind that is not searched for
-        known = stems | {p.stem for p in folder.glob("*") if p.suffix != ".txt" and p.is_file()}
+        there = folder.glob("*") if os.path.isdir(folder) else ()  # false for too long a name
+        known = stems | {p.stem for p in there if p.suffix != ".txt" and os.path.isfile(p)}
         for file in sorted(files(label_file.folders[folder], ".txt")):
             if file.stem not in known:
                 lines, wrong = read_lines(file)

@@ -43,7 +43,7 @@ def describe(place: Path) -> Description:
     Raises:
         DataError: there is none, or it cannot be read.
     """
-    if not place.is_dir():
+    if not os.path.isdir(place):
         return _read_data(place) if place.suffix.lower() == ".data" else _read_yaml(place)
     there = sorted([*place.glob("*.yaml"), *place.glob("*.yml")])
     usual = [path for path in there if path.stem == "data"]
@@ -68,7 +68,7 @@ def names_of_classes(place: Path) -> Path | None:
     own = (subfolder(place, *split_names(split)) for split in SPLITS)
     for folder in (place, subfolder(place, "labels"), place / "data", *own):
         for name in _NAMES if folder else ():
-            if folder and (folder / name).is_file():
+            if folder and os.path.isfile(folder / name):
                 return folder / name
     return None
 
@@ -131,7 +131,7 @@ def _read_data(file: Path) -> Description:
     options: dict[str, Any] = {key.strip(): value.strip() for key, _, value in pairs}
     root = _one_slash(Path(os.path.abspath(file.parent)))
     found = resolve(root, str(options.get("names") or "obj.names"))
-    if found is None or not found.is_file():
+    if found is None or not os.path.isfile(found):
         raise DataError(
             f"{file}: `names` must be the list of classes, not {options.get('names')!r:.200}, "
             f"which is not under {root}. Fix the path."
@@ -196,7 +196,7 @@ def find_images(described: Description, split: str) -> tuple[list[Path], str]:
         if path != _normal(base / entry.replace("\\", "/")):
             where = f"'{entry:.200}' is read from {os.path.relpath(path, base)}"
             note = f"{note}; {where}" if note else where
-        if path.is_dir():
+        if os.path.isdir(path):
             found.update(dict.fromkeys(sorted(p for p in files_below(path) if is_image(p))))
             continue
         listed, dropped = _listed(path, base)

@@ -21,8 +21,8 @@ def open_files(sources: Sequence[str], beside: Detector) -> dict[str, Detector]:
 
     Raises:
         CheckpointError: one cannot be opened.
-        ConfigError: one is no exported file, is of a model with other classes, or the checkpoint is
-            on another device than the files.
+        ConfigError: one is not an exported file, is of a model with other classes, or the
+            checkpoint is on another device than the files.
     """
     if sources and beside.device.type != "cpu":
         raise ConfigError(
@@ -35,7 +35,7 @@ def open_files(sources: Sequence[str], beside: Detector) -> dict[str, Detector]:
         files[name] = Detector.load(source, device="cpu")
         if not isinstance(files[name].network, ExportedModel):
             raise ConfigError(
-                f"exported {source}: is no exported file. Write one with `main.py export`."
+                f"exported {source}: is not an exported file. Write one with `main.py export`."
             )
         if files[name].classes.names != beside.classes.names:
             raise ConfigError(

@@ -109,7 +109,7 @@ def test_an_exported_file_beside_its_checkpoint_and_alone(
     }  # fmt: skip
     for options, words in (
         (("--checkpoint", file, "--precision", "bf16"), "an exported file computes in fp32"),
-        (("--checkpoint", checkpoint, "--exported", checkpoint), "is no exported file"),
+        (("--checkpoint", checkpoint, "--exported", checkpoint), "is not an exported file"),
         (("--config", TINY, "--exported", file), "has other classes than the checkpoint"),
     ):
         done = cli("benchmark", *options, "--device", "cpu")

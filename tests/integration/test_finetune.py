@@ -270,4 +270,4 @@ def test_grounding_dino_starts_a_detector_of_other_classes(
     assert done.returncode == 0, done.stderr
     done = cli("eval", "--checkpoint", tmp_path / "theirs", "--coco_path", shapes)
     assert done.returncode == 2
-    assert "a Grounding DINO, which finds what a text names" in done.stderr
+    assert "is a Grounding DINO, which finds what a text names" in done.stderr

@@ -184,5 +184,5 @@ def test_another_checkpoint_reads_no_prompt(tmp_path: Path) -> None:
     )  # fmt: skip
     transformers.DeformableDetrForObjectDetection(config).save_pretrained(tmp_path)
     assert load_pretrained(str(tmp_path)).other_backbone == ""
-    with pytest.raises(CheckpointError, match="is no Grounding DINO.*Leave `prompt` out"):
+    with pytest.raises(CheckpointError, match="is not a Grounding DINO.*Leave `prompt` out"):
         Detector.load(tmp_path, device="cpu", prompt=PROMPT)

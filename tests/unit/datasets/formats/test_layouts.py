@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from configs.schema import DataConfig
 from datasets.build import Split, load_index, read_split
 from datasets.index import CocoIndex
+from main import main
 from tests.unit.datasets.formats.exports import (
     KETTLE,
     LINES,
@@ -212,14 +213,17 @@ LAYOUTS: dict[Callable[[Path], None], str] = {
 }
 
 
+@pytest.mark.parametrize("name", ["data/{}.png", "{}/images/1.png", "data/{}/1.png"])
 def test_a_listed_name_that_is_too_long_for_a_file_is_one_more_missing_image(
-    tmp_path: Path,
+    name: str, tmp_path: Path
 ) -> None:
     yolo_darknet(tmp_path)
     file = tmp_path / "train.txt"
-    file.write_text(f"data/{'f' * 5000}.png\n{file.read_text()}")
+    file.write_text(f"{name.format('9' * 5000)}\n{file.read_text()}")
     source = read_split(DataConfig(data_path=str(tmp_path)), "train")
     assert len(source.content["images"]) == 4
+    code = main(["check", "--data_path", str(tmp_path), "--splits", "train", "--num_workers", "0"])
+    assert code == 1  # it lists the missing image
 
 
 @pytest.mark.parametrize("write", LAYOUTS, ids=lambda write: write.__name__)
