@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-from datasets.images import read_rgb
+from datasets.images import READ_ERRORS, read_rgb
 from engine.detector import DEFAULT_THRESHOLD, Box, Detector
 from engine.explain.page import INTRODUCTION, page_of, title_of
 from engine.predictions import with_boxes
 from util.console import in_line
-from util.errors import UserError
+from util.errors import DataError, UserError
 
 _KEPT = 3600, 24 * 3600  # seconds: how often dropped images are looked through, how old they get
 _LARGEST_UPLOAD = 2**28  # bytes
@@ -25,6 +25,13 @@ footer { display: none; }
 """
 
 
+class Found(NamedTuple):
+    """An image that was dropped, and its boxes of every score, best first."""
+
+    path: str
+    boxes: list[Box]
+
+
 class Trial:
     """A detector in the hands of a page: whoever asks, one image passes it at a time."""
 
@@ -32,15 +39,17 @@ class Trial:
         self.detector = detector
         self._lock = Lock()
 
-    def boxes(self, path: str) -> list[Box]:
-        """Return what is found in an image, of every score, best first.
+    def find(self, path: str) -> Found:
+        """Return what is found in an image.
 
         Raises:
             DataError: it cannot be read.
         """
         with self._lock:
-            ((_, boxes),) = self.detector.detect([Path(path)], skip_unreadable=False)
-        return boxes
+            ((_, boxes),) = self.detector.detect(
+                [Path(path)], skip_unreadable=False, tiling=self.detector.tiling
+            )
+        return Found(path, boxes)
 
     def shown(self, boxes: Sequence[Box], threshold: float | None) -> list[Box]:
         """Return the boxes that count, by one threshold or, without, by that of each class."""
@@ -48,28 +57,42 @@ class Trial:
         return [box for box in boxes if box.score >= least[box.name]]
 
     def drawn(self, path: str, shown: Sequence[Box]) -> Image.Image:
-        """Return the upright image with boxes."""
-        return with_boxes(read_rgb(Path(path), None), shown, self.detector.classes)
+        """Return the upright image with boxes.
+
+        Raises:
+            DataError: it is kept no more.
+        """
+        return with_boxes(_kept(path), shown, self.detector.classes)
 
     def looked(self, path: str, threshold: float | None, box: int) -> str:
         """Return HTML that shows where the model looked for one of the boxes that are shown.
 
-        Of a model that has no sampling points, it says why.
+        Of a model that has no sampling points, and of an image that is cut, it says why.
         """
         try:
+            image = _kept(path)
             with self._lock:
                 explanation = self.detector.explain(path, threshold, box=box)
         except UserError as error:
             return _line(str(error))
-        page = page_of(
-            explanation, read_rgb(Path(path), None), name=title_of(explanation, 0),
-            introduction=INTRODUCTION,
-        )  # fmt: skip
+        page = page_of(explanation, image, name=title_of(explanation, 0), introduction=INTRODUCTION)
         # in a sandbox it has scripts, and nothing of this page
         return (
             f'<iframe title="Where the model looked" sandbox="allow-scripts" '
             f'srcdoc="{escape(page)}"></iframe>'
         )
+
+
+def _kept(path: str) -> Image.Image:
+    """Return an image that could be read before.
+
+    Raises:
+        DataError: it has gone, as all do after a while.
+    """
+    try:
+        return read_rgb(Path(path), None)
+    except READ_ERRORS as error:
+        raise DataError(f"{Path(path).name}: is kept no more. Drop the image again.") from error
 
 
 def _line(text: str) -> str:
@@ -103,35 +126,40 @@ def build_page(trial: Trial, *, title: str, threshold: float | None) -> Any:
     def minimum(by_class: bool, threshold: float) -> float | None:
         return None if by_class and own else threshold
 
-    def draw(path: str, boxes: list[Box] | None, by_class: bool, threshold: float) -> Any:
-        if boxes is None:
+    def draw(found: Found | None, by_class: bool, threshold: float) -> Any:
+        if found is None:
             return None, "", nothing, ""
-        shown = trial.shown(boxes, minimum(by_class, threshold))
+        shown = trial.shown(found.boxes, minimum(by_class, threshold))
         choices = [(f"{box.name} {box.score:.2f}", i) for i, box in enumerate(shown)]
-        picture = trial.drawn(path, shown)
+        try:
+            picture = trial.drawn(found.path, shown)
+        except UserError as error:
+            return None, _line(str(error)), nothing, ""
         return picture, _line(summary(shown)), gradio.Dropdown(choices=choices, value=None), ""
 
     def take(path: str | None, by_class: bool, threshold: float) -> Any:
         try:
-            boxes = trial.boxes(path) if path else None
+            found = trial.find(path) if path else None
         except UserError as error:
             folder = str(Path(path or "").parent)  # a temporary one, of no interest
             return None, None, _line(str(error).replace(f"{folder}{os.sep}", "")), nothing, ""
-        return boxes, *draw(path or "", boxes, by_class, threshold)
+        return found, *draw(found, by_class, threshold)
 
     def pick(
-        boxes: list[Box], by_class: bool, threshold: float, event: gradio.SelectData
+        found: Found | None, by_class: bool, threshold: float, event: gradio.SelectData
     ) -> int | None:
+        boxes = found.boxes if found else []
         return box_at(trial.shown(boxes, minimum(by_class, threshold)), *event.index)
 
-    def look(path: str, by_class: bool, threshold: float, box: int | None) -> str:
-        if box is None:
+    def look(found: Found | None, by_class: bool, threshold: float, box: int | None) -> str:
+        if found is None or box is None:
             return ""
-        return trial.looked(path, minimum(by_class, threshold), box)
+        return trial.looked(found.path, minimum(by_class, threshold), box)
 
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=_KEPT) as page:
         gradio.Markdown(f"# {title}")
-        boxes = gradio.State()  # of every score; none without an image that can be read
+        # of the image that was read last: what lies in the page may already be the next one
+        found = gradio.State()
         with gradio.Row():
             with gradio.Column(scale=1, min_width=320):
                 image = gradio.Image(
@@ -159,15 +187,16 @@ def build_page(trial: Trial, *, title: str, threshold: float | None) -> Any:
                 )  # fmt: skip
                 status = gradio.HTML(elem_id="status")
         looked = gradio.HTML(elem_id="looked")
-        hidden: dict[str, Any] = {"api_visibility": "private"}
+        # one after another, or a late picture of the last image would replace that of the next
+        hidden: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "page"}
         drawn = [result, status, chosen, looked]
-        image.change(take, [image, by_class, slider], [boxes, *drawn], **hidden)
+        image.change(take, [image, by_class, slider], [found, *drawn], **hidden)
         latest = {"trigger_mode": "always_last", "show_progress": "hidden", **hidden}
         slider.input(lambda: False, None, by_class, **latest)
         changed = [slider.change, by_class.change]
-        gradio.on(changed, draw, [image, boxes, by_class, slider], drawn, **latest)
-        result.select(pick, [boxes, by_class, slider], chosen, **hidden)
-        chosen.change(look, [image, by_class, slider, chosen], looked, **hidden)
+        gradio.on(changed, draw, [found, by_class, slider], drawn, **latest)
+        result.select(pick, [found, by_class, slider], chosen, **hidden)
+        chosen.change(look, [found, by_class, slider, chosen], looked, **hidden)
     return page
 
 

@@ -22,7 +22,7 @@ from datasets.eval_loader import eval_loader
 from datasets.images import limit_pixels
 from datasets.tile_batches import TileBatches
 from datasets.tiled import cut_index
-from datasets.tiles import Tiling
+from datasets.tiles import Tiling, tiles_of
 from datasets.workers import loader_processes
 from engine.claims import check_claims
 from engine.evaluation.evaluate import detect, evaluate
@@ -364,26 +364,36 @@ class Detector:
     ) -> Explanation:
         """Return where the model looked for what it found in an image, as arrays.
 
-        `image` and `threshold` are as in `predict`. By default its best `count` boxes are
-        explained. `box` chooses one by its position in what `predict` returns, `point`, (x, y) in
-        pixels, the smallest box around it, and `query` one by its query, whatever its score;
-        `class_name` leaves only detections of a class. With `token`, (x, y) in pixels and a level
-        counted from 0, that cell of the encoder's feature maps is explained as well.
+        `image` and `threshold` are as in `predict`. An image that `predict` would cut is refused:
+        the model would see the whole of it here, and find other boxes. By default the best `count`
+        boxes are explained. `box` chooses one by its position in what `predict` returns, `point`,
+        (x, y) in pixels, the smallest box around it, and `query` one by its query, whatever its
+        score; `class_name` leaves only detections of a class. With `token`, (x, y) in pixels and a
+        level counted from 0, that cell of the encoder's feature maps is explained as well.
 
         Raises:
-            ConfigError: nothing is there to choose, or the encoder has no sampling points.
+            ConfigError: nothing is there to choose, the encoder has no sampling points, or the
+                image would be cut.
             DataError: the image cannot be read.
             TypeError: it is not an image.
         """
         choice = Choice(box, query, point, class_name, count, token)
+        model = self.model  # an exported file has none
         limit_pixels(self.data.max_pixels)
+        images = ImageList(
+            [_image_source(image)],
+            build_transform(self.data, train=False, mean=self.mean, std=self.std),
+        )
+        tiles = 1 if self.tiling is None else len(tiles_of(*images.image_sizes()[0], self.tiling))
+        if tiles > 1:
+            raise ConfigError(
+                f"tile: this image is cut into {tiles} tiles, and only a whole image can be "
+                "explained. Give a part of it, or the whole by `no_tile`."
+            )
         return explain(
-            self.model,
+            model,
             self.postprocess,
-            ImageList(
-                [_image_source(image)],
-                build_transform(self.data, train=False, mean=self.mean, std=self.std),
-            ),
+            images,
             choice,
             device=self.device,
             classes=self.classes,

@@ -8,7 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
 
+from configs.load import Given
 from configs.options import Checked, option
+from configs.tiles import TileOptions
 from engine.app import Trial, build_page, serve
 from engine.detector import Detector
 from util.console import console
@@ -49,10 +51,11 @@ class AppOptions(Checked):
     )  # fmt: skip
 
 
-SECTIONS = {"app": AppOptions}
+SECTIONS = {"app": AppOptions, "tiles": TileOptions}
+DEFAULTS = {"tiles": "as in the checkpoint's training"}
 
 
-def main(options: AppOptions) -> int:
+def main(options: AppOptions, given: Given) -> int:
     """Serve the page until Ctrl-C."""
     with TemporaryDirectory(prefix="deformable_detr_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # what is dropped on the page goes with it
@@ -63,10 +66,10 @@ def main(options: AppOptions) -> int:
                 f"app: the page needs gradio, which cannot be imported ({error}). Install it: "
                 "pip install gradio"
             ) from None
-        return _serve(options)
+        return _serve(options, given)
 
 
-def _serve(options: AppOptions) -> int:
+def _serve(options: AppOptions, given: Given) -> int:
     detector = Detector.load(
         options.checkpoint,
         device=options.device,
@@ -76,6 +79,7 @@ def _serve(options: AppOptions) -> int:
         nms_iou=options.nms_iou,
         max_pixels=options.max_pixels,
     )
+    detector.take(Given({"tiles": given.values.get("tiles", {})}))
     title = f"What {Path(options.checkpoint).name} finds"
     page = build_page(Trial(detector), title=title, threshold=options.score_threshold)
     try:

@@ -5,7 +5,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.load import Given
 from configs.options import Checked, option
+from configs.tiles import TileOptions
 from datasets.images import read_rgb
 from engine.detector import Detector
 from engine.explain.explanation import Explanation
@@ -51,10 +53,11 @@ class ExplainOptions(Checked):
     )
 
 
-SECTIONS = {"explain": ExplainOptions}
+SECTIONS = {"explain": ExplainOptions, "tiles": TileOptions}
+DEFAULTS = {"tiles": "as in the checkpoint's training"}
 
 
-def main(options: ExplainOptions) -> int:
+def main(options: ExplainOptions, given: Given) -> int:
     """Write a page and pictures of where the model looked in an image."""
     if not options.input or not options.output_dir:
         raise ConfigError("explain: give `input IMAGE` and `output_dir DIR`.")
@@ -69,6 +72,7 @@ def main(options: ExplainOptions) -> int:
         eval_scale=options.eval_scale,
         max_size=options.max_size,
     )
+    detector.take(Given({"tiles": given.values.get("tiles", {})}))
     explanation = detector.explain(
         path,
         options.score_threshold,

@@ -31,6 +31,8 @@ from util.version import __version__
 
 _REPO = r"\w[\w.-]*/\w[\w.-]*"
 _OPTIONS, _EXAMPLE = "training.yaml", "example.jpg"
+# What a push may write, and the next one of another model not; a file that stays would mislead.
+_NOT_ALWAYS = ("config.json", "preprocessor_config.json", DESCRIPTION, _OPTIONS, _EXAMPLE)
 _LONGEST_SIDE = 1280  # pixels of the example
 _OF_DETECTION = ("eval_scale", "max_size", "num_select", "nms_iou", "max_pixels")
 # Options of a run that say where things are: paths are nobody's business.
@@ -46,7 +48,9 @@ class PushOptions(Checked):
     repo: str = option("", "USER/NAME of the repository on the Hugging Face hub")
     dry_run: bool = option(False, "write the folder, and push nothing")
     output_dir: str = option("", "a new or empty folder for what is pushed (default: a temporary)")
-    private: bool = option(False, "make the repository private, if it is a new one")
+    private: bool = option(
+        False, "make a new repository private; into a public one, nothing is pushed"
+    )
     input: str = option("", "image that the card shows with boxes, for all to see (default: none)")
     results: str = option(
         "", "results.json that eval wrote of these weights, for the card (default: what the "
@@ -130,9 +134,10 @@ def write_weights(
 ) -> None:
     """Write weights and the files that describe them; both formats have what only we know."""
     data = asdict(detector.data)
+    detection = {name: data[name] for name in _OF_DETECTION}
     described: dict[str, Any] = {
         "version": __version__,
-        "config": {"data": {name: data[name] for name in _OF_DETECTION}},
+        "config": {"data": detection, "tiles": asdict(detector.tiles)},
         "classes": detector.classes.to_json(),
         "thresholds": detector.thresholds,
     }
@@ -173,6 +178,7 @@ def write_example(path: Path, detector: Detector, source: Path) -> None:
     """Draw what is found in an image, in a size for a page and without the file's own metadata."""
     boxes = detector.predict(source)
     image = read_rgb(source, None)
+    image.info.clear()  # a comment, for instance, would be saved again
     scale = min(1.0, _LONGEST_SIDE / max(image.size))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     smaller = [replace(box, xyxy=_scaled(box.xyxy, scale)) for box in boxes]
@@ -232,7 +238,10 @@ def _known(stats: Mapping[str, Any]) -> dict[str, float]:
 def upload(folder: Path, repo: str, *, private: bool) -> str:
     """Push a folder to the hub, as the user that huggingface_hub knows; return its address.
 
+    What an earlier push wrote and this one does not is deleted there; other files stay.
+
     Raises:
+        ConfigError: it is to be private, and the repository is public.
         UserError: it cannot be reached, or does not take it.
     """
     from huggingface_hub import HfApi  # slow to import
@@ -240,11 +249,14 @@ def upload(folder: Path, repo: str, *, private: bool) -> str:
     hub = HfApi()
     try:
         address = hub.create_repo(repo, private=private, exist_ok=True)
-        hub.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            commit_message=f"Push by deformable-detr {__version__}",
-        )
+        public = private and not hub.model_info(repo).private  # it may have been there before
+        if not public:
+            hub.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=f"Push by deformable-detr {__version__}",
+                delete_patterns=[name for name in _NOT_ALWAYS if not (folder / name).exists()],
+            )
     except Exception as error:  # the client and its transports share no base class
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -252,4 +264,9 @@ def upload(folder: Path, repo: str, *, private: bool) -> str:
             "Log in by `hf auth login` and check the name and the network, or write the folder by "
             "`dry_run` and upload it elsewhere."
         ) from error
+    if public:
+        raise ConfigError(
+            f"private: {repo} is there already and public, and nothing was pushed. Make it private "
+            "in its settings, or leave `private` out."
+        )
     return str(address)

@@ -243,8 +243,9 @@ def _described(pretrained: Pretrained, described: Mapping[str, Any]) -> Pretrain
     classes = Classes.from_json(described["classes"]) if described else None
     if classes is None or len(classes) != len(pretrained.classes):
         return pretrained
-    data = {"data": dict(described["config"]["data"])}
-    return replace(pretrained, classes=classes, config=data, thresholds=_thresholds(described))
+    told = described["config"]
+    config = {"data": dict(told["data"]), "tiles": dict(told.get("tiles", {}))}
+    return replace(pretrained, classes=classes, config=config, thresholds=_thresholds(described))
 
 
 def _of_transformers(folder: Path, source: str) -> Pretrained:

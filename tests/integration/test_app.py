@@ -3,19 +3,23 @@
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from engine.app import Trial, box_at, summary
+from configs.tiles import TileOptions
+from engine.app import Found, Trial, box_at, build_page, summary
 from engine.detector import Box, Detector
 from tests.integration.browser import Browser, chromium
 from tests.integration.conftest import ROOT, Cli
+from util.errors import DataError
 from util.tensor_files import load_safely, save_whole
 
 needs_a_browser = pytest.mark.skipif(
@@ -141,13 +145,66 @@ def test_an_image_is_dropped_a_threshold_set_and_a_box_clicked(
 
 def test_boxes_are_those_of_predict(detector: Detector, image: Path) -> None:
     trial = Trial(detector)
-    boxes = trial.boxes(str(image))
+    path, boxes = trial.find(str(image))
+    assert path == str(image)
     assert boxes == detector.predict(image, 0)
     for threshold in (None, 0.0, 0.1, boxes[3].score, 1.0):
         assert trial.shown(boxes, threshold) == detector.predict(image, threshold)
     drawn = trial.drawn(str(image), boxes[:3])
     assert drawn.size == Trial(detector).drawn(str(image), []).size
     assert drawn.tobytes() != trial.drawn(str(image), []).tobytes()
+
+
+def test_images_are_cut_as_for_predict(checkpoint: Path, image: Path) -> None:
+    detector = Detector.load(checkpoint, device="cpu")
+    whole = Trial(detector).find(str(image)).boxes
+    detector.tiles = TileOptions(tile=True, tile_size=96)
+    trial = Trial(detector)
+    boxes = trial.find(str(image)).boxes
+    assert boxes == detector.predict(image, 0) != whole
+    reason = trial.looked(str(image), 0.0, 0)
+    assert "<iframe" not in reason
+    assert re.search(r"this image is cut into \d+ tiles", reason)
+
+
+def test_an_image_that_has_gone_is_one_line(
+    detector: Detector, image: Path, tmp_path: Path
+) -> None:
+    kept = Path(shutil.copy(image, tmp_path / "kept.png"))
+    trial = Trial(detector)
+    found = trial.find(str(kept))
+    kept.unlink()
+    with pytest.raises(DataError, match=r"^kept.png: is kept no more. Drop the image again.$"):
+        trial.drawn(found.path, found.boxes)
+    assert trial.looked(found.path, 0.0, 0) == (
+        '<p role="status">kept.png: is kept no more. Drop the image again.</p>'
+    )
+
+
+@pytest.mark.slow
+def test_a_moved_slider_draws_boxes_on_the_image_they_are_of(
+    detector: Detector, image: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """While the next image lies in the page and has not been read."""
+    pytest.importorskip("gradio")
+    trial = Trial(detector)
+    found = trial.find(str(image))
+    page = build_page(trial, title="a", threshold=0.0)
+    events: dict[str, Any] = {event.fn.__name__: event for event in page.fns.values() if event.fn}
+    following = str(sorted((shapes / "val2017").iterdir())[1])
+
+    def value_of(part: Any) -> Any:
+        named = {"image": following, "by_class": False, "threshold": 0.0, "chosen": 0}
+        return found if type(part).__name__ == "State" else named[part.elem_id]
+
+    picture, *_ = events["draw"].fn(*map(value_of, events["draw"].inputs))
+    assert picture.tobytes() == trial.drawn(str(image), found.boxes).tobytes()
+    looked = events["look"].fn(*map(value_of, events["look"].inputs))
+    assert looked == trial.looked(str(image), 0.0, 0)
+    gone = Found(str(tmp_path / "gone.png"), found.boxes)
+    picture, line, *_ = events["draw"].fn(gone, False, 0.0)
+    assert picture is None
+    assert "gone.png: is kept no more" in line
 
 
 def test_the_smallest_box_around_a_point_is_chosen() -> None:
@@ -172,7 +229,7 @@ def test_an_exported_file_detects_and_says_why_it_has_no_points(
     assert done.returncode == 0, done.stderr
     detector = Detector.load(file)
     trial = Trial(detector)
-    assert trial.boxes(str(image)) == detector.predict(image, 0)
+    assert trial.find(str(image)).boxes == detector.predict(image, 0)
     assert "an exported file has no PyTorch module" in trial.looked(str(image), 0.0, 0)
     assert "<iframe" not in trial.looked(str(image), 0.0, 0)
 

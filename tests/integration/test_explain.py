@@ -121,6 +121,11 @@ def test_a_browser_draws_the_points_that_are_chosen(explained: Path, tmp_path: P
         (["--threshold", "1"], "--score_threshold: no detection reaches it"),
         (["--box", "1", "--query", "1"], "--box: leaves nothing to choose by --query"),
         (["--class", "unicorn"], "--class_name: the model has no class 'unicorn'"),
+        (
+            ["--tile", "--tile_size", "96"],
+            "tiles, and only a whole image can be explained. "
+            "Give a part of it, or the whole by --no_tile",
+        ),
         (["--input", "nowhere.png"], "nowhere.png: there is no such file"),
     ],
 )

@@ -2,16 +2,23 @@
 
 import json
 import shutil
+from base64 import b64decode
+from collections.abc import Iterator
 from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 
 from configs.load import read_options
+from configs.tiles import TileOptions, TrainTileOptions
+from engine.commands.push import upload
 from engine.detector import Detector
 from models.build import build_model
 from models.recipes import KnownRecipes
@@ -19,6 +26,9 @@ from models.weights.official import save_official
 from tests.integration.conftest import Cli
 from tests.unit.models.small import perturb, small_config
 from util.batch import pad_images
+from util.classes import Classes
+from util.errors import ConfigError
+from util.tensor_files import load_safely, save_whole
 
 REPO = ("--repo", "jane/shapes", "--dry_run")
 
@@ -88,6 +98,73 @@ def test_nothing_in_the_folder_names_a_place(pushed: Path, finished_run: Path) -
     places = {str(finished_run.parent.parent).encode(), str(Path.home()).encode() + b"/"}
     for path in pushed.iterdir():
         assert not [place for place in places if place in path.read_bytes()], path
+
+
+def test_no_option_that_names_a_place_is_pushed(
+    cli: Cli, finished_run: Path, tmp_path: Path
+) -> None:
+    content = load_safely(finished_run / "best.pth")
+    places = {
+        "data": ["coco_path", "data_path", "train_images", "train_annotations", "val_images",
+                 "val_annotations"],
+        "run": ["output_dir", "resume", "finetune", "backbone_weights"],
+    }  # fmt: skip
+    for title, names in places.items():
+        assert set(names) <= content["config"][title].keys()
+        content["config"][title] |= {name: f"../hidden_place/{name}.pth" for name in names}
+    save_whole(tmp_path / "best.pth", content)
+    done = cli("push", "--checkpoint", tmp_path / "best.pth", *REPO, "--output_dir",
+               tmp_path / "pushed")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pushed" / "training.yaml").is_file()
+    for path in (tmp_path / "pushed").iterdir():
+        assert b"hidden_place" not in path.read_bytes(), path
+
+
+def test_the_example_has_nothing_of_the_file_but_pixels(
+    cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x010F] = "secret maker"
+    with Image.open(sorted((shapes / "val2017").iterdir())[0]) as image:
+        image.convert("RGB").save(
+            tmp_path / "a.jpg", comment=b"secret comment", xmp=b"<secret/>", exif=exif,
+            icc_profile=b"secret profile",
+        )  # fmt: skip
+    assert (tmp_path / "a.jpg").read_bytes().count(b"secret") == 4
+    done = cli("push", "--checkpoint", finished_run / "best.pth", *REPO, "--output_dir",
+               tmp_path / "pushed", "--input", tmp_path / "a.jpg")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"secret" not in (tmp_path / "pushed" / "example.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("lacking", [True, False])
+def test_tiles_are_pushed(cli: Cli, finished_run: Path, tmp_path: Path, lacking: bool) -> None:
+    """Whether transformers lacks the model or has it: images are cut as in training."""
+    content = load_safely(finished_run / "best.pth")
+    if not lacking:
+        config = small_config(backbone="resnet18", with_box_refine=True)
+        torch.manual_seed(0)
+        model = build_model(config, num_classes=2)
+        perturb(model)
+        content |= {"model": model.state_dict(), "ema": None, "thresholds": {}}
+        content["classes"] = Classes((1, 2), ("a", "b")).to_json()
+        content["config"] = {"model": asdict(config), "data": content["config"]["data"]}
+    tiles = TrainTileOptions(tile=True, tile_size=96, tile_overlap=0.3, tile_nms=0.4)
+    content["config"]["tiles"] = asdict(tiles)
+    save_whole(tmp_path / "best.pth", content)
+    done = cli("push", "--checkpoint", tmp_path / "best.pth", *REPO, "--output_dir",
+               tmp_path / "pushed")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pushed" / "config.json").is_file() != lacking
+    ours, pushed = (Detector.load(tmp_path / name, device="cpu") for name in ("best.pth", "pushed"))
+    assert pushed.tiles == ours.tiles
+    assert pushed.tiles == tiles
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 200, 3), dtype=np.uint8)
+    boxes = ours.predict(pixels, 0)
+    assert pushed.predict(pixels, 0) == boxes
+    ours.tiles = TileOptions()
+    assert ours.predict(pixels, 0) != boxes
 
 
 def test_the_options_of_the_run_are_a_config(pushed: Path, finished_run: Path) -> None:
@@ -169,6 +246,92 @@ def test_transformers_loads_what_it_has_a_model_for(cli: Cli, tmp_path: Path) ->
     for output in outputs:
         torch.testing.assert_close(output["pred_logits"], expected.logits, atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(output["pred_boxes"], expected.pred_boxes, atol=1e-9, rtol=1e-9)
+
+
+class Hub(ThreadingHTTPServer):
+    """A hub of one repository on this machine, as far as the hub's client asks it for a push."""
+
+    def __init__(self, files: dict[str, bytes], *, private: bool) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.files, self.private = files, private
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Answers(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_GET(self) -> None:  # noqa: N802 - named by the library
+        if "/tree/" in self.path:
+            entry = {"type": "file", "oid": "b" * 40, "size": 1}
+            self._answer([entry | {"path": name} for name in self.server.files])
+        else:
+            self._answer({"id": "jane/shapes", "private": self.server.private})
+
+    def do_POST(self) -> None:  # noqa: N802
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        address = self.server.address
+        if self.path == "/api/repos/create":  # it is there
+            self._answer({"url": f"{address}/jane/shapes"}, 409)
+        elif "/preupload/" in self.path:
+            self._answer(
+                {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                           for file in json.loads(sent)["files"]]}
+            )  # fmt: skip
+        elif "/commit/" in self.path:
+            for line in map(json.loads, sent.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    self.server.files[value["path"]] = b64decode(value["content"])
+                elif line["key"] == "deletedFile":
+                    del self.server.files[value["path"]]
+            self._answer({"commitUrl": f"{address}/jane/shapes/commit/a", "commitOid": "a" * 40})
+        else:  # whether the header of the card is valid
+            self._answer({"errors": [], "warnings": []})
+
+    def _answer(self, content: object, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub to which a model that transformers has was pushed before, and a file by hand."""
+    names = [
+        ".gitattributes", "README.md", "config.json", "deformable_detr.json", "example.jpg",
+        "model.safetensors", "notes.txt", "preprocessor_config.json", "training.yaml",
+    ]  # fmt: skip
+    with Hub(dict.fromkeys(names, b"of the last push"), private=False) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: "hf_none")
+        thread = Thread(target=hub.serve_forever)
+        thread.start()
+        yield hub
+        hub.shutdown()
+        thread.join()
+
+
+def test_what_the_last_push_wrote_and_this_one_does_not_goes(pushed: Path, hub: Hub) -> None:
+    assert upload(pushed, "jane/shapes", private=False).endswith("jane/shapes")
+    new = {path.name: path.read_bytes() for path in pushed.iterdir()}
+    by_hand = dict.fromkeys([".gitattributes", "notes.txt"], b"of the last push")
+    assert hub.files == new | by_hand
+
+
+def test_nothing_private_goes_to_a_public_repository(pushed: Path, hub: Hub) -> None:
+    before = dict(hub.files)
+    with pytest.raises(ConfigError, match=r"private: jane/shapes is there already and public"):
+        upload(pushed, "jane/shapes", private=True)
+    assert hub.files == before
+    hub.private = True
+    upload(pushed, "jane/shapes", private=True)
+    assert hub.files != before
 
 
 def test_what_the_hub_does_not_take_is_one_line(

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from configs.schema import DataConfig
+from configs.tiles import TileOptions
 from engine.detector import Detector
 from engine.explain.explanation import Explanation
 from engine.explain.record import recording
@@ -84,6 +85,17 @@ def test_points_are_pixels_of_the_image(detector: Detector, image: Image.Image) 
     cx, cy, w, h = (output["pred_boxes"][0, 3] * torch.tensor((*SIZE, *SIZE))).tolist()
     assert query.xyxy == pytest.approx((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), abs=1e-3)
     assert query.category_id == CLASSES.ids[int(output["pred_logits"][0, 3].argmax())]
+
+
+def test_an_image_that_is_cut_is_refused_and_one_tile_is_not(image: Image.Image) -> None:
+    torch.manual_seed(0)
+    detector = detector_of(with_box_refine=True)
+    whole = detector.explain(image, 0.0, box=0).queries[0].xyxy
+    detector.tiles = TileOptions(tile=True, tile_size=SIZE[0])
+    assert detector.explain(image, 0.0, box=0).queries[0].xyxy == whole
+    detector.tiles = TileOptions(tile=True, tile_size=SIZE[0] - 1)
+    with pytest.raises(ConfigError, match="tile: this image is cut into 2 tiles"):
+        detector.explain(image, 0.0, box=0)
 
 
 def test_a_point_chooses_the_smallest_box_around_it(detector: Detector, image: Image.Image) -> None:
