@@ -168,6 +168,7 @@ def assert_same_detections(actual: list[dict[str, Any]], expected: list[dict[str
         torch.testing.assert_close(rows[0][:, 1], rows[1][:, 1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_tiles_change_nothing_where_images_fit_and_more_where_they_do_not(
     cli: Cli, finished_run: Path, tmp_path: Path
 ) -> None:
@@ -310,6 +311,7 @@ def test_doctor_lists_and_checks_every_backend(cli: Cli) -> None:
     assert "computes on NVIDIA GPUs, not on cpu" in on_cpu["cuda"]
 
 
+@pytest.mark.slow
 def test_a_backend_that_cannot_run_is_a_one_line_error(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:
