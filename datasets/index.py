@@ -88,10 +88,11 @@ class CocoIndex:
         if image_dir is not None:
             require_folder(image_dir)
         data = None if _is_large(json_path) else read_bytes(json_path)
-        file = content = None
+        file = content = before = None
         if cache and (data is None or len(data) >= _MIN_BYTES):
             meant = "-".join(str(value) for value in asdict(reading).values())
             with contextlib.suppress(OSError):  # no home folder
+                before = _times(json_path)
                 digest = (
                     file_digest(json_path) if data is None else hashlib.sha256(data).hexdigest()
                 )
@@ -113,7 +114,8 @@ class CocoIndex:
                 file = None  # with another model they would be others
             content = check_content(source, need_boxes=need_boxes)
             with contextlib.suppress(OSError):  # no room or no right to write: read again next time
-                if file is not None:
+                # a large file was opened again since its hash was made
+                if file is not None and (data is not None or _times(json_path) == before):
                     _save(file, content)
         return cls.from_content(content, json_path, image_dir, need_boxes=need_boxes)
 
@@ -298,6 +300,12 @@ def _is_large(path: Path) -> bool:
         return _LARGE <= path.stat().st_size <= LARGEST
     except OSError:
         return False
+
+
+def _times(path: Path) -> tuple[int, int, int]:
+    """Return when a file changed, in nanoseconds, content and entry, and its bytes."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
 def _parse_large(path: Path, reading: Reading) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Training on tiles of large images: an index that has a tile where another has an image."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,10 @@ class TiledIndex(CocoIndex):
     tiles: NDArray[np.int64]
     image: NDArray[np.int64]
     without: int
+
+    def part(self, share: float) -> NoReturn:
+        """Raise TypeError: a share of tiles is not one of images, and images give the AP."""
+        raise TypeError(f"take a part ({share}) of the whole images, and cut that into tiles")
 
     def report(self, num_queries: int) -> str:
         """Return the report of the whole images, with the boxes of tiles compared to queries."""

@@ -6,6 +6,7 @@ stream from the first pixel to the last, such as JPEG and PNG, are decoded whole
 
 import contextlib
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -32,7 +33,14 @@ from datasets.tiles import Tile
 from util.files import open_regular
 
 _MODES = {"L": 1, "I;16": 1, "I;16B": 1, "RGB": 3, "RGBA": 4}  # samples of a pixel by Pillow's mode
-_MINISBLACK, _RGB, _YCBCR, _JPEG = 1, 2, 6, 7  # photometric interpretations, and a compression
+_MINISBLACK, _RGB, _YCBCR = 1, 2, 6  # photometric interpretations
+_PLAIN, _JPEG = 1, 7
+# LZW, deflate (twice), PackBits, Zstandard: decoders that write no more than they are asked for
+_COMPRESSIONS = (_PLAIN, _JPEG, 5, 8, 32946, 32773, 50000)
+_FRAMES = (0xC0, 0xC1, 0xC2)  # markers of a JPEG's size: baseline, extended, progressive
+# quantisation, Huffman and arithmetic tables, restarts, applications' data, comments
+_TABLES = (0xDB, 0xC4, 0xCC, 0xDD, *range(0xE0, 0xF0), 0xFE)
+_SLACK = 2**22  # bytes of a compressed part beyond twice its pixels, such as a colour profile
 _STRAIGHT_ALPHA = (2,)  # the extra sample of an image whose colours are not multiplied by it
 _LARGEST_PART = 2**24  # pixels of a strip or tile; larger ones gain little over the whole image
 _KEPT = 2**26  # bytes of decoded parts: a row of tiles across a wide image
@@ -111,6 +119,7 @@ class TiffParts:
 
     def __init__(self, page: Any, file: Any) -> None:
         self._page, self._file = page, file
+        self._end = os.fstat(file.fileno()).st_size
         self.size: Size = (page.imagelength, page.imagewidth)
         self._samples = int(page.samplesperpixel)
         # strips are tiles as wide as the image
@@ -145,12 +154,7 @@ class TiffParts:
             self._kept.move_to_end(number)
             return self._kept[number]
         page = self._page
-        if number >= len(page.dataoffsets):
-            raise OSError(_BROKEN)
-        self._file.seek(page.dataoffsets[number])
-        data = self._file.read(page.databytecounts[number])
-        if len(data) < page.databytecounts[number]:
-            raise OSError("damaged image: the file ends before its pixels")
+        data = self._stored(number)
         decoded, _, shape = page.decode(
             data or None, number, jpegtables=page.jpegtables, jpegheader=page.jpegheader
         )
@@ -161,10 +165,57 @@ class TiffParts:
             raise OSError(_BROKEN)
         part: NDArray[Any] = decoded[0, :height, :width]
         self._kept[number] = part
-        self._bytes += part.nbytes
+        self._bytes += _held(part)
         while self._bytes > _KEPT and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+            self._bytes -= _held(self._kept.popitem(last=False)[1])
         return part
+
+    def _stored(self, number: int) -> bytes:
+        """Return a part as it is in the file, of which no number is believed."""
+        page = self._page
+        if number >= min(len(page.dataoffsets), len(page.databytecounts)):
+            raise OSError(_BROKEN)
+        start, count = page.dataoffsets[number], page.databytecounts[number]
+        decoded = self.part_pixels * self._samples * page.dtype.itemsize
+        if page.compression == _PLAIN:
+            count = min(count, decoded)
+        if min(start, count) < 0 or count > 2 * decoded + _SLACK:
+            raise OSError(_BROKEN)
+        if start + count > self._end:
+            raise OSError("damaged image: the file ends before its pixels")
+        self._file.seek(start)
+        data: bytes = self._file.read(count)
+        if data and page.compression == _JPEG:
+            height, width = _jpeg_size(data)
+            if height > self._height or width > self._width:
+                raise OSError(_BROKEN)
+        return data
+
+
+def _held(part: NDArray[Any]) -> int:
+    """Return the bytes that an array keeps in memory, be it a view."""
+    return part.nbytes if part.base is None else part.base.nbytes
+
+
+def _jpeg_size(data: bytes) -> Size:
+    """Return the (height, width) that a JPEG's first frame header states.
+
+    Raises:
+        OSError: another kind of segment, or none, comes before it.
+    """
+    at = 2
+    while len(data) >= at + 9 and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in _FRAMES:
+            height, width = (int.from_bytes(data[i : i + 2], "big") for i in (at + 5, at + 7))
+            return height, width
+        if marker == 0xFF:  # filling
+            at += 1
+        elif marker in _TABLES:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        else:
+            break
+    raise OSError(_BROKEN)
 
 
 def _paste(window: NDArray[Any], part: NDArray[Any], top: int, left: int) -> None:
@@ -191,6 +242,7 @@ def _open_tiff(path: Path, stated_size: Size | None, stack: ExitStack) -> TiffPa
         READ_ERRORS: it cannot be opened, or has more pixels than the limit.
     """
     try:
+        import imagecodecs  # noqa: F401 - without it, tifffile fails where a part is decoded
         import tifffile
     except ImportError:
         return None
@@ -223,7 +275,9 @@ def _is_plain(page: Any, mode: str) -> bool:
     photometric = {_MINISBLACK} if samples == 1 else colours
     bits = 16 if mode.startswith("I") else 8
     return bool(
-        page.bitspersample == bits
+        page.compression in _COMPRESSIONS
+        and page.jpegheader is None
+        and page.bitspersample == bits
         and page.dtype == np.dtype(f"uint{bits}")
         and page.samplesperpixel == samples
         and page.photometric in photometric

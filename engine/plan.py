@@ -121,8 +121,7 @@ def plan_run(
 
     A fresh run has the options given, on top of the model options of `finetune`; `choose` adds
     those that `--config auto` leaves open. A run from a checkpoint has those given on top of the
-    checkpoint's; the model, batches, tiles and frozen parts must be
-    the same.
+    checkpoint's; the model, batches, tiles and frozen parts must be the same.
 
     Raises:
         ConfigError: options exclude each other, or a fresh run has no `output_dir`.

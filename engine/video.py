@@ -177,12 +177,12 @@ def predict_video(
     count = drawn = 0
     with ExitStack() as stack:
         frames = stack.enter_context(Frames(text))
+        tracks = None  # before files are opened for writing, as its package may be missing
+        if track_patience is not None:
+            tracks = Tracks(thresholds, rate=float(frames.rate), patience=track_patience)
         lines = stack.enter_context((output_dir / "predictions.jsonl").open("w", encoding="ascii"))
         video = stack.enter_context(VideoFile(output, frames.rate)) if draw else None
         bar = stack.enter_context(progress(total=frames.count, unit="frame", description="predict"))
-        tracks = None
-        if track_patience is not None:
-            tracks = Tracks(thresholds, rate=float(frames.rate), patience=track_patience)
         iterator = iter(frames)
         while batch := list(islice(iterator, batch_size)):
             images = [image for _, image in batch]

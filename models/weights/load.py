@@ -54,11 +54,10 @@ class Pretrained:
 
     `state_dict` has official keys, and those of recipes for what only trains. `model_options` holds
     `ModelConfig` values as far as the source says. `config` is the saved configuration of our own
-    files. `image_mean` and
-    `image_std` are per channel, in 0..1; `image_size` is (short side, maximum long side) in
-    pixels; None where the source does not say. `thresholds`, of our own files, has the best score
-    threshold by class name, of classes that have one. `other_backbone` names that of the source if
-    it is none of ours; its weights are then left out.
+    files. `image_mean` and `image_std` are per channel, in 0..1; `image_size` is (short side,
+    maximum long side) in pixels; None where the source does not say. `thresholds`, of our own
+    files, has the best score threshold by class name, of classes that have one. `other_backbone`
+    names that of the source if it is none of ours; its weights are then left out.
     """
 
     kind: Literal["ours", "official", "hugging_face"]

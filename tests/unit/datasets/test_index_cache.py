@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from datasets import index as index_module
+from datasets.formats.coco_pieces import file_digest
 from datasets.formats.registry import Reading
 from datasets.index import CocoIndex, cache_folder
 from util.errors import DataError
@@ -97,6 +99,28 @@ def test_changed_content_is_read_again(json_path: Path) -> None:
     json_path.write_text(json.dumps(changed))
     assert read(json_path).annotations.xywh[0].tolist() == [5, 6, 7, 8]
     assert len(list(cache_folder().iterdir())) == 2
+
+
+def test_a_large_file_that_changes_after_its_hash_is_not_kept(
+    json_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "_LARGE", 0)
+    monkeypatch.setattr(index_module, "file_digest", partial(digest_then_exchange, json_path))
+    first = json_path.read_bytes()
+    assert read(json_path).annotations.xywh[0].tolist() == [5, 6, 7, 8]
+    json_path.write_bytes(first)
+    monkeypatch.setattr(index_module, "file_digest", file_digest)
+    before = read(json_path).annotations.xywh[0].tolist()
+    assert before == json.loads(first)["annotations"][0]["bbox"] != [5, 6, 7, 8]
+
+
+def digest_then_exchange(json_path: Path, path: Path) -> str:
+    """Hash a file that another program changes right after."""
+    digest = file_digest(path)
+    changed = json.loads(json_path.read_text())
+    changed["annotations"][0]["bbox"] = [5, 6, 7, 8]
+    json_path.write_text(json.dumps(changed, indent=1))
+    return digest
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "other"])

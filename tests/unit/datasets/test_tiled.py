@@ -139,6 +139,11 @@ def test_tiles_without_objects_are_left_out_evenly(index: CocoIndex) -> None:
         assert all(tile in whole.tiles.tolist() for tile in part.tiles.tolist())
 
 
+def test_a_part_is_taken_of_whole_images_alone(index: CocoIndex) -> None:
+    with pytest.raises(TypeError, match="whole images"):
+        cut_index(index, TILING).part(0.5)
+
+
 def test_training_images_do_not_depend_on_the_split_of_the_batch(index: CocoIndex) -> None:
     options = TrainTileOptions(tile=True, tile_size=64, tile_min_seen=0.3)
     data = DataConfig(train_scales=(48, 64), eval_scale=64, max_size=80, mosaic=0.5, 

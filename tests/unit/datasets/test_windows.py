@@ -1,5 +1,6 @@
 """Parts of an image are those of the whole, and of a TIFF file no more than they need is read."""
 
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from datasets.tiles import Tile
 from datasets.windows import open_windows
 
 tifffile = pytest.importorskip("tifffile")
+pytest.importorskip("imagecodecs")
 
 SHAPES = {"L": (), "RGB": (3,), "RGBA": (4,), "I;16": ()}
 
@@ -152,3 +154,86 @@ def test_a_file_that_ends_early_is_an_error_of_reading(tmp_path: Path) -> None:
         (tmp_path / "cut.tif").write_bytes(path.read_bytes()[:end])
         with pytest.raises(READ_ERRORS), open_windows(tmp_path / "cut.tif", None) as windows:
             windows.read(Tile(0, 0, 64, 128))
+
+
+def test_without_the_package_of_decoders_pillow_reads_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "image.tif"
+    tifffile.imwrite(path, noise(60, 50, "RGB"), compression="deflate", tile=(16, 16))
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    assert_same_pixels(path, whole=True)
+
+
+@pytest.mark.parametrize(
+    ("tag", "compression"),
+    [("TileByteCounts", "deflate"), ("TileOffsets", "deflate"), ("TileOffsets", None)],
+)
+def test_a_number_beyond_the_file_is_an_error_of_reading(
+    tag: str, compression: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "image.tif"
+    tifffile.imwrite(path, noise(128, 64, "RGB"), compression=compression, tile=(64, 64),
+                     bigtiff=True)  # fmt: skip
+    overwrite(path, tag, [2**50, 2**50])
+    with open_windows(path, None) as windows, pytest.raises(READ_ERRORS):
+        windows.read(Tile(0, 0, 64, 64))
+
+
+def overwrite(path: Path, tag: str, values: list[int]) -> None:
+    """Put other numbers into a BigTIFF."""
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages[0].tags[tag].overwrite(values, dtype="Q")
+
+
+def test_parts_keep_no_more_than_their_pixels_in_memory(tmp_path: Path) -> None:
+    path, count = tmp_path / "image.tif", 16
+    tifffile.imwrite(path, noise(64 * count, 64, "RGB"), tile=(64, 64), bigtiff=True)
+    expected = read_rgb(path, None)
+    with path.open("ab") as file:
+        file.write(bytes(2**22))
+    overwrite(path, "TileByteCounts", [2**22] * count)
+    tracemalloc.start()
+    with open_windows(path, None) as windows:
+        for top in range(0, 64 * count, 64):
+            pixels = windows.read(Tile(0, top, 64, top + 64)).permute(1, 2, 0).numpy()
+            assert np.array_equal(pixels, np.asarray(expected.crop((0, top, 64, top + 64))))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+
+
+@pytest.mark.parametrize("kind", ["baseline", "progressive"])
+def test_a_jpeg_larger_than_its_part_is_not_decoded(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "image.tif"
+    tifffile.imwrite(path, noise(128, 64, "RGB"), compression="jpeg", photometric="ycbcr",
+                     tile=(64, 64))  # fmt: skip
+    content = bytearray(path.read_bytes())
+    at = content.find(b"\xff\xc0", tifffile.TiffFile(path).pages[0].dataoffsets[0])
+    content[at + 5 : at + 9] = (3000).to_bytes(2, "big") * 2
+    if kind == "progressive":
+        content[at + 1] = 0xC2
+    path.write_bytes(content)
+    tracemalloc.start()
+    with open_windows(path, None) as windows:
+        assert not windows.whole
+        with pytest.raises(READ_ERRORS):
+            windows.read(Tile(0, 0, 64, 64))
+        windows.read(Tile(0, 64, 64, 128))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22 < 3000 * 3000 * 3
+
+
+@pytest.mark.parametrize("compression", ["webp", "png", "jpeg2000", "jpegxl", "lerc"])
+def test_parts_that_state_their_own_size_are_left_to_pillow(
+    compression: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "image.tif"
+    tifffile.imwrite(path, noise(64, 64, "RGB"), compression=compression, tile=(64, 64))
+    try:
+        with open_windows(path, None) as windows:
+            assert windows.whole
+    except READ_ERRORS:  # its libtiff has not every decoder
+        with pytest.raises(READ_ERRORS):
+            read_rgb(path, None)

@@ -103,6 +103,18 @@ def test_objects_are_numbered_in_lines_and_video(clip: Path, tmp_path: Path) -> 
     assert changed == [False] + [True] * 10  # the tag has the number
 
 
+def test_tracking_without_its_package_leaves_the_files_of_an_earlier_run(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    predict_video(RED_FINDER, str(clip), out, thresholds=THRESHOLDS)
+    earlier = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setitem(sys.modules, "trackers", None)
+    with pytest.raises(ConfigError, match="pip install trackers"):
+        predict_video(RED_FINDER, str(clip), out, thresholds=THRESHOLDS, track_patience=1.0)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == earlier
+
+
 def test_what_is_no_video_is_a_one_line_error(av: Any, clip: Path, tmp_path: Path) -> None:
     (tmp_path / "none.mp4").write_bytes(b"none")
     for name in ("none.mp4", "gone.mp4"):

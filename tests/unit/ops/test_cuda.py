@@ -6,6 +6,7 @@ Held to the reference backend in float64 and to a loop written from Eq. 3.
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple
 
 import pytest
@@ -56,11 +57,19 @@ def _no_undefined_behaviour(capfd: pytest.CaptureFixture[str]) -> Iterator[None]
     assert "runtime error" not in capfd.readouterr().err
 
 
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def _deterministic() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with deterministic():
+        yield
 
 
 def make_call(
@@ -170,9 +179,8 @@ def test_every_layer_of_the_presets(
     assert_near(emulated.forward(call), ReferenceBackend().forward(exact), TOLERANCE[dtype])
     for need_reference in (False, True):
         expected = ReferenceBackend().backward(exact, grad.double(), need_reference=need_reference)
-        torch.use_deterministic_algorithms(need_reference)  # and once each is enough
-        actual = emulated.backward(call, grad, need_reference=need_reference)
-        torch.use_deterministic_algorithms(False)
+        with deterministic() if need_reference else nullcontext():  # once each is enough
+            actual = emulated.backward(call, grad, need_reference=need_reference)
         assert_gradients_near(actual, expected, dtype)
 
 
