@@ -74,7 +74,7 @@ def main(options: PushOptions) -> int:
     with ExitStack() as stack:
         folder = Path(options.output_dir or stack.enter_context(TemporaryDirectory()))
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ConfigError(f"output_dir {folder}: is no new or empty folder. Choose another.")
+            raise ConfigError(f"output_dir {folder}: is not a new or empty folder. Choose another.")
         write(options, folder)
         if options.dry_run:
             console(f"nothing was pushed. Without --dry_run, it goes to {options.repo}.")

@@ -351,7 +351,7 @@ def test_what_the_hub_does_not_take_is_one_line(
     [
         (("--repo", "shapes", "--dry_run"), "--repo: must be USER/NAME on the hub, not 'shapes'"),
         (REPO, "--output_dir: is missing"),
-        ((*REPO, "--output_dir", "."), "--output_dir .: is no new or empty folder"),
+        ((*REPO, "--output_dir", "."), "--output_dir .: is not a new or empty folder"),
         ((*REPO, "--output_dir", "new", "--results", "none.json"), "none.json: cannot be read"),
     ],
 )
