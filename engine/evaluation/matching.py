@@ -342,7 +342,7 @@ def _match_in_rounds(
     where, taken = np.zeros_like(enough), np.zeros_like(ignored)
     last = np.append(row[1:] != row[:-1], True)[: len(row)]
     alone = last & np.append(True, last[:-1])[: len(row)]
-    once = np.where(crowd, 0, ~np.uint64(0)).astype(np.uint64)  # others can be found once
+    once = np.where(crowd, np.uint64(0), ~np.uint64(0))  # others can be found once
     single = np.flatnonzero(alone)
     # of equal overlaps the later annotation wins, so the last pair of a detection is its best
     several = np.flatnonzero(~alone)
