@@ -283,7 +283,7 @@ def test_auto_leaves_options_open_by_name_and_as_a_base(tmp_path: Path) -> None:
         found = read_options(file, {"optim": {"lr": 0.1}})
         assert found.auto
         assert found.values == {**values, "optim": {"lr": 0.1}}
-    assert not read_options("shapes_tiny", {}).auto
+    assert not read_options("deformable_detr_r50", {}).auto
 
 
 def test_a_command_without_a_plan_refuses_auto() -> None:
