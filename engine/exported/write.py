@@ -127,7 +127,11 @@ def _write_onnx(graph: Graph, example: tuple[Tensor, ...], path: Path, about: Ab
         verbose=False,
     )
     assert program is not None
-    program.model.graph.sort()  # the exporter's optimiser may put a node before what it needs
+    # the optimiser that makes one Clip of two leaves the new limits out of the graph's constants
+    constants = program.model.graph.initializers
+    for value in [value for node in program.model.graph for value in node.inputs]:
+        if value is not None and value.const_value is not None and value.producer() is None:
+            constants.setdefault(str(value.name), value)
     proto = program.model_proto
     foreign = {node.domain for node in proto.graph.node} - {""}
     if foreign or proto.functions:
