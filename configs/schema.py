@@ -627,9 +627,10 @@ class OptimConfig(Checked):
         "linear", "how the rate rises in the warm-up", rare=True
     )
     clip_max_norm: float = option(0.1, "maximum gradient norm; 0 disables clipping", low=0)
-    precision: Precision = option(
-        "fp32", "arithmetic of the model; losses and boxes stay in float32"
-    )
+    precision: Literal[Precision, "auto"] = option(
+        "fp32", "arithmetic of the model; losses and boxes stay in float32; auto: bf16 where it is "
+        "faster, else fp32",
+    )  # fmt: skip
     ema_decay: float = option(0.0, "EMA decay per step; 0 disables EMA", low=0, high=1)
     ema_tau: float = option(
         0.0, "steps over which the EMA decay rises from 0, as in 1 - exp(-step / tau); 0: as in "

@@ -168,6 +168,8 @@ def plan_run(
     check_same("batches, tiles and frozen parts", fixed_before, fixed_now, checkpoint)
     output_dir = asked.output_dir or str(checkpoint.parent)
     run = replace(config.run, output_dir=output_dir, resume="")
+    if config.optim.precision == "auto":  # it was chosen when the run began
+        config = replace(config, optim=replace(config.optim, precision=before.optim.precision))
     return RunPlan(
         replace(config, run=run),
         checkpoint=checkpoint,

@@ -11,6 +11,7 @@ from configs.load import Given, changed_options, to_yaml
 from configs.schema import RunConfig
 from datasets.build import split_batch
 from engine.auto.complete import RECORD, complete
+from engine.auto.precision import with_precision
 from engine.build import build_trainer
 from engine.checkpoint import CheckpointFolder, check_classes
 from engine.plan import forget_saved_run, plan_run, restarted, run_lock, saved_run
@@ -43,6 +44,7 @@ def start(
             f"output_dir {plan.output_dir}: there is a run in it. Continue it with "
             "`resume auto`, or choose another folder."
         )
+    plan = replace(plan, config=with_precision(plan.config, device, world))
     log.info(f"options that differ from the defaults: {', '.join(changed_options(plan.config))}")
     optim = plan.config.optim
     share = split_batch(

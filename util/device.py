@@ -58,8 +58,8 @@ def check_precision(name: str, device: torch.device) -> None:
         needed = "a CUDA device with TensorFloat-32"
     elif name == "fp16" and not cuda:
         needed = "a CUDA device"
-        instead = "bf16" if _has_bfloat16(device) else "fp32"
-    elif name == "bf16" and not _has_bfloat16(device):
+        instead = "bf16" if has_bfloat16(device) else "fp32"
+    elif name == "bf16" and not has_bfloat16(device):
         needed = "a device with bfloat16"
         instead = "fp16" if cuda else "fp32"
     else:
@@ -69,7 +69,8 @@ def check_precision(name: str, device: torch.device) -> None:
     )
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a model can compute in bfloat16 there, on a GPU with hardware for it."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))

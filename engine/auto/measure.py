@@ -19,6 +19,7 @@ from datasets.dataset import CocoDetection
 from datasets.index import CocoIndex
 from datasets.workers import loader_processes
 from engine.auto.choices import Machine, Measurement, Trial
+from engine.auto.precision import with_precision
 from engine.build import assemble_trainer, build_loaders
 from engine.checkpoint import CheckpointFolder
 from engine.probe import random_batch, total_memory
@@ -65,6 +66,7 @@ def measure(config: Config, train: CocoIndex, val: CocoIndex, device: torch.devi
     optim = replace(config.optim, batch_size=_AT_ONCE, effective_batch_size=0, compile=False)
     # what is cut into tiles is already: they are the images of both indices
     config = replace(config, data=data, optim=optim, tiles=TrainTileOptions())
+    config = with_precision(config, device, World())
     with tempfile.TemporaryDirectory() as folder:
         trainer, train_set = throwaway_trainer(config, train, val, device, Path(folder))
         boxes = int(train.boxes_per_image.max())

@@ -5,12 +5,16 @@ import random
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from datasets.shapes import generate_shapes
+from models.deformable_detr import DeformableDETR
 from tests.integration.runs import (
     Command,
     Running,
@@ -69,6 +73,27 @@ def test_sigkill_at_any_moment(reference: Path, reference_options: Options, tmp_
     assert not list(folder.glob(".*.tmp"))
 
 
+def send_after_a_step(number: int) -> None:
+    """Let a process send itself a signal after its first step."""
+
+    def send(*_: Any) -> None:
+        handle.remove()
+        os.kill(os.getpid(), number)
+
+    handle = torch.optim.optimizer.register_optimizer_step_post_hook(send)
+
+
+def send_while_it_evaluates(number: int) -> None:
+    """Let a process send itself a signal at the first batch of an evaluation."""
+
+    def send(module: nn.Module, _: Any) -> None:
+        if isinstance(module, DeformableDETR) and not module.training:
+            handle.remove()
+            os.kill(os.getpid(), number)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(send)
+
+
 @pytest.mark.slow
 def test_a_stopped_run_saves_the_step_and_returns_the_signals_exit_code(
     reference: Path, reference_options: Options, tmp_path: Path
@@ -76,19 +101,12 @@ def test_a_stopped_run_saves_the_step_and_returns_the_signals_exit_code(
     folder = tmp_path / "run"
     # no saves but those of the epochs: what is saved is due to the signal
     command = Command(folder, (*reference_options, "--save_every", "0", "--resume", "auto"))
-    moments = ((signal.SIGHUP, 129, False), (signal.SIGUSR1, 138, False),
-               (signal.SIGTERM, 143, True))  # fmt: skip
-    for number, code, evaluates in moments:
-        before = saved_step(folder)
-        running = command.start()
-        if evaluates:
-            running.wait_until(lambda r=running: EVALUATES in r.output)  # type: ignore[misc]
-        else:
-            running.wait_until(lambda b=before: len(metrics(folder)) > b)  # type: ignore[misc]
-        os.kill(running.pid, number)
-        assert running.end() == code, running.output
-        assert f"stopped at step {saved_step(folder)}" in running.output
-        assert "Traceback" not in running.output
+    moments = ((signal.SIGHUP, 129, send_after_a_step), (signal.SIGUSR1, 138, send_after_a_step),
+               (signal.SIGTERM, 143, send_while_it_evaluates))  # fmt: skip
+    for number, code, send in moments:
+        output = command.run(code=code, prepare=partial(send, number))
+        assert f"stopped at step {saved_step(folder)}" in output
+        assert "Traceback" not in output
         assert len(metrics(folder)) == saved_step(folder)
     command.run()
     assert_same_runs(folder, reference)

@@ -177,3 +177,18 @@ def test_what_cannot_be_planned_is_one_line(
     assert done.returncode == 2, done.stderr
     (line,) = errors(done.stderr)
     assert words in line
+
+
+@pytest.mark.slow
+def test_the_number_format_is_chosen_once_in_a_run(crowded: Path, tmp_path: Path) -> None:
+    command = Command(
+        tmp_path / "run",
+        ("--coco_path", crowded, *SMALL, "--precision", "auto", "--resume", "auto"),
+    )
+    output = command.run("--max_steps", "1")
+    chosen = options_of(command.folder / "config.yaml")["precision"]
+    assert f"precision auto: {chosen} (a step of one image: fp32 " in output
+    command.run("--max_steps", "2", "--precision", other := {"fp32": "bf16"}.get(chosen, "fp32"))
+    output = command.run("--max_steps", "3")
+    assert "precision auto" not in output
+    assert options_of(command.folder / "config.yaml")["precision"] == other

@@ -160,7 +160,7 @@ def test_a_device_without_bfloat16_is_refused_without_advice_to_use_it(name: str
 
 
 def test_only_the_requested_precision_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("util.device._has_bfloat16")
+    monkeypatch.delattr("util.device.has_bfloat16")
     Precision("fp32", CPU)
 
 
