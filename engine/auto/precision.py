@@ -8,6 +8,7 @@ from time import perf_counter
 import torch
 
 from configs.schema import Config
+from configs.schema import Precision as PrecisionName
 from engine.optim import Precision
 from engine.probe import random_batch
 from models.build import build_criterion, build_model
@@ -30,7 +31,7 @@ def with_precision(config: Config, device: torch.device, world: World) -> Config
     return replace(config, optim=replace(config.optim, precision=chosen))
 
 
-def choose_precision(config: Config, device: torch.device) -> str:
+def choose_precision(config: Config, device: torch.device) -> PrecisionName:
     """Return "bf16" where the device has it and a step is faster with it, else "fp32".
 
     A GPU that has bfloat16 is faster with it. A CPU may be slower, so that the steps of a model
@@ -45,15 +46,13 @@ def choose_precision(config: Config, device: torch.device) -> str:
         return "bf16"
     with random_state_kept():
         seconds = time_steps(config, device, ("fp32", "bf16"))
-    chosen = "bf16" if seconds["bf16"] < _GAIN * seconds["fp32"] else "fp32"
+    chosen: PrecisionName = "bf16" if seconds["bf16"] < _GAIN * seconds["fp32"] else "fp32"
     times = ", ".join(f"{name} {time:.2f} s" for name, time in seconds.items())
     log.info(f"precision auto: {chosen} (a step of one image: {times})")
     return chosen
 
 
-def time_steps(
-    config: Config, device: torch.device, names: Sequence[str]
-) -> Mapping[str, float]:
+def time_steps(config: Config, device: torch.device, names: Sequence[str]) -> Mapping[str, float]:
     """Return the median seconds that forward and backward of an image take in each precision."""
     optim, side = config.optim, config.data.eval_scale
     model = build_model(

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from datasets.shapes import generate_shapes
 from models.deformable_detr import DeformableDETR
@@ -80,7 +82,7 @@ def send_after_a_step(number: int) -> None:
         handle.remove()
         os.kill(os.getpid(), number)
 
-    handle = torch.optim.optimizer.register_optimizer_step_post_hook(send)
+    handle = register_optimizer_step_post_hook(send)
 
 
 def send_while_it_evaluates(number: int) -> None:
@@ -91,7 +93,7 @@ def send_while_it_evaluates(number: int) -> None:
             handle.remove()
             os.kill(os.getpid(), number)
 
-    handle = nn.modules.module.register_module_forward_pre_hook(send)
+    handle = register_module_forward_pre_hook(send)
 
 
 @pytest.mark.slow
