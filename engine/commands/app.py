@@ -3,11 +3,12 @@
 import os
 import signal
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
 
+from configs.detection import DetectionOptions
 from configs.load import Given
 from configs.options import Checked, option
 from configs.tiles import TileOptions
@@ -32,30 +33,13 @@ class AppOptions(Checked):
         low=0, high=1,
     )  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    eval_scale: int | None = option(
-        None, "short side, pixels (default: the checkpoint's)", low=16, most=16384
-    )
-    max_size: int | None = option(
-        None, "maximum long side, pixels (default: the checkpoint's)", low=16, most=65536
-    )
-    num_select: int | None = option(
-        None, "detections kept per image, all classes together (default: the checkpoint's)", low=1,
-        most=100000,
-    )  # fmt: skip
-    nms_iou: float | None = option(
-        None, "NMS IoU threshold; 1 disables NMS (default: the checkpoint's)", above=0, high=1
-    )
-    max_pixels: int | None = option(
-        None, "pixels of the largest image that is read (default: the checkpoint's)", low=1,
-        rare=True,
-    )  # fmt: skip
 
 
-SECTIONS = {"app": AppOptions, "tiles": TileOptions}
-DEFAULTS = {"tiles": "as in the checkpoint's training"}
+SECTIONS = {"app": AppOptions, "detection": DetectionOptions, "tiles": TileOptions}
+DEFAULTS = {"detection": "the checkpoint's", "tiles": "as in the checkpoint's training"}
 
 
-def main(options: AppOptions, given: Given) -> int:
+def main(options: AppOptions, detection: DetectionOptions, given: Given) -> int:
     """Serve the page until Ctrl-C."""
     with TemporaryDirectory(prefix="deformable_detr_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # what is dropped on the page goes with it
@@ -66,19 +50,11 @@ def main(options: AppOptions, given: Given) -> int:
                 f"app: the page needs gradio, which cannot be imported ({error}). Install it: "
                 "pip install gradio"
             ) from None
-        return _serve(options, given)
+        return _serve(options, detection, given)
 
 
-def _serve(options: AppOptions, given: Given) -> int:
-    detector = Detector.load(
-        options.checkpoint,
-        device=options.device,
-        eval_scale=options.eval_scale,
-        max_size=options.max_size,
-        num_select=options.num_select,
-        nms_iou=options.nms_iou,
-        max_pixels=options.max_pixels,
-    )
+def _serve(options: AppOptions, detection: DetectionOptions, given: Given) -> int:
+    detector = Detector.load(options.checkpoint, device=options.device, **asdict(detection))
     detector.take(Given({"tiles": given.values.get("tiles", {})}))
     title = f"What {Path(options.checkpoint).name} finds"
     page = build_page(Trial(detector), title=title, threshold=options.score_threshold)

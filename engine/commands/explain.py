@@ -2,9 +2,10 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from configs.detection import SizeOptions
 from configs.load import Given
 from configs.options import Checked, option
 from configs.tiles import TileOptions
@@ -45,19 +46,13 @@ class ExplainOptions(Checked):
     )  # fmt: skip
     json: bool = option(False, "write the numbers as explanation.json, too")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    eval_scale: int | None = option(
-        None, "short side, pixels (default: the checkpoint's)", low=16, most=16384
-    )
-    max_size: int | None = option(
-        None, "maximum long side, pixels (default: the checkpoint's)", low=16, most=65536
-    )
 
 
-SECTIONS = {"explain": ExplainOptions, "tiles": TileOptions}
-DEFAULTS = {"tiles": "as in the checkpoint's training"}
+SECTIONS = {"explain": ExplainOptions, "sizes": SizeOptions, "tiles": TileOptions}
+DEFAULTS = {"sizes": "the checkpoint's", "tiles": "as in the checkpoint's training"}
 
 
-def main(options: ExplainOptions, given: Given) -> int:
+def main(options: ExplainOptions, sizes: SizeOptions, given: Given) -> int:
     """Write a page and pictures of where the model looked in an image."""
     if not options.input or not options.output_dir:
         raise ConfigError("explain: give `input IMAGE` and `output_dir DIR`.")
@@ -66,12 +61,7 @@ def main(options: ExplainOptions, given: Given) -> int:
     path, folder = Path(options.input), Path(options.output_dir)
     if not path.is_file():
         raise ConfigError(f"input {path}: there is no such file. Give one image.")
-    detector = Detector.load(
-        options.checkpoint,
-        device=options.device,
-        eval_scale=options.eval_scale,
-        max_size=options.max_size,
-    )
+    detector = Detector.load(options.checkpoint, device=options.device, **asdict(sizes))
     detector.take(Given({"tiles": given.values.get("tiles", {})}))
     explanation = detector.explain(
         path,

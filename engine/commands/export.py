@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+from configs.detection import SelectionOptions
 from configs.options import Checked, option
 from configs.schema import ModelConfig
 from datasets.dataset import find_images
@@ -52,40 +53,20 @@ class ExportOptions(Checked):
         True, "use a checkpoint's averaged weights, if it has them",
         off="use the trained weights, even if the checkpoint has averaged ones",
     )  # fmt: skip
-    eval_scale: int | None = option(
-        None, "short side, pixels (default: the checkpoint's)", low=16, most=16384
-    )
-    max_size: int | None = option(
-        None, "maximum long side, pixels (default: the checkpoint's)", low=16, most=65536
-    )
-    num_select: int | None = option(
-        None, "detections kept per image, all classes together (default: the checkpoint's)", low=1,
-        most=100000,
-    )  # fmt: skip
-    nms_iou: float | None = option(
-        None, "NMS IoU threshold; 1 disables NMS (default: the checkpoint's)", above=0, high=1
-    )
 
 
-SECTIONS = {"export": ExportOptions}
+SECTIONS = {"export": ExportOptions, "detection": SelectionOptions}
+DEFAULTS = {"detection": "the checkpoint's"}
 
 
-def main(options: ExportOptions) -> int:
+def main(options: ExportOptions, detection: SelectionOptions) -> int:
     """Write an exported file and prove it, or prove one; 1 if it differs too much."""
     output = _output(options)
     paths = find_images(options.input) if options.input else []
-    detector = Detector.load(
-        options.checkpoint,
-        device="cpu",
-        ema=options.ema,
-        eval_scale=options.eval_scale,
-        max_size=options.max_size,
-        num_select=options.num_select,
-        nms_iou=options.nms_iou,
-    )
+    detector = Detector.load(options.checkpoint, device="cpu", ema=options.ema, **asdict(detection))
     about = _about(detector, options)
     if options.verify:
-        return 0 if _proven(options, detector, output, paths) else FAILED
+        return 0 if _proven(options, detection, detector, output, paths) else FAILED
     refuse_overwriting([Path(options.checkpoint)], [output])
     make_output_dir(output.parent, "output")
     # proven under its own name in a folder of its own: a file in its place has been proven
@@ -95,7 +76,7 @@ def main(options: ExportOptions) -> int:
             write(detector.model, about, written, options.to)
         except CheckpointError as error:
             raise CheckpointError(f"{error} {_in_the_way(options)}") from error
-        if not _proven(options, detector, written, paths):
+        if not _proven(options, detection, detector, written, paths):
             console(f"not kept: {output}")
             return FAILED
         for part in sorted(Path(folder).iterdir()):  # OpenVINO's .bin comes before its .xml
@@ -170,9 +151,15 @@ def _in_the_way(options: ExportOptions) -> str:
     return f"In the way is {' or '.join(seldom)}: train without."
 
 
-def _proven(options: ExportOptions, detector: Detector, path: Path, paths: list[Path]) -> bool:
+def _proven(
+    options: ExportOptions,
+    detection: SelectionOptions,
+    detector: Detector,
+    path: Path,
+    paths: list[Path],
+) -> bool:
     """Print how far a file is from its checkpoint; return whether that is near enough."""
-    exported = Detector.load(str(path), num_select=options.num_select, nms_iou=options.nms_iou)
+    exported = Detector.load(str(path), num_select=detection.num_select, nms_iou=detection.nms_iou)
     differences = prove(detector, exported, prepared_images(detector, paths, options.num_images))
     assert isinstance(exported.network, ExportedModel)
     console(_report(differences, exported.network.session.runtime, options.tolerance))

@@ -2,9 +2,10 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from configs.detection import DetectionOptions
 from configs.load import Given
 from configs.options import Checked, option
 from configs.tiles import TileOptions
@@ -54,34 +55,16 @@ class PredictOptions(Checked):
         1.0, "track: seconds for which an object that is lost keeps its number", low=0, most=3600,
         rare=True,
     )  # fmt: skip
-    eval_scale: int | None = option(
-        None, "short side, pixels (default: the checkpoint's)", low=16, most=16384, unset=0
-    )
-    max_size: int | None = option(
-        None, "maximum long side, pixels (default: the checkpoint's)", low=16, most=65536, unset=0
-    )
-    num_select: int | None = option(
-        None, "detections kept per image, all classes together (default: the checkpoint's)", low=1,
-        most=100000,
-    )  # fmt: skip
-    nms_iou: float | None = option(
-        None, "NMS IoU threshold; 1 disables NMS (default: the checkpoint's)",
-        above=0, high=1, unset=0,
-    )  # fmt: skip
-    max_pixels: int | None = option(
-        None, "pixels of the largest image that is read (default: the checkpoint's)", low=1,
-        rare=True,
-    )  # fmt: skip
     num_workers: int = option(
         -1, "data-loading workers; -1: one per core, at most 8", low=-1, most=1024
     )
 
 
-SECTIONS = {"predict": PredictOptions, "tiles": TileOptions}
-DEFAULTS = {"tiles": "as in the checkpoint's training"}
+SECTIONS = {"predict": PredictOptions, "detection": DetectionOptions, "tiles": TileOptions}
+DEFAULTS = {"detection": "the checkpoint's", "tiles": "as in the checkpoint's training"}
 
 
-def main(options: PredictOptions, given: Given) -> int:
+def main(options: PredictOptions, detection: DetectionOptions, given: Given) -> int:
     """Draw what a checkpoint finds in images, and write it as JSON."""
     if not options.input or not options.output_dir:
         raise ConfigError("predict: give `input IMAGES ...` and `output_dir DIR`.")
@@ -94,14 +77,7 @@ def main(options: PredictOptions, given: Given) -> int:
         raise ConfigError("track: follows the objects of a video, and `input` has none. Give one.")
     paths = find_images(options.input) if video is None else []
     detector = Detector.load(
-        options.checkpoint,
-        device=options.device,
-        eval_scale=options.eval_scale,
-        max_size=options.max_size,
-        num_select=options.num_select,
-        nms_iou=options.nms_iou,
-        max_pixels=options.max_pixels,
-        prompt=options.prompt,
+        options.checkpoint, device=options.device, prompt=options.prompt, **asdict(detection)
     )
     detector.take(Given({"tiles": given.values.get("tiles", {})}))
     of_file = read_thresholds(options.score_thresholds, detector.names)

@@ -87,7 +87,7 @@ class MSDAttention(EncoderAttention):
                 raise ConfigError(
                     f"encoder_attn msda: heads look {len(DILATIONS)} ways in equal shares, so "
                     f"{name} must be a multiple of {len(DILATIONS)}, not {value}. "
-                    "Use --hidden_dim 288 --nheads 9."
+                    "Use `hidden_dim 288` and `nheads 9`."
                 )
         self.msda = MSDA(options.d_model, options.n_heads)
 

@@ -409,8 +409,8 @@ def test_the_memory_of_attention_weights_is_what_autograd_keeps(attention: str) 
             "encoder_attn mswin.denes: 'denes' does not exist.*dense",
         ),
         ({"encoder_attn": "deformable+mswin"}, r"comes last, and once\. Write mswin\+deformable"),
-        ({"encoder_attn": "msda"}, "hidden_dim must be a multiple of 3.*--hidden_dim 288"),
-        ({"encoder_attn": "msda", "hidden_dim": 96}, "nheads must be a multiple of 3.*--nheads 9"),
+        ({"encoder_attn": "msda"}, "hidden_dim must be a multiple of 3.*`hidden_dim 288`"),
+        ({"encoder_attn": "msda", "hidden_dim": 96}, "nheads must be a multiple of 3.*`nheads 9`"),
         ({"encoder_attn": "mswin", "hidden_dim": 40}, "must be a multiple of 16, not 40"),
         (
             {"encoder_attn": "dat", "hidden_dim": 72, "nheads": 9},
