@@ -53,14 +53,14 @@ class Trial:
 
     def shown(self, boxes: Sequence[Box], threshold: float | None) -> list[Box]:
         """Return the boxes that count, by one threshold or, without, by that of each class."""
-        least = self.detector.min_scores(threshold)
-        return [box for box in boxes if box.score >= least[box.name]]
+        minimum = self.detector.min_scores(threshold)
+        return [box for box in boxes if box.score >= minimum[box.name]]
 
     def drawn(self, path: str, shown: Sequence[Box]) -> Image.Image:
         """Return the upright image with boxes.
 
         Raises:
-            DataError: it is kept no more.
+            DataError: it is no longer kept.
         """
         return with_boxes(_kept(path), shown, self.detector.classes)
 
@@ -87,12 +87,12 @@ def _kept(path: str) -> Image.Image:
     """Return an image that could be read before.
 
     Raises:
-        DataError: it has gone, as all do after a while.
+        DataError: it was deleted, as all are after a while.
     """
     try:
         return read_rgb(Path(path), None)
     except READ_ERRORS as error:
-        raise DataError(f"{Path(path).name}: is kept no more. Drop the image again.") from error
+        raise DataError(f"{Path(path).name}: is no longer kept. Drop the image again.") from error
 
 
 def _line(text: str) -> str:
@@ -132,10 +132,10 @@ def build_page(trial: Trial, *, title: str, threshold: float | None) -> Any:
         shown = trial.shown(found.boxes, minimum(by_class, threshold))
         choices = [(f"{box.name} {box.score:.2f}", i) for i, box in enumerate(shown)]
         try:
-            picture = trial.drawn(found.path, shown)
+            marked = trial.drawn(found.path, shown)
         except UserError as error:
             return None, _line(str(error)), nothing, ""
-        return picture, _line(summary(shown)), gradio.Dropdown(choices=choices, value=None), ""
+        return marked, _line(summary(shown)), gradio.Dropdown(choices=choices, value=None), ""
 
     def take(path: str | None, by_class: bool, threshold: float) -> Any:
         try:
@@ -187,7 +187,7 @@ def build_page(trial: Trial, *, title: str, threshold: float | None) -> Any:
                 )  # fmt: skip
                 status = gradio.HTML(elem_id="status")
         looked = gradio.HTML(elem_id="looked")
-        # one after another, or a late picture of the last image would replace that of the next
+        # one after another, or the late result of an image would replace that of the next
         hidden: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "page"}
         drawn = [result, status, chosen, looked]
         image.change(take, [image, by_class, slider], [found, *drawn], **hidden)

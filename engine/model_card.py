@@ -34,7 +34,7 @@ class Card:
 
     `repo` is USER/NAME. `lacking` is what keeps transformers from loading the folder, after "no";
     "" where it loads. `counts` are the (images, boxes) by split. `options` is a file of the
-    folder with the options of the run, `image` one with a picture; "" without.
+    folder with the options of the run, `image` its example; "" without.
     """
 
     repo: str

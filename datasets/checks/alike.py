@@ -90,7 +90,7 @@ def check_alike(splits: Sequence[SplitReport]) -> None:
 class _Contents:
     """How many objects of which class the images of a split show, as far as they are annotated.
 
-    A still camera sees the same picture with another small object in it: too small a difference for
+    A still camera sees the same scene with another small object in it: too small a difference for
     pixels to tell.
     """
 

@@ -13,7 +13,7 @@ from datasets.images import read_rgb
 from engine.detector import Detector
 from engine.explain.explanation import Explanation
 from engine.explain.page import INTRODUCTION, title_of, write_page
-from engine.explain.picture import write_picture
+from engine.explain.plots import write_plot
 from util.console import console
 from util.errors import ConfigError
 from util.files import make_output_dir, refuse_overwriting, write_atomic
@@ -27,7 +27,7 @@ class ExplainOptions(Checked):
 
     checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
     input: str = option("", "the image")
-    output_dir: str = option("", "folder for explain.html and pictures")
+    output_dir: str = option("", "folder for explain.html and plots")
     box: int | None = option(
         None, "explain this detection, counted from 0, best first", low=0, most=10**6
     )
@@ -53,7 +53,7 @@ DEFAULTS = {"sizes": "the checkpoint's", "tiles": "as in the checkpoint's traini
 
 
 def main(options: ExplainOptions, sizes: SizeOptions, given: Given) -> int:
-    """Write a page and pictures of where the model looked in an image."""
+    """Write a page and plots of where the model looked in an image."""
     if not options.input or not options.output_dir:
         raise ConfigError("explain: give `input IMAGE` and `output_dir DIR`.")
     point = numbers("point", options.point, (2,))
@@ -81,7 +81,7 @@ def numbers(name: str, text: str, counts: tuple[int, ...]) -> tuple[float, ...] 
     """Return the numbers of an option, which are separated by commas; None where it is not given.
 
     Raises:
-        ConfigError: they are none, or not so many, or a level is not a whole number.
+        ConfigError: it holds something else, too many or too few numbers, or a fractional level.
     """
     if not text:
         return None
@@ -101,25 +101,25 @@ def numbers(name: str, text: str, counts: tuple[int, ...]) -> tuple[float, ...] 
 
 
 def write(explanation: Explanation, path: Path, folder: Path, *, numbers_too: bool) -> None:
-    """Write the page, a picture of each query or token, and the numbers if they are wanted.
+    """Write the page, a plot of each query or token, and the numbers if they are wanted.
 
     Raises:
         ConfigError: a file would overwrite the image, or the folder cannot be used.
     """
-    pictures = [f"query_{query.query:03d}.png" for query in explanation.queries]
+    plots = [f"query_{query.query:03d}.png" for query in explanation.queries]
     if explanation.token is not None:
-        pictures.append("token.png")
-    names = ["explain.html", *pictures, *(["explanation.json"] if numbers_too else [])]
+        plots.append("token.png")
+    names = ["explain.html", *plots, *(["explanation.json"] if numbers_too else [])]
     refuse_overwriting([path], [folder / name for name in names])
     make_output_dir(folder)
     image = read_rgb(path, None)
     write_page(
         folder / "explain.html", explanation, image, name=path.name, introduction=INTRODUCTION
     )
-    for item, name in enumerate(pictures):
-        write_picture(folder / name, explanation, item, image)
+    for item, name in enumerate(plots):
+        write_plot(folder / name, explanation, item, image)
     if numbers_too:
         text = json.dumps(explanation.to_json(), ensure_ascii=False)
         write_atomic(folder / "explanation.json", f"{text}\n", errors="backslashreplace")
-    titles = "; ".join(title_of(explanation, item) for item in range(len(pictures)))
+    titles = "; ".join(title_of(explanation, item) for item in range(len(plots)))
     console(f"explained: {titles}\nwritten to {folder}: {', '.join(names)}")

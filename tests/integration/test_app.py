@@ -174,10 +174,10 @@ def test_an_image_that_has_gone_is_one_line(
     trial = Trial(detector)
     found = trial.find(str(kept))
     kept.unlink()
-    with pytest.raises(DataError, match=r"^kept.png: is kept no more. Drop the image again.$"):
+    with pytest.raises(DataError, match=r"^kept.png: is no longer kept. Drop the image again.$"):
         trial.drawn(found.path, found.boxes)
     assert trial.looked(found.path, 0.0, 0) == (
-        '<p role="status">kept.png: is kept no more. Drop the image again.</p>'
+        '<p role="status">kept.png: is no longer kept. Drop the image again.</p>'
     )
 
 
@@ -204,7 +204,7 @@ def test_a_moved_slider_draws_boxes_on_the_image_they_are_of(
     gone = Found(str(tmp_path / "gone.png"), found.boxes)
     picture, line, *_ = events["draw"].fn(gone, False, 0.0)
     assert picture is None
-    assert "gone.png: is kept no more" in line
+    assert "gone.png: is no longer kept" in line
 
 
 def test_the_smallest_box_around_a_point_is_chosen() -> None:

@@ -1,4 +1,4 @@
-"""An explanation as pictures: one for each query or token."""
+"""An explanation as plots: one for each query or token."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from engine.explain.explanation import ExplainedQuery, Explanation, Floats, Samp
 from engine.explain.page import RAMP, level_colour, title_of
 from util.files import atomic_path
 
-_CELLS = 1.5, 2.4  # inches: the least and greatest side of a head's cell
+_CELLS = 1.5, 2.4  # inches: the minimum and maximum side of a head's cell
 _WIDE = 4.6  # inches: a view of the whole image
 _LARGEST = 900  # pixels: the long side of what is drawn into a cell or view
 _MOST_CELLS = 96
@@ -25,7 +25,7 @@ _WEIGHTS = LinearSegmentedColormap.from_list("weights", RAMP)
 Window = tuple[float, float, float, float]
 
 
-def write_picture(path: Path, explanation: Explanation, item: int, image: Image.Image) -> None:
+def write_plot(path: Path, explanation: Explanation, item: int, image: Image.Image) -> None:
     """Draw an item as PNG: the last layer as a whole, then every head in every layer.
 
     Of a model with very many heads and layers, the last layers alone are drawn head by head.
