@@ -8,7 +8,7 @@ from configs.options import Checked, Section, option
 from configs.tiles import TrainTileOptions
 from util.errors import ConfigError
 
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+PrecisionName = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -627,7 +627,7 @@ class OptimConfig(Checked):
         "linear", "how the rate rises in the warm-up", rare=True
     )
     clip_max_norm: float = option(0.1, "maximum gradient norm; 0 disables clipping", low=0)
-    precision: Literal[Precision, "auto"] = option(
+    precision: Literal[PrecisionName, "auto"] = option(
         "fp32", "arithmetic of the model; losses and boxes stay in float32; auto: bf16 where it is "
         "faster, else fp32",
     )  # fmt: skip

@@ -212,10 +212,6 @@ class Detector:
             )
         return self.network
 
-    @model.setter
-    def model(self, model: DeformableDETR) -> None:
-        self.network = model
-
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the classes it detects; a class without a name goes by its id."""

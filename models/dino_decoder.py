@@ -19,7 +19,7 @@ from models.heads import MLP, DetectionHeads, apply_delta
 from models.layers import ExactLayerNorm, checkpointed, sine_embedding
 from models.levels import FeatureLevels
 from models.queries import QueryGroup
-from models.relations import RelationBias
+from models.relations import BoxBias
 
 # N batch, Q queries, S tokens, C width.
 
@@ -42,7 +42,7 @@ class DinoDecoder(DeformableDecoder):
     ref_point_head: MLP | None
     query_scale: MLP | None
     norm: ExactLayerNorm | None
-    position_relation_embedding: RelationBias | None  # the published key
+    position_relation_embedding: BoxBias | None  # the published key
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class DinoDecoder(DeformableDecoder):
         look_forward_twice: bool = False,
         query_position: Literal["fixed", "box", "scaled_box"] = "fixed",
         norm: bool = False,
-        relation: RelationBias | None = None,
+        relation: BoxBias | None = None,
     ) -> None:
         width = layers[0].linear1.in_features
         from_boxes, scaled = query_position != "fixed", query_position == "scaled_box"

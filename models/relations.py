@@ -77,27 +77,35 @@ def symmetric_bias(project: nn.Module, boxes: Tensor, attending: int | None = No
     return 0.5 * (there + back.transpose(2, 3))
 
 
-class RelationBias(nn.Module):
-    """What a decoder layer's attention gains from boxes of the layers before it (Sec. 4.2).
-
-    It is never negative: a query may be drawn towards another, and is never kept away.
-    """
+class BoxBias(nn.Module):
+    """What a decoder layer's attention gains from boxes of the layers before it: the contract."""
 
     last_layer_alone = False
-
-    def __init__(self, n_heads: int) -> None:
-        super().__init__()
-        self.pos_proj = nn.Sequential(ExactLinear(64, n_heads), nn.ReLU())
 
     def forward(self, before: Tensor, now: Tensor) -> Tensor:
         """Return the bias of each pair; of the boxes `now`, the last are the attending queries'.
 
         Shape: before [N,Q,4], the attending queries' boxes; now [N,R,4] -> [N,H,Q,R].
         """
+        raise NotImplementedError
+
+
+class RelationBias(BoxBias):
+    """The bias of Relation-DETR, in every layer but the first (Sec. 4.2).
+
+    It is never negative: a query may be drawn towards another, and is never kept away.
+    """
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.pos_proj = nn.Sequential(ExactLinear(64, n_heads), nn.ReLU())
+
+    def forward(self, before: Tensor, now: Tensor) -> Tensor:
+        """Shape: before [N,Q,4]; now [N,R,4] -> [N,H,Q,R]."""
         return relation_bias(self.pos_proj, before, now, dims=16, scale=100.0)
 
 
-class SymmetricRelationBias(RelationBias):
+class SymmetricRelationBias(BoxBias):
     """What MDS-DETR's last layer knows of boxes, for the last layer of any decoder.
 
     It depends on the boxes that the layer before found, alike for both of a pair, and may be
@@ -107,7 +115,7 @@ class SymmetricRelationBias(RelationBias):
     last_layer_alone = True
 
     def __init__(self, n_heads: int) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.relation = MLP(RELATED, RELATED, n_heads, 2)
         self.reset_parameters()
 

@@ -60,7 +60,7 @@ class TokenScores(Recipe):
     """
 
     def __init__(self, transformer: DeformableTransformer) -> None:
-        nn.Module.__init__(self)
+        super().__init__(None, transformer, num_classes=0)  # it has no options, and no classes
         encoder = transformer.encoder
         assert isinstance(encoder, SparseEncoder)
         self.rho = encoder.rho

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.benchmark.measure import Times, time_in_turn
+from engine.benchmark.measure import time_in_turn
 from engine.detector import Detector
 from engine.exported.model import ExportedModel
 from models.queries import DetectorOutput
@@ -68,11 +68,11 @@ def timed_beside(
     expected = _scores(detector, outputs["checkpoint"], batch)
     return {
         "batch_size": len(batch.images),
-        "checkpoint": _figures(times["checkpoint"]),
+        "checkpoint": times["checkpoint"].to_json(),
         "files": {
             name: {
                 "runtime": _runtime(file),
-                **_figures(times[name]),
+                **times[name].to_json(),
                 "times_as_fast": times["checkpoint"].median / times[name].median,
                 "largest_difference_of_scores": _apart(
                     expected, _scores(file, outputs[name], batch)
@@ -86,10 +86,6 @@ def timed_beside(
 def _runtime(file: Detector) -> str:
     assert isinstance(file.network, ExportedModel)
     return file.network.session.runtime
-
-
-def _figures(times: Times) -> dict[str, float]:
-    return {"median_ms": 1000 * times.median, "p95_ms": 1000 * times.p95}
 
 
 def _scores(detector: Detector, outputs: DetectorOutput, batch: PaddedBatch) -> list[Tensor]:

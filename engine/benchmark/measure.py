@@ -30,6 +30,10 @@ class Times:
         """Return what 95 % of the calls do not exceed, interpolated between calls."""
         return float(np.percentile(self.seconds, 95))
 
+    def to_json(self) -> dict[str, float]:
+        """Return median and 95th percentile in milliseconds."""
+        return {"median_ms": 1000 * self.median, "p95_ms": 1000 * self.p95}
+
 
 def time_in_turn(
     calls: Sequence[Callable[[], object]], *, runs: int, warm_up: int, device: torch.device
@@ -58,8 +62,8 @@ def synchronise(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Return the most bytes in use during a call; None where the system does not tell.
+def peak_during(call: Callable[[], object], device: torch.device) -> int | None:
+    """Return the most bytes in use during a call; None where the system does not report it.
 
     On a GPU those of tensors on it, else those of the whole process, weights and libraries
     included (Linux).

@@ -13,19 +13,19 @@ import torch
 
 from configs.load import read_options
 from configs.options import Checked, option
-from configs.schema import Precision
+from configs.schema import PrecisionName
 from datasets.dataset import find_images
 from datasets.images import READ_ERRORS, limit_pixels
 from datasets.sample import resized_size
 from engine.benchmark.compare import hugging_face_twin, logits_of
 from engine.benchmark.counts import PARTS, flops_by_part, parameters_by_part
 from engine.benchmark.exported import open_files, timed_beside
-from engine.benchmark.measure import Times, peak_memory, time_in_turn
+from engine.benchmark.measure import peak_during, time_in_turn
 from engine.benchmark.stages import Size, decode, generated_image, prepare, time_stages
 from engine.benchmark.text import as_text
 from engine.detector import Detector
 from engine.exported.model import ExportedModel, is_exported
-from engine.optim import Precision as Arithmetic
+from engine.optim import Precision
 from models.build import build_model
 from models.recipes import KnownRecipes
 from models.weights.load import load_pretrained
@@ -51,7 +51,7 @@ class BenchmarkOptions(Checked):
     )
     input: tuple[str, ...] = option((), "images, folders or globs (default: a generated image)")
     batch_sizes: tuple[int, ...] = option((1,), "images per forward pass", low=1, most=4096)
-    precision: tuple[Precision, ...] = option(("fp32",), "arithmetic of the model")
+    precision: tuple[PrecisionName, ...] = option(("fp32",), "arithmetic of the model")
     threads: int = option(0, "threads on the CPU; 0: as PyTorch chooses", low=0, most=4096)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     runs: int = option(20, "timed forward passes of each kind", low=1, most=100000)
@@ -161,7 +161,7 @@ def measure(
         for count in options.batch_sizes
     }
     files = open_files(options.exported, detector)
-    arithmetic = {name: Arithmetic(name, device) for name in options.precision}
+    arithmetic = {name: Precision(name, device) for name in options.precision}
     common: dict[str, Any] = {"runs": options.runs, "warm_up": options.warm_up, "device": device}
     stages = time_stages(
         detector.network,
@@ -185,7 +185,10 @@ def measure(
         "runs": options.runs,
         "warm_up": options.warm_up,
         "parts": {} if is_exported(options.checkpoint) else parts_of(detector, size),
-        "stages": {"precision": options.precision[0], **{n: figures(t) for n, t in stages.items()}},
+        "stages": {
+            "precision": options.precision[0],
+            **{name: times.to_json() for name, times in stages.items()},
+        },
         "forward": rows,
     }
     if files:
@@ -203,7 +206,7 @@ def measure(
 
 
 def forward_row(
-    detector: Detector, batch: PaddedBatch, kind: Arithmetic, common: Mapping[str, Any]
+    detector: Detector, batch: PaddedBatch, kind: Precision, common: Mapping[str, Any]
 ) -> Row:
     """Return times, throughput and peak memory of forward passes."""
 
@@ -213,12 +216,12 @@ def forward_row(
             detector.network(batch)
 
     (times,) = time_in_turn([forward], **common)
-    peak = peak_memory(forward, detector.device)
+    peak = peak_during(forward, detector.device)
     count = len(batch.images)
     return {
         "precision": kind.name,
         "batch_size": count,
-        **figures(times),
+        **times.to_json(),
         "images_per_second": count / times.median,
         "peak_memory_bytes": peak,
     }
@@ -228,7 +231,7 @@ def compared_row(
     detector: Detector,
     twin: torch.nn.Module,
     batch: PaddedBatch,
-    kind: Arithmetic,
+    kind: Precision,
     common: Mapping[str, Any],
 ) -> Row:
     """Time both models in turn, and say how far their logits are apart."""
@@ -249,16 +252,11 @@ def compared_row(
     return {
         "precision": kind.name,
         "batch_size": len(batch.images),
-        "ours": figures(own),
-        "theirs": figures(other),
+        "ours": own.to_json(),
+        "theirs": other.to_json(),
         "times_as_fast": other.median / own.median,
         "largest_difference_of_scores": float(apart.max()),
     }
-
-
-def figures(times: Times) -> dict[str, float]:
-    """Return median and 95th percentile in milliseconds."""
-    return {"median_ms": 1000 * times.median, "p95_ms": 1000 * times.p95}
 
 
 def parts_of(detector: Detector, size: Size) -> dict[str, dict[str, int]]:
@@ -268,7 +266,7 @@ def parts_of(detector: Detector, size: Size) -> dict[str, dict[str, int]]:
 
 
 def machine(detector: Detector) -> dict[str, Any]:
-    """Return what a figure depends on besides the model."""
+    """Return what a figure depends on, in addition to the model."""
     device, network = detector.device, detector.network
     cuda = device.type == "cuda"
     if isinstance(network, ExportedModel):

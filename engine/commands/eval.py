@@ -9,8 +9,7 @@ import torch
 
 from configs.load import Given
 from configs.options import option
-from configs.schema import DataConfig, EvalDataConfig, ProcessOptions
-from configs.schema import Precision as PrecisionName
+from configs.schema import DataConfig, EvalDataConfig, PrecisionName, ProcessOptions
 from configs.tiles import TileOptions
 from datasets.build import build_dataset, read_split, reading_of
 from datasets.formats.coco_layouts import find_coco
@@ -18,7 +17,7 @@ from datasets.index import CocoIndex
 from engine.detector import Detector
 from engine.evaluation.analysis import ReadImage, analyse, draw_gallery, save_analysis
 from engine.evaluation.detections import read_detections
-from engine.evaluation.evaluator import EvalResult, Evaluator, save_results, side_by_side
+from engine.evaluation.evaluator import EvalResult, Evaluator, comparison_table, save_results
 from engine.evaluation.identify import CategoryIds
 from engine.evaluation.matching import Truth
 from engine.processes import process_group
@@ -125,7 +124,7 @@ def main(options: EvalOptions, given: Given) -> int:
                 console(f"{name}: {source}")
             results[name] = evaluate_checkpoint(source, name, options, given, world, device)
         if world.main and len(sources) > 1:
-            console(f"\n{side_by_side(results)}")
+            console(f"\n{comparison_table(results)}")
     return 0
 
 

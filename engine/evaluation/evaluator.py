@@ -105,7 +105,7 @@ class EvalResult:
         return "\n".join([*lines, "", *_class_lines(self.per_class)])
 
 
-def side_by_side(results: Mapping[str, EvalResult]) -> str:
+def comparison_table(results: Mapping[str, EvalResult]) -> str:
     """Return the numbers of several models as aligned text, in their order."""
     width = max(map(len, ["checkpoint", *results]))
     shown = [*STAT_NAMES[:6], "AR_100"]

@@ -53,9 +53,15 @@ class Encoder(nn.Module):
 
 
 ENCODERS: Registry[Callable[[EncoderOptions], Encoder]] = Registry(
-    "encoder", __name__, {"deformable": ".updates", "mixed": ".mixed", "enhancer": ".enhancer"}
+    "encoder", __name__, {"mixed": ".mixed", "enhancer": ".enhancer"}
 )
 # The deformable encoder, by which tokens its layers change.
 UPDATES: Registry[Callable[[EncoderOptions], Encoder]] = Registry(
     "encoder_updates", __name__, {"full": ".deformable", "lite": ".lite", "sparse": ".sparse"}
 )
+
+
+@ENCODERS.register("deformable")
+def deformable_encoder(options: EncoderOptions) -> Encoder:
+    """Return the encoder whose layers change the tokens that `options.updates` says."""
+    return UPDATES[options.updates](options)

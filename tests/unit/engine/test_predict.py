@@ -247,7 +247,7 @@ def test_lines_are_written_as_the_images_come(folder: Path, tmp_path: Path) -> N
             return super().forward(batch)
 
     detector = copy.copy(RED_FINDER)
-    detector.model = cast(DeformableDETR, Watching().eval())
+    detector.network = cast(DeformableDETR, Watching().eval())
     write_predictions(detector, paths, out, thresholds={"cat": 0.5, "dög": 0.5})
     assert seen == [0, 1, 2, 3]
     images = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
@@ -341,7 +341,7 @@ def test_memory_does_not_grow_with_the_images(tmp_path: Path) -> None:
             }  # fmt: skip
 
     detector = copy.copy(RED_FINDER)
-    detector.model = cast(DeformableDETR, Crowded().eval())
+    detector.network = cast(DeformableDETR, Crowded().eval())
     detector.data = DataConfig(eval_scale=16)
     for i in range(2200):
         save_image(tmp_path / "in" / f"{i}.bmp", red=(0, 0, 20, 20))

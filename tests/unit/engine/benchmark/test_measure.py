@@ -48,9 +48,9 @@ def test_peak_memory_is_that_of_the_call_alone() -> None:
     """In a process of its own: the heap of one that has worked may hold as much already."""
     code = """
 import numpy, torch
-from engine.benchmark.measure import peak_memory
+from engine.benchmark.measure import peak_during
 for size in (1, 2**28, 1):
-    print(peak_memory(lambda: numpy.ones(size, dtype=numpy.uint8), torch.device("cpu")))
+    print(peak_during(lambda: numpy.ones(size, dtype=numpy.uint8), torch.device("cpu")))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
