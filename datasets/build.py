@@ -114,7 +114,7 @@ def build_transform(
     std: Sequence[float],
     epochs: int | None = 0,
 ) -> Transform:
-    """Return the preparation of images for evaluation, or for a training of so many epochs."""
+    """Return the preparation of images for evaluation, or for a training of `epochs` epochs."""
     if not train:
         return EvalTransform(
             eval_scale=cfg.eval_scale, max_size=cfg.max_size, mean=tuple(mean), std=tuple(std)
@@ -139,7 +139,7 @@ def build_transform(
 
 
 def build_mixing(cfg: DataConfig, *, mean: Sequence[float], epochs: int | None) -> Mixing | None:
-    """Return what makes one image of several in a training of so many epochs, if anything does."""
+    """Return what makes one image of several in a training of `epochs` epochs, if anything does."""
     if not (cfg.mosaic or cfg.mixup or cfg.copy_blend):
         return None
     start, until, last = phases(cfg, epochs)

@@ -237,7 +237,7 @@ def build_training_model(
 
 
 def check_offsets(model: DeformableDETR) -> None:
-    """Refuse deformable convolutions whose offsets would be zero for ever.
+    """Refuse deformable convolutions whose offsets would stay zero.
 
     Raises:
         ConfigError: they are frozen before they have learned anything.
@@ -272,14 +272,14 @@ def load_pretrained_weights(
             f"nheads {config.model.nheads}: the weights of `finetune` have {nheads}. Use that."
         )
     by_class = bool(pretrained.model_options.get("class_proposals"))
-    tells: Literal["objects", "classes"] = "classes" if by_class else "objects"
+    scores: Literal["objects", "classes"] = "classes" if by_class else "objects"
     report = transfer(
         model,
         pretrained.state_dict,
         source_classes=pretrained.classes,
         target_classes=classes,
         backbone=backbone,
-        proposals_tell=tells if by_class == config.model.class_proposals else "either",
+        proposal_scores=scores if by_class == config.model.class_proposals else "either",
     )
     log.info(report.table())
     random = [n for n in report.reinitialised if n.startswith(BACKBONE) and OFFSETS not in n]

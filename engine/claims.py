@@ -40,7 +40,7 @@ def check_claims(
 
 
 def check_size(stated: int, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Refuse a file that describes a model of so many weights, and holds far fewer.
+    """Refuse a file that describes a model of `stated` weights, and holds far fewer.
 
     Raises:
         CheckpointError: it does.

@@ -24,7 +24,7 @@ _MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 
 
 class SavedRun(TimedRun, Protocol):
-    """What is saved and restored of a run, or tells how: the trainer."""
+    """What is saved and restored of a run, and what that depends on: the trainer."""
 
     optimizer: torch.optim.Optimizer
     precision: Precision

@@ -103,7 +103,7 @@ def build_model(
 
 
 def build_position_encoding(config: ModelConfig) -> nn.Module:
-    """Build what tells tokens of a level apart."""
+    """Build the positional encoding, which distinguishes the tokens of a level."""
     if config.position_embedding == "learned":
         return PositionEmbeddingLearned(config.hidden_dim // 2)
     return PositionEmbeddingSine(
@@ -137,7 +137,7 @@ def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
         class_heads = [copy.deepcopy(head) for head in class_heads]
         box_heads = [copy.deepcopy(head) for head in box_heads]
     if has_tokens and config.two_stage and not config.class_proposals:
-        # its first score tells objects of any class
+        # its first score stands for an object of any class
         class_heads[-1] = build_class_head(config.hidden_dim, num_classes, contrastive=False)
     if not config.two_stage and config.decoder_attn == "deformable":
         # where no proposals set them, sizes start at 0.12, sigmoid(-2)

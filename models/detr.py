@@ -55,7 +55,7 @@ class DetrTransformer(DeformableTransformer):
     def __init__(self, encoder: Encoder, decoder: DeformableDecoder, **options: Any) -> None:
         super().__init__(encoder, decoder, **options)
         self.learned_width = self.d_model
-        if len(self.level_embed) == 1:  # there are no levels to be told apart
+        if len(self.level_embed) == 1:  # there are no levels to distinguish
             self.level_embed.requires_grad_(False)
 
     def from_embedding(

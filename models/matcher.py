@@ -34,7 +34,7 @@ class PaddedTargets:
 class Matches:
     """Matched pairs of every layer; each layer has the same number P of them.
 
-    Where layers have different numbers, `real` tells pairs from padding. Where a query stands for
+    Where layers have different numbers, `real` marks pairs, not padding. Where a query stands for
     several targets, it learns the class of the one in `chosen`.
 
     Shape: image [P] or [G,P]; query and target [G,P]: prediction `query[g, p]` of image `image[p]`

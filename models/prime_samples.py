@@ -76,7 +76,7 @@ class PrimeSampleCriterion(SetCriterion):
         """Return the cheapest pairs if an object may have several queries, in the last layer one.
 
         Shape: logits [G,N,Q,classes]; boxes [G,N,Q,4] cxcywh. Where layers have different numbers
-        of pairs, `real` tells those of the last from padding.
+        of pairs, `real` marks those of the last that are not padding.
         """
         queries = logits.shape[2]
         copies = [max(1, min(self.samples, queries // (2 * n))) if n else 1 for n in targets.counts]

@@ -19,8 +19,8 @@ MAX_LOGIT = 1e4  # far beyond the logit whose sigmoid is 1
 class Proposals:
     """The boxes that a two-stage encoder predicts, one at each token (Sec. 4.2).
 
-    Logits tell objects from background, by class 0 alone. With `num_learning`, they tell classes,
-    and only so many proposals, the best, learn (DINO, arXiv 2203.03605).
+    Logits distinguish objects from background, by class 0 alone. With `num_learning`, they
+    distinguish classes, and only that many proposals, the best, learn (DINO, arXiv 2203.03605).
 
     Shape: logits [N,S,classes]; box_logits [N,S,4], cxcywh in logit space; anchors [N,S,4], the
     boxes that these start from, cxcywh; padding_mask [N,S]; memory [N,S,C], 0 where a token has no
@@ -64,7 +64,7 @@ class Proposals:
     def output(
         self, name: str = "_enc", *, on_anchors: bool = False, weight: float = 1.0
     ) -> GroupOutput:
-        """Return what the encoder learns from: objects and background or, if it tells, classes.
+        """Return what the encoder learns from: objects and background, or classes.
 
         With `on_anchors`, a token learns the object that its anchor lies best on, else the one
         that it predicts best.

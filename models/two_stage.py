@@ -20,7 +20,7 @@ class TwoStageTransformer(DeformableTransformer):
     """A transformer that looks for objects at every token first.
 
     With `mixed_query_selection`, the contents of queries are learned, `query_embed` [Q,C], and
-    only positions are proposals. With `class_proposals`, proposals tell classes; see `Proposals`.
+    only positions are proposals. With `class_proposals`, proposals have classes; see `Proposals`.
     """
 
     two_stage = True

@@ -44,7 +44,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Trial:
-    """What an image of so many `pixels` costs in a training step: seconds, and bytes kept."""
+    """What an image of `pixels` pixels costs in a training step: seconds, and bytes kept."""
 
     pixels: int
     seconds: float
@@ -65,7 +65,7 @@ class Measurement:
     fixed_memory: float
 
     def at(self, pixels: float) -> tuple[float, float]:
-        """Return what an image of so many pixels costs, in seconds and in bytes.
+        """Return what an image of that many pixels costs, in seconds and in bytes.
 
         Both lie on lines through the two trials, of which at least half of the larger one's cost
         grows with pixels, however the clock trembled.
@@ -101,7 +101,7 @@ class Choice:
 class Planner:
     """Chooses options on top of those of a preset, around those that are `given`.
 
-    The run has so many `hours`, or `epochs` where these are None. Without a measurement it chooses
+    The run has `hours` of time, or `epochs` where these are None. Without a measurement it chooses
     as if time and memory had no end: what is to be measured.
     """
 
@@ -149,10 +149,11 @@ class Planner:
             return int(given)
         if given := self._fixed("data", "train_scales"):
             return int(sorted(given)[len(given) // 2])
-        least = min(_SHORTEST, self.wanted)
-        seen = max(least, _round_up(VANISHED / max(self.facts.small, 1e-6), _STEP))
-        sides = range(self.wanted, least, -_STEP)
-        return next((s for s in sides if self._fits(s) and (s <= seen or self._in_time(s))), least)
+        minimum = min(_SHORTEST, self.wanted)
+        seen = max(minimum, _round_up(VANISHED / max(self.facts.small, 1e-6), _STEP))
+        sides = range(self.wanted, minimum, -_STEP)
+        fitting = (s for s in sides if self._fits(s) and (s <= seen or self._in_time(s)))
+        return next(fitting, minimum)
 
     @cached_property
     def wanted(self) -> int:
@@ -323,7 +324,7 @@ class Planner:
         return self.measured.at((max(_NARROW) * side) ** 2 * self.facts.aspect)[1]
 
     def _fits(self, side: int, images: int = 1) -> bool:
-        """Return whether memory holds so many images of this size at once."""
+        """Return whether memory holds that many images of this size at once."""
         if self.measured is None or not self.machine.memory:
             return True
         needed = self.measured.fixed_memory + images * self._memory_at(side)

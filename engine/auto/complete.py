@@ -52,7 +52,7 @@ def complete(
 def make_plan(
     given: Given, weights: Given, *, device: torch.device, processes: int
 ) -> tuple[Given, str]:
-    """Choose the options of a run in so many processes; see `complete`."""
+    """Choose the options of a run in `processes` processes; see `complete`."""
     optim, run = given.section("optim", OptimConfig), given.section("run", RunConfig)
     if not optim.max_hours and "epochs" not in given.values.get("optim", {}):
         raise ConfigError(

@@ -42,7 +42,7 @@ _PER_WEIGHT = 4  # copies: the weight, its gradient and two moments
 
 
 def machine_of(device: torch.device, processes: int) -> Machine:
-    """Return what a plan has to know of where so many processes compute."""
+    """Return what a plan has to know of the machine on which the processes compute."""
     bfloat16 = True
     try:
         check_precision("bf16", device)

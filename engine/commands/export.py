@@ -47,7 +47,7 @@ class ExportOptions(Checked):
     val_images: str = option("", "folder of images on which APs are compared")
     val_annotations: str = option("", "COCO-format JSON file of these")
     tolerance: float = option(
-        1e-4, "greatest difference of a score, or of a box as a fraction of the image", above=0
+        1e-4, "maximum difference of a score, or of a box as a fraction of the image", above=0
     )
     ema: bool = option(
         True, "use a checkpoint's averaged weights, if it has them",
@@ -163,7 +163,7 @@ def _proven(
     differences = prove(detector, exported, prepared_images(detector, paths, options.num_images))
     assert isinstance(exported.network, ExportedModel)
     console(_report(differences, exported.network.session.runtime, options.tolerance))
-    near = differences.greatest <= options.tolerance
+    near = differences.largest <= options.tolerance
     if near and options.val_images:
         place = options.val_images, options.val_annotations
         ours, other = (each.evaluate(*place)["AP"] for each in (detector, exported))
@@ -176,7 +176,7 @@ def _proven(
 
 def _report(found: Differences, runtime: str, tolerance: float) -> str:
     text = (
-        f"proof in {runtime}, {found.images} times an image: greatest difference of scores "
+        f"proof in {runtime}, {found.images} times an image: largest difference of scores "
         f"{found.scores:.2g}, of boxes {found.boxes:.2g}; tolerance {tolerance:g}"
     )
     if found.left_out:

@@ -33,7 +33,7 @@ def main(given: Given, options: PlanOptions) -> int:
     """Print the options that fit the data, this machine and the hours."""
     run = given.section("run", RunConfig)
     if run.resume:
-        raise ConfigError("resume: a run that goes on keeps its options. Remove it.")
+        raise ConfigError("resume: a resumed run keeps its options. Remove it.")
     output = Path(options.output) if options.output else None
     if output is not None:
         if output.exists():

@@ -22,7 +22,7 @@ from util.progress import progress
 from util.world import World
 
 T = TypeVar("T")
-_ASK_EVERY = 2.0  # seconds after which the processes tell each other whether to stop
+_ASK_EVERY = 2.0  # seconds between exchanges on whether to stop
 
 
 @torch.inference_mode()
@@ -97,7 +97,7 @@ class Interrupted(Exception):
 def until_stopped(batches: Iterable[T], world: World, stopping: Callable[[], bool]) -> Iterator[T]:
     """Yield a process's batches, until `stopping()` holds in any process of `world`.
 
-    Every two seconds the processes tell each other, since none can continue without the others. One
+    Every two seconds the processes exchange this, since none can continue without the others. One
     that has no more batches waits here for those that have.
 
     Raises:

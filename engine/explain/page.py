@@ -23,7 +23,7 @@ LEVEL_COLOURS = (
     "#ffb000", "#2f9bff", "#ff4f79", "#38d996", "#b98cff", "#fe7f2d", "#a8e10c", "#00c9d1",
 )  # fmt: skip
 RAMP = tuple(to_hex(matplotlib.colormaps["plasma"](i / 15)) for i in range(16))
-"""Colours from the least weight to the greatest."""
+"""Colours from the smallest weight to the largest."""
 
 
 def level_colour(level: int) -> str:

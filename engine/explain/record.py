@@ -140,7 +140,7 @@ def recording(model: DeformableDETR, token: TokenChoice | None = None) -> Iterat
 def _rows_of_a_sparse_encoder(
     model: DeformableDETR, handles: list[Any]
 ) -> Callable[[int], int | None]:
-    """Return what tells the row of a token among those that layers are given, the best first.
+    """Return what finds the row of a token among those that layers are given, the best first.
 
     It is -1 for a token that they leave as it is, and None for all if the encoder is another.
     """

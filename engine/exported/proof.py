@@ -29,7 +29,7 @@ _SHAPES = ((1.0, 1.25), (0.8, 0.75), (1.25, 0.9))  # sides of made images, parts
 
 @dataclass
 class Differences:
-    """The greatest differences so far: of scores, in 0..1, and of boxes, fractions of the image.
+    """The largest differences so far: of scores, in 0..1, and of boxes, fractions of the image.
 
     `compared` rows were compared. `left_out` were not: rank decides whether they are there, and
     their score ties with the last that is.
@@ -42,15 +42,15 @@ class Differences:
     images: int = 0
 
     @property
-    def greatest(self) -> float:
-        """The greater of both; infinite where nothing was compared."""
+    def largest(self) -> float:
+        """The larger of both; infinite where nothing was compared."""
         return max(self.scores, self.boxes) if self.compared else float("inf")
 
     def add(self, expected: Tensor, found: Tensor, sure: Tensor, *, in_order: bool) -> None:
         """Compare the rows of an image, scores [C] and boxes [4] side by side.
 
         Unless they are `in_order`, each row is compared with that of its own, such that the sum of
-        distances is least.
+        distances is minimal.
 
         Shape: expected and found [R,C+4]; sure [R] bool, False for rows to leave out.
         """

@@ -93,7 +93,7 @@ def from_detr(
         converted[f"class_embed.0.{kind}"] = rows[:-1]
         converted[f"class_embed.0.no_object.{kind}"] = rows[-1:]
     queries = converted["query_embed.weight"]
-    # one level has nothing that tells it apart
+    # a single level needs no embedding to distinguish it
     converted["transformer.level_embed"] = queries.new_zeros(1, queries.shape[1])
     return converted
 

@@ -189,7 +189,7 @@ def _from_mr_detr(weights: Weights, content: Mapping[str, Any], source: str) -> 
         name = f"{_MR}.layers.{index}"
         pair = [converted.pop(f"{name}.{part}.weight") for part in ("contents", "positions")]
         converted[f"{name}.tokens"] = torch.stack(pair)
-    for part in ("weight", "bias"):  # of all of its scores, the first tells objects
+    for part in ("weight", "bias"):  # of all of its scores, the first stands for any object
         name = f"{_MR}.encoder_heads.score.{part}"
         converted[name] = converted[name][:1]
     options = {"with_box_refine": True, "look_forward_twice": True, "dropout": 0.0}

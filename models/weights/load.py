@@ -242,8 +242,8 @@ def _described(pretrained: Pretrained, described: Mapping[str, Any]) -> Pretrain
     classes = Classes.from_json(described["classes"]) if described else None
     if classes is None or len(classes) != len(pretrained.classes):
         return pretrained
-    told = described["config"]
-    config = {"data": dict(told["data"]), "tiles": dict(told.get("tiles", {}))}
+    saved = described["config"]
+    config = {"data": dict(saved["data"]), "tiles": dict(saved.get("tiles", {}))}
     return replace(pretrained, classes=classes, config=config, thresholds=_thresholds(described))
 
 

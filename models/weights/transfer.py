@@ -115,18 +115,19 @@ def transfer(
     source_classes: Classes,
     target_classes: Classes,
     backbone: bool = True,
-    proposals_tell: Literal["objects", "classes", "either"] = "objects",
+    proposal_scores: Literal["objects", "classes", "either"] = "objects",
 ) -> TransferReport:
     """Start `model` from the weights of another training, as far as they fit.
 
     Tensors of equal name and shape are copied. Rows of class heads, class tokens and embedded
     labels follow the class name, see `class_names.matching_names`, so labels may have another order
     or number. A two-stage model ranks proposals by row 0 of the encoder's class head: that row is
-    kept. Where, in checkpoint and model, `proposals_tell` classes, rows follow names there, too; it
-    stays fresh if they tell objects in one and classes in the other, "either". Missing queries are
-    noisy copies of the first ones (equal queries would never part); of too many, those stay whose
-    reference points lie farthest apart. Everything else keeps its fresh weights and is reported.
-    Without `backbone`, that of `model`, which is another one, stays as it is and is left out.
+    kept. Where `proposal_scores` are of classes, in checkpoint and model, rows follow names there,
+    too; where they are of objects in one and of classes in the other, "either", that head stays
+    fresh. Missing queries are noisy copies of the first ones (equal queries would never part); of
+    too many, those stay whose reference points lie farthest apart. Everything else keeps its fresh
+    weights and is reported. Without `backbone`, that of `model`, which is another one, stays as it
+    is and is left out.
 
     Raises:
         CheckpointError: of the parameters behind the backbone, less than a third could be copied.
@@ -146,12 +147,12 @@ def transfer(
                 _fill_queries(tensor, source, report)
             elif (head := _HEAD.fullmatch(name)) and head[2] == "class" and not _WHOLE.match(name):
                 ranks = int(head[3]) == proposals
-                if ranks and proposals_tell == "either":
+                if ranks and proposal_scores == "either":
                     report.reinitialised[name] = "class_proposals differs"
                     continue
-                rows = _RANKING_ROW if ranks and proposals_tell == "objects" else pairs
+                rows = _RANKING_ROW if ranks and proposal_scores == "objects" else pairs
                 _fill(name, tensor, source[origin[name]], rows, report)
-            elif name in (_LABELS, _TOKENS) or _tells_classes(name, tensor):
+            elif name in (_LABELS, _TOKENS) or _has_row_per_class(name, tensor):
                 _fill(name, tensor, source[origin[name]], pairs, report)
             else:
                 _fill(name, tensor, source[origin[name]], None, report)
@@ -167,10 +168,10 @@ def transfer(
     return report
 
 
-def _tells_classes(name: str, tensor: Tensor) -> bool:
-    """Return whether a recipe's tensor has a row for each class: one score tells objects."""
-    tells = ".class_embed." in name or (".encoder_heads.score." in name and len(tensor) > 1)
-    return name.startswith(RECIPES) and tells
+def _has_row_per_class(name: str, tensor: Tensor) -> bool:
+    """Return whether a recipe's tensor has a row for each class; a single row is for objects."""
+    by_class = ".class_embed." in name or (".encoder_heads.score." in name and len(tensor) > 1)
+    return name.startswith(RECIPES) and by_class
 
 
 def _without_backbone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -193,7 +193,7 @@ def test_a_file_carries_all_that_a_detector_needs_and_a_broken_one_is_caught(
         assert box.xyxy == pytest.approx(other.xyxy, abs=1e-2)
 
     images = [torch.randn(3, 64, 96), torch.randn(3, 80, 75)]
-    assert prove(detector, exported, images).greatest < 1e-4
+    assert prove(detector, exported, images).largest < 1e-4
     assert prove(detector, exported, images).images == 4
     graph = onnx.load(path)
     for weight in graph.graph.initializer:
@@ -202,7 +202,7 @@ def test_a_file_carries_all_that_a_detector_needs_and_a_broken_one_is_caught(
             weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
     broken = tmp_path / "broken.onnx"
     onnx.save(graph, broken)
-    assert prove(detector, Detector.load(broken), images).greatest > 1e-4
+    assert prove(detector, Detector.load(broken), images).largest > 1e-4
 
     content = path.read_bytes()
     for name, damaged in {"cut": content[: len(content) // 2], "other": b"no graph" * 50}.items():
@@ -224,9 +224,9 @@ def test_rows_are_compared_as_a_set_unless_they_are_in_order() -> None:
     sure = torch.ones(6, dtype=torch.bool)
     same, ordered, shifted = Differences(), Differences(), Differences()
     same.add(expected, found, sure, in_order=False)
-    assert same.greatest == 0
+    assert same.largest == 0
     ordered.add(expected, found, sure, in_order=True)
-    assert ordered.greatest > 0.1
+    assert ordered.largest > 0.1
     found[0, 0] += 0.01  # a score of the last row
     found[2, 6] -= 0.02  # a box of row 3
     shifted.add(expected, found, sure, in_order=False)
@@ -241,13 +241,13 @@ def test_what_ties_with_the_last_is_left_out_and_nothing_left_is_no_proof() -> N
     sure = torch.tensor([True] * 5 + [False])
     differences = Differences()
     differences.add(expected, found, sure, in_order=True)
-    assert (differences.greatest, differences.compared, differences.left_out) == (0, 5, 1)
+    assert (differences.largest, differences.compared, differences.left_out) == (0, 5, 1)
     nothing = Differences()
     nothing.add(expected, found, ~sure & False, in_order=True)
-    assert nothing.greatest == float("inf")
+    assert nothing.largest == float("inf")
     found[0, 0] = float("nan")
     differences.add(expected, found, sure, in_order=True)
-    assert differences.greatest == float("inf")
+    assert differences.largest == float("inf")
 
 
 @pytest.mark.parametrize(

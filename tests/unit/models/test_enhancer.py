@@ -206,7 +206,7 @@ def test_tokens_and_biases_of_classes_follow_their_names() -> None:
         given,
         source_classes=Classes((1, 2, 3), ("cat", "dog", "cow")),
         target_classes=Classes((1, 2), ("cow", "sheep")),
-        proposals_tell="classes",
+        proposal_scores="classes",
     )
     found, name = target.state_dict(), "transformer.encoder.class_tokens.weight"
     assert found[name][0].equal(given[name][2])

@@ -39,7 +39,7 @@ def started(folder: Path, **options: Any) -> tuple[TransferReport, dict[str, Ten
         source_classes=pretrained.classes,
         target_classes=Classes((1, 2), ("kettle", "mug")),
         backbone=False,
-        proposals_tell="classes",
+        proposal_scores="classes",
     )
     return report, model.state_dict()
 

@@ -226,7 +226,7 @@ def test_what_trains_relation_detr_goes_to_its_recipes(tmp_path: Path) -> None:
     small = build_model(config, num_classes=2, recipes=recipes)
     transfer(
         small, pretrained.state_dict, source_classes=pretrained.classes, target_classes=target,
-        proposals_tell="classes",
+        proposal_scores="classes",
     )  # fmt: skip
     score = "recipes.hybrid.encoder_heads.score.weight"
     assert torch.equal(small.state_dict()[score], own[score][[18, 1]])
@@ -296,7 +296,7 @@ def test_the_encoders_classes_go_by_name_where_both_models_tell_them(
     before = head.clone()
     report = transfer(
         model, pretrained.state_dict, source_classes=pretrained.classes, target_classes=target,
-        proposals_tell="classes" if given == "classes" else "either",
+        proposal_scores="classes" if given == "classes" else "either",
     )  # fmt: skip
     bias = ours[f"class_embed.{DECODER}.bias"]
     rows = [[*COCO_CATEGORIES.values()].index(name) for name in target.names]
