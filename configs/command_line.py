@@ -161,21 +161,7 @@ def read_command_line(parser: OptionParser, command: Any, argv: Sequence[str]) -
     if recipes is None:
         return Given(parser.parse_options(argv)[1])
     may_be_auto = getattr(command, "AUTO", False)
-    parser.add_argument(
-        "--config", metavar="FILE", help="preset or YAML file of options"
-        + ("; auto: those that are not given fit the data, this machine and --max_hours"
-           if may_be_auto else ""),
-    )  # fmt: skip
-    parser.add_argument(
-        "--recipes", metavar="NAME", nargs="*",
-        help=f"training recipes to use: {', '.join(recipes)}",
-    )  # fmt: skip
-    alternatives = alternatives_of(recipes)
-    for switch, of_switch in alternatives.items():
-        parser.add_argument(
-            f"--{switch}", choices=("none", *of_switch), metavar="|".join(("none", *of_switch)),
-            help=f"one of these recipes: {', '.join(of_switch)}",
-        )  # fmt: skip
+    _add_file_and_recipes(parser, recipes, may_be_auto=may_be_auto)
     dropped: frozenset[str] = frozenset()
     names, chosen, file = list(recipes), list[str](), Given()
     if {"-h", "--help", "--help_all"}.isdisjoint(argv):
@@ -190,7 +176,7 @@ def read_command_line(parser: OptionParser, command: Any, argv: Sequence[str]) -
         chosen, dropped = choose_recipes(
             recipes,
             names=args.recipes,
-            switches={switch: getattr(args, switch) for switch in alternatives},
+            switches={switch: getattr(args, switch) for switch in alternatives_of(recipes)},
             options=[word.partition("=")[0].lstrip("-") for word in unknown if word[:2] == "--"],
             present=names,
         )
@@ -204,6 +190,20 @@ def read_command_line(parser: OptionParser, command: Any, argv: Sequence[str]) -
         if options or name in chosen:
             values.setdefault("recipes", {})[name] = options
     return Given(values, recipes, dropped).on(file)
+
+
+def _add_file_and_recipes(
+    parser: OptionParser, recipes: Mapping[str, Section], *, may_be_auto: bool
+) -> None:
+    """Add the flags that name a file of options, and recipes."""
+    auto = "; auto: those that are not given fit the data, this machine and --max_hours"
+    text = "preset or YAML file of options" + auto * may_be_auto
+    parser.add_argument("--config", metavar="FILE", help=text)
+    text = f"training recipes to use: {', '.join(recipes)}"
+    parser.add_argument("--recipes", metavar="NAME", nargs="*", help=text)
+    for switch, names in alternatives_of(recipes).items():
+        text, choices = f"one of these recipes: {', '.join(names)}", ("none", *names)
+        parser.add_argument(f"--{switch}", choices=choices, metavar="|".join(choices), help=text)
 
 
 def arguments(command: Any, given: Given) -> dict[str, Any]:

@@ -111,18 +111,25 @@ def build_trainer(
         f"{config.model.backbone}: {count_parameters(model):,} trained parameters, "
         f"steps an epoch: {loader.steps}, on {device}"
     )
-    micro_batches = f"{loader.accumulation} micro-batch{'es' * (loader.accumulation > 1)}"
-    processes = f"{world.size} process{'es' * (world.size > 1)}{', each' * (world.size > 1)}"
-    log.info(
-        f"a step: {share.effective} images = {share.batch_size} at once x {micro_batches} x "
-        f"{processes} with {num_workers} loader process{'es' * (num_workers != 1)}"
-    )
+    log.info(f"a step: {_parts_of_step(share, loader, world, num_workers)}")
     if config.model.encoder_attn != "deformable":
         check_attention(config, model, train_set, share.batch_size)
     if options.probe:
         try_largest_step(trainer, train_set, share.batch_size)
     torch.manual_seed(options.seed + world.rank)  # dropout differs between processes
     return trainer
+
+
+def _parts_of_step(
+    share: BatchSplit, loader: TrainLoader, world: World, num_workers: int
+) -> str:
+    """Return how the images of an update are split, for the log."""
+    micro_batches = f"{loader.accumulation} micro-batch{'es' * (loader.accumulation > 1)}"
+    processes = f"{world.size} process{'es' * (world.size > 1)}{', each' * (world.size > 1)}"
+    return (
+        f"{share.effective} images = {share.batch_size} at once x {micro_batches} x "
+        f"{processes} with {num_workers} loader process{'es' * (num_workers != 1)}"
+    )
 
 
 def load_data(plan: RunPlan, world: World) -> tuple[CocoIndex, CocoIndex | None]:
@@ -321,12 +328,11 @@ def assemble_trainer(
     criterion, output_dir = build_criterion(config.loss), Path(options.output_dir)
     validation = None
     if val_set is not None:
+        data = config.data
         validation = Validation(
             dataset=val_set,
             batches=val_batches,
-            postprocess=PostProcess(
-                max_detections=config.data.num_select, nms_iou=config.data.nms_iou
-            ),
+            postprocess=PostProcess(max_detections=data.num_select, nms_iou=data.nms_iou),
             criterion=criterion,
             precision=precision,
             world=world,
@@ -334,7 +340,7 @@ def assemble_trainer(
             log=run_log,
             output_dir=output_dir,
             num_images=options.num_images,
-            tiling=tiling_of(config.tiles, config.data.eval_scale),
+            tiling=tiling_of(config.tiles, data.eval_scale),
         )
     return Trainer(
         detector=model,

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from configs.load import Given
-from configs.schema import DataConfig
+from configs.schema import Config, DataConfig
 from configs.tiles import TileOptions
 from datasets.build import build_dataset, build_transform, load_index, tiling_of
 from datasets.dataset import CocoDetection, ImageList, ImageSource
@@ -141,33 +141,10 @@ class Detector:
             return cls._of_exported(source, given)
         device = pick_device(str(device))
         pretrained = load_pretrained(source, ema=ema)
-        if bool(pretrained.other_backbone) != bool(prompt):
-            raise CheckpointError(
-                f"{source}: is not a Grounding DINO, which alone reads prompts. Leave `prompt` out."
-                if prompt
-                else f"{source}: is a Grounding DINO, which finds what a text names. Use `predict` "
-                "with `prompt`, or train a detector from it with `finetune`."
-            )
-        if "backbone" not in pretrained.model_options:
-            raise CheckpointError(
-                f"{source}: these weights come without options, and their backbone is not a "
-                "torchvision ResNet, so it is not known which. Use the whole checkpoint they come "
-                "from."
-            )
+        _check_known(pretrained, prompt, source)
         config = given.on(_options_of(pretrained, given, source)).config()
-        check_claims(config.model, pretrained.state_dict, source, recipes=config.recipes)
+        model, classes = _built(pretrained, config, prompt, source)
         optim = (pretrained.config or {}).get("optim", {})
-        classes = pretrained.classes
-        if prompt:
-            from engine.prompted import prompted_model  # for prompts alone
-
-            model, classes = prompted_model(source, pretrained, config.model, prompt)
-        else:
-            model = build_model(config.model, num_classes=len(classes), recipes=config.recipes)
-            weights = pretrained.state_dict
-            if pretrained.config is None:  # of others' files, what only trains has no place here
-                weights = {k: tensor for k, tensor in weights.items() if not k.startswith(RECIPES)}
-            load_strict(model, weights, source)
         return cls(
             model,
             classes,
@@ -491,6 +468,44 @@ class Detector:
             tiling=tiling,
         )
         return result, evaluator
+
+
+def _check_known(pretrained: Pretrained, prompt: str, source: str) -> None:
+    """Refuse weights without a backbone that is known, and those that a prompt does not fit.
+
+    Raises:
+        CheckpointError: they are such.
+    """
+    if bool(pretrained.other_backbone) != bool(prompt):
+        raise CheckpointError(
+            f"{source}: is not a Grounding DINO, which alone reads prompts. Leave `prompt` out."
+            if prompt
+            else f"{source}: is a Grounding DINO, which finds what a text names. Use `predict` "
+            "with `prompt`, or train a detector from it with `finetune`."
+        )
+    if "backbone" not in pretrained.model_options:
+        raise CheckpointError(
+            f"{source}: these weights come without options, and their backbone is not a "
+            "torchvision ResNet, so it is not known which. Use the whole checkpoint they come "
+            "from."
+        )
+
+
+def _built(
+    pretrained: Pretrained, config: Config, prompt: str, source: str
+) -> tuple[DeformableDETR, Classes]:
+    """Return a model with weights that were read, and its classes or what a prompt names."""
+    check_claims(config.model, pretrained.state_dict, source, recipes=config.recipes)
+    if prompt:
+        from engine.prompted import prompted_model  # for prompts alone
+
+        return prompted_model(source, pretrained, config.model, prompt)
+    classes, weights = pretrained.classes, pretrained.state_dict
+    model = build_model(config.model, num_classes=len(classes), recipes=config.recipes)
+    if pretrained.config is None:  # of others' files, what only trains has no place here
+        weights = {k: tensor for k, tensor in weights.items() if not k.startswith(RECIPES)}
+    load_strict(model, weights, source)
+    return model, classes
 
 
 def _options_of(pretrained: Pretrained, given: Given, source: str) -> Given:

@@ -144,6 +144,11 @@ def plan_run(
             raise ConfigError(_NO_FOLDER)
         config = replace(config, run=replace(config.run, resume=""))
         return RunPlan(config, fresh.pretrained, record=fresh.record)
+    return _continued(given, checkpoint, output_dir=asked.output_dir)
+
+
+def _continued(given: Given, checkpoint: Path, *, output_dir: str) -> RunPlan:
+    """Return the plan of a run from a checkpoint, by default in the checkpoint's folder."""
     content = saved_run(checkpoint)
     saved = saved_options(given, content["config"], str(checkpoint))
     before, config = saved.config(), given.on(saved).config()
@@ -151,23 +156,8 @@ def plan_run(
     check_claims(before.model, content["model"], str(checkpoint), recipes=before.recipes)
     check_same("model", asdict(before.model), asdict(config.model), checkpoint)
     check_same("recipes", asdict(before)["recipes"], asdict(config)["recipes"], checkpoint)
-    # what the place in an epoch and the optimiser's state depend on
-    fixed_before, fixed_now = (
-        {
-            "effective_batch_size": optim.effective_batch_size,
-            "frozen_stages": ALL_STAGES if optim.lr_backbone == 0 else optim.frozen_stages,
-            "freeze": optim.freeze,
-            "norm_weight_decay": "as weight_decay"
-            if optim.norm_weight_decay is None
-            else "its own",
-            **_tiles_of(some),
-        }
-        for some in (before, config)
-        for optim in (some.optim,)
-    )
-    check_same("batches, tiles and frozen parts", fixed_before, fixed_now, checkpoint)
-    output_dir = asked.output_dir or str(checkpoint.parent)
-    run = replace(config.run, output_dir=output_dir, resume="")
+    check_same("batches, tiles and frozen parts", _fixed(before), _fixed(config), checkpoint)
+    run = replace(config.run, output_dir=output_dir or str(checkpoint.parent), resume="")
     if config.optim.precision == "auto":  # it was chosen when the run began
         config = replace(config, optim=replace(config.optim, precision=before.optim.precision))
     return RunPlan(
@@ -175,6 +165,18 @@ def plan_run(
         checkpoint=checkpoint,
         preprocessing=saved_preprocessing(content, checkpoint),
     )
+
+
+def _fixed(config: Config) -> dict[str, Any]:
+    """Return what the place in an epoch and the optimiser's state depend on."""
+    optim = config.optim
+    return {
+        "effective_batch_size": optim.effective_batch_size,
+        "frozen_stages": ALL_STAGES if optim.lr_backbone == 0 else optim.frozen_stages,
+        "freeze": optim.freeze,
+        "norm_weight_decay": "as weight_decay" if optim.norm_weight_decay is None else "its own",
+        **_tiles_of(config),
+    }
 
 
 def _tiles_of(config: Config) -> dict[str, Any]:

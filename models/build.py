@@ -17,7 +17,7 @@ from models.decoder import DeformableDecoder, DeformableDecoderLayer
 from models.deformable_detr import DeformableDETR
 from models.detr import DenseDecoderLayer, DetrTransformer
 from models.dino_decoder import DinoDecoder
-from models.encoders import ENCODERS, EncoderOptions
+from models.encoders import ENCODERS, Encoder, EncoderOptions
 from models.encoders.attention import DEFORMABLE, ENHANCER, EncoderAttention
 from models.heads import MLP, DetectionHeads
 from models.layers import ExactLinear, GroupNorm
@@ -168,29 +168,7 @@ def build_transformer(
     Attention resets itself; deformable attention to offsets in one direction per head, and equal
     weights (Appendix A.4).
     """
-    common: dict[str, Any] = {
-        "d_model": config.hidden_dim,
-        "d_ffn": config.dim_feedforward,
-        "dropout": config.dropout,
-        "n_levels": config.num_feature_levels,
-        "n_heads": config.nheads,
-    }
-    kind = {DEFORMABLE: config.encoder, ENHANCER: ENHANCER}.get(config.encoder_attn, "mixed")
-    encoder = ENCODERS[kind](
-        EncoderOptions(
-            num_layers=config.enc_layers,
-            n_points=config.enc_n_points,
-            fusion=config.enc_fusion,
-            updates=config.encoder_updates,
-            lite_levels=config.coarse_levels,
-            lite_expansion=config.lite_expansion,
-            rho=config.rho,
-            attention=config.encoder_attn,
-            dat_stride=config.dat_stride,
-            num_classes=num_classes if config.encoder_attn == ENHANCER else 0,
-            **common,
-        )
-    )
+    encoder = build_encoder(config, num_classes)
     shared: dict[str, Any] = {
         "d_model": config.hidden_dim,
         "num_feature_levels": config.num_feature_levels,
@@ -200,14 +178,14 @@ def build_transformer(
     if config.two_stage:
         transformer = TwoStageTransformer(
             encoder,
-            build_decoder(config, heads, common),
+            build_decoder(config, heads),
             mixed_query_selection=config.mixed_query_selection,
             class_proposals=config.class_proposals,
             **shared,
         )
     else:
         made = DetrTransformer if config.decoder_attn == "dense" else DeformableTransformer
-        transformer = made(encoder, build_decoder(config, heads, common), **shared)
+        transformer = made(encoder, build_decoder(config, heads), **shared)
     initialised = ("decoder.bbox_embed", "decoder.class_embed")
     for name, parameter in transformer.named_parameters():
         if parameter.dim() > 1 and not name.startswith(initialised):
@@ -225,15 +203,44 @@ def build_transformer(
     return transformer
 
 
-def build_decoder(
-    config: ModelConfig, heads: DetectionHeads, common: Mapping[str, Any]
-) -> DeformableDecoder:
+def build_encoder(config: ModelConfig, num_classes: int) -> Encoder:
+    """Build the encoder that the options name."""
+    kind = {DEFORMABLE: config.encoder, ENHANCER: ENHANCER}.get(config.encoder_attn, "mixed")
+    options = EncoderOptions(
+        num_layers=config.enc_layers,
+        n_points=config.enc_n_points,
+        fusion=config.enc_fusion,
+        updates=config.encoder_updates,
+        lite_levels=config.coarse_levels,
+        lite_expansion=config.lite_expansion,
+        rho=config.rho,
+        attention=config.encoder_attn,
+        dat_stride=config.dat_stride,
+        num_classes=num_classes if config.encoder_attn == ENHANCER else 0,
+        **_sizes_of_layers(config),
+    )
+    return ENCODERS[kind](options)
+
+
+def _sizes_of_layers(config: ModelConfig) -> dict[str, Any]:
+    """Return what layers of encoder and decoder have in common."""
+    return {
+        "d_model": config.hidden_dim,
+        "d_ffn": config.dim_feedforward,
+        "dropout": config.dropout,
+        "n_levels": config.num_feature_levels,
+        "n_heads": config.nheads,
+    }
+
+
+def build_decoder(config: ModelConfig, heads: DetectionHeads) -> DeformableDecoder:
     """Build the paper's decoder, or the one of later papers where something of it is asked for."""
     layer = DenseDecoderLayer if config.decoder_attn == "dense" else DeformableDecoderLayer
     if config.decoder_tokens:
         layer = TokenDecoderLayer
     layers: list[DeformableDecoderLayer] = [
-        layer(n_points=config.dec_n_points, **common) for _ in range(config.dec_layers)
+        layer(n_points=config.dec_n_points, **_sizes_of_layers(config))
+        for _ in range(config.dec_layers)
     ]
     refining: dict[str, Any] = {
         "with_box_refine": config.with_box_refine,
