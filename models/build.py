@@ -1,7 +1,6 @@
 """Options to constructors, the weights that a new model starts from, and what is set on it."""
 
 import copy
-import math
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from models.dino_decoder import DinoDecoder
 from models.encoders import ENCODERS, Encoder, EncoderOptions
 from models.encoders.attention import DEFORMABLE, ENHANCER, EncoderAttention
 from models.heads import MLP, DetectionHeads
+from models.initial_values import start_at_prior, start_at_zero
 from models.layers import ExactLinear, GroupNorm
 from models.learned_positions import PositionEmbeddingLearned
 from models.levels import Joiner, PositionEmbeddingSine
@@ -126,8 +126,7 @@ def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
         class_head = build_class_head(config.hidden_dim, num_classes, contrastive=has_tokens)
     box_head = MLP(config.hidden_dim, config.hidden_dim, 4, 3)
     if config.decoder_attn == "deformable":  # the first boxes are the references themselves
-        for name in ("weight", "bias"):
-            nn.init.zeros_(box_head.get_parameter(f"layers.2.{name}"))
+        start_at_zero(box_head)
     count = config.dec_layers + int(config.two_stage)
     class_heads, box_heads = [class_head] * count, [box_head] * count  # shared by all layers
     if config.shared_heads:  # but the encoder has its own
@@ -154,9 +153,7 @@ def build_class_head(d_model: int, num_classes: int, *, contrastive: bool) -> nn
     """Build a linear class head, or one that compares with class tokens."""
     made = ContrastiveHead if contrastive else ExactLinear
     head = made(d_model, num_classes)
-    # nearly all queries see background: scores that start at 0.01 keep the sum of their losses
-    # from drowning the rest (RetinaNet, arXiv 1708.02002, Sec. 4.1)
-    nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
+    start_at_prior(head.bias)
     return head
 
 

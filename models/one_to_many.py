@@ -1,12 +1,11 @@
 """Several queries for an object: how they are assigned, and heads that propose other ones."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from models.heads import MLP
+from models.initial_values import start_at_prior, start_at_zero
 from models.layers import ExactLayerNorm, ExactLinear
 from models.matcher import Matches, PaddedTargets, overlaps
 from models.proposals import Proposals
@@ -31,12 +30,11 @@ class FurtherHeads(nn.Module):
             self.enc_output_norm = ExactLayerNorm(d_model)
         self.score = ExactLinear(d_model, scores)
         self.box = MLP(d_model, d_model, 4, 3)
-        # as the encoder's own heads start: scores of 0.01, and boxes that are the anchors
+        # as the encoder's own heads start; boxes are the anchors
         if own_projection:
             nn.init.xavier_uniform_(self.enc_output.weight)
-        nn.init.constant_(self.score.bias, -math.log((1 - 0.01) / 0.01))
-        for name in ("weight", "bias"):
-            nn.init.zeros_(self.box.get_parameter(f"layers.2.{name}"))
+        start_at_prior(self.score.bias)
+        start_at_zero(self.box)
 
     def forward(self, proposals: Proposals, transformer: TwoStageTransformer) -> Proposals:
         """Return what it proposes on the tokens of the encoder's own proposals."""

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.heads import MLP
+from models.initial_values import start_at_zero
 from models.layers import ExactLinear, sine_embedding
 
 # N batch, Q and R boxes, H heads.
@@ -121,8 +122,7 @@ class SymmetricRelationBias(BoxBias):
 
     def reset_parameters(self) -> None:
         """Make it 0 for all boxes."""
-        for name in ("weight", "bias"):
-            nn.init.zeros_(self.relation.get_parameter(f"layers.1.{name}"))
+        start_at_zero(self.relation)
 
     def forward(self, before: Tensor, now: Tensor) -> Tensor:
         """Shape: before [N,Q,4]; now [N,R,4], what the layer before found -> [N,H,Q,R]."""

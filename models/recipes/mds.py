@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from configs.options import option
 from models.decoder import DeformableDecoderLayer
 from models.heads import MLP
+from models.initial_values import start_at_prior, start_at_zero
 from models.layers import ExactLayerNorm, ExactLinear
 from models.one_to_many import assign_by_quality
 from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput, Learning
@@ -55,7 +56,7 @@ class MDS(Recipe):
             transformer.d_model, layers[0].self_attn.num_heads, layers[0].linear1.out_features
         )
         self.class_embed = ExactLinear(transformer.d_model, num_classes)
-        nn.init.constant_(self.class_embed.bias, -math.log((1 - 0.01) / 0.01))
+        start_at_prior(self.class_embed.bias)
         self.one_to_many = Learning(
             assign=assign_by_quality, factors={"loss_ce": options.mds_cls_factor}
         )
@@ -111,8 +112,7 @@ class Suppressor(nn.Module):
                 nn.init.xavier_uniform_(parameter)  # tokens, too: equal ones would never part
         for linear in (self.in_proj, self.out_proj):  # as in attention of the decoder
             nn.init.zeros_(linear.bias)
-        for name in ("weight", "bias"):  # at first, boxes do not matter
-            nn.init.zeros_(self.relation.get_parameter(f"layers.1.{name}"))
+        start_at_zero(self.relation)  # boxes do not matter then
 
     def forward(self, x: Tensor, scores: Tensor, boxes: Tensor) -> Tensor:
         """Shape: x [N,Q,C]; scores [N,Q,classes], logits; boxes [N,Q,4] cxcywh -> [N,Q,C]."""
