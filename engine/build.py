@@ -120,9 +120,7 @@ def build_trainer(
     return trainer
 
 
-def _parts_of_step(
-    share: BatchSplit, loader: TrainLoader, world: World, num_workers: int
-) -> str:
+def _parts_of_step(share: BatchSplit, loader: TrainLoader, world: World, num_workers: int) -> str:
     """Return how the images of an update are split, for the log."""
     micro_batches = f"{loader.accumulation} micro-batch{'es' * (loader.accumulation > 1)}"
     processes = f"{world.size} process{'es' * (world.size > 1)}{', each' * (world.size > 1)}"

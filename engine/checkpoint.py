@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from util.console import log
 from util.errors import CheckpointError, brief
-from util.tensor_files import check_content, load_safely, save_whole
+from util.tensor_files import check_tensors, load_safely, save_whole
 
 KEYS: Mapping[str, type] = {
     "model": dict,
@@ -172,7 +172,7 @@ class CheckpointFolder:
         for path in candidates:
             try:
                 load_checkpoint(path)
-                check_content(path)
+                check_tensors(path)
             except CheckpointError as error:
                 log.warning(error)
             else:

@@ -18,7 +18,7 @@ from models.backbones.other import OtherBackbone
 from models.build import build_model
 from models.deformable_detr import DeformableDETR
 from models.encoders.enhancer import EnhancerEncoder
-from models.prompt import SEPARATORS, Layout, Phrases, lay_out, phrases_of
+from models.prompt import SEPARATORS, Phrases, PromptLayout, lay_out, phrases_of
 from models.weights.folder import read_json
 from models.weights.grounding_dino import TOKENS, max_tokens
 from models.weights.load import Pretrained, local_place
@@ -108,7 +108,7 @@ def _load(folder: Path, weights: Mapping[str, Tensor], source: str) -> tuple[Any
 
 
 @torch.no_grad()
-def _encoded(model: Any, words: list[int], layout: Layout) -> Tensor:
+def _encoded(model: Any, words: list[int], layout: PromptLayout) -> Tensor:
     """Return what the text encoder makes of the words of each phrase. Shape: [T,C]."""
     ids = torch.tensor([words])
     output = model.text_backbone(

@@ -34,7 +34,7 @@ def phrases_of(text: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PromptLayout:
     """Which words of a prompt belong together (Grounding DINO, Sec. 3.4).
 
     `spans` are the first word of each phrase and the one after its last. A phrase with its
@@ -47,7 +47,7 @@ class Layout:
     together: Tensor
 
 
-def lay_out(words: Sequence[int], separators: Collection[int]) -> Layout:
+def lay_out(words: Sequence[int], separators: Collection[int]) -> PromptLayout:
     """Return how the ids of words, from the first mark to the last, are cut into phrases.
 
     A phrase ends with one of the `separators`; the marks at both ends see themselves alone.
@@ -62,7 +62,7 @@ def lay_out(words: Sequence[int], separators: Collection[int]) -> Layout:
             positions[sentence] = torch.arange(index + 1 - start)
             spans.append((start, index))
             start = index + 1
-    return Layout(tuple(spans), positions, together)
+    return PromptLayout(tuple(spans), positions, together)
 
 
 class Phrases(Recipe):

@@ -16,17 +16,17 @@ import torch
 
 from . import cache, compiler, nvrtc
 from .call import BackendError
-from .cuda import Kind
+from .cuda import KernelKind
 
 _CHANNELS = (16, 32)  # per head: widths of 128 and 256 with 8 heads
 _LEVELS = (1, 3, 4)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def usual_kinds() -> list[Kind]:
+def usual_kinds() -> list[KernelKind]:
     """Return the programs that training and evaluating the presets run, at 4 points per level."""
     return [
-        Kind(dtype, 8, channels, levels, 4, form, to_locations)
+        KernelKind(dtype, 8, channels, levels, 4, form, to_locations)
         for dtype in _DTYPES
         for channels in _CHANNELS
         for levels in _LEVELS

@@ -23,7 +23,7 @@ _MAX_CHANNELS = 32 * 64  # that a warp can hold in registers
 
 
 @dataclass(frozen=True)
-class Kind:
+class KernelKind:
     """What a program is compiled for: the constants of `csrc/cuda.cu`."""
 
     dtype: torch.dtype
@@ -99,10 +99,10 @@ def arguments_type(levels: int) -> type[ctypes.Structure]:
 
 
 @dataclass(frozen=True)
-class Launch:
+class CudaLaunch:
     """A call in the form that the kernel takes."""
 
-    kind: Kind
+    kind: KernelKind
     arguments: ctypes.Structure
     blocks: int
     arrays: dict[str, Tensor]  # that `arguments` points to, by field
@@ -115,7 +115,7 @@ def prepare(
     deterministic: bool = False,
     scale: float = 0.0,
     **results: Tensor,
-) -> Launch:
+) -> CudaLaunch:
     """Return the launch that computes `call` into `results`."""
     n, s, m, d = call.value.shape
     queries, levels, per_level = call.points.shape[1], len(call.shapes), call.points.shape[4]
@@ -124,7 +124,9 @@ def prepare(
             f"cuda: {s} tokens of an image are more than the maximum, {_MAX_TOKENS}. "
             "MSDEFORM_BACKEND=reference has no limit."
         )
-    kind = Kind(call.value.dtype, m, d, levels, per_level, call.form, to_locations, deterministic)
+    kind = KernelKind(
+        call.value.dtype, m, d, levels, per_level, call.form, to_locations, deterministic
+    )
     given = {
         "value": call.value, "reference": call.reference, "points": call.points,
         "weights": call.weights, **results,
@@ -143,11 +145,11 @@ def prepare(
         height=heights, width=widths, start=starts,
     )  # fmt: skip
     tiles = -(-queries // (kind.threads // kind.lanes))
-    return Launch(kind, arguments, tiles * m * n, arrays)
+    return CudaLaunch(kind, arguments, tiles * m * n, arrays)
 
 
 @functools.cache
-def _kernels(kind: Kind, device: int) -> dict[str, Callable[..., None]]:
+def _kernels(kind: KernelKind, device: int) -> dict[str, Callable[..., None]]:
     major, minor = torch.cuda.get_device_capability(device)
     program = kind.program(nvrtc.target(10 * major + minor))
     with torch.cuda.device(device):
@@ -168,7 +170,7 @@ class CudaBackend(GpuBackend):
             return "this PyTorch is built for ROCm"
         try:
             index = torch.cuda.current_device() if device.index is None else device.index
-            _kernels(Kind(torch.float32, heads=8, channels=32, levels=4, per_level=4), index)
+            _kernels(KernelKind(torch.float32, heads=8, channels=32, levels=4, per_level=4), index)
         except (BackendError, RuntimeError) as error:
             return str(error)
         return None
@@ -198,7 +200,7 @@ class CudaBackend(GpuBackend):
         )  # fmt: skip
         self.run("msda_backward", launch)
 
-    def run(self, name: str, launch: Launch) -> None:
+    def run(self, name: str, launch: CudaLaunch) -> None:
         """Start the kernel `name` on the current stream."""
         device = launch.arrays["value"].device.index
         with torch.cuda.device(device):

@@ -20,7 +20,7 @@ _MIN_CAPABILITY = (8, 0)  # of NVIDIA GPUs that Triton supports
 
 
 @dataclass(frozen=True)
-class Launch:
+class TritonLaunch:
     """One launch of a kernel: programs, warps of each, and compile-time constants."""
 
     programs: int
@@ -28,7 +28,7 @@ class Launch:
     constants: dict[str, int]
 
     @classmethod
-    def of(cls, call: Call, *, at_once: int, warps: int, **constants: int) -> "Launch":
+    def of(cls, call: Call, *, at_once: int, warps: int, **constants: int) -> "TritonLaunch":
         """Choose the tiles of a call, with `at_once` samples of a query in each.
 
         A tile of the usual size has `warps` warps, a larger one more.
@@ -55,23 +55,25 @@ class Launch:
         return cls(-(-queries // block) * m * n, warps, fixed | constants)
 
 
-def forward_launch(call: Call) -> Launch:
+def forward_launch(call: Call) -> TritonLaunch:
     """Return the launch of `msda_forward`: few samples at a time, so that few threads share a sum.
 
     A thread has 8 elements of a tile: two reads of 16 bytes per corner are in flight.
     """
     samples = call.weights.shape[3] * call.weights.shape[4]
-    return Launch.of(call, at_once=min(samples, 4), warps=4, ALL_SAMPLES=_power_of_two(samples))
+    return TritonLaunch.of(
+        call, at_once=min(samples, 4), warps=4, ALL_SAMPLES=_power_of_two(samples)
+    )
 
 
-def backward_launch(call: Call, *, to_locations: bool, deterministic: bool) -> Launch:
+def backward_launch(call: Call, *, to_locations: bool, deterministic: bool) -> TritonLaunch:
     """Return the launch of `msda_backward`: all samples at once, as the softmax needs their mean.
 
     A thread has 4 elements of a tile in every dtype, so that reads in half precision have the
     layout of the 16-byte additions in float32.
     """
     samples = call.weights.shape[3] * call.weights.shape[4]
-    return Launch.of(
+    return TritonLaunch.of(
         call, at_once=samples, warps=8, TO_LOCATIONS=to_locations, DETERMINISTIC=deterministic
     )
 
@@ -136,7 +138,7 @@ class TritonBackend(GpuBackend):
         )  # fmt: skip
 
 
-def _run(name: str, call: Call, launch: Launch, *arrays: Tensor) -> None:
+def _run(name: str, call: Call, launch: TritonLaunch, *arrays: Tensor) -> None:
     device = call.value.device
     on_cpu = device.type == "cpu"
     with contextlib.nullcontext() if on_cpu else getattr(torch, device.type).device(device):

@@ -118,7 +118,7 @@ def _write(path: Path, content: Any, before_replacing: Callable[[], None]) -> No
         before_replacing()
 
 
-def check_content(path: Path) -> None:
+def check_tensors(path: Path) -> None:
     """Compare everything in a `.pth` file with the sums that are stored in it.
 
     Raises:

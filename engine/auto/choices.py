@@ -43,7 +43,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Trial:
+class SizeTrial:
     """What an image of `pixels` pixels costs in a training step: seconds, and bytes kept."""
 
     pixels: int
@@ -59,7 +59,7 @@ class Measurement:
     the processes or cores that load. `fixed_memory` is in bytes: weights, gradients and moments.
     """
 
-    trials: tuple[Trial, Trial]
+    trials: tuple[SizeTrial, SizeTrial]
     evaluation: float
     loading: float
     fixed_memory: float

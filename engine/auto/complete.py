@@ -13,7 +13,7 @@ from configs.load import Given, read_options
 from configs.schema import DataConfig, OptimConfig, RunConfig
 from configs.tiles import TrainTileOptions
 from datasets.build import load_index, seen_index
-from engine.auto.choices import Measurement, Planner, Trial
+from engine.auto.choices import Measurement, Planner, SizeTrial
 from engine.auto.facts import facts_of
 from engine.auto.measure import machine_of, measure
 from util.console import log
@@ -163,7 +163,7 @@ def recorded(path: Path, basis: Mapping[str, Any]) -> Measurement | None:
         if content["basis"] != json.loads(json.dumps(basis)):
             return None
         measured = content["measured"]
-        small, large = (Trial(**trial) for trial in measured.pop("trials"))
+        small, large = (SizeTrial(**trial) for trial in measured.pop("trials"))
         found = Measurement((small, large), **measured)
         numbers = [*vars(small).values(), *vars(large).values(), *measured.values()]
         sound = all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers)

@@ -18,7 +18,7 @@ from datasets.build import build_dataset, split_batch
 from datasets.dataset import CocoDetection
 from datasets.index import CocoIndex
 from datasets.workers import loader_processes
-from engine.auto.choices import Machine, Measurement, Trial
+from engine.auto.choices import Machine, Measurement, SizeTrial
 from engine.auto.precision import with_precision
 from engine.build import assemble_trainer, build_loaders
 from engine.checkpoint import CheckpointFolder
@@ -127,7 +127,7 @@ def throwaway_trainer(
     return trainer, train_set
 
 
-def _try(trainer: Trainer, shape: tuple[int, int], boxes: int) -> Trial:
+def _try(trainer: Trainer, shape: tuple[int, int], boxes: int) -> SizeTrial:
     """Make some steps on images of a shape (height, width)."""
     device, pixels = trainer.device, shape[0] * shape[1]
     batch = random_batch(_AT_ONCE, shape, boxes)
@@ -155,7 +155,7 @@ def _try(trainer: Trainer, shape: tuple[int, int], boxes: int) -> Trial:
     if device.type == "cuda":
         weights = sum(p.nbytes for p in trainer.detector.parameters())
         memory = max(memory - _PER_WEIGHT * weights, 0.0)
-    return Trial(pixels, median(seconds[_UNTIMED:]), memory / _AT_ONCE)
+    return SizeTrial(pixels, median(seconds[_UNTIMED:]), memory / _AT_ONCE)
 
 
 class _Kept:

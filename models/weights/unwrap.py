@@ -17,7 +17,7 @@ _TRAINED = ("encoder_q", "base_encoder", "online")
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundWeights:
     """A state dict, and where in the file it was; `place` is "" where nothing was unwrapped."""
 
     tensors: dict[str, Tensor]
@@ -26,7 +26,7 @@ class Found:
 
 def find_weights(
     content: object, expected: Collection[str], source: str, *, ema: bool = True
-) -> Found | None:
+) -> FoundWeights | None:
     """Return the tensors of a file whose names, without a prefix, are most of all those expected.
 
     Of two copies that fit alike, `ema` takes the averages. None if half of the names are missing.
@@ -48,7 +48,7 @@ def find_weights(
     path, prefix = _choose([fit for fit, count in fits.items() if count == most], source, ema=ema)
     tensors = states[path]
     inside = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-    return Found(inside, _place(path, prefix))
+    return FoundWeights(inside, _place(path, prefix))
 
 
 def largest_state_dict(content: object) -> Mapping[str, Tensor]:

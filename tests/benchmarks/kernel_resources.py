@@ -22,7 +22,7 @@ import torch
 from ops import nvrtc
 from ops.cache import SOURCES
 from ops.call import Call
-from ops.cuda import Kind
+from ops.cuda import KernelKind
 from tests.unit.ops.triton_ahead import compile_ahead
 
 KERNELS = ("msda_forward", "msda_backward")
@@ -192,7 +192,7 @@ def _instructions(listing: str, kernel: str) -> Iterator[tuple[str, str, int | N
         yield name, operands, labels.get(target[0]) if target else None
 
 
-def compile_kind(kind: Kind, capability: int, folder: Path) -> dict[str, Code]:
+def compile_kind(kind: KernelKind, capability: int, folder: Path) -> dict[str, Code]:
     """Return the kernels of `kind`, compiled now."""
     source = nvrtc.inlined_source(SOURCES / "cuda.cu")
     path = folder / "kernel.cubin"
@@ -203,14 +203,14 @@ def compile_kind(kind: Kind, capability: int, folder: Path) -> dict[str, Code]:
 # What is looked at: the usual layer, the narrow one of `finetune_small`, that of `shapes_tiny`.
 SIZES = ((8, 32, 4, 4, 2), (8, 32, 4, 4, 4), (8, 16, 3, 4, 4), (4, 24, 3, 4, 4))
 KINDS = [
-    Kind(dtype, *size, deterministic=deterministic)
+    KernelKind(dtype, *size, deterministic=deterministic)
     for size in SIZES
     for dtype in (torch.float32, torch.bfloat16)
     for deterministic in ((False, True) if size == SIZES[0] else (False,))
 ]
 
 
-def name_of(kind: Kind) -> str:
+def name_of(kind: KernelKind) -> str:
     """Return heads, channels, levels, points, dtype."""
     dtype = str(kind.dtype).removeprefix("torch.")
     form = {0: "plain", 2: "points", 4: "boxes"}[kind.form]
@@ -218,7 +218,9 @@ def name_of(kind: Kind) -> str:
     return f"{kind.channels} channels, {kind.levels}x{kind.per_level}, {form}, {dtype}{rest}"
 
 
-def resources_table(folder: Path, kinds: list[Kind], capabilities: list[int]) -> Iterator[str]:
+def resources_table(
+    folder: Path, kinds: list[KernelKind], capabilities: list[int]
+) -> Iterator[str]:
     """Yield rows: forward / backward of each kind."""
     yield (
         "| kernel | GPU | registers | in local memory | shared memory of a block | occupancy | "
@@ -270,7 +272,7 @@ def triton_table(folder: Path, capabilities: list[int]) -> Iterator[str]:
             yield f"| {name} | sm_{capability} | " + " | ".join(each) + " |"
 
 
-def per_sample(kind: Kind, code: Code) -> float:
+def per_sample(kind: KernelKind, code: Code) -> float:
     """Return instructions of a warp, over its samples; a warp has 32 / lanes queries at once."""
     samples = kind.levels * kind.per_level
     return (code.outside + kind.levels * len(code.loop)) / samples
@@ -285,7 +287,7 @@ class Bound:
     backward: float
 
 
-def bounds(kind: Kind, codes: dict[str, Code], *, tokens: int, queries: int) -> list[Bound]:
+def bounds(kind: KernelKind, codes: dict[str, Code], *, tokens: int, queries: int) -> list[Bound]:
     """Return the bounds of one layer, one image."""
     samples, item = kind.levels * kind.per_level, kind.dtype.itemsize
     slots = queries * kind.heads
@@ -321,7 +323,7 @@ def bounds(kind: Kind, codes: dict[str, Code], *, tokens: int, queries: int) -> 
 def time_table(folder: Path) -> Iterator[str]:
     """Yield rows: bounds of the encoder layer of an 800x1066 image, float32 and bfloat16."""
     tokens = 100 * 134 + 50 * 67 + 25 * 34 + 13 * 17
-    kinds = [Kind(dtype, *SIZES[0]) for dtype in (torch.float32, torch.bfloat16)]
+    kinds = [KernelKind(dtype, *SIZES[0]) for dtype in (torch.float32, torch.bfloat16)]
     found = [
         bounds(kind, compile_kind(kind, 90, folder), tokens=tokens, queries=tokens)
         for kind in kinds

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ops.cache import SOURCES
 from ops.compiler import compiler
-from ops.cuda import CudaBackend, Kind, Launch, arguments_type
+from ops.cuda import CudaBackend, CudaLaunch, KernelKind, arguments_type
 
 _FLAGS = (
     "-O1", "-std=c++17", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-fsanitize=undefined",
@@ -36,7 +36,7 @@ class EmulatedBackend(CudaBackend):
         """Return the backend that runs blocks and lanes in the opposite order."""
         return EmulatedBackend(self._folder, reverse=not self._reverse)
 
-    def library(self, kind: Kind) -> ctypes.CDLL:
+    def library(self, kind: KernelKind) -> ctypes.CDLL:
         """Return the kernel for `kind`, compiled if it has not been yet."""
         path = self._folder / f"{abs(hash(kind))}.so"
         if not path.exists():
@@ -46,7 +46,7 @@ class EmulatedBackend(CudaBackend):
             assert done.returncode == 0, done.stderr
         return ctypes.CDLL(str(path))
 
-    def run(self, name: str, launch: Launch) -> None:
+    def run(self, name: str, launch: CudaLaunch) -> None:
         """Compute in copies of the arrays that end where memory does."""
         library = self.library(launch.kind)
         assert library.emulated_lanes() == launch.kind.lanes

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ops.call import BackendError, Call, Gradients
 from ops.compiler import compiler
-from ops.cuda import CudaBackend, Kind, prepare
+from ops.cuda import CudaBackend, KernelKind, prepare
 from ops.reference import ReferenceBackend
 from tests.unit.ops.emulated import EmulatedBackend
 from tests.unit.ops.oracle import SHAPES, Shapes, fused_oracle, loop_oracle, make_inputs
@@ -215,12 +215,12 @@ def test_most_samples_that_shared_memory_holds(emulated: EmulatedBackend) -> Non
         1, 3, 1, 2, 307, shapes=[(3, 4), (1, 2)] * 2 + [(1, 1)]
     )
     call = Call.of(value, [3, 4, 1, 2] * 2 + [1, 1], locations, weights)
-    assert Kind(F64, 1, 2, 5, 307).threads == 32
+    assert KernelKind(F64, 1, 2, 5, 307).threads == 32
     assert_near(emulated.forward(call), ReferenceBackend().forward(call), 1e-9)
     with pytest.raises(BackendError, match="1536 samples .* 1535 samples and 2048 channels"):
-        Kind(F64, 1, 2, 2, 768).program("sm_90")
+        KernelKind(F64, 1, 2, 2, 768).program("sm_90")
     with pytest.raises(BackendError, match="4 samples of 2049 channels"):
-        Kind(F32, 1, 2049, 2, 2).program("sm_90")
+        KernelKind(F32, 1, 2049, 2, 2).program("sm_90")
 
 
 def test_more_tokens_than_an_index_holds() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from ops import nvrtc
 from ops.call import BackendError
-from ops.cuda import Kind
+from ops.cuda import KernelKind
 from tests.benchmarks.kernel_resources import KERNELS, LIMITS, Code, compile_kind, per_sample, tool
 from tests.lanes import some
 from tests.unit.ops.presets import Layer, layers
@@ -43,7 +43,7 @@ def test_machine_code_of_the_presets(
 ) -> None:
     sizes = layer.heads, layer.channels, layer.levels, layer.points, layer.form
     for deterministic in (False, True):
-        kind = Kind(dtype, *sizes, deterministic=deterministic)
+        kind = KernelKind(dtype, *sizes, deterministic=deterministic)
         codes = compile_kind(kind, capability, tmp_path)
         forward, backward = (codes[name] for name in KERNELS)
         for code in (forward, backward):
@@ -60,7 +60,7 @@ def test_machine_code_of_the_presets(
 def test_half_precision_takes_fewer_instructions(tmp_path: Path) -> None:
     counts = {}
     for dtype in (F32, BF16, F16):
-        kind = Kind(dtype, 8, 32, 4, 4, 2)
+        kind = KernelKind(dtype, 8, 32, 4, 4, 2)
         code = compile_kind(kind, 90, tmp_path)[KERNELS[0]]
         counts[dtype] = per_sample(kind, code) * kind.lanes  # a warp has 32 / lanes queries
     assert counts[BF16] < counts[F32]

@@ -12,17 +12,17 @@ import torch
 from ops import nvrtc
 from ops.cache import SOURCES
 from ops.call import BackendError
-from ops.cuda import Kind
+from ops.cuda import KernelKind
 
 KERNELS = ("msda_forward", "msda_backward")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 KINDS = [
-    Kind(F32, 8, 32, 4, 4),
-    Kind(F32, 8, 32, 4, 4, 2, to_locations=True),
-    Kind(F32, 8, 32, 4, 4, 4, deterministic=True),
-    Kind(BF16, 8, 32, 4, 4, 4),
-    Kind(F16, 8, 32, 1, 4, 2),
-    Kind(F64, 3, 17, 3, 2),
+    KernelKind(F32, 8, 32, 4, 4),
+    KernelKind(F32, 8, 32, 4, 4, 2, to_locations=True),
+    KernelKind(F32, 8, 32, 4, 4, 4, deterministic=True),
+    KernelKind(BF16, 8, 32, 4, 4, 4),
+    KernelKind(F16, 8, 32, 1, 4, 2),
+    KernelKind(F64, 3, 17, 3, 2),
 ]
 _SYMBOL_TABLE = 2  # type of an ELF section
 
@@ -70,7 +70,7 @@ def symbols(elf: bytes) -> set[str]:
     + [(kind, capability) for kind in KINDS[2:4] for capability in (75, 86, 89, 100, 120)],
     ids=str,
 )
-def test_machine_code_holds_both_kernels(kind: Kind, capability: int, cache: Path) -> None:
+def test_machine_code_holds_both_kernels(kind: KernelKind, capability: int, cache: Path) -> None:
     if capability not in nvrtc.architectures():
         pytest.skip(f"NVRTC {nvrtc.version()} makes none for {capability}")
     assert symbols(kind.program(f"sm_{capability}")) >= set(KERNELS)
@@ -131,7 +131,7 @@ def test_failure_names_the_log(options: list[str], said: str, cache: Path) -> No
 @needs_nvcc
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[5]], ids=str)
-def test_nvcc_takes_it_without_a_warning(kind: Kind, capability: int, tmp_path: Path) -> None:
+def test_nvcc_takes_it_without_a_warning(kind: KernelKind, capability: int, tmp_path: Path) -> None:
     output = tmp_path / "kernel.cubin"
     command = [
         "nvcc", "-cubin", f"-arch=sm_{capability}", "-std=c++17", "-Werror", "all-warnings",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ops.call import Call
-from ops.triton_backend import Launch, backward_launch, forward_launch
+from ops.triton_backend import TritonLaunch, backward_launch, forward_launch
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64),
@@ -14,7 +14,9 @@ TARGETS = {
 TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16"}
 
 
-def compile_ahead(call: Call, target: str, *, backward: bool, sums: str = "") -> tuple[Any, Launch]:
+def compile_ahead(
+    call: Call, target: str, *, backward: bool, sums: str = ""
+) -> tuple[Any, TritonLaunch]:
     """Return the program that computes `call`, and its launch; `sums`: other than the points' type.
 
     Skips a test where Triton is absent or only interprets.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from util.errors import CheckpointError
-from util.tensor_files import check_content, load_safely, save_whole
+from util.tensor_files import check_tensors, load_safely, save_whole
 
 
 class Payload:
@@ -142,14 +142,14 @@ def test_a_changed_bit_of_a_tensor_is_found_by_its_sum(
     path = tmp_path / "a.pth"
     values = torch.arange(1, 1001, dtype=torch.float32)
     save_whole(path, {"w": values})
-    check_content(path)
+    check_tensors(path)
     content = bytearray(path.read_bytes())
     start = bytes(content).index(values.numpy().tobytes())
     content[start + 4 * element + bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
     load_safely(path)  # the reader itself does not notice
     with pytest.raises(CheckpointError, match=r"a\.pth: the checkpoint is damaged") as caught:
-        check_content(path)
+        check_tensors(path)
     assert "\n" not in str(caught.value)
 
 

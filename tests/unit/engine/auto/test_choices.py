@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.load import Given, read_options, to_yaml
-from engine.auto.choices import Machine, Measurement, Planner, Trial
+from engine.auto.choices import Machine, Measurement, Planner, SizeTrial
 from engine.auto.facts import Facts
 from models.recipes import KnownRecipes
 
@@ -24,7 +24,7 @@ CPU, GPU = Machine(False, True, 16 * GIB), Machine(True, True, 80 * GIB)
 
 def measurement(seconds: float, memory: float = 0.1 * GIB) -> Measurement:
     """Return costs in proportion to the pixels, for an image of 240 x 320."""
-    small, large = (Trial(n * 76800, n * seconds, n * memory) for n in (1, 4))
+    small, large = (SizeTrial(n * 76800, n * seconds, n * memory) for n in (1, 4))
     return Measurement((small, large), 0.3 * large.seconds, 0.0, 0.05 * GIB)
 
 
@@ -249,13 +249,13 @@ def test_a_gpu_gets_its_preset_with_crops_in_proportion() -> None:
 
 
 def test_costs_lie_on_a_line_through_both_trials() -> None:
-    trials = Trial(100, 2.0, 10.0), Trial(300, 5.0, 30.0)
+    trials = SizeTrial(100, 2.0, 10.0), SizeTrial(300, 5.0, 30.0)
     measured = Measurement(trials, 0.0, 0.0, 0.0)
     assert measured.at(100) == pytest.approx((2.0, 10.0))
     assert measured.at(200) == pytest.approx((3.5, 20.0))
     assert measured.at(600) == pytest.approx((9.5, 60.0))
     # a clock that trembled cannot make larger images free
-    odd = replace(measured, trials=(Trial(100, 6.0, 10.0), trials[1]))
+    odd = replace(measured, trials=(SizeTrial(100, 6.0, 10.0), trials[1]))
     assert odd.at(600)[0] == pytest.approx(5.0 + 300 * 5.0 / 300 / 2)
 
 
