@@ -169,8 +169,8 @@ def read_command_line(parser: OptionParser, command: Any, argv: Sequence[str]) -
         file = read_options(args.config, {}, recipes)
         if file.auto and not may_be_auto:
             raise ConfigError(
-                "config auto: is of `train` and `plan`. Write the options to a file with "
-                "`plan --output FILE`, and give that one."
+                "config auto: works with `train` and `plan` only. Write the options to a file with "
+                "`plan --output FILE`, and give that file."
             )
         names = list(file.values.get("recipes", {}))
         chosen, dropped = choose_recipes(

@@ -175,8 +175,8 @@ class ModelConfig(Checked):
             )
         if self.scores == "softmax" and self.two_stage:
             raise ConfigError(
-                "cls_loss softmax: is of queries, and `two_stage` scores every token for one class "
-                "alone. Remove one of them."
+                "cls_loss softmax: cannot score the proposals of `two_stage`, which have a single "
+                "class. Remove one of them."
             )
         self._check_encoder()
         self._check_class_tokens()
@@ -184,8 +184,8 @@ class ModelConfig(Checked):
         self._check_decoder()
         if self.relation != "none" and (not self.with_box_refine or self.dec_layers == 1):
             raise ConfigError(
-                "relation: needs boxes of a layer before: `with_box_refine` and at least 2 "
-                "`dec_layers`."
+                "relation: needs the boxes of an earlier layer. Add `with_box_refine`, and at "
+                "least 2 `dec_layers`."
             )
         if self.hidden_dim % self.nheads:
             raise ConfigError(
@@ -206,7 +206,9 @@ class ModelConfig(Checked):
     def _check_class_tokens(self) -> None:
         if self.encoder_attn != "enhancer":
             if self.decoder_tokens:
-                raise ConfigError("decoder_tokens: has no effect without `encoder_attn enhancer`.")
+                raise ConfigError(
+                    "decoder_tokens: has no effect without `encoder_attn enhancer`. Add it."
+                )
             return
         for name, usual in (("enc_fusion", "none"), ("scores", "sigmoid")):
             if (value := getattr(self, name)) != usual:
@@ -231,7 +233,7 @@ class ModelConfig(Checked):
         if self.neck_width is None:
             return
         if self.neck != "hsfpn":
-            raise ConfigError("neck_width: is of `neck hsfpn`. Remove one, or add the other.")
+            raise ConfigError("neck_width: has no effect without `neck hsfpn`. Add it.")
         if self.neck_width % 8:
             raise ConfigError(f"neck_width: must be a multiple of 8, not {self.neck_width}.")
 
@@ -239,9 +241,9 @@ class ModelConfig(Checked):
         if not self.backbone.startswith("dat"):
             without = "has no effect without `backbone dat_tiny` or the like"
             if self.dat_grid != "corrected":
-                raise ConfigError(f"dat_grid: {without}.")
+                raise ConfigError(f"dat_grid: {without}. Leave it out.")
             if self.dat_stride != 1 and "dat" not in self.encoder_attn.split("+"):
-                raise ConfigError(f"dat_stride: {without}, or `encoder_attn dat`.")
+                raise ConfigError(f"dat_stride: {without}, or `encoder_attn dat`. Leave it out.")
         if self.dcn != "none" and not self.dcn_stages:
             raise ConfigError("dcn_stages: needs at least one stage, as `dcn_stages 3 4 5`.")
         if self.dilation and self.num_feature_levels != 1:
@@ -251,7 +253,7 @@ class ModelConfig(Checked):
         for name, usual in (("encoder_updates", "full"), ("enc_fusion", "none")):
             if getattr(self, name) != usual and self.encoder != "deformable":
                 raise ConfigError(
-                    f"{name}: is of `encoder deformable`, and without effect on "
+                    f"{name}: has no effect without `encoder deformable`; here it is "
                     f"`encoder {self.encoder}`. Remove one of them."
                 )
         if self.encoder_attn != "deformable":
@@ -335,7 +337,7 @@ class LossConfig(Checked):
             )
         if self.prime_samples > 1 and self.union_set:
             raise ConfigError(
-                "prime_samples: several queries learn an object, and with `union_set` one. "
+                "prime_samples: lets several queries learn an object, and `union_set` lets one. "
                 "Choose one of them."
             )
 
@@ -650,8 +652,8 @@ class OptimConfig(Checked):
         super().__post_init__()
         if self.lr_flat + self.lr_tail > 1:
             raise ConfigError(
-                f"lr_flat {self.lr_flat}: and `lr_tail {self.lr_tail}` are parts of the same run, "
-                "and must be at most 1 together. Lower one of them."
+                f"lr_flat {self.lr_flat}: and `lr_tail {self.lr_tail}` must add up to at most 1, "
+                "as both are parts of one run. Lower one of them."
             )
 
 

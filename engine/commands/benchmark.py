@@ -119,7 +119,9 @@ def load(options: BenchmarkOptions) -> tuple[Detector, Mapping[str, Any]]:
         return detector, load_pretrained(options.checkpoint).model_options if wanted else {}
     given = read_options(options.config, {}, KnownRecipes())
     if given.auto:
-        raise ConfigError("config auto: is of `train` and `plan`. Name a preset or a file.")
+        raise ConfigError(
+            "config auto: works with `train` and `plan` only. Name a preset or a file."
+        )
     config = given.config()
     device = pick_device(options.device)
     model = build_model(config.model, num_classes=options.num_labels, recipes=config.recipes)

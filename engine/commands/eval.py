@@ -109,7 +109,9 @@ def main(options: EvalOptions, given: Given) -> int:
     """Evaluate a checkpoint, or saved detections, on COCO-format data."""
     if options.detections:
         if given.values.get("tiles", {}).get("tile"):
-            raise ConfigError("tile: is of images that a model sees, and `detections` has none.")
+            raise ConfigError(
+                "tile: cuts the images of a model, and `detections` needs none. Leave it out."
+            )
         return evaluate_detections(options, given.config().data)
     sources = list(dict.fromkeys(options.checkpoint)) or [""]
     if len(sources) > 1 and not options.output_dir:

@@ -210,7 +210,7 @@ def create_dat(options: BackboneOptions) -> Backbone:
     name = f"dat_{options.variant}"
     if options.variant not in SIZES:
         hint = nearest_hint(name, [f"dat_{size}" for size in SIZES])
-        raise ConfigError(f"backbone {name}: has no such size. {hint}")
+        raise ConfigError(f"backbone {name}: there is no such size. {hint}")
     options.refuse_for(name)
     network = DAT(SIZES[options.variant], options)
     load_published(network, options, name, published=published_name, unused=_UNUSED)

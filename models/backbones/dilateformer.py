@@ -209,7 +209,7 @@ def create_dilateformer(options: BackboneOptions) -> Backbone:
     name = f"dilateformer_{options.variant}"
     if options.variant not in SIZES:
         hint = nearest_hint(name, [f"dilateformer_{size}" for size in SIZES])
-        raise ConfigError(f"backbone {name}: has no such size. {hint}")
+        raise ConfigError(f"backbone {name}: there is no such size. {hint}")
     options.refuse_for(name)
     network = DilateFormer(SIZES[options.variant], options)
     load_published(network, options, name, published=str, unused=r"head\.|norm\.")

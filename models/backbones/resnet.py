@@ -183,5 +183,7 @@ def create_resnet(options: BackboneOptions) -> Backbone:
     if options.dilation and options.variant in ("resnet18", "resnet34"):
         raise ConfigError("dilation: resnet18 and resnet34 have none. Use resnet50.")
     if options.drop_path:
-        raise ConfigError("drop_path: is of transformers; a ResNet has none. Leave it out.")
+        raise ConfigError(
+            "drop_path: has no effect on a ResNet, only on transformers. Leave it out."
+        )
     return ResNetBackbone(options)

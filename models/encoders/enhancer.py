@@ -116,9 +116,9 @@ class EnhancerEncoder(Encoder):
             raise ConfigError("encoder enhancer: choose it by `encoder_attn enhancer`.")
         if options.n_heads % 2 or options.d_ffn % options.n_heads:
             raise ConfigError(
-                "encoder_attn enhancer: has half as many heads as `nheads` where image and classes "
-                "meet, of half of `dim_feedforward` together: `nheads` must be even, and "
-                f"`dim_feedforward` a multiple of it, not {options.n_heads} and {options.d_ffn}."
+                "encoder_attn enhancer: image and classes meet in half of `nheads` heads, with "
+                "half of `dim_feedforward` channels: `nheads` must be even, and `dim_feedforward` a "
+                f"multiple of it, not {options.n_heads} and {options.d_ffn}."
             )
         count = range(options.num_layers)
         self.class_tokens = nn.Embedding(options.num_classes, options.d_model)

@@ -85,7 +85,7 @@ class MSDAttention(EncoderAttention):
         for name, value in (("hidden_dim", options.d_model), ("nheads", options.n_heads)):
             if value % len(DILATIONS):
                 raise ConfigError(
-                    f"encoder_attn msda: heads look {len(DILATIONS)} ways in equal shares, so "
+                    f"encoder_attn msda: {len(DILATIONS)} dilations share the heads equally, so "
                     f"{name} must be a multiple of {len(DILATIONS)}, not {value}. "
                     "Use `hidden_dim 288` and `nheads 9`."
                 )

@@ -123,7 +123,10 @@ def _from_dino(weights: Weights, args: Mapping[str, Any], source: str) -> Conver
     options: dict[str, Any] = {**_DINO, **_DINO_POSITIONS}
     if temperature := args.get("pe_temperatureH"):
         if temperature != args.get("pe_temperatureW", temperature):
-            raise CheckpointError(f"{source}: pe_temperatureH and pe_temperatureW differ.")
+            raise CheckpointError(
+                f"{source}: pe_temperatureH and pe_temperatureW differ; only "
+                "equal ones are supported."
+            )
         options["position_temperature"] = float(temperature)
     first, second = (converted.get(f"bbox_embed.{layer}.layers.2.weight") for layer in (0, 1))
     shared = first is not None and second is not None and first.equal(second)

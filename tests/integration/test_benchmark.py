@@ -144,7 +144,7 @@ def test_files_of_several_runtimes_are_timed_in_turn(
     [
         ([], "benchmark: give either --checkpoint FILE or --config FILE."),
         (["--config", TINY, "--size", "5x5"], "--size: must be HEIGHTxWIDTH in pixels"),
-        (["--config", "auto"], "--config auto: is of `train` and `plan`."),
+        (["--config", "auto"], "--config auto: works with `train` and `plan` only."),
         (["--config", TINY, "--precision", "fp8"], "--precision: must be one of fp32, tf32, bf16"),
         (["--config", TINY, "--input", "nowhere.png"], "nowhere.png: no image, folder or pattern"),
     ],

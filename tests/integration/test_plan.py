@@ -166,7 +166,7 @@ def test_processes_have_one_plan(crowded: Path, tmp_path: Path) -> None:
          "--hidden_dim"),
         (("train", "--config", "auto", "--output_dir", "{out}"), "--max_hours: is missing"),
         (("train", "--config", "auto", "--max_hours", "1"), "--output_dir: is missing"),
-        (("check", "--config", "auto"), "--config auto: is of `train` and `plan`"),
+        (("check", "--config", "auto"), "--config auto: works with `train` and `plan` only"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_is_one_line(

@@ -287,5 +287,5 @@ def test_auto_leaves_options_open_by_name_and_as_a_base(tmp_path: Path) -> None:
 
 
 def test_a_command_without_a_plan_refuses_auto() -> None:
-    with pytest.raises(ConfigError, match="config auto: is of `train` and `plan`"):
+    with pytest.raises(ConfigError, match="config auto: works with `train` and `plan` only"):
         parse("--config", "auto")

@@ -155,8 +155,14 @@ def test_images_of_a_batch_do_not_change_each_other(options: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoder_updates": "lite", "encoder": "mine"}, "encoder_updates: is of `encoder deform"),
-        ({"enc_fusion": "dense", "encoder": "mine"}, "enc_fusion: is of `encoder deformable`"),
+        (
+            {"encoder_updates": "lite", "encoder": "mine"},
+            "encoder_updates: has no effect without `encoder deform",
+        ),
+        (
+            {"enc_fusion": "dense", "encoder": "mine"},
+            "enc_fusion: has no effect without `encoder deformable`",
+        ),
         ({"encoder_updates": "lite", "num_feature_levels": 1}, "needs a coarse level and a fine"),
         ({"encoder_updates": "lite", "lite_levels": 4}, "needs a coarse level and a fine"),
         ({"encoder_updates": "lite", "enc_layers": 6, "lite_expansion": 4}, "a divisor of"),

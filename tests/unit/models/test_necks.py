@@ -133,7 +133,7 @@ def test_the_width_of_the_top_is_an_option_and_twice_the_last_map_s_without_it()
     ("options", "message"),
     [
         ({"neck": "hsfpn", "num_feature_levels": 1}, "neck hsfpn: needs a coarse level"),
-        ({"neck": "fpn", "neck_width": 64}, "neck_width: is of `neck hsfpn`"),
+        ({"neck": "fpn", "neck_width": 64}, "neck_width: has no effect without `neck hsfpn`"),
         ({"neck": "hsfpn", "neck_width": 60}, "neck_width: must be a multiple of 8, not 60"),
     ],
 )

@@ -552,11 +552,11 @@ def test_blocks_are_left_out_more_often_the_deeper_they_are() -> None:
 
 def test_wrong_options_are_errors_of_one_line() -> None:
     for name, options, message in (
-        ("dat_tin", {}, "backbone dat_tin: has no such size. Did you mean 'dat_tiny'?"),
-        ("dilateformer_large", {}, "backbone dilateformer_large: has no such size."),
+        ("dat_tin", {}, "backbone dat_tin: there is no such size. Did you mean 'dat_tiny'?"),
+        ("dilateformer_large", {}, "backbone dilateformer_large: there is no such size."),
         ("dat_tiny", {"dilation": True}, "dilation: not for dat_tiny. Use a torchvision ResNet."),
         ("dilateformer_tiny", {"dcn": "v1"}, "dcn: not for dilateformer_tiny."),
-        ("resnet18", {"drop_path": 0.1}, "drop_path: is of transformers"),
+        ("resnet18", {"drop_path": 0.1}, "drop_path: has no effect on a ResNet"),
     ):
         with pytest.raises(ConfigError) as error:
             create_backbone(name, **cast(Any, options))

@@ -331,5 +331,5 @@ def test_its_parameters_have_the_published_keys() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"with_box_refine": True, "dec_layers": 1}])
 def test_without_boxes_of_a_layer_before_it_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="relation: needs boxes of a layer before"):
+    with pytest.raises(ConfigError, match="relation: needs the boxes of an earlier layer"):
         small_config(relation="previous", **options)
