@@ -117,8 +117,8 @@ class EnhancerEncoder(Encoder):
         if options.n_heads % 2 or options.d_ffn % options.n_heads:
             raise ConfigError(
                 "encoder_attn enhancer: image and classes meet in half of `nheads` heads, with "
-                "half of `dim_feedforward` channels: `nheads` must be even, and `dim_feedforward` a "
-                f"multiple of it, not {options.n_heads} and {options.d_ffn}."
+                "half of `dim_feedforward` channels: `nheads` must be even, and `dim_feedforward` "
+                f"a multiple of it, not {options.n_heads} and {options.d_ffn}."
             )
         count = range(options.num_layers)
         self.class_tokens = nn.Embedding(options.num_classes, options.d_model)
