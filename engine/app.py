@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from threading import Lock
@@ -38,6 +38,11 @@ class Trial:
     def __init__(self, detector: Detector) -> None:
         self.detector = detector
         self._lock = Lock()
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether the checkpoint has score thresholds for its classes."""
+        return bool(self.detector.thresholds)
 
     def find(self, path: str) -> Found:
         """Return what is found in an image.
@@ -116,15 +121,14 @@ def summary(shown: Sequence[Box]) -> str:
     return f"{len(shown)} box{'' if len(shown) == 1 else 'es'}{': ' * bool(shown)}{by_class}"
 
 
-def build_page(trial: Trial, *, title: str, threshold: float | None) -> Any:
-    """Return the page, gradio's `Blocks`; the slider begins at `threshold`."""
+def _handlers(trial: Trial) -> tuple[Callable[..., Any], ...]:
+    """Return what the page does when an image is dropped, drawn anew, clicked and looked into."""
     import gradio
 
-    own = bool(trial.detector.thresholds)  # which the checkpoint has for its classes
     nothing = gradio.Dropdown(choices=[], value=None)
 
     def minimum(by_class: bool, threshold: float) -> float | None:
-        return None if by_class and own else threshold
+        return None if by_class and trial.has_thresholds else threshold
 
     def draw(found: Found | None, by_class: bool, threshold: float) -> Any:
         if found is None:
@@ -156,6 +160,14 @@ def build_page(trial: Trial, *, title: str, threshold: float | None) -> Any:
             return ""
         return trial.looked(found.path, minimum(by_class, threshold), box)
 
+    return take, draw, pick, look
+
+
+def build_page(trial: Trial, *, title: str, threshold: float | None) -> Any:
+    """Return the page, gradio's `Blocks`; the slider begins at `threshold`."""
+    import gradio
+
+    take, draw, pick, look = _handlers(trial)
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=_KEPT) as page:
         gradio.Markdown(f"# {title}")
         # of the image that was read last: what lies in the page may already be the next one
@@ -169,7 +181,8 @@ def build_page(trial: Trial, *, title: str, threshold: float | None) -> Any:
                 # the file as it was dropped: what cannot be read is for us to say
                 image.preprocess = lambda file: file.path if file else None
                 by_class = gradio.Checkbox(
-                    value=own and threshold is None, visible=own, elem_id="by_class",
+                    value=trial.has_thresholds and threshold is None,
+                    visible=trial.has_thresholds, elem_id="by_class",
                     label="The best minimum of each class, as the checkpoint has it",
                 )  # fmt: skip
                 slider = gradio.Slider(
