@@ -33,7 +33,7 @@ class Found(NamedTuple):
 
 
 class Trial:
-    """A detector in the hands of a page: whoever asks, one image passes it at a time."""
+    """A detector behind a page: however many ask, it sees one image at a time."""
 
     def __init__(self, detector: Detector) -> None:
         self.detector = detector
@@ -122,7 +122,7 @@ def summary(shown: Sequence[Box]) -> str:
 
 
 def _handlers(trial: Trial) -> tuple[Callable[..., Any], ...]:
-    """Return what the page does when an image is dropped, drawn anew, clicked and looked into."""
+    """Return what the page does to take an image, draw it, find a clicked box, and explain it."""
     import gradio
 
     nothing = gradio.Dropdown(choices=[], value=None)

@@ -62,15 +62,15 @@ def _layout(config: ModelConfig, num_classes: int, recipes: Mapping[str, Any] | 
         config, backbone=_SMALL_BACKBONE, drop_path=0.0, dat_stride=1, dat_grid="corrected"
     )
     for candidate in (config, small):
-        with _unless_it_needs_numbers(), torch.device("meta"):
+        with _unless_values_are_needed(), torch.device("meta"):
             model = build_model(candidate, num_classes=num_classes, recipes=recipes)
             return sum(tensor.numel() for tensor in model.state_dict().values())
     return 0
 
 
 @contextlib.contextmanager
-def _unless_it_needs_numbers() -> Iterator[None]:
-    """Let pass what a constructor raises only because there are no numbers on this device."""
+def _unless_values_are_needed() -> Iterator[None]:
+    """Ignore what a constructor raises only because tensors on this device have no values."""
     try:
         yield
     except (UserError, RuntimeError) as error:

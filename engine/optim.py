@@ -1,4 +1,4 @@
-"""Updates of the weights: number formats, what is dropped on the device, the learning rate."""
+"""Updates of the weights: precision, updates that are dropped, and the learning rate."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""DETR's decoder and queries: attention to the whole image, from no place in it (arXiv 2005.12872).
+"""DETR's decoder and queries: attention to the whole image, without points (arXiv 2005.12872).
 
 Its encoder is `models/encoders/dense.py`.
 """

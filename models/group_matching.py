@@ -1,4 +1,4 @@
-"""Pairs of groups that do not simply get the cheapest ones of all of their predictions."""
+"""Pairs of groups whose matching is not simply the cheapest of all their predictions."""
 
 from collections.abc import Sequence
 from dataclasses import replace

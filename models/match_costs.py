@@ -1,4 +1,4 @@
-"""Matching costs in which a query's class score is not all that its class costs."""
+"""Other matching costs of a class than that of the focal loss."""
 
 from collections.abc import Sequence
 

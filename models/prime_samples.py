@@ -1,4 +1,4 @@
-"""Several queries learn an object, the worse the less (Align-DETR, arXiv 2304.07527, Sec. 3.3).
+"""Several queries learn an object, worse ones less (Align-DETR, arXiv 2304.07527, Sec. 3.3).
 
 One query of many that lie on an object learns it, and the others learn that they are background,
 although they are nearly as good. Here a few of them learn it in all layers but the last, which has

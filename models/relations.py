@@ -63,7 +63,7 @@ def relation_bias(project: nn.Module, a: Tensor, b: Tensor, *, dims: int, scale:
 
 
 def symmetric_bias(project: nn.Module, boxes: Tensor, attending: int | None = None) -> Tensor:
-    """Return the same for both of a pair (MDS-DETR, arXiv 2605.23507).
+    """Return a bias that is the same in both directions (MDS-DETR, arXiv 2605.23507).
 
     `attending`: how many boxes, the last, are those of attending queries; by default all.
 

@@ -1,6 +1,6 @@
-"""DETR's classification: one question with an answer of its own for "no object".
+"""DETR's classification: a softmax over the classes and "no object".
 
-DETR, arXiv 2005.12872, Sec. 3.1. Deformable DETR asks a question for each class in its place.
+DETR, arXiv 2005.12872, Sec. 3.1. Deformable DETR has a sigmoid for each class instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -97,7 +97,7 @@ class SoftmaxCriterion(SetCriterion):
         return super().__call__(outputs, targets, num_boxes)
 
     def _mean(self, assigned: Assigned) -> Tensor:
-        """Return the sum of which, divided by the number of objects, the mean is."""
+        """Return the sum that gives the mean once it is divided by the number of objects."""
         queries = self._images * assigned.logits.shape[2]
         weight = self._objects + self.eos_coef * (queries - self._objects)
         loss = weighted_cross_entropy(assigned, self.eos_coef)

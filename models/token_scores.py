@@ -1,4 +1,4 @@
-"""What a sparse encoder learns its scores of tokens from: where the decoder looks.
+"""How a sparse encoder learns to score tokens: from where the decoder looks.
 
 Sparse DETR, arXiv 2111.14330, Sec. 3.2. The decoder's attention map says how much each token gives
 to the queries that detect. The tokens that give most are those that the encoder should change.
@@ -84,7 +84,7 @@ class TokenScores(Recipe):
     def prepare(
         self, targets: Sequence[Target], whole: EffectiveBatch, *, fixed_sizes: bool
     ) -> None:
-        """Forget what activations that were computed again have left."""
+        """Forget what recomputed activations have left."""
         self._looks.clear()
         self._scored.clear()
 

@@ -1,4 +1,4 @@
-"""What attention does during a forward pass, taken down from outside the model.
+"""Records what attention does in a forward pass, from outside the model.
 
 Hooks keep the inputs of attention modules, and only for as long as a `recording` lasts. From these,
 the modules' own layers give sampling points and weights afterwards.
@@ -68,7 +68,7 @@ class Exchange:
 
 @dataclass
 class Record:
-    """What was taken down: an entry per decoder layer, and what the decoder returned.
+    """What was recorded: an entry per decoder layer, and what the decoder returned.
 
     `token_looks` has an entry for each encoder layer with deformable attention, of the one token
     that was chosen; None where a layer leaves that token as it is.
@@ -87,7 +87,7 @@ def deformable_attention(model: DeformableDETR) -> list[MSDeformAttn]:
 
 @contextmanager
 def recording(model: DeformableDETR, token: TokenChoice | None = None) -> Iterator[Record]:
-    """Take down the next forward pass, in evaluation mode.
+    """Record the next forward pass, in evaluation mode.
 
     `token` chooses an encoder token to follow. The model computes what it computes without.
     """

@@ -15,7 +15,7 @@ from util.errors import ConfigError, UserError
 
 
 class ExportedModel(nn.Module):
-    """A graph that its own runtime computes, called as the detector is that it was made of."""
+    """A graph that its own runtime computes, called like the detector it was made of."""
 
     def __init__(self, session: Session, about: About) -> None:
         super().__init__()

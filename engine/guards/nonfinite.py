@@ -25,7 +25,7 @@ _ALL_FINITE = (
 
 
 class NonFiniteSteps(Guard):
-    """Finds where a step stopped being finite, and writes a file on it to `output_dir/nonfinite/`.
+    """Finds where a step stopped being finite, and reports it in a file of `output_dir/nonfinite/`.
 
     Such a step has changed no weights, and this guard restores the statistics of batch norms that
     are trained. The search runs the step's images again, right after the step; on a GPU, one step
@@ -129,12 +129,12 @@ class NonFiniteSteps(Guard):
         return {"total": self.total}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Count on from a checkpoint; a resumed run gets a whole row again."""
+        """Continue the total of a checkpoint; the row of a resumed run starts anew."""
         self.total, self.in_a_row = state["total"], 0
 
 
 def _as_json(value: float) -> float | str:
-    """Replace numbers that JSON has no words for by "nan", "inf" and "-inf"."""
+    """Replace numbers that JSON cannot express by "nan", "inf" and "-inf"."""
     return value if math.isfinite(value) else str(value)
 
 

@@ -46,7 +46,7 @@ class DATEncoderAttention(EncoderAttention):
         return attended.permute(0, 2, 3, 1)
 
     def reset_parameters(self) -> None:
-        """Draw the bias table as published."""
+        """Draw the bias table at random, as published."""
         nn.init.trunc_normal_(self.dat.rpe_table, std=0.01)
 
     def kept(self, height: int, width: int) -> int:

@@ -1,4 +1,4 @@
-"""An encoder whose layers attend otherwise than the paper's, or otherwise first."""
+"""An encoder whose layers use other attention than the paper's, alone or before it."""
 
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ class MixedEncoderLayer(DeformableEncoderLayer):
         tokens: Tensor,
         levels: FeatureLevels,
     ) -> Tensor:
-        """Return the tokens after each looked around. Shape: as of `DeformableEncoderLayer`."""
+        """Return the tokens after every attention. Shape: as of `DeformableEncoderLayer`."""
         for block in self.before:
             x = block(x, levels)
         return super().forward(x, pos, reference_points, x, levels)

@@ -1,4 +1,4 @@
-"""An encoder that changes a part of the tokens alone, the same in all layers (Sparse DETR).
+"""An encoder that changes only a part of the tokens, the same in all layers (Sparse DETR).
 
 Roh et al., arXiv 2111.14330. Most tokens show background that no query looks at. A small network
 scores all of them; the best pass the layers, where they look at all tokens, and the others stay as

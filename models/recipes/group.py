@@ -37,7 +37,7 @@ class Options(RecipeOptions):
 
 @RECIPES.register("group")
 class Group(Recipe):
-    """The further groups, side by side in one, which attention and matching take apart again."""
+    """The further groups, side by side as one, which attention and matching take apart."""
 
     options_class = Options
 

@@ -49,7 +49,7 @@ _RELATIONS = ("transformer.decoder.position_relation_embedding.pos_proj.0.weight
 
 @dataclass(frozen=True)
 class Converted:
-    """Weights under official keys, and what the layout says besides.
+    """Weights under official keys, and what else the layout says.
 
     `options` are `ModelConfig` values; `classes` is None where the official rule holds.
     """

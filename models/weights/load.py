@@ -146,7 +146,7 @@ def _from_file(path: Path, *, ema: bool) -> Pretrained:
 
 @contextlib.contextmanager
 def _parts_of(path: Path, expected: str) -> Iterator[None]:
-    """Report parts that are not what they should be in one line."""
+    """Report in one line that a part is not what it should be."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -181,7 +181,7 @@ def _thresholds(content: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _tensors(found: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Return a state dict, after a look at what is in it.
+    """Return a state dict, after checking what it holds.
 
     Raises:
         TypeError: something in it is no tensor, or has no name.
@@ -238,7 +238,7 @@ def _from_folder(folder: Path, source: str) -> Pretrained:
 
 
 def _described(pretrained: Pretrained, described: Mapping[str, Any]) -> Pretrained:
-    """Add what `push` wrote of a model, unless its weights have become others since."""
+    """Add what `push` wrote about a model, unless its weights have changed since."""
     classes = Classes.from_json(described["classes"]) if described else None
     if classes is None or len(classes) != len(pretrained.classes):
         return pretrained
