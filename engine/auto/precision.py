@@ -7,8 +7,7 @@ from time import perf_counter
 
 import torch
 
-from configs.schema import Config
-from configs.schema import PrecisionName
+from configs.schema import Config, PrecisionName
 from engine.optim import Precision
 from engine.probe import random_batch
 from models.build import build_criterion, build_model
