@@ -241,7 +241,7 @@ def test_denoising_queries_attend_by_how_boxes_lie(two_stage: bool) -> None:
     """To each other and to those that detect, as in Relation-DETR's code; not to other groups."""
     model = related_model({"denoising": Denoising(num_denoising=4)}, two_stage=two_stage)
     relation = decoder_of(model).position_relation_embedding
-    assert relation is not None
+    assert isinstance(relation, RelationBias)
     masks: list[Tensor] = []
     for layer in model.transformer.decoder.layers:
         layer.get_submodule("self_attn").register_forward_pre_hook(
