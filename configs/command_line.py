@@ -120,9 +120,11 @@ class OptionParser(argparse.ArgumentParser):
             name = unknown[0].partition("=")[0]
             of_train = any(hasattr(section, name.lstrip("-")) for section in SECTIONS.values())
             hint = unknown_hint(
-                name, self.flags, "--help_all lists the options.",
+                name,
+                self.flags,
+                "--help_all lists the options.",
                 elsewhere="It is an option of main.py train." if of_train else "",
-            )  # fmt: skip
+            )
             if owners := owners_of(name.lstrip("-"), recipes or {}):
                 hint = f"It is an option of a recipe: add --recipes {' or '.join(owners)}."
             raise ConfigError(f"command line: unknown option '{name}'. {hint}")

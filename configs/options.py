@@ -48,10 +48,20 @@ def option(
     a switch's negative form, else "without ...". `unset` is a value that files of earlier versions
     have where None is meant now. A `rare` option is only listed by --help_all.
     """
-    return field(default=default, metadata={
-        "help": help, "low": low, "high": high, "above": above, "most": most, "alias": alias,
-        "off": off, "unset": unset, "rare": rare,
-    })  # fmt: skip
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "low": low,
+            "high": high,
+            "above": above,
+            "most": most,
+            "alias": alias,
+            "off": off,
+            "unset": unset,
+            "rare": rare,
+        },
+    )
 
 
 def _by_name(section: Section) -> dict[str, "dataclasses.Field[Any]"]:

@@ -76,9 +76,14 @@ def build_trainer(
     model, mean, std = build_training_model(plan, classes)
     model = model.to(device)
     train_set = build_dataset(
-        data, train_index, train=True, mean=mean, std=std, seed=options.seed,
+        data,
+        train_index,
+        train=True,
+        mean=mean,
+        std=std,
+        seed=options.seed,
         epochs=None if optim.max_hours else optim.epochs,
-    )  # fmt: skip
+    )
     val_set = None
     if val_index is not None:
         val_set = build_dataset(data, val_index, train=False, mean=mean, std=std, classes=classes)
@@ -427,8 +432,9 @@ def build_optimizer(
     ]
     if optim.norm_weight_decay is not None:
         own = {"weight_decay": optim.norm_weight_decay}
-        groups += [{**group, **own, "name": f"{group['name']}_norms", "params": []}
-                   for group in groups]  # fmt: skip
+        groups += [
+            {**group, **own, "name": f"{group['name']}_norms", "params": []} for group in groups
+        ]
     parameters_of = {group["name"]: group["params"] for group in groups}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -52,8 +52,14 @@ class Card:
 
     def text(self) -> str:
         """Return the card, `README.md` of the folder."""
-        parts = (self._header(), self._about(), self._use(), self._classes(), self._results(),
-                 self._training())  # fmt: skip
+        parts = (
+            self._header(),
+            self._about(),
+            self._use(),
+            self._classes(),
+            self._results(),
+            self._training(),
+        )
         return "\n\n".join(parts) + "\n"
 
     def _header(self) -> str:

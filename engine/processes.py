@@ -108,10 +108,16 @@ def launch(
     # `_report` says in one line what torch would in many
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost",
-        max_restarts=restarts, logs_specs=DefaultLogsSpecs(),
-    )  # fmt: skip
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=restarts,
+        logs_specs=DefaultLogsSpecs(),
+    )
     asked: list[int] = []  # by SIGUSR1: the launcher passes on SIGTERM, which stops as gently
 
     def terminate(number: int, frame: FrameType | None) -> None:

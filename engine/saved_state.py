@@ -195,8 +195,9 @@ def _check_tensors(found: Any, model: nn.Module, place: str) -> None:
         _check_tensor(tensor, expected[name], f"{place}: '{name}'")
         if not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
-            raise ValueError(f"{place}: {count} of the {tensor.numel()} values of '{name}' are "
-                             "not finite")  # fmt: skip
+            raise ValueError(
+                f"{place}: {count} of the {tensor.numel()} values of '{name}' are not finite"
+            )
 
 
 def _check_tensor(found: Any, expected: Tensor, place: str) -> None:

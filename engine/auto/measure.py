@@ -103,11 +103,16 @@ def throwaway_trainer(
     mean, std = model.backbone.mean, model.backbone.std
     train_set, val_set = (
         build_dataset(
-            config.data, index, train=index is train, mean=mean, std=std, classes=train.classes,
+            config.data,
+            index,
+            train=index is train,
+            mean=mean,
+            std=std,
+            classes=train.classes,
             epochs=None if optim.max_hours else optim.epochs,
         )
         for index in (train, val)
-    )  # fmt: skip
+    )
     share = split_batch(0, max_size=optim.batch_size)
     loader, val_batches = build_loaders(
         config, train_set, val_set, share, num_workers=0, on_gpu=device.type == "cuda"

@@ -22,16 +22,19 @@ from util.errors import ConfigError
 class AppOptions(Checked):
     """What `app` needs; everything else is in the checkpoint."""
 
-    checkpoint: str = option("", "our or official file, Hugging Face folder, hf:NAME, or an "
-        "exported file")  # fmt: skip
+    checkpoint: str = option(
+        "", "our or official file, Hugging Face folder, hf:NAME, or an exported file"
+    )
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: every one of this machine")
     port: int | None = option(
         None, "port to listen on (default: the first free one from 7860)", low=1, high=65535
     )
     score_threshold: float | None = option(
-        None, "first minimum score (default: per-class thresholds from the checkpoint, else 0.3)",
-        low=0, high=1,
-    )  # fmt: skip
+        None,
+        "first minimum score (default: per-class thresholds from the checkpoint, else 0.3)",
+        low=0,
+        high=1,
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
 
 

@@ -28,9 +28,10 @@ class AverageOptions(Checked):
     last: int = option(5, "checkpoints to take from --output_dir", low=2, most=10000)
     output: str = option("", "file to write (default: average.pth in --output_dir)")
     ema: bool = option(
-        True, "average the moving averages of checkpoints that have them",
+        True,
+        "average the moving averages of checkpoints that have them",
         off="average the trained weights, even of checkpoints with moving averages",
-    )  # fmt: skip
+    )
 
 
 SECTIONS = {"average": AverageOptions}

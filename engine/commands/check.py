@@ -29,17 +29,22 @@ class CheckOptions(Checked):
         "", "new .json file: a corrected COCO-format copy, with .changes.json beside it"
     )
     similar: bool = option(
-        True, "look for images that look alike, within a split and in two",
+        True,
+        "look for images that look alike, within a split and in two",
         off="do not look for images that look alike",
-    )  # fmt: skip
+    )
     splits: tuple[Split, ...] = option((), "splits to check (default: those that are given)")
 
 
 SECTIONS = {**RUN, "check": CheckOptions}
 RECIPES = KnownRecipes()
 RELEVANT = {
-    "model": ("num_queries",), "optim": (), "loss": (), "run": ("output_dir",), "recipes": (),
-}  # fmt: skip
+    "model": ("num_queries",),
+    "optim": (),
+    "loss": (),
+    "run": ("output_dir",),
+    "recipes": (),
+}
 
 
 def main(config: Config, options: CheckOptions) -> int:

@@ -36,9 +36,11 @@ class ConvertOptions(AnnotationOptions):
     )
 
     max_pixels: int | None = option(
-        None, "pixels of the largest image that is read (default: Pillow's 89478485)", low=1,
+        None,
+        "pixels of the largest image that is read (default: Pillow's 89478485)",
+        low=1,
         rare=True,
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,43 +35,54 @@ class EvalOptions(ProcessOptions):
     """What `eval` needs in addition to the data; everything else is in the checkpoint."""
 
     checkpoint: tuple[str, ...] = option(
-        (), "our or official file, Hugging Face folder, or hf:NAME; of several, a table compares "
+        (),
+        "our or official file, Hugging Face folder, or hf:NAME; of several, a table compares "
         "the results",
-    )  # fmt: skip
+    )
     output_dir: str = option(
-        "", "folder for eval/ (default: that of the checkpoint); of several checkpoints, with a "
+        "",
+        "folder for eval/ (default: that of the checkpoint); of several checkpoints, with a "
         "folder for each",
-    )  # fmt: skip
+    )
     batch_size: int | None = option(
         None, "images per step (default: that of the run, else 1)", low=1, most=65536, unset=0
     )
     precision: PrecisionName = option("fp32", "arithmetic of the model")
     ema: bool = option(
-        True, "use a checkpoint's averaged weights, if it has them",
+        True,
+        "use a checkpoint's averaged weights, if it has them",
         off="use the trained weights, even if the checkpoint has averaged ones",
-    )  # fmt: skip
+    )
     detections: str = option("", "evaluate this COCO results file instead of a checkpoint")
     evaluator: Literal["fast", "pycocotools"] = option(
         "fast", "what computes COCO's numbers, which are equal to the last digit"
     )
     max_dets: int = option(
-        0, "detections per image and class that count, in addition to COCO's 100: 101 or more; "
-        "0: as many as an image has boxes of a class", low=0,
-    )  # fmt: skip
+        0,
+        "detections per image and class that count, in addition to COCO's 100: 101 or more; "
+        "0: as many as an image has boxes of a class",
+        low=0,
+    )
     category_ids: CategoryIds = option(
-        "auto", "what those of --detections are: as_is, the data's; from_0 or from_1, positions of "
+        "auto",
+        "what those of --detections are: as_is, the data's; from_0 or from_1, positions of "
         "the data's categories; plus_1 or minus_1, the data's after adding that; auto: as_is, "
-        "unless the boxes show another", rare=True,
-    )  # fmt: skip
+        "unless the boxes show another",
+        rare=True,
+    )
     class_agnostic: bool = option(False, "take all boxes as one class", rare=True)
     area_ranges: tuple[float, ...] = option(
-        (), "areas in square pixels from which an object is medium and large "
-        "(default: COCO's 1024 9216)", above=0, rare=True,
-    )  # fmt: skip
+        (),
+        "areas in square pixels from which an object is medium and large "
+        "(default: COCO's 1024 9216)",
+        above=0,
+        rare=True,
+    )
     analysis: bool = option(
-        True, "write analysis.json, images.json and report.html to eval/",
+        True,
+        "write analysis.json, images.json and report.html to eval/",
         off="write no analysis.json, images.json and report.html to eval/",
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,9 +41,12 @@ class ExplainOptions(Checked):
         "", "explain also the encoder's cell at x,y or x,y,level, pixels; level 0 is the finest"
     )
     score_threshold: float | None = option(
-        None, "minimum score (default: per-class thresholds from the checkpoint, else 0.3)",
-        low=0, high=1, alias="threshold",
-    )  # fmt: skip
+        None,
+        "minimum score (default: per-class thresholds from the checkpoint, else 0.3)",
+        low=0,
+        high=1,
+        alias="threshold",
+    )
     json: bool = option(False, "write the numbers as explanation.json, too")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
 

@@ -58,9 +58,14 @@ def main(config: Config, options: PreviewOptions) -> int:
     # any weights: only how images are normalised is asked
     backbone = create_backbone(config.model.backbone, weights="none")
     dataset = build_dataset(
-        config.data, index, train=True, mean=backbone.mean, std=backbone.std,
-        seed=config.run.seed, epochs=config.optim.epochs,
-    )  # fmt: skip
+        config.data,
+        index,
+        train=True,
+        mean=backbone.mean,
+        std=backbone.std,
+        seed=config.run.seed,
+        epochs=config.optim.epochs,
+    )
     loader = TrainLoader(
         dataset,
         split_batch(config.optim.effective_batch_size, max_size=config.optim.batch_size),

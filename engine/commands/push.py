@@ -53,9 +53,10 @@ class PushOptions(Checked):
     )
     input: str = option("", "image that the card shows with boxes, for all to see (default: none)")
     results: str = option(
-        "", "results.json that eval wrote of these weights, for the card (default: what the "
+        "",
+        "results.json that eval wrote of these weights, for the card (default: what the "
         "checkpoint knows)",
-    )  # fmt: skip
+    )
     license: str = option("", "licence of the weights as the hub names it, as apache-2.0")
 
 

@@ -100,9 +100,14 @@ def _points(
     ]
     x, y = points.reshape(-1, 2)[order].T
     axes.scatter(
-        x, y, s=area * shares[order] + 2,
-        c=[colours[i] for i in order], edgecolors="black", linewidths=0.5, alpha=0.9,
-    )  # fmt: skip
+        x,
+        y,
+        s=area * shares[order] + 2,
+        c=[colours[i] for i in order],
+        edgecolors="black",
+        linewidths=0.5,
+        alpha=0.9,
+    )
     centre = sampling.references[layer, :2, None]
     axes.plot(*centre, "+", color="black", markersize=12, markeredgewidth=3)
     axes.plot(*centre, "+", color="#00e5ff", markersize=11, markeredgewidth=1.5)
@@ -135,12 +140,22 @@ def _through_layers(axes: Axes, explanation: Explanation, query: ExplainedQuery)
 def _level_key(axes: Axes, explanation: Explanation) -> None:
     axes.legend(
         handles=[
-            Line2D([], [], ls="", marker="o", mec="black", mew=0.5, color=level_colour(i),
-                   label=f"level {i} ({height}x{width})")
+            Line2D(
+                [],
+                [],
+                ls="",
+                marker="o",
+                mec="black",
+                mew=0.5,
+                color=level_colour(i),
+                label=f"level {i} ({height}x{width})",
+            )
             for i, (height, width) in enumerate(explanation.level_shapes)
         ],
-        fontsize=7, loc="best", framealpha=0.8,
-    )  # fmt: skip
+        fontsize=7,
+        loc="best",
+        framealpha=0.8,
+    )
 
 
 def _window(sampling: Sampling, query: ExplainedQuery | None, size: tuple[int, int]) -> Window:

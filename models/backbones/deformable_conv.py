@@ -52,8 +52,10 @@ class DeformableConv2d(nn.Conv2d):
             offset, modulation = computed[:, : 2 * self.points], computed[:, 2 * self.points :]
             m = modulation.sigmoid() if modulation.shape[1] else None
             place: dict[str, Any] = {
-                "stride": self.stride, "padding": self.padding, "dilation": self.dilation
-            }  # fmt: skip
+                "stride": self.stride,
+                "padding": self.padding,
+                "dilation": self.dilation,
+            }
             output: Tensor = deform_conv2d(x, offset, weight, bias, mask=m, **place)
             return output
 

@@ -35,10 +35,12 @@ class Options(RecipeOptions):
     """Options of denoising, under their names in DINO, with `dn_number` as `num_denoising`."""
 
     num_denoising: int = option(
-        100, "noised copies of an image's objects in training, and as many negative ones; 0: none. "
+        100,
+        "noised copies of an image's objects in training, and as many negative ones; 0: none. "
         "There is at least one copy of each object. With compile, their number is fixed.",
-        low=0, most=10_000,
-    )  # fmt: skip
+        low=0,
+        most=10_000,
+    )
     dn_label_noise: float = option(
         0.5, "half of it is the probability that a copy has a random label", low=0, high=1
     )
@@ -46,9 +48,10 @@ class Options(RecipeOptions):
         1.0, "how far its corners move: at most this many half widths and heights", low=0, high=10
     )
     dn_contrast: bool = option(
-        True, "add negative copies, moved one to two times as far, which are background",
+        True,
+        "add negative copies, moved one to two times as far, which are background",
         off="copies that stand for objects alone, as in DN-DETR",
-    )  # fmt: skip
+    )
 
     @property
     def active(self) -> bool:

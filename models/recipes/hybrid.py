@@ -27,9 +27,11 @@ class Options(RecipeOptions):
     k_one2many: int = option(6, "how many of these queries learn each object", low=1, most=1000)
     lambda_one2many: float = option(1.0, "weight of the losses of these queries", above=0)
     hybrid_proposals: bool = option(
-        False, "two_stage: these queries start from proposals of heads of their own, as in "
-        "Relation-DETR, else from those that rank next", rare=True,
-    )  # fmt: skip
+        False,
+        "two_stage: these queries start from proposals of heads of their own, as in "
+        "Relation-DETR, else from those that rank next",
+        rare=True,
+    )
 
 
 @RECIPES.register("hybrid")

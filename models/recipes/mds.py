@@ -33,9 +33,11 @@ class Options(RecipeOptions):
     """Options of MDS-DETR."""
 
     mds_cls_factor: float = option(
-        0.5, "weight of the class loss of the decoder's layers, as a part of cls_loss_coef",
-        above=0, rare=True,
-    )  # fmt: skip
+        0.5,
+        "weight of the class loss of the decoder's layers, as a part of cls_loss_coef",
+        above=0,
+        rare=True,
+    )
 
 
 @RECIPES.register("mds")
@@ -122,9 +124,11 @@ class Suppressor(nn.Module):
         query, key, value = (
             part.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # [N,H,...,C/H]
             for part in (
-                query, torch.cat([key, token_key], dim=1), torch.cat([value, token_value], dim=1)
+                query,
+                torch.cat([key, token_key], dim=1),
+                torch.cat([value, token_value], dim=1),
             )
-        )  # fmt: skip
+        )
         bias = self.bias(scores, boxes).to(query.dtype)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         attended = self.out_proj(attended.transpose(1, 2).flatten(2))

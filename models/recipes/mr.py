@@ -33,9 +33,11 @@ class Options(RecipeOptions):
         10, "learned tokens that self-attention of one of the ways has", low=1, most=1000, rare=True
     )
     mr_enc_factor: float = option(
-        3.0, "two-stage: weight of the encoder's losses, as a multiple of the coefficients",
-        above=0, rare=True,
-    )  # fmt: skip
+        3.0,
+        "two-stage: weight of the encoder's losses, as a multiple of the coefficients",
+        above=0,
+        rare=True,
+    )
 
 
 class FeedForward(nn.Module):

@@ -29,9 +29,11 @@ class Options(RecipeOptions):
     """Options of MS-DETR."""
 
     ms_cls_factor: float = option(
-        0.5, "weight of the class loss of the queries that detect, as a part of cls_loss_coef",
-        above=0, rare=True,
-    )  # fmt: skip
+        0.5,
+        "weight of the class loss of the queries that detect, as a part of cls_loss_coef",
+        above=0,
+        rare=True,
+    )
 
 
 class AuxiliaryBlock(nn.Module):
