@@ -36,7 +36,7 @@ from engine.evaluation.outcomes import (
     thresholds,
     wrong_by_class,
 )
-from util.console import in_line
+from util.console import short_name
 from util.draw import draw_boxes, side_by_side
 from util.files import write_atomic
 from util.html import inline_image, render, svg
@@ -161,7 +161,7 @@ class Analysis:
         np.fill_diagonal(matrix, 0)
         order = np.argsort(-matrix, axis=None, kind="stable")[:count]
         cells = zip(*np.unravel_index(order, matrix.shape), strict=True)
-        names = [in_line(c.name) for c in self.classes]
+        names = [short_name(c.name) for c in self.classes]
         return [(names[i], names[j], int(matrix[i, j])) for i, j in cells if matrix[i, j]]
 
 

@@ -3,14 +3,14 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.evaluation.identify import CategoryIds, Key, find_categories, find_images
 from engine.evaluation.matching import Bools, Detections, Floats, Truth
 from util.errors import DataError
-from util.files import read_regular
+from util.files import no_text, read_regular
 
 _LARGEST = 2**34  # bytes
 _KEYS = ("image_id", "category_id", "bbox", "score")
@@ -27,7 +27,8 @@ def read_detections(
     """Read a list of `{"image_id", "category_id", "bbox": [x, y, w, h], "score"}`.
 
     Images may be named by their ids, or by names or stems of their files; categories by ids or
-    names. With `class_agnostic`, all are of the first category.
+    names. A `file_name` or `category_name` beside an id that means another one counts, as `predict`
+    writes them. With `class_agnostic`, all are of the first category.
 
     Returns the detections, and notices: of entries that cannot be read, and of images and
     categories that the data lack, which are skipped; of how images were named; and of boxes that
@@ -37,15 +38,23 @@ def read_detections(
         DataError: there is no such file, it is not such a list, its boxes are fractions, most of
             its images are not in the data, or its category ids seem to be others.
     """
-    keys, box, score, notices = _readable(_load(path), path)
-    image, more = find_images([key[0] for key in keys], truth, path)
+    rows, box, score, notices = _readable(_load(path), path)
+    file_names = [row.file_name for row in rows]
+    image, more = find_images([row.image for row in rows], file_names, truth, path)
     notices += more
     if class_agnostic:
-        category = np.zeros(len(keys), dtype=np.int64)
+        category = np.zeros(len(rows), dtype=np.int64)
     else:
-        named, found = [key[1] for key in keys], image >= 0
         category, more = find_categories(
-            named, truth, path, image=image, box=box, score=score, use=found, reading=category_ids
+            [row.category for row in rows],
+            [row.category_name for row in rows],
+            truth,
+            path,
+            image=image,
+            box=box,
+            score=score,
+            use=image >= 0,
+            reading=category_ids,
         )
         notices += more
     detections = Detections(image=image, category=category, box=box, score=score).select(
@@ -77,27 +86,30 @@ def _beyond(detections: Detections, truth: Truth) -> Bools:
 
 def _load(path: Path) -> list[Any]:
     try:
-        entries = json.loads(read_regular(path, _LARGEST))
+        data = read_regular(path, _LARGEST)
+        if what := no_text(data):
+            raise DataError(f"{path}: {what}.")
+        entries = json.loads(data)
     except OSError as error:
         raise DataError(
             f"{path}: cannot read the detections ({error.strerror}). Check the path."
         ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}). Write the file again.") from None
+        lines = isinstance(error, json.JSONDecodeError) and error.msg == "Extra data"
+        hint = "A list of all is needed, not JSON lines" if lines else "Write the file again"
+        raise DataError(f"{path}: not valid JSON ({error}). {hint}.") from None
     if not isinstance(entries, list):
         raise DataError(f"{path}: a list of detections is needed, not one object. {_FORMAT}")
     return entries
 
 
-def _readable(
-    entries: list[Any], path: Path
-) -> tuple[list[tuple[Key, Key]], Floats, Floats, list[str]]:
-    """Return image and category as they are written, box and score of the entries that have them.
+def _readable(entries: list[Any], path: Path) -> tuple[list["_Row"], Floats, Floats, list[str]]:
+    """Return the entries that can be read, their boxes and scores, and a notice of the others.
 
     Raises:
-        DataError: none has.
+        DataError: none can be read.
     """
-    rows: list[tuple[Key, Key, list[float], float]] = []
+    rows: list[_Row] = []
     faults: Counter[str] = Counter()
     first = ""
     for number, entry in enumerate(entries):
@@ -115,13 +127,24 @@ def _readable(
         notices.append(
             f"{faults.total()} of {len(entries)} entries skipped: {kinds}; the first is {first}"
         )
-    box = np.array([row[2] for row in rows], dtype=np.float64).reshape(-1, 4)
-    score = np.array([row[3] for row in rows], dtype=np.float64)
-    return [row[:2] for row in rows], box, score, notices
+    box = np.array([row.box for row in rows], dtype=np.float64).reshape(-1, 4)
+    score = np.array([row.score for row in rows], dtype=np.float64)
+    return rows, box, score, notices
 
 
-def _row(entry: Any) -> tuple[Key, Key, list[float], float] | str:
-    """Return image, category, box and score of an entry, or what is wrong with it."""
+class _Row(NamedTuple):
+    """An entry as it is written; names are "" where there are none."""
+
+    image: Key
+    category: Key
+    file_name: str
+    category_name: str
+    box: list[float]
+    score: float
+
+
+def _row(entry: Any) -> _Row | str:
+    """Return what an entry says, or what is wrong with it."""
     if not isinstance(entry, dict) or not all(key in entry for key in _KEYS):
         return f"not an object with {', '.join(_KEYS)}"
     keys: list[Key] = []
@@ -142,7 +165,11 @@ def _row(entry: Any) -> tuple[Key, Key, list[float], float] | str:
     if sides[2] < 0 or sides[3] < 0:
         return "bbox has a negative width or height; it must be [x, y, width, height]"
     score = _number(entry["score"])
-    return "score is not a finite number" if score is None else (keys[0], keys[1], sides, score)
+    if score is None:
+        return "score is not a finite number"
+    names = (entry.get(key) for key in ("file_name", "category_name"))
+    file_name, category_name = (name if isinstance(name, str) else "" for name in names)
+    return _Row(keys[0], keys[1], file_name, category_name, sides, score)
 
 
 def _number(value: Any, limit: float = 1e9) -> float | None:

@@ -1,8 +1,9 @@
 """Which images and categories of the data other programs mean in their detections.
 
-Some name images by the stem of the file instead of the id, and count categories from 0 where the
-data count from 1. A wrong guess would be a wrong AP: images are found by what fits all of them,
-and category ids that seem to be others are refused until an option says how to read them.
+Some name images by the stem of the file instead of the id, or number them in their own way beside
+the file's name, and count categories from 0 where the data count from 1. A wrong guess would be a
+wrong AP: images are found by what fits all of them, and category ids that seem to be others are
+refused until an option says how to read them.
 """
 
 from collections import defaultdict
@@ -28,12 +29,17 @@ _MAX_RIGHT, _MIN_RIGHT = 0.1, 0.8  # shares of boxes on objects, as the ids are 
 _MAX_COMPARED = 100_000  # the best of the detections
 
 
-def find_images(keys: Sequence[Key], truth: Truth, path: Path) -> tuple[Ints, list[str]]:
+def find_images(
+    keys: Sequence[Key], file_names: Sequence[str], truth: Truth, path: Path
+) -> tuple[Ints, list[str]]:
     """Return the position of each named image in the data, -1 where there is none, and notices.
+
+    `file_names` come with them, "" where there is none.
 
     Raises:
         DataError: most of the named images are not in the data.
     """
+    keys = _telling(keys, file_names, truth)
     distinct = list(dict.fromkeys(keys))
     by_id = _by_id(distinct, truth)
     by_name = {} if len(by_id) == len(distinct) else _by_name(distinct, truth)
@@ -61,8 +67,23 @@ def find_images(keys: Sequence[Key], truth: Truth, path: Path) -> tuple[Ints, li
     return positions, notices
 
 
+def _telling(keys: Sequence[Key], file_names: Sequence[str], truth: Truth) -> Sequence[Key]:
+    """Return the names of files in the place of ids that lead to other images, or to fewer.
+
+    A number that fits may be another image's, as where images are counted from 0; a name hardly.
+    """
+    if not all(file_names):
+        return keys
+    by_id, by_name = _by_id(dict.fromkeys(keys), truth), _by_name(dict.fromkeys(file_names), truth)
+    pairs = dict.fromkeys(zip(keys, file_names, strict=True))
+    agree = all(by_id.get(key) == by_name.get(name) for key, name in pairs)
+    fewer = len(set(by_name.values())) < len(set(by_id.values()))
+    return keys if agree or fewer else file_names
+
+
 def find_categories(
     keys: Sequence[Key],
+    class_names: Sequence[str],
     truth: Truth,
     path: Path,
     *,
@@ -74,7 +95,8 @@ def find_categories(
 ) -> tuple[Ints, list[str]]:
     """Return the position of each category in the data, -1 where there is none, and notices.
 
-    "auto" takes ids as they are. `use` says of which detections the image is known.
+    "auto" takes ids as they are, unless `class_names`, "" where there are none, say another. `use`
+    says of which detections the image is known.
 
     Raises:
         DataError: with "auto", the boxes lie on objects whose ids show that others are meant.
@@ -89,6 +111,12 @@ def find_categories(
     chosen = _readings(truth)["as_is" if reading == "auto" else reading]
     found = {key: chosen(number) for key, number in numbers.items()}
     found |= {key: names.get(str(key), -1) for key in distinct if key not in numbers}
+    notices = []
+    if reading == "auto" and (wrong := _named_otherwise(keys, class_names, found, truth)):
+        notices.append(f"categories are taken by their names, not by their ids: {wrong}")
+        keys, numbers = class_names, {}
+        distinct = list(dict.fromkeys(keys))
+        found = {key: names.get(str(key), -1) for key in distinct}
     positions = np.array([found[key] for key in keys], dtype=np.int64)
     if reading == "auto" and numbers:
         boxes = Detections(image, np.zeros_like(image), box, score)
@@ -96,12 +124,26 @@ def find_categories(
         usable = use & np.array([key in numbers for key in keys], dtype=np.bool_)
         _refuse_others(raw[usable], boxes.select(usable), truth, path)
     if (positions >= 0).all():
-        return positions, []
+        return positions, notices
     unknown = [key for key in sorted(distinct, key=str) if found[key] < 0]
-    return positions, [
+    notices.append(
         f"{int((positions < 0).sum())} of {len(keys)} detections skipped: their categories (ids "
         f"{', '.join(f'{key!s:.40}' for key in unknown[:5])}) are not in the data"
-    ]
+    )
+    return positions, notices
+
+
+def _named_otherwise(
+    keys: Sequence[Key], class_names: Sequence[str], found: Mapping[Key, int], truth: Truth
+) -> str:
+    """Return an id that means another category than the name beside it, "" if none does."""
+    known = {name: k for k, name in enumerate(truth.class_names)}
+    if not all(class_names) or len(known) < len(truth.class_names):
+        return ""
+    for key, name in dict.fromkeys(zip(keys, class_names, strict=True)):
+        if name in known and found[key] != known[name]:
+            return f"{key!s:.40} is not {name!r:.60} in the data"
+    return ""
 
 
 def _by_id(keys: Iterable[Key], truth: Truth) -> dict[Key, int]:
@@ -115,7 +157,8 @@ def _by_id(keys: Iterable[Key], truth: Truth) -> dict[Key, int]:
 def _by_name(keys: Iterable[Key], truth: Truth) -> dict[Key, int]:
     """Find images by file name, by its last part, by its stem, or by the number that is its stem.
 
-    What several images are called names none of them.
+    Of a name with folders that the data lack, the last part counts. What several images are called
+    names none of them.
     """
     named: tuple[Mapping[Key, list[int]], ...] = tuple(defaultdict(list) for _ in range(3))
     for position, name in enumerate(truth.file_names):
@@ -130,6 +173,7 @@ def _by_name(keys: Iterable[Key], truth: Truth) -> dict[Key, int]:
             named[0].get(key),
             named[1].get(key),
             named[2].get(key if number is None else number),
+            named[1].get(PureWindowsPath(key).name) if isinstance(key, str) else None,
         )
         matches = next((way for way in ways if way), [])
         if len(matches) == 1:

@@ -150,6 +150,32 @@ def test_predictions_do_not_depend_on_the_batch_size(
     assert_same_detections(*found)
 
 
+def test_predictions_are_evaluated_as_detections_are(
+    cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """`predict` numbers images from 0 by name, the data from 1 the other way round."""
+    truth = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
+    ids = sorted((image["id"] for image in truth["images"]), reverse=True)
+    for image in truth["images"]:
+        image["id"] = ids.index(image["id"]) + 1
+    for annotation in truth["annotations"]:
+        annotation["image_id"] = ids.index(annotation["image_id"]) + 1
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    done = cli("predict", "--checkpoint", finished_run / "last.pth", "--input",
+               shapes / "val2017", "--output_dir", tmp_path, "--no_draw")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = cli("eval", "--detections", tmp_path / "predictions.json", "--val_annotations",
+               tmp_path / "truth.json", "--output_dir", tmp_path, "--no_analysis")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "images are named by their files, not by their ids: 7 of 7 names" in done.stdout
+    expected, actual = (
+        json.loads((folder / "eval" / "results.json").read_text())
+        for folder in (finished_run, tmp_path)
+    )
+    assert actual["num_detections"] == expected["num_detections"]
+    assert actual["stats"] == pytest.approx(expected["stats"], abs=1e-4)
+
+
 def assert_same_detections(actual: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
     """Pair the detections of each image; scores that are all but equal may change places."""
     assert [d["image_id"] for d in actual] == [d["image_id"] for d in expected]

@@ -155,6 +155,57 @@ def test_stems_that_are_numbers_are_found_where_ids_are_others(tmp_path: Path) -
     ]
 
 
+@pytest.mark.parametrize(
+    ("image_ids", "names", "positions", "told"),
+    [
+        ([2, 3], ["b 1.jpg", "cat.v2.jpg"], [0, 3], True),  # counted from 2, other images
+        ([0, 1], ["a/b 1.jpg", "found/cat.v2.jpg"], [0, 3], True),
+        ([2, 12], ["b 1.jpg", "cat.v2.jpg"], [0, 3], False),  # both mean the same
+        ([3, 4], ["0012.png", "0012.png"], [1, 2], False),  # two files are called so
+        ([2, 12], ["x.jpg", "y.jpg"], [0, 3], False),
+        ([2, 3], ["b 1.jpg", None], [0, 1], False),
+        ([2, 3], ["b 1.jpg", 7], [0, 1], False),
+    ],
+)
+def test_a_file_name_beside_the_id_says_which_image_is_meant(
+    image_ids: list[int], names: list[Any], positions: list[int], told: bool, tmp_path: Path
+) -> None:
+    """Numbers of the data that lead to other images would give an AP of nearly 0."""
+    entries = [
+        {**GOOD, "image_id": number, "file_name": name}
+        for number, name in zip(image_ids, names, strict=True)
+    ]
+    found, notices = read_detections(write(tmp_path / "d.json", entries), NAMED)
+    assert found.image.tolist() == positions
+    assert any("named by their files, not by their ids" in notice for notice in notices) == told
+
+
+@pytest.mark.parametrize(
+    ("ids", "names", "categories", "told"),
+    [
+        ([7, 90], ["cat", "dog"], [1, 0], "7 is not 'cat' in the data"),  # 7 is dog, 90 cat
+        ([0, 1], ["dog", "cat"], [0, 1], "0 is not 'dog' in the data"),
+        ([7, 90], ["dog", "cat"], [0, 1], ""),
+        ([7, 90], ["Hund", "Katze"], [0, 1], ""),  # of another language
+        ([7, 90], ["cat", ""], [0, 1], ""),
+    ],
+)
+def test_a_category_name_beside_the_id_says_which_category_is_meant(
+    ids: list[int], names: list[str], categories: list[int], told: str, tmp_path: Path
+) -> None:
+    entries = [
+        {**GOOD, "image_id": 2, "category_id": number, "category_name": name}
+        for number, name in zip(ids, names, strict=True)
+    ]
+    path = write(tmp_path / "d.json", entries)
+    found, notices = read_detections(path, NAMED)
+    assert found.category.tolist() == categories
+    expected = f"categories are taken by their names, not by their ids: {told}"
+    assert notices == ([expected] if told else [])
+    found, _ = read_detections(path, NAMED, category_ids="as_is")
+    assert found.category.tolist() == [NAMED.category_ids.tolist().index(i) for i in ids if i > 1]
+
+
 def test_numbers_may_be_text_and_categories_names(tmp_path: Path) -> None:
     texts = {"image_id": "2", "category_id": "90", "bbox": ["1", "2", "3.5", "4"], "score": "0.25"}
     path = write(tmp_path / "d.json", [texts, {**GOOD, "image_id": 3, "category_id": "dog"}])
