@@ -71,6 +71,10 @@ _OURS: Mapping[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(("max_image_pixels", "pixel_limit"), ("max_pixels",)),
     **dict.fromkeys(("scales", "multi_scale"), ("train_scales",)),
+    **dict.fromkeys(
+        ("filter_empty_gt", "filter_empty", "remove_empty", "remove_images_without_annotations"),
+        ("empty_images 0",),
+    ),
     **dict.fromkeys(("workers", "n_workers", "dataloader_num_workers", "j"), ("num_workers",)),
     **dict.fromkeys(("cache", "cache_mode"), ("cache_images",)),
     **dict.fromkeys(

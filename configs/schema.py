@@ -427,6 +427,10 @@ class EvalDataConfig(DataSource):
 class DataConfig(EvalDataConfig, TrainDataConfig):
     """Data of training and evaluation, and augmentation."""
 
+    empty_images: float = option(
+        1.0, "share of the training images without boxes that is trained on, evenly spaced; "
+        "0: none", low=0, high=1,
+    )  # fmt: skip
     train_scales: tuple[int, ...] = option(
         tuple(range(480, 801, 32)),
         "short sides drawn from in training, pixels (with --augment none: --eval_scale)", low=16,

@@ -203,6 +203,12 @@ def load_index(
     )
     if not world.main and world.local_rank == 0:
         index.require_images()
+    if split == "train" and cfg.empty_images < 1:
+        whole, index = len(index), index.with_background(cfg.empty_images)
+        console(
+            f"notice: empty_images {cfg.empty_images:g}: {whole - len(index)} of {whole} training "
+            "images, without boxes, are left out"
+        )
     return index
 
 

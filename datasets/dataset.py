@@ -26,6 +26,7 @@ from datasets.images import (
     read_header,
     read_reduced,
     read_rgb,
+    unread_kinds,
 )
 from datasets.index import CocoIndex
 from datasets.mixing import Mixing
@@ -34,6 +35,7 @@ from datasets.transforms import Transform
 from datasets.windows import Windows, open_windows
 from util.batch import Target, UnreadableImage
 from util.classes import Classes
+from util.console import console
 from util.errors import ConfigError, DataError
 from util.files import read_regular
 
@@ -277,18 +279,36 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
         elif os.path.isfile(path):
             images = [path]
         elif os.path.isdir(path):
-            images = sorted(p for p in files_below(path) if is_image(p))
+            images = _images_among(sorted(files_below(path)), text)
         else:
             matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
-            images = [p for p in matches if is_image(p)]
             if not matches:
                 raise DataError(
                     f"`input {text}`: no image, folder or pattern leads to a file. Check the path."
                 )
+            images = _images_among(matches, text)
         if not images:
             raise DataError(f"`input {text}`: there are no images there.")
         found.update(dict.fromkeys(images))
     return list(found)
+
+
+def _images_among(paths: Sequence[Path], text: str) -> list[Path]:
+    """Return those that are images, and report those that are images of kinds not read.
+
+    Raises:
+        DataError: there are no others.
+    """
+    images = [path for path in paths if is_image(path)]
+    unread = unread_kinds(paths)
+    if unread and not images:
+        raise DataError(
+            f"`input {text}`: its images are of kinds that are not read: {unread}. Convert them to "
+            "JPEG or PNG."
+        )
+    if unread:
+        console(f"notice: `input {text}`: skips images of kinds that are not read: {unread}")
+    return images
 
 
 def _listed(text: str) -> list[Path]:

@@ -4,7 +4,8 @@ import contextlib
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from util.files import open_regular
+from util.files import open_regular, stand_in
 
 LARGEST_IMAGE = 2**31  # bytes
 # What reading raises of files that are missing, damaged, truncated, huge or no images.
@@ -86,7 +87,10 @@ def open_image(file: Path | IO[bytes] | Image.Image) -> Iterator[Image.Image]:
                 image = stack.enter_context(Image.open(file))
         except UnidentifiedImageError as error:  # which would describe the open file
             name = getattr(file, "name", "")
-            raise UnidentifiedImageError(f"cannot identify image file {name!r}") from error
+            file.seek(0)
+            what = stand_in(file.read(64))
+            text = f"{name!r} {what}" if what else f"cannot identify image file {name!r}"
+            raise UnidentifiedImageError(text) from error
         except Image.DecompressionBombError as error:  # of twice the limit
             size = str(error).split(" exceeds")[0]
             raise Image.DecompressionBombError(f"{size}: over {hint}") from None
@@ -242,13 +246,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # the usual ones
+# Images that Pillow does not read, but people's folders hold: of phones, cameras and scanners.
+_UNREAD = (
+    *(".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf"),
+    *(".rw2", ".exr", ".dcm"),
+)
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a file has the name of an image, of any format that Pillow reads."""
-    suffix = path.suffix.lower()
-    known = suffix in SUFFIXES or suffix in _all_suffixes()
-    return known and not path.name.startswith("._") and os.path.isfile(path)  # ._: a Mac's
+    """Return whether there is a file with the name of an image, of any format that is read."""
+    return is_image_name(path.name) and os.path.isfile(path)
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a name, with folders or without, is one of an image that can be read."""
+    place, suffix = os.path.splitext(name)
+    known = suffix.lower() in SUFFIXES or suffix.lower() in _all_suffixes()
+    return known and not os.path.basename(place).startswith("._")  # a Mac's
+
+
+def unread_kinds(paths: Iterable[Path]) -> str:
+    """Return how many files are images of kinds that are not read, such as "3 .heic"; or ""."""
+    suffixes = Counter(path.suffix.lower() for path in paths)
+    unread = (kind for kind in _UNREAD if suffixes[kind] and kind not in _all_suffixes())
+    return ", ".join(f"{suffixes[kind]} {kind}" for kind in unread)
 
 
 @lru_cache

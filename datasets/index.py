@@ -25,19 +25,19 @@ from numpy.typing import NDArray
 from datasets.arrays import Annotations, Images, Names
 from datasets.checks.boxes import check_boxes, clip_some
 from datasets.checks.entries import CocoContent, check_content, read_piece
-from datasets.checks.findings import Notice, SplitReport, short_name
+from datasets.checks.findings import Notice, SplitReport
 from datasets.checks.images import check_headers
-from datasets.formats.coco import LARGEST, parse_json, read_bytes, require_folder
+from datasets.formats.coco import LARGEST, parse_coco, read_bytes, require_folder
 from datasets.formats.coco_pieces import Unsuitable, file_digest, read_pieces
 from datasets.formats.registry import USUAL, Reading, Source
 from datasets.formats.stamps import Stamp
 from util.classes import Classes
-from util.console import console, in_line
+from util.console import console, in_line, short_name
 from util.errors import DataError
 from util.files import atomic_path, open_regular
 
 _CLASSES_SHOWN = 12
-_VERSION = 7  # of the kept arrays, and of the readers and checks that fill them
+_VERSION = 8  # of the kept arrays, and of the readers and checks that fill them
 _MIN_BYTES = 4_000_000  # smaller files are read again in a moment
 _MIN_FILES = 1000  # in folders with fewer, too
 _LARGE = 1 << 26  # bytes of files that are parsed in pieces
@@ -83,7 +83,7 @@ class CocoIndex:
         evaluation alike. `classes` are the categories of a file that has none.
 
         Raises:
-            DataError: see `require_folder`, `parse_json`, `check_content` and `from_content`.
+            DataError: see `require_folder`, `parse_coco`, `check_content` and `from_content`.
         """
         if image_dir is not None:
             require_folder(image_dir)
@@ -101,7 +101,7 @@ class CocoIndex:
         # What was kept without annotations may lack the list of them: that is refused here.
         if content is None or (need_boxes and not len(content.annotations.ids)):
             whole = (
-                _parse_large(json_path, reading) if data is None else parse_json(data, json_path)
+                _parse_large(json_path, reading) if data is None else parse_coco(data, json_path)
             )
             source = Source(whole, Path(), json_path, reading=reading)
             if classes is not None and not source.content.get("categories"):
@@ -226,9 +226,21 @@ class CocoIndex:
         The findings stay those of the whole split.
         """
         count = max(1, round(share * len(self)))
-        kept = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
+        return self._of(np.linspace(0, len(self) - 1, count).round().astype(np.int64))
+
+    def with_background(self, share: float) -> "CocoIndex":
+        """Return the images with boxes, and a share of the others, evenly spaced.
+
+        The findings stay those of the whole split.
+        """
+        empty = np.flatnonzero(self.boxes_per_image == 0)
+        kept = np.linspace(0, len(empty) - 1, round(share * len(empty))).round().astype(np.int64)
+        return self._of(np.setdiff1d(np.arange(len(self)), np.delete(empty, kept)))
+
+    def _of(self, kept: NDArray[np.int64]) -> "CocoIndex":
+        """Return some of the images, by ascending positions."""
         position = np.full(len(self), -1, dtype=np.int64)
-        position[kept] = np.arange(count)
+        position[kept] = np.arange(len(kept))
         annotations = self.annotations.select(np.flatnonzero(position[self.annotations.image] >= 0))
         rows = np.flatnonzero(np.repeat(position >= 0, self.boxes_per_image))
         return replace(
@@ -312,11 +324,11 @@ def _parse_large(path: Path, reading: Reading) -> dict[str, Any]:
     """Return what a large file holds, its annotations in arrays where that can be.
 
     Raises:
-        DataError: see `read_bytes` and `parse_json`.
+        DataError: see `read_bytes` and `parse_coco`.
     """
     with contextlib.suppress(Unsuitable, OSError):
         return read_pieces(path, "annotations", partial(read_piece, reading=reading))
-    return parse_json(read_bytes(path), path)
+    return parse_coco(read_bytes(path), path)
 
 
 def cache_folder() -> Path:

@@ -14,7 +14,7 @@ from datasets.images import READ_ERRORS, read_rgb
 from engine.detector import DEFAULT_THRESHOLD, Box, Detector
 from engine.explain.page import INTRODUCTION, page_of, title_of
 from engine.predictions import with_boxes
-from util.console import in_line
+from util.console import in_line, short_name
 from util.errors import DataError, UserError
 
 _KEPT = 3600, 24 * 3600  # seconds: how often dropped images are looked through, how old they get
@@ -117,7 +117,7 @@ def box_at(shown: Sequence[Box], x: float, y: float) -> int | None:
 def summary(shown: Sequence[Box]) -> str:
     """Return how many boxes there are, in all and by class, most frequent first."""
     counts = Counter(box.name for box in shown)
-    by_class = ", ".join(f"{in_line(name)} {count}" for name, count in counts.most_common())
+    by_class = ", ".join(f"{short_name(name)} {count}" for name, count in counts.most_common())
     return f"{len(shown)} box{'' if len(shown) == 1 else 'es'}{': ' * bool(shown)}{by_class}"
 
 

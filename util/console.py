@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 log = logging.getLogger("deformable_detr")
 _LONGEST_ERROR = 500  # characters
+LONGEST_NAME = 180  # characters: a name may be anything, a whole file in base64 too
 # What a terminal obeys instead of showing it: control characters, and those that turn the direction
 # of writing. Names in data come from strangers.
 _COMMANDS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069"
@@ -29,6 +30,12 @@ def in_line(name: str) -> str:
     So names that differ only in a zero-width space look different.
     """
     return "".join(c if c.isprintable() else _escape(c) for c in name)
+
+
+def short_name(name: str) -> str:
+    """Return a name as it is printed: on one line, and cut where it is very long."""
+    text = in_line(name[:LONGEST_NAME])
+    return text if len(name) <= LONGEST_NAME else f"{text}…"
 
 
 def _escape(character: str) -> str:

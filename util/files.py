@@ -11,6 +11,34 @@ from typing import BinaryIO
 
 from util.errors import ConfigError
 
+_HEAD = 400  # bytes that show what a file is
+# What people get in the place of a file, by its first bytes.
+_PAGE = "is a web page. Download it again: the link led to a page, not to the file"
+_STAND_INS = {
+    b"version https://git-lfs": "is a Git LFS pointer. Run `git lfs pull` to fetch the file",
+    b"<!doctype html": _PAGE,
+    b"<html": _PAGE,
+}
+_PACKED = {
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "ZIP", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz",
+    b"7z\xbc\xaf\x27\x1c": "7-Zip", b"Rar!\x1a\x07": "RAR",
+}  # fmt: skip
+
+
+def stand_in(head: bytes) -> str:
+    """Return what a file is that only stands for another, and what to do; "" for any other.
+
+    `head` has its first bytes, as many as `head_of` returns or more.
+    """
+    start = head[:_HEAD].lstrip().lower()
+    return next((what for begin, what in _STAND_INS.items() if start.startswith(begin)), "")
+
+
+def no_text(head: bytes) -> str:
+    """Return why a file is no text, and what to do, where that shows; see `stand_in`."""
+    packed = next((name for begin, name in _PACKED.items() if head.startswith(begin)), "")
+    return f"is packed ({packed}). Unpack it" if packed else stand_in(head)
+
 
 def make_output_dir(path: Path, option: str = "output_dir") -> None:
     """Make the folder of results, if it is not there; an error begins with `option`.
@@ -82,6 +110,15 @@ def read_regular(path: Path, limit: int) -> bytes:
     """Return the bytes of a regular file of at most `limit`; see `open_regular`."""
     with open_regular(path, limit) as file:
         return file.read()  # with a number, room for so many bytes would be made first
+
+
+def head_of(path: Path) -> bytes:
+    """Return the first bytes of a regular file, none where it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return file.read(_HEAD)
+    except (OSError, ValueError):  # a name that no file can have
+        return b""
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from util.errors import CheckpointError, brief
-from util.files import atomic_path, open_regular
+from util.files import atomic_path, open_regular, stand_in
 from util.pickled_arrays import is_plain_pickle, load_arrays
 
 # Official checkpoints pickle their command line; forks put paths in it.
@@ -33,11 +33,6 @@ _LONGEST_NAME = 1000  # of a class
 _SURROGATE = re.compile("[\ud800-\udfff]")  # what Python makes of bytes that are not UTF-8
 _SMALL = 1 << 20  # values: an expanded tensor of so many may be copied
 _QUOTE = "'\""
-_NOT_WEIGHTS = {
-    b"version https://git-lfs": "is a Git LFS pointer. Run `git lfs pull` to fetch the file.",
-    b"<!doctype html": "is a web page. Download it again: the link led to a page, not to the file.",
-    b"<html": "is a web page. Download it again: the link led to a page, not to the file.",
-}
 
 
 def load_safely(path: Path) -> Any:
@@ -241,10 +236,8 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(f"{path}: cannot be read: {_one_line(error)}.") from error
     if not head:
         raise CheckpointError(f"{path}: is empty. Copy the checkpoint again.")
-    start = head.lstrip().lower()
-    for magic, what in _NOT_WEIGHTS.items():
-        if start.startswith(magic):
-            raise CheckpointError(f"{path}: {what}")
+    if what := stand_in(head):
+        raise CheckpointError(f"{path}: {what}.")
 
 
 def _what_is_wrong(error: Exception) -> str:

@@ -20,6 +20,8 @@ _MIN_BOXES = 10  # from which a set has statistics
 _SOUND, _CONVINCING = 0.8, 0.9  # shares of boxes that fit their images
 _PAST_WHOLE = 1.5  # of an image: still a fraction, of a box that extends past the edge
 _MIN_AT_EDGE = 5  # boxes at 1 (or -1) where others would be at 0
+_MANY_BOXES, _MANY_IMAGES = 50, 10  # which do not all lie in one corner by chance
+_CORNER = 0.6  # of width and height
 _CELL = 8  # pixels of the finest feature level's cells
 _AT_ONCE = 1 << 18  # boxes; a set may have many more
 _SLACK = 1  # pixels past the edge that are not worth a word
@@ -77,6 +79,8 @@ def check_boxes(report: SplitReport) -> None:
     low, high = low.clip(0), np.minimum(high, size)
     report.xywh[past] = np.concatenate([low, high - low], axis=1)[past]
     report.fixed[past & (report.fixed == "")] = "past_edge"
+
+    _find_in_corner(report, np.asarray((report.flaw == "") & (report.fixed == "") & known))
 
     # Training takes the numbers as the file has them. Images that are not there, or known to be
     # unreadable, are never seen.
@@ -209,6 +213,22 @@ def _find_shifted(report: SplitReport, chosen: BoolArray) -> None:
     report.report_boxes(kind, chosen)
     report.xywh[chosen, :2] -= edge
     report.fixed[chosen] = kind
+
+
+def _find_in_corner(report: SplitReport, chosen: BoolArray) -> None:
+    """Report sets whose boxes all lie top left, as those of smaller versions of the images do."""
+    image = report.annotations.image
+    chosen = chosen & ~report.annotations.crowd
+    if chosen.sum() < _MANY_BOXES or len(np.unique(image[chosen])) < _MANY_IMAGES:
+        return
+    reach = np.zeros(2)
+    for part in _parts(len(chosen)):
+        box = report.annotations.xywh[part][chosen[part]]
+        size = report.images.sizes[image[part]][chosen[part], ::-1]
+        reach = np.maximum(reach, ((box[:, :2] + box[:, 2:]) / size).max(axis=0, initial=0))
+    if reach.max() < _CORNER:
+        detail = f"none reaches past {reach[0]:.0%} of the width and {reach[1]:.0%} of the height"
+        report.report_places("corner_bbox", [(report.source.place.name, detail)])
 
 
 def check_learning(report: SplitReport, limits: Limits) -> None:

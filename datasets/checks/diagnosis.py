@@ -1,6 +1,7 @@
 """Examine the splits of a data set: everything that is wrong with it, and a corrected copy."""
 
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,12 +21,14 @@ from datasets.checks.kinds import KINDS
 from datasets.checks.names import find_files
 from datasets.checks.values import is_area
 from datasets.class_mapping import map_used_classes
-from datasets.formats.layout import files_below
+from datasets.formats.layout import files_below, folded
 from datasets.formats.registry import Source
 from datasets.images import is_image
+from util.console import short_name
 from util.errors import DataError
 
 _NEW_AREA = ("normalised_bbox", "xyxy_bbox", "cxcywh_bbox")  # the old one is of other numbers
+_BETWEEN_WORDS = re.compile(r"[\s_-]+")
 _NEW_IDS = {"no_annotation_id", "repeated_annotation"}
 _MEANT = {  # of what is read in another way than it is written
     *("text_number", "text_id", "matched_name", "name_from_url"),
@@ -111,6 +114,7 @@ def examine(
         check_learning(report, limits)
         _check_duplicates(report)
         _check_classes(report)
+        _check_spellings(report)
     _check_unused(splits)
     for other in splits[1:]:
         _check_leaks(splits[0], other)
@@ -224,6 +228,17 @@ def _check_classes(report: SplitReport) -> None:
             if first[name] != number
         ],
     )
+
+
+def _check_spellings(report: SplitReport) -> None:
+    """Report names of classes that are another's in another spelling."""
+    first: dict[str, str] = {}
+    alike = []
+    for name in dict.fromkeys(report.classes.names):
+        other = first.setdefault(_BETWEEN_WORDS.sub("", folded(name)), name)
+        if other != name:
+            alike.append((short_name(name), f"as {short_name(other)!r}"))
+    report.report_places("alike_name", alike)
 
 
 def _compare_classes(train: SplitReport, other: SplitReport) -> None:

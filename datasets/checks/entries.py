@@ -16,6 +16,7 @@ from datasets.checks.interpret import interpret
 from datasets.checks.masks import box_around
 from datasets.checks.values import LIMIT, is_area, is_number, is_whole
 from datasets.formats.coco_pieces import Pieces, Unsuitable
+from datasets.formats.others import looks_like
 from datasets.formats.registry import Reading, Source
 from util.classes import Classes
 from util.errors import DataError
@@ -54,6 +55,7 @@ def check_content(source: Source, *, need_boxes: bool) -> CocoContent:
         if not isinstance(source.content.get(key), (list, Pieces)):
             raise DataError(
                 f"{place}: there is no list `{key}`. Use a COCO-format file of object instances."
+                f"{looks_like(place)}"
             )
         if not source.content[key] and key != "annotations":
             raise DataError(f"{place}: `{key}` is empty.")
@@ -267,6 +269,7 @@ def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
         (image >= 0) & (label < 0),
         lambda e: f"category_id {e.get('category_id')!r:.40}",
     )
+    _report_shifted(report, np.unique(columns.category_id[columns.has_category_id & (image >= 0)]))
     usable = (image >= 0) & (label >= 0)
     report_some("missing_key", usable & (np.isnan(area) | columns.no_crowd), _lacking)
     computed = usable & columns.computed
@@ -280,6 +283,24 @@ def _read_annotations(report: SplitReport, left_out: set[int]) -> None:
     report.annotation_rows = rows[kept]
     area = np.where(np.isnan(area), xywh[:, 2] * xywh[:, 3], area)
     report.annotations = Annotations(ids, image, label, xywh, area, columns.crowd).select(kept)
+
+
+def _report_shifted(report: SplitReport, used: IntArray) -> None:
+    """Report that category ids seem to be one less or one more than those of the categories.
+
+    Then some are none of these, and all would be after the same step.
+    """
+    known = report.classes.ids
+    if report.source.findings.get("one_based_class") or np.isin(used, known).all():
+        return
+    for step, word in ((1, "less"), (-1, "more")):
+        if np.isin(used + step, known).all():
+            detail = (
+                f"ids from {used.min()} to {used.max()}, categories from {min(known)} to "
+                f"{max(known)}: each one {word}?"
+            )
+            report.report_places("shifted_category", [(report.source.place.name, detail)])
+            return
 
 
 @dataclass(frozen=True, eq=False)

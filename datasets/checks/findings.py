@@ -17,11 +17,10 @@ from datasets.formats.coco_pieces import Pieces
 from datasets.formats.registry import Source
 from datasets.images import TURNED
 from util.classes import Classes
-from util.console import in_line
+from util.console import LONGEST_NAME, short_name
 
 SECTIONS = ("images", "annotations", "categories")
 NAMED = 3  # examples in a line
-_LONGEST = 180  # characters of one: a name may be anything, a whole file in base64 too
 _LISTED = 1000  # ids or places in a report of training, which of whole sets would be megabytes
 
 
@@ -314,11 +313,5 @@ def first_few(names: Iterable[str], total: int | None = None) -> str:
     """Return the first names of many, with dots where there are more."""
     listed = list(names)
     more = ", ..." if (len(listed) if total is None else total) > NAMED else ""
-    shown = [n if len(n) <= _LONGEST else f"{n[:_LONGEST]}…" for n in listed[:NAMED]]
+    shown = [n if len(n) <= LONGEST_NAME else f"{n[:LONGEST_NAME]}…" for n in listed[:NAMED]]
     return ", ".join(shown) + more
-
-
-def short_name(name: str) -> str:
-    """Return a name as it is printed: on one line, and cut where it is very long."""
-    text = in_line(name[:_LONGEST])
-    return text if len(name) <= _LONGEST else f"{text}…"

@@ -32,7 +32,7 @@ from datasets.images import (
 )
 from util.console import in_line, log
 from util.errors import DataError
-from util.files import read_regular
+from util.files import head_of, read_regular, stand_in
 from util.progress import progress
 
 _SIZES_CHECKED = 100  # images whose stated size is compared with the file when an index is made
@@ -42,12 +42,12 @@ _FEW = 64  # images that one process has decoded before others have started
 def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
     """Check which images are there, and read the headers of those that state no size and of some.
 
-    If one of these states another size than its file, or with `every_size`, all headers are read,
-    and every wrong size is put right. If those that are read are right, wrong ones among the others
-    go unnoticed.
+    If one of these states another size than its file, if none can be read, or with `every_size`,
+    all headers are read, and every wrong size is put right. If those that are read are right, wrong
+    ones among the others go unnoticed.
 
     Raises:
-        DataError: none of the images is there.
+        DataError: none of the images is there, or none can be read.
     """
     first, total = report.images.file_names[0], len(report.images.ids)
     missing = find_files(report)
@@ -66,21 +66,42 @@ def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
     step = 1 if every_size else max(1, len(stated) // _SIZES_CHECKED)
     compared = _read_headers(report, stated[::step])
     wrong = sum(found.contradicts(*images.sizes[i].tolist()) for i, found in compared.items())
-    if wrong and step > 1:
+    unread = all(found.state == "unreadable" for found in compared.values())
+    if (wrong or unread) and step > 1:
+        what = "cannot be read" if unread else "are of another size than stated"
         log.info(
-            f"{in_line(str(report.source.place))}: {wrong} of {len(compared)} images looked at "
-            f"are of another size than stated: reading the headers of all {len(stated)}"
+            f"{in_line(str(report.source.place))}: {wrong or len(compared)} of {len(compared)} "
+            f"images looked at {what}: reading the headers of all {len(stated)}"
         )
         compared = _read_headers(report, stated)
-    check_files(report, facts | compared, compared=len(compared))
+    facts |= compared
+    if len(facts) == total and all(facts[i].state == "unreadable" for i in present.tolist()):
+        path = report.path(int(present[0]))
+        raise DataError(
+            f"{in_line(str(path)):.250}: {_reason(path)}. Nor can any other of the {total} images "
+            "be read."
+        )
+    check_files(report, facts, compared=len(compared))
 
 
 def _read_headers(report: SplitReport, rows: IntArray) -> dict[int, FileFacts]:
     headers = {i: read_header(report.path(i)) for i in rows.tolist()}
     return {
-        i: FileFacts("unreadable") if header is None else FileFacts("sound", *header)
+        i: FileFacts("unreadable", error=stand_in(head_of(report.path(i))))
+        if header is None
+        else FileFacts("sound", *header)
         for i, header in headers.items()
     }
+
+
+def _reason(path: Path) -> str:
+    """Return why the header of an image cannot be read."""
+    what = stand_in(head_of(path))
+    try:
+        with open_image(path):
+            return what
+    except READ_ERRORS as error:
+        return what or f"cannot be read: {_line(error)}"
 
 
 def check_files(report: SplitReport, facts: Mapping[int, FileFacts], *, compared: int = 0) -> None:
@@ -132,8 +153,9 @@ def examine_file(path: Path, *, small: bool = False) -> FileFacts:
                 orientation = orientation_of(image)
                 shrunk = small_grey(image, orientation) if small else b""
     except READ_ERRORS as error:
+        what = stand_in(data)
         return FileFacts(
-            "truncated" if size else "unreadable", size, orientation, digest, _line(error)
+            "truncated" if size else "unreadable", size, orientation, digest, what or _line(error)
         )
     return FileFacts("sound", size, orientation, digest, small=shrunk)
 

@@ -69,8 +69,8 @@ KINDS: dict[str, Kind] = {
         "damaged XML, or a line that is not a box", "skips them", _OUT,
     ),
     "label_without_image": Kind(
-        FILE, "label files without an image", "YOLO boxes of an image that is not there",
-        "skips them", _OUT,
+        FILE, "label files without an image", "YOLO boxes of an image that is not there, or of a "
+        "kind that is not read", "skips them", _OUT,
     ),
     "odd_layout": Kind(
         FILE, "unusual folder layout", "something that the format normally has is not there",
@@ -181,6 +181,11 @@ KINDS: dict[str, Kind] = {
         FILE, "annotations of unknown categories", "`category_id` is not in `categories`",
         "skips them", _OUT,
     ),
+    "shifted_category": Kind(
+        FILE, "category ids that seem to be one off", "some are not in `categories`, and all would "
+        "be if each were one more, or one less", "takes them as they are: every class is the next "
+        "one, or skipped; count both from the same number",
+    ),
     "broken_bbox": Kind(
         BOXES, "broken boxes", "not four finite numbers (missing, NaN, text)", "skips them", _OUT
     ),
@@ -255,6 +260,11 @@ KINDS: dict[str, Kind] = {
         "takes them as they are: one pixel off; for VOC data, set `voc_corners` to edges",
         "shifted by one pixel",
     ),
+    "corner_bbox": Kind(
+        BOXES, "boxes that all lie top left", "over the whole set, none reaches past 60 % of its "
+        "image: per cent, or pixels of a smaller version of the images?",
+        "takes them as they are: look at them", note=True,
+    ),
     "repeated_bbox": Kind(
         BOXES, "repeated boxes", "the same numbers and class as another box of the image",
         "keeps each, and so teaches two answers for one object", "the first is kept",
@@ -301,6 +311,10 @@ KINDS: dict[str, Kind] = {
     "repeated_name": Kind(
         SPLITS, "classes that share a name", "two ids with the same name",
         "distinguishes them by id", note=True,
+    ),
+    "alike_name": Kind(
+        SPLITS, "classes whose names differ in case, blanks or dashes alone",
+        "two spellings of one class?", "learns each as a class of its own", note=True,
     ),
     "unknown_class": Kind(
         SPLITS, "classes of val's boxes that train does not have",

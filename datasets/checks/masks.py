@@ -29,6 +29,7 @@ def _around_polygons(polygons: Any) -> list[float] | None:
     if not isinstance(polygons, Sequence) or isinstance(polygons, str) or not polygons:
         return None
     parts = polygons if all(isinstance(part, list) for part in polygons) else [polygons]
+    parts = [part for part in parts if part]
     is_points = all(len(part) == 2 for part in parts)
     if not is_points and any(len(part) < 6 or len(part) % 2 for part in parts):
         return None

@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import os
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from PIL import Image
 
 from datasets.arrays import BoolArray, IntArray, Names
 from datasets.checks.findings import FileFacts, Findings, SplitReport
-from datasets.formats.layout import is_hidden, listings
+from datasets.formats.layout import folded, is_hidden, listings, nfc
 
 _LISTED = 1_000_000  # files of a folder that are looked through
 _COMPARED = 1_000  # names that a missing one is compared with
@@ -237,18 +236,10 @@ def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in Image.registered_extensions()
 
 
-def _nfc(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
-def _folded(name: str) -> str:
-    return _nfc(_nfc(name).casefold())
-
-
 def _stem(name: str) -> str:
     """Return a name in one case without its suffix, if that is one of an image."""
-    folded = _folded(name)
-    return os.path.splitext(folded)[0] if _is_image(folded) else folded
+    form = folded(name)
+    return os.path.splitext(form)[0] if _is_image(form) else form
 
 
 _SPELLINGS: Sequence[tuple[str, Callable[[str, Path], str]]] = (
@@ -258,13 +249,13 @@ _SPELLINGS: Sequence[tuple[str, Callable[[str, Path], str]]] = (
     ("unquoted", _unquoted),
 )
 _LOOSE: Sequence[tuple[str, Callable[[str], str], bool]] = (
-    ("other form of accents", _nfc, False),
-    ("other case", _folded, False),
+    ("other form of accents", nfc, False),
+    ("other case", folded, False),
     ("other suffix", _stem, True),
 )
 _BY_BASE_NAME: Sequence[tuple[str, Callable[[str], str]]] = (
     ("base name", str),
-    ("base name, other case", _folded),
+    ("base name, other case", folded),
     ("base name, other suffix", _stem),
 )
 

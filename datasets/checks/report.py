@@ -14,9 +14,10 @@ from PIL import Image, ImageOps
 
 from datasets.arrays import FloatArray, IntArray
 from datasets.checks.diagnosis import Diagnosis
-from datasets.checks.findings import NAMED, Finding, SplitReport, first_few, short_name
+from datasets.checks.findings import NAMED, Finding, SplitReport, first_few
 from datasets.checks.kinds import BOXES, KINDS
 from datasets.images import READ_ERRORS, read_rgb
+from util.console import short_name
 from util.draw import draw_boxes
 from util.html import inline_image, render, svg
 from util.plot import column_chart

@@ -8,10 +8,11 @@ from typing import Any
 
 from datasets.formats.coco_layouts import coco_layout, find_coco
 from datasets.formats.coco_pieces import without_collection
+from datasets.formats.others import looks_like
 from datasets.formats.registry import FORMATS, Format, Placer, Source, Split
 from datasets.formats.text import not_utf8
 from util.errors import DataError
-from util.files import make_output_dir, read_regular, write_atomic
+from util.files import make_output_dir, no_text, read_regular, write_atomic
 
 LARGEST = 2**34  # bytes; the largest public set takes 6 GB
 
@@ -32,7 +33,7 @@ def read_coco_file(path: Path, image_dir: Path) -> Source:
         DataError: the file or the folder is not there, or the file is not JSON.
     """
     require_folder(image_dir)
-    return Source(parse_json(read_bytes(path), path), image_dir, path)
+    return Source(parse_coco(read_bytes(path), path), image_dir, path)
 
 
 def require_folder(image_dir: Path) -> None:
@@ -61,6 +62,10 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     Raises:
         DataError: they are not JSON in UTF-8, or another value.
     """
+    if what := no_text(data):
+        raise DataError(f"{path}: {what}.")
+    if not data or data.isspace():
+        raise DataError(f"{path}: not JSON: the file is empty. Write or download it again.")
     try:
         with without_collection():
             content = json.loads(data)
@@ -76,6 +81,20 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: must hold a JSON object, not a {type(content).__name__}.")
     return content
+
+
+def parse_coco(data: bytes, path: Path) -> dict[str, Any]:
+    """Return what a COCO-format file holds, of which `data` are the bytes.
+
+    Raises:
+        DataError: see `parse_json`; it says what else the file may be.
+    """
+    try:
+        return parse_json(data, path)
+    except DataError as error:
+        cause = error.__cause__
+        lines = isinstance(cause, json.JSONDecodeError) and cause.msg == "Extra data"
+        raise DataError(f"{error}{looks_like(path, lines=lines)}") from cause
 
 
 def coco_content(split: Split) -> dict[str, Any]:

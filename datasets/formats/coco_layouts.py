@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datasets.formats.layout import (
     SPLITS,
+    choose_split,
     files,
     first_values,
     folders,
@@ -44,6 +45,12 @@ def find_coco(root: Path, split: str) -> tuple[Path, Path]:
         return found[1], _image_folder(root, *found)
     if any(os.path.isfile(coco_layout(root, other)[0]) for other in SPLITS):
         return official  # which is then named as missing
+    known = [name for name in SPLITS if _annotation_file(root, name)]
+    if known:
+        raise DataError(
+            f"{root}: there is no COCO-format file of the split '{split}'. Splits there: "
+            f"{', '.join(known)}. {choose_split(split)}"
+        )
     files_there = sorted(islice(_coco_files(root), 20))
     others = [path.relative_to(root).as_posix() for path in files_there]
     if len(others) == 1:

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from datasets.formats.coco_layouts import has_coco
 from datasets.formats.labelme import has_labelme
-from datasets.formats.layout import files, folders, mentions
+from datasets.formats.layout import files, folders
+from datasets.formats.others import NAMES, other_format
 from datasets.formats.registry import FORMATS, Source, read_source
 from datasets.formats.stamps import Stamp
 from datasets.formats.voc import has_voc
-from datasets.formats.voc_xml import is_cvat
 from datasets.formats.yolo_layout import has_yolo
 from datasets.formats.yolo_lines import read_lines
 from util.errors import DataError
+from util.files import head_of, no_text
 
 AUTO = "auto"
 _SIGNS: dict[str, Callable[[Path], str]] = {
@@ -25,23 +26,7 @@ _SIGNS: dict[str, Callable[[Path], str]] = {
 _YOLO_FILES = (".yaml", ".yml", ".data")
 _DEPTH = 3  # folders that hold nothing but one folder, as archives leave them
 _WIDTH = 20  # folders that are looked into
-# Formats that are not read here: by the end of a file's name, or by words in the file.
-_OTHER_NAMES = {
-    ".createml.json": "Create ML JSON", ".jsonl": "JSON lines", ".ndjson": "JSON lines",
-    ".odgt": "JSON lines", ".manifest": "JSON lines", ".csv": "a table (CSV)",
-    ".tfrecord": "TFRecord", ".record": "TFRecord", ".parquet": "Parquet",
-}  # fmt: skip
-_OTHER_KEYS = {
-    "Create ML JSON": ("image", "annotations", "coordinates"),
-    "Label Studio's own JSON": ("from_name", "to_name"),
-    "VGG Image Annotator (VIA) JSON": ("regions", "shape_attributes"),
-    "Supervisely JSON": ("objects", "classTitle"),
-    "FiftyOne's own JSON": ("samples", "_cls"),
-    "Datumaro's own JSON": ("items", "categories", "label_id"),
-    "V7 Darwin JSON": ("item", "annotations", "bounding_box"),
-    "BDD100K JSON": ("labels", "box2d"),
-}
-_SUFFIXES = (*_OTHER_NAMES, ".json", ".xml", ".txt")
+_SUFFIXES = (*NAMES, ".json", ".xml", ".txt")
 _EXAMINED, _FEW = 50, 3  # folders that are looked through for such files, and files of each kind
 
 
@@ -132,13 +117,16 @@ def _format_of_file(place: Path) -> str:
             f"{place}: a file. If it is in COCO's format, set `train_annotations` (or "
             "`val_annotations`) to it and `train_images` to the folder of its images."
         )
+    what = no_text(head_of(place))
+    if what:
+        raise DataError(f"{place}: {what}. Then set `data_path` to the folder of the data.")
     raise DataError(f"{place}: not a folder of data. Set `data_path` to one.")
 
 
 def _unknown(place: Path) -> str:
     """Return that a folder has no data, and what other format it may have."""
     for file in _some_files(place):
-        name, other = file.relative_to(place).as_posix(), _other_format(file)
+        name, other = file.relative_to(place).as_posix(), other_format(file)
         if other:
             return (
                 f"{name} looks like {other}, which is not read. "
@@ -165,14 +153,3 @@ def _some_files(place: Path) -> Iterator[Path]:
         for suffix in _SUFFIXES:
             yield from sorted(islice(files(folder, suffix), _FEW))
         queue.extend((below, depth + 1) for below in folders(folder) if depth < _DEPTH)
-
-
-def _other_format(file: Path) -> str:
-    """Return which format that is not read here a file has, "" if none of those known."""
-    name = file.name.lower()
-    for end, other in _OTHER_NAMES.items():
-        if name.endswith(end):
-            return other
-    if name.endswith(".json"):
-        return next((o for o, keys in _OTHER_KEYS.items() if mentions(file, *keys)), "")
-    return "CVAT's own XML" if name.endswith(".xml") and is_cvat(file) else ""

@@ -11,7 +11,15 @@ from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 from datasets.formats.coco import parse_json
-from datasets.formats.layout import SPLITS, files, mentions, split_names, subfolder, walk
+from datasets.formats.layout import (
+    SPLITS,
+    choose_split,
+    files,
+    mentions,
+    split_names,
+    subfolder,
+    walk,
+)
 from datasets.formats.registry import (
     DIGITS,
     FORMATS,
@@ -25,6 +33,7 @@ from util.errors import ConfigError, DataError
 from util.files import read_regular
 
 _KEYS = ("shapes", "imagePath")
+_NO_AREA = ("point", "points", "line", "linestrip")  # shapes that enclose nothing
 _FOLDERS = ("labels", "annotations", "json", "jsons")  # where files are that lie in their own
 
 
@@ -39,7 +48,7 @@ def read_labelme(place: Path, split: str) -> Source:
     if own and folder == place:
         raise DataError(
             f"{place}: there are no files of the split '{split}'. Splits there: {', '.join(own)}. "
-            "Choose with `train_split` and `val_split`."
+            f"{choose_split(split)}"
         )
     unreadable: list[tuple[str, str]] = []
     every = dict(_read_files(place, unreadable))
@@ -126,6 +135,8 @@ def _image_name(folder: Path, path: Path, stated: str) -> str:
 
 def _box(shape: Mapping[str, Any]) -> list[float] | None:
     """Return the box around a shape, None where it has no area or is damaged."""
+    if shape.get("shape_type") in _NO_AREA:
+        return None
     try:
         points = [(float(x), float(y)) for x, y in shape["points"]]
     except (KeyError, TypeError, ValueError):

@@ -5,11 +5,14 @@ import json
 import mmap
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 SPLITS = ("train", "val", "test")
+# Folders of programs: copies that Jupyter keeps, small ones of a disk station, what a Mac adds.
+_OF_PROGRAMS = (".", "__MACOSX", "__pycache__", "@eaDir")
 _ALIASES = {
     "train": ("training",),
     "val": ("valid", "validation"),
@@ -22,9 +25,27 @@ def split_names(split: str) -> tuple[str, ...]:
     return (split, *_ALIASES.get(split, ()))
 
 
+def choose_split(split: str) -> str:
+    """Return a sentence on what helps where a split is not there."""
+    text = "Choose with `train_split` and `val_split`"
+    if split != "val":
+        return f"{text}."
+    return f"{text}, or leave val out: `no_validate` to train, `splits train` to check or convert."
+
+
 def is_hidden(name: str) -> bool:
     """Return whether a file is of the system, such as a Mac's ._ files beside the real ones."""
     return name.startswith("._")
+
+
+def folded(name: str) -> str:
+    """Return a name in one case, with accents in one form."""
+    return nfc(nfc(name).casefold())
+
+
+def nfc(name: str) -> str:
+    """Return a name with accents in the form in which most systems write them."""
+    return unicodedata.normalize("NFC", name)
 
 
 def subfolder(root: Path, *names: str) -> Path | None:
@@ -43,7 +64,7 @@ def folders(root: Path) -> list[Path]:
             return sorted(
                 root / e.name
                 for e in entries
-                if not e.name.startswith((".", "__")) and os.path.isdir(e.path)
+                if not e.name.startswith(_OF_PROGRAMS) and os.path.isdir(e.path)
             )
     except (OSError, ValueError):  # a name that no folder can have
         return []
@@ -68,8 +89,9 @@ def has_file(root: Path | None, suffix: str) -> bool:
 
 
 def walk(root: Path, suffix: str) -> list[Path]:
-    """Return the files of a suffix in a folder and all below, sorted."""
-    return sorted(p for p in files_below(root) if p.name.endswith(suffix) and not is_hidden(p.name))
+    """Return the files of a suffix, in any case, in a folder and all below, sorted."""
+    found = (path for path in files_below(root) if path.name.lower().endswith(suffix))
+    return sorted(path for path in found if not is_hidden(path.name))
 
 
 def files_below(root: Path) -> Iterator[Path]:
@@ -81,6 +103,7 @@ def files_below(root: Path) -> Iterator[Path]:
 def listings(root: Path, *, follow_links: bool = False) -> Iterator[tuple[Path, list[str]]]:
     """Yield a folder and all below, each with the names of its files and of links to files.
 
+    Hidden folders below it and those of programs are left out: what is in them are copies.
     A listing says what each entry is without asking for it, which takes minutes on some networks.
     Nothing recurses: an archive can nest folders a thousand deep. With `follow_links`, a folder to
     which several lead comes once.
@@ -99,7 +122,8 @@ def listings(root: Path, *, follow_links: bool = False) -> Iterator[tuple[Path, 
                 if entry.is_dir(follow_symlinks=False) or (
                     follow_links and linked and os.path.isdir(entry.path)
                 ):
-                    waiting.append(folder / entry.name)
+                    if not entry.name.startswith(_OF_PROGRAMS):
+                        waiting.append(folder / entry.name)
                 elif entry.is_file(follow_symlinks=False) or (
                     linked and os.path.isfile(entry.path)
                 ):

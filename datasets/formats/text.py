@@ -3,6 +3,8 @@
 import codecs
 import re
 
+from util.files import no_text
+
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark it starts with
@@ -19,8 +21,11 @@ def decode(data: bytes, declared: str = "") -> str:
     """Return the text of a file in UTF-8, in what its first bytes mark or in what it declares.
 
     Raises:
-        ValueError: it is none of these; the message shows what common encodings make of it.
+        ValueError: it is none of these; the message shows what common encodings make of it. Or it
+            is no text at all, but packed, or what stands in the file's place.
     """
+    if what := no_text(data):
+        raise ValueError(f"it {what}")
     for mark, encoding in _BOMS:
         if data.startswith(mark):
             return data[len(mark) :].decode(encoding)

@@ -20,6 +20,7 @@ from typing import Any
 from datasets.checks.findings import first_few
 from datasets.formats.layout import (
     SPLITS,
+    choose_split,
     files_below,
     folders,
     has_file,
@@ -65,6 +66,8 @@ _NOT_IN_XML = re.compile(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
     """Read a split: ImageSets/Main/SPLIT.txt, a folder of the split, or all if there is neither.
+
+    Lists may also be in ImageSets/ itself.
 
     Classes are the names found in the files of all splits, sorted, with ids from 1, so that every
     split has the same. Images are numbered from 1 by name.
@@ -164,7 +167,7 @@ def find_voc(root: Path, split: str) -> _Place:
     if own:
         raise DataError(
             f"{root}: there are no XML files of the split '{split}'. Splits there: "
-            f"{', '.join(own)}. Choose with `train_split` and `val_split`."
+            f"{', '.join(own)}. {choose_split(split)}"
         )
     if has_file(root, ".xml"):
         images = subfolder(root, *_IMAGES) or root
@@ -183,7 +186,8 @@ def _find_in_voc(root: Path, folder: Path, split: str) -> _Place:
             "JPEGImages/. Check `data_path`."
         )
     folder = folder if has_file(folder, ".xml") else subfolder(folder, "xmls") or folder
-    files, lists = walk(folder, ".xml"), root / "ImageSets" / "Main"
+    files, sets = walk(folder, ".xml"), root / "ImageSets"
+    lists = next((f for f in (sets / "Main", sets) if has_file(f, ".txt")), sets / "Main")
     if os.path.isdir(lists):
         return _Place(folder, images, files, lists=lists)
     own = subfolder(folder, *split_names(split))
@@ -261,8 +265,7 @@ def _listed(lists: Path, split: str, files: dict[str, Path]) -> set[str]:
     if not os.path.isfile(path):
         known = ", ".join(sorted(p.stem for p in lists.glob("*.txt"))) or "none"
         raise DataError(
-            f"{path}: the split '{split}' has no list. Lists there: {known}. "
-            "Choose with `train_split` and `val_split`."
+            f"{path}: the split '{split}' has no list. Lists there: {known}. {choose_split(split)}"
         )
     by_stem: dict[str, list[str]] = defaultdict(list)
     for key in files:

@@ -20,7 +20,7 @@ from datasets.formats.stamps import Stamp
 from datasets.formats.yolo_layout import LabelFiles, describe, find_images
 from datasets.formats.yolo_lines import Lines, judge, read_lines
 from datasets.formats.yolo_write import write_yolo
-from datasets.images import TURNED, read_header, stored_point
+from datasets.images import TURNED, is_image, read_header, stored_point
 from util.errors import DataError, brief
 
 
@@ -67,6 +67,7 @@ def read_yolo(place: Path, split: str) -> Source:
     findings = {
         "unreadable_annotation": unreadable,
         "label_without_image": _orphans(label_file),
+        "matched_name": _matched(label_file),
         "pixel_values": lines.pixels,
         "one_based_class": _one_based(content, place),
         "long_lines": [(place.name, text)] if (text := _told(lines)) else [],
@@ -131,18 +132,30 @@ def _categories(options: Mapping[str, Any], file: Path) -> list[dict[str, Any]]:
     return [{"id": int(i), "name": str(name)} for i, name in sorted(numbered.items())]
 
 
+def _matched(label_file: LabelFiles) -> list[tuple[str, str]]:
+    """Return the label files whose names are not just the images', but for the suffix's case."""
+    pairs = (pair for own in label_file.spelled.values() for pair in own.items())
+    return sorted(
+        (name, f"has the labels of {stem!r}") for stem, name in pairs if name[:-4] != stem
+    )
+
+
 def _orphans(label_file: LabelFiles) -> list[tuple[str, str]]:
     """Return the label files next to those of the images that have boxes but no image."""
     orphans = []
     for folder, stems in sorted(label_file.stems.items()):
-        # images of other splits, or of a kind that is not searched for
         there = folder.glob("*") if os.path.isdir(folder) else ()  # false for too long a name
-        known = stems | {p.stem for p in there if p.suffix != ".txt" and os.path.isfile(p)}
+        beside = [path for path in there if path.suffix.lower() != ".txt" and os.path.isfile(path)]
+        known = stems | {path.stem for path in beside if is_image(path)}  # of other splits
+        unread = {path.stem: path.name for path in sorted(beside) if path.stem not in known}
+        spelled = set(label_file.spelled[folder].values())
         for file in sorted(files(label_file.folders[folder], ".txt")):
-            if file.stem not in known:
+            if file.stem not in known and file.name not in spelled:
                 lines, wrong = read_lines(file)
                 if lines and not wrong:  # otherwise a list of names or classes
-                    orphans.append((str(file), ""))
+                    name = unread.get(file.stem, "")
+                    detail = f"there is {name!r}, of a kind that is not read" if name else ""
+                    orphans.append((str(file), detail))
     return orphans
 
 

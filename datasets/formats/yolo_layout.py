@@ -1,8 +1,9 @@
 """Where the files of a YOLO data set are: what describes it, its images and their labels."""
 
+import contextlib
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -11,21 +12,22 @@ import yaml
 
 from datasets.formats.layout import (
     SPLITS,
+    choose_split,
     files,
     files_below,
+    folded,
     folders,
     split_names,
     subfolder,
 )
 from datasets.formats.registry import read_list
 from datasets.formats.text import decode
-from datasets.images import is_image
+from datasets.images import is_image, is_image_name, unread_kinds
 from util.errors import DataError, brief
 from util.yaml_files import read_yaml
 
 _NAMES = ("classes.txt", "obj.names", "_darknet.labels", "classes.names", "labels.txt")
 _MOST_BYTES = 4_000_000  # of all YAML files together that may be a data.yaml
-_CHOOSE = "Choose with `train_split` and `val_split`."
 
 
 @dataclass(frozen=True)
@@ -184,9 +186,10 @@ def find_images(described: Description, split: str) -> tuple[list[Path], str]:
         known = ", ".join(k for s in SPLITS for k in split_names(s) if options.get(k)) or "none"
         raise DataError(
             f"{file}: `{split}` must name a folder or a list of images, not {entries!r:.80}. "
-            f"Splits there: {known}. {_CHOOSE}"
+            f"Splits there: {known}. {choose_split(split)}"
         )
     found: dict[Path, None] = {}
+    unread = ""
     for entry in entries:
         path = resolve(base, entry)
         if path is None:
@@ -197,7 +200,9 @@ def find_images(described: Description, split: str) -> tuple[list[Path], str]:
             where = f"'{entry:.200}' is read from {os.path.relpath(path, base)}"
             note = f"{note}; {where}" if note else where
         if os.path.isdir(path):
-            found.update(dict.fromkeys(sorted(p for p in files_below(path) if is_image(p))))
+            there = sorted(files_below(path))
+            found.update(dict.fromkeys(file for file in there if is_image(file)))
+            unread = unread or unread_kinds(there)
             continue
         listed, dropped = _listed(path, base)
         found.update(dict.fromkeys(listed))
@@ -205,7 +210,8 @@ def find_images(described: Description, split: str) -> tuple[list[Path], str]:
             where = f"names in {path.name} are read without their first {dropped} parts"
             note = f"{note}; {where}" if note else where
     if not found:
-        raise DataError(f"{file}: there are no images under `{split}` ({entries[0]:.200}).")
+        others = f", but files of kinds that are not read: {unread}" if unread else ""
+        raise DataError(f"{file}: there are no images under `{split}` ({entries[0]:.200}){others}.")
     return list(found), note
 
 
@@ -213,25 +219,35 @@ def _usual_entries(described: Description, split: str) -> tuple[list[str], str]:
     """Return where a split's images are in a set that names no splits, and a note."""
     root = described.root
     images = subfolder(root, "images", "obj_train_data")
-    own = {name: _split_folder(root, images, name) for name in SPLITS}
-    chosen = own.get(split) or _split_folder(root, images, split)
+    own = {name: _of_split(root, images, name) for name in SPLITS}
+    chosen = own.get(split) or _of_split(root, images, split)
     if chosen:
-        return [str(chosen.absolute())], ""
-    known = [name for name, folder in own.items() if folder]
+        is_list = os.path.isfile(chosen)
+        return [str(chosen.absolute())], f"`{split}` is listed in {chosen.name}" if is_list else ""
+    known = [name for name, place in own.items() if place]
     if known:
         raise DataError(
             f"{root}: there are no images of the split '{split}'. Splits there: "
-            f"{', '.join(known)}. {_CHOOSE}"
+            f"{', '.join(known)}. {choose_split(split)}"
         )
     note = f"no splits: every split is all images of {(images or root).name}/, train as val"
     return [str((images or root).absolute())], note
 
 
-def _split_folder(root: Path, images: Path | None, split: str) -> Path | None:
+def _of_split(root: Path, images: Path | None, split: str) -> Path | None:
+    """Return the folder of a split's images, or a list of them, as darknet's tools write it."""
     own = subfolder(root, *split_names(split))
     inner = own and subfolder(own, "images")
     below = images and subfolder(images, *split_names(split))
-    return inner or below or own
+    lists = (root / f"{name}.txt" for name in split_names(split))
+    return inner or below or own or next(filter(_lists_images, lists), None)
+
+
+def _lists_images(path: Path) -> bool:
+    """Return whether a file is a list of images, not the labels of one that is called so."""
+    with contextlib.suppress(DataError):
+        return os.path.isfile(path) and any(map(is_image_name, read_list(path)[:1]))
+    return False
 
 
 def _listed(path: Path, base: Path) -> tuple[list[Path], int]:
@@ -256,7 +272,8 @@ class LabelFiles:
 
     The folder is `labels` for an `images` of the path, the last first, or that of the images, or a
     `labels` in it: the first that has a label file of one of the images. If none has, it is the
-    first there can be.
+    first there can be. `spelled` has, by folder of images and stem of an image, the names of label
+    files in another spelling, which only one image can mean.
     """
 
     def __init__(self, images: Iterable[Path]) -> None:
@@ -265,18 +282,39 @@ class LabelFiles:
             stems[image.parent].add(image.stem)
         self.stems = stems
         self.folders = {folder: self._choose(folder, own) for folder, own in stems.items()}
+        self.spelled = {f: _other_spellings(self.folders[f], own) for f, own in stems.items()}
 
     def __call__(self, image: Path) -> Path:
         """Return where the labels of an image are, if it has any."""
-        return self.folders[image.parent] / f"{image.stem}.txt"
+        name = self.spelled[image.parent].get(image.stem, f"{image.stem}.txt")
+        return self.folders[image.parent] / name
 
     @staticmethod
     def _choose(folder: Path, stems: set[str]) -> Path:
-        candidates = list(_label_folders(folder))
+        candidates, forms = list(_label_folders(folder)), set(map(folded, stems))
         for place in candidates:
-            if any(path.stem in stems for path in files(place, ".txt")):
+            if any(folded(path.stem) in forms for path in files(place, ".txt")):
                 return place
         return candidates[0]
+
+
+def _other_spellings(folder: Path, stems: Set[str]) -> dict[str, str]:
+    """Return the label files of images whose stems they have in another spelling, by these stems.
+
+    That is another case, as of names from Windows, or another form of accents, as from a Mac.
+    """
+    try:
+        there = set(os.listdir(folder))
+    except (OSError, ValueError):  # no such folder
+        return {}
+    lost = [stem for stem in stems if f"{stem}.txt" not in there]
+    free: dict[str, list[str]] = defaultdict(list)
+    for name in there if lost else ():
+        if name[-4:].lower() == ".txt" and not (name.endswith(".txt") and name[:-4] in stems):
+            free[folded(name[:-4])].append(name)
+    wanted = Counter(map(folded, lost))
+    found = {stem: free.get(folded(stem), []) for stem in lost if wanted[folded(stem)] == 1}
+    return {stem: names[0] for stem, names in found.items() if len(names) == 1}
 
 
 def _label_folders(folder: Path) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from datasets.images import limit_pixels
 from engine.detector import Detector
 from engine.predictions import PredictionFiles, drawn_names, relative_names
 from engine.video import is_video, predict_video
-from util.console import console, in_line
+from util.console import console, short_name
 from util.errors import ConfigError, DataError, brief, nearest_hint
 from util.files import make_output_dir, read_regular, refuse_overwriting, write_atomic
 
@@ -217,7 +217,7 @@ def report_thresholds(
     text = json.dumps(thresholds, indent=1, ensure_ascii=False)
     write_atomic(path, f"{text}\n", errors="backslashreplace")
     shown = [
-        f"{in_line(name)} {threshold:.2f}"
+        f"{short_name(name)} {threshold:.2f}"
         for name, threshold in thresholds.items()
         if name in known
     ]

@@ -10,6 +10,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from engine.explain.explanation import Explanation, Floats, Sampling
+from util.console import short_name
 from util.files import write_atomic
 from util.html import inline_image, render
 
@@ -35,7 +36,7 @@ def title_of(explanation: Explanation, item: int) -> str:
     """Return what an item is called; the token comes after the queries."""
     if item < len(explanation.queries):
         query = explanation.queries[item]
-        return f"{query.name} {query.score:.2f} (query {query.query})"
+        return f"{short_name(query.name)} {query.score:.2f} (query {query.query})"
     token = explanation.token
     assert token is not None
     return f"encoder token: level {token.level}, row {token.row}, column {token.column}"

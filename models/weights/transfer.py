@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.weights.class_names import matching_names, of_same_meaning
 from models.weights.official import count_layers, official_options
 from util.classes import Classes
-from util.console import in_line
+from util.console import short_name
 from util.errors import CheckpointError
 
 _HEAD = re.compile(r"(transformer\.decoder\.)?(class|bbox)_embed\.(\d+)\.(.+)")
@@ -316,7 +316,7 @@ def _check_enough(
 
 def _some(names: Iterable[str], limit: int = 5) -> str:
     listed = list(names)
-    shown = ", ".join(in_line(name) or "(unnamed)" for name in listed[:limit])
+    shown = ", ".join(short_name(name) or "(unnamed)" for name in listed[:limit])
     return f"{shown}, ... ({len(listed)})" if len(listed) > limit else shown
 
 

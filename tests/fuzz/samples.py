@@ -30,6 +30,9 @@ ODD_COCO: dict[str, Any] = {
     "categories": [{"id": "7", "name": ""}],
 }  # fmt: skip
 FOUND = [{"image_id": 5, "category_id": 7, "bbox": [4, 6, 10, 12], "score": 0.5}] * 3
+NAMED = [
+    {**FOUND[0], "image_id": i, "file_name": "sub\\5.png", "category_name": "dog"} for i in range(3)
+]
 LABELME: dict[str, Any] = {
     "version": "5.0", "imagePath": "1.png", "imageData": None, "imageHeight": 30, "imageWidth": 40,
     "shapes": [

@@ -36,6 +36,7 @@ from tests.fuzz.samples import (
     LABELME,
     LABELS,
     LIST,
+    NAMED,
     OBJ_DATA,
     ODD_COCO,
     PNG,
@@ -87,7 +88,7 @@ def test_files_of_detections(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "truth.json"
     path.write_text(json.dumps(COCO))
     truth = Truth.of(CocoIndex.load(path, None, need_boxes=True))
-    path.write_bytes(data.draw(spoiled(FOUND)))
+    path.write_bytes(data.draw(spoiled(data.draw(st.sampled_from((FOUND, NAMED))))))
     with only_refused():
         read_detections(path, truth)
     with only_refused():
@@ -114,6 +115,8 @@ VOC = {
 VOC_LISTS = {**VOC, "ImageSets/Main/train.txt": b"0\n1 -1\nsub\\2.jpg\n"}
 SETS: Mapping[str, Mapping[str, bytes]] = {
     "yolo": YOLO,
+    "spelled": {"images/\u00c9.png": PNG, "labels/e\u0301.TXT": LABELS[0], "data.yaml": DATA_YAML,
+                "images/a.heic": PNG, "labels/a.txt": LABELS[0]},
     "pose": {**YOLO, "data.yaml": POSE_YAML},
     "darknet": DARKNET,
     "classes": {"images/1.png": PNG, "labels/1.txt": LABELS[2], "classes.txt": b"cat\ndog\n"},

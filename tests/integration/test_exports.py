@@ -110,13 +110,17 @@ def test_labelme_is_read_and_not_written(cli: Cli, tmp_path: Path) -> None:
     content["shapes"] = [
         {"label": "mug", "points": [[x, y], [x + 3, y + 4]], "shape_type": "circle"},
         {"label": "kettle", "points": [[KETTLE[0], h]], "shape_type": "point"},
+        {"label": "kettle", "points": [[1, 2], [30, 40]], "shape_type": "line"},
+        {"label": "kettle", "points": [[1, 2], [30, 40], [9, 50]], "shape_type": "linestrip"},
     ]
     (tmp_path / "set" / "train" / "shot_1.json").write_text(json.dumps(content))
     done = cli("convert", "--data_path", tmp_path / "set", "--output_dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "'shot_1.json' 'point' has no box" in done.stdout
+    for kind in ("point", "line", "linestrip"):  # which enclose nothing
+        assert f"'shot_1.json' '{kind}' has no box" in done.stdout
     written = json.loads((tmp_path / "out/annotations/instances_train2017.json").read_text())
-    assert written["annotations"][0]["bbox"] == [x - 5, y - 5, 10, 10]
+    first = [a["bbox"] for a in written["annotations"] if a["image_id"] == 1]
+    assert first == [[x - 5, y - 5, 10, 10]]
     done = cli("convert", "--data_path", tmp_path / "set", "--to", "labelme", "--output_dir",
                tmp_path / "more")  # fmt: skip
     assert done.returncode == 2

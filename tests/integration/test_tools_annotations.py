@@ -269,6 +269,25 @@ def test_names_of_thousands_of_letters_are_cut_where_they_are_printed(
     assert "x" * 100 in done.stdout
     assert "x" * 200 not in done.stdout
     assert "\x1b" not in done.stdout
+    run = tmp_path / "run"
+    commands = (
+        ("train", "--config", TINY, *located(file, images, "train", "val"), *SMALL, "--epochs",
+         "1", "--output_dir", run, "--no_probe", "--no_tensorboard"),
+        ("eval", "--checkpoint", run / "last.pth"),
+        ("predict", "--checkpoint", run / "last.pth", "--input", images, "--output_dir",
+         tmp_path / "seen"),
+        ("explain", "--checkpoint", run / "last.pth", "--input", images / "shot_1.png",
+         "--output_dir", tmp_path / "why", "--score_threshold", "0", "--count", "1"),
+        ("train", "--config", TINY, *located(file, images, "train", "val"), *SMALL, "--max_steps",
+         "1", "--finetune", run / "last.pth", "--output_dir", tmp_path / "on", "--no_probe",
+         "--no_tensorboard"),
+    )  # fmt: skip
+    for command in commands:
+        done = cli(*command)
+        assert done.returncode == 0, done.stderr
+        said = done.stdout + done.stderr
+        assert "x" * 200 not in said, command[0]
+        assert "\x1b" not in said, command[0]
     unnamed = write(tmp_path / "unnamed", lambda c: [e.pop("name") for e in c["categories"]])
     done = cli("check", *located(*unnamed, "train"), *SMALL)
     assert done.returncode == 0

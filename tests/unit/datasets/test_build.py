@@ -63,6 +63,34 @@ def test_published_recipe_is_the_default() -> None:
     assert transform.output_size(480, 640) == (800, 1066)
 
 
+@pytest.mark.parametrize(
+    ("share", "kept"), [(1.0, [0, 1, 2, 3, 4, 5]), (0.5, [0, 1, 4, 5]), (0.0, [1, 4])]
+)
+def test_a_share_of_the_images_without_boxes_is_trained_on(
+    content: dict[str, Any],
+    write: Callable[[dict[str, Any]], tuple[Path, Path]],
+    capsys: pytest.CaptureFixture[str],
+    share: float,
+    kept: list[int],
+) -> None:
+    """Images 1 and 4 have boxes; of the others, the first and the last are half."""
+    image, box = content["images"][0], content["annotations"][0]
+    content["images"] = [{**image, "id": i, "file_name": f"{i}.png"} for i in range(6)]
+    content["annotations"] = [{**box, "id": i, "image_id": i} for i in (4, 1)]
+    content["annotations"].append({**box, "id": 9, "image_id": 0, "iscrowd": 1})
+    json_path, folder = write(content)
+    places = {f"{split}_images": str(folder) for split in ("train", "val")}
+    places |= {f"{split}_annotations": str(json_path) for split in ("train", "val")}
+    cfg = DataConfig(**places, empty_images=share)  # type: ignore[arg-type]
+    index = load_index(cfg, "train")
+    assert index.images.ids.tolist() == kept
+    assert index.boxes_per_image.tolist() == [int(i in (1, 4)) for i in kept]
+    assert index.images.ids[index.annotations.image].tolist() == [4, 1] + [0] * (0 in kept)
+    told = f"empty_images {share:g}: {6 - len(kept)} of 6 training images, without boxes, are left"
+    assert (told in capsys.readouterr().out) == (share < 1)
+    assert len(load_index(cfg, "val")) == 6
+
+
 @pytest.mark.parametrize("target", ["coco", "voc", "yolo"])
 def test_a_data_path_in_any_format(
     content: dict[str, Any],

@@ -16,6 +16,7 @@ from datasets.formats.coco import read_coco_file
 from datasets.formats.convert import convert
 from datasets.index import CocoIndex, cache_folder
 from tests.unit.datasets.test_index_cache import Content, Write, plain
+from util.errors import DataError
 
 
 @pytest.fixture
@@ -113,9 +114,11 @@ def test_what_options_change_is_kept_apart(place: Path, monkeypatch: pytest.Monk
         index = read(place, "voc", voc_corners=corners)
         assert plain(index) == plain(read(place, "voc", cache=False, voc_corners=corners))
         assert kept() == min(number + 1, 2)
-    for most, side in ((10, 0), (10**6, 40)):
-        cfg = DataConfig(data_path=str(place / "yolo"), max_pixels=most)
-        assert load_index(cfg, "train", need_boxes=False).images.sizes.max() == side
+    cfg = DataConfig(data_path=str(place / "yolo"), max_pixels=10)
+    with pytest.raises(DataError, match="over the 10 of `max_pixels`"):
+        load_index(cfg, "train", need_boxes=False)
+    cfg = DataConfig(data_path=str(place / "yolo"), max_pixels=10**6)
+    assert load_index(cfg, "train", need_boxes=False).images.sizes.max() == 40
 
 
 @pytest.mark.parametrize("setting", [("_MIN_FILES", 10**6), ("_SETTLED", 60.0)])

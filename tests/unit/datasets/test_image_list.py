@@ -42,6 +42,31 @@ def test_a_folder_gives_every_image_that_can_be_opened(folder: Path) -> None:
     assert names == ["a.jpg", "b.PNG", "d.jfif", "c.webp", "e.ppm"]
 
 
+def test_images_of_kinds_that_are_not_read_are_reported(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "phone").mkdir()
+    for name in ("f.HEIC", "g.heic", "h.dng", "deep/i.svg"):
+        (folder / "phone" / name).parent.mkdir(exist_ok=True)
+        (folder / "phone" / name).write_bytes(b"none")
+    with pytest.raises(DataError, match=r"kinds that are not read: 2 \.heic, 1 \.svg, 1 \.dng"):
+        find_images([str(folder / "phone")])
+    assert len(find_images([str(folder)])) == 3
+    assert (
+        "skips images of kinds that are not read: 2 .heic, 1 .svg, 1 .dng"
+        in capsys.readouterr().out
+    )
+
+
+def test_copies_that_programs_keep_are_no_images_of_a_folder(folder: Path) -> None:
+    for place in (".ipynb_checkpoints", "@eaDir/a.jpg", "deep/__MACOSX", "deep/.thumbnails"):
+        (folder / place).mkdir(parents=True)
+        Image.new("RGB", (40, 30)).save(folder / place / "copy.jpg")
+    names = [path.name for path in find_images([str(folder)])]
+    assert names == ["a.jpg", "b.PNG", "c.webp"]
+    assert find_images([str(folder / ".ipynb_checkpoints")]), "which is asked for"
+
+
 @pytest.mark.parametrize("text", ["none.jpg", "*.gif", "empty", "no*.txt"])
 def test_inputs_without_images_are_refused(folder: Path, text: str) -> None:
     (folder / "empty").mkdir()

@@ -8,7 +8,7 @@ from typing import Literal, NoReturn
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from datasets.checks.images import examine_file
 from datasets.images import (
@@ -189,6 +189,20 @@ def test_assertions_of_pillow_are_damage(
     with pytest.raises(OSError, match="damaged image: AssertionError"):
         read_rgb(path, None)
     assert examine_file(path).state == ("truncated" if size else "unreadable")
+
+
+def test_what_stands_for_an_image_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(
+        UnidentifiedImageError, match=r"a\.png' is a Git LFS pointer\. Run `git lfs"
+    ):
+        read_rgb(path, None)
+    assert examine_file(path).error.startswith("is a Git LFS pointer. Run `git lfs pull`")
+    path.write_text("none")
+    with pytest.raises(UnidentifiedImageError, match=r"cannot identify image file '.*a\.png'"):
+        read_rgb(path, None)
+    assert examine_file(path).error == "not an image of a known format"
 
 
 @pytest.mark.parametrize("mistake", [TypeError, AttributeError, KeyError, ZeroDivisionError])

@@ -235,6 +235,17 @@ def test_thresholds_of_names_that_utf8_lacks_are_kept(
     assert stored == {"cat\ud800": 0.25}
 
 
+def test_long_names_are_cut_where_thresholds_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "x" * 3000
+    report_thresholds(tmp_path, {name: 0.25}, {name})
+    printed = capsys.readouterr().out
+    assert "x" * 100 in printed
+    assert "x" * 200 not in printed
+    assert name in (tmp_path / "score_thresholds.json").read_text()
+
+
 def test_lines_are_written_as_the_images_come(folder: Path, tmp_path: Path) -> None:
     paths = sorted(folder.rglob("*.*"))
     out = tmp_path / "out"

@@ -116,9 +116,19 @@ def test_hosts_that_cannot_be_listed_are_a_one_line_error(
         take_slurm_variables()
 
 
-def test_incomplete_launcher_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_all(monkeypatch, {"WORLD_SIZE": "2", "RANK": "0"})
-    with pytest.raises(ConfigError, match="^WORLD_SIZE 2: MASTER_ADDR, MASTER_PORT must be set"):
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({"RANK": "0"}, "MASTER_ADDR, MASTER_PORT"),
+        ({}, "RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}, "RANK"),
+    ],
+)
+def test_incomplete_launcher_variables_are_refused(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], missing: str
+) -> None:
+    set_all(monkeypatch, {"WORLD_SIZE": "2", **given})
+    with pytest.raises(ConfigError, match=f"^WORLD_SIZE 2: {missing} must be set, too"):
         init_process_group("cpu")
 
 

@@ -27,6 +27,7 @@ CHECK_ALONE = {
     "too_many_boxes",
     "empty_class",
     "repeated_name",
+    "alike_name",
 }
 REFUSED = {"bad category"}  # by training, in one line
 Reported = dict[str, tuple[int, set[str]]]

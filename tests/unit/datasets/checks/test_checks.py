@@ -114,6 +114,23 @@ def test_boxes_are_left_out_for_the_reason_that_their_image_is(tmp_path: Path) -
     assert why == [["truncated_image"]] * BOXES
 
 
+@pytest.mark.parametrize(("images", "scale", "told"), [(20, 0.5, 1), (20, 0.7, 0), (9, 0.5, 0)])
+def test_boxes_of_smaller_images_are_noticed(
+    tmp_path: Path, images: int, scale: float, told: int
+) -> None:
+    """Boxes from corner to corner, as of images of half the size; of 9 images there are too few."""
+    data = FlawedSet(tmp_path / "train", images, seed=0)
+    change_all(data, lambda box: [scale * value for value in box])
+    found = check(train=data.source()).findings
+    assert len(found.get("corner_bbox", ())) == told
+    if told:
+        assert found["corner_bbox"][0].detail == (
+            "none reaches past 50% of the width and 50% of the height"
+        )
+    kinds = [f.kind for f in CocoIndex.from_source(data.source(), need_boxes=True).findings]
+    assert ("corner_bbox" in kinds) == bool(told), "training reports it, too"
+
+
 @pytest.mark.parametrize("flaw", sorted(FLAWS))
 def test_each_flaw_alone_is_the_only_one_found(flaw: str, tmp_path: Path) -> None:
     data = FlawedSet(tmp_path / "train", 4, seed=1)
@@ -224,6 +241,18 @@ def test_classes_of_splits_are_paired_as_training_pairs_them(tmp_path: Path) -> 
     indices = [CocoIndex.from_source(s.source(), need_boxes=True) for s in (train, val)]
     with pytest.raises(DataError, match="wolf"):  # as training would
         CocoDetection(indices[1], PLAIN, classes=indices[0].classes)
+
+
+def test_names_of_classes_in_two_spellings_are_reported(tmp_path: Path) -> None:
+    data = FlawedSet(tmp_path / "train", 3, seed=0)
+    names = ("cat", "dog", "Cat", "street lamp", "Street_Lamp", "street-lamp", "C", "C++")
+    data.content["categories"] = [{"id": 3 + 4 * i, "name": name} for i, name in enumerate(names)]
+    found = check(train=data.source()).findings["alike_name"]
+    assert [(one.place, one.detail) for one in found] == [
+        ("Cat", "as 'cat'"),
+        ("Street_Lamp", "as 'street lamp'"),
+        ("street-lamp", "as 'street lamp'"),
+    ]
 
 
 def test_fractions_are_all_fixed_though_a_few_exceed_the_image(tmp_path: Path) -> None:

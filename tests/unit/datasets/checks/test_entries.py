@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from datasets.arrays import Names
 from datasets.checks.findings import Notice
@@ -187,14 +188,46 @@ def test_missing_ids_areas_and_sizes_are_filled_in(content: Content, write: Writ
 def test_unreadable_images_are_counted_among_those_that_were_opened(
     content: Content, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("datasets.checks.images._SIZES_CHECKED", 1)
+    monkeypatch.setattr("datasets.checks.images._SIZES_CHECKED", 2)  # two of four
+    more = ({**content["images"][0], "id": i, "file_name": f"{i}.png"} for i in (11, 12))
+    content["images"] += more
     json_path, folder = write(content)
-    first, second, _ = (folder / image["file_name"] for image in content["images"])
+    first, second, *_ = (folder / image["file_name"] for image in content["images"])
     first.unlink()
     second.write_text("no image")
     notices = CocoIndex.load(json_path, folder, need_boxes=False).notices
-    assert any(notice.startswith("missing images: 1 of 3 (") for notice in notices)
-    assert any(notice.startswith("unreadable images: 1 of 1 checked (") for notice in notices)
+    assert any(notice.startswith("missing images: 1 of 5 (") for notice in notices)
+    assert any(notice.startswith("unreadable images: 1 of 2 checked (") for notice in notices)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize("need_boxes", [True, False])
+def test_a_set_of_which_no_image_can_be_read_is_refused(
+    content: Content, write: Write, monkeypatch: pytest.MonkeyPatch, need_boxes: bool
+) -> None:
+    """As after a clone without Git LFS: not an image in a hundred would show all of it."""
+    monkeypatch.setattr("datasets.checks.images._SIZES_CHECKED", 1)
+    json_path, folder = write(content)
+    names = [image["file_name"] for image in content["images"]]
+    for name in names:
+        (folder / name).write_text(POINTER)
+    with pytest.raises(
+        DataError, match=r"5\.png: is a Git LFS pointer\. Run .* Nor can any other of the 3 images"
+    ):
+        CocoIndex.load(json_path, folder, need_boxes=need_boxes)
+    (folder / names[0]).write_text("no image")
+    with pytest.raises(DataError, match=r"5\.png: cannot be read: not an image of a known format"):
+        CocoIndex.load(json_path, folder, need_boxes=need_boxes)
+    (folder / names[0]).write_text(POINTER)
+    Image.new("RGB", (40, 30)).save(folder / names[1])
+    (notice,) = (
+        finding.text
+        for finding in CocoIndex.load(json_path, folder, need_boxes=need_boxes).findings
+        if finding.kind == "unreadable_image"
+    )
+    assert notice.startswith("unreadable images: 2 of 3 ('5.png' is a Git LFS pointer. Run `git")
 
 
 def test_one_wrong_size_causes_every_size_to_be_compared_and_reported(
@@ -299,6 +332,30 @@ def test_annotations_of_no_image_or_class_are_left_out(
     index = CocoIndex.load(*write(content), need_boxes=True)
     assert text in index.notices[0]
     assert index.annotations.ids.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("ids", "used", "expected"),
+    [
+        ([1, 2], [0, 1, 0], "ids from 0 to 1, categories from 1 to 2: each one less?"),
+        ([0, 1], [1, 2, 1], "ids from 1 to 2, categories from 0 to 1: each one more?"),
+        ([1], [1, 0, 0], ""),  # 1 would be 2
+        ([1, 2], [1, 2, 1], ""),
+        ([1, 2], [1, 2, 5], ""),
+        ([1, 2, 4], [1, 2, 3], ""),  # a class that is missing
+    ],
+)
+def test_category_ids_that_seem_to_be_one_off_are_reported(
+    content: Content, write: Write, ids: list[int], used: list[int], expected: str
+) -> None:
+    content["categories"] = [{"id": i, "name": f"class {i}"} for i in ids]
+    for annotation, category in zip(content["annotations"], used, strict=True):
+        annotation["category_id"] = category
+    index = CocoIndex.load(*write(content), need_boxes=True)
+    found = {finding.kind: finding.text for finding in index.findings}
+    assert ("shifted_category" in found) == bool(expected)
+    assert expected in found.get("shifted_category", "")
+    assert len(index.boxes) == sum(i in ids for i in used), "they are taken as they are"
 
 
 @pytest.mark.parametrize("number", [0, None, 2**63])

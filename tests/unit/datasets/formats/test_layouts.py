@@ -106,6 +106,15 @@ def yolo_classes(d: Path) -> None:
     (d / "notes.json").write_text('{"categories": [], "info": {}}')
 
 
+def yolo_lists(d: Path) -> None:
+    """Lists of the splits' images, and nothing that names the lists."""
+    for first, split in ((1, "train"), (4, "val")):
+        write_yolo(d / "images", d / "labels", first=first)
+        names = [f"data/images/shot_{k}.png\n" for k in range(first, first + 3)]
+        (d / f"{split}.txt").write_text("".join(names))
+    (d / "classes.txt").write_text("kettle\nmug\n")
+
+
 def yolo_darknet(d: Path) -> None:
     folder = d / "obj_train_data"
     for first, split in ((1, "train"), (4, "valid")):
@@ -176,6 +185,46 @@ def yolo_suffixes(d: Path) -> None:
     write_yaml(d, train="train/images", val="val/images")
 
 
+def in_capitals(d: Path, suffix: str) -> None:
+    """Give most files of a suffix the same in capitals, as programs on Windows do."""
+    for path in sorted(d.rglob(f"*{suffix}"))[1:]:
+        path.rename(path.with_suffix(suffix.upper()))
+
+
+def yolo_labels_in_capitals(d: Path) -> None:
+    yolo_valid(d)
+    in_capitals(d, ".txt")
+
+
+def voc_in_capitals(d: Path) -> None:
+    voc_beside(d)
+    in_capitals(d, ".xml")
+
+
+def labelme_in_capitals(d: Path) -> None:
+    labelme(d)
+    in_capitals(d, ".json")
+
+
+def with_copies(d: Path) -> None:
+    """Put what Jupyter, a disk station and an archive of a Mac leave behind beside all files."""
+    for path in [path for path in d.rglob("*") if path.is_file() and path.suffix != ".yaml"]:
+        for place in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
+            (path.parent / place).mkdir(exist_ok=True)
+            copy = path.parent / place / f"{path.stem}-checkpoint{path.suffix}"
+            copy.write_bytes(path.read_bytes())
+
+
+def yolo_with_copies(d: Path) -> None:
+    yolo_valid(d)
+    with_copies(d)
+
+
+def voc_with_copies(d: Path) -> None:
+    voc_beside(d)
+    with_copies(d)
+
+
 def labelme(d: Path) -> None:
     for split in ("train", "val"):
         for path in save_images(d / split):
@@ -201,6 +250,7 @@ LAYOUTS: dict[Callable[[Path], None], str] = {
     voc_kaggle: "voc, by XML files in annotations/",
     voc_jfif: "voc, by XML files in train/",
     yolo_classes: "yolo, by classes.txt",
+    yolo_lists: "yolo, by classes.txt",
     yolo_darknet: "yolo, by obj.data",
     roboflow_darknet: "yolo, by train/_darknet.labels",
     yolo_above: "yolo, by images/project_7/: data.yaml",
@@ -210,6 +260,11 @@ LAYOUTS: dict[Callable[[Path], None], str] = {
     yolo_mac: "yolo, by data.yaml",
     yolo_suffixes: "yolo, by data.yaml",
     labelme: "labelme, by train/shot_",
+    yolo_labels_in_capitals: "yolo, by data.yaml",
+    voc_in_capitals: "voc, by XML files in train/",
+    labelme_in_capitals: "labelme, by train/shot_",
+    yolo_with_copies: "yolo, by data.yaml",
+    voc_with_copies: "voc, by XML files in train/",
 }
 
 
@@ -338,6 +393,12 @@ def test_a_name_that_no_file_can_have_is_reported(tmp_path: Path) -> None:
         ("annotation_train.odgt", "{}", "JSON lines"),
         ("labels/a.txt", "0 0.5 0.5 0.1 0.1\n", "labels/a.txt looks like a label file of YOLO, but "
          "nothing names the classes. List their names in classes.txt"),
+        ("label_2/000001.txt", "Car 0.00 0 -1.58 587.0 173.3 614.1 200.1 1.65 1.67 3.64 -0.65 1.71 "
+         "46.70 -1.59\n", "label_2/000001.txt looks like labels of KITTI, which is not read"),
+        ("labelTxt/P0.txt", "2753 2408 2861 2385 2888 2468 2805 2502 plane 0\n", "labels of DOTA"),
+        ("labelTxt/P1.txt", "imagesource:GoogleEarth\ngsd:0.1\n", "looks like labels of DOTA"),
+        ("annotations/0.txt", "684,8,273,116,0,0,0,0\n", "a table of VisDrone or MOT"),
+        ("gt/gt.txt", "1,1,912,484,97,109,0,7,1\n", "gt/gt.txt looks like a table of VisDrone or"),
         ("README.txt", "0 is what nobody reads", "no data of a known format"),
         ("ann.json", json.dumps(coco_content(["a.png"])), "there is one COCO-format file, "
          r"ann.json, and nothing says .* `train_annotations .*/set/ann.json` "

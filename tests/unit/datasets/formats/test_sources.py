@@ -2,6 +2,8 @@
 
 import io
 import json
+import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,16 @@ def test_voc_without_lists_is_all_images(voc: Path) -> None:
             (voc.name, "no lists in ImageSets/Main/: every split is all 3 files, train as val")
         ]
     }
+
+
+def test_voc_lists_may_be_in_the_upper_folder(voc: Path) -> None:
+    sets = voc / "ImageSets"
+    for path in (sets / "Main").iterdir():
+        path.rename(sets / path.name)
+    for split, count in (("train", 2), ("val", 1)):
+        source = read_source("voc", voc, split)
+        assert len(source.content["images"]) == count
+        assert found(source) == {}
 
 
 def test_voc_lists_as_tools_and_people_write_them(voc: Path) -> None:
@@ -274,7 +286,7 @@ def test_yolo_without_any_label_file_says_where_they_would_be(yolo: Path) -> Non
 
 
 def test_yolo_labels_without_an_image_are_named(yolo: Path) -> None:
-    """Not those of an image of another split or kind, nor lists of classes."""
+    """Not those of an image of another split, nor lists of classes."""
     labels = yolo / "labels" / "train"
     for name in ("moving.heic", "new.SVG"):
         (yolo / "images" / "train" / name).write_bytes(b"none")
@@ -284,10 +296,37 @@ def test_yolo_labels_without_an_image_are_named(yolo: Path) -> None:
     (labels / "gone.txt").write_text("0 0.5 0.5 0.1 0.1\n")
     (labels / "b.txt").write_text("0 0.5 0.5 0.1 0.1\n")
     (yolo / "val.txt").write_text("images/train/b.jpg\n")
+    unread = "there is {!r}, of a kind that is not read"
     for split in ("train", "val"):
         assert found(read_source("yolo", yolo, split)) == {
-            "label_without_image": [(str(labels / "gone.txt"), "")]
+            "label_without_image": [
+                (str(labels / "gone.txt"), ""),
+                (str(labels / "moving.txt"), unread.format("moving.heic")),
+                (str(labels / "new.txt"), unread.format("new.SVG")),
+            ]
         }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names differ by case")
+def test_yolo_labels_in_another_spelling_are_matched_and_reported(tmp_path: Path) -> None:
+    """Case and accents change on the way through Windows or a Mac."""
+    composed, split = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    for stem in ("IMG_1", composed, "b", "x", "X"):
+        save_image(tmp_path / "images" / f"{stem}.png", 8, 8)
+    (tmp_path / "labels").mkdir()
+    for label in ("img_1.txt", f"{split}.txt", "b.TXT", "x.txt"):
+        (tmp_path / "labels" / label).write_text("0 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "data.yaml").write_text("train: images\nnames: [cat]\n")
+    source = read_source("yolo", tmp_path, "train")
+    name = {image["id"]: image["file_name"] for image in source.content["images"]}
+    labelled = {name[a["image_id"]] for a in source.content["annotations"]}
+    assert labelled == {"IMG_1.png", f"{composed}.png", "b.png", "x.png"}
+    assert found(source) == {
+        "matched_name": [
+            (f"{split}.txt", f"has the labels of {composed!r}"),
+            ("img_1.txt", "has the labels of 'IMG_1'"),
+        ]
+    }
 
 
 def test_yolo_labels_beside_images_are_no_images(tmp_path: Path) -> None:
@@ -348,6 +387,7 @@ def test_yolo_boxes_of_unreadable_images_are_left_out(yolo: Path) -> None:
         ("names: [a]\nval: x\n", "`train` must name .* Splits there: val"),
         ("names: [a]\ntrain: nowhere\n", "`train` names 'nowhere'"),
         ("names: [a]\ntrain: labels\n", "there are no images under `train`"),
+        ("names: [a]\ntrain: raw\n", r"kinds that are not read: 2 \.heic\."),
         (f"names: [a]\ntrain: {'x' * 300}\n", "which is not under"),
         (f"names: [a]\npath: {'x' * 300}\ntrain: nowhere\n", "which is not under"),
         ("[" * 3000, "data.yaml: not YAML"),
@@ -358,6 +398,9 @@ def test_yolo_boxes_of_unreadable_images_are_left_out(yolo: Path) -> None:
 )
 def test_yolo_descriptions_are_refused_in_one_line(yolo: Path, text: str, message: str) -> None:
     (yolo / "data.yaml").write_text(text)
+    (yolo / "raw").mkdir()
+    for name in "ab":
+        (yolo / "raw" / f"{name}.heic").touch()
     with pytest.raises(DataError, match=message) as caught:
         read_source("yolo", yolo, "train")
     assert "\n" not in str(caught.value)
