@@ -20,7 +20,7 @@ class RegisteredLoss(NamedTuple):
 
 
 LOSSES: Registry[RegisteredLoss] = Registry(
-    "loss", __package__, dict.fromkeys(("loss_bbox", "loss_giou"), ".criterion")
+    "loss", __package__, {"loss_bbox": ".criterion", "loss_giou": ".criterion"}
 )
 _OTHERS = ("vfl", "mal", "ia_bce", "position_supervised", "giou_focal")
 CLASS_LOSSES: Registry[RegisteredLoss] = Registry(

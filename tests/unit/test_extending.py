@@ -1,5 +1,6 @@
 """The files that docs/extending.md shows: each adds something, with one line of registration."""
 
+import ast
 import re
 import sys
 from collections.abc import Callable
@@ -56,6 +57,21 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Add:
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
     return add_file
+
+
+@pytest.mark.parametrize(
+    ("table", "file"), re.findall(r"^The line: `.+?` in `(\w+)` of `([\w/]+\.py)`", DOCUMENT, re.M)
+)
+def test_a_line_can_be_added_where_the_document_says(table: str, file: str) -> None:
+    tree = ast.parse((Path(__file__).parents[2] / file).read_text(encoding="utf-8"))
+    tables = [
+        part
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == table
+        for part in ast.walk(node)
+        if isinstance(part, ast.Dict)
+    ]
+    assert len(tables) == 1, "a table of names and modules, written out"
 
 
 BATCH = [(64, 96), (50, 70)]
