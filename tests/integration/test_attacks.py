@@ -26,6 +26,7 @@ from configs.schema import SECTIONS, Config
 from models.build import build_model
 from tests.integration.attacks import USUAL, assert_refused, attack
 from tests.integration.conftest import TINY
+from tests.lanes import some
 from util.classes import Classes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux counts them")
@@ -697,7 +698,7 @@ def test_what_is_no_file(tmp_path: Path, what: str, make: Callable[[Path], None]
     assert outcome.code in ((1, 2) if commands[what][0] == "check" else (2,)), outcome.output
 
 
-@pytest.mark.parametrize("make", [fifo, loop, full_folder])
+@pytest.mark.parametrize("make", some([fifo, loop, full_folder], full_folder))
 @pytest.mark.parametrize("name", ["metrics.jsonl", "log.txt", "tensorboard", "config.yaml",
                                   "data_report.json", "curves.png", "pictures", "nonfinite",
                                   "best.pth", "last.pth"])  # fmt: skip

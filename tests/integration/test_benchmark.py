@@ -76,7 +76,7 @@ def export(cli: Cli, checkpoint: Path, output: Path, kind: str) -> Path:
     return output
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_exported_file_beside_its_checkpoint_and_alone(
     cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def assert_same_evaluation(folder: Path, expected: Path) -> None:
         assert (folder / "eval" / name).read_bytes() == (expected / "eval" / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", some([2, 3], 2))
 def test_evaluation_in_two_processes_is_the_same_to_the_last_byte(
     finished_run: Path, tmp_path: Path, processes: int
@@ -130,6 +131,7 @@ def uneven_data(shapes: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_training_in_two_processes_equals_one(shapes: Path, tmp_path: Path) -> None:
     data = uneven_data(shapes, tmp_path / "data")
     options = ("train", "--config", TINY, "--coco_path", data, "--no_train_backbone_norm",

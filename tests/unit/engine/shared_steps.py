@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -119,6 +119,11 @@ CASES: dict[str, dict[str, Any]] = {
     "broken": {"broken": BROKEN},
     "poisoned": {"poisoned": 2},
 }
+# one of each kind, for runs in which every second counts
+QUICK = (
+    "plain", "two_stage", "hybrid", "denoising, two-stage", "relation, denoising", "softmax",
+    "enhancer", "broken", "poisoned",
+)  # fmt: skip
 Result = dict[str, Any]
 
 
@@ -302,18 +307,18 @@ def run_steps(
     }
 
 
-def all_cases(folder: Path, world: World) -> dict[str, Result]:
-    """Run every variant in every way that so many processes can share it out."""
+def run_cases(names: Sequence[str], folder: Path, world: World) -> dict[str, Result]:
+    """Run cases in every way that so many processes can share them out."""
     results = {}
     with in_float64():
         for accumulation in SHARES[world.size]:
-            for name, options in CASES.items():
+            for name in names:
                 key = f"{name} {accumulation}"
-                results[key] = run_steps(folder / key, world, accumulation, **options)
+                results[key] = run_steps(folder / key, world, accumulation, **CASES[name])
     return results
 
 
-def work(rank: int, ports: Mapping[int, int], folder: Path) -> None:
+def work(rank: int, names: Sequence[str], ports: Mapping[int, int], folder: Path) -> None:
     """Be one of three processes, and then one of two or alone; leave the results in the folder."""
     torch.set_num_threads(1)
     for size, own_rank in ((3, rank), (2, rank) if rank < 2 else (1, 0)):
@@ -323,7 +328,8 @@ def work(rank: int, ports: Mapping[int, int], folder: Path) -> None:
         }  # fmt: skip
         world = init_process_group("cpu")
         try:
-            torch.save(all_cases(folder / str(size), world), folder / f"{size}_{own_rank}.pth")
+            results = run_cases(names, folder / str(size), world)
+            torch.save(results, folder / f"{size}_{own_rank}.pth")
         finally:
             destroy_process_group()
 

@@ -2,7 +2,8 @@
 
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,14 @@ from engine.guards import UnreadableImages
 from engine.probe import try_step
 from engine.run_log import RunLog
 from models.build import build_model
+from tests.lanes import some
 from tests.unit.engine.shared_steps import (
     BOXES,
     BROKEN,
     CASES,
     CLASSES,
     IMAGES,
+    QUICK,
     SHARES,
     STEPS,
     Result,
@@ -42,34 +45,46 @@ WAYS = [(size, micro) for size, micros in SHARES.items() for micro in micros]
 FINITE = [name for name in CASES if name != "poisoned"]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, list[Result]]]:
-    """Return a folder of logs, and by number of processes what each of them found."""
-    folder = tmp_path_factory.mktemp("steps")
-    with socket.socket() as one, socket.socket() as other:
-        for free in (one, other):
-            free.bind(("localhost", 0))
-        ports = {1: 0, 2: one.getsockname()[1], 3: other.getsockname()[1]}
-    processes = start_processes(work, (ports, folder), nprocs=3, join=False)  # type: ignore[no-untyped-call]
-    while not processes.join(timeout=120):
-        pass
-    return folder, {
-        size: [torch.load(folder / f"{size}_{rank}.pth") for rank in range(size)] for size in SHARES
-    }
-
-
+# A folder of logs, and by number of processes what each of them found.
 Results = tuple[Path, dict[int, list[Result]]]
+ResultsOf = Callable[[str], Results]
+
+
+@pytest.fixture(scope="module")
+def results_of(tmp_path_factory: pytest.TempPathFactory) -> ResultsOf:
+    """Return what gives the results of a case. All quick ones run together, and all others."""
+
+    @cache
+    def run(*, quick: bool) -> Results:
+        folder = tmp_path_factory.mktemp("steps")
+        names = [name for name in CASES if (name in QUICK) == quick]
+        with socket.socket() as one, socket.socket() as other:
+            for free in (one, other):
+                free.bind(("localhost", 0))
+            ports = {1: 0, 2: one.getsockname()[1], 3: other.getsockname()[1]}
+        processes = start_processes(  # type: ignore[no-untyped-call]
+            work, (names, ports, folder), nprocs=3, join=False
+        )
+        while not processes.join(timeout=120):
+            pass
+        return folder, {
+            size: [torch.load(folder / f"{size}_{rank}.pth") for rank in range(size)]
+            for size in SHARES
+        }
+
+    return lambda case: run(quick=case in QUICK)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("size", "micro"), WAYS)
-@pytest.mark.parametrize("case", FINITE)
+@pytest.mark.parametrize("case", some(FINITE, *QUICK))
 def test_gradients_are_those_of_one_big_batch(
-    results: Results, case: str, size: int, micro: int
+    results_of: ResultsOf, case: str, size: int, micro: int
 ) -> None:
-    expected = results[1][1][0][f"{case} 1"]["gradients"]
+    _, found = results_of(case)
+    expected = found[1][0][f"{case} 1"]["gradients"]
     assert len(expected) == STEPS
-    for process in results[1][size]:
+    for process in found[size]:
         actual = process[f"{case} {micro}"]["gradients"]
         assert len(actual) == STEPS
         for now, wanted in zip(actual, expected, strict=True):
@@ -83,11 +98,11 @@ def test_gradients_are_those_of_one_big_batch(
 
 @pytest.mark.long
 @pytest.mark.parametrize(("size", "micro"), WAYS)
-@pytest.mark.parametrize("case", FINITE)
+@pytest.mark.parametrize("case", some(FINITE, *QUICK))
 def test_logged_losses_are_those_of_one_big_batch(
-    results: Results, case: str, size: int, micro: int
+    results_of: ResultsOf, case: str, size: int, micro: int
 ) -> None:
-    folder, found = results
+    folder, found = results_of(case)
     expected = logged(folder / "1" / f"{case} 1")
     actual = logged(folder / str(size) / f"{case} {micro}")
     assert [line["step"] for line in actual] == list(range(STEPS))
@@ -102,9 +117,9 @@ def test_logged_losses_are_those_of_one_big_batch(
 @pytest.mark.long
 @pytest.mark.parametrize(("size", "micro"), WAYS)
 def test_one_image_that_is_not_finite_skips_the_step_of_all_processes(
-    results: Results, size: int, micro: int
+    results_of: ResultsOf, size: int, micro: int
 ) -> None:
-    folder, found = results
+    folder, found = results_of("poisoned")
     for process in found[size]:
         result = process[f"poisoned {micro}"]
         assert result["steps"] == result["skipped"] == STEPS

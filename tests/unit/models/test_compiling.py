@@ -104,7 +104,7 @@ def test_every_size_is_compiled_once_however_many_pytorch_would_compile() -> Non
     assert counter.frame_count == 3  # 128 x 128 thrice, 64 x 128, 64 x 64
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_autocast_and_checkpointing_compile_too() -> None:
     torch.compiler.reset()
     model = small(backbone="resnet18", dropout=0.1, dec_layers=1).float()

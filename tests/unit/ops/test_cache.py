@@ -46,7 +46,7 @@ def run(code: str, cache: Path, **variables: str) -> "subprocess.CompletedProces
     )  # fmt: skip
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
     environment = {**os.environ, "MSDEFORM_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
     processes = [

@@ -93,7 +93,7 @@ def be_one_of_two(rank: int, port: int, folder: Path) -> None:
     destroy_process_group()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_the_evaluation_in_all(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
