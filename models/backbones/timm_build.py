@@ -10,6 +10,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from models.backbones import BACKBONES, Backbone, BackboneOptions, weights_from_file
+from models.backbones.depthwise import exempt_depthwise
 from models.backbones.timm_model import TimmBackbone
 from models.weights.unwrap import keys_of
 from util.errors import CheckpointError, ConfigError, nearest_hint
@@ -24,6 +25,7 @@ def create_timm(options: BackboneOptions) -> Backbone:
     for module in body.modules():
         if isinstance(module, nn.LayerNorm):
             module.register_forward_pre_hook(in_precision_of_weights)
+    exempt_depthwise(body)
     _freeze(body, options.frozen_stages)
     config: Any = timm.get_pretrained_cfg(options.variant)
     return TimmBackbone(

@@ -1,5 +1,7 @@
 """Under autocast, what is a place or a score stays in float32; the rest may be rounded."""
 
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -126,3 +128,28 @@ def test_norms_of_a_timm_backbone_sum_their_gradients_in_float32() -> None:
         found.append([m.bias.grad for m in norms if m.bias.grad is not None])
     for wanted, value in zip(*found, strict=True):
         assert (value - wanted).norm() < 0.1 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", ["timm/tf_efficientnet_lite0", "timm/mobilenetv3_small_050"])
+def test_depthwise_convolutions_of_a_cpu_stay_in_float32(name: str) -> None:
+    backbone = cast(nn.Module, create_backbone(name))
+    found: dict[str, tuple[bool, Tensor, Tensor]] = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(module, nn.Conv2d)
+        found[names[module]] = module.groups > 1, inputs[0].detach(), output.detach()
+
+    names = {module: name for name, module in backbone.named_modules()}
+    convolutions = [m for m in names if isinstance(m, nn.Conv2d)]
+    for module in convolutions:
+        module.register_forward_hook(note)
+    with in_bfloat16():
+        maps = backbone(random_images((64, 96))[0].float()[None])
+    torch.autograd.backward(torch.stack([m.float().square().mean() for m in maps]).sum())
+    assert {depthwise for depthwise, *_ in found.values()} == {True, False}
+    for key, (depthwise, image, output) in found.items():
+        assert output.dtype == (torch.float32 if depthwise else torch.bfloat16), key
+        if depthwise:
+            with torch.no_grad():
+                assert output.equal(backbone.get_submodule(key)(image.float())), key
+    assert all(m.weight.grad is None or m.weight.grad.isfinite().all() for m in convolutions)
