@@ -35,13 +35,14 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
     Raises:
         CheckpointError: some do not; the first few are named.
     """
-    target, given = _without_counters(model.state_dict()), _without_counters(state_dict)
+    own = model.state_dict()
+    target, given = _without_counters(own), _without_counters(state_dict)
     wrong = [f"'{name}' is missing" for name in target if name not in given]
     wrong += [f"'{name}' is not in the model" for name in given if name not in target]
     wrong += [
-        f"'{name}' is {tuple(given[name].shape)}, the model's {tuple(tensor.shape)}"
-        for name, tensor in target.items()
-        if name in given and given[name].shape != tensor.shape
+        f"'{name}' is {tuple(state_dict[name].shape)}, the model's {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state_dict and state_dict[name].shape != tensor.shape
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

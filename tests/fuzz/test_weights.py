@@ -106,7 +106,9 @@ def test_whole_models(tmp_path: Path, whole: dict[str, Any], data: st.DataObject
 @given(data=st.data())
 def test_state_dicts_of_others(tmp_path: Path, whole: dict[str, Any], data: st.DataObject) -> None:
     tensors = dict(whole["model"])
-    for key in data.draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=3)):
+    for key in data.draw(
+        st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=3, unique=True)
+    ):
         kind = data.draw(st.sampled_from(("remove", "other", "cut", "rename", "deep")))
         tensor = tensors.pop(key)
         if kind == "other":

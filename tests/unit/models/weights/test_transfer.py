@@ -294,3 +294,8 @@ def test_frozen_and_trained_norms_share_checkpoints() -> None:
     assert any(key.endswith("num_batches_tracked") for key in trained)
     load_strict(build(4), trained, "a.pth")
     load_strict(build(4, train_backbone_norm=True), of_four_classes(), "a.pth")
+    counter = next(key for key in trained if key.endswith("num_batches_tracked"))
+    with pytest.raises(CheckpointError, match=r"num_batches_tracked' is \(0,\), the model's \(\)"):
+        load_strict(
+            build(4, train_backbone_norm=True), trained | {counter: torch.zeros(0)}, "a.pth"
+        )
