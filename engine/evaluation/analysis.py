@@ -168,15 +168,14 @@ class Analysis:
 def analyse(evaluator: Evaluator, result: EvalResult) -> Analysis:
     """Analyse what was added to an evaluator; `result` is what it computed."""
     truth, detections, max_dets = evaluator.truth, evaluator.detections(), evaluator.max_dets
-    by_iou = outcomes(truth, detections, CURVE_IOUS, max_dets=max_dets)
-    found = by_iou[0]
+    found, by_iou = outcomes(truth, detections, CURVE_IOUS, max_dets=max_dets)
     errors = classify(truth, found)
     of_class = thresholds(found)
-    overall = best_threshold(found.detections.score, found.hit, int(found.positives.sum()))
+    overall = best_threshold(found.score, found.hit, int(found.positives.sum()))
     common = overall.score if overall else _NO_THRESHOLD
     min_scores = np.array([t.score if t else common for t in of_class])
-    above = np.asarray(found.detections.score >= min_scores[found.detections.category])
-    precision = {str(iou): curves(o) for iou, o in zip(CURVE_IOUS, by_iou, strict=True)}
+    above = np.asarray(found.score >= min_scores[found.category])
+    precision = {str(iou): curves(hits) for iou, hits in zip(CURVE_IOUS, by_iou, strict=True)}
     return Analysis(
         result=result,
         classes=[
@@ -266,7 +265,7 @@ def _by_number_of_objects(truth: Truth, detections: Detections, max_dets: int) -
 def _images(truth: Truth, found: Outcomes, above: Bools) -> list[ImageNumbers]:
     """Return the numbers of every image, by ascending id."""
     images = len(truth.image_ids)
-    image, score, hit = found.detections.image, found.detections.score, found.hit
+    image, score, hit = found.image, found.score, found.hit
     won = np.bincount(image[hit], weights=np.minimum(score[hit], 1.0), minlength=images)
     alarm = above & ~hit
     lost_to_alarms = np.bincount(image[alarm], weights=score[alarm], minlength=images)

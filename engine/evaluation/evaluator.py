@@ -223,6 +223,7 @@ class Evaluator:
                 blocks.append(part if counting.all() else part.select(counting))
             elif self._part_of[part.image] == number:
                 images.append(part)
+        self._parts = []
         if images or not blocks:
             blocks.append(_join(images))
         found = blocks[0] if len(blocks) == 1 else Detections.concatenate(blocks)
@@ -294,7 +295,7 @@ class Evaluator:
         return merged
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class _OfImage:
     """What was found in an image, by its position, in the fewest bytes that hold every bit.
 
@@ -313,18 +314,31 @@ def _exact(values: Tensor) -> NDArray[np.floating[Any]]:
     return exact.numpy()
 
 
-def _join(images: Sequence[_OfImage]) -> Detections:
-    if not images:
-        return Detections.concatenate([])
-    # float64 holds every float32 exactly, so the written numbers lose nothing
-    corners = np.concatenate([part.corners for part in images]).astype(np.float64)
-    corners[:, 2:] -= corners[:, :2]
-    return Detections(
-        image=np.repeat([part.image for part in images], [len(part.score) for part in images]),
-        category=np.concatenate([part.category for part in images]).astype(np.int64),
-        box=corners,
-        score=np.concatenate([part.score for part in images]).astype(np.float64),
+def _join(images: list[_OfImage]) -> Detections:
+    """Return what was found in some images, by ascending id.
+
+    The list is emptied one by one: memory never holds everything twice.
+    """
+    images.sort(key=lambda part: part.image, reverse=True)
+    count = sum(len(part.score) for part in images)
+    joined = Detections(
+        image=np.empty(count, dtype=np.int32),
+        category=np.empty(count, dtype=np.int32),
+        # float64 holds every float32 exactly, so the written numbers lose nothing
+        box=np.empty((count, 4)),
+        score=np.empty(
+            count, dtype=np.result_type(np.float32, *{part.score.dtype for part in images})
+        ),
     )
+    start = 0
+    while images:
+        part = images.pop()
+        rows = slice(start, start + len(part.score))
+        joined.image[rows], joined.category[rows] = part.image, part.category
+        joined.box[rows], joined.score[rows] = part.corners, part.score
+        start = rows.stop
+    joined.box[:, 2:] -= joined.box[:, :2]
+    return joined
 
 
 def area_ranges(bounds: tuple[float, float] | None) -> Floats:

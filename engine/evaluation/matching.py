@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from datasets.arrays import Names
 from datasets.index import CocoIndex
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.signedinteger[Any]]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Bits = NDArray[np.uint64]
@@ -26,7 +26,8 @@ AREA_RANGES: Floats = np.array(
     [[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]], dtype=np.float64
 )  # all, small, medium, large; square pixels
 _PAIRS_PER_CHUNK = 1 << 20
-_DETECTIONS_AT_ONCE = 1 << 22
+_COMPARED_AT_ONCE = 1 << 17  # detections
+_DETECTIONS_AT_ONCE = 1 << 20
 _CROWDED = 256  # annotations of a detection's image and category; beyond, most are far from it
 
 
@@ -77,7 +78,7 @@ class Truth:
             },
         )
 
-    def select(self, keep: Bools) -> "Truth":
+    def select(self, keep: Bools | Ints | slice) -> "Truth":
         """Return the same images and categories with some of the annotations."""
         names = ("image", "category", "box", "area", "crowd")
         return replace(self, **{name: getattr(self, name)[keep] for name in names})
@@ -88,13 +89,14 @@ class Detections:
     """Boxes that a model found.
 
     Shape: image, category [D], positions in the `image_ids` and `category_ids` of a `Truth`; box
-    [D,4] as (x, y, w, h) in pixels; score [D].
+    [D,4] as (x, y, w, h) in pixels; score [D]. There can be many of them, so that positions may be
+    of 32 bits, and scores too if the model's are.
     """
 
     image: Ints
     category: Ints
     box: Floats
-    score: Floats
+    score: NDArray[np.floating[Any]]
 
     def __len__(self) -> int:
         return len(self.score)
@@ -107,7 +109,7 @@ class Detections:
     def concatenate(cls, parts: Iterable["Detections"]) -> "Detections":
         """Return those of all parts."""
         empty = cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
-        parts = [empty, *parts]
+        parts = list(parts) or [empty]
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
     def to_coco(self, truth: Truth) -> list[dict[str, Any]]:
@@ -217,7 +219,8 @@ def _sorted_by(number: Ints, place: Ints) -> Ints:
         return np.lexsort((place, number))
     at = np.empty(int(place.max(initial=-1)) + 1, dtype=np.int64)
     at[place] = np.arange(len(place))
-    return np.asarray(at[np.sort((number << bits) | place) & ((1 << bits) - 1)])
+    both = np.left_shift(number, bits, dtype=np.int64) | place
+    return np.asarray(at[np.sort(both) & ((1 << bits) - 1)])
 
 
 def _first_of_runs(values: Ints) -> Ints:
@@ -227,7 +230,8 @@ def _first_of_runs(values: Ints) -> Ints:
 
 def _pair(truth: Truth, boxes: Truth | Detections) -> Ints:
     """Return a number for the image and category of each box."""
-    return np.asarray(boxes.image * len(truth.category_ids) + boxes.category)
+    first = np.multiply(boxes.image, len(truth.category_ids), dtype=np.int64)
+    return np.asarray(first + boxes.category)
 
 
 def overlaps(
@@ -238,17 +242,36 @@ def overlaps(
     They share the category too, unless `any_category`. The IoU with a crowd is the part of the
     detection inside it.
     """
-    gt_key, dt_key = (
-        boxes.image if any_category else _pair(truth, boxes) for boxes in (truth, detections)
-    )
-    threshold = min(min_iou, 1 - 1e-10)
+    gt_key = truth.image if any_category else _pair(truth, truth)
     by_key = np.argsort(gt_key, kind="stable")
+    found = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
+    for start in range(0, len(detections), _COMPARED_AT_ONCE):  # each needs some 100 bytes
+        part = detections.select(slice(start, start + _COMPARED_AT_ONCE))
+        dt_key = part.image.astype(np.int64) if any_category else _pair(truth, part)
+        row, gt, iou = _overlaps(truth, part, gt_key, dt_key, by_key, min(min_iou, 1 - 1e-10))
+        found.append((row + start, gt, iou))
+    row, gt, iou = (np.concatenate(column) for column in zip(*found, strict=True))
+    return row, gt, iou
+
+
+def _overlaps(
+    truth: Truth,
+    detections: Detections,
+    gt_key: Ints,
+    dt_key: Ints,
+    by_key: Ints,
+    min_iou: float,
+) -> tuple[Ints, Ints, Floats]:
+    """Return what `overlaps` does, of boxes that can overlap where their keys are equal.
+
+    `by_key` are the annotations in the order of theirs.
+    """
     first = np.searchsorted(gt_key[by_key], dt_key)
     count = np.searchsorted(gt_key[by_key], dt_key, side="right") - first
     crowded = count > _CROWDED
     candidates = [(by_key, np.where(crowded, 0, first), np.where(crowded, 0, count))]
     if crowded.any():
-        candidates += _candidates_by_width(truth, detections, gt_key, dt_key, crowded, threshold)
+        candidates += _candidates_by_width(truth, detections, gt_key, dt_key, crowded, min_iou)
     found: list[tuple[Ints, Ints, Floats]] = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
     for annotations, start, number in candidates:
         rows = np.flatnonzero(number)
@@ -260,7 +283,7 @@ def overlaps(
             before = np.repeat(np.cumsum(number[part]) - number[part], number[part])
             gt = annotations[start[row] + np.arange(len(row)) - before]
             iou = box_iou(detections.box[row], truth.box[gt], truth.crowd[gt])
-            keep = iou >= threshold
+            keep = iou >= min_iou
             found.append((row[keep], gt[keep], iou[keep]))
     row, gt, iou = (np.concatenate(column) for column in zip(*found, strict=True))
     if crowded.any():
@@ -412,16 +435,23 @@ def accumulate(
     num_classes, num_areas = len(truth.category_ids), len(area_ranges)
     precision = np.full((len(IOU_THRESHOLDS), len(RECALLS), num_classes, num_areas), -1.0)
     recall = np.full((len(IOU_THRESHOLDS), num_classes, num_areas, 3), -1.0)
-    for classes in _blocks(np.bincount(detections.category, minlength=num_classes)):
-        if len(classes) == num_classes:
-            part = truth, detections
-        else:
-            part = (
-                truth.select(_within(truth, classes)),
-                detections.select(_within(detections, classes)),
-            )
+    for classes, annotations, rows in in_parts(truth, detections):
+        part = truth.select(annotations), detections.select(rows)
         _accumulate(*part, classes, area_ranges, max_dets, precision, recall)
     return precision, recall
+
+
+def in_parts(
+    truth: Truth, detections: Detections
+) -> Iterator[tuple[range, Ints | slice, Ints | slice]]:
+    """Yield categories to be matched at once; where their annotations and detections are."""
+    counts = np.bincount(detections.category, minlength=len(truth.category_ids))
+    for classes in _blocks(counts):
+        if len(classes) == len(counts):
+            yield classes, slice(None), slice(None)
+        else:
+            annotations, rows = _within(truth, classes), _within(detections, classes)
+            yield classes, np.flatnonzero(annotations), np.flatnonzero(rows)
 
 
 def _blocks(counts: Ints) -> Iterator[range]:

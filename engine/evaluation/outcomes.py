@@ -6,8 +6,10 @@ Detection Errors", ECCV 2020): a detection is right from an IoU of 0.5, and back
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.evaluation.evaluator import Evaluator
 from engine.evaluation.matching import (
@@ -18,6 +20,7 @@ from engine.evaluation.matching import (
     Floats,
     Ints,
     Truth,
+    in_parts,
     match,
     overlaps,
     precision_at_recalls,
@@ -35,68 +38,124 @@ KINDS = {
     "missed": "object found by nothing, not even by a detection of the wrong class or place",
 }
 _CODE = {kind: code for code, kind in enumerate(KINDS)}
+_CLASSIFIED_AT_ONCE = 1 << 17  # detections; each needs some 200 bytes
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Which detections are right, by category and there by falling score.
+
+    Shape: hit [N]; count [K], how many of them are of each category; positives [K], boxes of each
+    category to be found.
+    """
+
+    hit: Bools
+    count: Ints
+    positives: Ints
+
+    def split(self, column: NDArray[Any]) -> list[NDArray[Any]]:
+        """Return the parts of a column [N] that belong to each category."""
+        return np.split(column, np.cumsum(self.count)[:-1])
 
 
 @dataclass(frozen=True)
 class Outcomes:
     """Detections that count, by category and there by falling score; those on crowds left out.
 
-    Shape: gt [N], the annotation found or -1; positives [K], boxes of each category to be found.
+    Shape: order [N], which of the detections; gt [N], the annotation found or -1; positives [K],
+    boxes of each category to be found. Columns are looked up when they are asked for: there can be
+    a thousand detections for each annotation.
     """
 
     detections: Detections
+    order: Ints
     gt: Ints
     positives: Ints
+
+    @property
+    def category(self) -> Ints:
+        """The category of each [N]."""
+        return self.detections.category[self.order]
+
+    @property
+    def image(self) -> Ints:
+        """The image of each [N]."""
+        return self.detections.image[self.order]
+
+    @property
+    def score(self) -> NDArray[np.floating[Any]]:
+        """The score of each [N]."""
+        return self.detections.score[self.order]
 
     @property
     def hit(self) -> Bools:
         """Which are right [N]."""
         return np.asarray(self.gt >= 0)
 
-    def by_category(self) -> list[tuple[Floats, Bools]]:
-        """Return the scores of each category's detections, and which are right."""
-        starts = np.searchsorted(self.detections.category, np.arange(1, len(self.positives)))
-        columns = (self.detections.score, self.hit)
-        return list(zip(*(np.split(column, starts) for column in columns), strict=True))
+    @property
+    def hits(self) -> Hits:
+        """Which are right, without the detections."""
+        count = np.bincount(self.category, minlength=len(self.positives))
+        return Hits(self.hit, count, self.positives)
+
+    def select(self, rows: Ints | slice) -> Detections:
+        """Return some of the detections."""
+        return self.detections.select(self.order[rows])
 
 
 def outcomes(
     truth: Truth, detections: Detections, ious: Sequence[float], *, max_dets: int
-) -> list[Outcomes]:
-    """Match as COCO does at each IoU, all sizes together."""
-    matches = match(
-        truth,
-        detections,
-        iou_thresholds=np.array(ious),
-        area_ranges=AREA_RANGES[:1],
-        max_dets=max_dets,
-    )
+) -> tuple[Outcomes, list[Hits]]:
+    """Match as COCO does, all sizes together; return the first IoU's outcomes, and all IoUs' hits.
+
+    Categories are matched in parts.
+    """
     positives = np.bincount(truth.category[~truth.crowd], minlength=len(truth.category_ids))
-    found = np.full((len(ious), len(matches.order)), -1)
-    for t, of_threshold in enumerate(found):
-        chosen = ((matches.where >> np.uint64(t)) & np.uint64(1)) > 0
-        of_threshold[matches.row[chosen]] = matches.gt[chosen]
-    keep = ~np.append(truth.crowd, False)[found]  # False for -1, nothing found
-    return [
-        Outcomes(detections.select(matches.order[kept]), gt[kept], positives)
-        for gt, kept in zip(found, keep, strict=True)
+    counting = ~np.append(truth.crowd, False)  # the last for -1, nothing found
+    orders, annotations_found = [], []
+    hits: list[list[Bools]] = [[] for _ in ious]
+    counts = np.zeros((len(ious), len(positives)), dtype=np.int64)
+    for _, annotations, rows in in_parts(truth, detections):
+        matches = match(
+            truth.select(annotations),
+            detections.select(rows),
+            iou_thresholds=np.array(ious),
+            area_ranges=AREA_RANGES[:1],
+            max_dets=max_dets,
+        )
+        order = np.arange(len(detections))[rows][matches.order]
+        for t in range(len(ious)):
+            chosen = ((matches.where >> np.uint64(t)) & np.uint64(1)) > 0
+            gt = np.full(len(order), -1)
+            gt[matches.row[chosen]] = np.arange(len(truth.crowd))[annotations][matches.gt[chosen]]
+            kept = counting[gt]
+            hits[t].append(gt[kept] >= 0)
+            counts[t] += np.bincount(detections.category[order[kept]], minlength=len(positives))
+            if t == 0:
+                orders.append(order[kept])
+                annotations_found.append(gt[kept])
+    found = Outcomes(
+        detections, np.concatenate(orders), np.concatenate(annotations_found), positives
+    )
+    return found, [
+        Hits(np.concatenate(parts), count, positives)
+        for parts, count in zip(hits, counts, strict=True)
     ]
 
 
-def curves(found: Outcomes) -> Floats:
+def curves(found: Hits) -> Floats:
     """Return the precision of each category at COCO's recalls [K,101], NaN without ground truth."""
     rows = np.full((len(found.positives), len(RECALLS)), np.nan)
-    for row, (_, hit), positives in zip(rows, found.by_category(), found.positives, strict=True):
+    for row, hit, positives in zip(rows, found.split(found.hit), found.positives, strict=True):
         if positives:
             false = np.cumsum(~hit, dtype=np.int64)
             row[:] = precision_at_recalls(hit[:, None], false[:, None], int(positives))
     return rows
 
 
-def mean_ap(found: Outcomes) -> float:
+def mean_ap(found: Hits) -> float:
     """Return AP50 over the categories with boxes or detections; 1, nothing wrong, without any."""
-    detected = np.bincount(found.detections.category, minlength=len(found.positives))
-    counted = (found.positives > 0) | (detected > 0)
+    counted = (found.positives > 0) | (found.count > 0)
     values = np.where(found.positives > 0, curves(found).mean(axis=1), 0.0)[counted]
     return float(values.mean()) if len(values) else 1.0
 
@@ -111,7 +170,9 @@ class Threshold:
     recall: float
 
 
-def best_threshold(score: Floats, hit: Bools, positives: int) -> Threshold | None:
+def best_threshold(
+    score: NDArray[np.floating[Any]], hit: Bools, positives: int
+) -> Threshold | None:
     """Return the score with the best F1, the highest of equals; None if nothing is ever right."""
     order = np.argsort(-score, kind="stable")
     score, true = score[order], np.cumsum(hit[order])
@@ -132,9 +193,11 @@ def best_threshold(score: Floats, hit: Bools, positives: int) -> Threshold | Non
 
 def thresholds(found: Outcomes) -> list[Threshold | None]:
     """Return the best threshold of each category."""
+    hits = found.hits
+    columns = (hits.split(found.score), hits.split(hits.hit))
     return [
         best_threshold(score, hit, int(positives))
-        for (score, hit), positives in zip(found.by_category(), found.positives, strict=True)
+        for score, hit, positives in zip(*columns, found.positives, strict=True)
     ]
 
 
@@ -147,13 +210,13 @@ def confusion_matrix(truth: Truth, found: Outcomes, above: Bools) -> Ints:
     """
     size = len(truth.category_ids)
     matrix = np.zeros((size + 1, size + 1), dtype=np.int64)
-    detected = found.detections.category
+    detected = found.category
     free = ~truth.crowd
     hits = found.hit & above
     free[found.gt[hits]] = False
     np.add.at(matrix, (detected[hits], detected[hits]), 1)
     wrong = np.flatnonzero(above & ~found.hit)
-    row, gt, iou = overlaps(truth, found.detections.select(wrong), IOU, any_category=True)
+    row, gt, iou = overlaps(truth, found.select(wrong), IOU, any_category=True)
     waiting = np.ones(len(wrong), dtype=np.bool_)
     for i in np.argsort(-iou, kind="stable"):
         if waiting[row[i]] and free[gt[i]]:
@@ -167,7 +230,7 @@ def confusion_matrix(truth: Truth, found: Outcomes, above: Bools) -> Ints:
 def thresholds_by_name(evaluator: Evaluator) -> dict[str, float]:
     """Return the best thresholds alone, where there is one, by name; the analysis has the same."""
     truth = evaluator.truth
-    found = outcomes(truth, evaluator.detections(), (IOU,), max_dets=evaluator.max_dets)[0]
+    found, _ = outcomes(truth, evaluator.detections(), (IOU,), max_dets=evaluator.max_dets)
     return {
         name: best.score
         for name, best in zip(truth.class_names, thresholds(found), strict=True)
@@ -202,23 +265,39 @@ class Errors:
 
 def classify(truth: Truth, found: Outcomes) -> Errors:
     """Return the kind of each wrong detection, and which annotations are missed."""
-    row, gt, iou = overlaps(truth, found.detections, BACKGROUND_IOU, any_category=True)
+    used = np.zeros(len(truth.crowd), dtype=np.bool_)
+    used[found.gt[found.hit]] = True
+    kind, about = np.zeros(len(found.gt), np.int8), np.full(len(found.gt), -1)
+    for start in range(0, len(kind), _CLASSIFIED_AT_ONCE):
+        rows = slice(start, start + _CLASSIFIED_AT_ONCE)
+        kind[rows], about[rows] = _kinds(truth, found.select(rows), found.hit[rows], used)
+    covered = used.copy()
+    covered[about[about >= 0]] = True
+    return Errors(kind, about, ~covered & ~truth.crowd)
+
+
+def _kinds(truth: Truth, detections: Detections, hit: Bools, used: Bools) -> tuple[Ints, Ints]:
+    """Return the kind of some detections, of which some `hit` [N], and what their errors are about.
+
+    `used` [G] says which annotations any detection has found.
+    """
+    row, gt, iou = overlaps(truth, detections, BACKGROUND_IOU, any_category=True)
     by_iou = np.lexsort((-gt, iou))
-    by_iou = by_iou[~truth.crowd[gt[by_iou]] & ~found.hit[row[by_iou]]]
+    by_iou = by_iou[~truth.crowd[gt[by_iou]] & ~hit[row[by_iou]]]
     row, gt, iou = row[by_iou], gt[by_iou], iou[by_iou]
 
     def best(among: Bools) -> tuple[Ints, Floats]:
-        most, most_iou = np.full(len(found.gt), -1), np.zeros(len(found.gt))
+        most, most_iou = np.full(len(hit), -1), np.zeros(len(hit))
         # the last of a row stays: the largest, of equals the first
         most[row[among]], most_iou[row[among]] = gt[among], iou[among]
         return most, most_iou
 
-    same = truth.category[gt] == found.detections.category[row]
+    same = truth.category[gt] == detections.category[row]
     own, own_iou = best(same)
     other, other_iou = best(~same)
-    _, used_iou = best(same & np.isin(gt, found.gt[found.hit]))
+    _, used_iou = best(same & used[gt])
     tests = {
-        -1: found.hit,
+        -1: hit,
         _CODE["location"]: (own_iou >= BACKGROUND_IOU) & (own_iou <= IOU),
         _CODE["class"]: other_iou >= IOU,
         _CODE["duplicate"]: used_iou >= IOU,
@@ -226,8 +305,7 @@ def classify(truth: Truth, found: Outcomes) -> Errors:
     }
     kind = np.select(list(tests.values()), list(tests), default=_CODE["both"])
     about = np.select([kind == _CODE["location"], kind == _CODE["class"]], [own, other], default=-1)
-    covered = np.isin(np.arange(len(truth.crowd)), np.concatenate([found.gt, about]))
-    return Errors(kind, about, ~covered & ~truth.crowd)
+    return kind, about
 
 
 def error_kinds(
@@ -239,7 +317,7 @@ def error_kinds(
         for wrong in (~found.hit, above & ~found.hit)
     )
     in_all[_CODE["missed"]] = seen[_CODE["missed"]] = errors.missed.sum()
-    base = mean_ap(found)
+    base = mean_ap(found.hits)
     # a fix can cost a little, by the steps of recall at which precision is read
     rises = [max(0.0, mean_ap(_fixed(truth, found, errors, kind)) - base) for kind in KINDS]
     return {
@@ -248,28 +326,28 @@ def error_kinds(
     }
 
 
-def _fixed(truth: Truth, found: Outcomes, errors: Errors, kind: str) -> Outcomes:
-    """Return the outcomes with each error of a kind corrected, or what is wrong removed.
+def _fixed(truth: Truth, found: Outcomes, errors: Errors, kind: str) -> Hits:
+    """Return the hits with each error of a kind corrected, or what is wrong removed.
 
     An object that nothing has found goes to the best of all class and location errors about it,
     so only one of them is corrected.
     """
     if kind == "missed":
         missed = np.bincount(truth.category[errors.missed], minlength=len(found.positives))
-        return replace(found, positives=found.positives - missed)
-    gt = found.gt.copy()
-    best_first = np.argsort(-found.detections.score, kind="stable")
+        return replace(found.hits, positives=found.positives - missed)
+    gt, score = found.gt.copy(), found.score
+    best_first = np.argsort(-score, kind="stable")
     best_of_each = best_first[np.unique(errors.about[best_first], return_index=True)[1]]
     about = errors.about[best_of_each]
     free = (about >= 0) & ~np.isin(about, found.gt[found.hit])
     chosen = best_of_each[free & (errors.kind[best_of_each] == _CODE[kind])]
     gt[chosen] = errors.about[chosen]
-    category = found.detections.category.copy()
+    category = found.category
     category[chosen] = truth.category[gt[chosen]]
-    keep = (errors.kind != _CODE[kind]) | (gt >= 0)
-    kept = replace(found.detections, category=category).select(keep)
-    order = np.lexsort((-kept.score, kept.category))
-    return Outcomes(kept.select(order), gt[keep][order], found.positives)
+    keep = np.flatnonzero((errors.kind != _CODE[kind]) | (gt >= 0))
+    order = keep[np.lexsort((-score[keep], category[keep]))]
+    count = np.bincount(category[order], minlength=len(found.positives))
+    return Hits(gt[order] >= 0, count, found.positives)
 
 
 def wrong_by_class(
@@ -277,7 +355,7 @@ def wrong_by_class(
 ) -> list[dict[str, int]]:
     """Return for each category how many errors of each kind are `above` [N] the threshold."""
     size, wrong = len(found.positives), above & ~found.hit
-    cell = found.detections.category[wrong] * len(KINDS) + errors.kind[wrong]
+    cell = found.category[wrong] * len(KINDS) + errors.kind[wrong]
     counts = np.bincount(cell, minlength=size * len(KINDS)).reshape(size, len(KINDS))
     counts[:, _CODE["missed"]] = np.bincount(truth.category[errors.missed], minlength=size)
     return [dict(zip(KINDS, row, strict=True)) for row in counts.tolist()]

@@ -1,25 +1,38 @@
 """Measure by how much `predict` and `eval` grow with the number of images.
 
     python -m tests.benchmarks.flat_memory --checkpoint runs/demo/last.pth
+    python -m tests.benchmarks.flat_memory --without_model --images 5000 118287
 
 Each command runs in a fresh process on few and on many generated images. Its peak memory is that of
 the main process, which alone keeps anything; loader processes hold a batch or two.
+
+`--without_model` gives generated detections, with scores and corners in float32, to what `eval`
+does after the model. It prints the peak of each number of images after each of its parts.
 """
 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from engine.detector import Detector
+from engine.evaluation.analysis import analyse, save_analysis
+from engine.evaluation.evaluator import Evaluator, save_results
+from tests.benchmarks.evaluators import generate
+
+AT_ONCE = 500  # images that are generated together
 
 
 def write_set(folder: Path, count: int, category_ids: Sequence[int]) -> None:
@@ -53,13 +66,70 @@ def peak_of(command: Sequence[str]) -> tuple[int, float]:
     return 1024 * usage.ru_maxrss, time.perf_counter() - started
 
 
+def evaluate_generated(images: int, detections: int, classes: int) -> None:
+    """Evaluate as `eval` does, and print the peak of this process, in MiB, after each part."""
+    whole = [generate(AT_ONCE, 1, classes, seed)[0] for seed in range(images // AT_ONCE)]
+    columns: dict[str, Any] = {}
+    for name in ("box", "area", "crowd", "category"):
+        columns[name] = np.concatenate([getattr(truth, name) for truth in whole])
+    columns["image"] = np.concatenate([t.image + AT_ONCE * i for i, t in enumerate(whole)])
+    columns["image_ids"] = np.arange(AT_ONCE * len(whole))
+    columns["file_names"] = [""] * len(columns["image_ids"])
+    columns["sizes"] = np.zeros((len(columns["image_ids"]), 2), dtype=np.int64)
+    evaluator = Evaluator(replace(whole[0], **columns))
+
+    def show(part: str) -> None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"  {part:28} {peak:8.0f} MiB  {time.process_time():6.0f} s", flush=True)
+
+    show("ground truth")
+    for seed in range(len(whole)):
+        found = generate(AT_ONCE, detections, classes, seed)[1]
+        corners = found.box.copy()
+        corners[:, 2:] += corners[:, :2]
+        for image in range(AT_ONCE):
+            rows = slice(image * detections, (image + 1) * detections)
+            output = {
+                "scores": torch.from_numpy(found.score[rows]).float(),
+                "labels": torch.from_numpy(found.category[rows]),
+                "boxes": torch.from_numpy(corners[rows]).float(),
+            }
+            evaluator.update([seed * AT_ONCE + image], [output])
+    show("detections collected")
+    result = evaluator.evaluate()
+    show("COCO's numbers")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "eval").mkdir()
+        save_results(Path(folder), result, evaluator)
+        show("detections.json")
+        analysis = analyse(evaluator, result)
+        show("analysis")
+        save_analysis(Path(folder), analysis, {}, title="generated")
+        show("report")
+
+
 def main() -> None:
     """Print the growth of each command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--checkpoint")
+    which.add_argument("--without_model", action="store_true")
+    which.add_argument("--evaluate", type=int, help=argparse.SUPPRESS)  # in a fresh process
     parser.add_argument("--images", type=int, nargs=2, default=(500, 3000), help="few and many")
     parser.add_argument("--of", type=int, default=118_287, help="images to extrapolate to")
+    parser.add_argument("--detections", type=int, default=100, help="of an image, generated")
+    parser.add_argument("--classes", type=int, default=80, help="of generated detections")
     args = parser.parse_args()
+    if args.evaluate:
+        evaluate_generated(args.evaluate, args.detections, args.classes)
+        return
+    if args.without_model:
+        own = [sys.executable, "-m", "tests.benchmarks.flat_memory", "--classes", str(args.classes),
+               "--detections", str(args.detections)]  # fmt: skip
+        for count in args.images:
+            print(f"{count} images", flush=True)
+            subprocess.run([*own, "--evaluate", str(count)], check=True)
+        return
     detector = Detector.load(args.checkpoint, device="cpu")
     ids = [detector.classes.ids[i] for i in range(len(detector.classes))]
     found: dict[str, list[int]] = {}

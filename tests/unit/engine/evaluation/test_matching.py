@@ -79,6 +79,7 @@ def test_classes_can_be_matched_in_parts(monkeypatch: pytest.MonkeyPatch, at_onc
     assert 2 * 30 < len(found) > 80 > counts.min()
     whole, theirs = both(coco, found)
     monkeypatch.setattr(matching, "_DETECTIONS_AT_ONCE", at_once)
+    monkeypatch.setattr(matching, "_COMPARED_AT_ONCE", at_once)
     assert both(coco, found)[0] == whole == theirs
 
 
