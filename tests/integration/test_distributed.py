@@ -76,7 +76,6 @@ def assert_same_evaluation(folder: Path, expected: Path) -> None:
         assert (folder / "eval" / name).read_bytes() == (expected / "eval" / name).read_bytes()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("processes", some([2, 3], 2))
 def test_evaluation_in_two_processes_is_the_same_to_the_last_byte(
     finished_run: Path, tmp_path: Path, processes: int
@@ -88,6 +87,7 @@ def test_evaluation_in_two_processes_is_the_same_to_the_last_byte(
     assert len([line for line in printed if line.startswith("7 images, ")]) == 1
 
 
+@pytest.mark.slow
 def test_srun_tasks_work_as_one_run(finished_run: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -131,7 +131,6 @@ def uneven_data(shapes: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_training_in_two_processes_equals_one(shapes: Path, tmp_path: Path) -> None:
     data = uneven_data(shapes, tmp_path / "data")
     options = ("train", "--config", TINY, "--coco_path", data, "--no_train_backbone_norm",
@@ -157,6 +156,7 @@ def test_training_in_two_processes_equals_one(shapes: Path, tmp_path: Path) -> N
     assert [end["train_steps"] for end in ends] == [4, 4]
 
 
+@pytest.mark.slow
 def test_what_all_processes_refuse_is_printed_once(shapes: Path, tmp_path: Path) -> None:
     code, printed = run(
         tmp_path / "out.txt", "train", "--config", TINY, "--coco_path", shapes, "--output_dir",

@@ -15,7 +15,6 @@ def options(shapes: Path, tiles: tuple[str, ...] = TILES) -> tuple[str | Path, .
     return ("--coco_path", shapes, *tiles, "--epochs", "2", "--dropout", "0.1", "--no_tensorboard")
 
 
-@pytest.mark.slow
 @pytest.fixture(scope="module")
 def tiled_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of a run on the four tiles of each of 16 images."""
@@ -27,6 +26,7 @@ def tiled_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_like_the_uninterrupted_one(
     tiled_run: Path, shapes: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,8 @@ import graphlib
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 MAY_IMPORT = {  # in addition to the room itself
     "main": {"configs", "engine", "ops", "util"},
@@ -73,6 +75,7 @@ def test_options_stop_at_the_builders() -> None:
             assert options <= allowed, name
 
 
+@pytest.mark.long
 def test_pycocotools_is_imported_only_where_it_is_asked_for() -> None:
     for name in product_files():
         for node in ast.parse((ROOT / name).read_text(encoding="utf-8")).body:

@@ -81,6 +81,7 @@ def test_reference_points_are_exact(variant: str) -> None:
         assert box.dtype == torch.float32
 
 
+@pytest.mark.long
 @variants
 def test_gradients_are_float32_and_near_those_of_float32(variant: str) -> None:
     torch.manual_seed(0)
@@ -130,6 +131,7 @@ def test_norms_of_a_timm_backbone_sum_their_gradients_in_float32() -> None:
         assert (value - wanted).norm() < 0.1 * wanted.norm()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["timm/tf_efficientnet_lite0", "timm/mobilenetv3_small_050"])
 def test_depthwise_convolutions_of_a_cpu_stay_in_float32(name: str) -> None:
     backbone = cast(nn.Module, create_backbone(name))

@@ -31,6 +31,7 @@ def trainable(backbone: nn.Module) -> set[str]:
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize(
     "name", ["resnet18", "resnet50", "torchvision/resnet34", CONVOLUTIONAL, *CHANNELS_LAST]

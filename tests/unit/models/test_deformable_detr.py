@@ -64,6 +64,7 @@ def test_without_auxiliary_losses_only_the_last_layer_is_supervised(variant: str
     assert ("loss_ce_enc" in losses) == (variant == "two_stage")
 
 
+@pytest.mark.long
 @variants
 def test_every_trainable_parameter_gets_a_gradient(variant: str) -> None:
     model = small_model(**VARIANTS[variant]).train()

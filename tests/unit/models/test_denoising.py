@@ -318,6 +318,7 @@ def test_other_class_losses_hold_for_it_too(cls_loss: Any) -> None:
     assert losses["loss"].isfinite()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("counts", [[3, 2], [0, 0], [0, 9]])
 @variants
 def test_every_parameter_learns(variant: str, counts: list[int]) -> None:
@@ -332,6 +333,7 @@ def test_every_parameter_learns(variant: str, counts: list[int]) -> None:
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "other", [{"hybrid": HybridOptions(num_queries_one2many=9)}, {"mds": MDSOptions()}]
 )

@@ -306,6 +306,7 @@ def test_gradients_of_msda_are_right() -> None:
     assert torch.autograd.gradcheck(lambda a, b: module(a, b, mask), (x, pos))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stride", [1, 2])
 @torch.no_grad()
 def test_dat_is_its_definition_in_loops_on_every_level(stride: int) -> None:

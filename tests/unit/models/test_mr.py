@@ -85,6 +85,7 @@ def test_one_way_has_feed_forward_blocks_of_its_own(options: dict[str, Any]) -> 
     assert not torch.isclose(group_of(outputs, "_sep").logits, group_of(outputs).logits).any()
 
 
+@pytest.mark.long
 @models
 def test_the_other_way_has_tokens_and_proposals_of_its_own(options: dict[str, Any]) -> None:
     model = mr_model(options)

@@ -71,6 +71,7 @@ def test_an_image_with_fewer_tokens_than_queries_has_fewer_contents() -> None:
     assert 0 < outputs["pred_logits"].shape[1] < 60
 
 
+@pytest.mark.long
 def test_keys_are_those_of_the_plain_model_and_the_contents() -> None:
     plain, mixed = two_stage(), two_stage(mixed_query_selection=True)
     assert {*mixed.state_dict()} - {*plain.state_dict()} == {"query_embed.weight"}

@@ -254,6 +254,7 @@ def test_order_of_addition_matters_in_float32(emulated: EmulatedBackend) -> None
     assert_near(one, other.double(), 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_deterministic")
 @pytest.mark.parametrize(("dtype", "form"), [(F32, 0), (F32, 4), (F64, 0), (BF16, 2)])
 @pytest.mark.parametrize("size", [1.0, 1e-30, 1e30])

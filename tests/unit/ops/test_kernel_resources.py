@@ -26,6 +26,7 @@ def _tools() -> None:
         pytest.skip("needs cuobjdump and nvdisasm, of the CUDA toolkit or of Triton")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_tools")
 @pytest.mark.parametrize(
     ("layer", "capability"),
@@ -56,6 +57,7 @@ def test_machine_code_of_the_presets(
         assert backward.count("RED") == added * backward.count("LDG") // 4
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_tools")
 def test_half_precision_takes_fewer_instructions(tmp_path: Path) -> None:
     counts = {}

@@ -56,6 +56,7 @@ CHANGES: dict[str, tuple[Change, bool]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CHANGES)
 def test_changed_copies_are_found_among_others(name: str) -> None:
     change, mirrored = CHANGES[name]

@@ -128,6 +128,7 @@ def test_equal_without_detections_or_without_ground_truth(boxes: bool) -> None:
     assert ours.stats["AP"] == (0.0 if boxes else -1.0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "file",
     [
@@ -154,6 +155,7 @@ def test_equal_on_real_data(file: str, shared: Callable[[str], Path]) -> None:
     assert 0 < ours.stats["AP"] < 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "file", "minimum"),
     [
