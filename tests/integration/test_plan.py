@@ -161,7 +161,7 @@ def test_processes_have_one_plan(crowded: Path, tmp_path: Path) -> None:
     [
         (("plan",), "--max_hours: is missing"),
         (("plan", "--max_hours", "1"), "train data: no option says where it is"),
-        (("plan", "--max_hours", "1", "--resume", "auto"), "--resume: a run that goes on"),
+        (("plan", "--max_hours", "1", "--resume", "auto"), "--resume: a resumed run keeps"),
         (("plan", "--max_hours", "1", "--coco_path", "{data}", "--hidden_dim", "100"),
          "--hidden_dim"),
         (("train", "--config", "auto", "--output_dir", "{out}"), "--max_hours: is missing"),
