@@ -20,9 +20,10 @@ class TileOptions(Checked):
         0.2, "minimum share of its side that a tile has in common with the next; objects should "
         "be smaller than that", low=0, high=0.9,
     )  # fmt: skip
-    tile_merge: Literal["iou", "ios"] = option(
+    tile_merge: Literal["iou", "ios", "wbf"] = option(
         "iou", "of two boxes of a class in different tiles the better one stays, if this is over "
-        "--tile_nms: iou, or the intersection over the smaller one", rare=True,
+        "--tile_nms: iou, or the intersection over the smaller one; wbf: where iou is over it, "
+        "they become one, their mean weighted by scores", rare=True,
     )  # fmt: skip
     tile_nms: float = option(0.5, "see --tile_merge", above=0, high=1, rare=True)
 

@@ -28,13 +28,13 @@ class Tiling:
     share of a side that neighbours have in common, in 0..0.9; `min_seen` is the share of an object
     from which on it counts in a tile, see `boxes_of_tiles`. Of two boxes of a class in different
     tiles, the better one stays where their `measure` exceeds `threshold`: `iou`, or `ios`, the
-    intersection over the smaller box.
+    intersection over the smaller box. With `wbf`, boxes become one where their IoU exceeds it.
     """
 
     size: int
     overlap: float = 0.2
     min_seen: float = 0.5
-    measure: Literal["iou", "ios"] = "iou"
+    measure: Literal["iou", "ios", "wbf"] = "iou"
     threshold: float = 0.5
 
 

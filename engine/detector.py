@@ -438,7 +438,8 @@ class Detector:
         """
         if isinstance(self.network, ExportedModel) and precision != "fp32":
             raise ConfigError(
-                f"precision: an exported file computes in fp32, not {precision}. Leave it out."
+                f"precision: an exported file computes as it was exported, not in {precision}. "
+                "Leave it out."
             )
         world = world or World()
         evaluator = Evaluator(

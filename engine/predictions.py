@@ -20,7 +20,7 @@ from util.draw import draw_boxes
 from util.files import atomic_path
 
 _KEPT_SUFFIXES = (".jpg", ".jpeg", ".png")
-_COLUMNS = ("file_name", "category_id", "category_name", "score", "x0", "y0", "x1", "y1")
+BOX_COLUMNS = ("category_id", "category_name", "score", "x0", "y0", "x1", "y1")
 _LONGEST_FOLDER = 200  # bytes; systems allow 255
 _LONGEST_STEM = 50  # characters, of up to four bytes each
 
@@ -59,7 +59,7 @@ class PredictionFiles:
                 path = output_dir / "predictions.csv"
                 file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
                 self._rows = csv.writer(opened.enter_context(file))
-                self._rows.writerow(_COLUMNS)
+                self._rows.writerow(("file_name", *BOX_COLUMNS))
             self._opened = opened.pop_all()
 
     def __enter__(self) -> "PredictionFiles":
@@ -76,11 +76,12 @@ class PredictionFiles:
             if self._drawn is not None:
                 self._draw(image, shown, self._folder / self._drawn[i])
             if self._crop_folders:
-                self._crop(image, shown, i)
+                # whatever the stem is, the two numbers are of no other crop
+                stem = f"{Path(self._names[i]).stem[:_LONGEST_STEM]}_{i}"
+                save_crops(image, shown, self._folder, self._crop_folders, stem)
         if self._rows is not None:
             self._rows.writerows(
-                (self._names[i], self._given_id(box), box.name, box.score, *box.xyxy)
-                for box in shown
+                (self._names[i], *box_columns(box, self._classes)) for box in shown
             )
         found = plain_boxes(boxes, self._classes)
         line = json.dumps({"image_id": i, "file_name": self._names[i], "boxes": found})
@@ -107,25 +108,36 @@ class PredictionFiles:
                     begun = True
             file.write("\n]\n" if begun else "[]\n")
 
-    def _given_id(self, box: Box) -> int | str:
-        return self._classes.given_id(self._classes.label_of[box.category_id])
-
     def _draw(self, image: Image.Image, shown: Sequence[Box], path: Path) -> None:
         drawn = with_boxes(image, shown, self._classes)
         path.parent.mkdir(parents=True, exist_ok=True)
         drawn.save(path, quality=95)  # of JPEG; the suffix says which format
 
-    def _crop(self, image: Image.Image, shown: Sequence[Box], i: int) -> None:
-        stem = Path(self._names[i]).stem[:_LONGEST_STEM]
-        for number, box in enumerate(shown):
-            x0, y0, x1, y1 = box.xyxy
-            left, top = max(math.floor(x0), 0), max(math.floor(y0), 0)
-            right, bottom = min(math.ceil(x1), image.width), min(math.ceil(y1), image.height)
-            if left < right and top < bottom:
-                folder = self._folder / "crops" / self._crop_folders[box.name]
-                folder.mkdir(parents=True, exist_ok=True)
-                # whatever the stem is, the two numbers are of no other crop
-                image.crop((left, top, right, bottom)).save(folder / f"{stem}_{i}_{number}.png")
+
+def box_columns(box: Box, classes: Classes) -> tuple[int | str | float, ...]:
+    """Return a box as the cells of `BOX_COLUMNS`, corners in pixels."""
+    return (classes.given_id(classes.label_of[box.category_id]), box.name, box.score, *box.xyxy)
+
+
+def save_crops(
+    image: Image.Image,
+    boxes: Sequence[Box],
+    output_dir: Path,
+    folders: Mapping[str, str],
+    stem: str,
+) -> None:
+    """Save the part of an image that each box shows, as `crops/CLASS/STEM_NUMBER.png`.
+
+    `folders` has the folder's name of each class, see `crop_folders`.
+    """
+    for number, box in enumerate(boxes):
+        x0, y0, x1, y1 = box.xyxy
+        left, top = max(math.floor(x0), 0), max(math.floor(y0), 0)
+        right, bottom = min(math.ceil(x1), image.width), min(math.ceil(y1), image.height)
+        if left < right and top < bottom:
+            folder = output_dir / "crops" / folders[box.name]
+            folder.mkdir(parents=True, exist_ok=True)
+            image.crop((left, top, right, bottom)).save(folder / f"{stem}_{number}.png")
 
 
 def plain_boxes(boxes: Sequence[Box], classes: Classes) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What a checkpoint finds in the frames of a video: a video with boxes, and a line per frame."""
 
+import csv
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,14 @@ from typing import Any
 from PIL import Image
 
 from engine.detector import Box, Detector
-from engine.predictions import plain_boxes, with_boxes
+from engine.predictions import (
+    BOX_COLUMNS,
+    box_columns,
+    crop_folders,
+    plain_boxes,
+    save_crops,
+    with_boxes,
+)
 from engine.tracking import Tracks
 from util.classes import Classes
 from util.console import console, log
@@ -147,6 +155,71 @@ class VideoFile:
         self._container.mux(self._stream.encode(frame))
 
 
+class FrameFiles:
+    """What is written of the frames of a video, one after the other; a context manager.
+
+    `predictions.jsonl` has a line per frame, with boxes of every score. Those that are *shown* are
+    drawn in the `video`, if there is to be one, and are rows of `predictions.csv` with `table` and
+    files in `crops/CLASS/` with `crops`, of whose classes it gets the folders' names.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        classes: Classes,
+        *,
+        video: VideoFile | None,
+        table: bool,
+        crops: Mapping[str, str],
+    ) -> None:
+        self._folder, self._classes = output_dir, classes
+        self._video, self._crop_folders = video, crops
+        with ExitStack() as opened:
+            lines = (output_dir / "predictions.jsonl").open("w", encoding="ascii")
+            self._lines = opened.enter_context(lines)
+            self._rows: Any = None
+            if table:
+                path = output_dir / "predictions.csv"
+                file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
+                self._rows = csv.writer(opened.enter_context(file))
+                self._rows.writerow(("frame", "time", "track", *BOX_COLUMNS))
+            self._opened = opened.pop_all()
+        self.frames = self.boxes = 0
+
+    def __enter__(self) -> "FrameFiles":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._opened.close()
+
+    def add(
+        self,
+        image: Image.Image,
+        time: float | None,
+        boxes: Sequence[Mapping[str, Any]],
+        shown: Sequence[tuple[Box, int | None]],
+    ) -> None:
+        """Write a frame: its time in seconds, its boxes in plain values, those shown by object."""
+        number = self.frames
+        self._lines.write(f"{json.dumps({'frame': number, 'time': time, 'boxes': boxes})}\n")
+        chosen = [box for box, _ in shown]
+        if self._video is not None:
+            names = [box.name if of is None else f"{box.name} #{of}" for box, of in shown]
+            self._video.add(with_boxes(image, chosen, self._classes, names))
+        if self._rows is not None:
+            self._rows.writerows(
+                (number, time, of, *box_columns(box, self._classes)) for box, of in shown
+            )
+        if self._crop_folders:
+            save_crops(image, chosen, self._folder, self._crop_folders, f"frame_{number}")
+        self.frames += 1
+        self.boxes += len(shown)
+
+    def flush(self) -> None:
+        """Let others read along."""
+        self._lines.flush()
+
+
 def predict_video(
     detector: Detector,
     text: str,
@@ -154,15 +227,17 @@ def predict_video(
     *,
     thresholds: Mapping[str, float],
     draw: bool = True,
+    table: bool = False,
+    crops: bool = False,
     batch_size: int = 1,
     track_patience: float | None = None,
 ) -> None:
-    """Write `predictions.jsonl`, a line per frame as soon as it is done, and a video with boxes.
+    """Write what is found in the frames of a video, see `FrameFiles`, as soon as it is found.
 
-    The video has the name of the input, as `.mp4`. The lines have boxes of every score; those that
-    reach the threshold of their class are drawn. Classes without a threshold are left out. At most
-    `batch_size` frames are in memory. With `track_patience`, in seconds, boxes have the number of
-    their object, see `Tracks`, and all that have one are drawn.
+    The video with boxes has the name of the input, as `.mp4`. Boxes that reach the threshold of
+    their class are shown. Classes without a threshold are left out. At most `batch_size` frames are
+    in memory. With `track_patience`, in seconds, boxes have the number of their object, see
+    `Tracks`, and all that have one are shown.
 
     Raises:
         ConfigError: PyAV or `trackers` is missing, or the video with boxes would overwrite the
@@ -174,14 +249,20 @@ def predict_video(
     if draw and "://" not in text:
         refuse_overwriting([Path(text)], [output])
     make_output_dir(output_dir)
-    count = drawn = 0
     with ExitStack() as stack:
         frames = stack.enter_context(Frames(text))
         tracks = None  # before files are opened for writing, as its package may be missing
         if track_patience is not None:
             tracks = Tracks(thresholds, rate=float(frames.rate), patience=track_patience)
-        lines = stack.enter_context((output_dir / "predictions.jsonl").open("w", encoding="ascii"))
-        video = stack.enter_context(VideoFile(output, frames.rate)) if draw else None
+        files = stack.enter_context(
+            FrameFiles(
+                output_dir,
+                detector.classes,
+                video=stack.enter_context(VideoFile(output, frames.rate)) if draw else None,
+                table=table,
+                crops=crop_folders(list(thresholds)) if crops else {},
+            )
+        )
         bar = stack.enter_context(progress(total=frames.count, unit="frame", description="predict"))
         iterator = iter(frames)
         while batch := list(islice(iterator, batch_size)):
@@ -194,26 +275,20 @@ def predict_video(
                 if tracks is not None:
                     plain = [{**p, "track": n} for p, n in zip(plain, numbers, strict=True)]
                 shown = [
-                    (box, box.name if number is None else f"{box.name} #{number}")
+                    (box, number)
                     for box, number in zip(boxes, numbers, strict=True)
                     if number is not None or box.score >= thresholds[box.name]
                 ]
-                lines.write(f"{json.dumps({'frame': count, 'time': time, 'boxes': plain})}\n")
-                if video is not None:
-                    video.add(_drawn(image, shown, detector.classes))
-                count, drawn = count + 1, drawn + len(shown)
-            lines.flush()  # others may read along
+                files.add(image, time, plain, shown)
+            files.flush()
             bar.update(len(batch))
-        if not count:
+        if not files.frames:
             raise DataError(f"`input {text}`: there are no frames in it.")
-    written = f"{output.name} and predictions.jsonl" if draw else "predictions.jsonl"
-    console(f"written to {output_dir}: {count} frames with {drawn} boxes, {written}")
-
-
-def _drawn(image: Image.Image, shown: Sequence[tuple[Box, str]], classes: Classes) -> Image.Image:
-    """Return a frame with boxes and their names."""
-    boxes, names = [box for box, _ in shown], [name for _, name in shown]
-    return with_boxes(image, boxes, classes, names)
+    written = [output.name] * draw + ["predictions.csv"] * table + ["predictions.jsonl"]
+    console(
+        f"written to {output_dir}: {files.frames} frames with {files.boxes} boxes, "
+        f"{' and '.join(written)}"
+    )
 
 
 def _import_av() -> Any:

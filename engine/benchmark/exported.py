@@ -50,7 +50,9 @@ def timed_beside(
     batch: PaddedBatch,
     common: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Time forward passes in turn in float32, and say how far the files' scores are apart.
+    """Time forward passes in turn, and say how far the files' scores are apart.
+
+    The checkpoint computes in float32, files as they were exported.
 
     Scores are those of the detections of an image, which are compared by rank.
     """
@@ -85,7 +87,8 @@ def timed_beside(
 
 def _runtime(file: Detector) -> str:
     assert isinstance(file.network, ExportedModel)
-    return file.network.session.runtime
+    half = file.network.about.precision == "fp16"
+    return file.network.session.runtime + (" (fp16)" if half else "")
 
 
 def _scores(detector: Detector, outputs: DetectorOutput, batch: PaddedBatch) -> list[Tensor]:

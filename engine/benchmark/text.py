@@ -35,7 +35,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         width = max(width, len("checkpoint")) + 2
         lines += [
             "",
-            f"{'in turn, fp32':{width}}{'batch':>6}{'median ms':>12}{'p95 ms':>12}"
+            f"{'in turn':{width}}{'batch':>6}{'median ms':>12}{'p95 ms':>12}"
             f"{'times as fast':>15}{'scores apart':>14}",
         ]
         for row in report["exported"]:

@@ -76,8 +76,8 @@ def main(options: BenchmarkOptions) -> int:
     alone = is_exported(options.checkpoint)
     if alone and (options.against != "none" or options.precision != ("fp32",)):
         raise ConfigError(
-            "checkpoint: an exported file computes in fp32, and cannot be rebuilt in transformers. "
-            "Leave out `precision` and `against`."
+            "checkpoint: an exported file computes as it was exported, and cannot be rebuilt in "
+            "transformers. Leave out `precision` and `against`."
         )
     size = parse_size(options.size)
     if options.threads:
@@ -188,7 +188,7 @@ def measure(
         "warm_up": options.warm_up,
         "parts": {} if is_exported(options.checkpoint) else parts_of(detector, size),
         "stages": {
-            "precision": options.precision[0],
+            "precision": precision_of(detector, options.precision[0]),
             **{name: times.to_json() for name, times in stages.items()},
         },
         "forward": rows,
@@ -221,12 +221,18 @@ def forward_row(
     peak = peak_during(forward, detector.device)
     count = len(batch.images)
     return {
-        "precision": kind.name,
+        "precision": precision_of(detector, kind.name),
         "batch_size": count,
         **times.to_json(),
         "images_per_second": count / times.median,
         "peak_memory_bytes": peak,
     }
+
+
+def precision_of(detector: Detector, asked: str) -> str:
+    """Return what a detector computes in: `asked`, unless it is an exported file."""
+    network = detector.network
+    return network.about.precision if isinstance(network, ExportedModel) else asked
 
 
 def compared_row(

@@ -12,6 +12,7 @@ from configs.schema import ModelConfig
 from datasets.dataset import find_images
 from engine.detector import Detector
 from engine.exported.about import SUFFIXES, About
+from engine.exported.half import ISLANDS, halved
 from engine.exported.model import ExportedModel
 from engine.exported.proof import TIE, Differences, prepared_images, prove
 from engine.exported.write import write
@@ -21,7 +22,12 @@ from util.errors import CheckpointError, ConfigError
 from util.files import make_output_dir, refuse_overwriting
 
 FAILED = 1  # exit code: the file was written, and is not what it should be
+_TOLERANCE = 1e-4
 _AP_TOLERANCE = 0.001
+# In half precision, proposals of nearly the same score are ranked in another order, and queries
+# that are told apart by rank then change their contents: they cannot be compared one by one.
+_HALF_AP_TOLERANCE = 0.005
+_LEAST_AP = 0.01  # below, that two APs are alike says nothing
 # Of these options, values other than the usual ones have not been exported.
 _SELDOM = (
     "dcn", "encoder", "encoder_attn", "encoder_updates", "enc_fusion", "neck", "position_embedding"
@@ -37,6 +43,11 @@ class ExportOptions(Checked):
         "onnx", "format: onnx (.onnx), openvino (.xml and .bin) or torch_export (.pt2)"
     )
     output: str = option("", "file to write")
+    precision: Literal["fp32", "fp16"] = option(
+        "fp32",
+        "arithmetic of convolutions and linear layers; all else is fp32, images and boxes "
+        "too. fp16 halves the file, and is proven by AP",
+    )
     postprocess: bool = option(
         False, "put the selection of detections into the file",
         off="leave the selection of detections to whoever runs the file",
@@ -44,10 +55,15 @@ class ExportOptions(Checked):
     verify: str = option("", "prove this exported file, in place of writing one")
     input: tuple[str, ...] = option((), "images, folders or globs for the proof (default: noise)")
     num_images: int = option(3, "images for the proof", low=1, most=1000)
-    val_images: str = option("", "folder of images on which APs are compared")
+    val_images: str = option(
+        "", "folder of images on which APs are compared (with fp16, default: the run's own)"
+    )
     val_annotations: str = option("", "COCO-format JSON file of these")
-    tolerance: float = option(
-        1e-4, "maximum difference of a score, or of a box as a fraction of the image", above=0
+    tolerance: float | None = option(
+        None,
+        "largest difference of a score, or of a box as a fraction of the image (default: "
+        "1e-4; none with fp16)",
+        above=0,
     )
     ema: bool = option(
         True, "use a checkpoint's averaged weights, if it has them",
@@ -66,17 +82,31 @@ def main(options: ExportOptions, detection: SelectionOptions) -> int:
     detector = Detector.load(options.checkpoint, device="cpu", ema=options.ema, **asdict(detection))
     about = _about(detector, options)
     if options.verify:
-        return 0 if _proven(options, detection, detector, output, paths) else FAILED
+        exported = _opened(output, detection)
+        return 0 if _proven(options, detector, exported, paths) else FAILED
     refuse_overwriting([Path(options.checkpoint)], [output])
     make_output_dir(output.parent, "output")
     # proven under its own name in a folder of its own: a file in its place has been proven
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         written = Path(folder) / output.name
+        model = detector.model
+        if options.precision == "fp16":
+            model, count = halved(model)
+            console(f"in float16: {count} convolutions and linear layers; in float32: {ISLANDS}")
         try:
-            write(detector.model, about, written, options.to)
+            write(model, about, written, options.to)
         except CheckpointError as error:
             raise CheckpointError(f"{error} {_in_the_way(options)}") from error
-        if not _proven(options, detection, detector, written, paths):
+        try:
+            exported = _opened(written, detection)
+        except CheckpointError as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            reason = reason.replace(str(written), output.name)[:200]
+            raise CheckpointError(
+                f"{options.to}: the runtime cannot open what was exported ({reason}). "
+                f"{_in_the_way(options)}"
+            ) from error
+        if not _proven(options, detector, exported, paths):
             console(f"not kept: {output}")
             return FAILED
         for part in sorted(Path(folder).iterdir()):  # OpenVINO's .bin comes before its .xml
@@ -135,6 +165,7 @@ def _about(detector: Detector, options: ExportOptions) -> About:
         finished=options.postprocess,
         num_select=detector.data.num_select,
         tiles=asdict(detector.tiles),
+        precision=options.precision,
     )
 
 
@@ -146,38 +177,51 @@ def _in_the_way(options: ExportOptions) -> str:
         for name in _SELDOM
         if chosen.get(name, usual[name]) != usual[name]
     ]
+    if options.precision == "fp16":
+        return "Try `precision fp32`."
     if not seldom:
         return "Try another version of PyTorch."
     return f"In the way is {' or '.join(seldom)}: train without."
 
 
+def _opened(path: Path, detection: SelectionOptions) -> Detector:
+    return Detector.load(str(path), num_select=detection.num_select, nms_iou=detection.nms_iou)
+
+
 def _proven(
-    options: ExportOptions,
-    detection: SelectionOptions,
-    detector: Detector,
-    path: Path,
-    paths: list[Path],
+    options: ExportOptions, detector: Detector, exported: Detector, paths: list[Path]
 ) -> bool:
     """Print how far a file is from its checkpoint; return whether that is near enough."""
-    exported = Detector.load(str(path), num_select=detection.num_select, nms_iou=detection.nms_iou)
     differences = prove(detector, exported, prepared_images(detector, paths, options.num_images))
     assert isinstance(exported.network, ExportedModel)
-    console(_report(differences, exported.network.session.runtime, options.tolerance))
-    near = differences.largest <= options.tolerance
-    if near and options.val_images:
-        place = options.val_images, options.val_annotations
-        ours, other = (each.evaluate(*place)["AP"] for each in (detector, exported))
-        console(f"AP: {ours:.4f} of the checkpoint, {other:.4f} of the file")
-        near = abs(ours - other) <= _AP_TOLERANCE
+    half = exported.network.about.precision == "fp16"
+    tolerance = options.tolerance or (1.0 if half else _TOLERANCE)
+    console(_report(differences, exported.network.session.runtime, tolerance))
+    near = differences.largest <= tolerance
+    if near and (half or options.val_images):
+        near = _same_ap(detector, exported, options, half=half)
     if not near:
         console("the exported file differs too much from its checkpoint")
     return near
 
 
+def _same_ap(detector: Detector, exported: Detector, options: ExportOptions, *, half: bool) -> bool:
+    """Print the AP of both; return whether they are near enough to each other."""
+    place = (options.val_images, options.val_annotations) if options.val_images else ()
+    ours, other = (each.evaluate(*place)["AP"] for each in (detector, exported))
+    tolerance = _HALF_AP_TOLERANCE if half else _AP_TOLERANCE
+    console(f"AP: {ours:.4f} of the checkpoint, {other:.4f} of the file; tolerance {tolerance:g}")
+    if half and not ours >= _LEAST_AP:
+        console(f"an AP below {_LEAST_AP} proves nothing: name other images by --val_images")
+        return False
+    return abs(ours - other) <= tolerance
+
+
 def _report(found: Differences, runtime: str, tolerance: float) -> str:
+    limit = f"tolerance {tolerance:g}" if tolerance < 1 else "AP decides"
     text = (
         f"proof in {runtime}, {found.images} times an image: largest difference of scores "
-        f"{found.scores:.2g}, of boxes {found.boxes:.2g}; tolerance {tolerance:g}"
+        f"{found.scores:.2g}, of boxes {found.boxes:.2g}; {limit}"
     )
     if found.left_out:
         total = found.compared + found.left_out

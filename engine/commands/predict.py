@@ -69,10 +69,8 @@ def main(options: PredictOptions, detection: DetectionOptions, given: Given) -> 
     if not options.input or not options.output_dir:
         raise ConfigError("predict: give `input IMAGES ...` and `output_dir DIR`.")
     video = next((text for text in options.input if is_video(text)), None)
-    if video is not None and (len(options.input) > 1 or options.csv or options.save_crops):
-        raise ConfigError(
-            f"`input {video}`: is a video, which comes alone and without `csv` and `save_crops`."
-        )
+    if video is not None and len(options.input) > 1:
+        raise ConfigError(f"`input {video}`: is a video, which comes alone. Give one input.")
     if video is None and options.track:
         raise ConfigError("track: follows the objects of a video, and `input` has none. Give one.")
     paths = find_images(options.input) if video is None else []
@@ -93,6 +91,8 @@ def main(options: PredictOptions, detection: DetectionOptions, given: Given) -> 
             output_dir,
             thresholds=thresholds,
             draw=options.draw,
+            table=options.csv,
+            crops=options.save_crops,
             batch_size=options.batch_size,
             track_patience=options.track_patience if options.track else None,
         )

@@ -19,7 +19,8 @@ class About:
 
     `data` and `tiles` hold values of these options, `mean` and `std` are per channel in 0..1,
     `thresholds` has the best score threshold by class name. With `finished`, post-processing is in
-    the graph, and `num_select` detections come out for each image.
+    the graph, and `num_select` detections come out for each image. `precision` is that of the heavy
+    layers; inputs and outputs are float32 in any case.
     """
 
     classes: Classes
@@ -32,6 +33,7 @@ class About:
     finished: bool
     num_select: int
     tiles: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
 
     def to_text(self) -> str:
         """Return the text that a file carries, in ASCII."""
@@ -68,6 +70,7 @@ class About:
                 finished=bool(content["finished"]),
                 num_select=int(content["num_select"]),
                 tiles=dict(content.get("tiles", {})),
+                precision=str(content.get("precision", "fp32")),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(

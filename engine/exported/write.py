@@ -57,7 +57,9 @@ class Graph(nn.Module):
 
 
 def write(model: DeformableDETR, about: About, path: Path, to: str) -> None:
-    """Write a model in evaluation mode, on the CPU and in float32, as one of `WRITERS`.
+    """Write a model in evaluation mode, on the CPU, as one of `WRITERS`.
+
+    Inputs and outputs are float32, and so is all between but what `halved` has changed.
 
     Batch size, height and width stay open. A two-stage model needs images with as many tokens as
     it has queries.

@@ -108,7 +108,7 @@ def test_an_exported_file_beside_its_checkpoint_and_alone(
         "precision", "decode", "preparation", "model", "post-processing"
     }  # fmt: skip
     for options, words in (
-        (("--checkpoint", file, "--precision", "bf16"), "an exported file computes in fp32"),
+        (("--checkpoint", file, "--precision", "bf16"), "an exported file computes as it was"),
         (("--checkpoint", checkpoint, "--exported", checkpoint), "is not an exported file"),
         (("--config", TINY, "--exported", file), "has other classes than the checkpoint"),
     ):

@@ -1,12 +1,18 @@
 """`export` as a user runs it, and what takes its files."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from configs.schema import Config
+from models.build import build_model
 from tests.integration.conftest import Cli
+from tests.unit.models.small import small_config
+from util.classes import Classes
 
 onnx = pytest.importorskip("onnx", reason="needs onnx")
 for runtime in ("onnxscript", "onnxruntime", "openvino"):
@@ -94,6 +100,23 @@ def test_what_differs_too_much_is_not_kept(cli: Cli, finished_run: Path, tmp_pat
     assert done.returncode == 1
     assert "not kept" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.long
+def test_the_option_that_stands_in_the_way_is_named(cli: Cli, tmp_path: Path) -> None:
+    model = small_config(backbone="resnet18", dcn="v2")
+    content = {
+        "model": build_model(model, num_classes=2).state_dict(),
+        "config": asdict(Config(model=model)),
+        "classes": Classes((1, 2), ("cat", "dog")).to_json(),
+        "preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    torch.save(content, tmp_path / "dcn.pth")
+    done = cli("export", "--checkpoint", tmp_path / "dcn.pth", "--output", tmp_path / "a.onnx")
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.count("\n") == 1
+    assert "In the way is `dcn v2`: train without." in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["dcn.pth"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.integration.conftest import Cli, read_log
 
@@ -52,3 +54,27 @@ def test_eight_photographs_are_overfitted(cli: Cli, shared: Shared, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     average_precision_50 = read_log(out)[-1]["test_coco_eval_bbox"][1]
     assert average_precision_50 > 0.9
+
+
+def test_a_photograph_is_explained_and_measured(
+    cli: Cli, shared: Shared, finished_run: Path, tmp_path: Path
+) -> None:
+    photo = sorted((shared("datasets/coco_by") / "val2017").glob("*.jpg"))[0]
+    common = ("--checkpoint", finished_run / "last.pth", "--input", photo, "--device", "cpu")
+    done = cli("explain", *common, "--output_dir", tmp_path, "--threshold", "0", "--count", "1",
+               "--token", "50,60,0", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "explanation.json").read_text())
+    with Image.open(photo) as image:
+        assert content["size"] == list(image.size)
+    for explained in (content["queries"][0], content["token"]):
+        weights = np.array(explained["sampling"]["weights"])  # layers, heads, levels, points
+        np.testing.assert_allclose(weights.sum((2, 3)), 1, atol=1e-5)
+    assert (tmp_path / "explain.html").stat().st_size > 20_000  # the photograph is in it
+    report = tmp_path / "report.json"
+    done = cli("benchmark", *common, "--runs", "2", "--warm_up", "0", "--output", report)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(report.read_text())
+    assert measured["images"] == 1
+    assert max(measured["size"]) <= 96
+    assert measured["stages"]["decode"]["median_ms"] > 0.5

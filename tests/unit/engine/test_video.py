@@ -1,8 +1,13 @@
 """Videos: boxes are those of the frames, what is written plays, and what is wrong is one line."""
 
+import csv
 import json
+import math
 import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -56,6 +61,55 @@ def test_boxes_are_those_of_the_frames(clip: Path, tmp_path: Path, batch_size: i
             assert box["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=1e-4)
             assert (box["category_name"], box["score"]) == (expected.name, expected.score)
         assert line["boxes"][0]["bbox"] == pytest.approx([5 + 8 * i, 20, 30, 30], abs=1.5)
+
+
+def test_an_address_is_read_as_the_file_is(clip: Path, tmp_path: Path) -> None:
+    predict_video(RED_FINDER, str(clip), tmp_path / "file", thresholds=THRESHOLDS, draw=False)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(clip.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}/{clip.name}?a=b"
+        try:
+            predict_video(RED_FINDER, address, tmp_path / "address", thresholds=THRESHOLDS)
+            with pytest.raises(DataError, match=r"gone\.mp4`: cannot be opened"):
+                Frames(address.replace("clip.mkv?a=b", "gone.mp4"))
+        finally:
+            server.shutdown()
+            thread.join()
+    lines = [read(tmp_path / name / "predictions.jsonl") for name in ("file", "address")]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 11
+    assert (tmp_path / "address" / "clip.mp4").is_file()
+
+
+def test_a_table_and_crops_hold_what_is_drawn(clip: Path, tmp_path: Path) -> None:
+    predict_video(
+        RED_FINDER, str(clip), tmp_path / "out", thresholds=THRESHOLDS, table=True, crops=True
+    )
+    lines = read(tmp_path / "out" / "predictions.jsonl")
+    with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = [
+        (line["frame"], line["time"], box)
+        for line in lines for box in line["boxes"] if box["score"] >= 0.5
+    ]  # fmt: skip
+    assert len(rows) == len(expected) >= 11
+    with Frames(str(clip)) as frames:
+        images = [image for _, image in frames]
+    taken = [0] * len(images)
+    for row, (frame, time, box) in zip(rows, expected, strict=True):
+        assert (int(row["frame"]), float(row["time"]), row["track"]) == (frame, time, "")
+        assert (row["category_name"], float(row["score"])) == (box["category_name"], box["score"])
+        x, y, width, height = box["bbox"]
+        corners = [float(row[name]) for name in ("x0", "y0", "x1", "y1")]
+        assert corners == pytest.approx([x, y, x + width, y + height])
+        window = [max(math.floor(x), 0), max(math.floor(y), 0),
+                  min(math.ceil(x + width), 121), min(math.ceil(y + height), 90)]  # fmt: skip
+        (crop,) = (tmp_path / "out" / "crops").glob(f"*/frame_{frame}_{taken[frame]}.png")
+        taken[frame] += 1
+        with Image.open(crop) as image:
+            assert image.tobytes() == images[frame].crop(tuple(window)).tobytes()
 
 
 def test_the_video_with_boxes_plays_at_the_same_pace(clip: Path, tmp_path: Path) -> None:

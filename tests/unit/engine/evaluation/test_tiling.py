@@ -94,7 +94,7 @@ def scene(seed: int, height: int, width: int, count: int) -> tuple[Image.Image, 
     return Image.fromarray(pixels), torch.tensor(boxes, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("measure", ["iou", "ios"])
+@pytest.mark.parametrize("measure", ["iou", "ios", "wbf"])
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_each_object_is_found_once_and_whole(measure: str, batch_size: int) -> None:
     image, truth = scene(batch_size, 410, 530, 90)
@@ -216,6 +216,46 @@ def test_boxes_of_one_tile_never_suppress_each_other(measure: str) -> None:
     assert merged["scores"].tolist() == [row[0] for row in kept]
     assert merged["boxes"].tolist() == [row[2] for row in kept]
     assert 10 < len(kept) < 120
+
+
+def overlap(a: list[float], b: list[float]) -> float:
+    """Return the IoU of two boxes."""
+    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return shared / (sum(areas) - shared)
+
+
+def test_fused_boxes_are_means_of_those_of_different_tiles() -> None:
+    parts = random_parts(7, each_alone=False)
+    rows = sorted(
+        ((float(s), int(c), b.tolist(), i) for i, part in enumerate(parts)
+         for s, c, b in zip(part["scores"], part["labels"], part["boxes"], strict=True)),
+        reverse=True,
+    )  # fmt: skip
+    groups: list[list[tuple[float, int, list[float], int]]] = []
+
+    def mean(group: list[tuple[float, int, list[float], int]]) -> list[float]:
+        whole = sum(score for score, *_ in group)
+        return [sum(score * box[k] for score, _, box, _ in group) / whole for k in range(4)]
+
+    for row in rows:
+        candidates = [
+            group for group in groups
+            if group[0][1] == row[1] and all(tile != row[3] for *_, tile in group)
+            and any(overlap(box, row[2]) > 0.4 for *_, box, _ in group)
+            and overlap(mean(group), row[2]) > 0.4
+        ]  # fmt: skip
+        if candidates:
+            max(candidates, key=lambda group: overlap(mean(group), row[2])).append(row)
+        else:
+            groups.append([row])
+    merged = merge(parts, Tiling(size=9, measure="wbf", threshold=0.4))
+    assert merged["scores"].tolist() == [group[0][0] for group in groups]
+    assert merged["labels"].tolist() == [group[0][1] for group in groups]
+    expected = torch.tensor([mean(group) for group in groups])
+    torch.testing.assert_close(merged["boxes"], expected, rtol=0, atol=1e-4)
+    assert max(map(len, groups)) > 2
+    assert 10 < len(groups) < 115
 
 
 def test_options_of_tiles_need_tiles() -> None:
