@@ -250,16 +250,16 @@ def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     ],
 )  # fmt: skip
 def test_wrapped_weights_are_found_and_reported(
-    wrap: Any, place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    wrap: Any, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     state, file = small_resnet(), tmp_path / "w.pth"
     torch.save(wrap(state), file)
-    with caplog.at_level("INFO", logger="deformable_detr"):
-        loaded = create("resnet18", weights=str(file)).state_dict()
+    loaded = create("resnet18", weights=str(file)).state_dict()
     for key, value in state.items():
         if not key.startswith("fc.") and not key.endswith("num_batches_tracked"):
             assert torch.equal(loaded[f"body.{key}"], value), key
-    said = [r.getMessage() for r in caplog.records if "weights of resnet18" in r.getMessage()]
+    printed = capsys.readouterr().out.splitlines()
+    said = [line for line in printed if "weights of resnet18" in line]
     assert [line.partition("found in it: ")[2] for line in said] == ([place] if place else [])
 
 
