@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.integration.browser import Browser, chromium
 from tests.integration.conftest import Cli
 
 
@@ -111,6 +112,41 @@ def test_a_browser_draws_the_points_that_are_chosen(explained: Path, tmp_path: P
         : len(rows)
     ].tolist()
     assert float(rows[0][1]) == pytest.approx(taken.max(), abs=6e-4)
+
+
+def luminance(colour: str) -> float:
+    """Return the relative luminance of a colour as a browser states it (WCAG 2, "rgb(1, 2, 3)")."""
+    parts = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(chromium() is None, reason="needs Chromium")
+def test_the_page_can_be_read_light_and_dark(explained: Path, tmp_path: Path) -> None:
+    colours = """[...document.querySelectorAll("p, label, select, caption, th, td, #key span")]
+        .filter(node => node.innerText.trim()).map(node => {
+            let ground = node;
+            const solid = style => !/rgba\\(.*, 0\\)/.test(style.backgroundColor);
+            while (ground.parentElement && !solid(getComputedStyle(ground)))
+                ground = ground.parentElement;
+            return [getComputedStyle(node).color, getComputedStyle(ground).backgroundColor,
+                    node.innerText];
+        })"""
+    with Browser(tmp_path) as browser:
+        for scheme in ("light", "dark"):
+            browser.ask("Emulation.setEmulatedMedia",
+                        features=[{"name": "prefers-color-scheme", "value": scheme}])  # fmt: skip
+            browser.open(f"file://{explained / 'explain.html'}")
+            browser.wait("document.querySelectorAll('#marks circle').length > 0")
+            found = browser.run(colours)
+            assert len(found) > 20
+            for ink, ground, text in found:
+                light, dark = sorted((luminance(ink), luminance(ground)), reverse=True)
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, (scheme, text, ink, ground)
+            paper = browser.run("getComputedStyle(document.body).backgroundColor")
+            assert (luminance(paper) > 0.5) == (scheme == "light")
+        assert all(each.startswith(("file:", "data:")) for each in browser.addresses)
 
 
 @pytest.mark.parametrize(

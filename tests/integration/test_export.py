@@ -94,6 +94,50 @@ def test_other_formats_are_proven_and_used(
 
 
 @pytest.mark.slow
+def test_half_precision_is_proven_by_ap(
+    cli: Cli, finished_run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    checkpoint, whole, half = finished_run / "last.pth", tmp_path / "a.onnx", tmp_path / "b.onnx"
+    export = ("export", "--checkpoint", checkpoint, "--output", half, "--precision", "fp16")
+    done = cli(*export)
+    assert done.returncode == 1, done.stderr
+    assert "proves nothing: name other images by --val_images" in done.stdout
+    assert not half.exists()
+
+    # what the checkpoint itself finds best is taken for the truth, so its AP is high
+    content = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
+    names = {image["file_name"]: image["id"] for image in content["images"]}
+    best: dict[str, list[dict[str, Any]]] = {}
+    for box in predictions(cli, checkpoint, shapes, tmp_path / "found"):
+        best.setdefault(box["file_name"], []).append(box)
+    content["annotations"] = [
+        {"id": 10 * names[name] + i, "image_id": names[name], "category_id": box["category_id"],
+         "bbox": box["bbox"], "area": box["bbox"][2] * box["bbox"][3], "iscrowd": 0}
+        for name, boxes in best.items() for i, box in enumerate(boxes[:5])
+    ]  # fmt: skip
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    place = ("--val_images", shapes / "val2017", "--val_annotations", tmp_path / "truth.json")
+    done = cli(*export, *place, *SIZE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "in float16: " in done.stdout
+    assert "AP decides" in done.stdout
+    done = cli("export", "--checkpoint", checkpoint, "--output", whole)
+    assert done.returncode == 0, done.stderr
+    assert half.stat().st_size < 0.65 * whole.stat().st_size
+    assert len(predictions(cli, half, shapes, tmp_path / "half")) == 700
+
+    graph = onnx.load(half)
+    for weight in graph.graph.initializer:
+        if len(weight.dims) == 4:  # a convolution, mirrored
+            values = onnx.numpy_helper.to_array(weight)[..., ::-1].copy()
+            weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(graph, half)
+    done = cli("export", "--checkpoint", checkpoint, "--verify", half, *place, *SIZE)
+    assert done.returncode == 1
+    assert "differs too much" in done.stdout
+
+
+@pytest.mark.slow
 def test_what_differs_too_much_is_not_kept(cli: Cli, finished_run: Path, tmp_path: Path) -> None:
     done = cli("export", "--checkpoint", finished_run / "last.pth", "--output",
                tmp_path / "a.onnx", "--tolerance", "1e-12", "--postprocess")  # fmt: skip

@@ -14,7 +14,7 @@ from models.weights.load import load_pretrained
 from tests.integration.conftest import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_cell_of_the_tour_runs(
     finished_run: Path,
     shapes: Path,
