@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from engine.exported.packages import needed
 
 
-@torch.library.custom_op("deformable_detr::conv_same", mutates_args=())
+@torch.library.custom_op(
+    "deformable_detr::conv_same",
+    mutates_args=(),
+    # torch 2.6 cannot read it off the annotations below
+    schema="(Tensor x, Tensor weight, Tensor bias, int[] stride, int[] dilation, int groups)"
+    " -> Tensor",
+)
 def conv_same(
     x: Tensor,
     weight: Tensor,
