@@ -207,7 +207,7 @@ def load_index(
         whole, index = len(index), index.with_background(cfg.empty_images)
         console(
             f"notice: empty_images {cfg.empty_images:g}: {whole - len(index)} of {whole} training "
-            "images, without boxes, are left out"
+            "images are left out: they have no boxes"
         )
     return index
 

@@ -121,7 +121,7 @@ def plan_run(
 
     A fresh run has the options given, on top of the model options of `finetune`; `choose` adds
     those that `--config auto` leaves open. A run from a checkpoint has those given on top of the
-    checkpoint's; the model, batches, tiles and frozen parts must be the same.
+    checkpoint's; the model, batches, images and frozen parts must be the same.
 
     Raises:
         ConfigError: options exclude each other, or a fresh run has no `output_dir`.
@@ -156,7 +156,7 @@ def _continued(given: Given, checkpoint: Path, *, output_dir: str) -> RunPlan:
     check_claims(before.model, content["model"], str(checkpoint), recipes=before.recipes)
     check_same("model", asdict(before.model), asdict(config.model), checkpoint)
     check_same("recipes", asdict(before)["recipes"], asdict(config)["recipes"], checkpoint)
-    check_same("batches, tiles and frozen parts", _fixed(before), _fixed(config), checkpoint)
+    check_same("batches, images and frozen parts", _fixed(before), _fixed(config), checkpoint)
     run = replace(config.run, output_dir=output_dir or str(checkpoint.parent), resume="")
     if config.optim.precision == "auto":  # it was chosen when the run began
         config = replace(config, optim=replace(config.optim, precision=before.optim.precision))
@@ -172,6 +172,7 @@ def _fixed(config: Config) -> dict[str, Any]:
     optim = config.optim
     return {
         "effective_batch_size": optim.effective_batch_size,
+        "empty_images": config.data.empty_images,
         "frozen_stages": ALL_STAGES if optim.lr_backbone == 0 else optim.frozen_stages,
         "freeze": optim.freeze,
         "norm_weight_decay": "as weight_decay" if optim.norm_weight_decay is None else "its own",

@@ -77,9 +77,9 @@ class QueryGroup:
     content: Tensor
     position: Tensor
     reference: Tensor
+    learning: Learning
     blocked: Tensor | None = None
     sees_detecting: bool = False
-    learning: Learning = ONE_TO_ONE
     parts: int = 1
     routes: Sequence[Route] = ()
     encoder: "GroupOutput | None" = None
@@ -95,7 +95,7 @@ class GroupOutput:
     name: str
     logits: Tensor
     boxes: Tensor
-    learning: Learning = ONE_TO_ONE
+    learning: Learning
 
 
 class DetectorOutput(TypedDict, total=False):

@@ -86,7 +86,7 @@ class DeformableTransformer(nn.Module):
     ) -> tuple[QueryGroup, Proposals | None]:
         """Return the queries that detect, and a two-stage encoder's proposals."""
         assert query_embed is not None
-        return self.from_embedding("", query_embed, memory.shape[0]), None
+        return self.from_embedding("", query_embed, memory.shape[0], ONE_TO_ONE), None
 
     def from_embedding(
         self, name: str, embedding: Tensor, batch_size: int, learning: Learning = ONE_TO_ONE

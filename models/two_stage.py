@@ -1,7 +1,6 @@
 """The two-stage transformer, whose queries are the encoder's best proposals (Sec. 4.2)."""
 
 import math
-from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -10,7 +9,7 @@ from models.encoders import Encoder
 from models.layers import ExactLayerNorm, sine_embedding
 from models.levels import FeatureLevels
 from models.proposals import MAX_LOGIT, Proposals, token_proposals
-from models.queries import ONE_TO_ONE, Learning, QueryGroup
+from models.queries import ONE_TO_ONE, GroupOutput, Learning, QueryGroup
 from models.transformer import DeformableTransformer
 
 # N batch, S tokens, Q queries, C width.
@@ -57,8 +56,9 @@ class TwoStageTransformer(DeformableTransformer):
     ) -> tuple[QueryGroup, Proposals | None]:
         """Return the queries that detect, and the proposals of which they are the best."""
         proposals = self.propose(memory, levels)
-        detecting = self.from_boxes("", proposals.best(0, self.num_queries), query_embed)
-        return replace(detecting, encoder=proposals.output()), proposals
+        boxes = proposals.best(0, self.num_queries)
+        encoder = proposals.output()
+        return self.from_boxes("", boxes, query_embed, ONE_TO_ONE, encoder), proposals
 
     def from_boxes(
         self,
@@ -66,6 +66,7 @@ class TwoStageTransformer(DeformableTransformer):
         boxes: Tensor,
         contents: Tensor | None = None,
         learning: Learning = ONE_TO_ONE,
+        encoder: GroupOutput | None = None,
     ) -> QueryGroup:
         """Return queries of a two-stage model that start from boxes (Sec. 4.2).
 
@@ -80,7 +81,7 @@ class TwoStageTransformer(DeformableTransformer):
             position, content = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=-1)
         if contents is not None:  # an image may have fewer tokens than there are queries
             content = contents[None, : boxes.shape[1]].expand(boxes.shape[0], -1, -1)
-        return QueryGroup(name, content, position, boxes, learning=learning)
+        return QueryGroup(name, content, position, boxes, learning, encoder=encoder)
 
     def propose(self, memory: Tensor, levels: FeatureLevels) -> Proposals:
         """Predict a box and a score at every token, by the decoder's last heads (Sec. 4.2)."""

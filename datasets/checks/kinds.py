@@ -183,8 +183,8 @@ KINDS: dict[str, Kind] = {
     ),
     "shifted_category": Kind(
         FILE, "category ids that seem to be one off", "some are not in `categories`, and all would "
-        "be if each were one more, or one less", "takes them as they are: every class is the next "
-        "one, or skipped; count both from the same number",
+        "be if each were one more, or one less", "takes them as they are: every object gets the "
+        "neighbouring class, or is skipped; count both from the same number",
     ),
     "broken_bbox": Kind(
         BOXES, "broken boxes", "not four finite numbers (missing, NaN, text)", "skips them", _OUT

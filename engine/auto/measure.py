@@ -28,8 +28,7 @@ from engine.trainer import Trainer
 from models.build import ALL_STAGES, build_model, freeze
 from util.batch import EffectiveBatch
 from util.cores import available_cores
-from util.device import check_precision
-from util.errors import ConfigError
+from util.device import has_bfloat16
 from util.world import World
 
 _LONGEST = {"cpu": 640}  # pixels of a short side that is tried; costs grow with the pixels
@@ -43,12 +42,8 @@ _PER_WEIGHT = 4  # copies: the weight, its gradient and two moments
 
 def machine_of(device: torch.device, processes: int) -> Machine:
     """Return what a plan has to know of the machine on which the processes compute."""
-    bfloat16 = True
-    try:
-        check_precision("bf16", device)
-    except ConfigError:
-        bfloat16 = False
-    return Machine(device.type == "cuda", bfloat16, total_memory(device), processes)
+    memory = total_memory(device)
+    return Machine(device.type == "cuda", has_bfloat16(device), memory, processes)
 
 
 def measure(config: Config, train: CocoIndex, val: CocoIndex, device: torch.device) -> Measurement:

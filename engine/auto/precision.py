@@ -8,9 +8,10 @@ from time import perf_counter
 import torch
 
 from configs.schema import Config, PrecisionName
+from engine.benchmark.measure import synchronise
 from engine.optim import Precision
 from engine.probe import random_batch
-from models.build import build_criterion, build_model
+from models.build import ALL_STAGES, build_criterion, build_model, freeze
 from util.console import log
 from util.device import has_bfloat16
 from util.main_process import from_main
@@ -57,9 +58,10 @@ def time_steps(config: Config, device: torch.device, names: Sequence[str]) -> Ma
     model = build_model(
         config.model,
         num_classes=_CLASSES,
-        frozen_stages=optim.frozen_stages,
+        frozen_stages=optim.frozen_stages if optim.lr_backbone else ALL_STAGES,
         recipes=config.recipes,
     )
+    freeze(model, optim.freeze)
     model.to(device).train()
     criterion = build_criterion(config.loss)
     batch = random_batch(1, (side, min(round(side * 4 / 3), config.data.max_size)), _BOXES)
@@ -68,10 +70,12 @@ def time_steps(config: Config, device: torch.device, names: Sequence[str]) -> Ma
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(1 + _ROUNDS):
         for name in names:
+            synchronise(device)
             started = perf_counter()
             with Precision(name, device).autocast():
                 outputs = model(images, batch.targets)
             torch.autograd.backward(criterion(outputs, batch.targets)["loss"])
+            synchronise(device)
             seconds[name].append(perf_counter() - started)
             model.zero_grad(set_to_none=True)
     return {name: median(times[1:]) for name, times in seconds.items()}

@@ -121,7 +121,7 @@ def main(options: EvalOptions, given: Given) -> int:
     if options.detections:
         if given.values.get("tiles", {}).get("tile"):
             raise ConfigError(
-                "tile: cuts the images of a model, and `detections` needs none. Leave it out."
+                "tile: cuts the images that a model is given; `detections` has none. Leave it out."
             )
         return evaluate_detections(options, given.config().data)
     sources = list(dict.fromkeys(options.checkpoint)) or [""]

@@ -159,7 +159,7 @@ class Denoising(Recipe):
         """Return one group of queries for all groups of objects, which a mask keeps apart."""
         boxes = reference = prepared.boxes
         if isinstance(transformer, TwoStageTransformer):
-            position = transformer.from_boxes("_dn", boxes).position
+            position = transformer.from_boxes("_dn", boxes, None, prepared.learning).position
         else:
             embedded = sine_embedding(boxes * 2 * math.pi, transformer.d_model // 2).flatten(-2)
             position = self.pos_trans_norm(self.pos_trans(embedded))
@@ -169,9 +169,9 @@ class Denoising(Recipe):
             self.label_enc(prepared.labels),
             position,
             reference,
+            prepared.learning,
             prepared.blocked,
             sees_detecting=True,
-            learning=prepared.learning,
         )
         return [group]
 

@@ -118,11 +118,12 @@ class Mr(Recipe):
             assert self.encoder_heads is not None
             assert isinstance(transformer, TwoStageTransformer)
             found: Proposals = self.encoder_heads(proposals, transformer)
-            other = transformer.from_boxes("", found.best(0, transformer.num_queries))
+            boxes = found.best(0, transformer.num_queries)
+            other = transformer.from_boxes("", boxes, None, _ONE_TO_MANY)
             if transformer.learned_width:
                 other = replace(other, content=detecting.content)
             encoder = found.output("_one2many_enc", on_anchors=True, weight=self.encoder_factor)
-            other = replace(other, learning=_ONE_TO_MANY, encoder=encoder)
+            other = replace(other, encoder=encoder)
         return [
             replace(same, name="_sep", routes=separate),
             replace(other, name="_one2many", routes=instructed),

@@ -77,7 +77,7 @@ def test_a_run_is_not_resumed_on_other_tiles(
 ) -> None:
     command = Command(tiled_run, (*options(shapes, more), "--resume", tiled_run / "last.pth"))
     (line,) = errors(command.run(code=2))
-    assert "was saved with different options for the batches, tiles and frozen parts" in line
+    assert "was saved with different options for the batches, images and frozen parts" in line
     assert words in line
 
 

@@ -59,9 +59,11 @@ def add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Add:
     return add_file
 
 
-@pytest.mark.parametrize(
-    ("table", "file"), re.findall(r"^The line: `.+?` in `(\w+)` of `([\w/]+\.py)`", DOCUMENT, re.M)
-)
+LINES = re.findall(r"^The line: `.+?` in `(\w+)` of `([\w/]+\.py)`", DOCUMENT, re.M)
+assert len(LINES) == 7, "each example says where its line goes"
+
+
+@pytest.mark.parametrize(("table", "file"), LINES)
 def test_a_line_can_be_added_where_the_document_says(table: str, file: str) -> None:
     tree = ast.parse((Path(__file__).parents[2] / file).read_text(encoding="utf-8"))
     tables = [

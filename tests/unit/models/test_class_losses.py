@@ -17,7 +17,7 @@ from models.build import build_criterion
 from models.criterion import Assigned, assign
 from models.losses import CLASS_LOSSES
 from models.matcher import HungarianMatcher, Matches, PaddedTargets, pad_targets
-from models.queries import DetectorOutput, GroupOutput
+from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput
 from tests.unit.models.definitions import Target, giou, random_targets
 
 CPU = torch.device("cpu")
@@ -150,18 +150,19 @@ def test_losses_and_gradients_follow_the_formulas(name: str, counts: list[int]) 
 
 def library_value(name: str, outputs: dict[str, Tensor], targets: Any, indices: Any) -> Tensor:
     """Return a loss, divided by 1, as `transformers` computes it."""
+    classes: dict[str, Any] = {"vfl": RTDetrLoss, "ia_bce": LwDetrImageLoss}
+    configs: dict[str, Any] = {"vfl": RTDetrConfig}
+    if name == "mal":  # not in its oldest versions
+        classes["mal"] = pytest.importorskip("transformers.loss.loss_deimv2").Deimv2Loss
+        configs["mal"] = pytest.importorskip("transformers.models.deimv2").Deimv2Config
     if name == "ia_bce":
-        loss: Any = LwDetrImageLoss(None, CLASSES, 0.25, ["labels"], LwDetrConfig().group_detr)
+        loss = classes[name](None, CLASSES, 0.25, ["labels"], LwDetrConfig().group_detr)
         value: Tensor = loss.loss_labels(outputs, targets, indices, 1)["loss_ce"]
         return value
-    if name == "vfl":
-        loss = RTDetrLoss(RTDetrConfig(num_labels=CLASSES))
-    else:
-        module = pytest.importorskip("transformers.models.deimv2")  # not in its oldest versions
-        losses = pytest.importorskip("transformers.loss.loss_deimv2")
-        loss = losses.Deimv2Loss(module.Deimv2Config(num_labels=CLASSES))
-        loss.gamma, loss.mal_alpha = 1.5, None  # DEIM's own numbers, not a larger model's
+    loss = classes[name](configs[name](num_labels=CLASSES))
     loss.num_classes = CLASSES
+    if name == "mal":  # DEIM's own numbers, not those of a larger model's configuration
+        loss.gamma, loss.mal_alpha = 1.5, None
     value = getattr(loss, f"loss_labels_{name}")(outputs, targets, indices, 1)[f"loss_{name}"]
     return value
 
@@ -198,7 +199,7 @@ def test_parts_of_a_batch_add_up_to_it(name: str) -> None:
     boxes = torch.rand(2, 3, 6, 4, dtype=torch.float64) * 0.5 + 0.2
 
     def loss(part: slice) -> Tensor:
-        groups = [GroupOutput("", logits[:, part], boxes[:, part])]
+        groups = [GroupOutput("", logits[:, part], boxes[:, part], learning=ONE_TO_ONE)]
         return criterion(DetectorOutput(groups=groups), targets[part], 4.0)["loss"]
 
     whole = loss(slice(None))

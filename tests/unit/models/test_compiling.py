@@ -72,6 +72,9 @@ def test_training_and_evaluation_are_one_graph_each_and_compute_the_same(variant
 
 
 @pytest.mark.long
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="its dynamo cannot follow dataclasses.replace"
+)
 @variants
 def test_a_recipe_compiles_once_for_any_number_of_boxes(variant: str) -> None:
     torch.compiler.reset()

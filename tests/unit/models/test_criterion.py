@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.schema import LossConfig
 from models.build import build_criterion
 from models.proposals import objects_of_one_class
-from models.queries import DetectorOutput, GroupOutput, Learning
+from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput, Learning
 from tests.unit.models.definitions import Coefficients, Target, random_targets, total_loss
 
 CLASSES = 3
@@ -46,7 +46,7 @@ def random_outputs(
 
     logits = leaf(layers, n, queries, classes).requires_grad_()
     boxes = (leaf(layers, n, queries, 4) * 0.7).sigmoid().detach().requires_grad_()
-    groups = [GroupOutput("", logits, boxes)]
+    groups = [GroupOutput("", logits, boxes, learning=ONE_TO_ONE)]
     if tokens:
         logits = leaf(1, n, tokens, classes).requires_grad_()
         boxes = leaf(1, n, tokens, 4).sigmoid().detach().requires_grad_()
@@ -123,7 +123,9 @@ def test_class_error_is_the_share_of_matched_queries_with_a_wrong_best_class() -
     logits = torch.tensor([[4.0, 0.0, 0.0], [0.0, 5.0, 0.0], [0.0, 0.0, 6.0], [9.0, 0.0, 0.0]])
     boxes = torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.5, 0.5, 0.1, 0.1], [0.8, 0.8, 0.1, 0.1],
                           [0.2, 0.8, 0.1, 0.1]])  # fmt: skip
-    outputs = outputs_of([GroupOutput("", logits[None, None], boxes[None, None])])
+    outputs = outputs_of(
+        [GroupOutput("", logits[None, None], boxes[None, None], learning=ONE_TO_ONE)]
+    )
     targets = [{"labels": torch.tensor([2, 1, 0, 0]), "boxes": boxes[[2, 1, 0, 3]]}]
     criterion = build_criterion(LossConfig(set_cost_class=0))
     assert criterion(outputs, targets)["class_error"] == 0
@@ -136,7 +138,9 @@ def test_half_precision_losses_are_summed_in_float32() -> None:
     outputs = random_outputs(2, queries=50, classes=91)
     targets = random_targets([3, 2], 91)
     (group,) = outputs["groups"]
-    half = outputs_of([GroupOutput("", group.logits.bfloat16(), group.boxes.bfloat16())])
+    half = outputs_of(
+        [GroupOutput("", group.logits.bfloat16(), group.boxes.bfloat16(), learning=ONE_TO_ONE)]
+    )
     losses = build_criterion(LossConfig())(half, targets)
     assert losses["loss"].dtype == torch.float32
     expected = build_criterion(LossConfig())(outputs, targets)["loss"]

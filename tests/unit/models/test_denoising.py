@@ -16,7 +16,7 @@ from configs.schema import LossConfig
 from models.build import build_criterion, build_model, set_checkpointing
 from models.deformable_detr import DeformableDETR
 from models.groups import groups_in_layer
-from models.queries import DetectorOutput, QueryGroup
+from models.queries import ONE_TO_ONE, DetectorOutput, QueryGroup
 from models.recipes.denoising import Denoising, Noised, Options
 from models.recipes.hybrid import Options as HybridOptions
 from models.recipes.mds import Options as MDSOptions
@@ -82,9 +82,11 @@ def whole_mask(prepared: Noised, detecting: int) -> Tensor:
     """Return which query must not see which, those of denoising first as in other programs."""
     size = len(prepared.blocked)
     none = torch.zeros(1, detecting, 8)
-    first = QueryGroup("", none, none, none)
+    first = QueryGroup("", none, none, none, learning=ONE_TO_ONE)
     nothing = torch.zeros(1, size, 8)
-    group = QueryGroup("_dn", nothing, nothing, nothing, prepared.blocked, sees_detecting=True)
+    group = QueryGroup(
+        "_dn", nothing, nothing, nothing, ONE_TO_ONE, prepared.blocked, sees_detecting=True
+    )
     rows = groups_in_layer([first, group], 0).members[1].mask
     assert rows is not None
     mask = torch.zeros(size + detecting, size + detecting, dtype=torch.bool)

@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model
 from models.deformable_detr import DeformableDETR
-from models.queries import DetectorOutput, GroupOutput
+from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput
 from models.recipes import RECIPES
 from models.recipes.hybrid import Hybrid, Options
 from models.two_stage import TwoStageTransformer
@@ -230,7 +230,7 @@ def test_parts_of_an_effective_batch_add_up_to_it() -> None:
     logits = torch.randn(2, 3, 20, CLASSES, dtype=torch.float64)
     boxes = torch.rand(2, 3, 20, 4, dtype=torch.float64)
     group = GroupOutput("_one2many", logits, boxes, recipe.learning)
-    detecting = GroupOutput("", logits, boxes)
+    detecting = GroupOutput("", logits, boxes, learning=ONE_TO_ONE)
     outputs = DetectorOutput(groups=[detecting, group])
     whole = criterion(outputs, targets)
     total = dict.fromkeys(whole, torch.zeros(()))

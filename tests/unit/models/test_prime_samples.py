@@ -13,7 +13,7 @@ from configs.schema import LossConfig
 from models.build import build_criterion
 from models.matcher import pad_targets
 from models.prime_samples import PrimeSampleCriterion, ranks_within
-from models.queries import DetectorOutput, GroupOutput
+from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput
 from tests.unit.models.definitions import Target, corners, giou, random_targets
 from util.errors import ConfigError
 
@@ -87,7 +87,12 @@ def predictions(layers: int, images: int) -> tuple[Tensor, Tensor]:
 
 
 def outputs(group: tuple[Tensor, Tensor], encoder: tuple[Tensor, Tensor]) -> DetectorOutput:
-    return DetectorOutput(groups=[GroupOutput("", *group), GroupOutput("_enc", *encoder)])
+    return DetectorOutput(
+        groups=[
+            GroupOutput("", *group, learning=ONE_TO_ONE),
+            GroupOutput("_enc", *encoder, learning=ONE_TO_ONE),
+        ]
+    )
 
 
 def criterion() -> PrimeSampleCriterion:
@@ -138,7 +143,7 @@ def test_parts_of_a_batch_add_up_to_it() -> None:
 def test_without_earlier_layers_each_object_has_one_query() -> None:
     torch.manual_seed(2)
     targets = random_targets([3, 1], CLASSES)
-    alone = DetectorOutput(groups=[GroupOutput("", *predictions(1, 2))])
+    alone = DetectorOutput(groups=[GroupOutput("", *predictions(1, 2), learning=ONE_TO_ONE)])
     expected = build_criterion(LossConfig(cls_loss="ia_bce"))(alone, targets)
     assert torch.equal(criterion()(alone, targets)["loss"], expected["loss"])
 

@@ -12,7 +12,7 @@ from configs.schema import LossConfig
 from models.build import build_criterion
 from models.decoder import DecoderOutput
 from models.matcher import HungarianMatcher, Matches, PaddedTargets, pad_targets
-from models.queries import DetectorOutput, GroupOutput, Learning, QueryGroup
+from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput, Learning, QueryGroup
 from models.transformer import TransformerOutput
 from tests.unit.models.definitions import Coefficients, layer_losses, random_targets
 from tests.unit.models.small import VARIANTS, random_images, small_model
@@ -26,7 +26,7 @@ def random_group(name: str, size: int, numbers: int, **options: Any) -> QueryGro
     """Return queries of two images."""
     content, position = torch.randn(2, 2, size, 64, dtype=torch.float64)
     reference = torch.rand(2, size, numbers, dtype=torch.float64) * 0.5 + 0.2
-    return QueryGroup(name, content, position, reference, **options)
+    return QueryGroup(name, content, position, reference, **{"learning": ONE_TO_ONE, **options})
 
 
 def decode(variant: str) -> Callable[[list[QueryGroup]], DecoderOutput]:
@@ -112,10 +112,11 @@ def test_queries_beyond_the_size_learn_nothing() -> None:
     detecting, (logits, boxes) = predictions(2, 6), predictions(2, 5)
     learning = Learning(size=4)
     padded = GroupOutput("_more", logits, boxes, learning)
-    exact = GroupOutput("_more", logits[:, :, :4], boxes[:, :, :4])
+    exact = GroupOutput("_more", logits[:, :, :4], boxes[:, :, :4], learning=ONE_TO_ONE)
     criterion = build_criterion(LossConfig())
     found, wanted = (
-        criterion(outputs_of(GroupOutput("", *detecting), g), targets) for g in (padded, exact)
+        criterion(outputs_of(GroupOutput("", *detecting, learning=ONE_TO_ONE), g), targets)
+        for g in (padded, exact)
     )
     assert all(found[name].equal(value) for name, value in wanted.items())
 
@@ -150,7 +151,7 @@ def test_a_group_learns_from_targets_of_its_own_with_a_divisor_of_its_own() -> N
 
     detecting, more = predictions(2, 6), predictions(2, 4)
     outputs = outputs_of(
-        GroupOutput("", *detecting),
+        GroupOutput("", *detecting, learning=ONE_TO_ONE),
         GroupOutput("_more", *more, Learning(targets=first_alone, divisor=2.5)),
     )
     losses = build_criterion(LossConfig())(outputs, targets)
@@ -175,7 +176,7 @@ def test_known_matches_are_not_searched_for() -> None:
     # the pairs of layer 0 for all layers
     known = Matches(found.image, found.query[:1], found.target[:1])
     outputs = outputs_of(
-        GroupOutput("", logits, boxes),
+        GroupOutput("", logits, boxes, learning=ONE_TO_ONE),
         GroupOutput("_known", logits, boxes, Learning(matches=known)),
     )
     losses = build_criterion(LossConfig())(outputs, targets)

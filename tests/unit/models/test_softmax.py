@@ -15,7 +15,7 @@ from configs.schema import LossConfig, ModelConfig
 from models.build import build_criterion, build_model
 from models.match_costs import ProbabilityMatcher
 from models.postprocess import PostProcess
-from models.queries import DetectorOutput, GroupOutput
+from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput
 from models.recipes import KnownRecipes
 from models.softmax import SoftmaxHead, log_odds
 from models.weights.official import published_weights
@@ -38,7 +38,7 @@ def predictions(layers: int, images: int) -> tuple[Tensor, Tensor]:
 
 
 def outputs(raw: Tensor, boxes: Tensor) -> DetectorOutput:
-    return DetectorOutput(groups=[GroupOutput("", log_odds(raw), boxes)])
+    return DetectorOutput(groups=[GroupOutput("", log_odds(raw), boxes, learning=ONE_TO_ONE)])
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5], [0, 0]])

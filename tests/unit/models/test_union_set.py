@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.schema import LossConfig
 from models.build import build_criterion
 from models.matcher import Matches, PaddedTargets, pad_targets
-from models.queries import DetectorOutput, GroupOutput
+from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput
 from models.union_set import union_of_layers
 from tests.unit.models.definitions import Target, giou, random_targets
 
@@ -75,7 +75,7 @@ def losses_of(
     predictions: tuple[Tensor, Tensor], targets: list[Target], *, union_set: bool
 ) -> dict[str, Tensor]:
     config = LossConfig(union_set=union_set, cls_loss="vfl")
-    output = DetectorOutput(groups=[GroupOutput("", *predictions)])
+    output = DetectorOutput(groups=[GroupOutput("", *predictions, learning=ONE_TO_ONE)])
     return build_criterion(config)(output, targets)
 
 

@@ -37,6 +37,15 @@ def test_a_device_without_bfloat16_computes_in_float32(capsys: pytest.CaptureFix
     assert "precision auto: fp32 (meta has no bfloat16)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("seconds", "chosen"), [(0.5, "bf16"), (0.95, "fp32"), (1.5, "fp32")])
+def test_bfloat16_must_save_a_tenth(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, chosen: str
+) -> None:
+    times = {"fp32": 1.0, "bf16": seconds}
+    monkeypatch.setattr("engine.auto.precision.time_steps", lambda *_: times)
+    assert choose_precision(SMALL, CPU) == chosen
+
+
 def test_a_format_that_is_given_stays() -> None:
     given = replace(SMALL, optim=OptimConfig(precision="bf16"))
     assert with_precision(given, torch.device("meta"), World()) is given
