@@ -39,13 +39,13 @@ def meet(rank: int, size: int, attempt: str) -> Any:
     alone.start()
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
-    except dist.DistNetworkError as error:
+    except RuntimeError as error:  # torch 2.6 has no kind of its own for a port in use
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise ConfigError(
                 f"MASTER_PORT {port}: another program of this machine listens there. Choose "
                 "another port, the same for all processes."
             ) from error
-        if agent:
+        if agent or not isinstance(error, dist.DistNetworkError):
             raise
         raise UserError(
             f"rank {rank}: rank 0 could not be reached at {place}: {str(error).splitlines()[0]}. "

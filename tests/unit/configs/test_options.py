@@ -275,7 +275,7 @@ nets = st.builds(
     refine=st.booleans(),
     sizes=st.lists(st.integers(16, 2000), max_size=4).map(tuple),
     name=texts | st.sampled_from(["yes", "null", "1e-4", "~", "0x10", "=", "- a", "a: b", "#"]),
-    limit=st.none() | st.floats(allow_nan=False),
+    limit=st.none() | st.floats(allow_nan=False, allow_infinity=False),
     parts=st.lists(st.sampled_from(["stem", "head"]), max_size=3).map(tuple),
 )
 

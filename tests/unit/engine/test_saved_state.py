@@ -98,7 +98,7 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     "time that is NaN": (put("progress", "seconds", value=math.nan), "not a finite number"),
     "no random states": (put("progress", "rng", value=None), "not a list"),
     "torch's state is short": (put("progress", "rng", 0, "torch", value=torch.zeros(9,
-                               dtype=torch.uint8)), "RNG state"),
+                               dtype=torch.uint8)), "RNG state|GeneratorImpl"),
     "NumPy's position is outside": (rng("numpy", 2, 10**6), "'numpy'"),
     "NumPy's position is negative": (rng("numpy", 2, -1), "'numpy'"),
     "NumPy's words are few": (rng("numpy", 1, [1]), "'numpy'"),
