@@ -39,9 +39,11 @@ def find_images(
     Raises:
         DataError: most of the named images are not in the data.
     """
-    keys = _telling(keys, file_names, truth)
+    names_tell = _names_tell(keys, file_names, truth)
+    keys = file_names if names_tell else keys
     distinct = list(dict.fromkeys(keys))
-    by_id = _by_id(distinct, truth)
+    # the stem "12" is no id
+    by_id = {} if names_tell else _by_id(distinct, truth)
     by_name = {} if len(by_id) == len(distinct) else _by_name(distinct, truth)
     found, notices = by_id, []
     words = any(_whole(key) is None for key in distinct)  # then numbers are names, too
@@ -67,18 +69,18 @@ def find_images(
     return positions, notices
 
 
-def _telling(keys: Sequence[Key], file_names: Sequence[str], truth: Truth) -> Sequence[Key]:
-    """Return the names of files in the place of ids that lead to other images, or to fewer.
+def _names_tell(keys: Sequence[Key], file_names: Sequence[str], truth: Truth) -> bool:
+    """Return whether the names of files count: the ids lead to other images, or to fewer.
 
     A number that fits may be another image's, as where images are counted from 0; a name hardly.
     """
     if not all(file_names):
-        return keys
+        return False
     by_id, by_name = _by_id(dict.fromkeys(keys), truth), _by_name(dict.fromkeys(file_names), truth)
     pairs = dict.fromkeys(zip(keys, file_names, strict=True))
-    agree = all(by_id.get(key) == by_name.get(name) for key, name in pairs)
-    fewer = len(set(by_name.values())) < len(set(by_id.values()))
-    return keys if agree or fewer else file_names
+    if any(k in by_id and n in by_name and by_id[k] != by_name[n] for k, n in pairs):
+        return True
+    return len(set(by_name.values())) > len(set(by_id.values()))
 
 
 def find_categories(
@@ -111,10 +113,10 @@ def find_categories(
     chosen = _readings(truth)["as_is" if reading == "auto" else reading]
     found = {key: chosen(number) for key, number in numbers.items()}
     found |= {key: names.get(str(key), -1) for key in distinct if key not in numbers}
-    notices = []
+    notices, what = [], "ids"
     if reading == "auto" and (wrong := _named_otherwise(keys, class_names, found, truth)):
         notices.append(f"categories are taken by their names, not by their ids: {wrong}")
-        keys, numbers = class_names, {}
+        keys, numbers, what = class_names, {}, "names"
         distinct = list(dict.fromkeys(keys))
         found = {key: names.get(str(key), -1) for key in distinct}
     positions = np.array([found[key] for key in keys], dtype=np.int64)
@@ -127,7 +129,7 @@ def find_categories(
         return positions, notices
     unknown = [key for key in sorted(distinct, key=str) if found[key] < 0]
     notices.append(
-        f"{int((positions < 0).sum())} of {len(keys)} detections skipped: their categories (ids "
+        f"{int((positions < 0).sum())} of {len(keys)} detections skipped: their categories ({what} "
         f"{', '.join(f'{key!s:.40}' for key in unknown[:5])}) are not in the data"
     )
     return positions, notices

@@ -161,6 +161,7 @@ def test_stems_that_are_numbers_are_found_where_ids_are_others(tmp_path: Path) -
         ([2, 3], ["b 1.jpg", "cat.v2.jpg"], [0, 3], True),  # counted from 2, other images
         ([0, 1], ["a/b 1.jpg", "found/cat.v2.jpg"], [0, 3], True),
         ([2, 12], ["b 1.jpg", "cat.v2.jpg"], [0, 3], False),  # both mean the same
+        ([2, 3, 4], ["b 1.jpg", "cat.v2.jpg", "gone.jpg"], [0, 3], True),  # ids of all, one name
         ([3, 4], ["0012.png", "0012.png"], [1, 2], False),  # two files are called so
         ([2, 12], ["x.jpg", "y.jpg"], [0, 3], False),
         ([2, 3], ["b 1.jpg", None], [0, 1], False),
@@ -178,6 +179,13 @@ def test_a_file_name_beside_the_id_says_which_image_is_meant(
     found, notices = read_detections(write(tmp_path / "d.json", entries), NAMED)
     assert found.image.tolist() == positions
     assert any("named by their files, not by their ids" in notice for notice in notices) == told
+
+
+def test_a_stem_beside_the_id_is_not_read_as_an_id(tmp_path: Path) -> None:
+    truth = replace(NAMED, file_names=["4.jpg", "12.jpg", "8.jpg", "x.jpg"])
+    entries = [{**GOOD, "image_id": i, "file_name": name} for i, name in enumerate(("4", "12"))]
+    found, _ = read_detections(write(tmp_path / "d.json", entries), truth)
+    assert found.image.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -204,6 +212,16 @@ def test_a_category_name_beside_the_id_says_which_category_is_meant(
     assert notices == ([expected] if told else [])
     found, _ = read_detections(path, NAMED, category_ids="as_is")
     assert found.category.tolist() == [NAMED.category_ids.tolist().index(i) for i in ids if i > 1]
+
+
+def test_names_of_categories_that_are_skipped_are_called_so(tmp_path: Path) -> None:
+    entries = [
+        {**GOOD, "image_id": 2, "category_id": 7, "category_name": name} for name in ("cat", "Hund")
+    ]
+    _, notices = read_detections(write(tmp_path / "d.json", entries), NAMED)
+    assert notices[-1] == (
+        "1 of 2 detections skipped: their categories (names Hund) are not in the data"
+    )
 
 
 def test_numbers_may_be_text_and_categories_names(tmp_path: Path) -> None:
