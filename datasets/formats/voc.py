@@ -1,4 +1,4 @@
-"""Read and write PASCAL VOC data: an XML file for each image, splits listed in ImageSets/Main.
+"""Read and write PASCAL VOC data: an XML file for each image, lists of splits in ImageSets.
 
 PASCAL VOC counts pixels from 1 and xmax, ymax belong to the object (VOC2007 development kit, 5.1):
 the box of xmin 1 and xmax 1 is one pixel wide and starts at 0. Tools such as labelImg write edges
@@ -65,9 +65,9 @@ _NOT_IN_XML = re.compile(r"[^\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
-    """Read a split: ImageSets/Main/SPLIT.txt, a folder of the split, or all if there is neither.
+    """Read a split: its list, a folder of the split, or all if there is neither.
 
-    Lists may also be in ImageSets/ itself.
+    Lists are ImageSets/Main/SPLIT.txt, or in ImageSets/ itself.
 
     Classes are the names found in the files of all splits, sorted, with ids from 1, so that every
     split has the same. Images are numbered from 1 by name.
@@ -105,7 +105,7 @@ def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
         raise DataError(
             f"{root}: {place.annotations.name}/ has no XML files for the split '{split}', of "
             f"{len(stems)} names ({first_few(map(repr, sorted(stems)), len(stems))}). "
-            "Check its list in ImageSets/Main/."
+            f"{f'Check its list in {place.lists}.' if place.lists else 'Check its files.'}"
         )
     lost = [damaged[stem] for stem in sorted(stems & damaged.keys())]
     lost += [(f"{stem}.xml", "no such file") for stem in sorted(stems - files.keys())]
@@ -118,7 +118,7 @@ def read_voc(root: Path, split: str, *, voc_corners: str = "pixels") -> Source:
         findings["odd_layout"] = [
             (
                 root.name,
-                f"no lists in ImageSets/Main/: every split is all {len(stems)} files, train as val",
+                f"no lists in ImageSets/: every split is all {len(stems)} files, train as val",
             )
         ]
     sizes = "" if voc_corners == "size" else look_like_sizes(trees[s] for s in stems & trees.keys())
@@ -187,7 +187,9 @@ def _find_in_voc(root: Path, folder: Path, split: str) -> _Place:
         )
     folder = folder if has_file(folder, ".xml") else subfolder(folder, "xmls") or folder
     files, sets = walk(folder, ".xml"), root / "ImageSets"
-    lists = next((f for f in (sets / "Main", sets) if has_file(f, ".txt")), sets / "Main")
+    lists = sets / "Main"
+    if not has_file(lists, ".txt") and _has_lists(sets, split):
+        lists = sets
     if os.path.isdir(lists):
         return _Place(folder, images, files, lists=lists)
     own = subfolder(folder, *split_names(split))
@@ -195,6 +197,12 @@ def _find_in_voc(root: Path, folder: Path, split: str) -> _Place:
         chosen = [path for path in files if own in path.parents]
         return _Place(folder, images, chosen, [p for p in files if own not in p.parents])
     return _Place(folder, images, files, every_split=True)
+
+
+def _has_lists(folder: Path, split: str) -> bool:
+    """Return whether there are lists of splits: other texts stand beside Main/, too."""
+    names = (name for each in (split, *SPLITS) for name in split_names(each))
+    return any(os.path.isfile(folder / f"{name}.txt") for name in names)
 
 
 def _split_folder(root: Path, split: str) -> tuple[Path, Path] | None:
