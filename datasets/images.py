@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from util.files import open_regular, stand_in
+from util.files import HEAD, no_text, open_regular
 
 LARGEST_IMAGE = 2**31  # bytes
 # What reading raises of files that are missing, damaged, truncated, huge or no images.
@@ -88,7 +88,7 @@ def open_image(file: Path | IO[bytes] | Image.Image) -> Iterator[Image.Image]:
         except UnidentifiedImageError as error:  # which would describe the open file
             name = getattr(file, "name", "")
             file.seek(0)
-            what = stand_in(file.read(64))
+            what = no_text(file.read(HEAD))
             text = f"{name!r} {what}" if what else f"cannot identify image file {name!r}"
             raise UnidentifiedImageError(text) from error
         except Image.DecompressionBombError as error:  # of twice the limit
@@ -249,7 +249,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # the us
 # Images that Pillow does not read, but people's folders hold: of phones, cameras and scanners.
 _UNREAD = (
     *(".heic", ".heif", ".jxl", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf"),
-    *(".rw2", ".exr", ".dcm"),
+    *(".rw2", ".exr", ".dcm", ".avif"),  # the last by Pillow 11.3 and later
 )
 
 
@@ -265,11 +265,16 @@ def is_image_name(name: str) -> bool:
     return known and not os.path.basename(place).startswith("._")  # a Mac's
 
 
+def is_unread(name: str) -> bool:
+    """Return whether a name without folders is one of an image of a kind that is not read."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in _UNREAD and suffix not in _all_suffixes() and not name.startswith("._")
+
+
 def unread_kinds(paths: Iterable[Path]) -> str:
     """Return how many files are images of kinds that are not read, such as "3 .heic"; or ""."""
-    suffixes = Counter(path.suffix.lower() for path in paths)
-    unread = (kind for kind in _UNREAD if suffixes[kind] and kind not in _all_suffixes())
-    return ", ".join(f"{suffixes[kind]} {kind}" for kind in unread)
+    suffixes = Counter(path.suffix.lower() for path in paths if is_unread(path.name))
+    return ", ".join(f"{suffixes[kind]} {kind}" for kind in _UNREAD if suffixes[kind])
 
 
 @lru_cache

@@ -1,5 +1,6 @@
 """Output folders, and files that a crash leaves with their old content or the new, never half."""
 
+import codecs
 import contextlib
 import errno
 import os
@@ -11,7 +12,7 @@ from typing import BinaryIO
 
 from util.errors import ConfigError
 
-_HEAD = 400  # bytes that show what a file is
+HEAD = 400  # bytes that show what a file is
 # What people get in the place of a file, by its first bytes.
 _PAGE = "is a web page. Download it again: the link led to a page, not to the file"
 _STAND_INS = {
@@ -20,22 +21,27 @@ _STAND_INS = {
     b"<html": _PAGE,
 }
 _PACKED = {
-    b"\x1f\x8b": "gzip", b"PK\x03\x04": "ZIP", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz",
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "ZIP", b"\xfd7zXZ\0": "xz",
     b"7z\xbc\xaf\x27\x1c": "7-Zip", b"Rar!\x1a\x07": "RAR",
+    # of each level; the first three letters begin texts, too
+    **{b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)},
 }  # fmt: skip
 
 
 def stand_in(head: bytes) -> str:
     """Return what a file is that only stands for another, and what to do; "" for any other.
 
-    `head` has its first bytes, as many as `head_of` returns or more.
+    `head` has its first bytes, `HEAD` of them or more.
     """
-    start = head[:_HEAD].lstrip().lower()
+    start = head[:HEAD].removeprefix(codecs.BOM_UTF8).lstrip().lower()
     return next((what for begin, what in _STAND_INS.items() if start.startswith(begin)), "")
 
 
 def no_text(head: bytes) -> str:
-    """Return why a file is no text, and what to do, where that shows; see `stand_in`."""
+    """Return why a file is neither text nor an image, and what to do, where that shows.
+
+    See `stand_in`.
+    """
     packed = next((name for begin, name in _PACKED.items() if head.startswith(begin)), "")
     return f"is packed ({packed}). Unpack it" if packed else stand_in(head)
 
@@ -116,7 +122,7 @@ def head_of(path: Path) -> bytes:
     """Return the first bytes of a regular file, none where it cannot be read."""
     try:
         with open_regular(path) as file:
-            return file.read(_HEAD)
+            return file.read(HEAD)
     except (OSError, ValueError):  # a name that no file can have
         return b""
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from util.errors import CheckpointError, brief
-from util.files import atomic_path, open_regular, stand_in
+from util.files import HEAD, atomic_path, open_regular, stand_in
 from util.pickled_arrays import is_plain_pickle, load_arrays
 
 # Official checkpoints pickle their command line; forks put paths in it.
@@ -229,7 +229,7 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(f"{path}: is a folder. Name the checkpoint file in it.")
     try:
         with open_regular(path) as file:
-            head = file.read(64)
+            head = file.read(HEAD)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file. Check the path.") from error
     except OSError as error:

@@ -32,7 +32,7 @@ from datasets.images import (
 )
 from util.console import in_line, log
 from util.errors import DataError
-from util.files import head_of, read_regular, stand_in
+from util.files import head_of, no_text, read_regular
 from util.progress import progress
 
 _SIZES_CHECKED = 100  # images whose stated size is compared with the file when an index is made
@@ -77,17 +77,16 @@ def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
     facts |= compared
     if len(facts) == total and all(facts[i].state == "unreadable" for i in present.tolist()):
         path = report.path(int(present[0]))
-        raise DataError(
-            f"{in_line(str(path)):.250}: {_reason(path)}. Nor can any other of the {total} images "
-            "be read."
-        )
+        count = len(present)
+        others = f" Nor can any other of the {count} images be read." if count > 1 else ""
+        raise DataError(f"{in_line(str(path)):.250}: {_reason(path)}.{others}")
     check_files(report, facts, compared=len(compared))
 
 
 def _read_headers(report: SplitReport, rows: IntArray) -> dict[int, FileFacts]:
     headers = {i: read_header(report.path(i)) for i in rows.tolist()}
     return {
-        i: FileFacts("unreadable", error=stand_in(head_of(report.path(i))))
+        i: FileFacts("unreadable", error=no_text(head_of(report.path(i))))
         if header is None
         else FileFacts("sound", *header)
         for i, header in headers.items()
@@ -96,7 +95,7 @@ def _read_headers(report: SplitReport, rows: IntArray) -> dict[int, FileFacts]:
 
 def _reason(path: Path) -> str:
     """Return why the header of an image cannot be read."""
-    what = stand_in(head_of(path))
+    what = no_text(head_of(path))
     try:
         with open_image(path):
             return what
@@ -153,7 +152,7 @@ def examine_file(path: Path, *, small: bool = False) -> FileFacts:
                 orientation = orientation_of(image)
                 shrunk = small_grey(image, orientation) if small else b""
     except READ_ERRORS as error:
-        what = stand_in(data)
+        what = no_text(data)
         return FileFacts(
             "truncated" if size else "unreadable", size, orientation, digest, what or _line(error)
         )

@@ -46,7 +46,7 @@ def test_images_of_kinds_that_are_not_read_are_reported(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "phone").mkdir()
-    for name in ("f.HEIC", "g.heic", "h.dng", "deep/i.svg"):
+    for name in ("f.HEIC", "g.heic", "h.dng", "deep/i.svg", "._f.HEIC"):
         (folder / "phone" / name).parent.mkdir(exist_ok=True)
         (folder / "phone" / name).write_bytes(b"none")
     with pytest.raises(DataError, match=r"kinds that are not read: 2 \.heic, 1 \.svg, 1 \.dng"):
@@ -56,6 +56,16 @@ def test_images_of_kinds_that_are_not_read_are_reported(
         "skips images of kinds that are not read: 2 .heic, 1 .svg, 1 .dng"
         in capsys.readouterr().out
     )
+
+
+def test_avif_is_reported_where_pillow_does_not_read_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.images._all_suffixes", frozenset)
+    (folder / "new").mkdir()
+    (folder / "new" / "a.avif").write_bytes(b"none")
+    with pytest.raises(DataError, match=r"kinds that are not read: 1 \.avif"):
+        find_images([str(folder / "new")])
 
 
 def test_copies_that_programs_keep_are_no_images_of_a_folder(folder: Path) -> None:

@@ -199,6 +199,11 @@ def test_what_stands_for_an_image_is_named(tmp_path: Path) -> None:
     ):
         read_rgb(path, None)
     assert examine_file(path).error.startswith("is a Git LFS pointer. Run `git lfs pull`")
+    path.write_bytes(b"PK\x03\x04none")
+    assert examine_file(path).error == "is packed (ZIP). Unpack it"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n" * 80 + b"<!DOCTYPE html>")
+    with pytest.raises(UnidentifiedImageError, match=r"a\.png' is a web page"):
+        read_rgb(path, None)
     path.write_text("none")
     with pytest.raises(UnidentifiedImageError, match=r"cannot identify image file '.*a\.png'"):
         read_rgb(path, None)

@@ -1,5 +1,6 @@
 """Only regular files are opened, of bounded size; YAML is read at a bounded size, too."""
 
+import bz2
 import contextlib
 import os
 import socket
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from util.files import open_regular, read_regular
+from util.files import no_text, open_regular, read_regular
 from util.yaml_files import read_yaml
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs pipes and devices")
@@ -51,6 +52,13 @@ def test_a_file_is_read_up_to_a_limit(tmp_path: Path) -> None:
         read_regular(tmp_path / "x", 4)
     with open_regular(tmp_path / "x") as file:
         assert file.name == str(tmp_path / "x")
+
+
+def test_three_letters_make_no_archive() -> None:
+    assert no_text(b"BZhang_001.jpg\n") == ""
+    assert [no_text(bz2.compress(b"x", level)) for level in (1, 9)] == [
+        "is packed (bzip2). Unpack it"
+    ] * 2
 
 
 BILLION = "a0: &a0 {k: v}\n" + "".join(

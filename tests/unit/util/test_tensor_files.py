@@ -72,6 +72,7 @@ def test_namespace_cannot_smuggle_a_call(tmp_path: Path) -> None:
         (b"", "is empty"),
         (b"some notes", "truncated, damaged or not a checkpoint"),
         (b"  <!DOCTYPE html><p>Sign in", "web page"),
+        (b"\xef\xbb\xbf" + b"\n" * 80 + b"<!DOCTYPE html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         (b"\x80\x02}q\x00.", "damaged or not a checkpoint"),
     ],

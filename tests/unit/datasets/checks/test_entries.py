@@ -230,6 +230,18 @@ def test_a_set_of_which_no_image_can_be_read_is_refused(
     assert notice.startswith("unreadable images: 2 of 3 ('5.png' is a Git LFS pointer. Run `git")
 
 
+def test_images_that_are_missing_are_not_said_to_be_unreadable(
+    content: Content, write: Write
+) -> None:
+    json_path, folder = write(content)
+    first, *others = (folder / image["file_name"] for image in content["images"])
+    first.write_text(POINTER)
+    for path in others:
+        path.unlink()
+    with pytest.raises(DataError, match=r"to fetch the file\.$"):
+        CocoIndex.load(json_path, folder, need_boxes=False)
+
+
 def test_one_wrong_size_causes_every_size_to_be_compared_and_reported(
     content: Content,
     write: Write,
