@@ -20,7 +20,7 @@ from datasets.formats.stamps import Stamp
 from datasets.formats.yolo_layout import LabelFiles, describe, find_images
 from datasets.formats.yolo_lines import Lines, judge, read_lines
 from datasets.formats.yolo_write import write_yolo
-from datasets.images import TURNED, is_image, read_header, stored_point
+from datasets.images import TURNED, is_image_name, is_unread, read_header, stored_point
 from util.errors import DataError, brief
 
 
@@ -146,8 +146,9 @@ def _orphans(label_file: LabelFiles) -> list[tuple[str, str]]:
     for folder, stems in sorted(label_file.stems.items()):
         there = folder.glob("*") if os.path.isdir(folder) else ()  # false for too long a name
         beside = [path for path in there if path.suffix.lower() != ".txt" and os.path.isfile(path)]
-        known = stems | {path.stem for path in beside if is_image(path)}  # of other splits
-        unread = {path.stem: path.name for path in sorted(beside) if path.stem not in known}
+        others = {path.stem for path in beside if is_image_name(path.name)}  # of other splits, too
+        known = stems | others
+        unread = {path.stem: path.name for path in sorted(beside) if is_unread(path.name)}
         spelled = set(label_file.spelled[folder].values())
         for file in sorted(files(label_file.folders[folder], ".txt")):
             if file.stem not in known and file.name not in spelled:

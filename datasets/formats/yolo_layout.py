@@ -282,7 +282,7 @@ class LabelFiles:
             stems[image.parent].add(image.stem)
         self.stems = stems
         self.folders = {folder: self._choose(folder, own) for folder, own in stems.items()}
-        self.spelled = {f: _other_spellings(self.folders[f], own) for f, own in stems.items()}
+        self.spelled = {f: _other_spellings(self.folders[f], f, own) for f, own in stems.items()}
 
     def __call__(self, image: Path) -> Path:
         """Return where the labels of an image are, if it has any."""
@@ -298,23 +298,35 @@ class LabelFiles:
         return candidates[0]
 
 
-def _other_spellings(folder: Path, stems: Set[str]) -> dict[str, str]:
+def _other_spellings(folder: Path, images: Path, stems: Set[str]) -> dict[str, str]:
     """Return the label files of images whose stems they have in another spelling, by these stems.
 
-    That is another case, as of names from Windows, or another form of accents, as from a Mac.
+    That is another case, as of names from Windows, or another form of accents, as from a Mac. The
+    folder of images may have those of other splits, which keep theirs.
     """
     try:
         there = set(os.listdir(folder))
     except (OSError, ValueError):  # no such folder
         return {}
     lost = [stem for stem in stems if f"{stem}.txt" not in there]
+    if not lost:
+        return {}
+    every = stems | _image_stems(images)
     free: dict[str, list[str]] = defaultdict(list)
-    for name in there if lost else ():
-        if name[-4:].lower() == ".txt" and not (name.endswith(".txt") and name[:-4] in stems):
+    for name in there:
+        if name[-4:].lower() == ".txt" and not (name.endswith(".txt") and name[:-4] in every):
             free[folded(name[:-4])].append(name)
-    wanted = Counter(map(folded, lost))
+    wanted = Counter(folded(stem) for stem in every if f"{stem}.txt" not in there)
     found = {stem: free.get(folded(stem), []) for stem in lost if wanted[folded(stem)] == 1}
     return {stem: names[0] for stem, names in found.items() if len(names) == 1}
+
+
+def _image_stems(folder: Path) -> set[str]:
+    try:
+        names = os.listdir(folder)
+    except (OSError, ValueError):  # no such folder
+        return set()
+    return {os.path.splitext(name)[0] for name in names if is_image_name(name)}
 
 
 def _label_folders(folder: Path) -> Iterator[Path]:

@@ -102,11 +102,12 @@ def test_voc_without_lists_is_all_images(voc: Path) -> None:
     ):
         read_source("voc", voc, "train")
     (voc / "ImageSets" / "Main").rmdir()
+    (voc / "ImageSets" / "labels.txt").write_text("ant\ncat\ndog\n")
     assert len(read_source("voc", voc, "train").content["images"]) == 3
 
     assert found(read_source("voc", voc, "train")) == {
         "odd_layout": [
-            (voc.name, "no lists in ImageSets/Main/: every split is all 3 files, train as val")
+            (voc.name, "no lists in ImageSets/: every split is all 3 files, train as val")
         ]
     }
 
@@ -119,6 +120,9 @@ def test_voc_lists_may_be_in_the_upper_folder(voc: Path) -> None:
         source = read_source("voc", voc, split)
         assert len(source.content["images"]) == count
         assert found(source) == {}
+    (sets / "val.txt").rename(sets / "mine.txt")
+    (sets / "train.txt").unlink()
+    assert len(read_source("voc", voc, "mine").content["images"]) == 1
 
 
 def test_voc_lists_as_tools_and_people_write_them(voc: Path) -> None:
@@ -291,6 +295,8 @@ def test_yolo_labels_without_an_image_are_named(yolo: Path) -> None:
     for name in ("moving.heic", "new.SVG"):
         (yolo / "images" / "train" / name).write_bytes(b"none")
         (labels / name).with_suffix(".txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    for name in ("moving.json", "moving.xml", "gone.json"):  # of other tools
+        (yolo / "images" / "train" / name).write_bytes(b"none")
     (labels / "classes.txt").write_text("cat\ndog\n")
     (labels / "empty.txt").write_text("")
     (labels / "gone.txt").write_text("0 0.5 0.5 0.1 0.1\n")
@@ -327,6 +333,20 @@ def test_yolo_labels_in_another_spelling_are_matched_and_reported(tmp_path: Path
             ("img_1.txt", "has the labels of 'IMG_1'"),
         ]
     }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names differ by case")
+def test_yolo_labels_of_another_splits_image_stay_its_own(tmp_path: Path) -> None:
+    for stem in ("img_1", "IMG_1", "b", "B"):
+        save_image(tmp_path / "images" / f"{stem}.png", 8, 8)
+    (tmp_path / "labels").mkdir()
+    for label in ("IMG_1.txt", "b.TXT"):  # the second may be of either image
+        (tmp_path / "labels" / label).write_text("0 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "train.txt").write_text("images/img_1.png\nimages/B.png\n")
+    (tmp_path / "val.txt").write_text("images/IMG_1.png\n")
+    (tmp_path / "data.yaml").write_text("train: train.txt\nval: val.txt\nnames: [cat]\n")
+    assert read_source("yolo", tmp_path, "train").content["annotations"] == []
+    assert len(read_source("yolo", tmp_path, "val").content["annotations"]) == 1
 
 
 def test_yolo_labels_beside_images_are_no_images(tmp_path: Path) -> None:
