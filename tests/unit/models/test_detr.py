@@ -36,8 +36,9 @@ DENSE: dict[str, Any] = {
 def hugging_face(**options: Any) -> Any:
     """Return a perturbed model of transformers in evaluation mode."""
     torch.manual_seed(0)
-    config = transformers.DetrConfig(**SMALL | options)
-    model = transformers.DetrForObjectDetection(config).eval()
+    library: Any = transformers  # its annotations lack much
+    config = library.DetrConfig(**SMALL | options)
+    model = library.DetrForObjectDetection(config).eval()
     perturb(model)
     return model
 
