@@ -1,7 +1,8 @@
 """`main.py export`: a file for other runtimes, which is run and compared before it is kept."""
 
+import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from configs.detection import SelectionOptions
 from configs.options import Checked, option
 from configs.schema import ModelConfig
-from datasets.dataset import find_images
+from datasets.dataset import CocoDetection, find_images
 from engine.detector import Detector
 from engine.exported.about import SUFFIXES, About
 from engine.exported.half import ISLANDS, halved
@@ -18,7 +19,7 @@ from engine.exported.proof import TIE, Differences, prepared_images, prove
 from engine.exported.write import write
 from models.weights.load import load_pretrained
 from util.console import console
-from util.errors import CheckpointError, ConfigError
+from util.errors import CheckpointError, ConfigError, DataError
 from util.files import make_output_dir, refuse_overwriting
 
 FAILED = 1  # exit code: the file was written, and is not what it should be
@@ -83,8 +84,11 @@ def main(options: ExportOptions, detection: SelectionOptions) -> int:
     about = _about(detector, options)
     if options.verify:
         exported = _opened(output, detection)
-        return 0 if _proven(options, detector, exported, paths) else FAILED
+        truth = _truth(options, detector, half=_is_half(exported))
+        return 0 if _proven(options, detector, exported, paths, truth) else FAILED
     refuse_overwriting([Path(options.checkpoint)], [output])
+    # before the export, which takes longer than to see that its proof lacks data
+    truth = _truth(options, detector, half=options.precision == "fp16")
     make_output_dir(output.parent, "output")
     # proven under its own name in a folder of its own: a file in its place has been proven
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
@@ -106,7 +110,7 @@ def main(options: ExportOptions, detection: SelectionOptions) -> int:
                 f"{options.to}: the runtime cannot open what was exported ({reason}). "
                 f"{_in_the_way(options)}"
             ) from error
-        if not _proven(options, detector, exported, paths):
+        if not _proven(options, detector, exported, paths, truth):
             console(f"not kept: {output}")
             return FAILED
         for part in sorted(Path(folder).iterdir()):  # OpenVINO's .bin comes before its .xml
@@ -177,38 +181,84 @@ def _in_the_way(options: ExportOptions) -> str:
         for name in _SELDOM
         if chosen.get(name, usual[name]) != usual[name]
     ]
+    if seldom:
+        return f"In the way is {' or '.join(seldom)}: train without."
     if options.precision == "fp16":
         return "Try `precision fp32`."
-    if not seldom:
-        return "Try another version of PyTorch."
-    return f"In the way is {' or '.join(seldom)}: train without."
+    return "Try another version of PyTorch."
 
 
 def _opened(path: Path, detection: SelectionOptions) -> Detector:
     return Detector.load(str(path), num_select=detection.num_select, nms_iou=detection.nms_iou)
 
 
+def _is_half(exported: Detector) -> bool:
+    assert isinstance(exported.network, ExportedModel)
+    return exported.network.about.precision == "fp16"
+
+
+def _truth(options: ExportOptions, detector: Detector, *, half: bool) -> CocoDetection | None:
+    """Return the data on which APs are compared, None if they are not.
+
+    Raises:
+        ConfigError: half precision must be proven, and the run's own data cannot be read.
+        DataError: the data that options name cannot be.
+    """
+    data = detector.data
+    if options.val_images:
+        data = replace(
+            data, coco_path="", data_path="",
+            val_images=options.val_images, val_annotations=options.val_annotations,
+        )  # fmt: skip
+    elif not half:
+        return None
+    try:
+        return detector.validation_set(data)
+    except DataError as error:
+        if options.val_images:
+            raise
+        raise ConfigError(
+            "precision fp16: is proven by AP, and validation data of the checkpoint's run cannot "
+            "be read here. Give `val_images` and `val_annotations`."
+        ) from error
+
+
 def _proven(
-    options: ExportOptions, detector: Detector, exported: Detector, paths: list[Path]
+    options: ExportOptions,
+    detector: Detector,
+    exported: Detector,
+    paths: list[Path],
+    truth: CocoDetection | None,
 ) -> bool:
     """Print how far a file is from its checkpoint; return whether that is near enough."""
     differences = prove(detector, exported, prepared_images(detector, paths, options.num_images))
     assert isinstance(exported.network, ExportedModel)
-    half = exported.network.about.precision == "fp16"
-    tolerance = options.tolerance or (1.0 if half else _TOLERANCE)
+    half = _is_half(exported)
+    tolerance = options.tolerance or (None if half else _TOLERANCE)
     console(_report(differences, exported.network.session.runtime, tolerance))
-    near = differences.largest <= tolerance
-    if near and (half or options.val_images):
-        near = _same_ap(detector, exported, options, half=half)
+    # a file that computes no numbers, or other shapes, is told by an infinite difference
+    largest = differences.largest
+    near = largest < math.inf if tolerance is None else largest <= tolerance
+    if near and truth is not None:
+        near = _same_ap(detector, exported, options, truth, half=half)
     if not near:
         console("the exported file differs too much from its checkpoint")
     return near
 
 
-def _same_ap(detector: Detector, exported: Detector, options: ExportOptions, *, half: bool) -> bool:
+def _same_ap(
+    detector: Detector,
+    exported: Detector,
+    options: ExportOptions,
+    truth: CocoDetection,
+    *,
+    half: bool,
+) -> bool:
     """Print the AP of both; return whether they are near enough to each other."""
     place = (options.val_images, options.val_annotations) if options.val_images else ()
-    ours, other = (each.evaluate(*place)["AP"] for each in (detector, exported))
+    ours = detector.measure(truth)[0].stats["AP"]
+    ours = ours if ours >= 0 else math.nan  # as `evaluate` has it
+    other = exported.evaluate(*place)["AP"]  # reads the data as the file says
     tolerance = _HALF_AP_TOLERANCE if half else _AP_TOLERANCE
     console(f"AP: {ours:.4f} of the checkpoint, {other:.4f} of the file; tolerance {tolerance:g}")
     if half and not ours >= _LEAST_AP:
@@ -217,8 +267,8 @@ def _same_ap(detector: Detector, exported: Detector, options: ExportOptions, *, 
     return abs(ours - other) <= tolerance
 
 
-def _report(found: Differences, runtime: str, tolerance: float) -> str:
-    limit = f"tolerance {tolerance:g}" if tolerance < 1 else "AP decides"
+def _report(found: Differences, runtime: str, tolerance: float | None) -> str:
+    limit = "AP decides" if tolerance is None else f"tolerance {tolerance:g}"
     text = (
         f"proof in {runtime}, {found.images} times an image: largest difference of scores "
         f"{found.scores:.2g}, of boxes {found.boxes:.2g}; {limit}"
