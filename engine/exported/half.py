@@ -16,12 +16,16 @@ _PARTS = (
     "backbone.0.", "input_proj.", "neck.", "transformer.encoder.", "transformer.decoder.layers.",
 )  # fmt: skip
 # Layers inside of them that are islands, too: half precision is too coarse for places and shares.
-# Those of `nn.MultiheadAttention`, norms and all that is no layer are none of the halved kinds.
-_ISLANDS = frozenset({"sampling_offsets", "attention_weights", "conv_offset", "qkv", "to_qkv"})
+# Those of `nn.MultiheadAttention`, norms and all that is no layer are none of the halved kinds, nor
+# are timm's depthwise convolutions (`models.backbones.depthwise`): few weights, no matrix products.
+_ISLANDS = frozenset({
+    "sampling_offsets", "attention_weights", "conv_offset", "qkv", "to_qkv", "proj_qkv", "proj_q",
+    "proj_k", "proj_v",
+})  # fmt: skip
 _KINDS = (nn.Linear, nn.Conv2d, Conv2dSame)
 ISLANDS = (
-    "norms, softmax, dense attention, positions, sampling points and their weights, proposals, "
-    "scores and boxes"
+    "norms, softmax, dense attention, depthwise convolutions of timm, positions, sampling points "
+    "and their weights, proposals, scores and boxes"
 )
 
 

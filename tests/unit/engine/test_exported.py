@@ -145,6 +145,33 @@ HALVED: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+def half_layers(**options: Any) -> dict[str, bool]:
+    """Return the convolutions and linear layers of a tiny model, and which of them are halved."""
+    config = read_options(None, {"model": {**TINY, **options}}, KnownRecipes()).config()
+    half, _ = halved(build_model(config.model, num_classes=3).eval())
+    kinds = (torch.nn.Conv2d, torch.nn.Linear)
+    return {
+        name: layer.weight.dtype == torch.float16
+        for name, layer in half.named_modules()
+        if isinstance(layer, kinds)
+    }
+
+
+def test_depthwise_convolutions_of_timm_and_what_attends_in_dat_stay_in_float32() -> None:
+    layers = half_layers(backbone="timm/test_efficientnet")
+    parts = {name: layer for name, layer in layers.items() if name.startswith("backbone.0.")}
+    islands = {name for name, half in parts.items() if not half}
+    assert islands == {name for name in parts if ".conv_dw" in name} != set()
+    layers = half_layers(backbone="dat_tiny", encoder_attn="dat+deformable", dat_stride=2)
+    attending = {
+        (name.rpartition(".")[2], half) for name, half in layers.items() if ".proj_" in name
+    }
+    assert attending == {
+        ("proj_qkv", False), ("proj_q", False), ("proj_k", False), ("proj_v", False),
+        ("proj_out", True),
+    }  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HALVED)
 def test_half_precision_is_that_of_heavy_layers_alone(name: str, tmp_path: Path) -> None:
