@@ -57,9 +57,7 @@ class PredictionFiles:
             self._rows: Any = None
             if table:
                 path = output_dir / "predictions.csv"
-                file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
-                self._rows = csv.writer(opened.enter_context(file))
-                self._rows.writerow(("file_name", *BOX_COLUMNS))
+                self._rows = open_table(path, ("file_name", *BOX_COLUMNS), opened)
             self._opened = opened.pop_all()
 
     def __enter__(self) -> "PredictionFiles":
@@ -112,6 +110,14 @@ class PredictionFiles:
         drawn = with_boxes(image, shown, self._classes)
         path.parent.mkdir(parents=True, exist_ok=True)
         drawn.save(path, quality=95)  # of JPEG; the suffix says which format
+
+
+def open_table(path: Path, columns: Sequence[str], opened: ExitStack) -> Any:
+    """Return the writer of a new CSV with a row of column names; `opened` closes the file."""
+    file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
+    rows = csv.writer(opened.enter_context(file))
+    rows.writerow(columns)
+    return rows
 
 
 def box_columns(box: Box, classes: Classes) -> tuple[int | str | float, ...]:

@@ -1,6 +1,5 @@
 """What a checkpoint finds in the frames of a video: a video with boxes, and a line per frame."""
 
-import csv
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from engine.predictions import (
     BOX_COLUMNS,
     box_columns,
     crop_folders,
+    open_table,
     plain_boxes,
     save_crops,
     with_boxes,
@@ -179,10 +179,8 @@ class FrameFiles:
             self._lines = opened.enter_context(lines)
             self._rows: Any = None
             if table:
-                path = output_dir / "predictions.csv"
-                file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
-                self._rows = csv.writer(opened.enter_context(file))
-                self._rows.writerow(("frame", "time", "track", *BOX_COLUMNS))
+                path, columns = output_dir / "predictions.csv", ("frame", "time", "track")
+                self._rows = open_table(path, (*columns, *BOX_COLUMNS), opened)
             self._opened = opened.pop_all()
         self.frames = self.boxes = 0
 
