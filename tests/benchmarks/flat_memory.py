@@ -68,14 +68,18 @@ def peak_of(command: Sequence[str]) -> tuple[int, float]:
 
 def evaluate_generated(images: int, detections: int, classes: int) -> None:
     """Evaluate as `eval` does, and print the peak of this process, in MiB, after each part."""
-    whole = [generate(AT_ONCE, 1, classes, seed)[0] for seed in range(images // AT_ONCE)]
+    starts = range(0, images, AT_ONCE)
+    counts = [min(AT_ONCE, images - start) for start in starts]
+    whole = [generate(count, 1, classes, seed)[0] for seed, count in enumerate(counts)]
     columns: dict[str, Any] = {}
     for name in ("box", "area", "crowd", "category"):
         columns[name] = np.concatenate([getattr(truth, name) for truth in whole])
-    columns["image"] = np.concatenate([t.image + AT_ONCE * i for i, t in enumerate(whole)])
-    columns["image_ids"] = np.arange(AT_ONCE * len(whole))
-    columns["file_names"] = [""] * len(columns["image_ids"])
-    columns["sizes"] = np.zeros((len(columns["image_ids"]), 2), dtype=np.int64)
+    columns["image"] = np.concatenate(
+        [truth.image + start for start, truth in zip(starts, whole, strict=True)]
+    )
+    columns["image_ids"] = np.arange(images)
+    columns["file_names"] = [""] * images
+    columns["sizes"] = np.zeros((images, 2), dtype=np.int64)
     evaluator = Evaluator(replace(whole[0], **columns))
 
     def show(part: str) -> None:
@@ -83,18 +87,18 @@ def evaluate_generated(images: int, detections: int, classes: int) -> None:
         print(f"  {part:28} {peak:8.0f} MiB  {time.process_time():6.0f} s", flush=True)
 
     show("ground truth")
-    for seed in range(len(whole)):
-        found = generate(AT_ONCE, detections, classes, seed)[1]
+    for seed, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        found = generate(count, detections, classes, seed)[1]
         corners = found.box.copy()
         corners[:, 2:] += corners[:, :2]
-        for image in range(AT_ONCE):
+        for image in range(count):
             rows = slice(image * detections, (image + 1) * detections)
             output = {
                 "scores": torch.from_numpy(found.score[rows]).float(),
                 "labels": torch.from_numpy(found.category[rows]),
                 "boxes": torch.from_numpy(corners[rows]).float(),
             }
-            evaluator.update([seed * AT_ONCE + image], [output])
+            evaluator.update([start + image], [output])
     show("detections collected")
     result = evaluator.evaluate()
     show("COCO's numbers")
