@@ -40,7 +40,7 @@ COCO = json.dumps(coco_content(["a.png"])).encode()
 IN_PLACE: dict[str, tuple[bytes, str]] = {
     "ann.json": (POINTER, "is a Git LFS pointer. Run `git lfs pull` to fetch the file."),
     "page.json": (PAGE, "is a web page. Download it again"),
-    "ann.json.gz": (gzip.compress(COCO), "is packed (gzip). Unpack it."),
+    "ann.json.gz": (gzip.compress(COCO, mtime=0), "is packed (gzip). Unpack it."),
     "ann.zip": (zipped(), "is packed (ZIP). Unpack it."),
     "blank.json": (b" \n", "not JSON: the file is empty"),
     "lines.json": (b'{"a": 1}\n{"a": 2}\n', "line 2 column 1. It looks like JSON lines, which is"),
@@ -84,7 +84,7 @@ def test_a_damaged_coco_file_is_nothing_else(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (POINTER, r"is a Git LFS pointer\. Run"),
-        (gzip.compress(b"[]"), r"is packed \(gzip\)\. Unpack it"),
+        (gzip.compress(b"[]", mtime=0), r"is packed \(gzip\)\. Unpack it"),
         (b'{"a": 1}\n{"a": 2}\n', r"not valid JSON .* A list of all is needed, not JSON lines"),
     ],
 )
