@@ -86,7 +86,7 @@ def test_a_share_of_the_images_without_boxes_is_trained_on(
     assert index.images.ids.tolist() == kept
     assert index.boxes_per_image.tolist() == [int(i in (1, 4)) for i in kept]
     assert index.images.ids[index.annotations.image].tolist() == [4, 1] + [0] * (0 in kept)
-    told = f"empty_images {share:g}: {6 - len(kept)} of 6 training images, without boxes, are left"
+    told = f"empty_images {share:g}: {6 - len(kept)} of 6 training images are left out"
     assert (told in capsys.readouterr().out) == (share < 1)
     assert len(load_index(cfg, "val")) == 6
 
