@@ -1,4 +1,4 @@
-"""Which cases of a parametrised test every run takes, and which only `make test_all`."""
+"""Which tests a run takes: cases left to `make test_all`, and what needs newer packages."""
 
 from collections.abc import Iterable
 from typing import Any
