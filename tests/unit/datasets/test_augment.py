@@ -38,6 +38,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", RECIPES)
 @given(st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None)

@@ -29,6 +29,7 @@ def model(request: pytest.FixtureRequest) -> tuple[ModelConfig, dict[str, Tensor
     return config, build_model(config, num_classes=5).state_dict()
 
 
+@pytest.mark.long
 def test_true_sizes_pass(model: tuple[ModelConfig, dict[str, Tensor]]) -> None:
     config, weights = model
     check_sizes(weights, asdict(config), "x.pth")

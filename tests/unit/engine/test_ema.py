@@ -48,6 +48,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(a[key].equal(b[key]) for key in a)
 
 
+@pytest.mark.long
 @given(st.sampled_from([0.0, 0.15, 0.5, 0.9, 0.9999]), st.integers(0, 8))
 def test_averages_are_those_of_a_loop_in_double_precision(decay: float, steps: int) -> None:
     model = Tied()

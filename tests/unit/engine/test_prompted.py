@@ -54,6 +54,7 @@ def words_of(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.long
 @PUBLISHED
 @torch.no_grad()
 def test_in_float64_scores_and_boxes_are_those_of_hugging_face(folder: Path, theirs: Any) -> None:

@@ -92,6 +92,7 @@ def test_resumed_run_leaves_the_files_of_an_uninterrupted_one(
     assert sorted(p.name for p in (folder / "cut").iterdir()) == ["log.txt", "metrics.jsonl"]
 
 
+@pytest.mark.long
 def test_tensorboard_shows_a_resumed_run_once(tmp_path: Path) -> None:
     with RunLog(tmp_path, log_to=("tensorboard",)) as log:
         for step in range(1, 7):

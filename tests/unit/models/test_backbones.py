@@ -226,6 +226,7 @@ def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return {f"{prefix}{key}": value for key, value in state.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("wrap", "place"),
     [

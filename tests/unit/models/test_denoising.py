@@ -405,6 +405,7 @@ def step(model: DeformableDETR) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.long
 @variants
 def test_activation_checkpointing_changes_no_bit(variant: str) -> None:
     expected, model = (

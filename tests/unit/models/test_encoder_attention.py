@@ -61,6 +61,7 @@ def second_image(levels: FeatureLevels, tokens: Tensor) -> Tensor:
     return tokens[1][~levels.padding_mask[1]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("attention", ALL)
 def test_padding_changes_nothing(attention: str) -> None:
     features, pos = random_maps(1, 2)

@@ -68,6 +68,7 @@ def test_gradients_and_statistics_are_the_same_bit_for_bit(options: dict[str, An
         assert kept_now < kept
 
 
+@pytest.mark.long
 def test_parts_that_are_not_named_keep_their_activations() -> None:
     model = small()
     set_checkpointing(model, ("backbone", "encoder", "decoder"))

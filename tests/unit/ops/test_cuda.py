@@ -142,6 +142,7 @@ def test_forward(
         assert_near(output, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "channels", "points", "form"), CASES)
 def test_backward(
     emulated: EmulatedBackend, dtype: torch.dtype, channels: int, points: int, form: int
@@ -154,6 +155,7 @@ def test_backward(
         assert_gradients_near(actual, expected, dtype)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("dtype", "channels", "form"), [(F64, 6, 2), (F32, 32, 4), (BF16, 3, 4)])
 def test_gradient_of_reference(
     emulated: EmulatedBackend, dtype: torch.dtype, channels: int, form: int

@@ -51,6 +51,7 @@ def test_an_error_is_one_line_of_500_characters_at_most() -> None:
     assert error_line("a: is wrong.") == "a: is wrong."
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes without a reader")
 @pytest.mark.parametrize("how", ["closed", "ended"])
 def test_a_program_continues_when_nobody_reads_its_output(tmp_path: Path, how: str) -> None:

@@ -62,6 +62,7 @@ def test_only_ap_ap50_ap75_count(tmp_path: Path) -> None:
     assert differs(plain, other) == (False, False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "lines",
     [

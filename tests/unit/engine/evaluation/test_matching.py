@@ -181,6 +181,7 @@ def test_equal_on_what_trained_models_found_in_real_images(
     assert ours.stats["AP"] > minimum
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("any_category", [False, True])
 @pytest.mark.parametrize("seed", range(12))
 def test_a_crowded_image_has_the_same_overlaps(

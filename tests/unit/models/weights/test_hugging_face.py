@@ -107,6 +107,7 @@ def test_saved_model_predicts_the_same_here(tmp_path: Path, variant: str) -> Non
     torch.testing.assert_close(output["pred_boxes"], expected.pred_boxes, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_own_names_of_version_5_are_read_and_every_weight_goes_back(variant: str) -> None:
     model = hf_model(**VARIANTS[variant])

@@ -87,6 +87,7 @@ def test_options_are_inferred_from_bare_weights(tmp_path: Path, variant: str) ->
     assert same(pretrained.state_dict, model.state_dict())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["plain", "refine", "two_stage"])
 def test_weights_without_repeated_names_are_completed(tmp_path: Path, variant: str) -> None:
     _, model = fresh(VARIANTS[variant])
@@ -100,6 +101,7 @@ def test_weights_without_repeated_names_are_completed(tmp_path: Path, variant: s
     assert same(load_pretrained(str(tmp_path / "w.safetensors")).state_dict, whole)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_official_file_goes_out_and_comes_back(tmp_path: Path, variant: str) -> None:
     config, model = fresh(VARIANTS[variant])
