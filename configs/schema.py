@@ -16,31 +16,39 @@ class ModelConfig(Checked):
     """The network; a checkpoint loads only where these options agree."""
 
     backbone: str = option(
-        "resnet50", "resnet18/34/50/101, dat_tiny/small/base, "
-        "dilateformer_tiny/small/base or timm/NAME",
-    )  # fmt: skip
+        "resnet50",
+        "resnet18/34/50/101, dat_tiny/small/base, dilateformer_tiny/small/base or timm/NAME",
+    )
     dilation: bool = option(
         False, "dilate the last ResNet stage instead of striding it (DC5)", rare=True
     )
     drop_path: float = option(
-        0.0, "how often a block of a transformer backbone is left out in training, the deepest one",
-        low=0, high=0.9, rare=True,
-    )  # fmt: skip
+        0.0,
+        "how often a block of a transformer backbone is left out in training, the deepest one",
+        low=0,
+        high=0.9,
+        rare=True,
+    )
     dat_grid: Literal["corrected", "published"] = option(
-        "corrected", "backbone dat_*: where points without offsets are: at cells, or as in its "
-        "first release", rare=True,
-    )  # fmt: skip
+        "corrected",
+        "backbone dat_*: where points without offsets are: at cells, or as in its first release",
+        rare=True,
+    )
     dat_stride: int = option(
-        1, "backbone dat_*, encoder_attn dat: cells from point to point of DAT's deformable "
-        "attention", low=1, most=32, rare=True,
-    )  # fmt: skip
+        1,
+        "backbone dat_*, encoder_attn dat: cells from point to point of DAT's deformable attention",
+        low=1,
+        most=32,
+        rare=True,
+    )
     dcn: Literal["none", "v1", "v2"] = option(
         "none", "deformable convolutions in a ResNet; v2: with modulation (docs/architectures.md)"
     )
     dcn_stages: tuple[Literal[3, 4, 5], ...] = option(
-        (3, 4, 5), "dcn: stages with them, of 3, 4 and 5, whose strides are 8, 16 and 32",
+        (3, 4, 5),
+        "dcn: stages with them, of 3, 4 and 5, whose strides are 8, 16 and 32",
         rare=True,
-    )  # fmt: skip
+    )
     train_backbone_norm: bool = option(
         False, "train the backbone's batch norms (to train from scratch)", rare=True
     )
@@ -57,42 +65,58 @@ class ModelConfig(Checked):
         "group", "norm after the projections of the backbone's maps; DETR has none", rare=True
     )
     neck_width: int | None = option(
-        None, "neck hsfpn: channels of the levels that the backbone lacks (default: twice those of "
-        "its last map)", low=8, most=65536, rare=True,
-    )  # fmt: skip
+        None,
+        "neck hsfpn: channels of the levels that the backbone lacks (default: twice those of "
+        "its last map)",
+        low=8,
+        most=65536,
+        rare=True,
+    )
     encoder: str = option("deformable", "what turns feature levels into memory", rare=True)
     encoder_attn: str = option(
-        "deformable", "what encoder layers attend with: deformable, dense (DETR), mswin (windows), "
+        "deformable",
+        "what encoder layers attend with: deformable, dense (DETR), mswin (windows), "
         "msda (dilated), dat (shared points), or several in turn, as in mswin+deformable; or "
         "enhancer: classes have tokens that learn of the image, too (Grounding DINO)",
-    )  # fmt: skip
+    )
     decoder_tokens: bool = option(
         False, "encoder_attn enhancer: decoder layers look at class tokens, too", rare=True
     )
     decoder_attn: Literal["deformable", "dense"] = option(
-        "deformable", "what decoder layers look at the image with; dense: at all of it, from no "
+        "deformable",
+        "what decoder layers look at the image with; dense: at all of it, from no "
         "place, as in DETR",
-    )  # fmt: skip
+    )
     encoder_updates: Literal["full", "lite", "sparse"] = option(
-        "full", "tokens that an encoder layer changes: all, or lite: those of coarse levels often "
+        "full",
+        "tokens that an encoder layer changes: all, or lite: those of coarse levels often "
         "and of fine ones rarely, or sparse: those that the decoder is expected to look at",
-    )  # fmt: skip
+    )
     rho: float = option(
-        0.3, "encoder_updates sparse: part of an image's tokens that layers change", above=0,
-        high=1, rare=True,
-    )  # fmt: skip
+        0.3,
+        "encoder_updates sparse: part of an image's tokens that layers change",
+        above=0,
+        high=1,
+        rare=True,
+    )
     lite_levels: int | None = option(
-        None, "encoder_updates lite: coarsest levels that every layer changes (default: all but "
-        "the finest)", low=1, rare=True,
-    )  # fmt: skip
+        None,
+        "encoder_updates lite: coarsest levels that every layer changes (default: all but "
+        "the finest)",
+        low=1,
+        rare=True,
+    )
     lite_expansion: int = option(
-        1, "encoder_updates lite: number of layers that change all tokens; a divisor of "
-        "enc_layers", low=1, rare=True,
-    )  # fmt: skip
+        1,
+        "encoder_updates lite: number of layers that change all tokens; a divisor of enc_layers",
+        low=1,
+        rare=True,
+    )
     enc_fusion: Literal["none", "dense", "mlp"] = option(
-        "none", "what decoder and proposals get of the encoder: its last layer's tokens, or those "
+        "none",
+        "what decoder and proposals get of the encoder: its last layer's tokens, or those "
         "of all layers together, through one linear layer (dense) or two (mlp)",
-    )  # fmt: skip
+    )
     enc_layers: int = option(6, "encoder layers", low=1, most=100)
     dec_layers: int = option(6, "decoder layers", low=1, most=100)
     dim_feedforward: int = option(
@@ -119,10 +143,11 @@ class ModelConfig(Checked):
         False, "with_box_refine: the loss of a layer's boxes teaches the layer before, too"
     )
     query_position: Literal["fixed", "box", "scaled_box"] = option(
-        "fixed", "what attention adds to queries: the same in every layer, what each layer "
+        "fixed",
+        "what attention adds to queries: the same in every layer, what each layer "
         "computes from its boxes (DINO), or that times what it computes from the queries",
         rare=True,
-    )  # fmt: skip
+    )
     decoder_norm: bool = option(
         False, "normalise what the heads of decoder layers read (DINO)", rare=True
     )
@@ -130,42 +155,61 @@ class ModelConfig(Checked):
         False, "with_box_refine: the decoder's layers share their heads (DINO)", rare=True
     )
     class_proposals: bool = option(
-        False, "two_stage: proposals have classes, and only those that are chosen learn (DINO)",
+        False,
+        "two_stage: proposals have classes, and only those that are chosen learn (DINO)",
         rare=True,
-    )  # fmt: skip
+    )
     position_temperature: float = option(
-        10000.0, "position_embedding sine: ratio of its longest to its shortest wave", above=1,
-        most=1_000_000_000, rare=True,
-    )  # fmt: skip
-    position_offset: float = option(
-        -0.5, "position_embedding sine: added to the count of cells; -0.5: their centres, 0: their "
-        "far edges (DINO)", low=-1, high=1, rare=True,
-    )  # fmt: skip
-    refine_eps: float = option(
-        1e-5, "with_box_refine: distance from 0 and 1 at which a box's numbers are clamped before "
-        "they are refined (DINO: 0.001)", above=0, high=0.1, rare=True,
-    )  # fmt: skip
-    relation: Literal["none", "previous", "mds"] = option(
-        "none", "with_box_refine: attention among queries by how the boxes of the layer before lie "
-        "to each other; mds: in the last layer alone",
-    )  # fmt: skip
-    scores: Literal["sigmoid", "softmax"] = option(
-        "sigmoid", "what a score is: a question for each class, or a part of 1, which all classes "
-        "and no object share (DETR; cls_loss softmax sets it)", rare=True,
-    )  # fmt: skip
-    aux_loss: bool = option(
-        True, "losses after every decoder layer", off="losses after the last decoder layer only",
+        10000.0,
+        "position_embedding sine: ratio of its longest to its shortest wave",
+        above=1,
+        most=1_000_000_000,
         rare=True,
-    )  # fmt: skip
+    )
+    position_offset: float = option(
+        -0.5,
+        "position_embedding sine: added to the count of cells; -0.5: their centres, 0: their "
+        "far edges (DINO)",
+        low=-1,
+        high=1,
+        rare=True,
+    )
+    refine_eps: float = option(
+        1e-5,
+        "with_box_refine: distance from 0 and 1 at which a box's numbers are clamped before "
+        "they are refined (DINO: 0.001)",
+        above=0,
+        high=0.1,
+        rare=True,
+    )
+    relation: Literal["none", "previous", "mds"] = option(
+        "none",
+        "with_box_refine: attention among queries by how the boxes of the layer before lie "
+        "to each other; mds: in the last layer alone",
+    )
+    scores: Literal["sigmoid", "softmax"] = option(
+        "sigmoid",
+        "what a score is: a question for each class, or a part of 1, which all classes "
+        "and no object share (DETR; cls_loss softmax sets it)",
+        rare=True,
+    )
+    aux_loss: bool = option(
+        True,
+        "losses after every decoder layer",
+        off="losses after the last decoder layer only",
+        rare=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.two_stage and not self.with_box_refine:
             raise ConfigError("two_stage: needs `with_box_refine`, as in the paper. Add it.")
         for name, needed in (
-            ("mixed_query_selection", "two_stage"), ("look_forward_twice", "with_box_refine"),
-            ("shared_heads", "with_box_refine"), ("class_proposals", "two_stage"),
-        ):  # fmt: skip
+            ("mixed_query_selection", "two_stage"),
+            ("look_forward_twice", "with_box_refine"),
+            ("shared_heads", "with_box_refine"),
+            ("class_proposals", "two_stage"),
+        ):
             if getattr(self, name) and not getattr(self, needed):
                 raise ConfigError(f"{name}: has no effect without `{needed}`. Add it.")
         if self.query_position != "fixed" and not self.mixed_query_selection:
@@ -293,34 +337,43 @@ class LossConfig(Checked):
     cls_loss: Literal[
         "focal", "vfl", "ia_bce", "mal", "position_supervised", "giou_focal", "softmax"
     ] = option(
-        "focal", "what teaches the scores: of classes alone (focal; softmax: DETR's, one-stage), "
+        "focal",
+        "what teaches the scores: of classes alone (focal; softmax: DETR's, one-stage), "
         "or how well the box fits, too",
-    )  # fmt: skip
+    )
     eos_coef: float = option(
         0.1, "cls_loss softmax: weight of queries without an object", above=0, high=1, rare=True
     )
     match_cost: Literal["focal", "position_modulated", "high_order", "probability"] = option(
-        "focal", "matching cost of the class: focal, with the box's GIoU, late in the training "
+        "focal",
+        "matching cost of the class: focal, with the box's GIoU, late in the training "
         "score times IoU**4 as the whole cost, or the score itself (default with cls_loss softmax)",
-    )  # fmt: skip
+    )
     high_order_from: float = option(
         0.75, "match_cost high_order: part of the training before it", low=0, high=1, rare=True
     )
     cls_loss_coef: float | None = option(
-        None, "weight of the class loss (default: 2 for focal and giou_focal, 6 for "
-        "position_supervised, else 1)", low=0, rare=True,
-    )  # fmt: skip
+        None,
+        "weight of the class loss (default: 2 for focal and giou_focal, 6 for "
+        "position_supervised, else 1)",
+        low=0,
+        rare=True,
+    )
     bbox_loss_coef: float = option(5.0, "weight of the box L1 loss", low=0, rare=True)
     giou_loss_coef: float = option(2.0, "weight of the GIoU loss", low=0, rare=True)
     focal_alpha: float = option(0.25, "alpha of the focal loss and cost", low=0, high=1, rare=True)
     union_set: bool = option(
-        False, "boxes of all decoder layers learn the pairs of all of them: each query the object "
+        False,
+        "boxes of all decoder layers learn the pairs of all of them: each query the object "
         "that most layers give it",
-    )  # fmt: skip
+    )
     prime_samples: int = option(
-        1, "cls_loss ia_bce: queries that learn each object in all layers but the last, the worse "
-        "ones less (Align-DETR)", low=1, most=1000,
-    )  # fmt: skip
+        1,
+        "cls_loss ia_bce: queries that learn each object in all layers but the last, the worse "
+        "ones less (Align-DETR)",
+        low=1,
+        most=1000,
+    )
     prime_tau: float = option(
         1.5, "prime_samples: the one of rank r counts exp(-r / prime_tau)", above=0, rare=True
     )
@@ -347,9 +400,11 @@ class VocOptions(Checked):
     """How PASCAL VOC files are read and written."""
 
     voc_corners: Literal["pixels", "edges", "size"] = option(
-        "pixels", "VOC boxes: 1-based pixel indices, 0-based edges as some tools write them, or "
-        "width and height in xmax and ymax", rare=True,
-    )  # fmt: skip
+        "pixels",
+        "VOC boxes: 1-based pixel indices, 0-based edges as some tools write them, or "
+        "width and height in xmax and ymax",
+        rare=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,13 +412,16 @@ class AnnotationOptions(VocOptions):
     """How annotations are read."""
 
     crowd: Literal["keep", "as_objects"] = option(
-        "keep", "annotations with `iscrowd` 1: groups, as in COCO, or as_objects, as some tools "
-        "flag every mask", rare=True,
-    )  # fmt: skip
-    ignore_key: Literal["crowd", "drop", "keep"] = option(
-        "crowd", "annotations with `ignore` 1: like a crowd, drop them, or keep them as objects",
+        "keep",
+        "annotations with `iscrowd` 1: groups, as in COCO, or as_objects, as some tools "
+        "flag every mask",
         rare=True,
-    )  # fmt: skip
+    )
+    ignore_key: Literal["crowd", "drop", "keep"] = option(
+        "crowd",
+        "annotations with `ignore` 1: like a crowd, drop them, or keep them as objects",
+        rare=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,14 +434,18 @@ class DataSource(AnnotationOptions):
         "auto", "format of --data_path: coco, voc, yolo or labelme; auto: what the folder holds"
     )
     max_pixels: int | None = option(
-        None, "pixels of the largest image that is read (default: Pillow's 89478485)", low=1,
+        None,
+        "pixels of the largest image that is read (default: Pillow's 89478485)",
+        low=1,
         rare=True,
-    )  # fmt: skip
+    )
     index_cache: bool = option(
-        True, "cache the index of a large COCO-format file, or of a large folder in VOC's or "
+        True,
+        "cache the index of a large COCO-format file, or of a large folder in VOC's or "
         "YOLO's format, in the user's cache folder",
-        off="read annotations again, without an index in the user's cache folder", rare=True,
-    )  # fmt: skip
+        off="read annotations again, without an index in the user's cache folder",
+        rare=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,13 +473,19 @@ class EvalDataConfig(DataSource):
     )
     max_size: int = option(1333, "maximum long side, pixels", low=16, most=65536)
     num_select: int = option(
-        100, "detections kept per image, all classes together; newer recipes keep 300. COCO's "
-        "numbers count the best 100 per image and class, whatever this is", low=1, most=100000,
-    )  # fmt: skip
+        100,
+        "detections kept per image, all classes together; newer recipes keep 300. COCO's "
+        "numbers count the best 100 per image and class, whatever this is",
+        low=1,
+        most=100000,
+    )
     nms_iou: float | None = option(
-        None, "NMS IoU threshold; none disables NMS, as in the paper (default: none)",
-        above=0, high=1, unset=1.0,
-    )  # fmt: skip
+        None,
+        "NMS IoU threshold; none disables NMS, as in the paper (default: none)",
+        above=0,
+        high=1,
+        unset=1.0,
+    )
     num_workers: int = option(
         -1, "data-loading workers per process; -1: one per core, at most 8", low=-1, most=1024
     )
@@ -428,27 +496,32 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
     """Data of training and evaluation, and augmentation."""
 
     empty_images: float = option(
-        1.0, "share of the training images without boxes that is trained on, evenly spaced; "
-        "0: none", low=0, high=1,
-    )  # fmt: skip
+        1.0,
+        "share of the training images without boxes that is trained on, evenly spaced; 0: none",
+        low=0,
+        high=1,
+    )
     train_scales: tuple[int, ...] = option(
         tuple(range(480, 801, 32)),
-        "short sides drawn from in training, pixels (with --augment none: --eval_scale)", low=16,
+        "short sides drawn from in training, pixels (with --augment none: --eval_scale)",
+        low=16,
         most=16384,
-    )  # fmt: skip
+    )
     one_scale_per_batch: bool = option(
         False, "draw one short side per batch, not per image: less padding"
     )
     augment: Literal["none", "official", "strong", "dense", "lsj"] = option(
-        "official", "preset of augmentation: none, that of the paper, a strong one with mosaic, "
+        "official",
+        "preset of augmentation: none, that of the paper, a strong one with mosaic, "
         "dense mosaics and pasted objects (DEIM), or large-scale jitter; "
         "an augmentation's own option overrides it",
-    )  # fmt: skip
+    )
     hflip: float = option(0.5, "probability of a horizontal flip", low=0, high=1)
     random_crop: bool = option(
-        True, "in half of the images, crop a part and resize it",
+        True,
+        "in half of the images, crop a part and resize it",
         off="never crop a part of an image and resize it",
-    )  # fmt: skip
+    )
     crop_scales: tuple[int, ...] = option(
         (400, 500, 600), "short sides before the crop, pixels", low=16, most=16384, rare=True
     )
@@ -456,13 +529,19 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
         (384, 600), "minimum and maximum side of the crop, pixels", low=16, most=16384, rare=True
     )
     scale_jitter: tuple[float, ...] = option(
-        (), "minimum and maximum factor on the drawn size; what exceeds that size is cropped",
-        above=0, rare=True,
-    )  # fmt: skip
+        (),
+        "minimum and maximum factor on the drawn size; what exceeds that size is cropped",
+        above=0,
+        rare=True,
+    )
     fixed_size: int = option(
-        0, "crop or pad every training image to a square of this side, pixels, instead of "
-        "train_scales; 0: do not", low=0, most=16384, rare=True,
-    )  # fmt: skip
+        0,
+        "crop or pad every training image to a square of this side, pixels, instead of "
+        "train_scales; 0: do not",
+        low=0,
+        most=16384,
+        rare=True,
+    )
     zoom_out: float = option(
         0.0, "probability of shrinking an image on a larger canvas", low=0, high=1, rare=True
     )
@@ -473,30 +552,46 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
         0.0, "probability of combining four images into one", low=0, high=1, rare=True
     )
     mosaic_affine: tuple[float, ...] = option(
-        (), "combine four whole images, and move them by up to DEGREES SHIFT MIN MAX: a rotation, "
+        (),
+        "combine four whole images, and move them by up to DEGREES SHIFT MIN MAX: a rotation, "
         "a shift in sides, and factors on the scale, as 10 0.1 0.5 1.5; else each image is cut",
-        low=0, most=180, rare=True,
-    )  # fmt: skip
-    mixup: float = option(
-        0.0, "probability of blending two images, where there is no mosaic", low=0, high=1,
+        low=0,
+        most=180,
         rare=True,
-    )  # fmt: skip
+    )
+    mixup: float = option(
+        0.0,
+        "probability of blending two images, where there is no mosaic",
+        low=0,
+        high=1,
+        rare=True,
+    )
     copy_blend: float = option(
-        0.0, "probability of pasting objects of other images, half transparent, where there is no "
-        "mixup", low=0, high=1, rare=True,
-    )  # fmt: skip
+        0.0,
+        "probability of pasting objects of other images, half transparent, where there is no mixup",
+        low=0,
+        high=1,
+        rare=True,
+    )
     close_augment_epochs: int = option(
         10, "final epochs without mosaic, mixup and copy_blend", low=0, rare=True
     )
     augment_phases: tuple[float, ...] = option(
-        (), "three shares of the epochs, as 0.07 0.57 0.93: only flips and scales before the "
+        (),
+        "three shares of the epochs, as 0.07 0.57 0.93: only flips and scales before the "
         "first, mosaic and mixup until the second, and only flips and scales from the third; "
-        "replaces close_augment_epochs", low=0, high=1, rare=True,
-    )  # fmt: skip
+        "replaces close_augment_epochs",
+        low=0,
+        high=1,
+        rare=True,
+    )
     cache_images: float = option(
-        0.0, "GB of decoded training images to cache in memory per process", low=0,
-        alias="cache_pictures", rare=True,
-    )  # fmt: skip
+        0.0,
+        "GB of decoded training images to cache in memory per process",
+        low=0,
+        alias="cache_pictures",
+        rare=True,
+    )
     aspect_ratio_grouping: bool = option(
         False, "batch portrait and landscape images separately", rare=True
     )
@@ -532,8 +627,14 @@ class DataConfig(EvalDataConfig, TrainDataConfig):
 
 
 # The options that say where data is: one of them replaces all that a lower layer gives.
-LOCATIONS = ("coco_path", "train_images", "train_annotations", "val_images", "val_annotations",
-             "data_path")  # fmt: skip
+LOCATIONS = (
+    "coco_path",
+    "train_images",
+    "train_annotations",
+    "val_images",
+    "val_annotations",
+    "data_path",
+)
 # What `augment` sets; an option that is given itself overrides it.
 AUGMENTATIONS: Mapping[str, Mapping[str, Any]] = {
     "none": {"hflip": 0.0, "random_crop": False},
@@ -557,8 +658,19 @@ AUGMENTATIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "lsj": {"random_crop": False, "scale_jitter": (0.1, 2.0), "fixed_size": 1024},
 }
-AUGMENTED = ("hflip", "random_crop", "scale_jitter", "fixed_size", "zoom_out", "color_jitter",
-             "mosaic", "mosaic_affine", "mixup", "copy_blend", "augment_phases")  # fmt: skip
+AUGMENTED = (
+    "hflip",
+    "random_crop",
+    "scale_jitter",
+    "fixed_size",
+    "zoom_out",
+    "color_jitter",
+    "mosaic",
+    "mosaic_affine",
+    "mixup",
+    "copy_blend",
+    "augment_phases",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -574,9 +686,12 @@ class OptimConfig(Checked):
         0.1, "factor on lr_backbone of what computes the offsets of dcn", low=0, rare=True
     )
     frozen_stages: int = option(
-        2, "frozen backbone stages: 0 none, 1 stem, 2 stem and first stage", low=0, high=2,
+        2,
+        "frozen backbone stages: 0 none, 1 stem, 2 stem and first stage",
+        low=0,
+        high=2,
         rare=True,
-    )  # fmt: skip
+    )
     freeze: Literal["none", "backbone", "encoder", "all_but_heads"] = option(
         "none",
         "part that keeps its loaded weights; encoder: all before the decoder; all_but_heads: the "
@@ -586,9 +701,11 @@ class OptimConfig(Checked):
         2, "maximum number of images a process computes at once", low=1, most=65536
     )
     effective_batch_size: int = option(
-        0, "images per update, over all processes and micro-batches; 0: batch_size per process",
-        low=0, most=1000000,
-    )  # fmt: skip
+        0,
+        "images per update, over all processes and micro-batches; 0: batch_size per process",
+        low=0,
+        most=1000000,
+    )
     eval_batch_size: int | None = option(
         None,
         "images per evaluation step (default: batch_size)",
@@ -606,10 +723,12 @@ class OptimConfig(Checked):
     )
     epochs: int = option(50, "epochs to train", low=1, most=1000000)
     max_hours: float = option(
-        0.0, "train for this many hours instead of `epochs`: the first steps are timed, and the "
-        "schedule is laid over as many as fit, evaluations included; 0: train for epochs", low=0,
+        0.0,
+        "train for this many hours instead of `epochs`: the first steps are timed, and the "
+        "schedule is laid over as many as fit, evaluations included; 0: train for epochs",
+        low=0,
         most=100000,
-    )  # fmt: skip
+    )
     lr_scheduler: Literal["step", "cosine", "flat_cosine"] = option(
         "step", "learning-rate schedule"
     )
@@ -618,39 +737,50 @@ class OptimConfig(Checked):
         (), "schedule step: several such epochs; replaces lr_drop", low=1, rare=True
     )
     lr_flat: float = option(
-        0.5, "schedule flat_cosine: part of all steps before the rate falls", low=0, high=1,
+        0.5,
+        "schedule flat_cosine: part of all steps before the rate falls",
+        low=0,
+        high=1,
         rare=True,
-    )  # fmt: skip
+    )
     lr_tail: float = option(
         0.05, "schedule flat_cosine: part of all steps at the final rate", low=0, high=1, rare=True
     )
     lr_final: float = option(
-        0.5, "schedule flat_cosine: final rate, as a factor on the full one", low=0, high=1,
+        0.5,
+        "schedule flat_cosine: final rate, as a factor on the full one",
+        low=0,
+        high=1,
         rare=True,
-    )  # fmt: skip
+    )
     warmup_steps: int = option(0, "steps of warm-up", low=0)
     warmup_shape: Literal["linear", "quadratic"] = option(
         "linear", "how the rate rises in the warm-up", rare=True
     )
     clip_max_norm: float = option(0.1, "maximum gradient norm; 0 disables clipping", low=0)
     precision: Literal[PrecisionName, "auto"] = option(
-        "fp32", "arithmetic of the model; losses and boxes stay in float32; auto: bf16 where it is "
+        "fp32",
+        "arithmetic of the model; losses and boxes stay in float32; auto: bf16 where it is "
         "faster, else fp32",
-    )  # fmt: skip
+    )
     ema_decay: float = option(0.0, "EMA decay per step; 0 disables EMA", low=0, high=1)
     ema_tau: float = option(
-        0.0, "steps over which the EMA decay rises from 0, as in 1 - exp(-step / tau); 0: as in "
-        "(1 + step) / (10 + step)", low=0,
-    )  # fmt: skip
+        0.0,
+        "steps over which the EMA decay rises from 0, as in 1 - exp(-step / tau); 0: as in "
+        "(1 + step) / (10 + step)",
+        low=0,
+    )
     activation_checkpointing: tuple[Literal["backbone", "encoder", "decoder"], ...] = option(
         (), "parts that recompute their activations in the backward pass, to save memory"
     )
     compile: bool = option(False, "compile the model (torch.compile)")
     pad_multiple: int = option(
-        1, "pad batches to a multiple of this many pixels: fewer shapes to compile", low=1,
+        1,
+        "pad batches to a multiple of this many pixels: fewer shapes to compile",
+        low=1,
         most=4096,
         rare=True,
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -691,13 +821,18 @@ class RunConfig(ProcessOptions):
         "imagenet", "imagenet (downloaded), none, or a file of backbone weights"
     )
     validate: bool = option(
-        True, "evaluate on validation data", off="train without validation data: no AP and no "
-        "best.pth, the last epoch counts",
-    )  # fmt: skip
+        True,
+        "evaluate on validation data",
+        off="train without validation data: no AP and no best.pth, the last epoch counts",
+    )
     val_share: float = option(
-        1.0, "share of the validation images that is evaluated in training, evenly spaced; `eval` "
-        "takes all", above=0, high=1, rare=True,
-    )  # fmt: skip
+        1.0,
+        "share of the validation images that is evaluated in training, evenly spaced; `eval` "
+        "takes all",
+        above=0,
+        high=1,
+        rare=True,
+    )
     eval_every: int = option(1, "epochs between evaluations", low=1)
     patience: int = option(
         0, "stop when AP has not risen for this many epochs; 0: train to the end", low=0
@@ -709,26 +844,36 @@ class RunConfig(ProcessOptions):
         2, "checkpoints to keep: last.pth and those before it", low=1, rare=True
     )
     max_nonfinite: int = option(
-        10, "consecutive steps with a non-finite loss or gradient that end the run", low=1,
+        10,
+        "consecutive steps with a non-finite loss or gradient that end the run",
+        low=1,
         rare=True,
-    )  # fmt: skip
+    )
     probe: bool = option(
-        True, "try the largest possible step first and report its memory",
-        off="do not try the largest possible step first to report its memory", rare=True,
-    )  # fmt: skip
+        True,
+        "try the largest possible step first and report its memory",
+        off="do not try the largest possible step first to report its memory",
+        rare=True,
+    )
     max_steps: int = option(0, "stop after this many steps; 0 runs all epochs", low=0, rare=True)
     log_to: tuple[str, ...] = option(
-        ("tensorboard",), "where curves go, in addition to the run's own logs: tensorboard, csv, "
-        "wandb, mlflow",
-    )  # fmt: skip
+        ("tensorboard",),
+        "where curves go, in addition to the run's own logs: tensorboard, csv, wandb, mlflow",
+    )
     tensorboard: bool = option(
-        True, "write TensorBoard files, if --log_to says so", off="write no TensorBoard files",
+        True,
+        "write TensorBoard files, if --log_to says so",
+        off="write no TensorBoard files",
         rare=True,
-    )  # fmt: skip
+    )
     num_images: int = option(
-        8, "validation images drawn after each evaluation", low=0, most=10000, alias="num_pictures",
+        8,
+        "validation images drawn after each evaluation",
+        low=0,
+        most=10000,
+        alias="num_pictures",
         rare=True,
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -772,6 +917,10 @@ class Config:
 
 
 SECTIONS: Mapping[str, Section] = {
-    "data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "loss": LossConfig,
-    "tiles": TrainTileOptions, "run": RunConfig,
-}  # fmt: skip
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "loss": LossConfig,
+    "tiles": TrainTileOptions,
+    "run": RunConfig,
+}

@@ -13,18 +13,25 @@ class TileOptions(Checked):
 
     tile: bool = option(False, "cut images into tiles, and merge what is found in them")
     tile_size: int | None = option(
-        None, "side of a tile, pixels of the image (default: eval_scale, so nothing is scaled)",
-        low=16, most=65536,
-    )  # fmt: skip
+        None,
+        "side of a tile, pixels of the image (default: eval_scale, so nothing is scaled)",
+        low=16,
+        most=65536,
+    )
     tile_overlap: float = option(
-        0.2, "minimum share of its side that a tile has in common with the next; objects should "
-        "be smaller than that", low=0, high=0.9,
-    )  # fmt: skip
+        0.2,
+        "minimum share of its side that a tile has in common with the next; objects should "
+        "be smaller than that",
+        low=0,
+        high=0.9,
+    )
     tile_merge: Literal["iou", "ios", "wbf"] = option(
-        "iou", "of two boxes of a class in different tiles the better one stays, if this is over "
+        "iou",
+        "of two boxes of a class in different tiles the better one stays, if this is over "
         "--tile_nms: iou, or the intersection over the smaller one; wbf: where iou is over it, "
-        "they become one, their mean weighted by scores", rare=True,
-    )  # fmt: skip
+        "they become one, their mean weighted by scores",
+        rare=True,
+    )
     tile_nms: float = option(0.5, "see --tile_merge", above=0, high=1, rare=True)
 
     def __post_init__(self) -> None:
@@ -39,9 +46,12 @@ class TrainTileOptions(TileOptions):
     """How images are cut into tiles, and what a model learns of them."""
 
     tile_min_seen: float = option(
-        0.5, "share of an object that a tile must show for it to be learned there; 0: any part. "
-        "One that no tile shows so much of is learned where most of it is seen", low=0, high=1,
-    )  # fmt: skip
+        0.5,
+        "share of an object that a tile must show for it to be learned there; 0: any part. "
+        "One that no tile shows so much of is learned where most of it is seen",
+        low=0,
+        high=1,
+    )
     tile_empty: float = option(
         1.0, "share of the tiles without objects that are trained on, evenly spaced", low=0, high=1
     )

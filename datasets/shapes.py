@@ -302,9 +302,11 @@ def _main() -> int:
     for flag, default in (("--num_train", 2800), ("--num_val", 200), ("--seed", 0)):
         parser.add_argument(flag, type=int, default=default, help="default: %(default)s")
     parser.add_argument(
-        "--scene", choices=list(SCENES), default="usual",
+        "--scene",
+        choices=list(SCENES),
+        default="usual",
         help="crowded: 20 to 60 objects of 16 to 64 pixels in images of 640x480",
-    )  # fmt: skip
+    )
     args = parser.parse_args()
     try:
         generate_shapes(**vars(args))

@@ -144,8 +144,12 @@ class TiffParts:
             for row in range(tile.top // self._height, -(-tile.bottom // self._height)):
                 for column in range(tile.left // self._width, -(-tile.right // self._width)):
                     part = self._part(row * across + column)
-                    _paste(window, part, row * self._height - tile.top,
-                           column * self._width - tile.left)  # fmt: skip
+                    _paste(
+                        window,
+                        part,
+                        row * self._height - tile.top,
+                        column * self._width - tile.left,
+                    )
         return _to_rgb(window)
 
     def _part(self, number: int) -> NDArray[Any]:

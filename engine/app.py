@@ -175,29 +175,40 @@ def build_page(trial: Trial, *, title: str, threshold: float | None) -> Any:
         with gradio.Row():
             with gradio.Column(scale=1, min_width=320):
                 image = gradio.Image(
-                    label="Drop an image here", sources=["upload", "clipboard"], elem_id="image",
+                    label="Drop an image here",
+                    sources=["upload", "clipboard"],
+                    elem_id="image",
                     buttons=[],
-                )  # fmt: skip
+                )
                 # the file as it was dropped: what cannot be read is for us to say
                 image.preprocess = lambda file: file.path if file else None
                 by_class = gradio.Checkbox(
                     value=trial.has_thresholds and threshold is None,
-                    visible=trial.has_thresholds, elem_id="by_class",
+                    visible=trial.has_thresholds,
+                    elem_id="by_class",
                     label="The best minimum of each class, as the checkpoint has it",
-                )  # fmt: skip
+                )
                 slider = gradio.Slider(
-                    0, 1, DEFAULT_THRESHOLD if threshold is None else threshold, step=0.01,
-                    label="Minimum score of all classes", elem_id="threshold",
-                )  # fmt: skip
+                    0,
+                    1,
+                    DEFAULT_THRESHOLD if threshold is None else threshold,
+                    step=0.01,
+                    label="Minimum score of all classes",
+                    elem_id="threshold",
+                )
                 chosen = gradio.Dropdown(
-                    choices=[], elem_id="chosen",
+                    choices=[],
+                    elem_id="chosen",
                     label="Where did it look? Click a box in the image, or choose it here",
-                )  # fmt: skip
+                )
             with gradio.Column(scale=2, min_width=320):
                 result = gradio.Image(
-                    label="What was found", interactive=False, format="jpeg", elem_id="result",
+                    label="What was found",
+                    interactive=False,
+                    format="jpeg",
+                    elem_id="result",
                     buttons=["download", "fullscreen"],
-                )  # fmt: skip
+                )
                 status = gradio.HTML(elem_id="status")
         looked = gradio.HTML(elem_id="looked")
         # one after another, or the late result of an image would replace that of the next
@@ -220,8 +231,17 @@ def serve(page: Any, *, host: str, port: int | None) -> str:
         OSError: the port is in use.
     """
     _, address, _ = page.launch(
-        server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True,
-        ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False, footer_links=[],
-        max_file_size=_LARGEST_UPLOAD, css=_STYLE,
-    )  # fmt: skip
+        server_name=host,
+        server_port=port,
+        share=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        enable_monitoring=False,
+        footer_links=[],
+        max_file_size=_LARGEST_UPLOAD,
+        css=_STYLE,
+    )
     return str(address)

@@ -128,9 +128,12 @@ class Detector:
         if not source:
             raise ConfigError("checkpoint: give a file, a Hugging Face folder or hf:NAME.")
         replaced = {
-            "eval_scale": eval_scale, "max_size": max_size, "num_select": num_select,
-            "nms_iou": nms_iou, "max_pixels": max_pixels,
-        }  # fmt: skip
+            "eval_scale": eval_scale,
+            "max_size": max_size,
+            "num_select": num_select,
+            "nms_iou": nms_iou,
+            "max_pixels": max_pixels,
+        }
         given = Given(
             {"data": {name: value for name, value in replaced.items() if value is not None}},
             KnownRecipes(),
@@ -392,9 +395,12 @@ class Detector:
         data = self.data
         if images is not None and annotations is not None:
             data = replace(
-                data, coco_path="", data_path="",
-                val_images=os.fspath(images), val_annotations=os.fspath(annotations),
-            )  # fmt: skip
+                data,
+                coco_path="",
+                data_path="",
+                val_images=os.fspath(images),
+                val_annotations=os.fspath(annotations),
+            )
         elif images is not None or annotations is not None:
             raise DataError("images and annotations: give both of them, or neither.")
         result, _ = self.measure(

@@ -29,8 +29,21 @@ from util.errors import ConfigError, DataError
 from util.files import make_output_dir, refuse_overwriting
 from util.progress import progress
 
-_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv",
-             ".ts", ".m2ts", ".3gp")  # fmt: skip
+_SUFFIXES = (
+    ".mp4",
+    ".avi",
+    ".mov",
+    ".mkv",
+    ".webm",
+    ".m4v",
+    ".mpg",
+    ".mpeg",
+    ".wmv",
+    ".flv",
+    ".ts",
+    ".m2ts",
+    ".3gp",
+)
 _CODECS = ("libx264", "mpeg4")  # the first that FFmpeg was built with
 _USUAL_RATE = 25  # frames a second, of streams that state none
 _WAIT = 30.0  # seconds, for the first answer of a server, and between its packets

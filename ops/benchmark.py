@@ -284,9 +284,13 @@ def main() -> None:
             continue
         for what, grad in (("forward", False), ("forward + backward", True)):
             times = time_case(
-                CASES[name], options.device, getattr(torch, options.dtype), grad=grad,
-                samples=options.samples, without=options.without,
-            )  # fmt: skip
+                CASES[name],
+                options.device,
+                getattr(torch, options.dtype),
+                grad=grad,
+                samples=options.samples,
+                without=options.without,
+            )
             report(name, what, times)
             results[name][what] = {k: 1000 * measured.median for k, measured in times.items()}
     if options.output:

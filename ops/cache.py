@@ -28,8 +28,10 @@ def cache_dir() -> Path:
     """
     chosen = os.environ.get("MSDEFORM_CACHE", "")
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return _usable(Path(os.path.expanduser(chosen) if chosen else os.path.join(base, "msdeform")),
-                   chosen=bool(chosen))  # fmt: skip
+    return _usable(
+        Path(os.path.expanduser(chosen) if chosen else os.path.join(base, "msdeform")),
+        chosen=bool(chosen),
+    )
 
 
 @functools.cache  # so that what is wrong with a folder is said once

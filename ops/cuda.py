@@ -141,9 +141,13 @@ def prepare(
     starts = tuple(sum(h * w for h, w in call.shapes[:level]) for level in range(levels))
     arguments = arguments_type(levels)(
         **{name: tensor.data_ptr() for name, tensor in arrays.items()},
-        scale=scale, tokens=s, queries=queries,
-        height=heights, width=widths, start=starts,
-    )  # fmt: skip
+        scale=scale,
+        tokens=s,
+        queries=queries,
+        height=heights,
+        width=widths,
+        start=starts,
+    )
     tiles = -(-queries // (kind.threads // kind.lanes))
     return CudaLaunch(kind, arguments, tiles * m * n, arrays)
 
@@ -194,10 +198,15 @@ class CudaBackend(GpuBackend):
     ) -> None:
         """See `GpuBackend`."""
         launch = prepare(
-            call, to_locations=to_locations, deterministic=scale is not None,
-            scale=0.0 if scale is None else float(scale), grad_output=grad_output,
-            grad_value=grad_value, grad_points=grad_points, grad_weights=grad_weights,
-        )  # fmt: skip
+            call,
+            to_locations=to_locations,
+            deterministic=scale is not None,
+            scale=0.0 if scale is None else float(scale),
+            grad_output=grad_output,
+            grad_value=grad_value,
+            grad_points=grad_points,
+            grad_weights=grad_weights,
+        )
         self.run("msda_backward", launch)
 
     def run(self, name: str, launch: CudaLaunch) -> None:

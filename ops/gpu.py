@@ -23,9 +23,14 @@ class GpuBackend:
         scale = fixed_point_scale(call, grad) if deterministic else None
         points, weights = torch.empty_like(call.points), torch.empty_like(call.weights)
         self.start_backward(
-            call, scale, to_locations=need_reference, grad_output=grad, grad_value=value,
-            grad_points=points, grad_weights=weights,
-        )  # fmt: skip
+            call,
+            scale,
+            to_locations=need_reference,
+            grad_output=grad,
+            grad_value=value,
+            grad_points=points,
+            grad_weights=weights,
+        )
         if scale is not None:
             value = (value.double() / scale).to(exact)  # all NaN if any gradient was
         value = value.to(call.value.dtype)

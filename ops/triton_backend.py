@@ -133,9 +133,15 @@ class TritonBackend(GpuBackend):
         launch = backward_launch(call, to_locations=to_locations, deterministic=scale is not None)
         factor = call.points if scale is None else scale  # not read if there is no scale
         _run(
-            "msda_backward", call, launch,
-            grad_output, factor, grad_value, grad_points, grad_weights,
-        )  # fmt: skip
+            "msda_backward",
+            call,
+            launch,
+            grad_output,
+            factor,
+            grad_value,
+            grad_points,
+            grad_weights,
+        )
 
 
 def _run(name: str, call: Call, launch: TritonLaunch, *arrays: Tensor) -> None:
@@ -145,10 +151,19 @@ def _run(name: str, call: Call, launch: TritonLaunch, *arrays: Tensor) -> None:
         levels = _level_table(call.shapes, device)
         reference = call.points if call.reference is None else call.reference  # not read if None
         getattr(_kernels(), name)[(launch.programs,)](
-            call.value, levels, reference, call.points, call.weights, *arrays,
-            call.value.shape[1], call.points.shape[1], **launch.constants,
-            num_warps=launch.warps, num_stages=1, enable_fp_fusion=True,
-        )  # fmt: skip
+            call.value,
+            levels,
+            reference,
+            call.points,
+            call.weights,
+            *arrays,
+            call.value.shape[1],
+            call.points.shape[1],
+            **launch.constants,
+            num_warps=launch.warps,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
 
 
 def _kernels() -> ModuleType:

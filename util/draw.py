@@ -121,9 +121,15 @@ def _place_tag(
     end_x, end_y = image_size[0] - 1.0, image_size[1] - 1.0
     places = []
     for x, y in (
-        (x0, y0 - height), (x0, y0), (x1 - width, y0 - height), (x0, y1),
-        (x1 - width, y1), (x1 - width, y0), (x0, y1 - height), (x1 - width, y1 - height),
-    ):  # fmt: skip
+        (x0, y0 - height),
+        (x0, y0),
+        (x1 - width, y0 - height),
+        (x0, y1),
+        (x1 - width, y1),
+        (x1 - width, y0),
+        (x0, y1 - height),
+        (x1 - width, y1 - height),
+    ):
         x = min(max(x, 0.0), max(end_x - width, 0.0))
         y = min(max(y, 0.0), max(end_y - height, 0.0))
         places.append((x, y, min(x + width, end_x), min(y + height, end_y)))

@@ -26,7 +26,13 @@ def progress(
     bars = sys.stderr.isatty() or "ipykernel" in sys.modules
     kind: Any = tqdm if bars else ProgressLines
     bar: tqdm[Any] = kind(
-        iterable, total=total, initial=done, unit=unit, desc=description or None,
-        dynamic_ncols=True, leave=leave, disable=not enabled,
-    )  # fmt: skip
+        iterable,
+        total=total,
+        initial=done,
+        unit=unit,
+        desc=description or None,
+        dynamic_ncols=True,
+        leave=leave,
+        disable=not enabled,
+    )
     return bar

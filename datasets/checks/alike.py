@@ -148,9 +148,13 @@ def find_alike(small: Small) -> Iterator[Pair]:
                 likeness, difference, peak = _compare(small, first, second, mirrored=mirrored)
                 for k in np.flatnonzero(likeness >= _ALIKE).tolist():
                     yield Pair(
-                        int(second[k]), int(first[k]), float(likeness[k]), float(difference[k]),
-                        float(peak[k]), mirrored,
-                    )  # fmt: skip
+                        int(second[k]),
+                        int(first[k]),
+                        float(likeness[k]),
+                        float(difference[k]),
+                        float(peak[k]),
+                        mirrored,
+                    )
             bar.update(len(rows))
 
 

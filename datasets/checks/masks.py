@@ -54,8 +54,9 @@ def _around_runs(mask: Mapping[str, Any]) -> list[float] | None:
     if isinstance(counts, list):
         if not all(is_whole(n) and n >= 0 for n in counts) or sum(counts) != height * width:
             return None
-        runs = rle.frPyObjects({"size": [height, width], "counts": list(map(int, counts))},
-                               height, width)  # fmt: skip
+        runs = rle.frPyObjects(
+            {"size": [height, width], "counts": list(map(int, counts))}, height, width
+        )
     elif isinstance(counts, str) and counts and counts.isascii():
         data = counts.encode()
         if not all(_FIRST <= c <= _LAST for c in data) or (data[-1] - _FIRST) & _CONTINUES:

@@ -279,9 +279,15 @@ def _report(report: SplitReport, kind: str, rows: IntArray, detail: Callable[[in
         return names[position[row]], detail(position[row])
 
     report.report(
-        Findings(kind, file_rows, describe, "images", image_ids=report.images.ids[rows],
-                 out_of=f" of {len(names)}")
-    )  # fmt: skip
+        Findings(
+            kind,
+            file_rows,
+            describe,
+            "images",
+            image_ids=report.images.ids[rows],
+            out_of=f" of {len(names)}",
+        )
+    )
 
 
 def _leave_out(report: SplitReport, kept: BoolArray) -> None:

@@ -126,10 +126,14 @@ def shape_box(found: ET.Element) -> list[float] | None:
     if polygon is None:
         return None
     xs, ys = (
-        [value for tag in polygon.iter() if re.fullmatch(rf"{axis}\d*", str(tag.tag))
-         and (value := _number((tag.text or "").strip())) is not None]
+        [
+            value
+            for tag in polygon.iter()
+            if re.fullmatch(rf"{axis}\d*", str(tag.tag))
+            and (value := _number((tag.text or "").strip())) is not None
+        ]
         for axis in "xy"
-    )  # fmt: skip
+    )
     if len(xs) < 3 or len(xs) != len(ys):
         return None
     box = (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))

@@ -101,6 +101,10 @@ def _apart(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """Return the largest difference of scores of a rank that both have."""
     counts = [min(len(a), len(b)) for a, b in zip(expected, found, strict=True)]
     return max(
-        (float((a[:k] - b[:k]).abs().max()) for a, b, k in zip(expected, found, counts, strict=True)
-         if k), default=0.0,
-    )  # fmt: skip
+        (
+            float((a[:k] - b[:k]).abs().max())
+            for a, b, k in zip(expected, found, counts, strict=True)
+            if k
+        ),
+        default=0.0,
+    )

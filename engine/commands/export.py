@@ -31,8 +31,14 @@ _HALF_AP_TOLERANCE = 0.005
 _LEAST_AP = 0.01  # below, that two APs are alike says nothing
 # Of these options, values other than the usual ones have not been exported.
 _SELDOM = (
-    "dcn", "encoder", "encoder_attn", "encoder_updates", "enc_fusion", "neck", "position_embedding"
-)  # fmt: skip
+    "dcn",
+    "encoder",
+    "encoder_attn",
+    "encoder_updates",
+    "enc_fusion",
+    "neck",
+    "position_embedding",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +56,10 @@ class ExportOptions(Checked):
         "too. fp16 halves the file, and is proven by AP",
     )
     postprocess: bool = option(
-        False, "put the selection of detections into the file",
+        False,
+        "put the selection of detections into the file",
         off="leave the selection of detections to whoever runs the file",
-    )  # fmt: skip
+    )
     verify: str = option("", "prove this exported file, in place of writing one")
     input: tuple[str, ...] = option((), "images, folders or globs for the proof (default: noise)")
     num_images: int = option(3, "images for the proof", low=1, most=1000)
@@ -67,9 +74,10 @@ class ExportOptions(Checked):
         above=0,
     )
     ema: bool = option(
-        True, "use a checkpoint's averaged weights, if it has them",
+        True,
+        "use a checkpoint's averaged weights, if it has them",
         off="use the trained weights, even if the checkpoint has averaged ones",
-    )  # fmt: skip
+    )
 
 
 SECTIONS = {"export": ExportOptions, "detection": SelectionOptions}
@@ -207,9 +215,12 @@ def _truth(options: ExportOptions, detector: Detector, *, half: bool) -> CocoDet
     data = detector.data
     if options.val_images:
         data = replace(
-            data, coco_path="", data_path="",
-            val_images=options.val_images, val_annotations=options.val_annotations,
-        )  # fmt: skip
+            data,
+            coco_path="",
+            data_path="",
+            val_images=options.val_images,
+            val_annotations=options.val_annotations,
+        )
     elif not half:
         return None
     try:

@@ -39,22 +39,28 @@ class PredictOptions(Checked):
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     batch_size: int = option(1, "images per step", low=1, most=65536)
     score_threshold: float | None = option(
-        None, "minimum score to draw (default: per-class thresholds from the checkpoint, else 0.3)",
-        low=0, high=1,
-    )  # fmt: skip
+        None,
+        "minimum score to draw (default: per-class thresholds from the checkpoint, else 0.3)",
+        low=0,
+        high=1,
+    )
     score_thresholds: str = option(
-        "", "JSON file of minimum scores by class, as score_thresholds.json; the other classes "
+        "",
+        "JSON file of minimum scores by class, as score_thresholds.json; the other classes "
         "have theirs as without it",
-    )  # fmt: skip
+    )
     classes: tuple[str, ...] = option((), "keep these classes only, by name or id (default: all)")
     csv: bool = option(False, "write the boxes that are drawn as predictions.csv, too")
     save_crops: bool = option(False, "write each box that is drawn as an image, to crops/CLASS/")
     draw: bool = option(True, "draw copies of the images", off="draw no copies of the images")
     track: bool = option(False, "number the objects of a video from frame to frame (ByteTrack)")
     track_patience: float = option(
-        1.0, "track: seconds for which an object that is lost keeps its number", low=0, most=3600,
+        1.0,
+        "track: seconds for which an object that is lost keeps its number",
+        low=0,
+        most=3600,
         rare=True,
-    )  # fmt: skip
+    )
     num_workers: int = option(
         -1, "data-loading workers; -1: one per core, at most 8", low=-1, most=1024
     )

@@ -58,9 +58,14 @@ def _merge_norms(parent: nn.Module) -> None:
     for name, child in list(parent.named_children()):
         if isinstance(child, FrozenBatchNorm2d) and type(before) is nn.Conv2d:
             before.weight, before.bias = fuse_conv_bn_weights(
-                before.weight, before.bias, child.running_mean, child.running_var, child.eps,
-                child.weight, child.bias,
-            )  # fmt: skip
+                before.weight,
+                before.bias,
+                child.running_mean,
+                child.running_var,
+                child.eps,
+                child.weight,
+                child.bias,
+            )
             setattr(parent, name, nn.Identity())
         before = child
 

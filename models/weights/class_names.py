@@ -81,8 +81,10 @@ def matching_names(source: Sequence[str], target: Sequence[str]) -> list[tuple[i
     """
     ours: dict[int, int] = {}  # target -> source
     levels: tuple[tuple[Callable[[str], str], bool], ...] = (
-        (str, True), (_spelled, False), (_meaning, False),
-    )  # fmt: skip
+        (str, True),
+        (_spelled, False),
+        (_meaning, False),
+    )
     for key, several in levels:
         given = _positions(source, key, ours.values())
         for word, wanted in _positions(target, key, ours.keys()).items():

@@ -221,11 +221,18 @@ def lacking_elsewhere(state_dict: Mapping[str, Tensor], options: Mapping[str, An
     Weights of recipes that only train a model do not count.
     """
     for name, usual in (
-        ("backbone", r"resnet\d+"), ("dcn", "none"), ("encoder", "deformable"), ("neck", "none"),
-        ("encoder_attn", "deformable"), ("decoder_attn", "deformable"), ("input_norm", "group"),
-        ("relation", "none"), ("encoder_updates", "full"), ("enc_fusion", "none"),
+        ("backbone", r"resnet\d+"),
+        ("dcn", "none"),
+        ("encoder", "deformable"),
+        ("neck", "none"),
+        ("encoder_attn", "deformable"),
+        ("decoder_attn", "deformable"),
+        ("input_norm", "group"),
+        ("relation", "none"),
+        ("encoder_updates", "full"),
+        ("enc_fusion", "none"),
         ("scores", "sigmoid"),
-    ):  # fmt: skip
+    ):
         value = str(options.get(name, "" if name == "backbone" else usual))
         if not re.fullmatch(usual, value):
             only = "only torchvision's ResNets and the paper's transformer"
