@@ -33,6 +33,7 @@ from engine.evaluation.evaluator import Evaluator, save_results
 from tests.benchmarks.evaluators import generate
 
 AT_ONCE = 500  # images that are generated together
+COMMANDS = ("predict", "eval")
 
 
 def write_set(folder: Path, count: int, category_ids: Sequence[int]) -> None:
@@ -119,6 +120,7 @@ def main() -> None:
     which.add_argument("--checkpoint")
     which.add_argument("--without_model", action="store_true")
     which.add_argument("--evaluate", type=int, help=argparse.SUPPRESS)  # in a fresh process
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=COMMANDS)
     parser.add_argument("--images", type=int, nargs=2, default=(500, 3000), help="few and many")
     parser.add_argument("--of", type=int, default=118_287, help="images to extrapolate to")
     parser.add_argument("--detections", type=int, default=100, help="of an image, generated")
@@ -147,13 +149,12 @@ def main() -> None:
             where = ["--val_images", str(folder / "images"), "--val_annotations",
                      str(folder / "instances.json")]  # fmt: skip
             small = ["--eval_scale", "48"]
-            for command, options in {
-                "predict": ["--input", str(folder / "images"), "--no_draw", *small],
-                "eval": [*where, *small],
-            }.items():
-                peak, seconds = peak_of([*main_py, command, *usual, *options])
+            inputs = {"predict": ["--input", str(folder / "images"), "--no_draw"], "eval": where}
+            for command in args.commands:
+                peak, seconds = peak_of([*main_py, command, *usual, *inputs[command], *small])
                 found.setdefault(command, []).append(peak)
-                print(f"{command:8} {count:6} images  {peak / 2**20:7.0f} MiB  {seconds:5.0f} s")
+                line = f"{command:8} {count:6} images  {peak / 2**20:7.0f} MiB  {seconds:5.0f} s"
+                print(line, flush=True)
     few, many = args.images
     for command, (first, last) in found.items():
         each = (last - first) / (many - few)
