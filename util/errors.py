@@ -90,6 +90,8 @@ def in_one_line(error: Exception) -> str | None:
             f"deterministic: PyTorch has no deterministic {operation[-80:]} on this device. Leave "
             "`deterministic` out, or the option that needs it."
         )
+    if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+        return _not_compiled(error)
     first: BaseException | None = error
     while first is not None:  # it comes as a signal, and what it interrupts may fail in its turn
         if _loader_ended(first):
@@ -99,6 +101,19 @@ def in_one_line(error: Exception) -> str | None:
             )
         first = first.__context__
     return None
+
+
+def _not_compiled(error: Exception) -> str:
+    if type(error).__name__ == "FailOnRecompileLimitHit":
+        return (
+            "compile: batches come in too many sizes. Give `pad_multiple` 128 to round them up, "
+            "or leave `compile` out."
+        )
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
+    return (
+        f"compile: PyTorch could not compile the model: {reason[:200].rstrip('.')}. Leave "
+        "`compile` out, or try another PyTorch or C++ compiler; `debug` shows where it failed."
+    )
 
 
 def _loader_ended(error: BaseException) -> bool:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils.data import DataLoader, TensorDataset
 
 from configs.command_line import arguments
@@ -59,6 +61,32 @@ def test_an_operation_that_cannot_be_deterministic_is_a_mistake_of_the_user() ->
         "deterministic: PyTorch has no deterministic put_ on this device. Leave `deterministic` "
         "out, or the option that needs it."
     )
+
+
+def test_what_cannot_be_compiled_is_said_in_one_line() -> None:
+    def breaks(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    with pytest.raises(Exception, match="graph") as caught:
+        torch.compile(breaks, fullgraph=True, backend="eager")(torch.zeros(1))
+    line = in_one_line(caught.value)
+    assert line is not None
+    assert line.startswith("compile: PyTorch could not compile the model: ")
+    assert "\n" not in line
+    assert "Leave `compile` out" in line
+
+
+def test_more_sizes_of_batches_than_are_compiled_is_a_mistake_of_the_user() -> None:
+    compiled = torch.compile(lambda x: x + 1, fullgraph=True, dynamic=False, backend="eager")
+    with torch._dynamo.config.patch(cache_size_limit=2):
+        for size in (1, 2):
+            compiled(torch.zeros(size))
+        with pytest.raises(FailOnRecompileLimitHit) as caught:
+            compiled(torch.zeros(3))
+    line = in_one_line(caught.value)
+    assert line is not None
+    assert "`pad_multiple` 128" in line
 
 
 def test_a_killed_loader_is_reported_whatever_it_interrupts() -> None:

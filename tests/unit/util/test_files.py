@@ -4,6 +4,7 @@ import bz2
 import contextlib
 import os
 import socket
+import stat
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from util.files import no_text, open_regular, read_regular
+from util.files import no_text, open_regular, read_regular, write_atomic
 from util.yaml_files import read_yaml
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs pipes and devices")
@@ -94,3 +95,20 @@ def test_merged_mappings_do_not_multiply(tmp_path: Path) -> None:
 def test_yaml_anchors_work(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("a: &a {k: 1, l: 2}\nb:\n  <<: *a\n  l: 3\n")
     assert read_yaml(tmp_path / "x.yaml") == {"a": {"k": 1, "l": 2}, "b": {"k": 1, "l": 3}}
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_another_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave the new name with nothing in it, or the old name again."""
+    path, synced, real = tmp_path / "x", [], os.fsync
+    path.write_text("old")
+
+    def fsync(handle: int) -> None:
+        kind = "folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else os.fstat(handle).st_size
+        synced.append((kind, path.read_text()))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomic(path, "newer")
+    assert synced == [(5, "old"), ("folder", "newer")]
