@@ -138,7 +138,7 @@ def load_file(
         hint = f"{nearest_hint(path.stem, names)} " if names else ""
         raise ConfigError(f"{where}: no such file. {hint}Presets are in configs/.")
     if path.resolve() in _seen:
-        raise ConfigError(f"{where}: its `base` leads back to itself.")
+        raise ConfigError(f"{where}: its `base` leads back to itself. Change it.")
     try:
         content = read_yaml(path) or {}
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:

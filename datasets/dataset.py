@@ -288,7 +288,7 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
                 )
             images = _images_among(matches, text)
         if not images:
-            raise DataError(f"`input {text}`: there are no images there.")
+            raise DataError(f"`input {text}`: there are no images there. Check the path.")
         found.update(dict.fromkeys(images))
     return list(found)
 
@@ -326,7 +326,9 @@ def _listed(text: str) -> list[Path]:
         else:
             content = read_regular(Path(text), _LONGEST_LIST)
     except OSError as error:
-        raise DataError(f"`input {text}`: cannot be read ({error.strerror}).") from None
+        raise DataError(
+            f"`input {text}`: cannot be read ({error.strerror}). Check the path."
+        ) from None
     folder = Path() if text == "-" else Path(text).parent
     paths = []
     for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).splitlines(), start=1):

@@ -131,7 +131,7 @@ def plan_run(
     if options.resume not in ("", "auto"):
         checkpoint = Path(options.resume)
         if asked.finetune:
-            raise ConfigError("`resume` and `finetune` are mutually exclusive.")
+            raise ConfigError("`resume` and `finetune` are mutually exclusive. Give one.")
     if options.resume == "auto" or restarted():
         folder = CheckpointFolder(Path(options.output_dir), keep=options.keep_checkpoints)
         checkpoint = world.broadcast(folder.newest_sound() if world.main else None) or checkpoint

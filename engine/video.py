@@ -82,10 +82,12 @@ class Frames:
         try:
             self._container = self._av.open(text, **options)
         except (OSError, ValueError, self._av.error.FFmpegError) as error:
-            raise DataError(f"`input {self.name}`: cannot be opened ({error}).") from None
+            raise DataError(
+                f"`input {self.name}`: cannot be opened ({error}). Check the name and the file."
+            ) from None
         try:
             if not self._container.streams.video:
-                raise DataError(f"`input {self.name}`: there is no video in it.")
+                raise DataError(f"`input {self.name}`: there is no video in it. Give another.")
             self._stream = self._container.streams.video[0]
             self._stream.thread_type = "AUTO"
             width, height = self._stream.width, self._stream.height
@@ -123,7 +125,9 @@ class Frames:
                 yield frame.time, image
         except self._av.error.FFmpegError as error:
             if not number:
-                raise DataError(f"`input {self.name}`: no frame can be read ({error}).") from None
+                raise DataError(
+                    f"`input {self.name}`: no frame can be read ({error}). Check the file."
+                ) from None
             log.warning(
                 f"{self.name}: damaged after frame {number} ({error}); the rest is left out"
             )
@@ -294,7 +298,7 @@ def predict_video(
             files.flush()
             bar.update(len(batch))
         if not files.frames:
-            raise DataError(f"`input {text}`: there are no frames in it.")
+            raise DataError(f"`input {text}`: there are no frames in it. Give another.")
     written = [output.name] * draw + ["predictions.csv"] * table + ["predictions.jsonl"]
     console(
         f"written to {output_dir}: {files.frames} frames with {files.boxes} boxes, "

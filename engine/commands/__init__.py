@@ -6,7 +6,7 @@ COMMANDS = {
     "plan": "print the options that fit your data, this machine and your hours",
     "eval": "evaluate a checkpoint, or saved detections, on COCO-format data",
     "compare": "show the curves, results and options of several runs on one page",
-    "predict": "draw what a checkpoint finds in images, and write it as JSON",
+    "predict": "draw what a checkpoint finds in images or a video, and write it as JSON",
     "explain": "show where a checkpoint looks for what it finds in an image",
     "app": "serve a page to try a checkpoint on images in a browser",
     "benchmark": "measure what a model costs, and how fast it is here",

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
 
-from configs.detection import DetectionOptions
+from configs.detection import WEIGHTS_OR_EXPORTED, DetectionOptions
 from configs.load import Given
 from configs.options import Checked, option
 from configs.tiles import TileOptions
@@ -22,9 +22,7 @@ from util.errors import ConfigError
 class AppOptions(Checked):
     """What `app` needs; everything else is in the checkpoint."""
 
-    checkpoint: str = option(
-        "", "our or official file, Hugging Face folder, hf:NAME, or an exported file"
-    )
+    checkpoint: str = option("", WEIGHTS_OR_EXPORTED)
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: every one of this machine")
     port: int | None = option(
         None, "port to listen on (default: the first free one from 7860)", low=1, high=65535

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from configs.detection import WEIGHTS_OR_EXPORTED
 from configs.load import read_options
 from configs.options import Checked, option
 from configs.schema import PrecisionName
@@ -43,7 +44,7 @@ from util.version import __version__
 class BenchmarkOptions(Checked):
     """Which model is measured, and on what."""
 
-    checkpoint: str = option("", "our, official or exported file, Hugging Face folder, or hf:NAME")
+    checkpoint: str = option("", WEIGHTS_OR_EXPORTED)
     config: str = option("", "in place of it: a preset or YAML file, with random weights")
     num_labels: int = option(80, "classes of a model that --config builds", low=1, most=100000)
     size: str = option(

@@ -24,7 +24,7 @@ class ConvertOptions(AnnotationOptions):
     data_format: str = option(
         AUTO, f"format of --data_path: {_NAMES}; auto: what the folder holds", alias="from"
     )
-    to: str = option("coco", f"format to write: {_NAMES}")
+    to: str = option("coco", f"format to write: {_NAMES}, but for labelme, which is only read")
     data_path: str = option(
         "", "folder of the data set; for yolo also data.yaml, for coco a JSON file with --images"
     )
@@ -34,7 +34,6 @@ class ConvertOptions(AnnotationOptions):
     copy_images: bool = option(
         False, "copy the images instead of linking to them", alias="copy_pictures"
     )
-
     max_pixels: int | None = option(
         None,
         "pixels of the largest image that is read (default: Pillow's 89478485)",

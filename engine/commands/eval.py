@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from configs.detection import WEIGHTS_OR_EXPORTED
 from configs.load import Given
 from configs.options import option
 from configs.schema import DataConfig, EvalDataConfig, PrecisionName, ProcessOptions
@@ -36,8 +37,7 @@ class EvalOptions(ProcessOptions):
 
     checkpoint: tuple[str, ...] = option(
         (),
-        "our or official file, Hugging Face folder, or hf:NAME; of several, a table compares "
-        "the results",
+        f"{WEIGHTS_OR_EXPORTED}; of several, a table compares the results",
     )
     output_dir: str = option(
         "",
@@ -196,7 +196,7 @@ def evaluate_checkpoint(
 def evaluate_detections(options: EvalOptions, data: DataConfig) -> int:
     """Evaluate a file in the COCO results format; no model is needed, nor the images."""
     if options.checkpoint:
-        raise ConfigError("`detections` and `checkpoint` are mutually exclusive.")
+        raise ConfigError("`detections` and `checkpoint` are mutually exclusive. Give one.")
     path = Path(options.detections)
     # results go to the run's folder if the file is in its eval/, else beside the file
     above = path.parent.parent if path.parent.name == "eval" else path.parent

@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from configs.detection import SizeOptions
+from configs.detection import WEIGHTS, SizeOptions
 from configs.load import Given
 from configs.options import Checked, option
 from configs.tiles import TileOptions
@@ -25,7 +25,7 @@ _NUMBER = r"\d{1,9}(?:\.\d{0,9})?"
 class ExplainOptions(Checked):
     """What `explain` needs; everything else is in the checkpoint."""
 
-    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    checkpoint: str = option("", WEIGHTS)
     input: str = option("", "the image")
     output_dir: str = option("", "folder for explain.html and plots")
     box: int | None = option(

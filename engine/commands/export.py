@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from configs.detection import SelectionOptions
+from configs.detection import WEIGHTS, DetectionOptions
 from configs.options import Checked, option
 from configs.schema import ModelConfig
 from datasets.dataset import CocoDetection, find_images
@@ -45,7 +45,7 @@ _SELDOM = (
 class ExportOptions(Checked):
     """What is exported, and how it is proven."""
 
-    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    checkpoint: str = option("", WEIGHTS)
     to: Literal["onnx", "openvino", "torch_export"] = option(
         "onnx", "format: onnx (.onnx), openvino (.xml and .bin) or torch_export (.pt2)"
     )
@@ -80,11 +80,11 @@ class ExportOptions(Checked):
     )
 
 
-SECTIONS = {"export": ExportOptions, "detection": SelectionOptions}
+SECTIONS = {"export": ExportOptions, "detection": DetectionOptions}
 DEFAULTS = {"detection": "the checkpoint's"}
 
 
-def main(options: ExportOptions, detection: SelectionOptions) -> int:
+def main(options: ExportOptions, detection: DetectionOptions) -> int:
     """Write an exported file and prove it, or prove one; 1 if it differs too much."""
     output = _output(options)
     paths = find_images(options.input) if options.input else []
@@ -190,14 +190,20 @@ def _in_the_way(options: ExportOptions) -> str:
         if chosen.get(name, usual[name]) != usual[name]
     ]
     if seldom:
-        return f"In the way is {' or '.join(seldom)}: train without."
+        return f"What stands in the way is {' or '.join(seldom)}: train without it."
     if options.precision == "fp16":
         return "Try `precision fp32`."
     return "Try another version of PyTorch."
 
 
-def _opened(path: Path, detection: SelectionOptions) -> Detector:
-    return Detector.load(str(path), num_select=detection.num_select, nms_iou=detection.nms_iou)
+def _opened(path: Path, detection: DetectionOptions) -> Detector:
+    # eval_scale and max_size are those that it was exported with
+    return Detector.load(
+        str(path),
+        num_select=detection.num_select,
+        nms_iou=detection.nms_iou,
+        max_pixels=detection.max_pixels,
+    )
 
 
 def _is_half(exported: Detector) -> bool:

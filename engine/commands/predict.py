@@ -1,11 +1,11 @@
-"""`main.py predict`: what a checkpoint finds in images, drawn and as JSON."""
+"""`main.py predict`: what a checkpoint finds in images or a video, drawn and as JSON."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from configs.detection import DetectionOptions
+from configs.detection import WEIGHTS_OR_EXPORTED, DetectionOptions
 from configs.load import Given
 from configs.options import Checked, option
 from configs.tiles import TileOptions
@@ -26,7 +26,7 @@ _LARGEST_THRESHOLDS = 2**26  # bytes
 class PredictOptions(Checked):
     """What `predict` needs; everything else is in the checkpoint."""
 
-    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    checkpoint: str = option("", WEIGHTS_OR_EXPORTED)
     input: tuple[str, ...] = option(
         (),
         "images, folders, globs or lists (.txt, an image a line; - reads one); or one video: a "
@@ -65,13 +65,18 @@ class PredictOptions(Checked):
         -1, "data-loading workers; -1: one per core, at most 8", low=-1, most=1024
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.track_patience != 1.0 and not self.track:
+            raise ConfigError("track_patience: says how long `track` remembers. Add `track`.")
+
 
 SECTIONS = {"predict": PredictOptions, "detection": DetectionOptions, "tiles": TileOptions}
 DEFAULTS = {"detection": "the checkpoint's", "tiles": "as in the checkpoint's training"}
 
 
 def main(options: PredictOptions, detection: DetectionOptions, given: Given) -> int:
-    """Draw what a checkpoint finds in images, and write it as JSON."""
+    """Draw what a checkpoint finds in images or a video, and write it as JSON."""
     if not options.input or not options.output_dir:
         raise ConfigError("predict: give `input IMAGES ...` and `output_dir DIR`.")
     video = next((text for text in options.input if is_video(text)), None)
@@ -201,7 +206,9 @@ def write_predictions(
         ):
             files.add(i, paths[i], [box for box in boxes if box.name in thresholds])
         if not files.images:
-            raise DataError(f"`input`: none of the {len(paths)} images can be read.")
+            raise DataError(
+                f"`input`: none of the {len(paths)} images can be read. Check the files."
+            )
         files.write_json()
     levels = sorted(set(thresholds.values()))
     reached = f"score {levels[0]}" if len(levels) == 1 else "the score threshold of their class"

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from configs.detection import WEIGHTS
 from configs.options import Checked, option
 from configs.schema import LOCATIONS
 from datasets.images import read_rgb
@@ -44,7 +45,7 @@ _SAME = 1e-6  # numbers of one evaluation, as two files have them
 class PushOptions(Checked):
     """What is pushed, and where to."""
 
-    checkpoint: str = option("", "our or official file, Hugging Face folder, or hf:NAME")
+    checkpoint: str = option("", WEIGHTS)
     repo: str = option("", "USER/NAME of the repository on the Hugging Face hub")
     dry_run: bool = option(False, "write the folder, and push nothing")
     output_dir: str = option("", "a new or empty folder for what is pushed (default: a temporary)")

@@ -305,7 +305,8 @@ def _of_query(
     logits = outputs["pred_logits"][0]
     if query >= len(logits):
         raise ConfigError(
-            f"query {query}: the model has {len(logits)} for this image, counted from 0."
+            f"query {query}: the model has {len(logits)} for this image, counted from 0. Choose "
+            "one of these."
         )
     scores = logits[query].double().sigmoid().tolist()
     named = [
@@ -412,11 +413,14 @@ def _cell_at(
     if level >= len(shapes):
         raise ConfigError(
             f"token: there is no level {level}. This model has {len(shapes)}, counted from 0, the "
-            "finest first."
+            "finest first. Choose one of these."
         )
     width, height = size
     if not (0 <= x < width and 0 <= y < height):
-        raise ConfigError(f"token: {x:g},{y:g} is outside the image of {width} x {height} pixels.")
+        raise ConfigError(
+            f"token: {x:g},{y:g} is outside the image of {width} x {height} pixels. Choose a pixel "
+            "in it."
+        )
     rows, columns = shapes[level]
     row, column = int(y / height * rows), int(x / width * columns)
     before = sum(h * w for h, w in shapes[:level])

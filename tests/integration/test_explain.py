@@ -149,6 +149,21 @@ def test_the_page_can_be_read_light_and_dark(explained: Path, tmp_path: Path) ->
         assert all(each.startswith(("file:", "data:")) for each in browser.addresses)
 
 
+def test_the_option_that_an_image_too_large_is_told_of_is_there(
+    cli: Cli, finished_run: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    command = ["explain", "--checkpoint", finished_run / "last.pth", "--input", image,
+               "--output_dir", tmp_path, "--device", "cpu", "--threshold", "0"]  # fmt: skip
+    refused = cli(*command)
+    assert refused.returncode == 2
+    assert "pixels are more than the 100 of --max_pixels; raise it" in refused.stderr
+    assert not list(tmp_path.iterdir())
+    explained = cli(*command, "--max_pixels", "1000000")
+    assert explained.returncode == 0, explained.stderr
+    assert (tmp_path / "explain.html").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -159,7 +159,7 @@ def test_the_option_that_stands_in_the_way_is_named(cli: Cli, tmp_path: Path) ->
     done = cli("export", "--checkpoint", tmp_path / "dcn.pth", "--output", tmp_path / "a.onnx")
     assert done.returncode == 2, done.stdout
     assert done.stderr.count("\n") == 1
-    assert "In the way is `dcn v2`: train without." in done.stderr
+    assert "What stands in the way is `dcn v2`: train without it." in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["dcn.pth"]
 
 

@@ -211,6 +211,10 @@ def test_a_default_on_switch_explains_its_negative_form() -> None:
             "--hidden_dim: must be a multiple of --nheads 8, not 100.",
         ),
         (["predict", "--batch_size", "0"], "--batch_size: must be at least 1, not 0."),
+        (
+            ["predict", "--track_patience", "2"],
+            "--track_patience: says how long --track remembers. Add --track.",
+        ),
         (["train", "--num-queries", "0"], "--num_queries: must be at least 1, not 0."),
         (["predict", "--batch-size=0"], "--batch_size: must be at least 1, not 0."),
         (

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from configs.detection import SelectionOptions
+from configs.detection import DetectionOptions
 from configs.schema import DataConfig
 from configs.tiles import TileOptions
 from engine.commands import export
@@ -61,7 +61,7 @@ def stand_ins(
 def run(**options: Any) -> int:
     """Run the command."""
     given = export.ExportOptions(checkpoint="a.pth", **options)
-    return export.main(given, SelectionOptions())
+    return export.main(given, DetectionOptions())
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_half_precision_without_data_is_an_error_before_anything_is_done(
 @pytest.mark.parametrize(
     ("chosen", "precision", "hint"),
     [
-        ({"dcn": "v2"}, "fp16", "In the way is `dcn v2`: train without."),
-        ({"dcn": "v2"}, "fp32", "In the way is `dcn v2`: train without."),
+        ({"dcn": "v2"}, "fp16", "What stands in the way is `dcn v2`: train without it."),
+        ({"dcn": "v2"}, "fp32", "What stands in the way is `dcn v2`: train without it."),
         ({}, "fp16", "Try `precision fp32`."),
         ({}, "fp32", "Try another version of PyTorch."),
     ],
