@@ -34,7 +34,18 @@ COMMANDS = (
     "explain",
     "benchmark",
 )
-OTHER_TOOLS = ("git", "make", "mypy", "pip", "pytest", "ruff", "sbatch", "srun", "torchrun")
+OTHER_TOOLS = (
+    "git",
+    "make",
+    "mypy",
+    "pip",
+    "pytest",
+    "ruff",
+    "sbatch",
+    "srun",
+    "tensorboard",
+    "torchrun",
+)
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 OPTION = re.compile(r"(?<![\w-])--\w[\w-]*")
 OUR_FILE = re.compile(
