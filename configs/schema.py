@@ -732,9 +732,11 @@ class OptimConfig(Checked):
     lr_scheduler: Literal["step", "cosine", "flat_cosine"] = option(
         "step", "learning-rate schedule"
     )
-    lr_drop: int = option(40, "schedule step: epoch after which the rate is divided by ten", low=1)
+    lr_drop: int = option(
+        40, "schedule step: the rate is divided by ten after every so many epochs", low=1
+    )
     lr_drop_epochs: tuple[int, ...] = option(
-        (), "schedule step: several such epochs; replaces lr_drop", low=1, rare=True
+        (), "schedule step: epochs of such drops, which replace lr_drop", low=1, rare=True
     )
     lr_flat: float = option(
         0.5,

@@ -56,7 +56,7 @@ def main(options: AppOptions, detection: DetectionOptions, given: Given) -> int:
 
 def _serve(options: AppOptions, detection: DetectionOptions, given: Given) -> int:
     detector = Detector.load(options.checkpoint, device=options.device, **asdict(detection))
-    detector.take(Given({"tiles": given.values.get("tiles", {})}))
+    detector.take(given)
     title = f"What {Path(options.checkpoint).name} finds"
     page = build_page(Trial(detector), title=title, threshold=options.score_threshold)
     try:

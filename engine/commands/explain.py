@@ -65,7 +65,7 @@ def main(options: ExplainOptions, sizes: SizeOptions, given: Given) -> int:
     if not path.is_file():
         raise ConfigError(f"input {path}: there is no such file. Give one image.")
     detector = Detector.load(options.checkpoint, device=options.device, **asdict(sizes))
-    detector.take(Given({"tiles": given.values.get("tiles", {})}))
+    detector.take(given)
     explanation = detector.explain(
         path,
         options.score_threshold,

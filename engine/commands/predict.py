@@ -88,7 +88,7 @@ def main(options: PredictOptions, detection: DetectionOptions, given: Given) -> 
     detector = Detector.load(
         options.checkpoint, device=options.device, prompt=options.prompt, **asdict(detection)
     )
-    detector.take(Given({"tiles": given.values.get("tiles", {})}))
+    detector.take(given)
     of_file = read_thresholds(options.score_thresholds, detector.names)
     thresholds = {**detector.min_scores(options.score_threshold), **of_file}
     kept = chosen_classes(options.classes, detector)
