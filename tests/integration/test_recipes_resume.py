@@ -23,6 +23,8 @@ FLAGS: dict[str, str] = {
     "--activation_checkpointing backbone",
     "dat": "--backbone dat_tiny --backbone_weights none --drop_path 0.2 "
     "--activation_checkpointing backbone",
+    "swin": "--backbone timm/swin_tiny_patch4_window7_224 --backbone_weights none --drop_path 0.2 "
+    "--norm_weight_decay 0 --activation_checkpointing backbone",
     "lite": "--encoder_updates lite --enc_fusion dense",
     "sparse": "--encoder_updates sparse --dropout 0.1",
     "dense encoder": "--encoder_attn dense --dropout 0.1",
@@ -33,6 +35,7 @@ FLAGS: dict[str, str] = {
     "detr": "--num_feature_levels 1 --encoder_attn dense --decoder_attn dense --input_norm none "
     "--decoder_norm --cls_loss softmax --dropout 0.1 --no_two_stage --no_with_box_refine",
     "fpn": "--neck fpn",
+    "hsfpn": "--neck hsfpn --neck_width 32 --num_feature_levels 4",
     "++": "--mixed_query_selection --look_forward_twice --cls_loss mal --match_cost high_order "
     "--high_order_from 0.5",
 }

@@ -16,6 +16,7 @@ from models.levels import FeatureLevels, join_levels
 from ops import MSDeformAttn
 
 C, F, M, K = 48, 96, 6, 4  # width, hidden width, heads, points
+CLASSES = 7
 SIZES = [(16, 16), (16, 32), (48, 32), (80, 112)]  # multiples of 16, as windows pad to those
 Shapes = list[tuple[int, int]]
 
@@ -74,10 +75,10 @@ def counted(attention: str, shapes: Shapes, dat_stride: int = 1) -> int:
     """Return the multiplications of a layer's attention, without the feed-forward block."""
     options = EncoderOptions(
         d_model=C, num_layers=1, d_ffn=F, dropout=0.0, n_levels=len(shapes), n_heads=M, n_points=K,
-        attention=attention, dat_stride=dat_stride,
+        attention=attention, dat_stride=dat_stride, num_classes=CLASSES,
     )  # fmt: skip
     tokens = sum(height * width for height, width in shapes)
-    encoder = ENCODERS["mixed"](options)
+    encoder = ENCODERS["enhancer" if attention == "enhancer" else "mixed"](options)
     whole = products(lambda: encoder(levels_of(shapes)))
     return whole - 2 * tokens * C * F
 
@@ -98,6 +99,16 @@ def test_products_of_attention_in_the_encoder(size: tuple[int, int]) -> None:
         points = hw // stride**2  # keys, values and the offset network's 25 + 2 weights a channel
         projections = 2 * hw * C**2 + 2 * points * C**2 + 27 * points * C
         assert counted("dat", [size], stride) == projections + 2 * hw * points * C
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_products_of_the_enhancer(size: tuple[int, int]) -> None:
+    """Image and classes meet in half of the hidden width, in both directions."""
+    hw = size[0] * size[1]
+    meeting = 3 * (hw + CLASSES) * C * (F // 2) + 4 * hw * CLASSES * (F // 2)
+    among_classes = 4 * CLASSES * C**2 + 2 * CLASSES**2 * C + 2 * CLASSES * C * (F // 2)
+    deformable = counted("deformable", [size])
+    assert counted("enhancer", [size]) == meeting + among_classes + deformable
 
 
 @pytest.mark.long

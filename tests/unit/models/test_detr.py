@@ -1,6 +1,7 @@
 """DETR: Hugging Face's outputs, weights and what it refuses."""
 
 import argparse
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.load import read_options
@@ -31,6 +33,24 @@ DENSE: dict[str, Any] = {
     "num_feature_levels": 1, "encoder_attn": "dense", "decoder_attn": "dense",
     "input_norm": "none", "position_offset": 0.0, "decoder_norm": True,
 }  # fmt: skip
+# Hugging Face's names of modules -> those of DETR's repository, in which norms are numbered in the
+# order of use.
+REPOSITORY = (
+    (r"model\.backbone\.(?:conv_encoder\.)?model\.", "backbone.0.body."),
+    (r"model\.(encoder|decoder)\.layers\.", r"transformer.\1.layers."),
+    (r"\.(?:mlp\.)?fc([12])\.", r".linear\1."),
+    (r"\.o_proj\.", ".out_proj."),
+    (r"\.self_attn_layer_norm\.", ".norm1."),
+    (r"\.encoder_attn_layer_norm\.", ".norm2."),
+    (r"(\.encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2."),
+    (r"(\.decoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
+    (r"\.encoder_attn\.", ".multihead_attn."),
+    (r"model\.decoder\.layernorm\.", "transformer.decoder.norm."),
+    (r"class_labels_classifier\.", "class_embed."),
+    (r"bbox_predictor\.", "bbox_embed."),
+    (r"model\.query_position_embeddings\.", "query_embed."),
+    (r"model\.input_projection\.", "input_proj."),
+)
 
 
 def hugging_face(**options: Any) -> Any:
@@ -63,10 +83,15 @@ def test_a_folder_of_hugging_face_predicts_the_same_here(
 ) -> None:
     theirs = hugging_face(**options)
     theirs.save_pretrained(tmp_path)
-    pretrained = load_pretrained(str(tmp_path))
+    assert_alike(theirs, tmp_path)
+
+
+def assert_alike(theirs: Any, file: Path) -> None:
+    """Compare a model of transformers with ours of a file or folder, in float64."""
+    pretrained = load_pretrained(str(file))
     assert len(pretrained.classes) == 5
     ours = build_model(ModelConfig(**pretrained.model_options), num_classes=5).eval()
-    load_strict(ours, pretrained.state_dict, "folder")
+    load_strict(ours, pretrained.state_dict, "given")
     ours, theirs = ours.double(), theirs.double()
     batch = pad_images(random_images((96, 120), (80, 64)))
     with torch.no_grad():
@@ -75,6 +100,24 @@ def test_a_folder_of_hugging_face_predicts_the_same_here(
     shares = expected.logits.softmax(-1)[..., :-1]
     torch.testing.assert_close(found["pred_logits"].sigmoid(), shares)
     torch.testing.assert_close(found["pred_boxes"], expected.pred_boxes)
+
+
+@pytest.mark.long
+def test_a_file_of_the_repository_predicts_what_hugging_face_does(tmp_path: Path) -> None:
+    theirs = hugging_face()
+    theirs.save_pretrained(tmp_path)
+    weights: dict[str, Tensor] = {}
+    for key, tensor in load_file(tmp_path / "model.safetensors").items():
+        name = key
+        for pattern, ours in REPOSITORY:
+            name = re.sub(pattern, ours, name)
+        weights[name] = tensor
+    for query in [name for name in weights if ".q_proj." in name]:
+        parts = [weights.pop(query.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        weights[query.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
+    args = argparse.Namespace(backbone="resnet18", dilation=False, nheads=4, pre_norm=False)
+    torch.save({"model": weights, "args": args}, tmp_path / "detr.pth")
+    assert_alike(theirs, tmp_path / "detr.pth")
 
 
 def test_a_model_of_the_preset_has_the_published_number_of_parameters() -> None:

@@ -114,6 +114,7 @@ CASES: dict[str, Case] = {
         loss={"cls_loss": "softmax", "match_cost": "probability"},
     ),
     "detr, hybrid": Case("plain", recipes={"hybrid": HYBRID}, model=DETR),
+    "detr, denoising": Case("plain", recipes={"denoising": DENOISING}, model=DETR),
     "detr of four levels": Case(
         "plain",
         recipes={"group": Group(group_detr=3)},

@@ -10,7 +10,7 @@ from timm.layers.cbam import ChannelAttn
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
-from configs.schema import LossConfig
+from configs.schema import LossConfig, ModelConfig
 from models.backbones import Backbone
 from models.build import build_criterion, build_model
 from models.necks import NECKS, NeckOptions
@@ -63,6 +63,12 @@ def test_hsfpn_has_the_published_numbers_of_parameters() -> None:
     assert count([neck.enlarge]) == 1_770_240
     assert count([neck.smooth]) == 2_362_368
     assert count([neck.input_proj()]) == 15_742_976
+
+
+def test_a_detector_with_hsfpn_has_what_the_published_one_uses() -> None:
+    model = build_model(ModelConfig(neck="hsfpn", num_queries=100), num_classes=91)
+    # that one also has projections and a pyramid that nothing reads
+    assert count([model]) == 70_430_241 - 3_020_032
 
 
 def test_hsfpn_is_what_its_formulas_say() -> None:

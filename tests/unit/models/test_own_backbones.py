@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import ModelConfig
 from models.backbones import BackboneOptions, create_backbone
@@ -158,6 +160,27 @@ def test_it_has_the_published_number_of_parameters(name: str) -> None:
     c = create_channels(network)[-1]
     own = {n: p.numel() for n, p in network.named_parameters() if not n.startswith("norms.")}
     assert sum(own.values()) == published - (2 * c + 1000 * c + 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("dat_tiny", 4.56), ("dilateformer_tiny", 3.16), ("dilateformer_small", 4.59),
+     ("dilateformer_base", 9.92)],
+)  # fmt: skip
+def test_it_multiplies_as_often_as_the_makers_code(name: str, billions: float) -> None:
+    """At 224 pixels. Shifted windows of ours are some more, and dilated attention has no matrices."""
+    with torch.device("meta"):
+        network = cast(nn.Module, create_backbone(name))
+    assert multiplications(network) / 1e9 == pytest.approx(billions, rel=0.03)
+
+
+def multiplications(network: nn.Module) -> float:
+    """Return those of matrix products and convolutions, for an image of 224 pixels."""
+    counter = FlopCounterMode(display=False)
+    network.requires_grad_(False)  # the counter wants gradients of all that learns
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        network(torch.empty(1, 3, 224, 224, device="meta"))
+    return counter.get_total_flops() / 2
 
 
 def create_channels(network: Any) -> tuple[int, ...]:
