@@ -43,9 +43,11 @@ class Scene:
     most_objects: int = 12
 
 
-# By name. Crowded scenes show what a detector does with many small objects in large images.
+# By name. Crowded scenes show what a detector does with many small objects in large images; in
+# small ones all objects are what COCO calls small.
 SCENES = {
     "usual": Scene(),
+    "small": Scene(smallest=12, largest=28, fewest_objects=4, most_objects=24),
     "crowded": Scene((640, 480), smallest=16, largest=64, fewest_objects=20, most_objects=60),
 }
 USUAL = SCENES["usual"]
@@ -305,7 +307,8 @@ def _main() -> int:
         "--scene",
         choices=list(SCENES),
         default="usual",
-        help="crowded: 20 to 60 objects of 16 to 64 pixels in images of 640x480",
+        help="crowded: 20 to 60 objects of 16 to 64 pixels in images of 640x480; small: 4 to 24 "
+        "of 12 to 28 pixels",
     )
     args = parser.parse_args()
     try:

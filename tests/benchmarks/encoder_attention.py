@@ -118,6 +118,19 @@ def measure(kind: str, side: int) -> dict[str, float]:
     }
 
 
+def table(found: dict[str, dict[int, dict[str, float]]]) -> str:
+    """Return seconds and memory as Markdown; what was left out or does not fit is a dash."""
+    lines = [f"| side, pixels | {' | '.join(f'`{kind}`' for kind in KINDS)} |"]
+    lines.append(f"|---|{'---|' * len(KINDS)}")
+    for side in SIDES:
+        cells = [
+            f"{values['seconds']:.3g} s, {values['bytes'] / 2**30:.2f} GiB" if values else "-"
+            for values in (found[kind].get(side) for kind in KINDS)
+        ]
+        lines.append(f"| {side} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def draw(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
     """Draw all three over the side of the image."""
     figure = Figure(figsize=(13, 4), dpi=110, layout="constrained")
@@ -168,6 +181,7 @@ def main() -> None:
                 f"{values['bytes'] / 2**30:6.2f} GiB  {values['products'] / 1e9:8.1f} G",
                 flush=True,
             )
+    print(table(found))
     draw(found, options.out)
 
 

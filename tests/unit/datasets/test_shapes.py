@@ -86,6 +86,16 @@ def test_crowded_scenes_hold_many_small_objects(tmp_path: Path) -> None:
         generate_shapes(tmp_path / "set", num_train=6, num_val=1, seed=0)
 
 
+def test_in_small_scenes_all_objects_are_small_ones_of_coco(tmp_path: Path) -> None:
+    generate_shapes(tmp_path / "set", num_train=8, num_val=1, seed=0, scene="small")
+    train = load(tmp_path / "set", "train")
+    assert {tuple(size) for size in train.images.sizes.tolist()} == {(216, 288)}
+    counts = np.diff(train.first)
+    assert 4 <= counts.min() < counts.max() <= 24
+    width, height = (train.boxes[:, 2:] - train.boxes[:, :2]).T
+    assert (width * height).max() < 32**2
+
+
 def test_existing_set_is_kept_and_anything_else_refused(folder: Path, tmp_path: Path) -> None:
     marker = folder / "annotations" / "instances_train2017.json"
     before = marker.stat().st_mtime_ns

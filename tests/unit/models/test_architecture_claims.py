@@ -101,6 +101,13 @@ def test_products_of_attention_in_the_encoder(size: tuple[int, int]) -> None:
         assert counted("dat", [size], stride) == projections + 2 * hw * points * C
 
 
+def test_products_of_deformable_attention_over_several_levels() -> None:
+    shapes = [(16, 32), (8, 16), (4, 8), (2, 4)]
+    tokens = sum(height * width for height, width in shapes)
+    expected = 2 * tokens * C**2 + 3 * tokens * M * len(shapes) * K * C
+    assert counted("deformable", shapes) == expected
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_products_of_the_enhancer(size: tuple[int, int]) -> None:
     """Image and classes meet in half of the hidden width, in both directions."""
