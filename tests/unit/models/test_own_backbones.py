@@ -168,7 +168,7 @@ def test_it_has_the_published_number_of_parameters(name: str) -> None:
      ("dilateformer_base", 9.92)],
 )  # fmt: skip
 def test_it_multiplies_as_often_as_the_makers_code(name: str, billions: float) -> None:
-    """At 224 pixels. Shifted windows of ours are some more, and dilated attention has no matrices."""
+    """At 224 pixels. Ours has some more windows where they are shifted, and dilates in sums."""
     with torch.device("meta"):
         network = cast(nn.Module, create_backbone(name))
     assert multiplications(network) / 1e9 == pytest.approx(billions, rel=0.03)
