@@ -16,6 +16,7 @@ peak of a process that makes two steps; multiplications are those of a forward p
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -63,15 +64,16 @@ def data_of(options: argparse.Namespace) -> dict[str, str]:
     found = {}
     for name, scene in SCENES.items():
         place = options.output_dir / "data" / name
-        counts = {"num_train": options.num_train, "num_val": options.num_val}
-        generate_shapes(place, **counts, seed=0, scene=scene)
-        found[name] = f"--coco_path {place}"
+        generate_shapes(
+            place, num_train=options.num_train, num_val=options.num_val, seed=0, scene=scene
+        )
+        found[name] = shlex.join(["--coco_path", str(place)])
     return found
 
 
 def costs_of(models: list[str], options: argparse.Namespace) -> Costs:
     """Return seconds of a step, bytes, multiplications and parameters; measured once for all."""
-    file = options.output_dir / "costs.json"
+    file = options.output_dir / f"costs_{Path(options.config).stem}.json"
     found: Costs = json.loads(file.read_text()) if file.exists() else {}
     if found.keys() >= set(models):
         return found
@@ -190,8 +192,8 @@ def main() -> None:
             for model in options.models:
                 switches = f"{limit} {MODELS[model]}"
                 folder = options.output_dir / name / name_of(switches, seed)
-                words = f"--config {options.config} {of_data} --seed {seed} {switches}".split()
-                train(folder, words)
+                words = ["--config", options.config, "--seed", str(seed)]
+                train(folder, words + shlex.split(f"{of_data} {switches}"))
                 runs[name].setdefault(model, []).append(folder)
                 print(f"{name}: {row(model, seed, folder, costs[model])}", flush=True)
     head = ["model", "seed", "steps", *COLUMNS, "step", "peak memory", "GMAC", "M parameters"]

@@ -47,6 +47,7 @@ from util.world import World
 IMAGES, STEPS, CLASSES = 12, 2, 5
 BOXES = (0, 9, 2, 0, 1, 0, 0, 5, 3, 0, 0, 4)  # none for the first of three processes
 BROKEN = (1, 4, 7, 10)  # all images of the second of three
+SMALL_DAT, SMALL_DILATEFORMER = "small/dat", "small/dilateformer"  # backbones, see below
 SHARES = {1: (1, 4), 2: (2,), 3: (1, 4)}  # processes: micro-batches of each
 CASES: dict[str, dict[str, Any]] = {
     **{variant: {"variant": variant} for variant in VARIANTS},
@@ -98,8 +99,8 @@ CASES: dict[str, dict[str, Any]] = {
     "msda": {"model": {"encoder_attn": "msda+deformable", "hidden_dim": 48, "nheads": 3}},
     "dat encoder": {"model": {"encoder_attn": "dat+deformable", "dat_stride": 2}},
     "dcn": {"model": {"backbone": "small/deformable_blocks", "dcn": "v2"}},
-    "dat": {"model": {"backbone": "small/dat"}},
-    "dilateformer": {"model": {"backbone": "small/dilateformer"}},
+    "dat": {"model": {"backbone": SMALL_DAT}},
+    "dilateformer": {"model": {"backbone": SMALL_DILATEFORMER}},
     "enhancer": {
         "variant": "two_stage",
         "model": {"encoder_attn": "enhancer", "decoder_tokens": True},

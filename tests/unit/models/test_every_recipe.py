@@ -22,6 +22,7 @@ from models.recipes.mds import Options as MDS
 from models.recipes.mr import Options as Mr
 from models.recipes.ms import Options as MS
 from tests.lanes import some
+from tests.unit.engine.shared_steps import SMALL_DAT, SMALL_DILATEFORMER
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
 from util.batch import EffectiveBatch, pad_images
@@ -144,6 +145,8 @@ CASES: dict[str, Case] = {
     "mr, ++": Case(recipes={"mr": Mr()}, model=PLUS_PLUS, loss={"cls_loss": "giou_focal"}),
     "mr, last layer alone": Case(recipes={"mr": Mr()}, model={"aux_loss": False}),
     "union set": Case(loss={"union_set": True, "cls_loss": "mal"}),
+    "dat backbone": Case(model={"backbone": SMALL_DAT, "drop_path": 0.2}),
+    "dilateformer backbone": Case("plain", model={"backbone": SMALL_DILATEFORMER}),
     "dcn v1": Case(model={"backbone": "resnet18", "dcn": "v1"}),
     "dcn v2": Case("plain", model={"backbone": "resnet18", "dcn": "v2", "dcn_stages": (4, 5)}),
     "mds, ++": Case(recipes={"mds": MDS()}, model=PLUS_PLUS, loss={"cls_loss": "mal"}),
