@@ -79,6 +79,7 @@ def counted(attention: str, shapes: Shapes, dat_stride: int = 1) -> int:
     )  # fmt: skip
     tokens = sum(height * width for height, width in shapes)
     encoder = ENCODERS["enhancer" if attention == "enhancer" else "mixed"](options)
+    encoder.requires_grad_(False)  # the counter wants gradients of all that learns
     whole = products(lambda: encoder(levels_of(shapes)))
     return whole - 2 * tokens * C * F
 
@@ -108,6 +109,7 @@ def test_products_of_deformable_attention_over_several_levels() -> None:
     assert counted("deformable", shapes) == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", SIZES)
 def test_products_of_the_enhancer(size: tuple[int, int]) -> None:
     """Image and classes meet in half of the hidden width, in both directions."""
