@@ -75,6 +75,9 @@ def test_the_page_needs_nothing_else_and_escapes_names(folders: list[Path]) -> N
     assert text.count("<svg") == 3
     assert not re.search(r'(src|href)="(?!data:|#)', text)
     assert "denoising.num_denoising" in text
+    alone = page([read_run(folders[0], "a")])
+    assert "<p>1 run." in alone
+    assert "Options" not in alone, "nothing to differ from"
 
 
 def test_one_name_is_as_long_as_it_takes() -> None:
