@@ -39,8 +39,8 @@ def end_epoch(run: EndingRun) -> None:
     epoch = run.epoch
     last = run.all_steps_done() or epoch + 1 >= run.epochs
     validation = run.validation if last or (epoch + 1) % run.eval_every == 0 else None
-    if validation is not None:  # whatever happens in the evaluation, the epoch is not lost
-        run.unevaluated = True
+    run.unevaluated = validation is not None  # a resumed run may leave out what was interrupted
+    if run.unevaluated:  # whatever happens in the evaluation, the epoch is not lost
         run.save()
     label = f"epoch {epoch + 1}{run.of_epochs('/')}"
     values = {

@@ -233,6 +233,19 @@ def test_more_steps_continue_an_epoch_whose_evaluation_was_interrupted(
     assert trainer.unevaluated == (max_steps == 1)
 
 
+def test_an_interrupted_evaluation_that_is_no_longer_wanted_is_left_out(tmp_path: Path) -> None:
+    """As where the run goes on with `no_validate`, or with another `eval_every`."""
+    (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=-1)
+    with RunLog(tmp_path) as log:
+        trainer = small_trainer(tmp_path, log, [batch], epochs=2)
+        trainer.identity = {"classes": {"ids": []}, "config": {}, "versions": {}}
+        trainer.step = trainer.epoch_step = 1
+        trainer.unevaluated = True
+        assert trainer.fit() == 0
+    assert (trainer.step, trainer.epoch) == (2, 2)
+    assert not load_checkpoint(tmp_path / "last.pth")["progress"]["unevaluated"]
+
+
 def test_a_run_without_a_loss_scale_continues_with_the_initial_one(tmp_path: Path) -> None:
     with RunLog(tmp_path) as log:
         trainer = small_trainer(tmp_path, log, [])
