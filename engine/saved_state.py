@@ -94,8 +94,8 @@ def restore_run(run: SavedRun, content: Mapping[str, Any], source: object) -> No
         scale = {key: content["scaler"][key] for key in ("scale", "_growth_tracker")}
         scaler = run.precision.scaler
         scaler.load_state_dict({**scaler.state_dict(), **scale})
-    if run.ema is not None and content["ema"]:
-        run.ema.load_state_dict(content["ema"])
+    if run.ema is not None:  # averages of a run that had none begin with its weights
+        run.ema.load_state_dict(content["ema"] or {"model": content["model"], "count": 0})
     run.steps.load_state_dict(progress["steps"])
     run.step = progress["step"]
     run.epoch, run.epoch_step = progress["next_epoch"], progress["next_step"]

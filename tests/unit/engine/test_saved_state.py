@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +56,21 @@ def every_moment(name: str, value: torch.Tensor) -> Change:
 
 def rng(name: str, place: int, value: Any) -> Change:
     return put("progress", "rng", 0, name, place, value=value)
+
+
+def test_averages_of_a_run_that_had_none_begin_with_its_weights(tmp_path: Path) -> None:
+    with RunLog(tmp_path) as log:
+        before = small_trainer(tmp_path, log, [])
+        before.identity = {"classes": {"ids": []}, "config": {}, "versions": {}}
+        before.save()
+        trainer = small_trainer(tmp_path, log, [], ema_decay=0.5)
+        trainer.load_state_dict(load_checkpoint(tmp_path / "last.pth"))
+    assert trainer.ema is not None
+    averages = trainer.ema.state_dict()
+    weights = before.detector.state_dict()
+    assert averages["model"].keys() == weights.keys()
+    assert all(averages["model"][name].equal(tensor) for name, tensor in weights.items())
+    assert averages["count"] == 0
 
 
 ATTACKS: dict[str, tuple[Change, str]] = {
