@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from functools import partial
@@ -17,12 +18,14 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from datasets.shapes import generate_shapes
 from models.deformable_detr import DeformableDETR
+from tests.integration.conftest import TINY
 from tests.integration.runs import (
     Command,
     Running,
     alive,
     assert_same_runs,
     metrics,
+    start,
     state_of,
 )
 
@@ -163,6 +166,38 @@ def test_two_processes_killed_and_stopped(reference_options: Options, tmp_path: 
     assert_same_runs(folder, whole.folder)
     states = torch.load(folder / "last.pth", weights_only=True)["progress"]["rng"]
     assert not states[0]["torch"].equal(states[1]["torch"])  # the ranks drop out differently
+
+
+def be_a_rank(rank: int, port: int) -> None:
+    """Be one of two processes; the main one gets a signal as it draws the curves of an epoch."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
+    sent: list[int] = []
+
+    def send(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and ".curves.png." in str(arguments[0]) and not sent:
+            sent.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if rank == 0:
+        sys.addaudithook(send)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_between_epochs_stops_both(shapes: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = ("--config", TINY, "--coco_path", shapes, "--output_dir", tmp_path / "run",
+               "--device", "cpu", "--batch_size", "2", "--num_images", "0")  # fmt: skip
+    tasks = [
+        start(tmp_path / f"{rank}.txt", "train", *options, prepare=partial(be_a_rank, rank, port))
+        for rank in range(2)
+    ]
+    assert [task.end() for task in tasks] == [143, 143], [task.output for task in tasks]
+    assert len(metrics(tmp_path / "run")) == 4
+    assert "SIGTERM: stopped at step 4" in tasks[0].output
+    assert "lost another process" not in tasks[1].output
 
 
 @pytest.mark.slow
