@@ -33,6 +33,9 @@ from util.errors import ConfigError, DataError
 from util.files import read_regular
 
 _KEYS = ("shapes", "imagePath")
+# What is kept of files and shapes: the rest may be the whole image, and masks, as text.
+_OF_FILE = (*_KEYS, "imageHeight", "imageWidth")
+_OF_SHAPE = ("label", "shape_type", "points")
 _NO_AREA = ("point", "points", "line", "linestrip")  # shapes that enclose nothing
 _FOLDERS = ("labels", "annotations", "json", "jsons")  # where files are that lie in their own
 
@@ -112,7 +115,14 @@ def _read_files(
             unreadable.append((path.name, str(error)))
             continue
         if isinstance(found.get("shapes"), list) and found.get("imagePath"):
-            yield path, found
+            kept = {key: found[key] for key in _OF_FILE if key in found}
+            yield path, {**kept, "shapes": list(map(_of_shape, found["shapes"]))}
+
+
+def _of_shape(shape: Any) -> Any:
+    if not isinstance(shape, Mapping):
+        return shape
+    return {key: shape[key] for key in _OF_SHAPE if key in shape}
 
 
 def _shapes(found: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

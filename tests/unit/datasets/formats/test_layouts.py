@@ -1,6 +1,7 @@
 """Folders as tools export them are read from `data_path` alone, and say as what."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from configs.schema import DataConfig
 from datasets.build import Split, load_index, read_split
+from datasets.formats.registry import read_source
 from datasets.index import CocoIndex
 from main import main
 from tests.unit.datasets.formats.exports import (
@@ -296,6 +298,22 @@ def test_a_layout_is_read_from_its_folder_alone(
         assert notes(index).keys() <= {"detected_format", "odd_layout"}
         source = read_split(DataConfig(data_path=str(tmp_path), voc_corners="edges"), split)
         assert len(source.content["annotations"]) == 6
+
+
+def test_images_inside_of_labelme_files_are_in_memory_one_at_a_time(tmp_path: Path) -> None:
+    """As labelme writes them by default; shapes may hold masks in the same way."""
+    labelme(tmp_path)
+    files = sorted((tmp_path / "train").glob("*.json"))
+    content = json.loads(files[0].read_text())
+    content["imageData"] = content["shapes"][0]["mask"] = "A" * 100_000
+    for number in range(30):
+        (tmp_path / "train" / f"more_{number}.json").write_text(json.dumps(content))
+    tracemalloc.start()
+    source = read_source("labelme", tmp_path, "train")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(source.content["annotations"]) == 2 * (len(files) + 30)
+    assert peak < 30 * 100_000
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
