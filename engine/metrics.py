@@ -28,7 +28,7 @@ class StepLog:
     guards: Guards
     device: torch.device
     averages: Averages = field(default_factory=Averages)
-    times: list[dict[str, float]] = field(default_factory=list)  # of the epoch's steps
+    times: dict[str, float] = field(default_factory=dict)  # seconds of the epoch's parts of steps
     _pending: list[tuple[LoggedStep, list[str], Tensor]] = field(default_factory=list)
 
     def add(
@@ -67,7 +67,8 @@ class StepLog:
             means = dict(zip(names, row, strict=True))
             latest = official_log_values(means, self.criterion)
             parts = self.timer.take(step.step)
-            self.times.append(parts)
+            for part, seconds in parts.items():
+                self.times[part] = self.times.get(part, 0.0) + seconds
             timed = {f"time_{part}": seconds for part, seconds in parts.items()}
             timed["time"] = sum(parts.values())
             self.log.step(step.step, {**latest, **step.rates, **timed})
@@ -80,7 +81,7 @@ class StepLog:
 
     def begin_epoch(self) -> None:
         """Begin new means and times."""
-        self.averages, self.times = Averages(), []
+        self.averages, self.times = Averages(), {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint, the guards' too; nothing may be pending."""

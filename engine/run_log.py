@@ -13,7 +13,7 @@ from tqdm import tqdm
 from engine.trackers import GuardedTracker
 from util.console import log
 from util.errors import ConfigError
-from util.files import make_output_dir, write_atomic
+from util.files import atomic_path, make_output_dir
 from util.json_lines import json_lines
 from util.progress import progress
 
@@ -22,9 +22,11 @@ def _keep_until(path: Path, key: str, last: int) -> None:
     """Rewrite a log without the lines whose `key` lies past `last` and without a torn one."""
     if not path.is_file():
         return
-    places = ((line, entry.get(key)) for line, entry in json_lines(path))
-    kept = [line + "\n" for line, place in places if type(place) is int and place <= last]
-    write_atomic(path, "".join(kept))
+    with atomic_path(path) as part, part.open("w", encoding="utf-8") as new:
+        for line, entry in json_lines(path):  # one at a time: a long run has gigabytes of them
+            place = entry.get(key)
+            if type(place) is int and place <= last:
+                new.write(f"{line}\n")
 
 
 def _check_places(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """How long the parts of a training step take, measured where the work is done."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -56,13 +56,11 @@ class StepTimer:
         return event
 
 
-def shares(steps: Sequence[dict[str, float]]) -> str:
-    """Return "data 2 %, forward 31 %, ...": each part's share of the time of all steps.
+def shares(totals: Mapping[str, float]) -> str:
+    """Return "data 2 %, forward 31 %, ...": the share of each part in the seconds of all.
 
-    Parts come in the order of their first mark; the text is empty without steps.
+    Parts keep their order; the text is empty where no time has passed.
     """
-    parts = dict.fromkeys(part for step in steps for part in step)
-    totals = {part: sum(step.get(part, 0.0) for step in steps) for part in parts}
     whole = sum(totals.values())
     shown = (f"{part} {100 * seconds / whole:.0f} %" for part, seconds in totals.items())
     return ", ".join(shown) if whole else ""

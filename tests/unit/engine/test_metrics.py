@@ -77,6 +77,7 @@ def test_the_last_steps_wait_until_asked_for(tmp_path: Path) -> None:
     assert all(line["lr_transformer"] == 0.5 for line in written)
     assert all(line["time"] == line["time_forward"] >= 0 for line in written)
     assert steps.averages.means() == {"loss": 3.0, "loss_ce": 0.75, "grad_norm": 1.0}
+    assert steps.times == {"forward": pytest.approx(sum(line["time"] for line in written))}
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (2.0, math.inf), (math.inf, 1.0)])

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,20 @@ def test_resumed_run_leaves_the_files_of_an_uninterrupted_one(
     for name in ("metrics.jsonl", "log.txt"):
         assert (folder / "cut" / name).read_text() == (folder / "whole" / name).read_text()
     assert sorted(p.name for p in (folder / "cut").iterdir()) == ["log.txt", "metrics.jsonl"]
+
+
+def test_a_long_log_is_cut_without_being_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    line = f'"loss": 0.5, "losses": [{", ".join(["0.123456789"] * 400)}]}}\n'
+    path.write_text("".join(f'{{"step": {step}, {line}' for step in range(1000)))
+    whole = path.read_text()
+    with RunLog(tmp_path) as log:
+        tracemalloc.start()
+        log.truncate_after(899, 0)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert path.read_text() == whole[: whole.index('{"step": 900,')]
+    assert peak < len(whole) / 10
 
 
 @pytest.mark.long

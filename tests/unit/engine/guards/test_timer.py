@@ -55,9 +55,9 @@ def test_restart_forgets_what_ran_in_between() -> None:
 
 
 def test_shares_are_of_all_steps_together() -> None:
-    steps = [{"data": 0.1, "forward": 0.3}, {"data": 0.1, "forward": 0.9, "update": 0.6}]
-    assert shares(steps) == "data 10 %, forward 60 %, update 30 %"
-    assert shares([]) == shares([{"data": 0.0}]) == ""
+    totals = {"data": 0.2, "forward": 1.2, "update": 0.6}
+    assert shares(totals) == "data 10 %, forward 60 %, update 30 %"
+    assert shares({}) == shares({"data": 0.0}) == ""
 
 
 @pytest.mark.gpu
