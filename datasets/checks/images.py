@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections import defaultdict
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from datasets.arrays import IntArray
 from datasets.checks.findings import FileFacts, SplitReport
@@ -25,6 +26,7 @@ from datasets.images import (
     LARGEST_IMAGE,
     READ_ERRORS,
     decode,
+    limit_pixels,
     open_image,
     orientation_of,
     read_header,
@@ -37,6 +39,8 @@ from util.progress import progress
 
 _SIZES_CHECKED = 100  # images whose stated size is compared with the file when an index is made
 _FEW = 64  # images that one process has decoded before others have started
+# A forked process need not import everything again; elsewhere, system libraries may not survive it.
+_START: str | None = "fork" if sys.platform == "linux" else None
 
 
 def check_headers(report: SplitReport, *, every_size: bool = False) -> None:
@@ -177,12 +181,9 @@ def scan(paths: Iterable[Path], *, processes: int, small: bool = False) -> dict[
     examine = partial(examine_file, small=small)
     if processes < 2 or len(files) <= _FEW:
         return _collect(files, map(examine, files))
-    # A forked process need not import everything again.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    context, limit = multiprocessing.get_context(_START), Image.MAX_IMAGE_PIXELS
     try:
-        with ProcessPoolExecutor(
-            processes, multiprocessing.get_context(method), _follow_main_process
-        ) as pool:
+        with ProcessPoolExecutor(processes, context, _follow_main_process, (limit,)) as pool:
             return _collect(files, pool.map(examine, files, chunksize=8))
     except BrokenProcessPool as error:
         raise DataError(
@@ -190,8 +191,13 @@ def scan(paths: Iterable[Path], *, processes: int, small: bool = False) -> dict[
         ) from error
 
 
-def _follow_main_process() -> None:
-    """Leave Ctrl-C to the main process, and exit when it exits, for whatever reason."""
+def _follow_main_process(max_pixels: int | None) -> None:
+    """Leave Ctrl-C to the main process, and exit when it exits, for whatever reason.
+
+    A process that was not forked has its own limit of an image's pixels, set here to the main
+    process's.
+    """
+    limit_pixels(max_pixels)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_main_process, daemon=True).start()
 

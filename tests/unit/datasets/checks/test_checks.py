@@ -191,6 +191,21 @@ def test_parallel_decoding_finds_what_one_process_finds(tmp_path: Path) -> None:
     assert states == {"sound": 67, "missing": 1, "unreadable": 1, "truncated": 1}
 
 
+def test_decoding_processes_that_are_no_copies_have_the_same_limit_of_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows and macOS, where none is forked."""
+    files = [tmp_path / f"{i}.png" for i in range(70)]
+    Image.new("RGB", (20, 10)).save(files[0])
+    for file in files[1:]:
+        os.link(files[0], file)
+    monkeypatch.setattr("datasets.checks.images._START", "spawn")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 199)
+    found = scan(files, processes=2)
+    assert {facts.state for facts in found.values()} == {"unreadable"}
+    assert "`max_pixels`" in found[files[0]].error
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="watches processes in /proc")
 def test_decoding_processes_end_with_the_one_that_began_them(tmp_path: Path) -> None:
     names = [tmp_path / f"{i}.png" for i in range(3000)]  # a minute of decoding
