@@ -170,7 +170,7 @@ class Evaluator:
         labels = {c: c for c in category} if label_to_category is None else label_to_category
         self._category_of = {label: category[c] for label, c in labels.items() if c in category}
         self._image_of = {i: position for position, i in enumerate(truth.image_ids.tolist())}
-        self._backend = backend
+        self._backend, self._asked_dets = backend, max_dets
         # a class's boxes in an image, at most; crowds do not count
         pair = (truth.image * len(category) + truth.category)[~truth.crowd]
         most = np.unique(pair, return_counts=True)[1].max(initial=0)
@@ -286,9 +286,10 @@ class Evaluator:
                 category_ids=np.ones(1, dtype=np.int64),
                 class_names=("object",),
                 category=np.zeros_like(truth.category),
+                category_texts={},
             ),
             backend=self._backend,
-            max_dets=0 if self.max_dets == 100 else self.max_dets,
+            max_dets=self._asked_dets,
             area_bounds=self.area_bounds,
         )
         merged.add(replace(found, category=np.zeros_like(found.category)))

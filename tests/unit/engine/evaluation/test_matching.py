@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from engine.evaluation import matching
+from engine.evaluation.evaluator import Evaluator
 from engine.evaluation.matching import Detections, overlaps
 from tests.unit.engine.evaluation.shared import both, detections_of, make_coco, truth_of
 
@@ -112,6 +114,32 @@ def test_equal_beyond_100_boxes_of_a_class(max_dets: int) -> None:
     assert ours.beyond_100["max_dets"] == (max_dets or 130)
     assert ours.beyond_100["AP"] == ours.beyond_100["AR"] == pytest.approx(1.0)
     assert f"with {max_dets or 130}: AP 1.000" in ours.table()
+
+
+@pytest.mark.parametrize(("max_dets", "counting"), [(0, 160), (130, 130)])
+def test_without_classes_as_many_count_as_an_image_has_boxes(max_dets: int, counting: int) -> None:
+    """More than it has of any class, and none has the text of an id that was a class's."""
+    boxes = [[12.0 * (i % 20), 12.0 * (i // 20), 10.0, 10.0] for i in range(160)]
+    ids = [1] * 120 + [2] * 40
+    coco = make_coco(
+        {
+            "images": [{"id": 1}],
+            "categories": [{"id": 1}, {"id": 2}],
+            "annotations": [
+                {"id": i, "image_id": 1, "category_id": c, "bbox": b}
+                for i, (c, b) in enumerate(zip(ids, boxes, strict=True))
+            ],
+        }
+    )
+    truth = replace(truth_of(coco), category_texts={1: "a", 2: "b"})
+    evaluator = Evaluator(truth, max_dets=max_dets)
+    evaluator.add(detections_of(coco, [1] * 160, ids, boxes, np.linspace(0.9, 0.1, 160)))
+    merged = evaluator.without_classes().evaluate()
+    assert merged.beyond_100 is not None
+    assert merged.beyond_100["max_dets"] == counting
+    assert merged.beyond_100["AR"] == pytest.approx(counting / 160)
+    assert [row.category_id for row in merged.per_class] == [1]
+    assert [row.category_id for row in evaluator.evaluate().per_class] == ["a", "b"]
 
 
 @pytest.mark.parametrize("boxes", [True, False])
