@@ -32,8 +32,8 @@ class TrainLoader(DataLoader[Item]):
     """Shuffled training batches, the part of one process.
 
     `set_epoch` sets the order and the augmentation together. Iteration gives micro-batches as they
-    are, `accumulation` of them for each of `steps` steps an epoch; `effective_batches` gives a
-    step's together, none without an image.
+    are, `accumulation` of them for each of `steps` steps an epoch, in which all processes take
+    `images`; `effective_batches` gives a step's together, none without an image.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class TrainLoader(DataLoader[Item]):
         self._order = ShuffledBatchSampler(len(dataset), split, seed=seed, sizes=sizes)
         self._augmentation, self._alone = dataset, split.world_size == 1
         self.steps, self.accumulation = self._order.steps, self._order.accumulation
+        self.images = self._order.images
         super().__init__(
             dataset,
             batch_sampler=self._order,

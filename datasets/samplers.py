@@ -19,8 +19,9 @@ class ShuffledBatchSampler(Sampler[list[SampleKey]]):
     over waits for another epoch's order. Data too small for one effective batch is one step, with
     an image repeated if the processes cannot share it evenly.
 
-    `steps` are the effective batches of an epoch, `accumulation` the micro-batches of each. Every
-    image comes with the number of its step in the epoch.
+    `steps` are the effective batches of an epoch, `accumulation` the micro-batches of each and
+    `images` its images, those of all processes. Every image comes with the number of its step in
+    the epoch.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class ShuffledBatchSampler(Sampler[list[SampleKey]]):
         own_images = split.batch_size * split.accumulation
         if self._too_small:
             own_images = ceil(num_images / split.world_size)
-        self.steps = max(1, num_full)
+        self.steps, self.images = max(1, num_full), own_images * split.world_size
         self.accumulation = ceil(own_images / split.batch_size)
         self.set_epoch(0)
 

@@ -129,8 +129,9 @@ def _parts_of_step(share: BatchSplit, loader: TrainLoader, world: World, num_wor
     """Return how the images of an update are split, for the log."""
     micro_batches = f"{loader.accumulation} micro-batch{'es' * (loader.accumulation > 1)}"
     processes = f"{world.size} process{'es' * (world.size > 1)}{', each' * (world.size > 1)}"
+    fewer = " (all there are)" if loader.images < share.effective else ""
     return (
-        f"{share.effective} images = {share.batch_size} at once x {micro_batches} x "
+        f"{loader.images} images{fewer} = {share.batch_size} at once x {micro_batches} x "
         f"{processes} with {num_workers} loader process{'es' * (num_workers != 1)}"
     )
 
