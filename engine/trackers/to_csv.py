@@ -18,7 +18,7 @@ class Table:
     """
 
     def __init__(self, folder: Path, since: int | None) -> None:
-        path = folder / "scalars.csv"
+        self._path = path = folder / "scalars.csv"
         if path.exists() and since is not None:
             _keep_before(path, since)
         begun = path.exists()
@@ -28,7 +28,12 @@ class Table:
             self._rows.writerow(("step", "name", "value"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Tracker`."""
+        """See `Tracker`.
+
+        Raises:
+            FileNotFoundError: the table was removed; what was open would take the rows with it.
+        """
+        self._path.stat()
         self._rows.writerows((step, name, value) for name, value in values.items())
 
     def image(self, name: str, image: Image.Image, step: int) -> None:

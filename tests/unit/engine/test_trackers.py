@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import shutil
 import sys
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def test_a_table_has_each_step_once(tmp_path: Path) -> None:
     expected = [0, 1, 2, 3, 40, 50, 60, 70, 1]
     assert losses == [(str(step), value) for step, value in enumerate(expected)]
     assert rows[-1]["name"] == 'a "name", with\nlines'
+
+
+def test_a_table_that_was_removed_begins_anew(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "run", log_to=("csv",)) as log:
+        log.step(0, {"loss": 0.0})
+        shutil.rmtree(tmp_path / "run")
+        for step in (1, 2):
+            log.step(step, {"loss": float(step)})
+    table = (tmp_path / "run" / "scalars.csv").read_text().splitlines()
+    assert [table[0], table[-1]] == ["step,name,value", "2,loss,2.0"]
 
 
 def test_mlflow_has_curves_options_and_images(
