@@ -59,7 +59,8 @@ def process_group(device: str) -> Iterator[tuple[World, torch.device]]:
 class StopSignals:
     """Catches Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP inside a `with` block: the first asks to stop.
 
-    `number` is that of the signal, 0 before. A second signal raises KeyboardInterrupt.
+    `number` is that of the signal, 0 before. A second signal raises KeyboardInterrupt. In a thread
+    of a user's program nothing is caught: signals come to the main thread alone.
     """
 
     def __init__(self) -> None:
@@ -68,7 +69,7 @@ class StopSignals:
         self._handlers_before = contextlib.ExitStack()
 
     def __enter__(self) -> "StopSignals":
-        for number in STOP_SIGNALS:
+        for number in STOP_SIGNALS if _in_main_thread() else ():
             if number == _HANGUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue  # the run was started by nohup, to outlive its terminal
             before = signal.signal(number, self._stop)
@@ -86,6 +87,10 @@ class StopSignals:
             return
         self.number, self._since = number, now
         log.info("stopping after this step; press Ctrl-C again to quit without saving")
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def launch(
@@ -124,7 +129,7 @@ def launch(
         asked.append(number)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if hasattr(signal, "SIGUSR1"):  # Windows has none
+    if hasattr(signal, "SIGUSR1") and _in_main_thread():  # Windows has none
         signal.signal(signal.SIGUSR1, terminate)
     before = dict(os.environ)
     os.environ[_LAUNCHED] = str(os.getpid())

@@ -5,12 +5,13 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from engine import processes as module
-from engine.processes import launch, report_failure
+from engine.processes import STOP_SIGNALS, StopSignals, launch, report_failure
 from util.errors import EXIT_USER_ERROR, ConfigError
 
 Write = Callable[[str], Path]
@@ -54,6 +55,21 @@ def test_every_process_gets_the_arguments_and_its_variables(tmp_path: Path, writ
     for rank in range(3):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found == [["--lr", "1"], "3", str(rank), threads, True]
+
+
+@pytest.mark.long
+def test_runs_in_a_thread_leave_signals_to_the_program(write: Write) -> None:
+    def catch() -> int:
+        with StopSignals() as stop:
+            return stop.number
+
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    program = write("")
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(catch).result() == 0
+        started = thread.submit(launch, program, [], processes=2, device="cpu", restarts=0)
+        assert started.result() == 0
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 @pytest.mark.long
