@@ -331,7 +331,7 @@ def test_images_are_augmented_alike_however_a_step_is_split(index: CocoIndex) ->
 def test_a_run_says_how_many_images_a_step_has(index: CocoIndex) -> None:
     for share, said in (
         (BatchSplit(3, 2), "6 images = 3 at once x 2 micro-batches x 1 process with"),
-        (BatchSplit(4, 8), "11 images (all there are) = 4 at once x 3 micro-batches x 1 process"),
+        (BatchSplit(5, 8), "12 images (all there are) = 5 at once x 3 micro-batches x 1 process"),
     ):
         loader = TrainLoader(CocoDetection(index, RANDOM), share, num_workers=0, seed=0)
         assert _parts_of_step(share, loader, World(), 0).startswith(said)

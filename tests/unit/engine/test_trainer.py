@@ -233,6 +233,7 @@ def test_more_steps_continue_an_epoch_whose_evaluation_was_interrupted(
     assert trainer.unevaluated == (max_steps == 1)
 
 
+@pytest.mark.long
 def test_an_interrupted_evaluation_that_is_no_longer_wanted_is_left_out(tmp_path: Path) -> None:
     """As where the run goes on with `no_validate`, or with another `eval_every`."""
     (batch, _) = micro_batches(BatchSplit(IMAGES), broken=(), poisoned=-1)

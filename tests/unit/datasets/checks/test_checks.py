@@ -191,6 +191,7 @@ def test_parallel_decoding_finds_what_one_process_finds(tmp_path: Path) -> None:
     assert states == {"sound": 67, "missing": 1, "unreadable": 1, "truncated": 1}
 
 
+@pytest.mark.long
 def test_decoding_processes_that_are_no_copies_have_the_same_limit_of_pixels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
