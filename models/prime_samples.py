@@ -48,7 +48,7 @@ class PrimeSampleCriterion(SetCriterion):
     ) -> dict[str, Tensor]:
         """See `SetCriterion`."""
         groups = [self._with_samples(group) for group in outputs["groups"]]
-        return super().__call__(DetectorOutput(groups=groups), targets, num_boxes)
+        return super().__call__({**outputs, "groups": groups}, targets, num_boxes)
 
     def assign(self, group: GroupOutput, targets: PaddedTargets, matches: Matches) -> Assigned:
         """Put the predictions of a group beside its targets, each pair with its weight."""
