@@ -32,20 +32,21 @@ class UnionSetCriterion(SetCriterion):
         if len(group.logits) == 1 or any(other is not None for other in others):
             return assigned
         queries, dtype = group.logits.shape[2], assigned.boxes.dtype
-        united, weights = union_of_layers(matches, targets, queries, dtype)
+        united, weights = union_of_layers(matches, targets, queries, dtype, parts=learning.parts)
         return replace(self.assign(group, targets, united), weights=weights)
 
 
 @torch.no_grad()
 def union_of_layers(
-    matches: Matches, targets: PaddedTargets, queries: int, dtype: torch.dtype
+    matches: Matches, targets: PaddedTargets, queries: int, dtype: torch.dtype, *, parts: int = 1
 ) -> tuple[Matches, Tensor]:
     """Return pairs for every layer, and how much each counts.
 
     Each query that a layer has matched gets the object that most layers give it; of equally many
     the first. Published code divides by the number of pairs in the batch, which is known only when
     all parts of a larger batch have been computed. Here the pairs of an image together count as
-    much as its objects, so that any way to share out a batch gives the same.
+    much as its objects, so that any way to share out a batch gives the same. Of several equal
+    `parts` of the queries, each of which finds all objects, those of each do.
 
     Shape: matches of Q `queries`, the same images in every layer -> Matches of N*Q places, `real`
         where a query has an object; weights [N*Q] of this dtype.
@@ -60,11 +61,12 @@ def union_of_layers(
     # no two objects of a query are equal in this: of equal counts the first object is the best
     chosen = (count * count.shape[2] - torch.arange(count.shape[2], device=device)).argmax(-1)
     objects = torch.tensor(targets.counts, dtype=dtype).to(device, non_blocking=True)
-    weight = objects / matched.sum(1).clamp(min=1)  # [N]
+    pairs = matched.view(n, parts, -1).sum(2).clamp(min=1)
+    weight = (objects[:, None] / pairs)[..., None].expand(-1, -1, queries // parts).flatten()
     places = torch.arange(n * queries, device=device)
     real = matched.flatten().expand(layers, -1)
     if t == 0:
-        places, real, chosen = places[:0], real[:, :0], chosen[:0]
+        places, real, chosen, weight = places[:0], real[:, :0], chosen[:0], weight[:0]
     image = places // queries
     united = Matches(
         image,
@@ -73,4 +75,4 @@ def union_of_layers(
         real,
         real,
     )
-    return united, weight[image]
+    return united, weight

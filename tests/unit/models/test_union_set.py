@@ -11,7 +11,7 @@ from torch import Tensor
 from configs.schema import LossConfig
 from models.build import build_criterion
 from models.matcher import Matches, PaddedTargets, pad_targets
-from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput
+from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput, Learning
 from models.union_set import union_of_layers
 from tests.unit.models.definitions import Target, giou, random_targets
 
@@ -112,6 +112,27 @@ def test_boxes_learn_the_pairs_of_all_layers_and_scores_those_of_their_own(
                 overlap += weight * float(1 - giou(box, wanted))
         assert float(united[f"loss_bbox{suffix}"]) == pytest.approx(l1, abs=1e-9)
         assert float(united[f"loss_giou{suffix}"]) == pytest.approx(overlap, abs=1e-9)
+
+
+@pytest.mark.parametrize("counts", [[3, 2], [0, 4], [0, 0], [12, 1]])
+def test_each_of_several_parts_learns_as_if_it_was_alone(counts: list[int]) -> None:
+    torch.manual_seed(0)
+    parts, targets = 3, random_targets(counts, CLASSES)
+    logits = torch.randn(3, 2, parts * QUERIES, CLASSES, dtype=torch.float64)
+    boxes = torch.rand(3, 2, parts * QUERIES, 4, dtype=torch.float64) * 0.5 + 0.2
+    learning = Learning(parts=parts, divisor=parts, weight=parts)
+    criterion = build_criterion(LossConfig(union_set=True, cls_loss="vfl"))
+    together = criterion(
+        DetectorOutput(groups=[GroupOutput("_groups", logits, boxes, learning)]), targets
+    )
+    alone = [
+        losses_of(predictions, targets, union_set=True)
+        for predictions in zip(logits.split(QUERIES, 2), boxes.split(QUERIES, 2), strict=True)
+    ]
+    for name in ("loss_ce", "loss_bbox", "loss_giou"):
+        for layer in ("_0", "_1", ""):
+            mean = torch.stack([losses[f"{name}{layer}"] for losses in alone]).mean()
+            torch.testing.assert_close(together[f"{name}_groups{layer}"], mean)
 
 
 def most(pairs: list[tuple[int, int]], query: int) -> set[tuple[int, int]]:
