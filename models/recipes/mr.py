@@ -82,7 +82,10 @@ class Mr(Recipe):
             OwnParts(transformer.d_model, x.linear1.out_features, x.dropout.p, options.mr_tokens)
             for x in layers
         )
-        self.encoder_heads = FurtherHeads(transformer.d_model) if transformer.two_stage else None
+        self.encoder_heads: FurtherHeads | None = None
+        if isinstance(transformer, TwoStageTransformer):
+            scores = num_classes if transformer.class_proposals else 1
+            self.encoder_heads = FurtherHeads(transformer.d_model, scores=scores)
         self.encoder_factor = options.mr_enc_factor
 
     def regroup(

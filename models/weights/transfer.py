@@ -237,7 +237,8 @@ def _fill(
     """Copy the rows given as (in the checkpoint, in the model), the whole tensor for None."""
     if rows == []:
         report.reinitialised[name] = "no class of a known name"
-    elif rows is not None and tensor.shape[1:] == given.shape[1:]:
+    # a single row for objects of any class has none for a class
+    elif rows and tensor.shape[1:] == given.shape[1:] and max(rows)[0] < len(given):
         for theirs, ours in rows:
             tensor[ours].copy_(given[theirs])
         if rows is _RANKING_ROW:

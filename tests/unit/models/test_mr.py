@@ -21,6 +21,7 @@ SIZES = [(128, 96), (100, 128)]
 CASES: dict[str, dict[str, Any]] = {
     **VARIANTS,
     "++": {**VARIANTS["two_stage"], "mixed_query_selection": True, "look_forward_twice": True},
+    "proposals of classes": {**VARIANTS["two_stage"], "class_proposals": True},
 }
 models = pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 
@@ -135,8 +136,9 @@ def test_tokens_learn_from_their_own_way_alone() -> None:
     assert all(named[f"layers.{i}.tokens"].grad.abs().min() > 0 for i in range(3))  # type: ignore[union-attr]
 
 
-def test_coefficients_are_the_published_ones() -> None:
-    outputs = run(mr_model(VARIANTS["two_stage"]))
+@pytest.mark.parametrize("case", ["two_stage", "proposals of classes"])
+def test_coefficients_are_the_published_ones(case: str) -> None:
+    outputs = run(mr_model(CASES[case]))
     losses = build_criterion(LossConfig())(outputs, random_targets([3, 1], CLASSES))
     for name in ("_enc", "_one2many_enc"):
         assert group_of(outputs, name).learning.anchors is not None

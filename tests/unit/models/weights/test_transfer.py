@@ -9,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import ModelConfig
+from models.build import build_model
+from models.recipes.hybrid import Options as Hybrid
+from models.recipes.mr import Options as Mr
 from models.weights.class_names import coco_logit_classes
 from models.weights.transfer import TransferReport, load_strict, transfer
 from tests.unit.models.small import built
@@ -132,6 +135,31 @@ def test_proposal_head_follows_the_number_of_layers() -> None:
     assert after[box("bbox_embed.1")].equal(source[box("bbox_embed.1")])
     assert any(key.startswith("bbox_embed.2.") for key in report.ignored)
     assert not report.reinitialised
+
+
+@pytest.mark.parametrize("name", ["hybrid", "mr"])
+def test_scores_of_objects_do_not_become_those_of_classes(name: str) -> None:
+    options = {"hybrid": Hybrid(num_queries_one2many=4, hybrid_proposals=True), "mr": Mr()}[name]
+    of_objects, of_classes = (
+        build_model(
+            ModelConfig(**TINY | TWO_STAGE, class_proposals=by_class),
+            num_classes=3,
+            recipes={name: options},
+        )
+        for by_class in (False, True)
+    )
+    names, key = classes("a", "b", "c"), f"recipes.{name}.encoder_heads.score.weight"
+    pairs = ((of_objects, of_classes, 3, 1), (of_classes, of_objects, 1, 3))
+    for source, model, own, given_rows in pairs:
+        report = transfer(
+            model,
+            source.state_dict(),
+            source_classes=names,
+            target_classes=names,
+            proposal_scores="either",
+        )
+        said = f"shape ({own}, 32), checkpoint ({given_rows}, 32)"
+        assert report.reinitialised[key] == said
 
 
 @pytest.mark.long
