@@ -117,7 +117,8 @@ def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
     """Build the heads of every decoder layer and, in a two-stage model, of the encoder.
 
     Every head that requires a gradient gets one: without `aux_loss`, the heads of refining layers
-    before the last, whose boxes pass no gradient on, do not learn.
+    before the last, whose boxes pass no gradient on, do not learn. With `look_forward_twice`, those
+    of the last but one pass one on.
     """
     has_tokens = config.encoder_attn == ENHANCER
     if config.scores == "softmax":
@@ -144,8 +145,9 @@ def build_heads(config: ModelConfig, num_classes: int) -> DetectionHeads:
     heads = DetectionHeads(class_heads, box_heads)
     distinct = config.with_box_refine and not config.shared_heads
     if distinct and not config.aux_loss:  # no loss reaches those of earlier layers
-        for either in (heads.class_embed, heads.bbox_embed):
-            either[: config.dec_layers - 1].requires_grad_(False)
+        last = config.dec_layers - 1
+        heads.class_embed[:last].requires_grad_(False)
+        heads.bbox_embed[: max(last - config.look_forward_twice, 0)].requires_grad_(False)
     return heads
 
 
@@ -343,8 +345,9 @@ def freeze(model: DeformableDETR, part: str, *, fresh: Collection[str] = ()) -> 
         "encoder": [*before_decoder, model.transformer.encoder],
         "all_but_heads": [*before_decoder, *queries, model.transformer, model.recipes],
     }[part]
+    further = [head for recipe in model.chosen_recipes() for head in recipe.detecting_heads()]
     # a refining decoder holds the box heads too
-    heads = {id(p) for m in (model.class_embed, model.bbox_embed) for p in m.parameters()}
+    heads = {id(p) for m in (model.class_embed, model.bbox_embed, *further) for p in m.parameters()}
     frozen = {id(p) for module in parts for p in module.parameters()} - heads
     if part == "encoder":
         frozen.add(id(model.transformer.level_embed))

@@ -79,6 +79,10 @@ class Recipe(nn.Module):
         """
         return groups
 
+    def detecting_heads(self) -> Sequence[nn.Module]:
+        """Return heads that predict what is detected, beside the detector's own."""
+        return []
+
     def output(self, output: DetectorOutput, decoded: TransformerOutput) -> DetectorOutput:
         """Return what is detected and learned, in training and in evaluation."""
         return output

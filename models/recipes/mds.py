@@ -6,7 +6,7 @@ with a better score, learns to let the best of them stand.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from models.heads import MLP
 from models.initial_values import start_at_prior, start_at_zero
 from models.layers import ExactLayerNorm, ExactLinear
 from models.one_to_many import assign_by_quality
-from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput, Learning
+from models.proposals import Proposals
+from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput, Learning, QueryGroup
 from models.recipes import RECIPES, Recipe, RecipeOptions
 from models.relations import RELATED, symmetric_bias
 from models.transformer import DeformableTransformer, TransformerOutput
@@ -63,6 +64,24 @@ class MDS(Recipe):
             assign=assign_by_quality, factors={"loss_ce": options.mds_cls_factor}
         )
 
+    def detecting_heads(self) -> list[nn.Module]:
+        """Return the class head of the last layer."""
+        return [self.class_embed]
+
+    def regroup(
+        self,
+        transformer: DeformableTransformer,
+        groups: list[QueryGroup],
+        proposals: Proposals | None,
+        *,
+        learning: bool,
+    ) -> list[QueryGroup]:
+        """Let the queries of the decoder learn one to many in a training step."""
+        detecting, *others = groups
+        if learning:
+            detecting = replace(detecting, learning=self.one_to_many)
+        return [detecting, *others]
+
     def output(self, output: DetectorOutput, decoded: TransformerOutput) -> DetectorOutput:
         """Return the boxes of the last decoder layer with the scores that are left of them.
 
@@ -75,8 +94,8 @@ class MDS(Recipe):
         hidden = decoded.decoder.hidden[-1][:, :size]
         logits = self.class_embed(self.suppressor(hidden, output["pred_logits"], boxes))
         groups = [GroupOutput("", logits[None], boxes[None], ONE_TO_ONE)]
-        if self.training:
-            groups.append(GroupOutput("_one2many", many.logits, many.boxes, self.one_to_many))
+        if many.learning.assign is not None:
+            groups.append(replace(many, name="_one2many"))
         groups += output["groups"][1:]
         if decoded.proposals is not None:
             groups[-1] = decoded.proposals.output(on_anchors=True)

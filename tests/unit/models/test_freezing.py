@@ -10,6 +10,7 @@ from configs.schema import LossConfig
 from models.build import build_criterion, build_model, freeze
 from models.deformable_detr import DeformableDETR
 from models.recipes.hybrid import Options
+from models.recipes.mds import Options as MDS
 from tests.unit.models.definitions import random_targets
 from tests.unit.models.small import VARIANTS, perturb, random_images, small_config
 from util.batch import pad_images
@@ -121,6 +122,22 @@ def test_queries_of_a_recipe_learn_unless_only_the_heads_do(part: str) -> None:
         assert (parameter.grad is not None) == parameter.requires_grad, name
         if part == "all_but_heads":
             assert parameter.requires_grad == name.startswith(HEADS), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_heads_learn_one_to_many_and_one_to_one_where_a_recipe_detects(variant: str) -> None:
+    model = build_model(
+        small_config(**VARIANTS[variant]), num_classes=5, recipes={"mds": MDS()}
+    ).train()
+    own = "recipes.mds.class_embed."
+    freeze(model, "all_but_heads", fresh=[f"{own}weight"])
+    batch = pad_images([image.float() for image in random_images((60, 90))])
+    targets = [{**t, "boxes": t["boxes"].float()} for t in random_targets([3], 5)]
+    torch.autograd.backward(build_criterion(LossConfig())(model(batch, targets), targets)["loss"])
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == name.startswith((*HEADS, own)), name
+    with pytest.raises(ConfigError, match=r"'recipes\.mds\.suppressor\..*' would stay random"):
+        freeze(model, "all_but_heads", fresh=["recipes.mds.suppressor.token_key"])
 
 
 def test_randomly_initialised_parts_are_not_frozen() -> None:
