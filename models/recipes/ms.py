@@ -76,7 +76,11 @@ class MS(Recipe):
             AuxiliaryBlock(transformer.d_model, layer.linear1.out_features, layer.dropout.p)
             for layer in layers
         )
-        self.heads = transformer.decoder.heads
+        decoder = transformer.decoder
+        self.heads = decoder.heads
+        for heads in (self.heads.class_embed, self.heads.bbox_embed):
+            heads.requires_grad_(True)  # those of all layers learn, without `aux_loss` too
+        self.clamp = (decoder.refine_eps,) if decoder.with_box_refine else ()  # as it does
         self.factors = {"loss_ce": options.ms_cls_factor}
 
     def regroup(
@@ -106,7 +110,7 @@ class MS(Recipe):
         tokens = decoder.class_tokens
         logits = [self.heads.logits(i, x, tokens) for i, x in enumerate(decoder.aside)]
         boxes = [
-            apply_delta(self.heads.delta(i, x), reference[:, :size])
+            apply_delta(self.heads.delta(i, x), reference[:, :size], *self.clamp)
             for i, (x, reference) in enumerate(zip(decoder.aside, decoder.references, strict=True))
         ]
         learning = Learning(assign=assign_by_quality)

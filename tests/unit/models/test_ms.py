@@ -1,5 +1,7 @@
 """MS-DETR: what its blocks read and predict, and that evaluation leaves them out."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,9 +22,9 @@ CLASSES = 5
 SIZES = [(128, 96), (100, 128)]
 
 
-def ms_model(variant: str = "two_stage") -> DeformableDETR:
+def ms_model(variant: str = "two_stage", **options: Any) -> DeformableDETR:
     """Return a perturbed float64 detector in training mode, without dropout."""
-    config = small_config(dropout=0.0, **VARIANTS[variant])
+    config = small_config(dropout=0.0, **VARIANTS[variant], **options)
     torch.manual_seed(0)
     model = build_model(config, num_classes=CLASSES, recipes={"ms": Options()}).double()
     perturb(model)
@@ -44,9 +46,10 @@ def blocks(model: DeformableDETR) -> list[dict[str, Tensor]]:
     return [dict(block.named_parameters()) for block in recipe.layers]
 
 
+@pytest.mark.parametrize("eps", [1e-5, 0.1])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_blocks_predict_from_what_has_only_looked_at_the_image(variant: str) -> None:
-    model = ms_model(variant)
+def test_blocks_predict_from_what_has_only_looked_at_the_image(variant: str, eps: float) -> None:
+    model = ms_model(variant, refine_eps=eps)
     looked: list[Tensor] = []
     decoder = model.transformer.decoder
     for layer in decoder.layers:
@@ -59,7 +62,7 @@ def test_blocks_predict_from_what_has_only_looked_at_the_image(variant: str) -> 
         aside = F.layer_norm(x + fed, x.shape[-1:], p["norm4.weight"], p["norm4.bias"])
         torch.testing.assert_close(many.logits[i], model.class_embed[i](aside))
         if i and variant != "plain":  # a layer starts from the boxes that the last one detects
-            start = inverse_sigmoid(detecting.boxes[i - 1].detach())
+            start = inverse_sigmoid(detecting.boxes[i - 1].detach(), eps)
             expected = (model.bbox_embed[i](aside) + start).sigmoid()
             torch.testing.assert_close(many.boxes[i], expected)
 
@@ -80,6 +83,17 @@ def test_coefficients_are_the_published_ones() -> None:
     total = total + 2 * losses["loss_ce_enc"]
     total = total + 5 * losses["loss_bbox_enc"] + 2 * losses["loss_giou_enc"]
     torch.testing.assert_close(losses["loss"], total)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_heads_learn_wherever_a_block_does(variant: str) -> None:
+    model = ms_model(variant, aux_loss=False)
+    losses = build_criterion(LossConfig())(run(model), random_targets([3, 1], CLASSES))
+    torch.autograd.backward(losses["loss"])
+    for heads in (model.class_embed, model.bbox_embed):
+        for name, parameter in heads[:3].named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.any(), name
 
 
 def test_in_evaluation_no_block_runs() -> None:

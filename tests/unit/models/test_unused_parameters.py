@@ -19,6 +19,12 @@ CASES: dict[str, dict[str, Any]] = {
     **VARIANTS,
     **{f"{name}, last layer alone": {**o, "aux_loss": False} for name, o in VARIANTS.items()},
     "one decoder layer": {"with_box_refine": True, "aux_loss": False, "dec_layers": 1},
+    **{
+        f"{name}, the last boxes alone": {
+            **VARIANTS["two_stage"], "aux_loss": False, "look_forward_twice": True, **more
+        }
+        for name, more in {"++": {}, "++ of one layer": {"dec_layers": 1}}.items()
+    },
     "single level": {"num_feature_levels": 1},
     "single level, two stage": {"num_feature_levels": 1, **VARIANTS["two_stage"]},
     "six levels": {"num_feature_levels": 6},
@@ -52,11 +58,16 @@ def test_every_parameter_that_requires_a_gradient_gets_one(
             assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_only_heads_that_no_loss_reaches_do_not_learn() -> None:
-    options = {**VARIANTS["two_stage"], "aux_loss": False}  # three layers, then the encoder's
+@pytest.mark.parametrize("twice", [False, True])
+def test_only_heads_that_no_loss_reaches_do_not_learn(twice: bool) -> None:
+    options = {**VARIANTS["two_stage"], "aux_loss": False, "look_forward_twice": twice}
     model = build_model(small_config(**options), num_classes=5, frozen_stages=0)
-    for heads in (model.class_embed, model.bbox_embed):
-        learning = [all(p.requires_grad for p in head.parameters()) for head in heads]
-        assert learning == [False, False, True, True]
+    of_classes, of_boxes = (  # of three layers, then the encoder's
+        [all(p.requires_grad for p in head.parameters()) for head in heads]
+        for heads in (model.class_embed, model.bbox_embed)
+    )
+    assert of_classes == [False, False, True, True]
+    assert of_boxes == [False, twice, True, True]  # the last boxes teach the head before, too
     others = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
-    assert sum(not p.requires_grad for p in others) == 2 * (2 + 6)  # two heads of either kind
+    frozen = of_classes.count(False) * 2 + of_boxes.count(False) * 6
+    assert sum(not p.requires_grad for p in others) == frozen
