@@ -32,7 +32,7 @@ class TokenScorer(nn.Module):
         )
 
     def forward(self, x: Tensor, padding_mask: Tensor) -> Tensor:
-        """Score tokens; -inf where there is padding, which is no part of the mean either.
+        """Score tokens; padding is no part of the mean, and its scores mean nothing.
 
         Shape: x [N,S,C]; padding_mask [N,S], True = padding -> [N,S].
         """
@@ -40,7 +40,7 @@ class TokenScorer(nn.Module):
         valid = (~padding_mask)[..., None].to(shared.dtype)
         mean = (shared * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True)
         scores: Tensor = self.layer2(torch.cat([own, mean.expand_as(own)], dim=-1))
-        return scores[..., 0].masked_fill(padding_mask, -torch.inf)
+        return scores[..., 0]
 
 
 def best_tokens(scores: Tensor, padding_mask: Tensor, part: float) -> tuple[Tensor, Tensor]:
