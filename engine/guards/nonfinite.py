@@ -27,9 +27,10 @@ _ALL_FINITE = (
 class NonFiniteSteps(Guard):
     """Finds where a step stopped being finite, and reports it in a file of `output_dir/nonfinite/`.
 
-    Such a step has changed no weights, and this guard restores the statistics of batch norms that
-    are trained. The search runs the step's images again, right after the step; on a GPU, one step
-    later, so that nothing waits for the device. After `limit` such steps in a row the run ends.
+    Such a step has changed no weights, and this guard restores the statistics of batch norms, those
+    of frozen stages too where they take part. The search runs the step's images again, right after
+    the step; on a GPU, one step later, so that nothing waits for the device. After `limit` such
+    steps in a row the run ends.
     """
 
     def __init__(
@@ -40,25 +41,21 @@ class NonFiniteSteps(Guard):
         self.in_a_row = 0
         self._model, self._precision = model, precision
         self._output_dir, self._rank, self._limit = output_dir, rank, limit
-        self._buffers = [
-            buffer
-            for module in model.modules()
-            if isinstance(module, nn.BatchNorm2d) and module.affine and module.weight.requires_grad
-            for buffer in module.buffers()
-        ]
+        self._norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         self._delay = int(precision.device.type == "cuda")  # steps until values have arrived
-        self._before: list[Tensor] = []
+        self._before: list[tuple[Tensor, Tensor]] = []  # statistics, and what they were
         self._unchecked: deque[tuple[int, Sequence[Batch], Tensor]] = deque()
         self._causes: dict[int, str] = {}  # of steps that are not logged yet
 
     def before_step(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        self._before = [buffer.clone() for buffer in self._buffers]
+        changing = [buffer for m in self._norms if m.training for buffer in m.buffers()]
+        self._before = [(buffer, buffer.clone()) for buffer in changing]
 
     def after_step(
         self, step: int, micro_batches: Sequence[Batch], metrics: Mapping[str, Tensor]
     ) -> None:
         finite = metrics["loss"].isfinite()
-        for buffer, before in zip(self._buffers, self._before, strict=True):
+        for buffer, before in self._before:
             buffer.copy_(torch.where(finite, buffer, before))
         self._unchecked.append((step, micro_batches, finite.to("cpu", non_blocking=True)))
         self._check(keep=self._delay)  # this step's matcher waited for all that came before it

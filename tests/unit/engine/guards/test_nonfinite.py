@@ -138,8 +138,9 @@ def test_where_values_come_late_the_search_waits_for_them(tmp_path: Path) -> Non
     assert not guard._causes
 
 
-def test_trained_norms_forget_a_step_that_was_not_finite(tmp_path: Path) -> None:
-    model = Normed(trained=True).train()
+@pytest.mark.parametrize("trained", [False, True])
+def test_norms_forget_a_step_that_was_not_finite(tmp_path: Path, trained: bool) -> None:
+    model = Normed(trained=trained).train()  # statistics change in a frozen stage, too
     guard = make_guard(tmp_path, model)
     step_with(guard, 0, torch.rand(2, 3, 4, 4), 1.0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -152,8 +153,8 @@ def test_trained_norms_forget_a_step_that_was_not_finite(tmp_path: Path) -> None
     assert not model.norm.running_mean.equal(before["norm.running_mean"])  # type: ignore[union-attr]
 
 
-def test_norms_that_are_not_trained_are_not_copied(tmp_path: Path) -> None:
-    guard = make_guard(tmp_path, Normed(trained=False))
+def test_norms_in_evaluation_mode_are_not_copied(tmp_path: Path) -> None:
+    guard = make_guard(tmp_path, Normed(trained=False).eval())
     step_with(guard, 0, torch.rand(2, 3, 4, 4), 1.0)
     assert not guard._before
 
@@ -162,7 +163,11 @@ def detector_and_batch(**options: Any) -> tuple[nn.Module, PaddedBatch]:
     return small_model(**options), pad_images(random_images((64, 96), (80, 64)))
 
 
-@pytest.mark.parametrize("options", [{}, {"with_box_refine": True, "two_stage": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"with_box_refine": True, "two_stage": True}, {"encoder_updates": "sparse"}],
+    ids=str,
+)
 def test_a_healthy_model_is_called_finite(options: dict[str, Any]) -> None:
     model, batch = detector_and_batch(**options)
     assert first_nonfinite(model, batch).startswith("weights, pixels and the forward pass were")
