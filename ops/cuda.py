@@ -14,7 +14,7 @@ from .gpu import GpuBackend
 
 _POINTERS = (
     "value", "reference", "points", "weights", "output", "grad_output", "grad_value",
-    "grad_points", "grad_weights",
+    "grad_points", "grad_weights", "scale",
 )  # fmt: skip
 _SHARED_BYTES = 48 * 1024
 _MAX_SAMPLES = 1535  # per query and head: what a block's shared memory holds in float64
@@ -90,7 +90,6 @@ def arguments_type(levels: int) -> type[ctypes.Structure]:
     class Arguments(ctypes.Structure):
         _fields_ = [
             *((name, ctypes.c_void_p) for name in _POINTERS),
-            ("scale", ctypes.c_double),
             *((name, ctypes.c_int) for name in ("tokens", "queries")),
             *((name, ctypes.c_int * levels) for name in ("height", "width", "start")),
         ]
@@ -112,11 +111,10 @@ def prepare(
     call: Call,
     *,
     to_locations: bool = False,
-    deterministic: bool = False,
-    scale: float = 0.0,
+    scale: Tensor | None = None,
     **results: Tensor,
 ) -> CudaLaunch:
-    """Return the launch that computes `call` into `results`."""
+    """Return the launch that computes `call` into `results`; `scale` as for `start_backward`."""
     n, s, m, d = call.value.shape
     queries, levels, per_level = call.points.shape[1], len(call.shapes), call.points.shape[4]
     if s > _MAX_TOKENS:
@@ -125,11 +123,11 @@ def prepare(
             "MSDEFORM_BACKEND=reference has no limit."
         )
     kind = KernelKind(
-        call.value.dtype, m, d, levels, per_level, call.form, to_locations, deterministic
+        call.value.dtype, m, d, levels, per_level, call.form, to_locations, scale is not None
     )
     given = {
         "value": call.value, "reference": call.reference, "points": call.points,
-        "weights": call.weights, **results,
+        "weights": call.weights, "scale": scale, **results,
     }  # fmt: skip
     # rows are read 16 bytes at a time; a view of a tensor may start anywhere
     arrays = {
@@ -141,7 +139,6 @@ def prepare(
     starts = tuple(sum(h * w for h, w in call.shapes[:level]) for level in range(levels))
     arguments = arguments_type(levels)(
         **{name: tensor.data_ptr() for name, tensor in arrays.items()},
-        scale=scale,
         tokens=s,
         queries=queries,
         height=heights,
@@ -200,8 +197,7 @@ class CudaBackend(GpuBackend):
         launch = prepare(
             call,
             to_locations=to_locations,
-            deterministic=scale is not None,
-            scale=0.0 if scale is None else float(scale),
+            scale=scale,
             grad_output=grad_output,
             grad_value=grad_value,
             grad_points=grad_points,

@@ -154,7 +154,7 @@ struct Arguments {
   void* grad_value;
   A* grad_points;
   A* grad_weights;
-  double scale;  // of the whole numbers
+  const double* scale;  // of the whole numbers: one number
   int tokens, queries;
   int height[kLevels], width[kLevels], start[kLevels];
 };
@@ -423,6 +423,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
   const T* value = kept(p.value + first_of(p, at));
   Sum* grad_value = kept(static_cast<Sum*>(p.grad_value) + first_of(p, at));
+  double scale = 0;
+  if constexpr (kDeterministic) scale = *p.scale;
   A gradient[kRounds][kWide];
 #pragma unroll
   for (int r = 0; r < kRounds; ++r) {
@@ -451,7 +453,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         for (int k = 0; k < 4; ++k) {
           if (!exists(s, k)) continue;
           Sum* to = row_of(grad_value + channel_of(r, 0), s, k, width);
-          accumulate(to, gradient[r], s.attention * c.weight[k], p.scale);
+          accumulate(to, gradient[r], s.attention * c.weight[k], scale);
         }
 #pragma unroll
         for (int k = 0; k < 4; ++k) {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ops.call import BackendError, Call, Gradients
 from ops.compiler import compiler
-from ops.cuda import CudaBackend, KernelKind, prepare
+from ops.cuda import CudaBackend, CudaLaunch, KernelKind, prepare
 from ops.reference import ReferenceBackend
 from tests.unit.ops.emulated import EmulatedBackend
 from tests.unit.ops.oracle import SHAPES, Shapes, fused_oracle, loop_oracle, make_inputs
@@ -293,6 +293,27 @@ def test_deterministic_hides_no_overflow(emulated: EmulatedBackend, where: str, 
     assert emulated.backward(call, grad, need_reference=False).value.isnan().all()
 
 
+class Asked(CudaBackend):
+    """Keeps what it is asked to start, and starts nothing."""
+
+    def __init__(self) -> None:
+        self.launches: list[CudaLaunch] = []
+
+    def run(self, name: str, launch: CudaLaunch) -> None:
+        """See `CudaBackend`."""
+        self.launches.append(launch)
+
+
+@pytest.mark.usefixtures("_deterministic")
+def test_deterministic_gradients_do_not_wait_for_the_device() -> None:
+    call, backend = to(make_call(F32, 32, 4, 2), F32, "meta"), Asked()  # has no numbers to wait for
+    found = backend.backward(call, upstream(call), need_reference=False)
+    assert found.value.shape == call.value.shape
+    (launch,) = backend.launches
+    assert launch.kind.deterministic
+    assert launch.arrays["scale"].device.type == "meta"
+
+
 # From here on with a GPU.
 
 
@@ -357,12 +378,16 @@ def test_gpu_follows_the_current_stream(cuda: CudaBackend) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_gpu_captures_into_a_graph(cuda: CudaBackend) -> None:
+@pytest.mark.parametrize("same_bits", [False, True])
+def test_gpu_captures_into_a_graph(cuda: CudaBackend, same_bits: bool) -> None:
     call = to(make_call(F32, 32, 4, 2), F32, "cuda")
     grad = upstream(call)
 
-    def both() -> tuple[Tensor, Tensor]:
-        return cuda.forward(call), cuda.backward(call, grad, need_reference=False).points
+    def both() -> tuple[Tensor, ...]:
+        with deterministic() if same_bits else nullcontext():
+            found = cuda.backward(call, grad, need_reference=False)
+        sums = (found.value,) if same_bits else ()
+        return cuda.forward(call), found.points, *sums
 
     both()  # nothing is compiled or loaded while a graph is captured
     torch.cuda.synchronize()
