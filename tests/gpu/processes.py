@@ -18,6 +18,7 @@ from torch import Tensor, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.schema import LossConfig, ModelConfig
+from engine.optim import Precision
 from models.build import build_criterion, build_model
 from tests.gpu.results import emit
 from tests.gpu.step_times import CLASSES, SMALL, make_batch
@@ -28,6 +29,7 @@ TOLERANCE = 1e-4  # relative; float32, sums in another order
 
 def gradients(device: torch.device, images: slice, *, wrapped: bool) -> dict[str, Tensor]:
     """Return the gradients of one update from some of the images."""
+    Precision("fp32", device)  # else a GPU may round products to TF32, more than is tolerated
     torch.manual_seed(0)
     config = ModelConfig(**SMALL.model, dropout=0.0)
     model = build_model(config, num_classes=CLASSES).to(device).train()

@@ -31,7 +31,8 @@ def main() -> None:
         for event in profiler.key_averages():
             spent = event.self_cpu_time_total
             if device.type == "cuda":  # kernels alone, not the calls that start them
-                spent = event.self_device_time_total if event.device_type.name == "CUDA" else 0
+                on_gpu = event.device_type.name == "CUDA" and not event.is_user_annotation
+                spent = event.self_device_time_total if on_gpu else 0
             if spent:
                 times[event.key] = (spent / 1e3, event.count)
         total = sum(ms for ms, _ in times.values())
