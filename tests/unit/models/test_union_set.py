@@ -127,7 +127,7 @@ def test_each_of_several_parts_learns_as_if_it_was_alone(counts: list[int]) -> N
     )
     alone = [
         losses_of(predictions, targets, union_set=True)
-        for predictions in zip(logits.split(QUERIES, 2), boxes.split(QUERIES, 2), strict=True)
+        for predictions in zip(*(torch.split(t, QUERIES, 2) for t in (logits, boxes)), strict=True)
     ]
     for name in ("loss_ce", "loss_bbox", "loss_giou"):
         for layer in ("_0", "_1", ""):

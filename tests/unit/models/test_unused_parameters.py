@@ -21,7 +21,10 @@ CASES: dict[str, dict[str, Any]] = {
     "one decoder layer": {"with_box_refine": True, "aux_loss": False, "dec_layers": 1},
     **{
         f"{name}, the last boxes alone": {
-            **VARIANTS["two_stage"], "aux_loss": False, "look_forward_twice": True, **more
+            **VARIANTS["two_stage"],
+            "aux_loss": False,
+            "look_forward_twice": True,
+            **more,
         }
         for name, more in {"++": {}, "++ of one layer": {"dec_layers": 1}}.items()
     },
