@@ -791,6 +791,10 @@ class OptimConfig(Checked):
                 f"lr_flat {self.lr_flat}: and `lr_tail {self.lr_tail}` must add up to at most 1, "
                 "as both are parts of one run. Lower one of them."
             )
+        if self.ema_tau and not self.ema_decay:
+            raise ConfigError(
+                "ema_tau: has no effect without `ema_decay`. Add it, as `ema_decay 0.993`."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -916,6 +920,26 @@ class Config:
                 "cls_loss softmax: DETR's loss knows one query for each object in each layer, and "
                 f"`{other}` changes that. Remove one of them."
             )
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        """Refuse what makes other pairs where there are none that it could change."""
+        model, loss = self.model, self.loss
+        single = model.dec_layers == 1 or not model.aux_loss
+        for name, chosen, needs_layers in (
+            ("union_set", loss.union_set, True),
+            ("prime_samples", loss.prime_samples > 1, not model.two_stage),
+        ):
+            if chosen and "mds" in self.recipes:
+                raise ConfigError(
+                    f"{name}: has no effect with `one_to_many mds`, in which one layer alone "
+                    "matches one to one. Remove one of them."
+                )
+            if chosen and single and needs_layers:
+                raise ConfigError(
+                    f"{name}: has no effect on the last decoder layer alone. Take at least 2 "
+                    "`dec_layers` and drop `no_aux_loss`, or remove it."
+                )
 
 
 SECTIONS: Mapping[str, Section] = {

@@ -24,7 +24,7 @@ from util.world import World
 
 RECORD = "plan.json"  # in a run's folder
 _LARGEST = 10_000_000  # bytes of a record
-_PRESETS = {False: "finetune_small", True: "ddetr_pp_r50"}  # without a GPU, and with one
+_PRESETS = {False: "finetune_small", True: "finetune_r50"}  # without a GPU, and with one
 _NEEDED_BY = {  # switches of a preset that an option given as false takes along
     "two_stage": ("mixed_query_selection",),
     "with_box_refine": ("two_stage", "mixed_query_selection", "look_forward_twice"),

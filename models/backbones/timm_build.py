@@ -108,7 +108,8 @@ def _accept_any_size(body: nn.Module, name: str) -> None:
             module.strict_img_size, module.dynamic_img_pad = False, True
     height, width = _PROBE_SIZE
     try:
-        maps = body.eval()(torch.zeros(1, 3, height, width))
+        with torch.enable_grad():  # whatever the caller has set
+            maps = body.eval()(torch.zeros(1, 3, height, width))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"backbone timm/{name}: the network refuses images of {height} x {width} "

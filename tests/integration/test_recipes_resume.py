@@ -11,11 +11,16 @@ from tests.lanes import some
 # A new recipe or switch adds a line.
 FLAGS: dict[str, str] = {
     "mds": "--one_to_many mds --cls_loss vfl",
-    "hybrid": "--one_to_many hybrid --num_queries_one2many 9 --k_one2many 2 --cls_loss ia_bce",
+    "hybrid": "--one_to_many hybrid --num_queries_one2many 9 --k_one2many 2 --cls_loss ia_bce "
+    "--hybrid_proposals",
     "group": "--one_to_many group --group_detr 3 --union_set",
-    "ms": "--one_to_many ms --dropout 0.1",
+    "ms": "--one_to_many ms --dropout 0.1 --cls_loss giou_focal",
     "mr": "--one_to_many mr --mr_tokens 4",
     "relation": "--relation previous --num_denoising 10",
+    "dino": "--mixed_query_selection --look_forward_twice --query_position scaled_box "
+    "--decoder_norm --shared_heads --class_proposals --relation mds --num_denoising 10 "
+    "--no_dn_contrast",
+    "stable": "--cls_loss position_supervised --match_cost position_modulated --enc_fusion dense",
     "dcn": "--backbone resnet18 --backbone_weights none --dcn v2 --train_backbone_norm",
     "softmax": "--cls_loss softmax --no_two_stage",
     "align": "--cls_loss ia_bce --prime_samples 2",
@@ -25,7 +30,7 @@ FLAGS: dict[str, str] = {
     "--activation_checkpointing backbone",
     "swin": "--backbone timm/swin_tiny_patch4_window7_224 --backbone_weights none --drop_path 0.2 "
     "--norm_weight_decay 0 --activation_checkpointing backbone",
-    "lite": "--encoder_updates lite --enc_fusion dense",
+    "lite": "--encoder_updates lite --enc_fusion mlp",
     "sparse": "--encoder_updates sparse --dropout 0.1",
     "dense encoder": "--encoder_attn dense --dropout 0.1",
     "mswin": "--encoder_attn mswin+deformable --dropout 0.1",

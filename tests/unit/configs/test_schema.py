@@ -74,6 +74,7 @@ def test_defaults_are_the_published_recipe() -> None:
         (OptimConfig, {"lr": 0.0}, "lr: must be more than 0, not 0.0."),
         (OptimConfig, {"lr_drop_epochs": (10, 0)}, "lr_drop_epochs: must be at least 1, not 0."),
         (OptimConfig, {"lr_flat": 0.8, "lr_tail": 0.3}, "lr_flat 0.8: and `lr_tail 0.3`"),
+        (OptimConfig, {"ema_tau": 100.0}, "ema_tau: has no effect without `ema_decay`"),
         (OptimConfig, {"max_hours": -1.0}, "max_hours: must be at least 0"),
         (OptimConfig, {"lr_scheduler": "flat"}, "must be one of step, cosine, flat_cosine"),
         (RunConfig, {"seed": -1}, "seed: must be at least 0, not -1."),
@@ -87,6 +88,35 @@ def test_contradictions_and_bounds_are_one_line_errors(
     with pytest.raises(ConfigError) as error:
         section(**values)
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+UNION, PRIME = {"union_set": True}, {"cls_loss": "ia_bce", "prime_samples": 2}
+LAST = {"aux_loss": False}
+TWO_STAGE = {"with_box_refine": True, "two_stage": True}
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "recipes", "message"),
+    [
+        ({}, UNION, {"mds": {}}, "union_set: has no effect with `one_to_many mds`"),
+        (TWO_STAGE, PRIME, {"mds": {}}, "prime_samples: has no effect with `one_to_many mds`"),
+        (LAST, UNION, {}, "union_set: has no effect on the last decoder layer alone"),
+        (TWO_STAGE | {"dec_layers": 1}, UNION, {}, "union_set: has no effect on the last"),
+        (LAST, PRIME, {}, "prime_samples: has no effect on the last decoder layer alone"),
+        (TWO_STAGE | LAST, PRIME, {}, ""),  # the encoder learns by it
+        (TWO_STAGE, UNION, {"ms": {}}, ""),
+    ],
+)
+def test_pairs_of_layers_that_no_loss_has_are_refused(
+    model: dict[str, Any], loss: dict[str, Any], recipes: dict[str, Any], message: str
+) -> None:
+    given = Given({"model": model, "loss": loss, "recipes": recipes}, KnownRecipes())
+    if not message:
+        given.config()
+        return
+    with pytest.raises(ConfigError, match=message) as error:
+        given.config()
     assert "\n" not in str(error.value)
 
 

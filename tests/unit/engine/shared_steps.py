@@ -64,7 +64,16 @@ CASES: dict[str, dict[str, Any]] = {
         "loss": {"union_set": True},
     },
     "ms": {"variant": "two_stage", "recipes": {"ms": MSOptions()}},
-    "mr": {"variant": "two_stage", "recipes": {"mr": MrOptions()}, "loss": {"cls_loss": "mal"}},
+    "mr": {
+        "variant": "two_stage",
+        "model": {
+            "mixed_query_selection": True,
+            "query_position": "box",
+            "class_proposals": True,
+        },
+        "recipes": {"mr": MrOptions()},
+        "loss": {"cls_loss": "mal"},
+    },
     "plus_plus": {
         "variant": "two_stage",
         "model": {"mixed_query_selection": True, "look_forward_twice": True},
@@ -75,13 +84,17 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {
             "mixed_query_selection": True,
             "look_forward_twice": True,
-            "query_position": "box",
+            "query_position": "scaled_box",
             "decoder_norm": True,
             "shared_heads": True,
             "class_proposals": True,
         },
     },
-    "relation": {"variant": "two_stage", "model": {"relation": "previous"}},
+    "relation": {
+        "variant": "two_stage",
+        "model": {"relation": "previous"},
+        "loss": {"match_cost": "high_order", "high_order_from": 0.0},
+    },
     "relation, denoising": {
         "variant": "two_stage",
         "model": {"relation": "previous"},
@@ -91,7 +104,20 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"scores": "softmax"},
         "loss": {"cls_loss": "softmax", "match_cost": "probability"},
     },
-    "align": {"variant": "two_stage", "loss": {"cls_loss": "ia_bce", "prime_samples": 2}},
+    "relation mds": {
+        "variant": "two_stage",
+        "model": {"relation": "mds", "enc_fusion": "mlp"},
+        "recipes": {
+            "denoising": DenoisingOptions(num_denoising=20, dn_contrast=False),
+            "hybrid": Options(num_queries_one2many=20, k_one2many=3, hybrid_proposals=True),
+        },
+        "loss": {"cls_loss": "giou_focal"},
+    },
+    "align": {
+        "variant": "two_stage",
+        "model": {"encoder_updates": "sparse"},
+        "loss": {"cls_loss": "ia_bce", "prime_samples": 2},
+    },
     "lite": {"model": {"encoder_updates": "lite", "enc_fusion": "dense", "enc_layers": 2}},
     "sparse": {"variant": "two_stage", "model": {"encoder_updates": "sparse", "rho": 0.4}},
     "dense encoder": {"model": {"encoder_attn": "dense"}},

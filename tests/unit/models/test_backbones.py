@@ -62,6 +62,17 @@ def test_channels_last_is_known_from_the_network_not_from_the_sizes() -> None:
         assert backbone(tall)[0].shape == (1, backbone.channels[0], backbone.channels[0], 8)
 
 
+def test_a_backbone_built_where_nothing_is_recorded_learns_as_any_other() -> None:
+    with torch.no_grad():
+        made = create_backbone("timm/test_vit")
+    learning, expected = (
+        [p.requires_grad for p in cast(nn.Module, backbone).parameters()]
+        for backbone in (made, create_backbone("timm/test_vit"))
+    )
+    assert learning == expected
+    assert any(learning)
+
+
 def test_dilation_halves_the_last_stride() -> None:
     dilated = create_backbone("resnet50", single_level=True, dilation=True)
     assert dilated.strides == (16,)

@@ -25,9 +25,9 @@ CLASSES = 5
 NAMES = ["focal", "vfl", "mal", "ia_bce", "position_supervised", "giou_focal"]
 
 
-def one_query() -> tuple[Tensor, Assigned]:
+def one_query(other: float = -1.0) -> tuple[Tensor, Assigned]:
     """Return two logits of a query of class 0 whose box has an IoU of 0.6, and the assignment."""
-    logits = torch.tensor([0.4, -1.0], dtype=torch.float64, requires_grad=True)
+    logits = torch.tensor([0.4, other], dtype=torch.float64, requires_grad=True)
     boxes = torch.tensor([0.5, 0.5, 0.4, 0.24], dtype=torch.float64)
     target = torch.tensor([[[0.5, 0.5, 0.4, 0.4]]], dtype=torch.float64)
     zero = torch.zeros(1, 1, dtype=torch.int64)
@@ -38,27 +38,34 @@ def one_query() -> tuple[Tensor, Assigned]:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "gradients"),
+    ("name", "entries", "value", "gradients"),
     [
-        ("focal", 0.037649, (-0.040890, 0.039436)),
-        ("vfl", 0.420803, (-0.000787, 0.014589)),
-        ("mal", 0.770803, (0.133930, 0.037510)),
-        ("ia_bce", 0.695805, (-0.000984, 0.052581)),
-        ("giou_focal", 0.023002, (-0.016381, 0.039436)),
+        ("focal", (0.020655, 0.016994), 0.037649, (-0.040890, 0.039436)),
+        ("vfl", (0.403809, 0.016994), 0.420803, (-0.000787, 0.014589)),
+        ("mal", (0.727112, 0.043691), 0.770803, (0.133930, 0.037510)),
+        ("ia_bce", (0.673147, 0.022658), 0.695805, (-0.000984, 0.052581)),
+        ("giou_focal", (0.006008, 0.016994), 0.023002, (-0.016381, 0.039436)),
     ],
 )
 def test_a_query_of_iou_06_has_the_worked_value(
-    name: str, value: float, gradients: tuple[float, float]
+    name: str, entries: tuple[float, float], value: float, gradients: tuple[float, float]
 ) -> None:
     logits, assigned = one_query()
     (loss,) = CLASS_LOSSES[name].function(assigned)
     assert loss.item() == pytest.approx(value, abs=1e-6)
     (found,) = torch.autograd.grad(loss, logits)
     assert found.tolist() == pytest.approx(gradients, abs=1e-6)
+    (positive,) = CLASS_LOSSES[name].function(one_query(other=-40.0)[1])
+    assert (positive.item(), (loss - positive).item()) == pytest.approx(entries, abs=1.5e-6)
 
 
-def test_a_score_learns_iou_squared_beside_a_perfect_box_of_its_image() -> None:
-    logits = torch.tensor([[0.4, -1.0], [30.0, -30.0]], dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize(
+    ("other", "value", "gradient"), [(-1.0, 0.027947, 0.039436), (-40.0, 0.010953, 0.0)]
+)
+def test_a_score_learns_iou_squared_beside_a_perfect_box_of_its_image(
+    other: float, value: float, gradient: float
+) -> None:
+    logits = torch.tensor([[0.4, other], [30.0, -30.0]], dtype=torch.float64, requires_grad=True)
     wanted = torch.tensor([0.5, 0.5, 0.4, 0.4], dtype=torch.float64)
     boxes = torch.tensor([[0.5, 0.5, 0.4, 0.24], [0.5, 0.5, 0.4, 0.4]], dtype=torch.float64)
     padded = PaddedTargets(torch.zeros(1, 2, dtype=torch.int64), wanted.expand(1, 2, 4), [2])
@@ -66,9 +73,9 @@ def test_a_score_learns_iou_squared_beside_a_perfect_box_of_its_image() -> None:
     matches = Matches(torch.zeros(2, dtype=torch.int64), pairs, pairs)
     assigned = assign("", logits[None, None], boxes[None, None], padded, matches, focal_alpha=0.25)
     (loss,) = CLASS_LOSSES["position_supervised"].function(assigned)
-    assert loss.item() == pytest.approx(0.027947, abs=1e-6)  # the other one is as it should be
+    assert loss.item() == pytest.approx(value, abs=1e-6)  # the other query is as it should be
     (found,) = torch.autograd.grad(loss, logits)
-    assert found[0].tolist() == pytest.approx((0.025450, 0.039436), abs=1e-6)
+    assert found[0].tolist() == pytest.approx((0.025450, gradient), abs=1e-6)
 
 
 def assignment(counts: list[int], *, seed: int = 0) -> tuple[Assigned, list[Target]]:

@@ -5,17 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import GroundingDinoConfig
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoEncoderLayer
 
 from models.build import build_model
 from models.contrastive import ContrastiveHead
-from models.encoders import EncoderOptions
-from models.encoders.enhancer import EnhancerEncoder
+from models.encoders import ENCODERS, EncoderOptions
+from models.encoders.enhancer import EnhancerEncoder, Fusion
 from models.levels import FeatureLevels, cell_centres
 from models.weights.transfer import transfer
-from tests.unit.models.small import built, perturb, small_config
+from tests.unit.models.small import built, perturb, random_images, small_config, small_model
 from tests.unit.models.test_encoder_attention import (
     HEADS,
     SHAPES,
@@ -167,6 +168,51 @@ def test_every_parameter_learns() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
+
+
+@torch.no_grad()
+def test_with_a_scale_of_0_both_sides_are_only_normed() -> None:
+    model, levels = encoder(num_layers=1), levels_of()
+    fusion = model.fusions[0]
+    assert isinstance(fusion, Fusion)
+    fusion.image_scale.zero_()
+    fusion.token_scale.zero_()
+    given = model.class_tokens.weight.expand(2, -1, -1)
+    found = fusion(levels.tokens, given, levels.padding_mask)
+    norms = (fusion.image_norm, fusion.token_norm)
+    for side, norm, values in zip((levels.tokens, given), norms, found, strict=True):
+        assert torch.equal(values, F.layer_norm(side, (WIDTH,), norm.weight, norm.bias))
+
+
+@torch.no_grad()
+def test_without_fusion_and_its_norm_it_is_the_paper_s_encoder() -> None:
+    model, levels = encoder(), levels_of()
+    for fusion in model.fusions:
+        assert isinstance(fusion, Fusion)
+        fusion.image_scale.zero_()
+        fusion.image_norm.register_forward_hook(lambda _, inputs, output: inputs[0])
+    plain = ENCODERS["deformable"](
+        EncoderOptions(
+            d_model=WIDTH, num_layers=2, d_ffn=24, dropout=0.0, n_levels=3, n_heads=HEADS,
+            n_points=2,
+        )
+    ).double()  # fmt: skip
+    own = model.state_dict()
+    plain.load_state_dict({key: own[key] for key in plain.state_dict()})
+    assert torch.equal(model(levels)[0], plain(levels))
+
+
+def test_the_order_of_classes_is_that_of_their_tokens_alone() -> None:
+    model = small_model(num_classes=CLASSES, encoder_attn="enhancer", decoder_tokens=True)
+    model.requires_grad_(False)
+    torch.manual_seed(1)
+    batch = pad_images(random_images((60, 90), (75, 64)))
+    before, order = model(batch)["pred_logits"], [3, 0, 4, 1, 2]
+    state = model.state_dict()
+    for key in ("transformer.encoder.class_tokens.weight", "class_embed.0.bias"):
+        state[key].copy_(state[key][order].clone())
+    torch.testing.assert_close(model(batch)["pred_logits"], before[..., order])
+    assert not torch.isclose(before, before[..., order]).all()
 
 
 def test_scores_are_products_of_queries_and_tokens() -> None:

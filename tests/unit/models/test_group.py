@@ -10,7 +10,8 @@ from transformers import LwDetrConfig
 from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher, LwDetrImageLoss
 from transformers.models.lw_detr.modeling_lw_detr import LwDetrAttention
 
-from configs.schema import LossConfig
+from configs.load import read_options
+from configs.schema import Config, LossConfig
 from models.build import build_criterion, build_model
 from models.decoder import DeformableDecoderLayer
 from models.deformable_detr import DeformableDETR
@@ -18,6 +19,7 @@ from models.groups import Groups, Members
 from models.one_to_many import FurtherHeads
 from models.proposals import objects_of_one_class
 from models.queries import DetectorOutput, GroupOutput, Learning, Route
+from models.recipes import KnownRecipes
 from models.recipes.group import Group, Options
 from tests.lanes import as_published
 from tests.unit.models.definitions import random_targets
@@ -163,5 +165,9 @@ def test_sizes_are_the_published_ones() -> None:
     # the published heads have a score for each of 91 classes, ours one
     heads = sum(p.numel() for p in FurtherHeads(256, own_projection=True).parameters())
     assert heads + 90 * (256 + 1) == 222_303
-    assert not Options(group_detr=1).active
     assert Options().group_detr == 11
+
+
+def test_one_group_is_the_model_without_the_recipe() -> None:
+    values = {"recipes": {"group": {"group_detr": 1}}}
+    assert read_options(None, values, KnownRecipes()).config() == Config()

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model
 from models.deformable_detr import DeformableDETR
-from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput
+from models.groups import Groups, Members
+from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput, Route
 from models.recipes import RECIPES
 from models.recipes.hybrid import Hybrid, Options
 from models.two_stage import TwoStageTransformer
@@ -28,9 +29,9 @@ SIZES = [(128, 96), (100, 128)]
 OPTIONS = Options(num_queries_one2many=20, k_one2many=3, lambda_one2many=0.5)
 
 
-def hybrid_model(variant: str, options: Options = OPTIONS) -> DeformableDETR:
+def hybrid_model(variant: str, options: Options = OPTIONS, **model_options: Any) -> DeformableDETR:
     """Return a perturbed float64 detector in training mode, without dropout."""
-    config = small_config(dropout=0.0, **VARIANTS[variant])
+    config = small_config(dropout=0.0, **VARIANTS[variant], **model_options)
     torch.manual_seed(0)
     model = build_model(config, num_classes=CLASSES, recipes={"hybrid": options}).double()
     perturb(model)
@@ -83,23 +84,45 @@ def test_losses_are_those_of_targets_repeated(variant: str) -> None:
 
 
 @pytest.mark.long
-@variants
-def test_the_queries_that_detect_stay_as_they_are(variant: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "mixed"),
+    [("plain", False), ("refine", False), ("two_stage", False), ("two_stage", True)],
+)
+def test_the_queries_that_detect_stay_as_they_are(variant: str, mixed: bool) -> None:
     targets = random_targets([2, 2], CLASSES)
-    model = hybrid_model(variant)
+    model = hybrid_model(variant, mixed_query_selection=mixed)
     alone = copy.deepcopy(model)
     alone.recipes.clear()
     with torch.no_grad():
         hybrid, plain = run(model, targets), run(alone, targets)
         for name in ("pred_logits", "pred_boxes"):
             torch.testing.assert_close(hybrid[name], plain[name], rtol=1e-12, atol=1e-12)
-        if variant != "two_stage":
+        if variant != "two_stage" or mixed:
             (weight,) = model.recipes.parameters()
             weight.add_(1)
             moved = run(model, targets)
             assert torch.equal(moved["pred_logits"], hybrid["pred_logits"])
             before, after = (group_of(o, "_one2many").logits for o in (hybrid, moved))
             assert not torch.isclose(before, after).all(-1).any()
+
+
+def test_two_groups_attend_as_under_the_published_mask() -> None:
+    torch.manual_seed(0)
+    sizes = (300, 1500)
+    detecting = torch.arange(sum(sizes)) < sizes[0]
+    blocked = detecting[:, None] != detecting
+    assert (int(blocked.sum()), blocked.numel()) == (900_000, 3_240_000)
+    attention = nn.MultiheadAttention(8, 1, batch_first=True).double()
+    query, value = torch.randn(2, 1, sum(sizes), 8, dtype=torch.float64)
+    groups = Groups([Members(size, None, False, 1, Route()) for size in sizes])
+    with torch.no_grad():
+        expected, _ = attention(query, query, value, attn_mask=blocked, need_weights=False)
+        torch.testing.assert_close(groups.attend(attention, query, value), expected)
+
+
+def test_proposals_of_its_own_need_proposals() -> None:
+    with pytest.raises(ConfigError, match="hybrid_proposals: has no effect without `two_stage`"):
+        hybrid_model("refine", Options(hybrid_proposals=True))
 
 
 @pytest.mark.long

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.schema import LossConfig
 from models.build import build_criterion, build_model
+from models.decoder import DeformableDecoderLayer
 from models.deformable_detr import DeformableDETR
 from models.queries import DetectorOutput
 from models.recipes.mds import MDS, Options, Suppressor
@@ -121,7 +122,15 @@ def test_tokens_differ_from_the_first_step_on() -> None:
 
 
 def test_it_has_the_published_number_of_parameters() -> None:
-    assert sum(p.numel() for p in Suppressor(256, 8, 2048).parameters()) == 1_337_816
+    def size(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    last = size(Suppressor(256, 8, 2048))
+    layer = size(
+        DeformableDecoderLayer(256, d_ffn=2048, dropout=0.0, n_levels=4, n_heads=8, n_points=4)
+    )
+    assert last == 1_337_816
+    assert (5 * layer + last, 6 * layer) == (9_067_096, 9_275_136)
 
 
 def test_the_worst_query_changes_nobody_else() -> None:
@@ -176,6 +185,7 @@ def test_the_decoder_learns_one_to_many_and_the_last_layer_one_to_one(variant: s
         weighted = weighted + 0.5 * losses[f"loss_ce{suffix}"]
         weighted = weighted + 5 * losses[f"loss_bbox{suffix}"] + 2 * losses[f"loss_giou{suffix}"]
     if variant == "two_stage":
+        assert group_of(outputs, "_enc").learning.anchors is not None
         weighted = weighted + losses["loss_ce_enc"]
         weighted = weighted + 5 * losses["loss_bbox_enc"] + 2 * losses["loss_giou_enc"]
     torch.testing.assert_close(losses["loss"], weighted)

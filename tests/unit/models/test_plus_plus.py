@@ -50,6 +50,11 @@ def test_a_layer_teaches_the_layer_before_and_none_before_that() -> None:
     assert reached(twice, 2) == [False, True, True]
 
 
+def test_without_losses_of_earlier_layers_the_head_that_is_taught_learns() -> None:
+    assert reached(two_stage(aux_loss=False), 0) == [False, False, True]
+    assert reached(two_stage(aux_loss=False, look_forward_twice=True), 0) == [False, True, True]
+
+
 def test_contents_are_learned_and_the_same_for_all_images() -> None:
     model = two_stage(mixed_query_selection=True)
     assert model.query_embed is not None
@@ -63,6 +68,24 @@ def test_contents_are_learned_and_the_same_for_all_images() -> None:
     assert torch.equal(group.content[0], group.content[1])
     assert torch.equal(group.content[0], model.query_embed.weight)
     assert not torch.equal(group.position[0], group.position[1])
+
+
+def test_exchanging_two_contents_exchanges_only_which_proposal_has_which() -> None:
+    model = two_stage(mixed_query_selection=True)
+    assert model.query_embed is not None
+    seen: list[QueryGroup] = []
+    model.transformer.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    layers(model)
+    contents = seen[0].content.clone()
+    order = [0, 5, 2, 3, 4, 1, 6]
+    with torch.no_grad():
+        model.query_embed.weight.copy_(model.query_embed.weight[order].clone())
+    layers(model)
+    before, after = seen
+    assert torch.equal(after.reference, before.reference)
+    assert torch.equal(after.position, before.position)
+    assert torch.equal(after.content, contents[:, order])
+    assert not torch.equal(after.content, contents)
 
 
 def test_an_image_with_fewer_tokens_than_queries_has_fewer_contents() -> None:

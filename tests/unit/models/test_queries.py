@@ -14,7 +14,13 @@ from models.decoder import DecoderOutput
 from models.matcher import HungarianMatcher, Matches, PaddedTargets, pad_targets
 from models.queries import ONE_TO_ONE, DetectorOutput, GroupOutput, Learning, QueryGroup
 from models.transformer import TransformerOutput
-from tests.unit.models.definitions import Coefficients, layer_losses, random_targets
+from tests.unit.models.definitions import (
+    Coefficients,
+    giou,
+    layer_losses,
+    match,
+    random_targets,
+)
 from tests.unit.models.small import VARIANTS, random_images, small_model
 from util.batch import pad_images
 
@@ -192,6 +198,25 @@ def test_known_matches_are_not_searched_for() -> None:
     for name in ("loss_ce", "loss_bbox", "loss_giou"):
         torch.testing.assert_close(losses[f"{name}_known_0"], losses[f"{name}_0"])
     assert not torch.isclose(losses["loss_bbox_known"], losses["loss_bbox"])
+
+
+def test_anchors_are_matched_in_place_of_boxes_and_classes_do_not_count() -> None:
+    targets = random_targets([3, 2], CLASSES)
+    (logits, boxes), anchors = predictions(1, 6), predictions(1, 6)[1][0]
+    outputs = outputs_of(
+        GroupOutput("", *predictions(2, 6), learning=ONE_TO_ONE),
+        GroupOutput("_enc", logits, boxes, Learning(anchors=anchors)),
+    )
+    losses = build_criterion(LossConfig())(outputs, targets)
+    costs = Coefficients(cost=(0.0, 5.0, 2.0))
+    distance, overlap = logits.new_zeros(()), logits.new_zeros(())
+    for image, target in enumerate(targets):
+        for q, t in match(logits[0, image], anchors[image], target, costs):
+            box, wanted = boxes[0, image, q], target["boxes"][t]
+            distance += (box - wanted).abs().sum()
+            overlap += 1 - giou(box, wanted)
+    torch.testing.assert_close(losses["loss_bbox_enc"], distance / 5)
+    torch.testing.assert_close(losses["loss_giou_enc"], overlap / 5)
 
 
 def test_weights_of_losses_follow_the_registered_name() -> None:

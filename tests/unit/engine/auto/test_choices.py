@@ -37,7 +37,7 @@ def planner(
     measured: Measurement | None = None,
     epochs: int = 50,
 ) -> Planner:
-    name = "ddetr_pp_r50" if machine.gpu else "finetune_small"
+    name = "finetune_r50" if machine.gpu else "finetune_small"
     preset = read_options(name, {}, KnownRecipes()).config()
     measured = measured or measurement(0.1)
     return Planner(facts, machine, preset, given or {}, hours, epochs, measured)
@@ -45,7 +45,7 @@ def planner(
 
 def config_of(plan: Planner) -> Any:
     """Return the config of the run that is planned."""
-    name = "ddetr_pp_r50" if plan.machine.gpu else "finetune_small"
+    name = "finetune_r50" if plan.machine.gpu else "finetune_small"
     preset = read_options(name, {}, KnownRecipes())
     return Given(plan.given, KnownRecipes()).on(Given(plan.values)).on(preset).config()
 
@@ -239,6 +239,7 @@ def test_nms_is_left_out_where_it_would_remove_objects_or_is_not_needed() -> Non
 def test_a_gpu_gets_its_preset_with_crops_in_proportion() -> None:
     config = config_of(planner(replace(FACTS, small=0.08), GPU, hours=10.0))
     assert config.model.backbone == "resnet50"
+    assert [*config.recipes] == ["denoising"]
     assert config.optim.precision == "bf16"
     assert config.optim.effective_batch_size == 16
     assert config.data.train_scales == tuple(range(480, 801, 32))

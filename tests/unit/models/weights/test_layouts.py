@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.load import read_options
 from configs.schema import ModelConfig
 from engine.detector import Detector
 from models.build import build_model
+from models.recipes import KnownRecipes
 from models.recipes.denoising import Options as DenoisingOptions
 from models.recipes.hybrid import Options as HybridOptions
 from models.recipes.mr import Options as MrOptions
@@ -151,6 +153,27 @@ def test_options_classes_and_every_tensor_arrive(tmp_path: Path, case: str) -> N
     assert torch.equal(got["pred_logits"], expected["pred_logits"])
     assert torch.equal(got["pred_boxes"], expected["pred_boxes"])
     assert bool(got["pred_logits"].isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("case", "preset"),
+    [
+        ("h_detr", "ddetr_pp_r50"),
+        ("dino", "dino_r50"),
+        ("detrex", "align_r50"),
+        ("stable_dino", "stable_dino_r50"),
+        ("relation_detr", "relation_r50"),
+        ("mr_detr", "mr_r50"),
+        ("mmdet_plain", "deformable_detr_r50"),
+        ("mmdet_refine", "deformable_detr_r50_refine"),
+        ("mmdet_two_stage", "deformable_detr_r50_refine_two_stage"),
+    ],
+)
+def test_the_options_are_those_of_the_matching_preset(case: str, preset: str) -> None:
+    shipped = read_options(preset, {}, KnownRecipes()).config().model
+    layout = ModelConfig(**CASES[case][1])
+    for name in vars(layout).keys() - {*SIZES, "num_queries"}:
+        assert getattr(shipped, name) == getattr(layout, name), name
 
 
 @pytest.mark.long
