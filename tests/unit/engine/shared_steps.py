@@ -111,7 +111,7 @@ CASES: dict[str, dict[str, Any]] = {
             "denoising": DenoisingOptions(num_denoising=20, dn_contrast=False),
             "hybrid": Options(num_queries_one2many=20, k_one2many=3, hybrid_proposals=True),
         },
-        "loss": {"cls_loss": "giou_focal"},
+        "loss": {"cls_loss": "giou_focal", "match_cost": "high_order", "high_order_from": 0.0},
     },
     "align": {
         "variant": "two_stage",

@@ -259,12 +259,19 @@ def test_costs_follow_their_formulas(name: MatchCost) -> None:
 
 
 def test_late_in_training_the_high_order_cost_is_score_times_iou4() -> None:
+    """Queries beside the object differ by the usual cost alone, however little it counts."""
     target = {
         "labels": torch.tensor([0]),
         "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]], dtype=torch.float64),
     }
-    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.32], [0.5, 0.5, 0.4, 0.36]], dtype=torch.float64)
-    logits = torch.full((1, 1, 2, 1), 40.0, dtype=torch.float64)
+    sides = [
+        [0.5, 0.5, 0.4, 0.32],
+        [0.5, 0.5, 0.4, 0.36],
+        [0.1, 0.1, 0.1, 0.1],
+        [0.2, 0.2, 0.1, 0.1],
+    ]
+    boxes = torch.tensor(sides, dtype=torch.float64)
+    logits = torch.full((1, 1, 4, 1), 40.0, dtype=torch.float64)
     padded = pad_targets([target], CPU)
     matcher = build_criterion(LossConfig(match_cost="high_order")).matcher
     plain = HungarianMatcher()
@@ -272,5 +279,6 @@ def test_late_in_training_the_high_order_cost_is_score_times_iou4() -> None:
     matcher.progress = 0.7499
     assert torch.equal(matcher.cost(*given), plain.cost(*given))
     matcher.progress = 0.75
-    found = matcher.cost(*given).flatten().tolist()
-    assert found == pytest.approx([-0.4096, -0.6561], abs=1e-9)
+    found = matcher.cost(*given) - 1e-6 * plain.cost(*given)
+    assert found.flatten().tolist() == pytest.approx([-0.4096, -0.6561, 0, 0], abs=1e-9)
+    assert matcher.cost(*given)[0, 0, 3, 0] < matcher.cost(*given)[0, 0, 2, 0]

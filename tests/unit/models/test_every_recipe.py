@@ -100,7 +100,10 @@ CASES: dict[str, Case] = {
         recipes={"denoising": replace(DENOISING, dn_contrast=False)},
         loss={"match_cost": "high_order", "high_order_from": 0.0},
     ),
-    "hybrid with proposals": Case(recipes={"hybrid": replace(HYBRID, hybrid_proposals=True)}),
+    "hybrid with proposals, high order": Case(
+        recipes={"hybrid": replace(HYBRID, hybrid_proposals=True)},
+        loss={"match_cost": "high_order", "high_order_from": 0.0},
+    ),
     "lite": Case(model=LITE),
     "lite, plain, fusion": Case("plain", model={**LITE, "enc_fusion": "dense"}),
     "lite, relation, mds": Case(recipes={"mds": MDS()}, model={**LITE, **RELATION}),
