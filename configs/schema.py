@@ -791,10 +791,6 @@ class OptimConfig(Checked):
                 f"lr_flat {self.lr_flat}: and `lr_tail {self.lr_tail}` must add up to at most 1, "
                 "as both are parts of one run. Lower one of them."
             )
-        if self.ema_tau and not self.ema_decay:
-            raise ConfigError(
-                "ema_tau: has no effect without `ema_decay`. Add it, as `ema_decay 0.993`."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -920,15 +916,30 @@ class Config:
                 "cls_loss softmax: DETR's loss knows one query for each object in each layer, and "
                 f"`{other}` changes that. Remove one of them."
             )
-        self._check_pairs()
 
-    def _check_pairs(self) -> None:
-        """Refuse what makes other pairs where there are none that it could change."""
+    def check_effects(self) -> None:
+        """Refuse options of a new run that would do nothing; older runs may have them.
+
+        Raises:
+            ConfigError: with what to add, or to leave out.
+        """
         model, loss = self.model, self.loss
+        if self.optim.ema_tau and not self.optim.ema_decay:
+            raise ConfigError(
+                "ema_tau: has no effect without `ema_decay`. Add it, as `ema_decay 0.993`, or set "
+                "`ema_tau` to 0."
+            )
+        hybrid = self.recipes.get("hybrid")
+        if getattr(hybrid, "hybrid_proposals", False) and not model.two_stage:
+            raise ConfigError(
+                "hybrid_proposals: has no effect without `two_stage`. Add it, or leave "
+                "`hybrid_proposals` out."
+            )
         single = model.dec_layers == 1 or not model.aux_loss
+        by_anchors = not self.recipes.keys().isdisjoint(("ms", "mr"))  # the encoder's matching
         for name, chosen, needs_layers in (
             ("union_set", loss.union_set, True),
-            ("prime_samples", loss.prime_samples > 1, not model.two_stage),
+            ("prime_samples", loss.prime_samples > 1, not model.two_stage or by_anchors),
         ):
             if chosen and "mds" in self.recipes:
                 raise ConfigError(

@@ -140,6 +140,7 @@ def plan_run(
             raise ConfigError(_NO_FOLDER)
         fresh = fresh_options(given, choose)
         config = fresh.given.config()
+        config.check_effects()
         if not config.run.output_dir:
             raise ConfigError(_NO_FOLDER)
         config = replace(config, run=replace(config.run, resume=""))

@@ -17,7 +17,6 @@ from models.queries import Learning, QueryGroup
 from models.recipes import RECIPES, Recipe, RecipeOptions
 from models.transformer import DeformableTransformer
 from models.two_stage import TwoStageTransformer
-from util.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +55,7 @@ class Hybrid(Recipe):
         if transformer.learned_width:
             self.query_embed = nn.Embedding(self.num_queries, transformer.learned_width)
         self.encoder_heads: FurtherHeads | None = None
-        if options.hybrid_proposals:
-            if not isinstance(transformer, TwoStageTransformer):
-                raise ConfigError("hybrid_proposals: has no effect without `two_stage`. Add it.")
+        if options.hybrid_proposals and isinstance(transformer, TwoStageTransformer):
             scores = num_classes if transformer.class_proposals else 1
             self.encoder_heads = FurtherHeads(transformer.d_model, scores=scores)
 

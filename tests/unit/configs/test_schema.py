@@ -74,7 +74,6 @@ def test_defaults_are_the_published_recipe() -> None:
         (OptimConfig, {"lr": 0.0}, "lr: must be more than 0, not 0.0."),
         (OptimConfig, {"lr_drop_epochs": (10, 0)}, "lr_drop_epochs: must be at least 1, not 0."),
         (OptimConfig, {"lr_flat": 0.8, "lr_tail": 0.3}, "lr_flat 0.8: and `lr_tail 0.3`"),
-        (OptimConfig, {"ema_tau": 100.0}, "ema_tau: has no effect without `ema_decay`"),
         (OptimConfig, {"max_hours": -1.0}, "max_hours: must be at least 0"),
         (OptimConfig, {"lr_scheduler": "flat"}, "must be one of step, cosine, flat_cosine"),
         (RunConfig, {"seed": -1}, "seed: must be at least 0, not -1."),
@@ -93,7 +92,15 @@ def test_contradictions_and_bounds_are_one_line_errors(
 
 UNION, PRIME = {"union_set": True}, {"cls_loss": "ia_bce", "prime_samples": 2}
 LAST = {"aux_loss": False}
+HYBRID = {"hybrid_proposals": True}
 TWO_STAGE = {"with_box_refine": True, "two_stage": True}
+
+
+def test_averages_that_nothing_takes_are_refused_in_new_runs_alone() -> None:
+    """A run that was begun so can still be continued."""
+    config = Given({"optim": {"ema_tau": 100.0}}, KnownRecipes()).config()
+    with pytest.raises(ConfigError, match="ema_tau: has no effect without `ema_decay`"):
+        config.check_effects()
 
 
 @pytest.mark.parametrize(
@@ -106,17 +113,20 @@ TWO_STAGE = {"with_box_refine": True, "two_stage": True}
         (LAST, PRIME, {}, "prime_samples: has no effect on the last decoder layer alone"),
         (TWO_STAGE | LAST, PRIME, {}, ""),  # the encoder learns by it
         (TWO_STAGE, UNION, {"ms": {}}, ""),
+        (TWO_STAGE | LAST, PRIME, {"mr": {}}, "prime_samples: has no effect on the last"),
+        ({}, {}, {"hybrid": HYBRID}, "hybrid_proposals: has no effect without `two_stage`"),
+        (TWO_STAGE, {}, {"hybrid": HYBRID}, ""),
     ],
 )
-def test_pairs_of_layers_that_no_loss_has_are_refused(
+def test_options_of_a_new_run_that_would_do_nothing_are_refused(
     model: dict[str, Any], loss: dict[str, Any], recipes: dict[str, Any], message: str
 ) -> None:
-    given = Given({"model": model, "loss": loss, "recipes": recipes}, KnownRecipes())
+    config = Given({"model": model, "loss": loss, "recipes": recipes}, KnownRecipes()).config()
     if not message:
-        given.config()
+        config.check_effects()
         return
     with pytest.raises(ConfigError, match=message) as error:
-        given.config()
+        config.check_effects()
     assert "\n" not in str(error.value)
 
 

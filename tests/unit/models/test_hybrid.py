@@ -120,11 +120,6 @@ def test_two_groups_attend_as_under_the_published_mask() -> None:
         torch.testing.assert_close(groups.attend(attention, query, value), expected)
 
 
-def test_proposals_of_its_own_need_proposals() -> None:
-    with pytest.raises(ConfigError, match="hybrid_proposals: has no effect without `two_stage`"):
-        hybrid_model("refine", Options(hybrid_proposals=True))
-
-
 @pytest.mark.long
 def test_proposals_that_rank_next_are_its_queries() -> None:
     model = hybrid_model("two_stage")
