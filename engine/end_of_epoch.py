@@ -32,7 +32,7 @@ def end_epoch(run: EndingRun) -> None:
     """Evaluate, log and save; after an interruption in the middle of an epoch save alone."""
     whole = run.epoch_step >= run.loader.steps
     if not whole and not run.all_steps_done():  # interrupted, here or in another process
-        run.stop.number = run.stop.number or SIGTERM
+        run.stop.follow(SIGTERM)
         run.save()
         run.world.broadcast(None)  # who ends first takes the others along
         return
@@ -65,7 +65,7 @@ def end_epoch(run: EndingRun) -> None:
                 stopping=lambda: bool(run.stop.number),
             )
         except Interrupted:  # here or in another process; it was saved before
-            run.stop.number = run.stop.number or SIGTERM
+            run.stop.follow(SIGTERM)
             return
         values |= more
         run.unevaluated = False

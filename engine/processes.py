@@ -79,6 +79,15 @@ class StopSignals:
     def __exit__(self, *error: object) -> None:
         self._handlers_before.close()
 
+    def follow(self, number: int) -> None:
+        """Stop as another process does, by its number; 0 asks for nothing.
+
+        The signal of this process may still come: from launchers that send it to one after the
+        other. It is the same request.
+        """
+        if number and not self.number:
+            self.number, self._since = number, time.monotonic()
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.number:

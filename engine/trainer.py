@@ -113,7 +113,7 @@ class Trainer:
     def asked_to_stop(self) -> bool:
         """Return whether a signal has come to any process, none of which continues alone."""
         asked = int(max(number for (number,) in self.world.every([self.stop.number])))
-        self.stop.number = self.stop.number or asked
+        self.stop.follow(asked)
         return asked > 0
 
     def train_epoch(self, bar: "tqdm[Any]") -> None:

@@ -57,6 +57,17 @@ def test_every_process_gets_the_arguments_and_its_variables(tmp_path: Path, writ
         assert found == [["--lr", "1"], "3", str(rank), threads, True]
 
 
+def test_a_signal_that_comes_after_another_processes_is_the_same_request() -> None:
+    """A launcher signals one process after the other; the first may tell the others sooner."""
+    with StopSignals() as stop:
+        stop.follow(0)
+        assert stop.number == 0
+        stop.follow(signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.follow(signal.SIGINT)
+    assert stop.number == signal.SIGTERM
+
+
 @pytest.mark.long
 def test_runs_in_a_thread_leave_signals_to_the_program(write: Write) -> None:
     def catch() -> int:
