@@ -18,22 +18,27 @@ class Table:
     """
 
     def __init__(self, folder: Path, since: int | None) -> None:
-        self._path = path = folder / "scalars.csv"
-        if path.exists() and since is not None:
-            _keep_before(path, since)
-        begun = path.exists()
-        self._file = path.open("a", encoding="utf-8", newline="", buffering=1)
+        self._path = folder / "scalars.csv"
+        if self._path.exists() and since is not None:
+            _keep_before(self._path, since)
+        self._open()
+
+    def _open(self) -> None:
+        begun = self._path.exists()
+        self._file = self._path.open("a", encoding="utf-8", newline="", buffering=1)
         self._rows = csv.writer(self._file)
         if not begun:
             self._rows.writerow(("step", "name", "value"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """See `Tracker`.
+        """See `Tracker`; a table that was removed begins anew.
 
         Raises:
-            FileNotFoundError: the table was removed; what was open would take the rows with it.
+            FileNotFoundError: its folder was removed, too.
         """
-        self._path.stat()
+        if not self._path.exists():  # what is open would take the rows with it
+            self._file.close()
+            self._open()
         self._rows.writerows((step, name, value) for name, value in values.items())
 
     def image(self, name: str, image: Image.Image, step: int) -> None:

@@ -48,6 +48,16 @@ def test_a_table_has_each_step_once(tmp_path: Path) -> None:
 def test_a_table_that_was_removed_begins_anew(tmp_path: Path) -> None:
     with RunLog(tmp_path / "run", log_to=("csv",)) as log:
         log.step(0, {"loss": 0.0})
+        (tmp_path / "run" / "scalars.csv").unlink()
+        for step in (1, 2):
+            log.scalars(step, {"loss": float(step)})
+    table = (tmp_path / "run" / "scalars.csv").read_text().splitlines()
+    assert table == ["step,name,value", "1,loss,1.0", "2,loss,2.0"]
+
+
+def test_a_table_whose_folder_was_removed_begins_anew(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "run", log_to=("csv",)) as log:
+        log.step(0, {"loss": 0.0})
         shutil.rmtree(tmp_path / "run")
         for step in (1, 2):
             log.step(step, {"loss": float(step)})
