@@ -35,7 +35,8 @@ def train(config: str | os.PathLike[str] | None = None, **options: Any) -> Path:
     Raises:
         UserError: an option is unknown (the nearest one is named) or of another type, or the
             command would end with such an error.
-        KeyboardInterrupt: Ctrl-C stopped the run, after it was saved.
+        KeyboardInterrupt: Ctrl-C stopped the run, after it was saved. In a thread, signals are left
+            to the program.
     """
     given = _given(os.fspath(config) if config is not None else None, options)
     show_messages(rank_at_start())

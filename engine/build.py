@@ -116,7 +116,7 @@ def build_trainer(
         f"{config.model.backbone}: {count_parameters(model):,} trained parameters, "
         f"steps an epoch: {loader.steps}, on {device}"
     )
-    log.info(f"a step: {_parts_of_step(share, loader, world, num_workers)}")
+    log.info(f"a step: {_parts_of_step(share, loader, world, num_workers, len(train_set))}")
     if config.model.encoder_attn != "deformable":
         check_attention(config, model, train_set, share.batch_size)
     if options.probe:
@@ -125,11 +125,13 @@ def build_trainer(
     return trainer
 
 
-def _parts_of_step(share: BatchSplit, loader: TrainLoader, world: World, num_workers: int) -> str:
-    """Return how the images of an update are split, for the log."""
+def _parts_of_step(
+    share: BatchSplit, loader: TrainLoader, world: World, num_workers: int, available: int
+) -> str:
+    """Return how the images of an update, of those available, are split, for the log."""
     micro_batches = f"{loader.accumulation} micro-batch{'es' * (loader.accumulation > 1)}"
     processes = f"{world.size} process{'es' * (world.size > 1)}{', each' * (world.size > 1)}"
-    fewer = " (all there are)" if loader.images < share.effective else ""
+    fewer = f" (there are {available})" if available < share.effective else ""
     return (
         f"{loader.images} images{fewer} = {share.batch_size} at once x {micro_batches} x "
         f"{processes} with {num_workers} loader process{'es' * (num_workers != 1)}"

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 EXIT_USER_ERROR = 2
+_TOO_MANY_SIZES = ("FailOnRecompileLimitHit", "RecompileLimitExceeded")  # by version of PyTorch
 _LIKE = 0.75  # difflib's measure: one letter of four may differ
 _MAX_WORDS = 30
 _DISK_ERRORS = {  # what the user can do about each
@@ -104,7 +105,7 @@ def in_one_line(error: Exception) -> str | None:
 
 
 def _not_compiled(error: Exception) -> str:
-    if type(error).__name__ == "FailOnRecompileLimitHit":
+    if type(error).__name__ in _TOO_MANY_SIZES:
         return (
             "compile: batches come in too many sizes. Give `pad_multiple` 128 to round them up, "
             "or leave `compile` out."

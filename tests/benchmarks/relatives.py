@@ -1,7 +1,7 @@
 """Train the relatives of deformable attention for equal times, and compare what they find.
 
     python -m tests.benchmarks.relatives --output_dir runs/relatives --minutes 10 --seeds 0 1 \
-        --plot docs/images/relatives.png
+        --plot relatives.png
 
 Models are the preset `shapes_tiny` with the switches of `MODELS`, each beside the model that it is
 to be compared with. Data are generated: `shapes`, and `small`, whose objects all are. Every run has

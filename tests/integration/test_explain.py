@@ -149,6 +149,7 @@ def test_the_page_can_be_read_light_and_dark(explained: Path, tmp_path: Path) ->
         assert all(each.startswith(("file:", "data:")) for each in browser.addresses)
 
 
+@pytest.mark.long
 def test_the_option_that_an_image_too_large_is_told_of_is_there(
     cli: Cli, finished_run: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,10 +23,8 @@ from datasets.loader import TrainLoader, with_images
 from datasets.samplers import ShuffledBatchSampler
 from datasets.split import BatchSplit
 from datasets.transforms import EvalTransform, TrainTransform
-from engine.build import _parts_of_step
 from util.batch import Batch, Target, UnreadableImage, pad_images
 from util.errors import ConfigError
-from util.world import World
 
 MEAN, STD = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 RANDOM = TrainTransform(
@@ -326,15 +324,6 @@ def test_images_are_augmented_alike_however_a_step_is_split(index: CocoIndex) ->
     assert seen[0].keys() == seen[1].keys() == seen[2].keys()
     for other in seen[1:]:
         assert other == pytest.approx(seen[0], rel=1e-12)
-
-
-def test_a_run_says_how_many_images_a_step_has(index: CocoIndex) -> None:
-    for share, said in (
-        (BatchSplit(3, 2), "6 images = 3 at once x 2 micro-batches x 1 process with"),
-        (BatchSplit(5, 8), "12 images (all there are) = 5 at once x 3 micro-batches x 1 process"),
-    ):
-        loader = TrainLoader(CocoDetection(index, RANDOM), share, num_workers=0, seed=0)
-        assert _parts_of_step(share, loader, World(), 0).startswith(said)
 
 
 def test_loading_leaves_the_global_random_numbers_alone(index: CocoIndex) -> None:

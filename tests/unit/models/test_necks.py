@@ -65,6 +65,7 @@ def test_hsfpn_has_the_published_numbers_of_parameters() -> None:
     assert count([neck.input_proj()]) == 15_742_976
 
 
+@pytest.mark.long
 def test_a_detector_with_hsfpn_has_what_the_published_one_uses() -> None:
     model = build_model(ModelConfig(neck="hsfpn", num_queries=100), num_classes=91)
     # that one also has projections and a pyramid that nothing reads
