@@ -190,9 +190,9 @@ def test_images_are_no_smaller_than_time_memory_and_their_own_size_demand(
 def test_small_boxes_get_larger_images_within_the_hours() -> None:
     plan = planner()
     assert (plan.side, list(plan.notices())) == (480, [])  # 16 / 0.035 = 457, in steps of 32
-    assert plan.values["data"]["train_scales"] == (432, 448, 480, 512, 528)
-    assert plan.values["data"]["max_size"] == 704
-    assert "at 320 they would be 11" in plan.choices[0].line()
+    assert plan.values["data"]["train_scales"] == (416, 464, 480, 496, 544)
+    assert plan.values["data"]["max_size"] == 736
+    assert "at 400 they would be 14" in plan.choices[0].line()
     # 0.1 s for 76,800 pixels: ten epochs of 300 images at 480 take 0.33 hours, of 0.85 * 0.39
     hurried = planner(hours=0.3)
     assert hurried.side == 416
