@@ -924,11 +924,6 @@ class Config:
             ConfigError: with what to add, or to leave out.
         """
         model, loss = self.model, self.loss
-        if self.optim.ema_tau and not self.optim.ema_decay:
-            raise ConfigError(
-                "ema_tau: has no effect without `ema_decay`. Add it, as `ema_decay 0.993`, or set "
-                "`ema_tau` to 0."
-            )
         hybrid = self.recipes.get("hybrid")
         if getattr(hybrid, "hybrid_proposals", False) and not model.two_stage:
             raise ConfigError(

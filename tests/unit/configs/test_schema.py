@@ -96,11 +96,13 @@ HYBRID = {"hybrid_proposals": True}
 TWO_STAGE = {"with_box_refine": True, "two_stage": True}
 
 
-def test_averages_that_nothing_takes_are_refused_in_new_runs_alone() -> None:
-    """A run that was begun so can still be continued."""
-    config = Given({"optim": {"ema_tau": 100.0}}, KnownRecipes()).config()
-    with pytest.raises(ConfigError, match="ema_tau: has no effect without `ema_decay`"):
-        config.check_effects()
+def test_a_presets_averages_are_left_out_by_one_option() -> None:
+    """The preset's `ema_tau` stays, and means nothing then."""
+    preset = read_options("finetune_small", {}, KnownRecipes())
+    assert preset.config().optim.ema_tau > 0
+    config = Given({"optim": {"ema_decay": 0.0}}, KnownRecipes()).on(preset).config()
+    config.check_effects()
+    assert not config.optim.ema_decay
 
 
 @pytest.mark.parametrize(
