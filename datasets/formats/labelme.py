@@ -149,7 +149,7 @@ def _box(shape: Mapping[str, Any]) -> list[float] | None:
         return None
     try:
         points = [(float(x), float(y)) for x, y in shape["points"]]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):  # of a number of 400 digits
         return None
     if shape.get("shape_type") == "circle" and len(points) == 2:  # the centre, one on the edge
         (x, y), edge = points[0], points[1]

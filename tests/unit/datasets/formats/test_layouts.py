@@ -300,6 +300,19 @@ def test_a_layout_is_read_from_its_folder_alone(
         assert len(source.content["annotations"]) == 6
 
 
+def test_a_corner_too_large_for_a_number_is_reported_with_its_file(tmp_path: Path) -> None:
+    labelme(tmp_path)
+    path = next((tmp_path / "train").glob("*.json"))
+    content = json.loads(path.read_text())
+    content["shapes"][0]["points"][0][0] = 10**400
+    path.write_text(json.dumps(content))
+    source = read_source("labelme", tmp_path, "train")
+    ((name, detail),) = source.findings["unreadable_annotation"]
+    assert Path(name).name == path.name
+    assert detail == "'rectangle' has no box"
+    assert len(source.content["annotations"]) == 5  # of six
+
+
 def test_images_inside_of_labelme_files_are_in_memory_one_at_a_time(tmp_path: Path) -> None:
     """As labelme writes them by default; shapes may hold masks in the same way."""
     labelme(tmp_path)
