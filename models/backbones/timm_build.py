@@ -110,6 +110,7 @@ def _accept_any_size(body: nn.Module, name: str) -> None:
     try:
         with torch.enable_grad():  # whatever the caller has set
             maps = body.eval()(torch.zeros(1, 3, height, width))
+            total = torch.stack([m.sum() for m in maps]).sum()
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"backbone timm/{name}: the network refuses images of {height} x {width} "
@@ -117,7 +118,6 @@ def _accept_any_size(body: nn.Module, name: str) -> None:
         ) from error
     body.train()
     parameters = list(body.parameters())
-    total = torch.stack([m.sum() for m in maps]).sum()
     found = torch.autograd.grad(total, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, found, strict=True):
         parameter.requires_grad_(gradient is not None)
