@@ -88,6 +88,12 @@ class StopSignals:
         if number and not self.number:
             self.number, self._since = number, time.monotonic()
 
+    def anywhere(self, world: World) -> bool:
+        """Return whether a signal has come to any process, none of which continues alone."""
+        asked = int(max(number for (number,) in world.every([self.number])))
+        self.follow(asked)
+        return asked > 0  # not `number`, which a signal may have set since
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.number:

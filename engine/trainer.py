@@ -97,7 +97,7 @@ class Trainer:
         if self.time_limit is not None:
             self.time_limit.start()
         with self.stop, self.log.progress_bar(self.last_step, done=self.step) as bar:
-            while self.unfinished() and not self.asked_to_stop():
+            while self.unfinished() and not self.stop.anywhere(self.world):
                 if not self.unevaluated:
                     self.train_epoch(bar)
                 end_epoch(self)
@@ -109,12 +109,6 @@ class Trainer:
         log.info(f"{Signals(self.stop.number).name}: stopped at step {self.step}; saved {last}")
         log.info(f"continue with: python main.py train --resume {last}")
         return 128 + self.stop.number
-
-    def asked_to_stop(self) -> bool:
-        """Return whether a signal has come to any process, none of which continues alone."""
-        asked = int(max(number for (number,) in self.world.every([self.stop.number])))
-        self.stop.follow(asked)
-        return asked > 0
 
     def train_epoch(self, bar: "tqdm[Any]") -> None:
         """Train the rest of the epoch, until a signal in any process or the last step."""
