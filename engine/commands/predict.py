@@ -215,10 +215,13 @@ def write_predictions(
     unreadable = len(paths) - files.images
     written = "predictions.json and predictions.jsonl"
     written = f"predictions.csv, {written}" if table else written
+    found = (
+        f"{files.images} image{'s' * (files.images != 1)} with "
+        f"{files.boxes} box{'es' * (files.boxes != 1)}"
+    )
     console(
-        f"written to {output_dir}: {files.images} images with {files.boxes} boxes at or above "
-        f"{reached}, and {written}"
-        + (f"; {unreadable} images could not be read" if unreadable else "")
+        f"written to {output_dir}: {found} at or above {reached}, and {written}"
+        + (f"; {unreadable} of {len(paths)} images could not be read" if unreadable else "")
     )
 
 

@@ -243,8 +243,8 @@ def test_predict_draws_from_the_thresholds_of_the_checkpoint(
     assert "last evaluation: dog 0.00; 0.30 for the other classes. --score_threshold" in printed
     found = json.loads((tmp_path / "a" / "predictions.json").read_text())
     drawn = sum(p["category_name"] == "dog" or p["score"] >= 0.3 for p in found)
-    assert drawn > 0
-    assert f"1 images with {drawn} boxes at or above the score threshold of their class" in printed
+    assert drawn > 1
+    assert f"1 image with {drawn} boxes at or above the score threshold of their class" in printed
 
     assert set(predict(tmp_path / "old.pth", people, tmp_path / "b").values()) == {0.3}
     assert "thresholds" not in capsys.readouterr().out
